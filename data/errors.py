@@ -1,0 +1,37 @@
+"""The errors a user can cause or meet, by cause. Each carries the exit code of its command.
+
+A message says what was given, the rule, and what to do. Bad calls of the Python entry points raise
+plain ``ValueError``; an ``assert`` is only for our own bugs.
+"""
+
+
+class RekindleError(Exception):
+    """Anything Rekindle reports without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(RekindleError, ValueError):
+    """What the user gave is wrong: a configuration key, a file, a model, a label."""
+
+    exit_code = 2
+
+
+class CacheError(RekindleError):
+    """A cache cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CacheFormatError(CacheError):
+    """Not a cache, an unknown format version, or bytes that are not what was committed."""
+
+
+class CacheMismatchError(CacheError):
+    """A sound cache that does not belong to this corpus, tokenizer, teacher or student."""
+
+
+class CheckpointError(RekindleError):
+    """A checkpoint is damaged or belongs to another run."""
+
+    exit_code = 3
