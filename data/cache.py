@@ -1,0 +1,404 @@
+"""The reader of a cache: what is in it, one example, and batches in any order.
+
+Nothing here depends on the order in which teachers ran: targets are found by corpus row and checked against the
+row's digest. Bytes are verified against their checksums the first time they are touched.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.batch import (
+    Batch,
+    Ints,
+    MaskedInputs,
+    PairInputs,
+    SequenceTargetBatch,
+    TargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+    pad,
+)
+from rekindle.data.codec import STEP
+from rekindle.data.columns import list_views
+from rekindle.data.corpus import Corpus
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.order import epoch_batch
+from rekindle.data.settings import parse_settings
+from rekindle.data.shards import ROWS_PER_BATCH
+from rekindle.data.store import Store, open_store
+from rekindle.data.targets import (
+    SequenceTargets,
+    TeacherInfo,
+    TokenLabelTargets,
+    TokenTargets,
+)
+from rekindle.data.teacher_reader import TeacherReader
+from rekindle.data.views import ViewReader, masked_input
+
+FORMAT_VERSION = 1
+MANIFEST = "cache.json"
+Target = TokenTargets | SequenceTargets | TokenLabelTargets
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of the corpus with all its targets."""
+
+    index: int
+    digest: str
+    document: str
+    domain: str | None
+    text: str
+    input_ids: NDArray[np.int32]  # [S]
+    pairs: dict[str, tuple[str, str] | None]  # by view name
+    targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
+
+
+class Cache:
+    """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name)."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.manifest = read_manifest(store)
+        self.corpus = Corpus(store)
+        self._check_manifest()
+        self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
+        self.teachers: dict[str, TeacherReader] = {
+            name: self._teacher(name) for name in store.folders("targets")
+        }
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Cache":
+        """Open the cache at a local path or URL.
+
+        Raises CacheFormatError when there is none, or one of a format this version does not read, and
+        CacheMismatchError when its parts do not belong together.
+        """
+        return cls(open_store(path))
+
+    def _check_manifest(self) -> None:
+        stated = self.manifest.get("corpus") or {}
+        if stated.get("tokenizer", self.tokenizer_digest) != self.tokenizer_digest or (
+            stated.get("fingerprint", self.corpus.fingerprint) != self.corpus.fingerprint
+        ):
+            raise CacheMismatchError(
+                f"{self.store.location}: {MANIFEST} speaks of another corpus than the one in corpus/. "
+                "If shards were copied by hand, copy the whole cache; else delete cache.json's "
+                "'corpus' entry by running `pipeline cache-teachers` again"
+            )
+
+    def _teacher(self, name: str) -> TeacherReader:
+        info = read_teacher(self.store, name)
+        stated = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
+        if stated is not None and stated != info.fingerprints.get("weights"):
+            raise CacheMismatchError(
+                f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree about "
+                f"the weights of teacher {name!r}; the targets were exchanged"
+            )
+        view = None
+        if info.view.startswith(("masked-", "pairs-")):
+            view = self.views.get(info.view) or ViewReader(self.corpus, info.view)
+        return TeacherReader(self.corpus, info, view)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """Identity of the vocabulary that token ids and vocabulary targets are in."""
+        return str(self.corpus.info["tokenizer"]["digest"])
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def masked_view(self, name: str | None = None) -> ViewReader:
+        """The masked view of that name, or the only one; InputError when that is not clear."""
+        found = [n for n in self.views if n.startswith("masked-")]
+        if name is None and len(found) == 1:
+            name = found[0]
+        if name is None or name not in self.views:
+            raise InputError(
+                f"{self.store.location} has the masked views {found or 'none'}"
+                + (f", not {name!r}" if name else "; name one")
+                + ". Masked-LM students need the view that `pipeline cache-teachers` makes"
+            )
+        return self.views[name]
+
+    def teacher(self, name: str) -> TeacherReader:
+        """The teacher of that name; InputError with the known ones otherwise."""
+        if name not in self.teachers:
+            known = ", ".join(sorted(self.teachers)) or "none"
+            raise InputError(
+                f"{self.store.location} has no teacher {name!r} (it has: {known}). "
+                "Cache it with `pipeline cache-teachers`, or take it out of train.objective"
+            )
+        return self.teachers[name]
+
+    def batches(
+        self,
+        teachers: Sequence[str] | None = None,
+        batch_sequences: int = 64,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Batch]:
+        """One epoch in its shuffled order, each sequence exactly once over all ranks.
+
+        ``teachers`` defaults to all. Masked teachers give replica ``epoch mod replicas``, and
+        ``Batch.masked`` is that replica. The last batch may be short. Raises ValueError for a rank outside
+        the world, InputError for an unknown teacher.
+        """
+        if batch_sequences < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_sequences must be at least 1 (got {batch_sequences}) and 0 ≤ rank < world_size "
+                f"(got {rank}, {world_size})"
+            )
+        names = list(self.teachers) if teachers is None else list(teachers)
+        views = {v for name in names if (v := self.teacher(name).info.view).startswith("masked-")}
+        if len(views) > 1:
+            raise InputError(f"teachers with different masks cannot share a batch: {sorted(views)}")
+        view = views.pop() if views else None
+        size = len(self)
+        for number in range(-(-size // batch_sequences)):
+            index = epoch_batch(
+                number, size, batch_sequences, seed=seed, epoch=epoch, rank=rank, world_size=world_size
+            )
+            if len(index):
+                yield self.gather(index, names, epoch=epoch, masked_view=view)
+
+    def gather(
+        self, index: Ints, teachers: Sequence[str], *, epoch: int = 0, masked_view: str | None = None
+    ) -> Batch:
+        """The batch of the sequences ``index`` [B], in that order, with those teachers' targets."""
+        shards, rows = self.corpus.locate(index)
+        where = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        records = [self._record(shard, row) for shard, row in where]
+        lengths = np.array([len(r["input_ids"]) for r in records], np.int64)
+        pad_id = self.corpus.info["tokenizer"]["pad_id"]
+        clean = pad([r["input_ids"] for r in records], lengths, pad_id)
+        masked = None
+        if masked_view is not None:
+            masked = self._masked_inputs(self.masked_view(masked_view), where, clean, epoch)
+        replica = masked.replica if masked else None
+        pair_views = {v for n in teachers if (v := self.teacher(n).info.view).startswith("pairs-")}
+        return Batch(
+            index=index,
+            digests=[r["digest"] for r in records],
+            domains=[r["domain"] for r in records],
+            input_ids=clean,
+            lengths=lengths,
+            masked=masked,
+            pairs={name: self._pair_inputs(self.views[name], where) for name in sorted(pair_views)},
+            targets={name: self._targets(self.teacher(name), where, replica) for name in teachers},
+        )
+
+    def _record(self, shard: int, row: int) -> dict[str, Any]:
+        index, local = divmod(row, ROWS_PER_BATCH)
+        batch = self.corpus.shard(shard).batch(index)
+        offsets, ids = self._ids(shard, index)
+        return {
+            "digest": batch["digest"][local].as_py(),
+            "domain": batch["domain"][local].as_py(),
+            "input_ids": ids[offsets[local] : offsets[local + 1]],
+        }
+
+    @cached_property
+    def _id_views(self) -> dict[tuple[int, int], tuple[NDArray, NDArray]]:
+        return {}
+
+    def _ids(self, shard: int, index: int) -> tuple[NDArray, NDArray]:
+        if (shard, index) not in self._id_views:
+            batch = self.corpus.shard(shard).batch(index)
+            self._id_views[shard, index] = list_views(batch["input_ids"], "input_ids")
+        return self._id_views[shard, index]
+
+    def _masked_inputs(
+        self, view: ViewReader, where: list[tuple[int, int]], clean: NDArray[np.int32], epoch: int
+    ) -> MaskedInputs:
+        replica = epoch % max(1, view.replicas)
+        seen = clean.copy()
+        rows, positions = [], []
+        for number, (shard, row) in enumerate(where):
+            index, local = divmod(row, ROWS_PER_BATCH)
+            batch = view.batch(shard, index, replica)
+            offsets, flat = list_views(batch["positions"], "positions")
+            part = slice(offsets[local], offsets[local + 1])
+            at = flat[part].astype(np.int64)
+            seen[number, at] = list_views(batch["input_ids"], "input_ids")[1][part]
+            rows.append(np.full(len(at), number, np.int64))
+            positions.append(at)
+        all_rows, all_positions = np.concatenate(rows), np.concatenate(positions)
+        labels = clean[all_rows, all_positions].astype(np.int64)
+        return MaskedInputs(replica, seen, all_rows, all_positions, labels)
+
+    def _pair_inputs(self, view: ViewReader, where: list[tuple[int, int]]) -> PairInputs:
+        ids, types = [], []
+        for shard, row in where:
+            index, local = divmod(row, ROWS_PER_BATCH)
+            batch = view.batch(shard, index)
+            offsets, flat = list_views(batch["input_ids"], "input_ids")
+            part = slice(offsets[local], offsets[local + 1])
+            ids.append(flat[part])
+            types.append(list_views(batch["token_types"], "token_types")[1][part].astype(np.int32))
+        lengths = np.array([len(i) for i in ids], np.int64)
+        pad_id = self.corpus.info["tokenizer"]["pad_id"]
+        return PairInputs(pad(ids, lengths, pad_id), pad(types, lengths, 0), lengths)
+
+    def _targets(
+        self, teacher: TeacherReader, where: list[tuple[int, int]], replica: int | None
+    ) -> TargetBatch:
+        if teacher.info.kind == "sequence":
+            parts = [teacher.sequence_rows(shard, [row]) for shard, row in where]
+            logits = np.concatenate([c["logits"] for _, c in parts])
+            mc = [c["mc_probs"] for _, c in parts] if teacher.info.monte_carlo_passes else None
+            present = np.concatenate([p for p, _ in parts])
+            return SequenceTargetBatch(
+                teacher.info, present, logits, np.concatenate(mc) if mc is not None else None
+            )
+        found = [teacher.position_rows(shard, [row], replica)[0] for shard, row in where]
+        counts = [part.stop - part.start for part, _ in found]
+        rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
+        columns = {
+            name: np.concatenate([c[name][part] for part, c in found])
+            for name in teacher.column_names()
+        }
+        positions = columns.pop("positions").astype(np.int64)
+        if teacher.info.kind == "token":
+            return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
+        return TokenTargetBatch(teacher.info, rows, positions, columns)
+
+    def example(self, index: int) -> Example:
+        """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
+        shards, rows = self.corpus.locate(np.array([index]))
+        shard, row = int(shards[0]), int(rows[0])
+        number, local = divmod(row, ROWS_PER_BATCH)
+        batch = self.corpus.shard(shard).batch(number)
+        record = {name: batch[name][local].as_py() for name in ("digest", "document", "domain", "text")}
+        ids = self._record(shard, row)["input_ids"].copy()
+        pairs = {}
+        for name, view in self.views.items():
+            if name.startswith("pairs-"):
+                found = view.batch(shard, number)
+                a, b = found["text_a"][local].as_py(), found["text_b"][local].as_py()
+                pairs[name] = None if a is None else (a, b)
+        targets = {
+            name: list(self._example_targets(teacher, shard, row, ids))
+            for name, teacher in self.teachers.items()
+        }
+        return Example(index=index, input_ids=ids, pairs=pairs, targets=targets, **record)
+
+    def _example_targets(
+        self, teacher: TeacherReader, shard: int, row: int, ids: NDArray[np.int32]
+    ) -> Iterator[Target]:
+        replicas: Sequence[int | None] = range(teacher.replicas) if teacher.masked else [None]
+        for replica in replicas:
+            if not teacher.has(shard, replica):
+                continue
+            found = self._targets(teacher, [(shard, row)], replica)
+            if isinstance(found, SequenceTargetBatch):
+                if found.present[0]:
+                    mc = found.mc_probs[0] if found.mc_probs is not None else None
+                    yield SequenceTargets(found.logits[0], mc)
+            elif isinstance(found, TokenLabelBatch):
+                yield TokenLabelTargets(found.positions, found.logits)
+            else:
+                yield self._token_targets(teacher, found, shard, row, replica, ids)
+
+    def _token_targets(
+        self,
+        teacher: TeacherReader,
+        found: TokenTargetBatch,
+        shard: int,
+        row: int,
+        replica: int | None,
+        ids: NDArray[np.int32],
+    ) -> TokenTargets:
+        kept, log_probs, log_tail = found.decode()
+        tails = {t: found.decode(t)[2] for t in teacher.info.temperatures or (1.0,)} | {1.0: log_tail}
+        seen, gold = ids, ids[found.positions + (teacher.info.task == "causal_lm")]
+        if replica is not None and teacher.view is not None:
+            seen = self._masked_inputs(teacher.view, [(shard, row)], ids[None], replica).input_ids[0]
+        columns = found.columns
+        return TokenTargets(
+            replica=replica,
+            input_ids=seen,
+            positions=found.positions,
+            ids=kept,
+            log_probs=log_probs,
+            log_tail=tails,
+            gold_ids=gold.astype(np.int64),
+            gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
+            gold_rank=columns["gold_rank"].astype(np.int64),
+            entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
+        )
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """``cache.json``, checked for a format version that this code reads."""
+    try:
+        manifest: dict[str, Any] = store.read_json(MANIFEST)
+    except FileNotFoundError:
+        raise CacheFormatError(
+            f"{store.location} is not a Rekindle cache: it has no {MANIFEST}. "
+            "Give the folder that cache.path names, or make one with `pipeline cache-teachers`"
+        ) from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{store.location} has cache format {version!r}; this version of Rekindle reads format "
+            f"{FORMAT_VERSION}. Use the version of Rekindle that wrote it, or make the cache again"
+        )
+    return manifest
+
+
+def begin_manifest(store: Store) -> None:
+    """Mark a new cache with its format version (kept when it is there)."""
+    store.create(MANIFEST, json.dumps({"format_version": FORMAT_VERSION}, indent=1).encode())
+    read_manifest(store)
+
+
+def write_manifest(store: Store) -> None:
+    """Write the roll-up: everything in it can be rebuilt from the rest of the cache."""
+    store.replace(MANIFEST, json.dumps({"format_version": FORMAT_VERSION}).encode())
+    cache = Cache(store)
+    rolled = {
+        "format_version": FORMAT_VERSION,
+        "corpus": {
+            "fingerprint": cache.corpus.fingerprint,
+            "tokenizer": cache.tokenizer_digest,
+            "sequences": len(cache.corpus),
+            "tokens": cache.corpus.tokens,
+        },
+        "views": {name: {"units": len(view.commits)} for name, view in cache.views.items()},
+        "teachers": {
+            name: {
+                "task": teacher.info.task,
+                "weights": teacher.info.fingerprints.get("weights"),
+                "view": teacher.info.view,
+                "units": len(teacher.commits),
+                "bytes": teacher.bytes,
+            }
+            for name, teacher in cache.teachers.items()
+        },
+    }
+    store.replace(MANIFEST, (json.dumps(rolled, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_teacher(store: Store, name: str) -> TeacherInfo:
+    """``teacher.json`` of one teacher, validated."""
+    path = f"targets/{name}/teacher.json"
+    try:
+        values = store.read_json(path)
+        info = parse_settings(TeacherInfo, values, path)
+    except FileNotFoundError:
+        raise CacheFormatError(f"{store.location}/{path} is missing") from None
+    except InputError as error:
+        raise CacheFormatError(f"{store.location}: {error}") from None
+    if info.name != name:
+        raise CacheFormatError(f"{store.location}/{path} describes teacher {info.name!r}")
+    return info

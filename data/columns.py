@@ -1,0 +1,52 @@
+"""Between NumPy and Arrow's nested columns, without copies and without Python lists."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.errors import CacheFormatError
+
+
+def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
+    """List offsets from list lengths; ValueError past the 32 bits that Arrow's lists have."""
+    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+    if len(ends) and ends[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"a record batch may hold at most 2^31 − 1 positions, not {ends[-1]:,}")
+    return np.concatenate([[0], ends]).astype(np.int32)
+
+
+def list_array(offsets: NDArray[np.int32], flat: NDArray) -> pa.ListArray:
+    """``list<T>`` from 1-D values, or ``list<fixed_size_list<T,K>>`` from 2-D values [P,K]."""
+    return pa.ListArray.from_arrays(pa.array(offsets), plain_array(flat))
+
+
+def plain_array(values: NDArray) -> pa.Array:
+    """``T`` from 1-D values, ``fixed_size_list<T,K>`` from 2-D values."""
+    if values.ndim == 1:
+        return pa.array(values)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def list_type(dtype: pa.DataType, width: int | None = None) -> pa.DataType:
+    """The Arrow type that ``list_array`` makes."""
+    # The child field is called "item", Arrow's default, so that arrays and schema agree by name.
+    return pa.list_(pa.list_(dtype, width) if width is not None else dtype)
+
+
+def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDArray]:
+    """Offsets [R+1] and the values they point into: 1-D, or 2-D for lists of fixed-size lists.
+
+    Zero-copy. Raises CacheFormatError when the offsets do not ascend within the values.
+    """
+    offsets = column.offsets.to_numpy()
+    values = column.values
+    width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else None
+    flat = (values.values if width is not None else values).to_numpy(zero_copy_only=False)
+    if width is not None:
+        flat = flat.reshape(-1, width) if width else flat.reshape(len(values), 0)
+    if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(flat):
+        raise CacheFormatError(f"column {name!r} has list offsets outside its values")
+    return offsets, flat

@@ -1,0 +1,164 @@
+"""Masked views: which tokens a masked-LM teacher and its student do not see. Pure functions, no I/O.
+
+A mask is a function of (policy, seed, replica, example digest) alone, drawn from NumPy's counter-based
+Philox generator: any process computes the same mask for the same example, in any order.
+
+Policies: ``random`` masks ``probability`` of the content tokens, independently per replica (BERT).
+``cover`` shares the tokens out over the replicas, so that each token is masked in exactly one of them.
+Units: ``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their number drawn
+from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT).
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from rekindle.data.settings import Settings
+
+SPAN_P = 0.2
+SPAN_MAX = 10
+
+
+class MaskConfig(Settings):
+    """How tokens are chosen and replaced."""
+
+    policy: Literal["random", "cover"] = Field(
+        "random", description="random: independent replicas; cover: each token masked in one replica"
+    )
+    unit: Literal["token", "word", "span"] = Field("token", description="what is masked together")
+    probability: float = Field(
+        0.15, gt=0, lt=1, description="share of the content tokens (policy random)"
+    )
+    mask_token: float = Field(0.8, ge=0, le=1, description="chosen tokens replaced by the mask token")
+    random_token: float = Field(0.1, ge=0, le=1, description="chosen tokens replaced by a random one")
+
+    @model_validator(mode="after")
+    def _shares(self) -> "MaskConfig":
+        if self.mask_token + self.random_token > 1 + 1e-9:
+            raise ValueError("mask_token + random_token must not exceed 1 (the rest is kept as it is)")
+        return self
+
+
+class MaskingVocabulary(NamedTuple):
+    """What the masks need of a tokenizer: the mask token and the ids a random token is drawn from."""
+
+    mask_id: int
+    content_ids: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, size: int, mask_id: int, special_ids: frozenset[int]) -> "MaskingVocabulary":
+        """The vocabulary of ``size`` ids without its special tokens."""
+        return cls(mask_id, np.setdiff1d(np.arange(size), sorted(special_ids)).astype(np.int32))
+
+
+class Mask(NamedTuple):
+    """One replica's masked positions of one sequence, ascending, and what stands there instead."""
+
+    positions: NDArray[np.uint16]
+    input_ids: NDArray[np.int32]
+
+
+def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
+    """A Philox generator keyed by (purpose, seed, example digest)."""
+    key = xxhash.xxh3_128_intdigest(f"{purpose}\0{seed}\0{digest}".encode())
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def mask_sequence(
+    input_ids: NDArray[np.int32],
+    content: NDArray[np.bool_],
+    word_starts: NDArray[np.bool_],
+    vocabulary: MaskingVocabulary,
+    config: MaskConfig,
+    *,
+    seed: int,
+    digest: str,
+    replica: int,
+    replicas: int,
+) -> Mask:
+    """Mask one sequence.
+
+    ``input_ids`` [S]; ``content`` [S] is False at special tokens, which are never masked;
+    ``word_starts`` [S] is True where a word begins. At least one token is masked if there is any
+    content and the policy is ``random``.
+    """
+    positions = np.flatnonzero(content)
+    if config.policy == "cover":
+        chosen = _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
+    else:
+        chosen = _random(positions, word_starts, config, seed, digest, replica)
+    random = generator(f"replace/{replica}", seed, digest)
+    draw = random.random(len(chosen))
+    replaced = input_ids[chosen].astype(np.int32)
+    replaced[draw < config.mask_token] = vocabulary.mask_id
+    swap = (draw >= config.mask_token) & (draw < config.mask_token + config.random_token)
+    replaced[swap] = random.choice(vocabulary.content_ids, size=int(swap.sum()))
+    return Mask(chosen.astype(np.uint16), replaced)
+
+
+def _random(
+    positions: NDArray[np.intp],
+    word_starts: NDArray[np.bool_],
+    config: MaskConfig,
+    seed: int,
+    digest: str,
+    replica: int,
+) -> NDArray[np.intp]:
+    if not len(positions):
+        return positions
+    random = generator(f"mask/{replica}", seed, digest)
+    budget = max(1, round(config.probability * len(positions)))
+    if config.unit == "token":
+        return np.sort(random.choice(positions, size=budget, replace=False))
+    units = _units(positions, word_starts, config.unit, random)
+    chosen: list[NDArray[np.intp]] = []
+    taken = 0
+    for index in random.permutation(len(units)):
+        # A long unit may not fit into what is left of the budget; the first one is always taken.
+        if chosen and taken + len(units[index]) > budget:
+            continue
+        chosen.append(units[index])
+        taken += len(units[index])
+        if taken >= budget:
+            break
+    return np.sort(np.concatenate(chosen))
+
+
+def _cover(
+    positions: NDArray[np.intp],
+    word_starts: NDArray[np.bool_],
+    unit: str,
+    seed: int,
+    digest: str,
+    replica: int,
+    replicas: int,
+) -> NDArray[np.intp]:
+    random = generator(f"cover/{replicas}", seed, digest)  # the same deal for every replica
+    units = _units(positions, word_starts, unit, random)
+    # A shuffled deal: every replica gets as many units as any other, give or take one.
+    owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
+    mine = [piece for piece, own in zip(units, owner, strict=True) if own == replica]
+    return np.sort(np.concatenate(mine)) if mine else positions[:0]
+
+
+def _units(
+    positions: NDArray[np.intp],
+    word_starts: NDArray[np.bool_],
+    unit: str,
+    random: np.random.Generator,
+) -> list[NDArray[np.intp]]:
+    """The content positions cut into tokens, words, or runs of adjacent words."""
+    if unit == "token" or not len(positions):
+        return list(positions.reshape(-1, 1))
+    begins = word_starts[positions].copy()
+    begins[1:] |= np.diff(positions) > 1  # a special token in between also ends a word
+    words = np.split(positions, np.flatnonzero(begins[1:]) + 1)
+    if unit == "word":
+        return words
+    lengths = np.minimum(random.geometric(SPAN_P, size=len(words)), SPAN_MAX)
+    edges = np.cumsum(lengths)
+    edges = [0, *edges[edges < len(words)].tolist(), len(words)]
+    return [np.concatenate(words[a:b]) for a, b in zip(edges, edges[1:], strict=False)]

@@ -1,0 +1,67 @@
+"""Finds sentences by regular expressions: good enough for English prose and docstrings.
+
+Gives character spans only; changes no text and knows nothing of tokens.
+"""
+
+import re
+
+_ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """mr mrs ms dr prof rev gen col lt sgt capt gov sen rep hon st jr sr messrs mt ft
+    vs cf eg ie approx ca al fig figs eq no nos vol vols pp ed eds ch sec dept est
+    inc ltd co corp bros assn univ jan feb mar apr jun jul aug sep sept oct nov dec""",
+    )
+)
+
+# What may stand between two sentences. Possessive repeats (++) keep long runs of dots linear.
+_BOUNDARY = re.compile(
+    r"""
+      (?P<paragraph> \n[^\S\n]*+\n )                             # a blank line
+    | (?P<item> \n[^\S\n]*+(?= (?:[-*•]|>>>|\d{1,3}[.)])[^\S\n] ))  # a list item, an example
+    | (?P<wide> [。！？]++[」』”’）]*+ )                          # no space follows these
+    | (?P<stop> (?<![.!?…])[.!?…]++ ["'”’)\]]*+ ) \s++ (?= ["'“‘(\[]*+ (?P<next> \w ) )
+    """,
+    re.VERBOSE,
+)
+_LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.(?=[^\W\d_]))*$")
+_LONGEST_WORD = 32  # characters looked back at for an abbreviation
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each sentence of ``text``, in order, in characters.
+
+    Spans neither overlap nor begin or end with white space, and cover every other character. A
+    sentence ends at . ! ? or … before white space and a word that does not begin in lower case,
+    unless the dot belongs to an abbreviation ("Mr.", "e.g.") or an initial ("J. Smith"); at a blank
+    line; and before a list item or a ``>>>`` example.
+    """
+    spans = []
+    begin = 0
+    for match in _BOUNDARY.finditer(text):
+        if match["stop"] is None or _ends_sentence(text, match):
+            spans.append((begin, match.end()))
+            begin = match.end()
+    spans.append((begin, len(text)))
+    return [trimmed for span in spans if (trimmed := _trim(text, *span))]
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    if match["next"].islower():
+        return False
+    if match["stop"] != ".":
+        return True
+    before = _LAST_WORD.search(text[max(0, match.start() - _LONGEST_WORD) : match.start()])
+    if before is None:
+        return True
+    word = before[0].lower()
+    return word not in _ABBREVIATIONS and len(word.rpartition(".")[2]) > 1
+
+
+def _trim(text: str, begin: int, end: int) -> tuple[int, int] | None:
+    part = text[begin:end]
+    kept = part.strip()
+    if not kept:
+        return None
+    begin += len(part) - len(part.lstrip())
+    return begin, begin + len(kept)

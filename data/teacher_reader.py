@@ -1,0 +1,198 @@
+"""Reads one teacher's targets by corpus shard and row; checks what it reads before it is used."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.columns import list_views
+from rekindle.data.corpus import Corpus, unit_of
+from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
+from rekindle.data.targets import (
+    VOCABULARY_TASKS,
+    Columns,
+    TeacherInfo,
+    position_columns,
+    target_schema,
+)
+from rekindle.data.views import ViewReader, check_aligned
+
+
+@dataclass(frozen=True)
+class PositionRows:
+    """Per-position targets of chosen rows: ``rows`` [P] numbers the choice, the rest is flat [P,…]."""
+
+    rows: NDArray[np.int64]
+    columns: Columns
+
+
+class TeacherReader:
+    """One teacher of a cache: ``info`` and its committed units."""
+
+    def __init__(self, corpus: Corpus, info: TeacherInfo, view: ViewReader | None):
+        self.corpus, self.info, self.view = corpus, info, view
+        self.shards = ShardSet(corpus.store, f"targets/{info.name}")
+        self.commits: dict[str, Commit] = self.shards.committed()
+        self._open: dict[str, Shard] = {}
+        self._views: dict[tuple[str, int], tuple[NDArray[np.int32], Columns]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
+        if name in TeacherInfo.model_fields:
+            return getattr(self.info, name)
+        raise AttributeError(f"a cached teacher has no attribute {name!r}")
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the teacher's weights."""
+        return self.info.fingerprints.get("weights") or ""
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is one unit per masked replica."""
+        return self.info.view.startswith("masked-")
+
+    @cached_property
+    def replicas(self) -> int:
+        """Replicas of the view; 1 for a teacher without a masked view."""
+        return self.view.replicas if self.masked and self.view else 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all committed shards."""
+        return sum(commit.bytes for commit in self.commits.values())
+
+    @property
+    def positions(self) -> int:
+        """Positions (or, for sequence teachers, sequences) that have a target."""
+        return sum(commit.facts["positions"] for commit in self.commits.values())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the planned units (corpus shards × replicas) that are committed, by sequences."""
+        planned = len(self.corpus) * self.replicas
+        return sum(commit.rows for commit in self.commits.values()) / planned if planned else 0.0
+
+    def has(self, shard: int, replica: int | None) -> bool:
+        """Whether the unit is committed."""
+        return unit_of(shard, replica if self.masked else None) in self.commits
+
+    def position_rows(
+        self, shard: int, rows: Iterable[int], replica: int | None
+    ) -> list[tuple[slice, Columns]]:
+        """For each row: the slice of its positions in the flat columns of its record batch."""
+        out = []
+        for row in rows:
+            index, local = divmod(int(row), ROWS_PER_BATCH)
+            offsets, columns = self._batch_columns(shard, index, replica)
+            out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
+        return out
+
+    def sequence_rows(self, shard: int, rows: Iterable[int]) -> tuple[NDArray[np.bool_], Columns]:
+        """Presence [R] and the fixed-width columns [R,C] of the rows (zeros where absent)."""
+        wanted = [divmod(int(row), ROWS_PER_BATCH) for row in rows]
+        parts = [self._batch_columns(shard, index, None)[1] for index, _ in wanted]
+        columns = {
+            name: np.stack([p[name][local] for p, (_, local) in zip(parts, wanted, strict=True)])
+            for name in parts[0]
+        }
+        return columns.pop("present"), columns
+
+    def _batch_columns(
+        self, shard: int, index: int, replica: int | None
+    ) -> tuple[NDArray[np.int32], Columns]:
+        unit = unit_of(shard, replica if self.masked else None)
+        if (unit, index) not in self._views:
+            batch = self._shard(unit).batch(index)
+            what = f"targets/{self.info.name}/{unit}"
+            check_aligned(batch, self.corpus, shard, index, what)
+            if self.info.kind == "sequence":
+                self._views[unit, index] = (np.zeros(0, np.int32), _sequence_columns(batch))
+            else:
+                offsets, columns = _flat_columns(batch)
+                self._validate(offsets, columns, shard, index, what)
+                self._views[unit, index] = (offsets, columns)
+        return self._views[unit, index]
+
+    def _shard(self, unit: str) -> Shard:
+        if unit not in self._open:
+            if unit not in self.commits:
+                raise CacheMismatchError(
+                    f"teacher {self.info.name!r} has no targets for unit {unit}: the cache is "
+                    "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
+                )
+            shard = self.shards.open(self.commits[unit])
+            expected = target_schema(self.info, {})
+            if not shard.schema.equals(expected, check_metadata=False):
+                raise CacheFormatError(
+                    f"{shard.path} does not have the columns that teacher.json announces"
+                )
+            self._open[unit] = shard
+        return self._open[unit]
+
+    def _validate(
+        self,
+        offsets: NDArray[np.int32],
+        columns: Columns,
+        shard: int,
+        index: int,
+        what: str,
+    ) -> None:
+        """Positions ascend within their sequence and ids within the vocabulary (strangers' shards)."""
+        positions = columns["positions"].astype(np.int64)
+        lengths = np.diff(list_views(self.corpus.shard(shard).batch(index)["input_ids"], "")[0])
+        counts = np.diff(offsets)
+        limit = np.repeat(lengths, counts)
+        within = positions[offsets[0] : offsets[-1]]
+        row = np.repeat(np.arange(len(counts)), counts)
+        ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
+        if (within >= limit).any() or not ascending.all():
+            raise CacheFormatError(f"{what}: record batch {index} has positions outside its sequences")
+        size = self.info.vocabulary_size or 0
+        if "ids" in columns and size <= 65_536 and len(columns["ids"]):
+            if int(columns["ids"].max()) >= size:
+                raise CacheFormatError(f"{what}: record batch {index} has ids outside the vocabulary")
+        for name in ("log_probs", "logits"):
+            if name in columns and np.isnan(columns[name]).any():
+                raise CacheFormatError(f"{what}: record batch {index} has NaN in {name!r}")
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether the targets are distributions over the vocabulary."""
+        return self.info.task in VOCABULARY_TASKS
+
+    def column_names(self) -> list[str]:
+        """The per-position columns."""
+        return list(position_columns(self.info))
+
+
+def _flat_columns(batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+    columns: Columns = {}
+    reference: NDArray[np.int32] | None = None
+    for name in batch.schema.names[1:]:
+        offsets, flat = list_views(batch[name], name)
+        if reference is None:
+            reference = offsets
+        elif not np.array_equal(offsets, reference):
+            raise CacheFormatError(f"column {name!r} has other list lengths than 'positions'")
+        columns[name] = flat
+    assert reference is not None
+    return reference, columns
+
+
+def _sequence_columns(batch: pa.RecordBatch) -> Columns:
+    present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
+    columns: Columns = {"present": present}
+    for name in batch.schema.names[1:]:
+        array = batch[name]
+        flat = array.values.to_numpy(zero_copy_only=False)
+        start = array.offset * array.type.list_size
+        values = flat[start : start + len(array) * array.type.list_size]
+        columns[name] = np.where(present[:, None], values.reshape(len(array), -1), 0)
+        if np.isnan(columns[name]).any():
+            raise CacheFormatError(f"column {name!r} has NaN")
+    return columns

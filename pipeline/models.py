@@ -1,0 +1,158 @@
+"""Finding and loading model directories: local or from the hub, checked, fingerprinted, never with remote code."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings
+
+log = logging.getLogger("rekindle")
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# What a save changes without changing the model: these stay out of the configuration's fingerprint.
+VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+
+
+def resolve_model(path_or_id: str) -> Path:
+    """The local directory of a model; a hub id is downloaded (or found in the hub's cache).
+
+    Raises InputError when it is neither.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{path} is not a model directory: it has no config.json. "
+                "Give a directory written by save_pretrained"
+            )
+        return path
+    if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
+        raise InputError(f"model {path_or_id!r}: no such directory (and not a hub id)")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub ({reason})"
+        ) from None
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """sha256 over the names and contents of the directory's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{directory} has no *.safetensors weights. Pickled weights are not loaded; save the model "
+            "again with save_pretrained"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(f"{file.name}\0".encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def config_fingerprint(directory: Path) -> str:
+    """sha256 over the model's configuration, less what every save writes anew."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in config.items() if k not in VOLATILE_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def load_model(directory: Path, auto_class: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """Load through a transformers Auto class; every weight must come from the directory.
+
+    Raises InputError naming the missing weights: a randomly initialised head would cache noise.
+    """
+    import transformers
+
+    factory = getattr(transformers, auto_class)
+    with quiet_transformers():
+        try:
+            model, info = factory.from_pretrained(
+                str(directory),
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{directory} cannot be loaded as {auto_class}: {reason}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{directory} has no weights for {', '.join(missing[:4])}"
+            f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
+            "Is the teacher's `task` right for this model?"
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+class quiet_transformers:  # noqa: N801 - a context manager, used like a function
+    """Silences transformers' progress bars and reports; what matters is checked and raised by us."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._verbosity = hf_logging.get_verbosity()
+        self._bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity(50)
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self._verbosity)
+        if self._bars:
+            hf_logging.enable_progress_bar()
+
+
+class Placement(Settings):
+    """Where and how a model runs."""
+
+    device: str
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of ``precision``."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+def place(precision: str, index: int = 0) -> Placement:
+    """The device of worker ``index`` and the precision that ``auto`` means on it."""
+    if not torch.cuda.is_available():
+        return Placement(device="cpu", precision="fp32" if precision == "auto" else precision)
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    number = index % torch.cuda.device_count()
+    return Placement(device=f"cuda:{number}", precision=precision)
+
+
+def package_versions() -> dict[str, str]:
+    """What a run was made with; informative."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("rekindle", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def cpu_count() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,90 @@
+"""Progress of long work, on stderr: bars on a terminal, one line per finished task elsewhere."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger("rekindle")
+
+
+class Task:
+    """One line of progress. ``advance`` counts units of work and anything else by name."""
+
+    def __init__(self, name: str, unit: str, bar: Any = None, line: Any = None):
+        self.name, self.unit = name, unit
+        self.counts: dict[str, float] = {}
+        self.done = 0
+        self.started = time.monotonic()
+        self._bar, self._line = bar, line
+
+    def advance(self, amount: int = 1, **counts: float) -> None:
+        """``amount`` more units are done."""
+        self.done += amount
+        for name, value in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + value
+        if self._bar is not None:
+            self._bar.update(self._line, advance=amount, note=self.rates())
+
+    def note(self, text: str) -> None:
+        """Show ``text`` beside the bar."""
+        if self._bar is not None:
+            self._bar.update(self._line, note=text)
+
+    def rates(self) -> str:
+        """Units per second, tokens per second and bytes so far."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        parts = [f"{self.done / seconds:,.1f} {self.unit}/s"]
+        if "tokens" in self.counts:
+            parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
+        if "bytes" in self.counts:
+            parts.append(f"{self.counts['bytes'] / 1e6:,.1f} MB")
+        return " · ".join(parts)
+
+
+class Progress:
+    """Makes tasks; ``Progress.to_terminal()`` as a context manager draws them."""
+
+    def __init__(self, bar: Any = None, quiet: bool = True):
+        self._bar = bar
+        self._quiet = quiet
+
+    @classmethod
+    def silent(cls) -> "Progress":
+        """Draws nothing and logs nothing."""
+        return cls()
+
+    @classmethod
+    @contextmanager
+    def to_terminal(cls) -> Iterator["Progress"]:
+        """Bars if stderr is a terminal, else a log line per finished task."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield cls(quiet=False)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Bars(*columns, console=console) as bars:
+            yield cls(bars, quiet=False)
+
+    @contextmanager
+    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
+        """A task of ``total`` units (None: unknown)."""
+        line = self._bar.add_task(name, total=total, note="") if self._bar is not None else None
+        task = Task(name, unit, self._bar, line)
+        yield task
+        if self._bar is not None:
+            self._bar.update(line, total=task.done, completed=task.done)
+        elif not self._quiet and task.done:
+            seconds = time.monotonic() - task.started
+            log.info("%s: %s %s in %.1f s (%s)", name, f"{task.done:,}", unit, seconds, task.rates())

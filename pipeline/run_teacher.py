@@ -1,0 +1,312 @@
+"""Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its columns.
+
+No files are written here. Batches are bucketed by length; one that does not fit into memory is halved and the run
+carries on with the smaller size.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import pad
+from rekindle.data.columns import list_views
+from rekindle.data.corpus import Corpus, unit_of
+from rekindle.data.errors import InputError
+from rekindle.data.targets import Columns, TeacherInfo
+from rekindle.data.views import ViewReader
+from rekindle.pipeline.batching import length_buckets
+from rekindle.pipeline.scoring import score_hidden, to_columns
+from rekindle.pipeline.teachers import Teacher
+
+log = logging.getLogger("rekindle")
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit's columns in corpus order: flat per position, or one row per sequence."""
+
+    rows: Rows  # [P] the row of each position; for sequence teachers the rows with a target
+    columns: Columns
+
+
+class ShardRows:
+    """The rows of one corpus shard, as a teacher needs them."""
+
+    def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
+        self.corpus, self.info, self.shard = corpus, info, shard
+        self.batches = [corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)]
+
+    def column(self, name: str) -> list:
+        """A column of the corpus shard as Python values."""
+        return [value for batch in self.batches for value in batch[name].to_pylist()]
+
+    def lists(self, name: str) -> list[NDArray]:
+        """A list column of the corpus shard as NumPy arrays."""
+        return split_lists(self.batches, name)
+
+    @cached_property
+    def wanted(self) -> NDArray[np.bool_]:
+        """Rows of the domains the teacher is for."""
+        domains = self.column("domain")
+        if self.info.domains is None:
+            return np.ones(len(domains), bool)
+        return np.array([d in self.info.domains for d in domains], bool)
+
+
+def split_lists(batches: list, name: str) -> list[NDArray]:
+    """The lists of a list column over several record batches, as views."""
+    out: list[NDArray] = []
+    for batch in batches:
+        offsets, flat = list_views(batch[name], name)
+        out += [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return out
+
+
+def run_unit(teacher: Teacher, corpus: Corpus, view: ViewReader | None, unit: "Unit") -> UnitResult:
+    """All targets of ``teacher`` on one unit."""
+    rows = ShardRows(corpus, teacher.info, unit.shard)
+    with torch.inference_mode():
+        if teacher.config.vocabulary:
+            return _vocabulary_unit(teacher, rows, view, unit)
+        if teacher.info.kind == "token":
+            return _token_label_unit(teacher, rows)
+        return _sequence_unit(teacher, rows, view, unit)
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One unit of work of a teacher."""
+
+    shard: int
+    replica: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return unit_of(self.shard, self.replica)
+
+
+def _vocabulary_unit(
+    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+) -> UnitResult:
+    ids = shard.lists("input_ids")
+    if unit.replica is not None:
+        assert view is not None
+        parts = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
+        positions = [p.astype(np.int64) for p in split_lists(parts, "positions")]
+        seen = [_replaced(*row) for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)]
+        gold = [row[p] for row, p in zip(ids, positions, strict=True)]
+    else:
+        # Position t holds the distribution of token t+1; the last position has no next token.
+        positions = [np.arange(max(0, len(row) - 1)) for row in ids]
+        seen, gold = ids, [row[1:] for row in ids]
+    counts = np.array([len(p) for p in positions])
+    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
+        truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
+        hidden = teacher.language_model.hidden(inputs, teacher.tensor(select))
+        scores = score_hidden(hidden, teacher.language_model.head, truth, teacher.info)
+        return concatenate([to_columns(block, teacher.info) for block in scores])
+
+    plan = length_buckets(lengths, teacher.batch_tokens)
+    return _in_corpus_order(_run_batches(plan, forward), positions)
+
+
+def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
+    """Logits of the teacher's token over each position that begins a word (alignment by character)."""
+    encoded = teacher.tokenizer.encode(shard.column("text"))
+    prefix, suffix = teacher.tokenizer.prefix, teacher.tokenizer.suffix
+    room = teacher.max_length - len(prefix) - len(suffix)
+    seen, positions, sources = [], [], []
+    for text, starts, words in zip(
+        encoded, shard.lists("char_starts"), shard.lists("word_starts"), strict=True
+    ):
+        seen.append(np.concatenate([prefix, text.ids[:room], suffix]).astype(np.int64))
+        places = np.flatnonzero(words & (starts >= 0))
+        token = np.searchsorted(text.starts[:room], starts[places], side="right") - 1
+        covered = (token >= 0) & (starts[places] < text.ends[:room][token.clip(0)])
+        positions.append(places[covered].astype(np.int64))
+        sources.append(token[covered] + len(prefix))
+    counts = np.array([len(p) for p in positions])
+    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        select = np.concatenate([i * width + sources[r] for i, r in enumerate(rows)])
+        logits = teacher.model(**inputs).logits.float().flatten(0, 1)[teacher.tensor(select)]
+        return {"logits": _finite(logits, teacher).cpu().numpy()}
+
+    plan = length_buckets(lengths, teacher.batch_tokens)
+    return _in_corpus_order(_run_batches(plan, forward), positions)
+
+
+def _sequence_unit(
+    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+) -> UnitResult:
+    seen, types = _expert_inputs(teacher, shard, view, unit)
+    lengths = np.array([len(row) for row in seen]) * shard.wanted
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        if types is not None and teacher.token_types:
+            kinds = [types[r] for r in rows]
+            padded = pad(kinds, np.array([len(k) for k in kinds]), 0, width)
+            inputs["token_type_ids"] = teacher.tensor(padded)
+        columns = {"logits": _finite(teacher.model(**inputs).logits.float(), teacher).cpu().numpy()}
+        if teacher.info.monte_carlo_passes:
+            columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows)
+        return columns
+
+    plan = length_buckets(lengths, teacher.batch_tokens)
+    done = list(_run_batches(plan, forward))
+    names = ["logits"] + (["mc_probs"] if teacher.info.monte_carlo_passes else [])
+    assert teacher.info.num_labels is not None
+    shape = (len(seen), teacher.info.num_labels)
+    columns = {name: np.zeros(shape, np.float32) for name in names}
+    for rows, found in done:
+        for name in names:
+            columns[name][rows] = found[name]
+    return UnitResult(np.flatnonzero(lengths), columns)
+
+
+def _expert_inputs(
+    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+) -> tuple[list[NDArray], list[NDArray] | None]:
+    """The expert's own encoding of each row's text or pair; empty where there is no pair."""
+    tokenizer, longest = teacher.tokenizer, teacher.max_length
+    if not teacher.config.pair_expert:
+        room = longest - len(tokenizer.prefix) - len(tokenizer.suffix)
+        texts = tokenizer.encode(shard.column("text"))
+        wrapped = [np.concatenate([tokenizer.prefix, t.ids[:room], tokenizer.suffix]) for t in texts]
+        return [w.astype(np.int64) for w in wrapped], None
+    assert view is not None
+    batches = [view.batch(unit.shard, i) for i in range(len(shard.batches))]
+    first = [value for b in batches for value in b["text_a"].to_pylist()]
+    second = [value for b in batches for value in b["text_b"].to_pylist()]
+    encoded = [
+        tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+        for a, b in zip(first, second, strict=True)
+    ]
+    return [np.array(i, np.int64) for i, _ in encoded], [np.array(t, np.int64) for _, t in encoded]
+
+
+def _monte_carlo(teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: Rows) -> NDArray:
+    """Mean class probabilities over dropout passes; InputError when dropout changes nothing."""
+    name = f"{teacher.info.seed}\0{unit.name}\0{rows.tolist()}".encode()
+    torch.manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)
+    teacher.model.train()  # dropout on; text models have no batch statistics that this would touch
+    try:
+        passes = torch.stack(
+            [
+                torch.softmax(teacher.model(**inputs).logits.float(), dim=-1)
+                for _ in range(teacher.info.monte_carlo_passes)
+            ]
+        )
+    finally:
+        teacher.model.eval()
+    if len(passes) > 1 and not bool((passes.var(dim=0) > 0).any()):
+        raise InputError(
+            f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so the model "
+            "has no dropout to draw uncertainty from. Set hidden_dropout_prob in its config.json, or "
+            "monte_carlo.passes to 0"
+        )
+    return passes.mean(dim=0).cpu().numpy()
+
+
+def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
+    lengths = np.array([len(s) for s in sequences])
+    config = teacher.model.config
+    fill = getattr(config, "pad_token_id", None)
+    if not isinstance(fill, int):
+        fill = teacher.tokenizer.eos_id if teacher.tokenizer.pad_id == 0 else teacher.tokenizer.pad_id
+        fill = 0 if fill is None else fill
+        config.pad_token_id = fill  # classifiers on causal models look for it to find the last token
+    ids = pad(sequences, lengths, fill)
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    return {
+        "input_ids": teacher.tensor(ids),
+        "attention_mask": teacher.tensor(mask),
+    }, ids.shape[1]
+
+
+def _run_batches(
+    plan: list[Rows], forward: Callable[[Rows], Columns]
+) -> Iterator[tuple[Rows, Columns]]:
+    """Run the plan; a batch that is out of memory is halved, and so is every later one as large."""
+    waiting = plan[::-1]
+    limit: int | None = None
+    while waiting:
+        rows = waiting.pop()
+        if limit is not None and len(rows) > limit:
+            waiting += [rows[limit:], rows[:limit]]
+            continue
+        try:
+            columns = forward(rows)
+        except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise InputError(
+                    "one sequence alone does not fit into memory: use a smaller teacher, a shorter "
+                    "corpus.sequence_length, or a lower precision"
+                ) from None
+            limit = len(rows) // 2
+            log.warning("out of memory with %d sequences; going on with %d", len(rows), limit)
+            waiting.append(rows)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield rows, columns
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def _in_corpus_order(
+    done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]]
+) -> UnitResult:
+    """Flat columns sorted by corpus row; positions ascend within a row already."""
+    finished = list(done)
+    if not finished:
+        return UnitResult(np.zeros(0, np.int64), {"positions": np.zeros(0, np.uint16)})
+    rows = np.concatenate([np.repeat(r, [len(positions[i]) for i in r]) for r, _ in finished])
+    where = np.concatenate([positions[i] for r, _ in finished for i in r])
+    columns = concatenate([c for _, c in finished]) | {"positions": where.astype(np.uint16)}
+    order = np.argsort(rows, kind="stable")
+    return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
+
+
+def concatenate(parts: list[Columns]) -> Columns:
+    """Columns one after another."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _finite(logits: Tensor, teacher: Teacher) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            f"teacher {teacher.info.name!r} produced logits that are not finite in "
+            f"{teacher.info.precision}; try `precision: fp32` for it, and check the model"
+        )
+    return logits
+
+
+def _replaced(ids: NDArray, positions: NDArray[np.int64], values: NDArray) -> NDArray:
+    out = ids.copy()
+    out[positions] = values
+    return out

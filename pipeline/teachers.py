@@ -1,0 +1,268 @@
+"""Teachers: what the configuration says of one, what the cache records of it, and the loaded model.
+
+A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so that a finished
+cache is recognised in seconds.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.corpus import Corpus
+from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.targets import TeacherInfo
+from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.views import MaskedView, PairView
+from rekindle.pipeline.models import (
+    Placement,
+    config_fingerprint,
+    load_model,
+    package_versions,
+    place,
+    resolve_model,
+    weights_fingerprint,
+)
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.language_model import SplitLanguageModel
+
+log = logging.getLogger("rekindle")
+
+AUTO_CLASSES = {
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+SMALL_HEAD = 1000  # heads up to this many classes are kept whole
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher before it is loaded: configuration, directory, and its description for the cache."""
+
+    config: TeacherConfig
+    directory: Path
+    info: TeacherInfo
+
+
+def plan_teacher(
+    config: TeacherConfig, corpus: Corpus, masked: MaskedView | None, pairs: PairView | None, seed: int
+) -> TeacherPlan:
+    """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
+    directory = resolve_model(config.model)
+    settings = _read_config(directory)
+    info: dict[str, Any] = {
+        "name": config.name,
+        "task": config.task,
+        "domains": config.domains,
+        "precision": place(config.precision).precision,
+        "estimator": {"kind": "dense", "bias": "exact"},
+        "fingerprints": {
+            "weights": weights_fingerprint(directory),
+            "config": config_fingerprint(directory),
+            "tokenizer": _tokenizer_of(directory, settings, corpus, config).digest,
+        },
+        "versions": package_versions(),
+        "model": config.model,
+    }
+    if config.domains is not None:
+        _check_domains(config, corpus)
+    if config.vocabulary:
+        info |= _vocabulary_info(config, settings, corpus, masked)
+    else:
+        info |= _head_info(config, settings)
+        info["view"] = pairs.name if config.pair_expert and pairs else "text"
+        info |= {"monte_carlo_passes": config.monte_carlo.passes}
+        info |= {"seed": seed} if config.monte_carlo.passes else {}
+    return TeacherPlan(config, directory, TeacherInfo(**info))
+
+
+def _read_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory}/config.json cannot be used: {reason}") from None
+
+
+def _tokenizer_of(
+    directory: Path, settings: Any, corpus: Corpus, config: TeacherConfig
+) -> Tokenizer:
+    """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
+    if not has_tokenizer_files(directory):
+        ours = corpus.info["tokenizer"]["size"]
+        if settings.get_text_config().vocab_size != ours:
+            raise InputError(
+                f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
+                f"({settings.get_text_config().vocab_size:,}) is not the corpus tokenizer's ({ours:,}). "
+                "Save the teacher's tokenizer into its directory"
+            )
+        log.info(
+            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so the "
+            "corpus tokenizer is used for it",
+            config.name,
+        )
+        return corpus.tokenizer
+    tokenizer = load_tokenizer(str(directory))
+    if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
+        raise InputError(
+            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} against "
+            f"{corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same ids): its "
+            "distributions over the vocabulary would be misread. A masked_lm or causal_lm teacher must "
+            "share corpus.tokenizer; sequence experts may have their own"
+        )
+    return tokenizer
+
+
+def _check_domains(config: TeacherConfig, corpus: Corpus) -> None:
+    unknown = sorted(set(config.domains or ()) - corpus.domains.keys())
+    if unknown:
+        known = ", ".join(sorted(corpus.domains)) or "none; set corpus.domain_field"
+        raise InputError(
+            f"teacher {config.name!r}: the corpus has no domain {unknown[0]!r} (it has: {known})"
+        )
+
+
+def _vocabulary_info(
+    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | None
+) -> dict[str, Any]:
+    size = corpus.info["tokenizer"]["size"]
+    if settings.get_text_config().vocab_size < size:
+        raise InputError(
+            f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, the "
+            f"tokenizer has {size:,}: it was not trained with it"
+        )
+    _check_length(config, settings, corpus.info["config"]["sequence_length"])
+    kind = config.targets.kind or "topk"
+    info: dict[str, Any] = {"kind": kind, "vocabulary_size": size}
+    if kind == "topk":
+        k = min(config.targets.k, size)
+        info |= {"k": k, "temperatures": config.targets.temperatures}
+        info["estimator"] = {"kind": "topk", "bias": "exact" if k == size else "biased"}
+    if config.task == "masked_lm":
+        assert masked is not None
+        return info | {"view": masked.name}
+    return info | {"view": "clean"}
+
+
+def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) -> None:
+    text = settings.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    # RoBERTa-type models number positions from pad_token_id + 1.
+    offset = (text.pad_token_id or 0) + 1 if text.model_type in ("roberta", "xlm-roberta") else 0
+    if limit and limit > 0 and sequence_length > limit - offset:
+        raise InputError(
+            f"teacher {config.name!r} takes at most {limit - offset} tokens; "
+            f"corpus.sequence_length is {sequence_length}"
+        )
+
+
+def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
+    labels = int(settings.num_labels)
+    if labels > SMALL_HEAD:
+        log.warning(
+            "teacher %s has %d classes; all logits are kept (%d bytes a row)",
+            config.name,
+            labels,
+            4 * labels,
+        )
+    if config.task == "regression" and labels != 1:
+        raise InputError(
+            f"teacher {config.name!r} has {labels} outputs; task regression needs 1. "
+            "Use sequence_classification for a classifier"
+        )
+    names = tuple(str(settings.id2label[i]) for i in range(labels))
+    if config.task == "token_classification":
+        return {"kind": "token", "num_labels": labels, "label_names": names, "view": "text"}
+    problem = settings.problem_type or ("regression" if labels == 1 else None)
+    if config.task == "sequence_classification" and problem == "regression":
+        raise InputError(
+            f"teacher {config.name!r} is a regression model; say `task: regression`"
+        )
+    return {
+        "kind": "sequence",
+        "num_labels": labels,
+        "label_names": names,
+        "problem": "regression"
+        if config.task == "regression"
+        else problem or "single_label_classification",
+    }
+
+
+def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
+    """Record the teacher in the cache, or insist that it is the one already there.
+
+    Raises CacheMismatchError naming what differs: targets of two models never mix under one name.
+    """
+    path = f"targets/{info.name}/teacher.json"
+    content = info.model_dump_json(indent=1).encode() + b"\n"
+    if corpus.store.create(path, content):
+        return
+    from rekindle.data.cache import read_teacher
+
+    old, new = read_teacher(corpus.store, info.name).identity(), info.identity()
+    if old == new:
+        return
+    changed = [key for key in new if old[key] != new[key]]
+    details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
+    raise CacheMismatchError(
+        f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not this one "
+        f"({details}). Give this one another name, or delete targets/{info.name} to make it anew"
+    )
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if key == "fingerprints":
+        return "other " + " and ".join(k for k in new if old.get(k) != new[k])
+    return f"{key}: {old!r} there, {new!r} here"
+
+
+class Teacher:
+    """A loaded teacher, on its device, ready to be run."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+        self.info, self.config = plan.info, plan.config
+        self.placement: Placement = place(plan.info.precision, worker)
+        model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
+        self.model: nn.Module = model.to(self.placement.device).eval()
+        settings = _read_config(plan.directory)
+        self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
+        self.max_length = _longest_text(settings, self.tokenizer)
+        self.token_types = getattr(settings, "type_vocab_size", 0) >= 2
+
+    @cached_property
+    def language_model(self) -> SplitLanguageModel:
+        """Body and head of a vocabulary teacher."""
+        try:
+            return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+        except NotImplementedError as error:
+            raise InputError(f"teacher {self.info.name!r}: {error}") from None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per forward pass to begin with."""
+        if self.config.batch_tokens != "auto":
+            return self.config.batch_tokens
+        return AUTO_BATCH_TOKENS["cpu" if self.placement.device == "cpu" else "cuda"]
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """An integer array on the teacher's device as int64."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
+
+
+def _longest_text(settings: Any, tokenizer: Tokenizer) -> int:
+    text = settings.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    offset = (text.pad_token_id or 0) + 1 if text.model_type in ("roberta", "xlm-roberta") else 0
+    by_model = limit - offset if limit and limit > 0 else 1 << 20
+    return int(min(by_model, tokenizer.hf.model_max_length))

@@ -1,0 +1,151 @@
+"""Shared fixtures: real text, tokenizers trained on it, and tiny random model directories of every family."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+WORDS = (
+    "the a of in to and model teacher student learns guides writes reads small large old new quick "
+    "cache token masked causal gradient loss river mountain city engine paper number light water "
+    "runs falls rises gives takes keeps under over between beside without against"
+).split()
+
+
+def shared_data() -> Path | None:
+    """The folder of real corpora that some tests use when it is there."""
+    given = os.environ.get("REKINDLE_SHARED")
+    path = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    return path if path.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    path = shared_data()
+    if path is None:
+        pytest.skip("the shared corpora are not on this machine (set REKINDLE_SHARED)")
+    return path
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [
+        " ".join(draw.choices(WORDS, k=draw.randint(4, 14))).capitalize() + "." for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 documents in two domains, of very different lengths."""
+    path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
+    lines = []
+    for number in range(40):
+        text = " ".join(sentences(1 + (number * 7) % 12, number))
+        lines.append({"id": f"d{number}", "text": text, "domain": "even" if number % 2 == 0 else "odd"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT tokenizer directory with a few hundred tokens."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    path = tmp_path_factory.mktemp("wordpiece")
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(sentences(400, 0), vocab_size=300, min_frequency=1, show_progress=False)
+    trainer.save_model(str(path))
+    fast = BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=512)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bytelevel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 tokenizer directory with a few hundred tokens."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    path = tmp_path_factory.mktemp("bytelevel")
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(
+        sentences(400, 1), vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    trainer.save_model(str(path))
+    fast = GPT2TokenizerFast(
+        vocab=str(path / "vocab.json"), merges=str(path / "merges.txt"), model_max_length=256
+    )
+    fast.save_pretrained(path)
+    return path
+
+
+FAMILIES = {
+    "bert": ("BertConfig", {"num_hidden_layers": 2, "intermediate_size": 48}),
+    "roberta": ("RobertaConfig", {"num_hidden_layers": 2, "intermediate_size": 48}),
+    "electra": (
+        "ElectraConfig",
+        {"num_hidden_layers": 2, "intermediate_size": 48, "embedding_size": 24},
+    ),
+    "deberta": (
+        "DebertaV2Config",
+        {
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 16,
+        },
+    ),
+    "modernbert": ("ModernBertConfig", {"num_hidden_layers": 2, "intermediate_size": 48}),
+    "gpt2": ("GPT2Config", {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 256}),
+    "llama": (
+        "LlamaConfig",
+        {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 1},
+    ),
+}
+COMMON = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 256}
+
+ModelFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
+    """make_model(family, auto_class, tokenizer_dir, **config) -> a saved model directory (cached)."""
+    import torch
+    import transformers
+
+    from rekindle.data.tokenizer import load_tokenizer
+
+    made: dict[str, Path] = {}
+
+    def make(family: str, auto: str, tokenizer: Path, seed: int = 0, **extra: object) -> Path:
+        key = json.dumps([family, auto, str(tokenizer), seed, extra], sort_keys=True, default=str)
+        if key in made:
+            return made[key]
+        loaded = load_tokenizer(str(tokenizer))
+        name, values = FAMILIES[family]
+        base = {} if family == "gpt2" else dict(COMMON)
+        ids = {
+            "vocab_size": loaded.size,
+            "pad_token_id": loaded.pad_id,
+            "bos_token_id": loaded.eos_id,
+            "eos_token_id": loaded.eos_id,
+            "initializer_range": 0.5,
+        }
+        config = getattr(transformers, name)(**(base | ids | values | extra))
+        torch.manual_seed(seed)
+        model = getattr(transformers, auto).from_config(config)
+        path = tmp_path_factory.mktemp(f"{family}-")
+        model.save_pretrained(path)
+        loaded.save(str(path))
+        made[key] = path
+        return path
+
+    return make

@@ -1,0 +1,109 @@
+"""A Hugging Face language model split into a body and its output matrix.
+
+Losses and top-k need logits at few positions; the split gives final hidden states at chosen positions
+[N,H] and the head (weight [V,H], bias [V]), so that [batch, sequence, vocabulary] is never made. The split is
+checked against the model's own logits when it is built. Knows nothing of teachers, students or caches.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger("rekindle")
+
+
+class OutputHead(NamedTuple):
+    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None is none."""
+
+    weight: Tensor  # [V,H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [N,V] of ``hidden`` [N,H]."""
+        out = F.linear(hidden, self.weight, self.bias).float() * self.logit_scale
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+
+class SplitLanguageModel:
+    """Body and head of a masked or causal LM; the model itself stays whole and saveable."""
+
+    def __init__(self, model: nn.Module, causal: bool):
+        self.model = model
+        self.causal = causal
+        self._select: Tensor | None = None
+        self._output = model.get_output_embeddings()  # type: ignore[operator]
+        if not causal:
+            self._install_hooks()
+        self._check()
+
+    def hidden(self, inputs: Mapping[str, Tensor], select: Tensor) -> Tensor:
+        """Final hidden states [N,H] at ``select`` [N], flat indices into [B·S]."""
+        if self.causal:
+            body = self.model.base_model(**inputs)  # type: ignore[operator]
+            return body.last_hidden_state.flatten(0, 1)[select]
+        self._select = select
+        try:
+            picked: Tensor = self.model(**inputs).logits
+            return picked
+        finally:
+            self._select = None
+
+    @property
+    def head(self) -> OutputHead:
+        """The output matrix, shared with the model (not a copy)."""
+        config = self.model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return OutputHead(self._output.weight, self._output.bias, softcap, scale / divisor)
+
+    def _install_hooks(self) -> None:
+        """Masked LMs transform hidden states before the output matrix, each family in its own way.
+
+        While rows are selected, whatever stands after the body sees only those rows, and the output
+        matrix passes its input through: the model then returns transformed hidden states as its logits.
+        """
+
+        def pick(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._select is None or arguments[0].dim() != 3:
+                return None
+            return (arguments[0].flatten(0, 1)[self._select], *arguments[1:])
+
+        for name, child in self.model.named_children():
+            if name != self.model.base_model_prefix:
+                child.register_forward_pre_hook(pick)
+        if self._output is not None:
+            product = self._output.forward
+            self._output.forward = lambda x: x if self._select is not None else product(x)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raise NotImplementedError unless the split reproduces the model's logits."""
+        config, training = self.model.config, self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        ids = torch.arange(5, 13, device=device)[None] % config.get_text_config().vocab_size
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        try:
+            expected = self.model(**inputs).logits[0].float()
+            found = self.head.logits(self.hidden(inputs, torch.arange(8, device=device)))
+            same = torch.allclose(found, expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise NotImplementedError(_unsupported(self.model, str(error))) from error
+        finally:
+            self.model.train(training)
+        if found.shape != expected.shape or not same:
+            raise NotImplementedError(_unsupported(self.model, "its logits are not head(hidden)"))
+
+
+def _unsupported(model: nn.Module, reason: str) -> str:
+    return (
+        f"{type(model).__name__} cannot be split into a body and an output matrix ({reason}); "
+        "Rekindle supports masked and causal LMs whose logits are one linear map of final hidden states"
+    )

@@ -1,0 +1,47 @@
+"""Values that change over training steps: loss weights and the learning rate. Pure functions of the step."""
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from rekindle.data.settings import Settings
+
+
+class Schedule(Settings):
+    """A weight that goes from one value to another over the first part of the steps, then stays."""
+
+    schedule: Literal["constant", "linear", "step", "cosine"] = Field(
+        "linear", description="step: `from` until the end of `over`, then `to` (Heaviside)"
+    )
+    start: float = Field(1.0, ge=0, alias="from", description="value at the first step")
+    end: float = Field(0.0, ge=0, alias="to", description="value when `over` is through")
+    over: float = Field(1.0, gt=0, le=1, description="fraction of the steps the change takes")
+
+    def value(self, step: int, steps: int) -> float:
+        """The value at ``step`` (0-based) of ``steps``."""
+        if self.schedule == "constant":
+            return self.start
+        done = min(step / (self.over * steps), 1.0)
+        if self.schedule == "step":
+            return self.start if done < 1.0 else self.end
+        shape = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * shape
+
+
+Weight = float | Schedule
+
+
+def weight_at(weight: Weight, step: int, steps: int) -> float:
+    """The value of a number or schedule at a step."""
+    return weight.value(step, steps) if isinstance(weight, Schedule) else float(weight)
+
+
+def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied by at ``step``: warm-up, then ``kind`` down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 1.0 - done if kind == "linear" else (1.0 + math.cos(math.pi * done)) / 2
