@@ -172,9 +172,19 @@ class Cache:
                 yield self.gather(index, names, epoch=epoch, masked_view=view)
 
     def gather(
-        self, index: Ints, teachers: Sequence[str], *, epoch: int = 0, masked_view: str | None = None
+        self,
+        index: Ints,
+        teachers: Sequence[str],
+        *,
+        epoch: int = 0,
+        masked_view: str | None = None,
+        allow_missing: Sequence[str] = (),
     ) -> Batch:
-        """The batch of the sequences ``index`` [B], in that order, with those teachers' targets."""
+        """The batch of the sequences ``index`` [B], in that order, with those teachers' targets.
+
+        A unit that is not committed is CacheMismatchError, unless its teacher is in ``allow_missing``: its
+        sequences then have no targets.
+        """
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
         records = [self._record(shard, row) for shard, row in where]
@@ -194,7 +204,10 @@ class Cache:
             lengths=lengths,
             masked=masked,
             pairs={name: self._pair_inputs(self.views[name], where) for name in sorted(pair_views)},
-            targets={name: self._targets(self.teacher(name), where, replica) for name in teachers},
+            targets={
+                name: self._targets(self.teacher(name), where, replica, name in allow_missing)
+                for name in teachers
+            },
         )
 
     def _record(self, shard: int, row: int) -> dict[str, Any]:
@@ -250,27 +263,46 @@ class Cache:
         return PairInputs(pad(ids, lengths, pad_id), pad(types, lengths, 0), lengths)
 
     def _targets(
-        self, teacher: TeacherReader, where: list[tuple[int, int]], replica: int | None
+        self,
+        teacher: TeacherReader,
+        where: list[tuple[int, int]],
+        replica: int | None,
+        allow_missing: bool = False,
     ) -> TargetBatch:
         if teacher.info.kind == "sequence":
-            parts = [teacher.sequence_rows(shard, [row]) for shard, row in where]
-            logits = np.concatenate([c["logits"] for _, c in parts])
-            mc = [c["mc_probs"] for _, c in parts] if teacher.info.monte_carlo_passes else None
-            present = np.concatenate([p for p, _ in parts])
-            return SequenceTargetBatch(
-                teacher.info, present, logits, np.concatenate(mc) if mc is not None else None
-            )
-        found = [teacher.position_rows(shard, [row], replica)[0] for shard, row in where]
-        counts = [part.stop - part.start for part, _ in found]
+            return self._sequence_targets(teacher, where, allow_missing)
+        names = teacher.column_names()
+        counts = np.zeros(len(where), np.int64)
+        parts = []
+        for number, (shard, row) in enumerate(where):
+            if allow_missing and not teacher.has(shard, replica):
+                continue
+            part, flat = teacher.position_rows(shard, [row], replica)[0]
+            counts[number] = part.stop - part.start
+            parts.append({name: flat[name][part] for name in names})
         rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
-        columns = {
-            name: np.concatenate([c[name][part] for part, c in found])
-            for name in teacher.column_names()
-        }
+        parts = parts or [teacher.no_positions()]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
         positions = columns.pop("positions").astype(np.int64)
         if teacher.info.kind == "token":
             return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
         return TokenTargetBatch(teacher.info, rows, positions, columns)
+
+    def _sequence_targets(
+        self, teacher: TeacherReader, where: list[tuple[int, int]], allow_missing: bool
+    ) -> SequenceTargetBatch:
+        assert teacher.info.num_labels is not None
+        shape = (len(where), teacher.info.num_labels)
+        present, logits = np.zeros(len(where), bool), np.zeros(shape, np.float32)
+        mc = np.zeros(shape, np.float32) if teacher.info.monte_carlo_passes else None
+        for number, (shard, row) in enumerate(where):
+            if allow_missing and not teacher.has(shard, None):
+                continue
+            there, columns = teacher.sequence_rows(shard, [row])
+            present[number], logits[number] = there[0], columns["logits"][0]
+            if mc is not None:
+                mc[number] = columns["mc_probs"][0]
+        return SequenceTargetBatch(teacher.info, present, logits, mc)
 
     def example(self, index: int) -> Example:
         """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""

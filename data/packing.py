@@ -60,6 +60,9 @@ class Position(NamedTuple):
     token: int
 
 
+BEGINNING = Position(0, 0)
+
+
 class _Piece(NamedTuple):
     """Tokens begin:end of one document, and the special tokens just before and after them."""
 
@@ -80,7 +83,7 @@ def pack(
     sequence_length: int,
     packing: Literal["document", "contiguous"],
     tokenizer: SpecialTokens,
-    start: Position = Position(0, 0),  # noqa: B008  (immutable)
+    start: Position = BEGINNING,
 ) -> Iterator[tuple[Sequence, Position]]:
     """Each sequence of ``documents``, and the Position from which packing would go on after it.
 

@@ -141,6 +141,14 @@ def position_columns(info: TeacherInfo) -> dict[str, tuple[pa.DataType, int | No
     }
 
 
+def no_positions(info: TeacherInfo) -> Columns:
+    """The columns of a unit in which the teacher has nothing to say (another domain's shard)."""
+    return {
+        name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
+        for name, (dtype, width) in position_columns(info).items()
+    }
+
+
 def position_batches(
     schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
 ) -> Iterator[pa.RecordBatch]:

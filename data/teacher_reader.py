@@ -16,6 +16,7 @@ from rekindle.data.targets import (
     VOCABULARY_TASKS,
     Columns,
     TeacherInfo,
+    no_positions,
     position_columns,
     target_schema,
 )
@@ -168,6 +169,10 @@ class TeacherReader:
     def column_names(self) -> list[str]:
         """The per-position columns."""
         return list(position_columns(self.info))
+
+    def no_positions(self) -> Columns:
+        """The per-position columns with no position in them."""
+        return no_positions(self.info)
 
 
 def _flat_columns(batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:

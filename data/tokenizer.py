@@ -23,8 +23,9 @@ from rekindle.data.documents import Document
 from rekindle.data.errors import InputError
 
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-_HUGGING_FACE_FILES = (
+_AUTO_FILES = (
     "tokenizer.json",
+    "tokenizer_config.json",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -73,7 +74,8 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Each text's tokens: no special tokens, no truncation, all cores.
 
-        A special token's name within a text ("[MASK]", "</s>") is text like any other.
+        A special token's name within a text ("[MASK]", "</s>") is text like any other, except to a
+        Unigram model that has it among its pieces.
         """
         return [_encoded(*pair) for pair in zip(texts, self._encodings(texts), strict=True)]
 
@@ -168,7 +170,8 @@ def _affixes(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _encoded(text: str, encoding: Any) -> Encoded:
     length = len(encoding)
     spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * length)
-    starts, ends = spans[0::2].copy(), spans[1::2].copy()
+    # Tokenizers that trim white space off the spans move some of them back (a lone "▁", say).
+    starts, ends = np.maximum.accumulate(spans[0::2]), np.maximum.accumulate(spans[1::2])
     word_starts = _word_starts(np.array(encoding.word_ids, np.int64), _words(text)[starts])
     return Encoded(np.array(encoding.ids, np.int32), starts, ends, word_starts)
 
@@ -234,7 +237,7 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 def has_tokenizer_files(path: str | Path) -> bool:
     """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
     directory = Path(path)
-    names = (*_HUGGING_FACE_FILES, "vocab.txt")
+    names = (*_AUTO_FILES, "vocab.txt")
     return any((directory / name).is_file() for name in names) or _gpt2_files(directory) is not None
 
 
@@ -274,8 +277,7 @@ def _load_directory(directory: Path) -> Any:
             f"(or what else AutoTokenizer reads), vocab.txt, encoder.json + vocab.bpe, or "
             f"vocab.json + merges.txt"
         )
-    described = (*_HUGGING_FACE_FILES, "tokenizer_config.json", "config.json")
-    if any((directory / name).is_file() for name in described):
+    if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
         return _load_auto(str(directory))
     if (directory / "vocab.txt").is_file():
         return _load_wordpiece(directory / "vocab.txt")

@@ -21,14 +21,14 @@ from rekindle.data.shards import Commit, ShardSet
 from rekindle.data.store import Store, open_store
 from rekindle.data.targets import (
     TeacherInfo,
+    no_positions,
     position_batches,
-    position_columns,
     sequence_batches,
     target_schema,
 )
 from rekindle.data.views import MaskedView, PairView, ViewReader
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.models import cpu_count
+from rekindle.train.models import cpu_count
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -183,7 +183,7 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
         present[result.rows] = True
         batches = sequence_batches(schema, digests, present, result.columns)
     else:
-        columns = result.columns if len(result.rows) else _empty_columns(info)
+        columns = result.columns if len(result.rows) else no_positions(info)
         batches = position_batches(schema, digests, result.rows, columns)
     facts = {
         "positions": len(result.rows),
@@ -194,14 +194,6 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
     }
     shards = ShardSet(corpus.store, f"targets/{info.name}")
     return shards.write(unit.name, schema, batches, lambda: facts)
-
-
-def _empty_columns(info: TeacherInfo) -> dict:
-    """Columns of a unit in which the teacher has nothing to say (another domain's shard)."""
-    return {
-        name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
-        for name, (dtype, width) in position_columns(info).items()
-    }
 
 
 # --- several processes on one machine: one per device, or as many as asked for on CPUs ---

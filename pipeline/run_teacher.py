@@ -116,7 +116,7 @@ def _vocabulary_unit(
         inputs, width = _inputs(teacher, [seen[r] for r in rows])
         select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
         truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
-        hidden = teacher.language_model.hidden(inputs, teacher.tensor(select))
+        hidden, _ = teacher.language_model.hidden(inputs, teacher.tensor(select))
         scores = score_hidden(hidden, teacher.language_model.head, truth, teacher.info)
         return concatenate([to_columns(block, teacher.info) for block in scores])
 

@@ -39,8 +39,7 @@ def score_hidden(
     (30,522 → 30,528) are not tokens and get no probability.
     """
     assert info.vocabulary_size is not None
-    bias = None if head.bias is None else head.bias[: info.vocabulary_size]
-    real = head._replace(weight=head.weight[: info.vocabulary_size], bias=bias)
+    real = head.cut(info.vocabulary_size)
     step = max(1, LOGITS_BYTES // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         block = slice(start, start + step)

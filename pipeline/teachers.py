@@ -19,7 +19,7 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.targets import TeacherInfo
 from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.views import MaskedView, PairView
-from rekindle.pipeline.models import (
+from rekindle.train.models import (
     Placement,
     config_fingerprint,
     load_model,

@@ -1,0 +1,314 @@
+"""Distillation losses from sparse teacher targets: entry points, checks, dispatch; no arithmetic.
+
+Shapes: N rows (tokens), V vocabulary, K kept ids a row, H hidden size, T teachers.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rekindle.kernels.chunked import linear_losses
+from rekindle.kernels.merge import SparseRow, merge_rows
+from rekindle.kernels.reference import reference_losses
+from rekindle.kernels.targets import Objective, SparseTargets
+
+logger = logging.getLogger("rekindle")
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+
+class KDLoss(NamedTuple):
+    """loss = ce_weight·ce + kd_weight·τ²·kd. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def kd_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    *,
+    tail_prob: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> KDLoss:
+    """Cross-entropy on labels plus a divergence to sparse teacher targets, from logits.
+
+    loss = ce_weight·CE(labels, z) + kd_weight·τ²·D(q ‖ softmax(z/τ))
+    z    = cap·tanh(logit_scale·logits / cap)
+
+    The gradient is exactly the derivative of the returned loss. Targets get none.
+
+    Args:
+        logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
+            float32).
+        target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
+        target_probs: [N,K] probabilities at this temperature; ignored at padding.
+        tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
+        labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
+        temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
+        ce_weight: weight of CE.
+        kd_weight: weight of τ²·D.
+        divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|).
+        tail: what stands for the target outside its ids. bucket: one more outcome, "any other
+            id", with tail_prob against the student's mass there. renormalise: q/Σq on the ids and
+            zero elsewhere. none: q as it is on the ids and zero elsewhere (unbiased samples).
+        row_weight: [N], multiplies the row's ce and kd. Weight 0 ignores the row entirely: its
+            logits may hold anything, NaN too, and get a gradient of zero.
+        ignore_index: label that does not count.
+        reduction: mean: D over the rows with weight ≠ 0 (a row without target counts and adds
+            nothing), CE over those of them whose label counts; sum; none: [N], 0 in ignored rows.
+            No such row: 0.
+        impl: auto | triton | torch.
+        softcap: final logit softcapping as in Gemma 2; None: none.
+        logit_scale: > 0, multiplies the logits first.
+
+    A target probability of zero counts as 2^-126 where its logarithm is needed (reverse KL
+    outside the ids). So does, as a constant without gradient, the student's probability of an id
+    whose logit is -inf; a bucket with no possible id in it is no outcome. Losses are finite for
+    every logit that is not NaN or +inf.
+
+    Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, weights
+        of rows included, detached.
+
+    Raises: ValueError for arguments that break these rules (values are checked on CPU tensors
+        only: on a device that would wait for it).
+
+    Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
+    """
+    _check_matrix("logits", logits)
+    objective = Objective(
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        divergence=divergence,
+        tail=tail,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    targets = _targets(
+        logits, logits.shape[1], target_ids, target_probs, tail_prob, labels, row_weight, objective
+    )
+    _choose(impl, logits.device)
+    return KDLoss(*reference_losses(logits, targets, objective))
+
+
+def linear_kd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    *,
+    bias: Tensor | None = None,
+    tail_prob: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> KDLoss:
+    """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
+
+    Rows with weight 0, or with neither label nor target, are dropped before the first product.
+    The gradient is formed in the forward pass, block by block (float32 sums, or float64 for
+    float64 inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU (at
+    least one row).
+
+    hidden is [N,H], weight [V,H] (the output embedding), bias [V] or None; every other argument
+    is as for `kd_loss`, whose docstring has their rules.
+
+    Returns, Raises: as for `kd_loss`.
+    """
+    _check_matrix("hidden", hidden)
+    _check_matrix("weight", weight)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} and hidden is {tuple(hidden.shape)}; "
+            "weight must be [V,H] with the H of hidden [N,H]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)}; it must be [V] = [{weight.shape[0]}]")
+    objective = Objective(
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        divergence=divergence,
+        tail=tail,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    targets = _targets(
+        hidden, weight.shape[0], target_ids, target_probs, tail_prob, labels, row_weight, objective
+    )
+    _choose(impl, hidden.device)
+    return KDLoss(*linear_losses(hidden, weight, bias, targets, objective))
+
+
+def merge_targets(
+    teachers: Sequence[SparseRow], weights: Tensor | Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixture Σ_t w_t·q_t of several teachers' sparse targets, as one sparse target.
+
+    Args:
+        teachers: (ids [N,K_t] with -1 padding, probs [N,K_t], tail [N] or None = 1 − Σ) per
+            teacher, all at the same temperature.
+        weights: [T], or [N,T] for weights per row; ≥ 0, used as they are (1/T each for the plain
+            mean). A teacher of weight 0 in a row, or without ids there, adds nothing to it,
+            neither ids nor tail.
+
+    Rule for an id that one teacher lists and another does not: what the second gave it is
+    somewhere in its tail, unknown, and stays there. The merged probability of that id is then a
+    lower bound, the merged tail Σ_t w_t·tail_t an upper bound, and the total mass is exact.
+
+    Returns: (ids [N,ΣK_t] int64, probs [N,ΣK_t], tail [N]): ids distinct, by falling probability
+        (ties by id), padding -1 with probability 0 last; float64 if any probs are, else float32.
+
+    Raises: ValueError for shapes that do not fit, or negative weights (checked on CPU).
+    """
+    if not teachers:
+        raise ValueError(
+            "merge_targets was given no teacher; it needs at least one (ids, probs, tail)"
+        )
+    rows = teachers[0][0].shape[0]
+    for t, (ids, probs, tail) in enumerate(teachers):
+        if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
+            raise ValueError(
+                f"teacher {t} has ids {tuple(ids.shape)} and probs {tuple(probs.shape)}; "
+                f"both must be [N,K] with N = {rows}"
+            )
+        if tail is not None and tail.shape != (rows,):
+            raise ValueError(f"teacher {t} has tail {tuple(tail.shape)}; it must be [N] = [{rows}]")
+    weights = torch.as_tensor(weights)
+    if weights.shape not in ((len(teachers),), (rows, len(teachers))):
+        raise ValueError(
+            f"weights are {tuple(weights.shape)}; they must be [T] = [{len(teachers)}] "
+            f"or [N,T] = [{rows},{len(teachers)}]"
+        )
+    if weights.device.type == "cpu" and bool((weights < 0).any()):
+        raise ValueError("weights hold a negative value; a mixture's weights are ≥ 0")
+    return merge_rows(teachers, weights.expand(rows, len(teachers)))
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be a floating-point matrix"
+        )
+
+
+def _targets(
+    rows_of: Tensor,
+    vocabulary: int,
+    ids: Tensor,
+    probs: Tensor,
+    tail: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    objective: Objective,
+) -> SparseTargets:
+    """The targets, checked against the student's N and V; detached, ids and labels int64."""
+    rows = rows_of.shape[0]
+    if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
+        raise ValueError(
+            f"target_ids is {tuple(ids.shape)} and target_probs {tuple(probs.shape)}; "
+            f"both must be [N,K] with N = {rows}"
+        )
+    for name, vector in (("tail_prob", tail), ("labels", labels), ("row_weight", weight)):
+        if vector is not None and vector.shape != (rows,):
+            raise ValueError(f"{name} is {tuple(vector.shape)}; it must be [N] = [{rows}]")
+    for name, integers in (("target_ids", ids), ("labels", labels)):
+        if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
+            raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
+    tensors = (ids, probs, tail, labels, weight)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != rows_of.device:
+            raise ValueError(
+                f"a target tensor is on {tensor.device} and the student on {rows_of.device}; "
+                "all tensors of a call must be on one device"
+            )
+    targets = SparseTargets(
+        ids.detach().long(),
+        probs.detach(),
+        None if tail is None else tail.detach(),
+        None if labels is None else labels.long(),
+        None if weight is None else weight.detach(),
+    )
+    if rows_of.device.type == "cpu":
+        _check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
+    return targets
+
+
+def _check_values(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
+    """What reading the tensors can tell, over the rows that count."""
+    ids = targets.ids
+    if ids.numel():
+        lowest, highest = (int(x) for x in ids.aminmax())
+        if lowest < -1 or highest >= vocabulary:
+            raise ValueError(
+                f"target_ids hold values from {lowest} to {highest}; "
+                f"they must lie in [0, V) = [0, {vocabulary}), or be -1 for padding"
+            )
+        ordered = ids.sort(1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError(
+                "target_ids hold an id twice in one row; ids must be distinct within a row "
+                "(merge_targets sums duplicates)"
+            )
+        lowest_prob = torch.where(ids >= 0, targets.probs, 0.0).amin()
+        if not lowest_prob >= 0:
+            raise ValueError("target_probs hold a negative value or NaN; they are probabilities")
+    if targets.tail is not None and not bool((targets.tail >= 0).all()):
+        raise ValueError("tail_prob holds a negative value or NaN; it is a probability")
+    if targets.labels is not None:
+        wrong = targets.labels[targets.labelled(ignore_index)]
+        wrong = wrong[(wrong < 0) | (wrong >= vocabulary)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels hold {int(wrong[0])}; a label lies in [0, V) = [0, {vocabulary}) "
+                f"or is ignore_index = {ignore_index}"
+            )
+
+
+def _choose(impl: str, device: torch.device) -> str:
+    """The implementation to run: "triton" or "torch"."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton":
+        raise ValueError(
+            "impl is 'triton', which this version does not have; use 'auto' or 'torch'"
+        )
+    if impl == "auto":
+        _say_once(f"distillation loss: impl auto takes torch on {device.type}")
+    return "torch"
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.info(line)

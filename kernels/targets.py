@@ -1,0 +1,126 @@
+"""What one distillation call is about: targets and settings; no arithmetic on logits.
+
+Shapes: N rows, V vocabulary, K kept ids a row.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+TAILS = ("bucket", "renormalise", "none")
+REDUCTIONS = ("mean", "sum", "none")
+
+# A probability of exactly zero is read as 2^-126 wherever its logarithm is needed (reverse KL of
+# a target without tail; an id whose logit is -inf). The value is the smallest normal float32, in
+# every dtype, so that float32 and float64 define the same loss.
+LOG_OF_ZERO = -87.33654475055310
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = ce_weight·CE + kd_weight·τ²·D of the logits cap·tanh(logit_scale·z / cap)."""
+
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+    kd_weight: float = 1.0
+    divergence: str = "forward_kl"
+    tail: str = "bucket"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("divergence", DIVERGENCES),
+            ("tail", TAILS),
+            ("reduction", REDUCTIONS),
+        ):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
+        for name in ("temperature", "logit_scale"):
+            given = getattr(self, name)
+            if not 0 < given < math.inf:
+                raise ValueError(f"{name} is {given}; it must be positive and finite")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
+        for name in ("ce_weight", "kd_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite")
+
+
+class SparseTargets(NamedTuple):
+    """Targets of N rows; ids are int64 with -1 as padding."""
+
+    ids: Tensor  # [N,K]
+    probs: Tensor  # [N,K]
+    tail: Tensor | None  # [N]
+    labels: Tensor | None  # [N] int64
+    weight: Tensor | None  # [N]
+
+    def take(self, rows: Tensor | slice) -> "SparseTargets":
+        """The same targets for some rows only."""
+        return SparseTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Row weights [N] in `dtype`; ones where none were given."""
+        if self.weight is None:
+            return torch.ones(self.ids.shape[0], dtype=dtype, device=self.ids.device)
+        return self.weight.to(dtype)
+
+    def active(self) -> Tensor:
+        """[N] bool: rows that count at all (weight ≠ 0)."""
+        if self.weight is None:
+            return torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
+        return self.weight != 0
+
+    def labelled(self, ignore_index: int) -> Tensor:
+        """[N] bool: rows whose label counts."""
+        if self.labels is None:
+            return torch.zeros(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
+        return self.labels != ignore_index
+
+
+def target_masses(
+    targets: SparseTargets, tail: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The target as probabilities over k + 1 outcomes: the listed ids and the rest.
+
+    Returns probs [N,K] (0 at padding), rest [N] ≥ 0 and `has_target` [N]. A row has a target if
+    it lists an id and, under "renormalise", gives its ids any mass. Without a tail
+    ("renormalise", "none") the rest is 0: the target is the sparse one, zero elsewhere.
+    """
+    listed = targets.ids >= 0
+    probs = torch.where(listed, targets.probs.to(dtype), 0.0)
+    has_target = listed.any(1)
+    total = probs.sum(1)
+    if tail == "renormalise":
+        has_target = has_target & (total > 0)
+        probs = probs / torch.where(total > 0, total, 1.0)[:, None]
+    rest = torch.zeros_like(total)
+    if tail == "bucket":
+        rest = (1.0 - total if targets.tail is None else targets.tail.to(dtype)).clamp(min=0)
+    return probs, rest, has_target
+
+
+def loss_scales(
+    targets: SparseTargets, objective: Objective, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What each row's CE and D are multiplied by to give the *reported* ce and kd, [N] each.
+
+    The row weight, and for "mean" one over the number of rows that count: CE over rows with
+    weight ≠ 0 whose label counts, D over all rows with weight ≠ 0 (a row of weight ≠ 0 without
+    target counts and adds nothing).
+    """
+    active, labelled = targets.active(), targets.labelled(objective.ignore_index)
+    weight = torch.where(active, targets.weights(dtype), 0.0)
+    ce, kd = torch.where(labelled, weight, 0.0), weight
+    if objective.reduction == "mean":
+        ce = ce / (active & labelled).sum().clamp(min=1)
+        kd = kd / active.sum().clamp(min=1)
+    return ce, kd

@@ -1,0 +1,237 @@
+"""The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
+
+stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or mismatched cache
+or checkpoint; 130 interrupted; 1 our bug.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="pipeline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rekindle: run experts once over a corpus, train as many students from the cache as wanted.",
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]
+CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, gs://…")]
+Json = Annotated[bool, typer.Option("--json", help="print machine-readable results")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one value of the configuration"),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option(help="a smaller run, under 90 seconds on two cores")] = False,
+) -> None:
+    """Run the whole cycle on Python's own documentation; nothing is downloaded."""
+    from rekindle.pipeline.demo import run_demo
+    from rekindle.pipeline.progress import Progress
+
+    with Progress.to_terminal() as progress:
+        report = run_demo(out, quick=quick, progress=progress)
+    typer.echo(report)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
+    train: Annotated[Path, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
+    dev: Annotated[Path, typer.Option(help="the split that scores are taken on")],
+    out: Annotated[Path, typer.Option(help="the expert's directory")],
+    seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
+    metric: Annotated[
+        str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
+    ] = None,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
+    import yaml
+
+    from rekindle.data.settings import parse_settings
+    from rekindle.pipeline.config import set_value
+    from rekindle.train.finetune import FinetuneConfig
+    from rekindle.train.finetune import finetune as run
+
+    values: dict[str, Any] = {}
+    for override in set_ or []:
+        set_value(values, override)
+    config = parse_settings(FinetuneConfig, values, "--set")
+    result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
+    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    scores = ", ".join(f"{s:.4f}" for s in result.scores)
+    typer.echo(f"{summary['metric']} on {dev}: {result.mean:.4f} (seeds: {scores})")
+    typer.echo(f"expert: {out}")
+    assert yaml  # the overrides' values are YAML
+
+
+@app.command("cache-teachers")
+def cache_teachers(
+    run: RunFile,
+    teacher: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="only this teacher; may be repeated")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, one per device")] = 1,
+    set_: Overrides = None,
+) -> None:
+    """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
+    from rekindle.pipeline.config import load_config
+
+    config = load_config(run, set_)
+    from rekindle.pipeline.cache_teachers import cache_teachers as stage_one
+    from rekindle.pipeline.progress import Progress
+
+    with _resumable(f"pipeline cache-teachers {run}"), Progress.to_terminal() as progress:
+        done = stage_one(config, teacher or (), workers, progress)
+    typer.echo(
+        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
+        f"{done.units_done} units made, {done.units_present} were there"
+    )
+
+
+@app.command()
+def verify(
+    cache: CachePath,
+    audit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="re-run the teachers on N random sequences")
+    ] = 0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="RUN.yaml", help="where the teachers are, for --audit")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every checksum and invariant of a cache."""
+    from rekindle.data.errors import CacheFormatError, InputError
+    from rekindle.pipeline.verify import verify_cache
+
+    if audit and config is None:
+        raise InputError("--audit runs the teachers again: name the configuration with --config RUN.yaml")
+    report = verify_cache(cache)
+    audits: dict[str, Any] = {}
+    if audit and config is not None and not report.problems:
+        from rekindle.pipeline.audit import audit_cache
+        from rekindle.pipeline.config import load_config
+
+        audits = audit_cache(cache, load_config(config), audit)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict() | {"audit": audits}))
+    else:
+        typer.echo(report.as_text(cache))
+        for name, values in audits.items():
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+            typer.echo(f"audit of {name}: {shown}")
+    if report.problems:
+        raise CacheFormatError(
+            f"{len(report.problems)} problem(s) in {cache}. Delete the commit record of each damaged "
+            "unit and run `pipeline cache-teachers` to have it made again"
+        )
+
+
+@app.command("inspect")
+def inspect_(
+    cache: CachePath,
+    example: Annotated[int | None, typer.Option(metavar="I", help="show one sequence")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="T", help="only this teacher")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a cache: teachers, sizes, kept mass, entropy; or one example."""
+    from rekindle.pipeline.inspect import inspect_cache, inspect_example
+
+    if example is not None:
+        typer.echo(inspect_example(cache, example, teacher, as_json), nl=False)
+    else:
+        typer.echo(inspect_cache(cache, teacher, as_json), nl=False)
+
+
+@app.command("train-student")
+def train_student(
+    run: RunFile,
+    out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on with an interrupted run")] = False,
+) -> None:
+    """Stage 2: train a student from the cache. The teachers are not needed."""
+    from rekindle.pipeline.config import load_config
+
+    config = load_config(run, set_)
+    from rekindle.pipeline.progress import Progress
+    from rekindle.pipeline.train_student import train_from_config
+
+    target = out or Path("runs") / run.stem
+    line = f"pipeline train-student {run} --out {target} --resume"
+    with _resumable(line), Progress.to_terminal() as progress:
+        result = train_from_config(config, target, resume=resume, progress=progress)
+    values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
+    typer.echo(f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}")
+    shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.coverage.items())
+    typer.echo(f"sequences trained: {shown}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which kernel implementation is used and why."""
+    from rekindle.pipeline.doctor import diagnose
+
+    for name, value in diagnose().items():
+        typer.echo(f"{name:14} {value}")
+
+
+@contextmanager
+def _resumable(line: str) -> Iterator[None]:
+    """Ctrl-C ends with the line that goes on where it stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; finished work is kept. To go on: {line}", err=True)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: threads that still compute or read ahead have nothing to save."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """The console script: turns errors into one message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rekindle").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rekindle.data.errors import RekindleError
+
+    try:
+        app()
+    except RekindleError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        _leave(130)
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""What this machine has: versions, devices, and which implementation of the loss runs."""
+
+import torch
+
+from rekindle.train.models import cpu_count, package_versions, place
+
+
+def diagnose() -> dict[str, str]:
+    """Facts by name, in the order they are shown."""
+    facts = package_versions()
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["devices"] = ", ".join(names)
+    else:
+        facts["devices"] = f"CPU, {cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    facts["precision"] = f"auto is {place('auto').precision} here"
+    facts["attention"] = "sdpa (transformers' default)"
+    facts["kd loss"] = kernel_choice()
+    return facts
+
+
+def kernel_choice() -> str:
+    """Which implementation ``impl="auto"`` takes here, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"torch, in bounded blocks, on {device}"

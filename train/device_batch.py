@@ -1,0 +1,196 @@
+"""A batch on the training device: the cache's integers are sent as they are and decoded there.
+
+The decoding is the PyTorch twin of ``rekindle.data.codec`` and ``rekindle.data.batch``; a test holds them equal.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import (
+    Batch,
+    SequenceTargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
+from rekindle.data.codec import NO_TAIL, STEP, high_planes
+from rekindle.data.errors import InputError
+
+
+class SparseTargets(NamedTuple):
+    """What the loss takes: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+
+    ids: Tensor
+    probs: Tensor
+    tail: Tensor
+
+
+def send(values: NDArray, device: torch.device) -> Tensor:
+    """A NumPy array as a tensor on ``device``; pinned first where that lets the copy overlap."""
+    # Read-only memory maps are never written through: every consumer copies or computes out of place.
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def model_inputs(
+    input_ids: NDArray, lengths: NDArray, device: torch.device, token_types: NDArray | None = None
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``) as int64."""
+    mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    inputs = {
+        "input_ids": send(input_ids, device).long(),
+        "attention_mask": send(mask, device).long(),
+    }
+    if token_types is not None:
+        inputs["token_type_ids"] = send(token_types, device).long()
+    return inputs
+
+
+def sparse_targets(
+    batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
+) -> SparseTargets:
+    """Decode a teacher's targets on the device, at ``temperature`` and, if given, a smaller ``k``."""
+    info = batch.info
+    if info.kind == "dense":
+        return _dense_targets(send(batch.columns["log_probs"], device), temperature, k)
+    if temperature not in info.temperatures:
+        batch.decode(temperature)  # raises the error that names the stored temperatures
+    if k is not None and info.k is not None and k > info.k:
+        raise InputError(f"teacher {info.name!r} keeps {info.k} candidates; k = {k} is not cached")
+    assert info.vocabulary_size is not None
+    slot = info.temperatures.index(temperature)
+    c = {name: send(batch.columns[name], device) for name in _WANTED if name in batch.columns}
+    log_probs, log_tail = _decode(c, temperature, slot)
+    ids = _ids(c, info.vocabulary_size)
+    if k is not None and k < ids.shape[1]:
+        dropped = torch.logsumexp(log_probs[:, k:], dim=1)
+        ids, log_probs, log_tail = ids[:, :k], log_probs[:, :k], torch.logaddexp(log_tail, dropped)
+    return SparseTargets(ids, log_probs.exp(), log_tail.exp())
+
+
+_WANTED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
+
+
+def _decode(c: dict[str, Tensor], temperature: float, slot: int) -> tuple[Tensor, Tensor]:
+    span = (c["log_prob_min"].float() - c["log_prob_max"].float()) / STEP
+    relative = c["values"].float() * (-span / (255.0 * temperature))[:, None]
+    stored = c["tail_log_odds"][:, slot]
+    odds = torch.where(stored == NO_TAIL, torch.inf, stored.float() / STEP)
+    log_kept, log_tail = -torch.nn.functional.softplus(-odds), -torch.nn.functional.softplus(odds)
+    return torch.log_softmax(relative, dim=1) + log_kept[:, None], log_tail
+
+
+def _ids(c: dict[str, Tensor], vocabulary_size: int) -> Tensor:
+    ids = c["ids"].to(torch.int64)
+    if "ids_high" not in c:
+        return ids
+    k = ids.shape[1]
+    bit = torch.arange(k * high_planes(vocabulary_size), device=ids.device)
+    bits = (c["ids_high"][:, bit // 8].to(torch.int64) >> (bit % 8)) & 1
+    for plane in range(high_planes(vocabulary_size)):
+        ids = ids | (bits[:, plane * k : (plane + 1) * k] << (16 + plane))
+    return ids
+
+
+def _dense_targets(log_probs: Tensor, temperature: float, k: int | None) -> SparseTargets:
+    probs = torch.softmax(log_probs / temperature, dim=1)
+    if k is None or k >= probs.shape[1]:
+        ids = torch.arange(probs.shape[1], device=probs.device).expand_as(probs)
+        return SparseTargets(ids, probs, torch.zeros(len(probs), device=probs.device))
+    top, ids = torch.topk(probs, k, dim=1)
+    return SparseTargets(ids, top, probs.scatter(1, ids, 0.0).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class LanguageRows:
+    """The rows of the LM loss: P positions of one pass."""
+
+    inputs: dict[str, Tensor]
+    select: Tensor  # [P] flat indices into [B·S]
+    labels: Tensor  # [P]
+    keys: NDArray[np.int64]  # [P] the same indices on the host, ascending
+
+    def match(self, target: TokenTargetBatch, width: int) -> NDArray[np.int64]:
+        """For each of the target's positions, its row here; every one must be found."""
+        keys = target.rows * width + target.positions
+        found = np.searchsorted(self.keys, keys)
+        ok = (found < len(self.keys)) & (self.keys[found.clip(max=len(self.keys) - 1)] == keys)
+        if not ok.all():
+            raise InputError(
+                f"teacher {target.info.name!r} has targets at positions where the student has no loss: "
+                "its mask is not the student's. Use the cache.mask, seed and replicas it was cached with"
+            )
+        return found
+
+
+def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows:
+    """The positions with an LM loss: the masked ones, or every token that has a next one."""
+    width = batch.input_ids.shape[1]
+    if task == "masked_lm":
+        assert batch.masked is not None
+        rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
+        inputs = model_inputs(batch.masked.input_ids, batch.lengths, device)
+    else:
+        rows = np.repeat(np.arange(len(batch.lengths)), np.maximum(batch.lengths - 1, 0))
+        positions = np.concatenate([np.arange(max(n - 1, 0)) for n in batch.lengths])
+        labels = batch.input_ids[rows, positions + 1].astype(np.int64)
+        inputs = model_inputs(batch.input_ids, batch.lengths, device)
+    keys = rows * width + positions
+    return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
+
+
+def split_batch(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of at most ``size`` sequences, in order."""
+    count = len(batch.index)
+    if size >= count:
+        return [batch]
+    return [_rows(batch, start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    part = slice(start, stop)
+    masked = batch.masked
+    if masked is not None:
+        keep = (masked.rows >= start) & (masked.rows < stop)
+        masked = type(masked)(
+            masked.replica,
+            masked.input_ids[part],
+            masked.rows[keep] - start,
+            masked.positions[keep],
+            masked.labels[keep],
+        )
+    pairs = {
+        name: type(p)(p.input_ids[part], p.token_types[part], p.lengths[part])
+        for name, p in batch.pairs.items()
+    }
+    return Batch(
+        index=batch.index[part],
+        digests=batch.digests[part],
+        domains=batch.domains[part],
+        input_ids=batch.input_ids[part],
+        lengths=batch.lengths[part],
+        masked=masked,
+        pairs=pairs,
+        targets={name: _target_rows(t, start, stop) for name, t in batch.targets.items()},
+    )
+
+
+def _target_rows(
+    target: TokenTargetBatch | TokenLabelBatch | SequenceTargetBatch, start: int, stop: int
+) -> TokenTargetBatch | TokenLabelBatch | SequenceTargetBatch:
+    part = slice(start, stop)
+    if isinstance(target, SequenceTargetBatch):
+        mc = None if target.mc_probs is None else target.mc_probs[part]
+        return SequenceTargetBatch(target.info, target.present[part], target.logits[part], mc)
+    keep = (target.rows >= start) & (target.rows < stop)
+    rows, positions = target.rows[keep] - start, target.positions[keep]
+    if isinstance(target, TokenLabelBatch):
+        return TokenLabelBatch(target.info, rows, positions, target.logits[keep])
+    columns = {name: flat[keep] for name, flat in target.columns.items()}
+    return TokenTargetBatch(target.info, rows, positions, columns)

@@ -1,0 +1,176 @@
+"""How a student does on the held-out documents: its own loss, and how near it is to each teacher."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
+from rekindle.data.cache import Cache
+from rekindle.data.targets import TeacherInfo
+from rekindle.kernels.losses import linear_kd_loss
+from rekindle.train.device_batch import (
+    language_rows,
+    model_inputs,
+    sparse_targets,
+)
+from rekindle.train.student import Student
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is evaluated: which sequences, whose targets, in batches of what size."""
+
+    cache: Cache
+    index: NDArray[np.int64]
+    teachers: tuple[str, ...]
+    masked_view: str | None
+    batch_sequences: int
+    allow_missing: tuple[str, ...] = ()
+
+    def batches(self) -> list[NDArray[np.int64]]:
+        """The sequence numbers of each batch."""
+        size = self.batch_sequences
+        return [self.index[i : i + size] for i in range(0, len(self.index), size)]
+
+
+@torch.no_grad()
+def evaluate(student: Student, data: EvaluationData, device: torch.device) -> dict[str, float]:
+    """``loss`` (cross-entropy in nats), and per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``.
+
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. Agreement is
+    the share of equal most-likely outcomes. Masked students see replica 0. Empty when nothing is held out.
+    """
+    if not len(data.index):
+        return {}
+    training = student.training
+    student.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    try:
+        for index in data.batches():
+            batch = data.cache.gather(
+                index,
+                data.teachers,
+                epoch=0,
+                masked_view=data.masked_view,
+                allow_missing=data.allow_missing,
+            )
+            for name, (total, count) in _batch_sums(student, batch, device).items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + count
+    finally:
+        student.train(training)
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+Sums = dict[str, tuple[float, int]]
+
+
+def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
+    rows = language_rows(batch, student.task, device)
+    head = student.output_head
+    hidden = student(rows.inputs, rows.select).hidden
+    nothing = torch.full((len(hidden), 1), -1, device=device)
+    ce = linear_kd_loss(
+        hidden,
+        head.weight,
+        nothing,
+        torch.zeros(nothing.shape, device=device),
+        bias=head.bias,
+        labels=rows.labels,
+        ce_weight=1.0,
+        kd_weight=0.0,
+        reduction="sum",
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    ).ce
+    sums: Sums = {"loss": (float(ce), len(hidden))}
+    for name, target in batch.targets.items():
+        if isinstance(target, TokenTargetBatch):
+            if target.info.task == student.task and len(target.rows):
+                places = rows.match(target, batch.input_ids.shape[1])
+                found = hidden[torch.from_numpy(places).to(device)]
+                sums |= _vocabulary_sums(name, student, found, target, device)
+        else:
+            sums |= _task_sums(name, student, batch, target, device)
+    return sums
+
+
+def _vocabulary_sums(
+    name: str, student: Student, hidden: Tensor, target: TokenTargetBatch, device: torch.device
+) -> Sums:
+    head = student.output_head
+    sparse = sparse_targets(target, 1.0, None, device)
+    kd = linear_kd_loss(
+        hidden,
+        head.weight,
+        sparse.ids,
+        sparse.probs,
+        bias=head.bias,
+        tail_prob=sparse.tail,
+        reduction="sum",
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    ).kd
+    blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
+    top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
+    agree = int((torch.cat(blocks) == top).sum())
+    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, len(hidden))}
+
+
+def _task_sums(
+    name: str,
+    student: Student,
+    batch: Batch,
+    target: SequenceTargetBatch | TokenLabelBatch,
+    device: torch.device,
+) -> Sums:
+    if name not in student.head_configs:
+        return {}
+    logits, wanted = _task_logits(name, student, batch, target, device)
+    count = len(logits)
+    if not count:
+        return {}
+    if target.info.problem == "regression":
+        error = (logits - wanted).square().mean(dim=1).sum()
+        return {f"mse/{name}": (float(error), count)}
+    if target.info.problem == "multi_label_classification":
+        agree = ((logits > 0) == (wanted > 0)).float().mean(dim=1).sum()
+        return {f"agreement/{name}": (float(agree), count)}
+    teacher, ours = torch.log_softmax(wanted, dim=1), torch.log_softmax(logits, dim=1)
+    kl = (teacher.exp() * (teacher - ours)).sum()
+    agree = (logits.argmax(dim=1) == wanted.argmax(dim=1)).sum()
+    return {f"kl/{name}": (float(kl), count), f"agreement/{name}": (float(agree), count)}
+
+
+def _task_logits(
+    name: str,
+    student: Student,
+    batch: Batch,
+    target: SequenceTargetBatch | TokenLabelBatch,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    if isinstance(target, TokenLabelBatch):
+        inputs = model_inputs(batch.input_ids, batch.lengths, device)
+        flat = torch.from_numpy(target.rows * batch.input_ids.shape[1] + target.positions)
+        logits = student(inputs, token_heads={name: flat.to(device)}).logits[name]
+        return logits.float(), torch.from_numpy(np.ascontiguousarray(target.logits)).to(device)
+    keep = torch.from_numpy(target.present).to(device)
+    inputs = _expert_inputs(student, batch, target.info, device)
+    logits = student(inputs, sequence_heads=[name]).logits[name][keep]
+    return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
+
+
+def _expert_inputs(
+    student: Student, batch: Batch, info: TeacherInfo, device: torch.device
+) -> Mapping[str, Tensor]:
+    if not info.view.startswith("pairs-"):
+        return model_inputs(batch.input_ids, batch.lengths, device)
+    pairs = batch.pairs[info.view]
+    types = getattr(student.model.config, "type_vocab_size", 0) >= 2
+    lengths = np.maximum(pairs.lengths, 1)
+    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)

@@ -1,0 +1,613 @@
+"""Fine-tunes a model on a labelled task into an expert directory, and scores one. Knows no cache.
+
+What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
+Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import Settings
+from rekindle.data.tokenizer import load_tokenizer
+from rekindle.train.models import package_versions, place, quiet_transformers, resolve_model
+from rekindle.train.scores import all_scores, check_metric, default_metric, predictions_of
+from rekindle.train.task_data import TaskData, read_task
+
+CLIP_NORM = 1.0
+BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
+LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")  # from pad id + 1
+WRITER = "rekindle finetune"  # marks a directory that this command may replace
+
+logger = logging.getLogger("rekindle")
+
+
+class FinetuneConfig(Settings):
+    """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
+
+    epochs: int = Field(3, ge=1, description="passes over the train split")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
+    batch_size: int = Field(32, ge=1, description="examples per step")
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="after the warm-up: falls to 0 (linear), or stays (constant)"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
+    weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
+    max_length: int = Field(
+        128,
+        ge=4,
+        description="tokens per example; longer ones are cut, also to what the model takes",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many epochs without a better dev score, keep the best",
+    )
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
+
+    seed: int
+    scores: dict[str, float]
+    test_scores: dict[str, float] | None
+    epochs: list[dict[str, Any]]  # epoch, steps so far, mean train loss, dev scores
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
+
+    model: str
+    files: dict[str, str]
+    problem: str
+    label_names: tuple[str, ...]
+    metric: str
+    per_seed: tuple[SeedResult, ...]
+    mean: float
+    std: float | None
+    test_mean: float | None
+    best_seed: int
+    seconds: float
+    precision: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        return {"written_by": WRITER, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example: int64 [N]."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that the seeds share."""
+
+    model: str
+    config: FinetuneConfig
+    tokenizer: Any
+    data: dict[str, TaskData]  # train, dev and maybe test
+    encoded: dict[str, Encoded]
+    metric: str
+    device: torch.device
+    bf16: bool
+
+
+def finetune(
+    model: str,
+    train: str,
+    dev: str,
+    out: str,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    metric: str | None = None,
+    config: FinetuneConfig | None = None,
+    test: str | None = None,
+) -> FinetuneResult:
+    """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
+
+    ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
+    pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
+    not at all, and replaces only an empty directory or an earlier result of this function.
+    ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
+
+    Raises InputError for wrong files, models, metrics or a diverged run, CheckpointError for
+    damaged weights.
+    """
+    started = time.perf_counter()
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}; give at least 1")
+    _check_out(Path(out))
+    files = {"train": train, "dev": dev} | ({"test": test} if test else {})
+    data = dict(zip(files, read_task(*files.values()), strict=True))
+    problem = data["train"].problem
+    metric = metric or default_metric(problem)
+    check_metric(metric, problem)
+    with _staging(Path(out)) as staging, quiet_transformers(), _progress() as progress:
+        job = _prepare(model, data, metric, config or FinetuneConfig())
+        results: list[SeedResult] = []
+        for seed in range(first_seed, first_seed + seeds):
+            network, result, dev_logits = _run_seed(job, seed, progress)
+            results.append(result)
+            if result is _best(results, metric):
+                _save_model(network, job, dev_logits, staging)
+            del network
+        outcome = _outcome(job, files, results, time.perf_counter() - started)
+        _write_json(staging / "metrics.json", outcome.as_dict())
+    return outcome
+
+
+def _best(results: list[SeedResult], metric: str) -> SeedResult:
+    return max(results, key=lambda result: result.scores[metric])  # the first one of equals
+
+
+def _outcome(
+    job: _Job, files: dict[str, str], results: list[SeedResult], seconds: float
+) -> FinetuneResult:
+    scores = [result.scores[job.metric] for result in results]
+    tests = [result.test_scores[job.metric] for result in results if result.test_scores]
+    return FinetuneResult(
+        model=job.model,
+        files=files,
+        problem=job.data["train"].problem,
+        label_names=job.data["train"].label_names,
+        metric=job.metric,
+        per_seed=tuple(results),
+        mean=float(np.mean(scores)),
+        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        test_mean=float(np.mean(tests)) if tests else None,
+        best_seed=_best(results, job.metric).seed,
+        seconds=seconds,
+        precision="bf16" if job.bf16 else "fp32",
+        config=job.config.model_dump(),
+        versions=package_versions(),
+    )
+
+
+def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
+    placement = place(config.precision)
+    logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
+    tokenizer = _load_tokenizer(model)
+    limits = _load_config(model)
+    encoded = {
+        name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
+    }
+    device, bf16 = torch.device(placement.device), placement.precision == "bf16"
+    return _Job(model, config, tokenizer, data, encoded, metric, device, bf16)
+
+
+# ---- one seed ----------------------------------------------------------------------------------
+
+
+def _run_seed(
+    job: _Job, seed: int, progress: Progress
+) -> tuple[torch.nn.Module, SeedResult, np.ndarray]:
+    """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
+    started = time.perf_counter()
+    config, data, encoded = job.config, job.data, job.encoded
+    problem = data["train"].problem
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
+        optimizer = _adamw(model, config)
+        total, warmup = plan_steps(len(data["train"]), config)
+        bar = progress.add_task(f"seed {seed}", total=total)
+        step, best, best_weights, epochs = 0, -math.inf, None, []
+        for epoch in range(config.epochs):
+            batches = epoch_batches(
+                encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
+            )[: total - step]
+            loss_sum = torch.zeros((), device=job.device)
+            model.train()
+            for number, rows in enumerate(batches, start=1):
+                for group in optimizer.param_groups:
+                    factor = learning_rate_factor(step, total, warmup, config.schedule)
+                    group["lr"] = config.learning_rate * factor
+                with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bf16):
+                    logits = model(**collate(encoded["train"], rows, model)).logits
+                loss = _loss(problem, logits.float(), data["train"].labels[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                optimizer.step()
+                loss_sum += loss.detach()
+                step += 1
+                if step % LOSS_EVERY == 0 or number == len(batches):
+                    mean_loss = _finite(loss_sum.item() / number, seed, step)
+                    told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
+                    progress.update(bar, completed=step, description=told)
+            dev_logits = predict(model, encoded["dev"], config.batch_size)
+            scores = all_scores(problem, dev_logits, data["dev"].labels)
+            epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
+            _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
+            if config.patience and scores[job.metric] > best:
+                best, best_epoch = scores[job.metric], epoch
+                best_weights = copy.deepcopy(model.state_dict())
+            if step == total or (config.patience and epoch - best_epoch >= config.patience):
+                break
+        if best_weights is not None:
+            model.load_state_dict(best_weights)
+            dev_logits = predict(model, encoded["dev"], config.batch_size)
+        scores = all_scores(problem, dev_logits, data["dev"].labels)
+        test_scores = None
+        if "test" in data:
+            test_logits = predict(model, encoded["test"], config.batch_size)
+            test_scores = all_scores(problem, test_logits, data["test"].labels)
+        progress.remove_task(bar)
+    seconds = time.perf_counter() - started
+    return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits
+
+
+def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
+    """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
+    total = config.epochs * math.ceil(examples / config.batch_size)
+    total = min(total, config.max_steps or total)
+    return total, math.ceil(config.warmup * total)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """What step 0..total-1 multiplies the peak with: rises to 1, then falls to 0 at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
+
+
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The row numbers of each batch of an epoch: every row once, rows of like length together.
+
+    Rows are shuffled, sorted by length within stretches of ``BUCKET_BATCHES`` batches, cut, and the
+    batches shuffled again. A pure function of its arguments; only one batch may be short.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(len(lengths))
+    stretch = batch_size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), stretch):
+        rows = order[start : start + stretch]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[cut : cut + batch_size] for cut in range(0, len(rows), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def _adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    plain = [weight for weight in model.parameters() if weight.ndim <= 1]  # biases and norms
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    target = torch.from_numpy(labels).to(logits.device)
+    if problem == "regression":
+        return functional.mse_loss(logits[:, 0], target)
+    return functional.cross_entropy(logits, target)
+
+
+def _finite(loss: float, seed: int, step: int) -> float:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} at step {step} of seed {seed}: training diverged; lower the "
+            "learning_rate or lengthen the warmup"
+        )
+    return loss
+
+
+# ---- tokens ------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, model_config: Any, data: TaskData, max_length: int) -> Encoded:
+    """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
+
+    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
+    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
+    empty text is one padding token, so that no row is empty.
+    """
+    padding_id = _padding_id(model_config, tokenizer)
+    most = getattr(model_config, "max_position_embeddings", None) or max_length
+    if model_config.model_type in POSITIONS_AFTER_PADDING:
+        most -= padding_id + 1
+    most = min(max_length, most, tokenizer.model_max_length)
+    found = tokenizer(
+        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
+    )
+    ids = [row or [padding_id] for row in found["input_ids"]]
+    # A generic tokenizer also gives segments to models that would read them as something else.
+    knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
+    return Encoded(ids, found.get("token_type_ids") if knows_segments else None)
+
+
+def _padding_id(model_config: Any, tokenizer: Any) -> int:
+    """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
+    own = getattr(model_config, "pad_token_id", None)
+    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in known if number is not None), 0)
+
+
+def collate(encoded: Encoded, rows: np.ndarray, model: Any) -> dict[str, torch.Tensor]:
+    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
+    ids = [encoded.input_ids[row] for row in rows]
+    batch = {
+        "input_ids": _padded(ids, model.config.pad_token_id),
+        "attention_mask": _padded([[1] * len(row) for row in ids], 0),
+    }
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = _padded([encoded.token_type_ids[row] for row in rows], 0)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def _load_tokenizer(model: str) -> Any:
+    tokenizer = load_tokenizer(str(resolve_model(model))).hf
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def _load_config(model: str, **overrides: Any) -> Any:
+    return _loaded(AutoConfig, model, **overrides)
+
+
+def _load_classifier(model: str, tokenizer: Any, data: TaskData) -> torch.nn.Module:
+    """``model`` with a head for ``data``, fp32; fresh from torch's generator where it has none.
+
+    A head that was trained for other labels is not reused: its output layer starts fresh too.
+    """
+    config = _load_config(model)
+    if data.label_names:
+        names = dict(enumerate(data.label_names))
+        labels: dict[str, Any] = {"id2label": names}
+        labels["label2id"] = {name: number for number, name in names.items()}
+        same = config.id2label == names
+    else:
+        labels = {"num_labels": 1}
+        same = config.num_labels == 1 and config.problem_type == "regression"
+    config = _load_config(model, problem_type=data.problem, **labels)
+    network, unset = _load_weights(model, config, tokenizer)
+    if not same and not unset:
+        logger.info("%s has a head for other labels; its output layer starts fresh", model)
+        _renew_output_layer(network)
+    return network
+
+
+def _load_weights(model: str, config: Any, tokenizer: Any) -> tuple[torch.nn.Module, list[str]]:
+    """The classifier and the names of its head's weights that the checkpoint does not set."""
+    config.pad_token_id = _padding_id(config, tokenizer)
+    network, report = _loaded(
+        AutoModelForSequenceClassification,
+        model,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # in the head; a body is refused below
+        output_loading_info=True,
+    )
+    unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    body = f"{network.base_model_prefix}."
+    # A pooler sits in the body but belongs to the head: a masked LM has none.
+    missing = [key for key in unset if key.startswith(body) and ".pooler." not in key]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise InputError(
+            f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
+            f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
+        )
+    return network, [key for key in unset if not key.startswith(body)]
+
+
+def _renew_output_layer(network: Any) -> None:
+    width = network.config.num_labels
+    head = [
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module.out_features == width
+        and not name.startswith(f"{network.base_model_prefix}.")
+    ][-1]
+    torch.nn.init.normal_(head.weight, std=getattr(network.config, "initializer_range", 0.02))
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+
+
+def _loaded(loader: Any, model: str, **arguments: Any) -> Any:
+    directory = resolve_model(model)
+    try:
+        return loader.from_pretrained(str(directory), trust_remote_code=False, **arguments)
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights of {model!r} are damaged: {error}") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{model!r} cannot be loaded for text classification: {reason.rstrip('.')}; give a "
+            "model with config.json and safetensors weights (pickled ones are not loaded)"
+        ) from None
+
+
+# ---- scoring -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+    """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
+    model.eval()
+    order = np.argsort(encoded.lengths, kind="stable")
+    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        logits[rows] = model(**collate(encoded, rows, model)).logits.float().cpu().numpy()
+    return logits
+
+
+def evaluate(
+    model_dir: str, data: TaskData, *, max_length: int = 128, batch_size: int = 64
+) -> tuple[dict[str, float], np.ndarray]:
+    """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
+
+    Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
+    InputError for a model without a trained head, of the other problem or with other classes.
+    """
+    with quiet_transformers():
+        tokenizer, config = _load_tokenizer(model_dir), _load_config(model_dir)
+        labels = _labels_for(model_dir, config, data)
+        network, unset = _load_weights(model_dir, config, tokenizer)
+        if unset:
+            raise InputError(
+                f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
+                "fine-tune it first"
+            )
+        encoded = encode(tokenizer, config, data, max_length)
+        logits = predict(network.to(place("fp32").device), encoded, batch_size)
+    return all_scores(data.problem, logits, labels), logits
+
+
+def _labels_for(model_dir: str, config: Any, data: TaskData) -> np.ndarray:
+    if not data.label_names:
+        if config.num_labels != 1:
+            raise InputError(
+                f"the task is a regression, but {model_dir!r} has {config.num_labels} outputs; "
+                "give a model that was fine-tuned on scores"
+            )
+        return data.labels
+    unknown = [name for name in data.label_names if name not in config.label2id]
+    if unknown:
+        raise InputError(
+            f"{model_dir!r} does not know the labels {', '.join(unknown[:5])}; its own are "
+            f"{', '.join(list(config.label2id)[:20])}: give the task it was fine-tuned on"
+        )
+    return np.array([config.label2id[name] for name in data.label_names])[data.labels]
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def _save_model(network: Any, job: _Job, logits: np.ndarray, staging: Path) -> None:
+    """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
+    network.save_pretrained(staging)
+    backend = job.tokenizer.backend_tokenizer
+    backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
+    backend.no_padding()
+    job.tokenizer.save_pretrained(staging)
+    dev = job.data["dev"]
+    name: Callable[[Any], Any] = (lambda i: dev.label_names[i]) if dev.label_names else float
+    predictions = predictions_of(dev.problem, logits)
+    with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for row, (label, guess) in enumerate(zip(dev.labels, predictions, strict=True), start=1):
+            line = {"row": row, "label": name(label), "prediction": name(guess)}
+            line["logits"] = logits[row - 1].tolist()
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _check_out(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and (not any(out.iterdir()) or _is_earlier_result(out))):
+        return
+    raise InputError(
+        f"{str(out)!r} exists and is not a result of this command; it is left as it is: give "
+        "another directory, or remove it"
+    )
+
+
+def _is_earlier_result(out: Path) -> bool:
+    try:
+        return json.loads((out / "metrics.json").read_text())["written_by"] == WRITER
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` that takes its place at the end, or vanishes on any exception."""
+    out = out.resolve()
+    name = f".{out.name}.{uuid.uuid4().hex[:8]}"
+    staging, replaced = out.parent / f"{name}.new", out.parent / f"{name}.old"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if out.exists():
+            out.rename(replaced)
+        staging.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+# ---- what the user sees ------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _tell(progress: Progress, line: str) -> None:
+    """One line per epoch: above the bar on a terminal, else in the log."""
+    if progress.disable:
+        logger.info(line)
+    else:
+        progress.console.print(line)

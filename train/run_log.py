@@ -1,0 +1,52 @@
+"""The record of a training run: ``metrics.jsonl`` and TensorBoard scalars, without gaps or doubles after a resume."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class RunLog:
+    """Appends one JSON object per line; on resume, lines past the checkpoint's step are dropped."""
+
+    def __init__(self, run: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run / "metrics.jsonl"
+        self._keep_until(resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """One record: ``kind`` is train or evaluate, ``step`` the steps done."""
+        record = {"kind": kind, "step": step} | {k: round(float(v), 6) for k, v in values.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", float(value), step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """All records of a run, in order."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

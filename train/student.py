@@ -1,0 +1,247 @@
+"""The student: a Hugging Face language model plus a head per task expert. It never makes [N,V] logits in training.
+
+Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it) with two files
+beside: ``heads.safetensors`` and ``rekindle_student.json``.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.targets import TeacherInfo
+from rekindle.train.config import StudentConfig
+from rekindle.train.language_model import OutputHead, SplitLanguageModel
+from rekindle.train.models import quiet_transformers, resolve_model
+
+log = logging.getLogger("rekindle")
+
+HEADS_FILE = "heads.safetensors"
+ABOUT_FILE = "rekindle_student.json"
+AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
+
+
+class HeadConfig(Settings):
+    """A task head: which expert it imitates and what comes out of it."""
+
+    kind: Literal["sequence", "token"]
+    num_labels: int = Field(gt=0)
+    label_names: tuple[str, ...] = ()
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, info: TeacherInfo) -> "HeadConfig":
+        """The head that fits a cached expert."""
+        assert info.kind in ("sequence", "token")
+        assert info.num_labels is not None
+        return cls(
+            kind="sequence" if info.kind == "sequence" else "token",
+            num_labels=info.num_labels,
+            label_names=info.label_names,
+            problem=info.problem,
+        )
+
+
+class TaskHead(nn.Module):
+    """Dense, tanh, dropout, linear: BERT's pooler and classifier, on any hidden states [...,H]."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits [...,C]."""
+        logits: Tensor = self.out(self.dropout(torch.tanh(self.dense(states))))
+        return logits
+
+
+class StudentOutput(NamedTuple):
+    """One forward pass. What was not asked for is None or empty."""
+
+    hidden: Tensor | None  # [N,H] what the output matrix multiplies, at the selected positions
+    logits: dict[str, Tensor]  # by head: [B,C], or [P,C] at the positions asked for
+
+
+class Student(nn.Module):
+    """A masked or causal LM with task heads.
+
+    ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take no part in
+    any loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Literal["masked_lm", "causal_lm"],
+        heads: Mapping[str, HeadConfig] | None = None,
+        vocabulary_size: int | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.head_configs: dict[str, HeadConfig] = {}
+        self.heads = nn.ModuleDict()
+        try:
+            self._split = SplitLanguageModel(model, causal=task == "causal_lm")
+        except NotImplementedError as error:
+            raise InputError(str(error)) from None
+        self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
+        self.add_heads(heads or {})
+
+    def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
+        """Add freshly initialised heads where there are none of that name and shape."""
+        config = self.model.config.get_text_config()
+        for name, head in heads.items():
+            if self.head_configs.get(name) != head:
+                module = TaskHead(config.hidden_size, head.num_labels)
+                for linear in (module.dense, module.out):
+                    nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
+                    nn.init.zeros_(linear.bias)
+                self.heads[_key(name)] = module
+                self.head_configs[name] = head
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        select: Tensor | None = None,
+        sequence_heads: Sequence[str] = (),
+        token_heads: Mapping[str, Tensor] | None = None,
+    ) -> StudentOutput:
+        """Run the body once.
+
+        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? ``select`` [N]: flat indices
+        into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on the pooled state
+        (first token; last token of a causal LM). ``token_heads``: head -> flat indices [P].
+        """
+        if select is not None:
+            hidden, states = self._split.hidden(inputs, select)
+        else:
+            hidden, states = None, self._split.states(inputs)
+        logits: dict[str, Tensor] = {}
+        if sequence_heads:
+            pooled = self._pool(states, inputs["attention_mask"])
+            logits |= {name: self.heads[_key(name)](pooled) for name in sequence_heads}
+        for name, places in (token_heads or {}).items():
+            logits[name] = self.heads[_key(name)](states.flatten(0, 1)[places])
+        return StudentOutput(hidden, logits)
+
+    @property
+    def output_head(self) -> OutputHead:
+        """The output matrix over real tokens."""
+        return self._split.head.cut(self.vocabulary_size)
+
+    def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.task == "masked_lm":
+            return states[:, 0]
+        last = attention_mask.sum(dim=1).clamp_min(1) - 1
+        return states[torch.arange(len(states), device=states.device), last]
+
+    def save_pretrained(self, directory: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write the Hugging Face files, the heads, and what the student is (with ``about`` added)."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        with quiet_transformers():
+            self.model.save_pretrained(path)  # type: ignore[operator]
+        save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, path / HEADS_FILE)
+        described = {
+            "task": self.task,
+            "vocabulary_size": self.vocabulary_size,
+            "heads": {name: head.model_dump() for name, head in self.head_configs.items()},
+        }
+        content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
+        (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, vocabulary_size: int | None = None
+    ) -> "Student":
+        """Load a directory written by ``save_pretrained``, heads included."""
+        path = Path(directory)
+        about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+        heads = {n: parse_settings(HeadConfig, h, str(path)) for n, h in about["heads"].items()}
+        model = _load(path, about["task"])
+        student = cls(model, about["task"], heads, vocabulary_size or about["vocabulary_size"])
+        student.heads.load_state_dict(load_file(path / HEADS_FILE))
+        return student
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "·")  # a module's name may not hold a dot; a teacher's may
+
+
+def build_student(
+    config: StudentConfig, heads: Mapping[str, HeadConfig], vocabulary_size: int, seed: int
+) -> Student:
+    """The student of a configuration, from pre-trained weights or scratch. Deterministic under ``seed``.
+
+    Heads of an earlier student in the directory are taken over where name and shape agree. Raises InputError
+    when the model's vocabulary is smaller than the tokenizer's.
+    """
+    directory = resolve_model(config.model)
+    torch.manual_seed(seed)
+    model = _from_scratch(directory, config.task) if config.from_scratch else _load(directory, config.task)
+    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    if size < vocabulary_size:
+        raise InputError(
+            f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
+            f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
+        )
+    student = Student(model, config.task, None, vocabulary_size)
+    if not config.from_scratch and (directory / HEADS_FILE).is_file():
+        earlier = Student.from_pretrained(directory, vocabulary_size=vocabulary_size)
+        student.heads, student.head_configs = earlier.heads, earlier.head_configs
+        wanted = {name: earlier.head_configs[name] for name in heads if name in earlier.head_configs}
+        for name in set(student.head_configs) - set(wanted):
+            del student.head_configs[name], student.heads[_key(name)]
+    student.add_heads(heads)
+    return student
+
+
+def _from_scratch(directory: Path, task: str) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    model: nn.Module = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
+    return model
+
+
+def _load(directory: Path, task: str) -> nn.Module:
+    """Pre-trained weights in float32; a body without an LM head gets a fresh one, and that is said."""
+    import transformers
+
+    factory = getattr(transformers, AUTO_CLASSES[task])
+    with quiet_transformers():
+        try:
+            model, info = factory.from_pretrained(
+                str(directory),
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}: {reason}. To start from "
+                "its configuration alone, set student.from_scratch"
+            ) from None
+    body = sorted(k for k in info["missing_keys"] if k.startswith(model.base_model_prefix + "."))
+    if body:
+        raise InputError(
+            f"student {directory} lacks weights of its body ({', '.join(body[:3])} …); "
+            "to start from random weights, set student.from_scratch"
+        )
+    if info["missing_keys"]:
+        log.info("student: fresh LM head, %s has none", directory)
+    loaded: nn.Module = model
+    return loaded

@@ -1,0 +1,279 @@
+"""Reads a labelled task: texts or pairs of texts, each with a class or a score. Knows no model.
+
+Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quotes), each also .gz
+or .zst, and parquet. Fields: ``text`` or ``sentence1``, optionally ``sentence2``, and ``label``;
+others are ignored. Rows in messages count from 1, without a csv's header and without blank lines.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from rekindle.data.errors import InputError
+
+_FIELDS = ("text", "sentence1", "sentence2", "label")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
+_SHOWN_LABELS = 20
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One split of a task, in the file's order.
+
+    ``labels`` [N] is int64 class indices into ``label_names``, or float32 scores with no names.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def problem(self) -> str:
+        """The name transformers gives the problem: classes where there are names, else scores."""
+        return "single_label_classification" if self.label_names else "regression"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One file's columns before labels have a meaning; ``kind`` is number, string or boolean."""
+
+    path: str
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[Any]
+    kind: str
+
+
+def read_task(train_path: str, *others: str) -> tuple[TaskData, ...]:
+    """Read the splits of one task; ``train_path`` alone decides what the labels mean.
+
+    Whole numbers, strings and booleans are classes: numbers sorted numerically (0..C-1 keep their
+    number), the rest alphabetically. A train column with any float, 3.0 included, makes the task a
+    regression; write classes without a decimal point.
+
+    Raises InputError for a file that cannot be read or lacks a field, a text that is no string, a
+    missing, mixed or non-finite label, a label that train does not have, or a single class.
+    """
+    splits = [_read_split(path) for path in (train_path, *others)]
+    train = splits[0]
+    for split in splits[1:]:
+        _check_same_shape(train, split)
+    if train.kind == "number" and any(isinstance(label, float) for label in train.labels):
+        return tuple(_as_regression(split) for split in splits)
+    names = _class_names(train)
+    return tuple(_as_classes(split, names, train.path) for split in splits)
+
+
+def _check_same_shape(train: _Split, split: _Split) -> None:
+    if (train.pairs is None) != (split.pairs is None):
+        has, lacks = (train, split) if split.pairs is None else (split, train)
+        raise InputError(
+            f"{has.path} has sentence2 and {lacks.path} has not; the splits of one task are all "
+            "pairs or all single texts: add the field or take it away"
+        )
+
+
+def _class_names(train: _Split) -> tuple[str, ...]:
+    by_name = {_class_name(label): label for label in train.labels}
+    if len(by_name) < 2:
+        raise InputError(
+            f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
+            "least two classes in train"
+        )
+    if train.kind == "number":
+        return tuple(sorted(by_name, key=lambda name: by_name[name]))
+    return tuple(sorted(by_name))
+
+
+def _class_name(label: Any) -> str:
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))  # pandas writes a class column that once had a gap as 0.0, 1.0
+    return str(label)
+
+
+def _as_classes(split: _Split, names: tuple[str, ...], train_path: str) -> TaskData:
+    index = {name: number for number, name in enumerate(names)}
+    numbers = [index.get(_class_name(label), -1) for label in split.labels]
+    if -1 in numbers:
+        row = numbers.index(-1)
+        known = ", ".join(names[:_SHOWN_LABELS]) + (" …" if len(names) > _SHOWN_LABELS else "")
+        raise InputError(
+            f"{split.path}, row {row + 1}: label {_class_name(split.labels[row])!r} does not occur "
+            f"in {train_path}; the labels are those of train ({len(names)}: {known}): "
+            "correct the label or add such rows to train"
+        )
+    return TaskData(split.texts, split.pairs, np.array(numbers, dtype=np.int64), names)
+
+
+def _as_regression(split: _Split) -> TaskData:
+    if split.kind != "number":
+        raise InputError(
+            f"{split.path}, row 1: label {split.labels[0]!r} is no number, but the train labels "
+            "are scores (floats); give numbers here, or class names in every split"
+        )
+    return TaskData(split.texts, split.pairs, np.array(split.labels, dtype=np.float32), ())
+
+
+def _read_split(path: str) -> _Split:
+    columns = _read_columns(path)
+    rows = len(columns["label"])
+    if not rows:
+        raise InputError(f"{path} has no rows; give at least one labelled example")
+    texts = columns.get("text") or columns["sentence1"]
+    for field in columns.keys() - {"label"}:
+        _check_texts(path, field, columns[field])
+    labels = columns["label"]
+    return _Split(path, texts, columns.get("sentence2"), labels, _label_kind(path, labels))
+
+
+def _check_texts(path: str, field: str, texts: list[Any]) -> None:
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            given = "missing" if text is None else f"{text!r}, a {type(text).__name__}"
+            raise InputError(f"{path}, row {row}: {field} must be a string (given: {given})")
+
+
+def _label_kind(path: str, labels: list[Any]) -> str:
+    first = _kind_of(path, 1, labels[0])
+    for row, label in enumerate(labels, start=1):
+        kind = _kind_of(path, row, label)
+        if kind != first:
+            raise InputError(
+                f"{path}, row {row}: label {label!r} is a {kind}, but row 1 has {labels[0]!r}, "
+                f"a {first}; use one type of label throughout"
+            )
+    return first
+
+
+def _kind_of(path: str, row: int, label: Any) -> str:
+    where = f"{path}, row {row}"
+    if label is None:
+        raise InputError(f"{where}: label is missing; every row needs one: add it or drop the row")
+    if isinstance(label, bool):
+        return "boolean"
+    if isinstance(label, str):
+        return "string"
+    if not isinstance(label, int | float):
+        raise InputError(
+            f"{where}: label must be a class name, an integer or a float "
+            f"(given: {label!r}, a {type(label).__name__})"
+        )
+    if not math.isfinite(label):
+        raise InputError(f"{where}: label is {label}; a score must be finite: drop the row")
+    return "number"
+
+
+def _read_columns(path: str) -> dict[str, list[Any]]:
+    """The fields of a task that ``path`` has, as python values, once they are known to suffice."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
+    read = _reader_of(path)
+    try:
+        fields, columns = read(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    has = f"the fields it has: {', '.join(fields) or 'none'}"
+    if fields and "label" not in columns:
+        raise InputError(f"{path} has no field 'label' ({has})")
+    if fields and ("text" in columns) == ("sentence1" in columns):
+        both = "both 'text' and 'sentence1'; which of them is meant is not clear"
+        neither = "no field 'text' or 'sentence1'"
+        raise InputError(f"{path} has {both if 'text' in columns else neither} ({has})")
+    return columns if fields else {"text": [], "label": []}
+
+
+_Columns = tuple[list[str], dict[str, list[Any]]]
+
+
+def _reader_of(path: str) -> Callable[[str], _Columns]:
+    name = Path(path).name.lower()
+    if name.endswith(".parquet"):
+        return _read_parquet
+    for packed in (".gz", ".zst"):
+        name = name.removesuffix(packed)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}
+    if Path(name).suffix in readers:
+        return readers[Path(name).suffix]
+    raise InputError(
+        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also .gz or .zst) "
+        "or .parquet: rename or convert it"
+    )
+
+
+def _read_jsonl(path: str) -> _Columns:
+    # Not pyarrow.json: it reads a column of dates as timestamps, and stops at a mixed column
+    # without naming the row.
+    rows: list[dict[str, Any]] = []
+    with pa.input_stream(path, compression="detect") as stream:
+        content = stream.read().decode("utf-8-sig")
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: each line must be an object {{…}}")
+        rows.append(row)
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    wanted = [field for field in _FIELDS if field in fields]
+    return fields, {field: [row.get(field) for row in rows] for field in wanted}
+
+
+def _read_csv(path: str) -> _Columns:
+    # Every field as a string: a text "12" stays a text, and what labels are is decided here, alike
+    # for all files. GLUE's tsv files hold lone quotation marks, so that a tsv has no quoting.
+    tabbed = ".tsv" in Path(path).name.lower()
+    parse = pa.csv.ParseOptions(
+        delimiter="\t" if tabbed else ",",
+        quote_char=False if tabbed else '"',
+        newlines_in_values=not tabbed,
+    )
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(_FIELDS, pa.string()))
+    with pa.input_stream(path, compression="detect") as stream:
+        if not Path(path).stat().st_size:
+            return [], {}
+        table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
+    columns = _wanted(table)
+    if "label" in columns:
+        columns["label"] = _typed(columns["label"])
+    return table.column_names, columns
+
+
+def _read_parquet(path: str) -> _Columns:
+    file = pa.parquet.ParquetFile(path)
+    wanted = [field for field in _FIELDS if field in file.schema_arrow.names]
+    return file.schema_arrow.names, _wanted(file.read(columns=wanted))
+
+
+def _wanted(table: pa.Table) -> dict[str, list[Any]]:
+    names = [field for field in _FIELDS if field in table.column_names]
+    return {field: table.column(field).to_pylist() for field in names}
+
+
+def _typed(labels: list[str]) -> list[Any]:
+    """A csv's labels as integers or floats where all are written so; an empty one is None."""
+    given = [label for label in labels if label]
+    as_type: Callable[[str], Any] = str
+    if all(_WHOLE.fullmatch(label) for label in given):
+        as_type = int
+    elif all(_DECIMAL.fullmatch(label) for label in given):
+        as_type = float
+    return [as_type(label) if label else None for label in labels]
