@@ -1,7 +1,7 @@
 """The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
 
-stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or mismatched cache
-or checkpoint; 130 interrupted; 1 our bug.
+stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or
+mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 """
 
 import json
@@ -21,11 +21,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Rekindle: run experts once over a corpus, train as many students from the cache as wanted.",
+    help="Rekindle: run experts once over a corpus, train many students from the cache.",
 )
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]
-CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, gs://…")]
+CachePath = Annotated[
+    str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, gs://…")
+]
 Json = Annotated[bool, typer.Option("--json", help="print machine-readable results")]
 Overrides = Annotated[
     list[str] | None,
@@ -36,7 +38,9 @@ Overrides = Annotated[
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option(help="a smaller run, under 90 seconds on two cores")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="a smaller run, under 90 seconds on two cores")
+    ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
     from rekindle.pipeline.demo import run_demo
@@ -61,8 +65,6 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
-    import yaml
-
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
     from rekindle.train.finetune import FinetuneConfig
@@ -73,14 +75,12 @@ def finetune(
         set_value(values, override)
     config = parse_settings(FinetuneConfig, values, "--set")
     result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
-    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps(result.as_dict()))
         return
-    scores = ", ".join(f"{s:.4f}" for s in result.scores)
-    typer.echo(f"{summary['metric']} on {dev}: {result.mean:.4f} (seeds: {scores})")
+    spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
     typer.echo(f"expert: {out}")
-    assert yaml  # the overrides' values are YAML
 
 
 @app.command("cache-teachers")
@@ -123,7 +123,9 @@ def verify(
     from rekindle.pipeline.verify import verify_cache
 
     if audit and config is None:
-        raise InputError("--audit runs the teachers again: name the configuration with --config RUN.yaml")
+        raise InputError(
+            "--audit runs the teachers again: name the configuration with --config RUN.yaml"
+        )
     report = verify_cache(cache)
     audits: dict[str, Any] = {}
     if audit and config is not None and not report.problems:
@@ -140,7 +142,8 @@ def verify(
             typer.echo(f"audit of {name}: {shown}")
     if report.problems:
         raise CacheFormatError(
-            f"{len(report.problems)} problem(s) in {cache}. Delete the commit record of each damaged "
+            f"{len(report.problems)} problem(s) in {cache}. Delete the commit record of each "
+            "damaged "
             "unit and run `pipeline cache-teachers` to have it made again"
         )
 
@@ -181,7 +184,9 @@ def train_student(
         result = train_from_config(config, target, resume=resume, progress=progress)
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     typer.echo(f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}")
-    shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.coverage.items())
+    shown = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in result.coverage.items()
+    )
     typer.echo(f"sequences trained: {shown}")
 
 
@@ -213,8 +218,9 @@ def _leave(code: int) -> None:
 
 def main() -> None:
     """The console script: turns errors into one message and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("rekindle").setLevel(logging.INFO)
+    log = logging.getLogger("rekindle")
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+    log.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from rekindle.data.errors import RekindleError
 

@@ -1,4 +1,6 @@
-"""Shared fixtures: real text, tokenizers trained on it, and tiny random model directories of every family."""
+"""Shared fixtures: real text, tokenizers trained on it, and tiny random model directories of every
+family.
+"""
 
 import json
 import os
@@ -11,11 +13,52 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-WORDS = (
-    "the a of in to and model teacher student learns guides writes reads small large old new quick "
-    "cache token masked causal gradient loss river mountain city engine paper number light water "
-    "runs falls rises gives takes keeps under over between beside without against"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "in",
+    "to",
+    "and",
+    "model",
+    "teacher",
+    "student",
+    "learns",
+    "guides",
+    "writes",
+    "reads",
+    "small",
+    "large",
+    "old",
+    "new",
+    "quick",
+    "cache",
+    "token",
+    "masked",
+    "causal",
+    "gradient",
+    "loss",
+    "river",
+    "mountain",
+    "city",
+    "engine",
+    "paper",
+    "number",
+    "light",
+    "water",
+    "runs",
+    "falls",
+    "rises",
+    "gives",
+    "takes",
+    "keeps",
+    "under",
+    "over",
+    "between",
+    "beside",
+    "without",
+    "against",
+]
 
 
 def shared_data() -> Path | None:
@@ -36,7 +79,8 @@ def shared() -> Path:
 def sentences(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     return [
-        " ".join(draw.choices(WORDS, k=draw.randint(4, 14))).capitalize() + "." for _ in range(count)
+        " ".join(draw.choices(WORDS, k=draw.randint(4, 14))).capitalize() + "."
+        for _ in range(count)
     ]
 
 
@@ -47,7 +91,9 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for number in range(40):
         text = " ".join(sentences(1 + (number * 7) % 12, number))
-        lines.append({"id": f"d{number}", "text": text, "domain": "even" if number % 2 == 0 else "odd"})
+        lines.append(
+            {"id": f"d{number}", "text": text, "domain": "even" if number % 2 == 0 else "odd"}
+        )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -60,7 +106,9 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("wordpiece")
     trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(sentences(400, 0), vocab_size=300, min_frequency=1, show_progress=False)
+    trainer.train_from_iterator(
+        sentences(400, 0), vocab_size=300, min_frequency=1, show_progress=False
+    )
     trainer.save_model(str(path))
     fast = BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=512)
     fast.save_pretrained(path)
@@ -117,7 +165,7 @@ ModelFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
-    """make_model(family, auto_class, tokenizer_dir, **config) -> a saved model directory (cached)."""
+    """make_model(family, auto_class, tokenizer_dir, **config) -> a saved model directory."""
     import torch
     import transformers
 

@@ -1,0 +1,235 @@
+"""The command line as a user meets it: exit codes, one message each, stdout for results only."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+from rekindle.pipeline.cli import app, main
+
+CLI = [sys.executable, "-m", "rekindle.pipeline.cli"]
+
+
+def pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the console script's own function in this process (importing torch costs seconds)."""
+    out, errors = io.StringIO(), io.StringIO()
+    code = 0
+    given = ["pipeline", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+    return subprocess.CompletedProcess(given, code, out.getvalue(), errors.getvalue())
+
+
+@pytest.fixture
+def run_file(tmp_path, corpus_file, wordpiece, make_model):
+    """A run file on tiny models, and a function that writes it changed."""
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
+    expert = make_model("bert", "AutoModelForSequenceClassification", wordpiece, num_labels=3)
+    values = {
+        "corpus": {
+            "source": [str(corpus_file)],
+            "tokenizer": str(wordpiece),
+            "sequence_length": 32,
+        },
+        "cache": {"path": str(tmp_path / "cache"), "sequences_per_shard": 40, "replicas": 2},
+        "teachers": [
+            {"name": "lm", "model": str(model), "task": "masked_lm", "targets": {"k": 8}},
+            {"name": "expert", "model": str(expert), "task": "sequence_classification"},
+        ],
+        "student": {"model": str(model), "from_scratch": True},
+        "train": {
+            "steps": 4,
+            "batch_sequences": 8,
+            "warmup_steps": 1,
+            "evaluate_every": 4,
+            "objective": {"distill": [{"teachers": ["lm"], "temperature": 2.0}]},
+        },
+    }
+
+    def write(**sections: object) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values | sections))
+        return path
+
+    write.values = values
+    return write
+
+
+def fails(result: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
+    """The one message of a failed command."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, result.stderr
+    for word in words:
+        assert word in message[0], message[0]
+    return message[0]
+
+
+def test_both_stages_and_their_readers(run_file, tmp_path):
+    path = run_file()
+    first = pipeline("cache-teachers", path)
+    assert first.returncode == 0, first.stderr
+    assert "sequences" in first.stdout
+    again = pipeline("cache-teachers", path)
+    assert "0 units made" in again.stdout
+
+    cache = tmp_path / "cache"
+    checked = json.loads(pipeline("verify", cache, "--json").stdout)
+    assert checked["sound"]
+    assert checked["coverage"] == {"lm": 1.0, "expert": 1.0}
+    facts = json.loads(pipeline("inspect", cache, "--json").stdout)
+    assert set(facts["teachers"]) == {"lm", "expert"}
+    shown = pipeline("inspect", cache, "--example", 3, "--teacher", "expert")
+    assert "LABEL_" in shown.stdout
+
+    trained = pipeline("train-student", path, "--out", tmp_path / "a", "--set", "train.seed=3")
+    assert trained.returncode == 0, trained.stderr
+    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["train"]["seed"] == 3
+    fails(pipeline("train-student", path, "--out", tmp_path / "a"), 2, "not empty", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"step": 4}}, ("train.step", "'steps'")),
+        ({"corpus": {"source": ["x.jsonl"]}}, ("corpus.tokenizer",)),
+        ({"student": {"model": "m", "task": "causal"}}, ("student.task", "causal_lm")),
+    ],
+    ids=["unknown key", "missing key", "bad value"],
+)
+def test_a_wrong_configuration_is_named(run_file, change, words):
+    fails(pipeline("cache-teachers", run_file(**change)), 2, *words)
+
+
+def test_a_missing_model_is_named(run_file, tmp_path):
+    gone = {"name": "lm", "model": str(tmp_path / "gone"), "task": "masked_lm"}
+    fails(pipeline("cache-teachers", run_file(teachers=[gone])), 2, str(tmp_path / "gone"))
+
+
+def test_a_missing_text_field_is_named(run_file):
+    corpus = run_file.values["corpus"] | {"text_field": "txt"}
+    fails(pipeline("cache-teachers", run_file(corpus=corpus)), 2, "'txt'", "text")
+
+
+def test_an_empty_corpus_is_named(run_file, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n')
+    corpus = run_file.values["corpus"] | {"source": [str(tmp_path / "empty.jsonl")]}
+    fails(pipeline("cache-teachers", run_file(corpus=corpus)), 2, "empty")
+
+
+def test_a_wrong_label_file_is_named(tmp_path, wordpiece, make_model):
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
+    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    train.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
+    dev.write_text('{"text": "c", "label": "maybe"}\n')
+    given = ("finetune", model, "--train", train, "--dev", dev, "--out", tmp_path / "out")
+    fails(pipeline(*given), 2, "maybe", "dev.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(run_file, bytelevel, make_model):
+    other = make_model("roberta", "AutoModelForMaskedLM", bytelevel)
+    teacher = {"name": "other", "model": str(other), "task": "masked_lm"}
+    fails(pipeline("cache-teachers", run_file(teachers=[teacher])), 2, "tokenizer", "other")
+
+
+def test_a_student_of_another_tokenizer_is_refused(run_file, tmp_path, bytelevel, make_model):
+    assert pipeline("cache-teachers", run_file()).returncode == 0
+    other = make_model("roberta", "AutoModelForMaskedLM", bytelevel)
+    path = run_file(student={"model": str(other)})
+    fails(pipeline("train-student", path, "--out", tmp_path / "s"), 2, "another tokenizer")
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_is_no_cache_is_exit_code_3(tmp_path):
+    fails(pipeline("inspect", tmp_path), 3, "not a Rekindle cache")
+
+
+def test_a_flipped_byte_is_exit_code_3_and_named(run_file, tmp_path):
+    assert pipeline("cache-teachers", run_file()).returncode == 0
+    victim = next((tmp_path / "cache" / "targets" / "lm" / "data").iterdir())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    result = pipeline("verify", tmp_path / "cache")
+    assert result.returncode == 3
+    assert victim.name in result.stdout
+
+
+def test_ctrl_c_leaves_quickly_and_the_same_command_goes_on(run_file, tmp_path):
+    teachers = run_file.values["teachers"]
+    slow = run_file(
+        teachers=[t | {"batch_tokens": 32} for t in teachers],
+        cache=run_file.values["cache"] | {"sequences_per_shard": 10, "replicas": 8},
+    )
+    process = subprocess.Popen(
+        [*CLI, "cache-teachers", str(slow)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    commits = tmp_path / "cache" / "targets" / "lm" / "commits"
+    while process.poll() is None and len(list(commits.glob("*.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - began < 5  # a promise of two seconds, with room for a loaded machine
+    assert "pipeline cache-teachers" in errors
+    done = len(list(commits.glob("*.json")))
+    again = pipeline("cache-teachers", slow)
+    assert again.returncode == 0, again.stderr
+    made, there = map(int, re.search(r"(\d+) units made, (\d+) were there", again.stdout).groups())
+    assert made > 0
+    assert there >= done  # the unit in flight may have been committed on the way out
+    assert json.loads(pipeline("verify", tmp_path / "cache", "--json").stdout)["sound"]
+
+
+def test_doctor_says_which_loss_runs_and_why():
+    result = pipeline("doctor")
+    assert result.returncode == 0
+    assert "kd loss" in result.stdout
+
+
+def test_the_command_line_is_frozen():
+    """New knobs go into the configuration; a new option is a decision, made here."""
+    import typer
+
+    commands = typer.main.get_command(app).commands
+    options = {
+        name: sorted(
+            o for p in command.params for o in p.opts if o.startswith("--") and o != "--help"
+        )
+        for name, command in commands.items()
+    }
+    assert options == {
+        "demo": ["--out", "--quick"],
+        "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
+        "cache-teachers": ["--set", "--teacher", "--workers"],
+        "verify": ["--audit", "--config", "--json"],
+        "inspect": ["--example", "--json", "--teacher"],
+        "train-student": ["--out", "--resume", "--set"],
+        "doctor": [],
+    }
+
+
+def test_help_needs_no_torch():
+    code = "import sys, rekindle.pipeline.cli as c; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
