@@ -238,12 +238,16 @@ class _Label(NamedTuple):
 
 
 def _transform_(z: Tensor, objective: Objective, keep_slope: bool) -> Tensor | None:
-    """In place: z <- cap·tanh(scale·z/cap); returns dz'/d(scale·z) where it is not 1 and wanted."""
+    """In place: z <- cap·tanh(scale·z/cap); returns dz'/d(scale·z) where it is not 1 and wanted.
+
+    A logit of -inf stays -inf under a softcap: an id that is ruled out stays ruled out.
+    """
     if objective.logit_scale != 1.0:
         z.mul_(objective.logit_scale)
     if objective.softcap is None:
         return None
+    ruled_out = z == -math.inf
     z.div_(objective.softcap).tanh_()
     slope = 1.0 - z.square() if keep_slope else None
-    z.mul_(objective.softcap)
+    z.mul_(objective.softcap).masked_fill_(ruled_out, -math.inf)
     return slope

@@ -4,21 +4,23 @@ Shapes: N rows (tokens), V vocabulary, K kept ids a row, H hidden size, T teache
 """
 
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import linear_losses
 from rekindle.kernels.merge import SparseRow, merge_rows
-from rekindle.kernels.reference import reference_losses
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.ops import linear_losses, logits_losses
+from rekindle.kernels.targets import MAX_KEPT, Objective, SparseTargets
 
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class KDLoss(NamedTuple):
@@ -76,7 +78,7 @@ def kd_loss(
             nothing), CE over those of them whose label counts; sum; none: [N], 0 in ignored rows.
             No such row: 0.
         impl: auto | triton | torch.
-        softcap: final logit softcapping as in Gemma 2; None: none.
+        softcap: final logit softcapping as in Gemma 2 (-inf stays -inf); None: none.
         logit_scale: > 0, multiplies the logits first.
 
     A target probability of zero counts as 2^-126 where its logarithm is needed (reverse KL
@@ -87,8 +89,9 @@ def kd_loss(
     Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, weights
         of rows included, detached.
 
-    Raises: ValueError for arguments that break these rules (values are checked on CPU tensors
-        only: on a device that would wait for it).
+    Raises: ValueError for arguments that break these rules. Values are checked on CPU tensors only,
+        as a device would have to be waited for: the Triton kernels give a row with an id or label
+        outside [0,V) a loss of NaN.
 
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
     """
@@ -107,8 +110,10 @@ def kd_loss(
     targets = _targets(
         logits, logits.shape[1], target_ids, target_probs, tail_prob, labels, row_weight, objective
     )
-    _choose(impl, logits.device)
-    return KDLoss(*reference_losses(logits, targets, objective))
+    chosen = _choose(impl, logits.device, logits.dtype, target_ids.shape[1])
+    if logits.stride(1) != 1 or not logits.shape[1] <= logits.stride(0) <= 2 * logits.shape[1]:
+        logits = logits.contiguous()  # the gradient takes the logits' layout
+    return KDLoss(*logits_losses(logits, targets, objective, chosen))
 
 
 def linear_kd_loss(
@@ -134,10 +139,16 @@ def linear_kd_loss(
 ) -> KDLoss:
     """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
-    Rows with weight 0, or with neither label nor target, are dropped before the first product.
-    The gradient is formed in the forward pass, block by block (float32 sums, or float64 for
-    float64 inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU (at
-    least one row).
+    The gradient is formed in the forward pass, block by block (float32 sums, or float64 for float64
+    inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU and 2 GiB on
+    a GPU (but at least one row).
+
+    Rows with weight 0 are dropped before the first product; on CPU also those with neither label
+    nor target. To learn their number the Triton path waits for the device once, if row_weight is
+    given and no CUDA graph is being captured; without row_weight it never waits.
+
+    The products are in float32 with impl torch, also under autocast; with impl triton in the
+    autocast dtype, or the inputs' common one, and dW is summed in float32 all the same.
 
     hidden is [N,H], weight [V,H] (the output embedding), bias [V] or None; every other argument
     is as for `kd_loss`, whose docstring has their rules.
@@ -167,8 +178,11 @@ def linear_kd_loss(
     targets = _targets(
         hidden, weight.shape[0], target_ids, target_probs, tail_prob, labels, row_weight, objective
     )
-    _choose(impl, hidden.device)
-    return KDLoss(*linear_losses(hidden, weight, bias, targets, objective))
+    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        product_dtype = torch.get_autocast_dtype(hidden.device.type)
+    chosen = _choose(impl, hidden.device, product_dtype, target_ids.shape[1])
+    return KDLoss(*linear_losses(hidden, weight, bias, targets, objective, chosen, product_dtype))
 
 
 def merge_targets(
@@ -260,7 +274,7 @@ def _targets(
         None if labels is None else labels.long(),
         None if weight is None else weight.detach(),
     )
-    if rows_of.device.type == "cpu":
+    if rows_of.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
     return targets
 
@@ -296,17 +310,33 @@ def _check_values(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
             )
 
 
-def _choose(impl: str, device: torch.device) -> str:
-    """The implementation to run: "triton" or "torch"."""
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, kept: int) -> str:
+    """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise ValueError(
-            "impl is 'triton', which this version does not have; use 'auto' or 'torch'"
-        )
-    if impl == "auto":
-        _say_once(f"distillation loss: impl auto takes torch on {device.type}")
-    return "torch"
+    if impl == "torch":
+        return "torch"
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
+    obstacle = _obstacle(device, dtype, kept, interpreted)
+    if impl == "triton" and obstacle:
+        raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
+    if impl == "auto" and not torch.compiler.is_compiling():
+        chosen = f"torch ({obstacle})" if obstacle else f"triton ({device.type}, {dtype})"
+        _say_once(f"distillation loss: impl auto takes {chosen}")
+    return "torch" if obstacle else "triton"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, kept: int, interpreted: bool) -> str | None:
+    """Why the Triton kernels cannot run here; None if they can."""
+    if device.type != "cuda" and not interpreted:
+        return f"the tensors are on {device.type}"
+    if dtype == torch.float64:
+        return "the kernels compute in float32 and the student is float64"
+    if kept > MAX_KEPT:
+        return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
+    if not TRITON_INSTALLED:
+        return "the package triton is not installed"
+    return None
 
 
 @functools.cache

@@ -51,7 +51,9 @@ def _transformed(z: Tensor, objective: Objective) -> Tensor:
     if objective.logit_scale != 1.0:
         z = z * objective.logit_scale
     if objective.softcap is not None:
-        z = objective.softcap * torch.tanh(z / objective.softcap)
+        # an id that is ruled out stays ruled out
+        capped = objective.softcap * torch.tanh(z / objective.softcap)
+        z = torch.where(z == -math.inf, z, capped)
     return z
 
 

@@ -19,6 +19,8 @@ REDUCTIONS = ("mean", "sum", "none")
 # every dtype, so that float32 and float64 define the same loss.
 LOG_OF_ZERO = -87.33654475055310
 
+MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
+
 
 @dataclass(frozen=True)
 class Objective:

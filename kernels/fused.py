@@ -1,0 +1,113 @@
+"""Launches of the row kernel: memory, tile sizes and compile-time switches; no arithmetic of its
+own.
+
+Shapes: N rows, V vocabulary, K kept ids a row.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from rekindle.kernels.closed_form import BlockLosses, Coefficients
+from rekindle.kernels.row_kernel import row_kernel, scale_kernel
+from rekindle.kernels.targets import DIVERGENCES, TAILS, Objective, SparseTargets
+
+
+def losses_of_rows(
+    logits: Tensor,
+    gradient: Tensor,
+    targets: SparseTargets,
+    objective: Objective,
+    factors: Coefficients | None,
+) -> BlockLosses:
+    """Per-row CE and D [N] of logits [N,V], and in `gradient` the derivative of Σ factors·losses.
+
+    `gradient` has the logits' dtype and strides, the last of which is 1. It is the logits' own
+    memory for a private buffer; else it serves as scratch, even without factors. Rows of weight 0
+    are not read and get a zero gradient; without factors `gradient` is left undefined. A row with
+    an id or label outside [0, V) has losses of NaN: a device is not waited for to raise an error.
+    """
+    rows, vocabulary = logits.shape
+    ce, kd = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    if rows == 0:
+        return BlockLosses(ce, kd)
+    block_k = triton.next_power_of_2(max(1, targets.ids.shape[1]))
+    with torch.cuda.device_of(logits):  # a launch goes to the current device
+        row_kernel[(rows,)](
+            logits,
+            gradient,
+            targets.ids.contiguous(),
+            targets.probs.contiguous(),
+            None if targets.tail is None else targets.tail.contiguous(),
+            None if targets.labels is None else targets.labels.contiguous(),
+            None if targets.weight is None else targets.weight.contiguous(),
+            None if factors is None else factors.ce.contiguous(),
+            None if factors is None else factors.kd.contiguous(),
+            ce,
+            kd,
+            logits.stride(0),
+            vocabulary,
+            targets.ids.shape[1],
+            objective.ignore_index,
+            1.0 / objective.temperature,
+            float(objective.logit_scale),
+            0.0 if objective.softcap is None else float(objective.softcap),
+            _resolution(logits.dtype),
+            **_constants(targets, objective, gradient is logits, factors is not None),
+            **_tile(vocabulary, block_k),
+            BLOCK_K=block_k,
+        )
+    return BlockLosses(ce, kd)
+
+
+def _constants(
+    targets: SparseTargets, objective: Objective, hide: bool, gradient: bool
+) -> dict[str, int | bool]:
+    """The kernel's compile-time switches."""
+    tau, has_labels = objective.temperature, targets.labels is not None
+    power = {1.0: 1, 2.0: 2, 4.0: 4}.get(tau, 0)
+    return {
+        "DIVERGENCE": DIVERGENCES.index(objective.divergence),
+        "TAIL": TAILS.index(objective.tail),
+        "POWER": power if has_labels or tau == 1.0 else -1,
+        "HAS_TAIL": targets.tail is not None,
+        "HAS_LABELS": has_labels,
+        "HAS_WEIGHT": targets.weight is not None,
+        "SOFTCAP": objective.softcap is not None,
+        "HIDE": hide,
+        "GRADIENT": gradient,
+    }
+
+
+def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
+    """Entries a step, warps and registers: a table, as what writes in place cannot be autotuned.
+
+    The register limits are where the compiler spills nothing; without one it aims for more programs
+    a processor and spills a few row constants.
+    """
+    if vocabulary >= 100_000:
+        # few rows in flight, so that their second reading finds them in the L2
+        tile = {"BLOCK": 16384, "num_warps": 16, "maxnreg": 128}
+    else:
+        block = min(4096, max(256, triton.next_power_of_2(vocabulary)))
+        tile = {"BLOCK": block, "num_warps": max(1, block // 512), "maxnreg": 64}
+    if block_k > 512:
+        tile["maxnreg"] = 65536 // (32 * tile["num_warps"]) if tile["num_warps"] > 8 else 255
+    return tile
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    """The least share of a row that total − listed resolves as well as the gradient is stored."""
+    return 2.0**-3 if dtype == torch.float32 else 2.0**-9
+
+
+def scale_unless_one(values: Tensor, factor: Tensor) -> None:
+    """In place values · factor, a scalar on the device; if it is 1, memory is not touched."""
+    if not values.is_contiguous():
+        values.mul_(factor)
+    elif values.numel():
+        block = 4096
+        with torch.cuda.device_of(values):
+            scale_kernel[(triton.cdiv(values.numel(), block),)](
+                values, factor, values.numel(), BLOCK=block
+            )

@@ -1,0 +1,363 @@
+"""The row kernel in Triton: both losses and the exact gradient of a row of logits in one program.
+
+It computes what `closed_form.loss_block` defines, in float32, from float32, bfloat16 or float16
+logits, and must not allocate, choose defaults or talk to autograd. Shapes: N rows, V vocabulary,
+K kept ids a row.
+
+A program owns a row. It gathers the k + 1 special logits, streams the row once for the
+log-sum-exp of all *other* ids, forms both losses and the row's constants, streams the row again
+(backwards: its end is still in the cache) writing `constant · exp(z)`, and at last stores the k +
+1 special entries, each once, from float32.
+
+The complement's sum is exact, never total minus listed where that cancels. A private buffer is
+written over anyway, so its listed entries are set to -inf before the row is streamed. A caller's
+logits must stay as they
+are: the sum is total − listed while the remainder is large enough to be resolved, and otherwise
+the row is copied to the gradient's memory, the listed entries taken out there, and streamed
+again.
+
+Memory: rows start anywhere (V = 30,522 is a multiple of 2 only), so a row is cut into a middle
+that starts and ends on multiples of eight elements, read and written by 128-bit instructions, and
+at most fifteen entries at its two edges, which one small vector covers. Row offsets are 64-bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from rekindle.kernels.targets import LOG_OF_ZERO
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
+_EDGE = tl.constexpr(16)  # lanes of the edge vector: eight before the middle, eight after it
+
+
+@triton.jit
+def _transformed(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """float32 logits after scale and softcap; -inf stays -inf."""
+    x = x.to(tl.float32) * scale
+    if SOFTCAP:
+        # tanh by exp2: the interpreter has no libdevice
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2E / softcap)))
+        x = tl.where(x == float("-inf"), x, softcap * tanh)
+    return x
+
+
+@triton.jit
+def _slope(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """d(transformed)/d(raw) at transformed x."""
+    if SOFTCAP:
+        tanh = x / softcap
+        return tl.where(x == float("-inf"), 0.0, scale * (1.0 - tanh * tanh))
+    else:
+        return scale
+
+
+@triton.jit
+def _fold(peak, s_tau, s_one, x, k, POWER: tl.constexpr):
+    """Take a vector of logits into (max, Σ exp((z − max)/τ), Σ exp(z − max)); k is log2(e)/τ.
+
+    POWER is τ where the second sum is a power of the first's terms (1, 2, 4), 0 where it needs
+    its own exponentials, -1 where nobody asks for it.
+    """
+    new = tl.maximum(peak, tl.max(x, 0))
+    reference = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2((peak - reference) * k)
+    u = tl.exp2((x - reference) * k)
+    s_tau = s_tau * shrink + tl.sum(u, 0)
+    if POWER == 2:
+        s_one = s_one * shrink * shrink + tl.sum(u * u, 0)
+    if POWER == 4:
+        s_one = s_one * shrink * shrink * shrink * shrink + tl.sum(u * u * (u * u), 0)
+    if POWER == 0:
+        s_one = s_one * tl.exp2((peak - reference) * _LOG2E)
+        s_one += tl.sum(tl.exp2((x - reference) * _LOG2E), 0)
+    if POWER == 1:
+        s_one = s_tau
+    return new, s_tau, s_one
+
+
+@triton.jit
+def _row_sums(
+    base, middle, edge, edge_mask, n_middle, k, scale, softcap,
+    SOFTCAP: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(max, Σ exp((z − max)/τ), Σ exp(z − max)) of a whole row."""
+    x_edge = tl.load(base + edge, mask=edge_mask, other=float("-inf"))
+    nothing = tl.full([], 0.0, tl.float32)
+    peak, s_tau, s_one = _fold(
+        tl.full([], float("-inf"), tl.float32), nothing, nothing,
+        _transformed(x_edge, scale, softcap, SOFTCAP), k, POWER,
+    )  # fmt: skip
+    for i in range(0, tl.cdiv(n_middle, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(middle + o, mask=o < n_middle, other=float("-inf"))
+        peak, s_tau, s_one = _fold(
+            peak, s_tau, s_one, _transformed(x, scale, softcap, SOFTCAP), k, POWER
+        )
+    return peak, s_tau, s_one
+
+
+@triton.jit
+def _hide(base, ids, listed):
+    """Take the listed ids out of the row."""
+    nothing = tl.full(ids.shape, float("-inf"), tl.float32)
+    tl.store(base + ids, nothing.to(base.dtype.element_ty), mask=listed)
+
+
+@triton.jit
+def _sums_of_others(
+    base, middle, copy, copy_middle, edge, edge_mask, n_middle, ids, listed,
+    k, scale, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(max, Σ exp((z − max)/τ)) of the ids that are not listed, by way of a copy of the row."""
+    tl.store(copy + edge, tl.load(base + edge, mask=edge_mask), mask=edge_mask)
+    for i in range(0, tl.cdiv(n_middle, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(copy_middle + o, tl.load(middle + o, mask=o < n_middle), mask=o < n_middle)
+    tl.debug_barrier()
+    _hide(copy, ids, listed)
+    tl.debug_barrier()
+    peak, s_tau, _ = _row_sums(
+        copy, copy_middle, edge, edge_mask, n_middle, k, scale, softcap, SOFTCAP, -1, BLOCK
+    )
+    tl.debug_barrier()  # the copy is read before gradients replace it
+    return peak, s_tau
+
+
+@triton.jit
+def _load_targets(
+    ids_ptr, probs_ptr, tail_ptr, row, K, V,
+    TAIL: tl.constexpr, HAS_TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ids, target over the k + 1 outcomes, whether the row has a target, whether an id is out of
+    range.
+
+    The only place that knows how targets are stored.
+    """
+    lane = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + lane, mask=lane < K, other=-1).to(tl.int64)
+    wrong = tl.max(((ids < -1) | (ids >= V)).to(tl.int32), 0) > 0
+    listed = (ids >= 0) & (ids < V)
+    q = tl.load(probs_ptr + row * K + lane, mask=listed, other=0.0).to(tl.float32)
+    total = tl.sum(q, 0)
+    has_target = tl.max(listed.to(tl.int32), 0) > 0
+    rest = 0.0
+    if TAIL == 0:
+        if HAS_TAIL:
+            rest = tl.maximum(tl.load(tail_ptr + row).to(tl.float32), 0.0)
+        else:
+            rest = tl.maximum(1.0 - total, 0.0)
+    if TAIL == 1:
+        has_target = has_target & (total > 0)
+        q = q / tl.where(total > 0, total, 1.0)
+    return ids, listed, q, rest, has_target, wrong
+
+
+@triton.jit
+def _log_of_target(q):
+    return tl.where(q > 0, tl.log(tl.where(q > 0, q, 1.0)), _LOG_ZERO)
+
+
+@triton.jit
+def _outcome(q, log_p, DIVERGENCE: tl.constexpr):
+    """Term of D, p and φ·p (for reverse KL: φ) of outcomes; log_p is -inf where there is none."""
+    possible = log_p != float("-inf")
+    p = tl.exp(log_p)
+    log_p = tl.where(possible, log_p, _LOG_ZERO)
+    log_q = _log_of_target(q)
+    if DIVERGENCE == 0:
+        term = q * (log_q - log_p)
+        p_phi = tl.where(possible, -q, 0.0)
+    elif DIVERGENCE == 1:
+        p_phi = log_p - log_q
+        term = p * p_phi
+    elif DIVERGENCE == 2:
+        high = tl.maximum(log_q, log_p)
+        low = tl.minimum(log_q, log_p)
+        log_m = high + tl.log(1.0 + tl.exp(low - high)) - _LN2
+        p_phi = 0.5 * p * (log_p - log_m)
+        term = 0.5 * q * (log_q - log_m) + p_phi
+    else:
+        term = 0.5 * tl.abs(p - q)
+        p_phi = tl.where(p > q, 0.5 * p, tl.where(p < q, -0.5 * p, 0.0))
+    return term, p, p_phi
+
+
+@triton.jit
+def _divergence(q, q_rest, log_p, log_p_rest, DIVERGENCE: tl.constexpr):
+    """D, and its gradient with respect to z/τ: the rest's factor and the listed values."""
+    q_rest = tl.where(log_p_rest == float("-inf"), 0.0, q_rest)
+    term, p, p_phi = _outcome(q, log_p, DIVERGENCE)
+    term_rest, p_rest, p_phi_rest = _outcome(q_rest, log_p_rest, DIVERGENCE)
+    if DIVERGENCE == 1:
+        # φ relative to the likeliest outcome's: see closed_form._reverse_kl
+        top = tl.max(p, 0)
+        at_top = tl.max(tl.where(p == top, p_phi, float("-inf")), 0)
+        likeliest = tl.where(p_rest > top, p_phi_rest, at_top)
+        p_phi = p * (p_phi - likeliest)
+        p_phi_rest = p_rest * (p_phi_rest - likeliest)
+    mean = tl.sum(p_phi, 0) + p_phi_rest
+    return tl.sum(term, 0) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
+
+
+@triton.jit
+def _outside(x, peak, k, rest_weight, ce_weight, POWER: tl.constexpr):
+    """Gradient of ordinary entries: rest_weight · exp((z − peak)/τ) + ce_weight · exp(z − peak)."""
+    u = tl.exp2((x - peak) * k)
+    if POWER == 1:
+        g = (rest_weight + ce_weight) * u
+    else:
+        g = rest_weight * u
+        if POWER == 2:
+            g += ce_weight * (u * u)
+        if POWER == 4:
+            g += ce_weight * (u * u * (u * u))
+        if POWER == 0:
+            g += ce_weight * tl.exp2((x - peak) * _LOG2E)
+    return g
+
+
+@triton.jit
+def row_kernel(
+    logits_ptr,  # [N,V] float32 | bfloat16 | float16, rows `stride` apart
+    grad_ptr,  # the same layout; the same memory if HIDE
+    ids_ptr,  # [N,K] integers, -1 = padding
+    probs_ptr,  # [N,K] floats
+    tail_ptr,  # [N] floats
+    labels_ptr,  # [N] integers
+    weight_ptr,  # [N]; 0 = row ignored
+    ce_factor_ptr,  # [N] float32: what multiplies the row's CE in the differentiated quantity
+    kd_factor_ptr,  # [N] float32: the same for D
+    ce_ptr,  # [N] float32 out
+    kd_ptr,  # [N] float32 out
+    stride, V, K, ignore_index, inverse_tau, scale, softcap, resolution,
+    DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, POWER: tl.constexpr,
+    HAS_TAIL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, HIDE: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Losses of one row and, with GRADIENT, the derivative of ce_factor·CE + kd_factor·D."""
+    row = tl.program_id(0).to(tl.int64)
+    start = row * stride
+    middle_start = (start + 7) // 8 * 8
+    head = (middle_start - start).to(tl.int32)
+    n_middle = tl.maximum(V - head, 0) // 8 * 8
+    lane = tl.arange(0, _EDGE)
+    edge = tl.where(lane < 8, lane, head + n_middle + lane - 8)
+    edge_mask = (edge < V) & ((lane < head) | (lane >= 8))
+    base = logits_ptr + start
+    middle = logits_ptr + middle_start
+    grad_base = grad_ptr + start
+    grad_middle = grad_ptr + middle_start
+    blocks = tl.cdiv(n_middle, BLOCK)
+
+    if HAS_WEIGHT:  # noqa: SIM102 — the inner test must not be compiled without weights
+        if tl.load(weight_ptr + row) == 0:
+            tl.store(ce_ptr + row, 0.0)
+            tl.store(kd_ptr + row, 0.0)
+            if GRADIENT:
+                zero = tl.zeros([BLOCK], tl.float32).to(grad_ptr.dtype.element_ty)
+                zero_edge = tl.zeros([_EDGE], tl.float32).to(grad_ptr.dtype.element_ty)
+                tl.store(grad_base + edge, zero_edge, mask=edge_mask)
+                for i in range(0, blocks):
+                    o = i * BLOCK + tl.arange(0, BLOCK)
+                    tl.store(grad_middle + o, zero, mask=o < n_middle)
+            return
+
+    k = inverse_tau * _LOG2E
+    ids, listed, q, q_rest, has_target, wrong = _load_targets(
+        ids_ptr, probs_ptr, tail_ptr, row, K, V, TAIL, HAS_TAIL, BLOCK_K
+    )
+    z_k = tl.load(base + ids, mask=listed, other=float("-inf"))
+    z_k = _transformed(z_k, scale, softcap, SOFTCAP)
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row).to(tl.int64)
+        labelled = label != ignore_index
+        wrong = wrong | (labelled & ((label < 0) | (label >= V)))
+        label = tl.where(labelled & (label >= 0) & (label < V), label, 0)
+        z_y = _transformed(tl.load(base + label), scale, softcap, SOFTCAP)
+
+    if HIDE:
+        tl.debug_barrier()  # every thread has its special logits
+        _hide(base, ids, listed)
+        tl.debug_barrier()
+    peak, s_tau, s_one = _row_sums(
+        base, middle, edge, edge_mask, n_middle, k, scale, softcap, SOFTCAP, POWER, BLOCK
+    )
+    top = peak
+    if HIDE:
+        top = tl.maximum(peak, tl.max(z_k, 0))
+        s_one = s_one * tl.exp(peak - top) + tl.sum(tl.exp(z_k - top), 0)
+    else:
+        others = s_tau - tl.sum(tl.exp2((z_k - top) * k), 0)
+        if others < resolution * s_tau:
+            peak, others = _sums_of_others(
+                base, middle, grad_base, grad_middle, edge, edge_mask, n_middle, ids, listed,
+                k, scale, softcap, SOFTCAP, BLOCK,
+            )  # fmt: skip
+        s_tau = others
+
+    # From here on peak and s_tau are those of the ids that are not listed; top is the row's.
+    empty = peak == float("-inf")
+    mass = tl.where(empty, 0.0, s_tau * tl.exp2((peak - top) * k))
+    log_norm = tl.log(tl.sum(tl.exp2((z_k - top) * k), 0) + mass)
+    log_p = (z_k - top) * inverse_tau - log_norm
+    log_s = tl.log(tl.where(empty, 1.0, s_tau))
+    log_p_rest = (peak - top) * inverse_tau + log_s - log_norm
+    kd, kd_rest, kd_listed = _divergence(q, q_rest, log_p, log_p_rest, DIVERGENCE)
+    kd = tl.where(has_target, kd, 0.0)
+    ce = 0.0
+    if HAS_LABELS:
+        log_one = tl.log(s_one)
+        possible = z_y != float("-inf")
+        ce = tl.where(possible, top + log_one - z_y, -_LOG_ZERO)
+        ce = tl.where(labelled, ce, 0.0)
+        labelled = labelled & possible
+    tl.store(ce_ptr + row, tl.where(wrong, float("nan"), ce))
+    tl.store(kd_ptr + row, tl.where(wrong, float("nan"), kd))
+
+    if GRADIENT:
+        out = grad_ptr.dtype.element_ty
+        reference = tl.where(empty, 0.0, peak)
+        b = tl.where(has_target, tl.load(kd_factor_ptr + row), 0.0) * inverse_tau
+        rest_weight = b * kd_rest / tl.where(empty, 1.0, s_tau)
+        ce_weight = 0.0
+        if HAS_LABELS:
+            a = tl.where(labelled, tl.load(ce_factor_ptr + row), 0.0)
+            ce_weight = a * tl.exp(reference - top - log_one)
+        x_edge = tl.load(base + edge, mask=edge_mask, other=float("-inf"))
+        x_edge = _transformed(x_edge, scale, softcap, SOFTCAP)
+        g_edge = _outside(x_edge, reference, k, rest_weight, ce_weight, POWER)
+        g_edge *= _slope(x_edge, scale, softcap, SOFTCAP)
+        tl.store(grad_base + edge, g_edge.to(out), mask=edge_mask)
+        for i in range(0, blocks):
+            o = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(middle + o, mask=o < n_middle, other=float("-inf"))
+            x = _transformed(x, scale, softcap, SOFTCAP)
+            g = _outside(x, reference, k, rest_weight, ce_weight, POWER)
+            g *= _slope(x, scale, softcap, SOFTCAP)
+            tl.store(grad_middle + o, g.to(out), mask=o < n_middle)
+        tl.debug_barrier()  # the special entries come last
+        g_k = b * kd_listed
+        if HAS_LABELS:
+            g_k += a * tl.exp(z_k - top - log_one) - tl.where(ids == label, a, 0.0)
+            g_y = _outside(z_y, reference, k, rest_weight, ce_weight, POWER) - a
+            g_y *= _slope(z_y, scale, softcap, SOFTCAP)
+            alone = labelled & (tl.max((ids == label).to(tl.int32), 0) == 0)
+            tl.store(grad_base + label, g_y.to(out), mask=alone)
+        g_k *= _slope(z_k, scale, softcap, SOFTCAP)
+        tl.store(grad_base + ids, g_k.to(out), mask=listed)
+
+
+@triton.jit
+def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    """Values [n] *= factor [], without touching them if the factor is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor == 1.0:
+        return
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(values_ptr + o, mask=o < n).to(tl.float32) * factor
+    tl.store(values_ptr + o, x.to(values_ptr.dtype.element_ty), mask=o < n)

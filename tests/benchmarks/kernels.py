@@ -1,0 +1,374 @@
+"""Times the distillation losses beside their peers and appends what it measured to results.csv.
+
+    python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
+    python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
+
+Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is
+reading and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear":
+the same from hidden states; the bound is three products, 6·N·V·H operations at the matrix rate
+measured in this run. Peers that know hard labels only are timed against our loss without
+distillation ("linear-ce"). Every provider first has to agree with float64 on a small case of the
+same V and H; one that is not installed, or does not agree, is reported so. Providers take turns
+within a repetition, so that clocks and neighbours touch all alike.
+"""
+
+import argparse
+import csv
+import datetime
+import importlib
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rekindle.kernels.losses import kd_loss, linear_kd_loss
+
+RESULTS = Path(__file__).with_name("results.csv")
+FIELDS = ("date", "benchmark", "device", "versions", "case", "provider", "metric", "value", "unit")
+
+SHAPES = ((8192, 30522, 768), (8192, 50368, 768), (8192, 128256, 4096), (8192, 256000, 2304))
+TOY_SHAPES = ((64, 1003, 32),)
+GATE_ROWS = 48
+CE_WEIGHT, KD_WEIGHT = 0.5, 0.5
+
+
+class Batch(NamedTuple):
+    """One step's inputs: hidden [N,H], weight [V,H], ids and probs [N,K], tail and labels [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    probs: Tensor
+    tail: Tensor
+    labels: Tensor
+    tau: float
+
+
+Provider = Callable[[Batch, Tensor], Tensor]  # (batch, logits or hidden) -> loss
+
+
+def make_batch(rows: int, shape: tuple[int, int, int], k: int, tau: float, device: str) -> Batch:
+    """A student with Zipf-like biases and a teacher near it: rows as peaked as trained ones."""
+    _, vocabulary, width = shape
+    g = torch.Generator(device=device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(rows, width, generator=g, device=device)
+    weight = torch.randn(vocabulary, width, generator=g, device=device) * 3 / width**0.5
+    weight[:, 0] -= torch.arange(1, vocabulary + 1, device=device).log() / 2
+    hidden[:, 0] = 1.0
+    ids, probs, tail, labels = [], [], [], []
+    for x in hidden.split(256):  # the teacher's [N,V] is not kept
+        p = ((x + 0.3 * torch.randn_like(x)) @ weight.t() / tau).softmax(1)
+        top = p.topk(k, dim=1)
+        ids.append(top.indices)
+        probs.append(top.values)
+        tail.append(1 - top.values.sum(1))
+        labels.append(torch.multinomial(p, 1, generator=g)[:, 0])
+    targets = (torch.cat(t) for t in (ids, probs, tail, labels))
+    return Batch(hidden.to(dtype), weight.to(dtype), *targets, tau)
+
+
+# ---- providers
+# ---------------------------------------------------------------------------------------------
+
+
+def eager(batch: Batch, z: Tensor) -> Tensor:
+    """What one writes by hand: two log-softmaxes in float32, the tail as 1 − Σ."""
+    z = z.float()
+    log_p = F.log_softmax(z / batch.tau, 1).gather(1, batch.ids)
+    log_rest = torch.log1p(-log_p.exp().sum(1).clamp(max=1 - 1e-6))
+    kd = (batch.probs * (batch.probs.clamp(min=1e-30).log() - log_p)).sum(1)
+    kd = kd + batch.tail * (batch.tail.clamp(min=1e-30).log() - log_rest)
+    return CE_WEIGHT * F.cross_entropy(z, batch.labels) + KD_WEIGHT * batch.tau**2 * kd.mean()
+
+
+def ours_logits(batch: Batch, z: Tensor) -> Tensor:
+    return kd_loss(
+        z, batch.ids, batch.probs, tail_prob=batch.tail, labels=batch.labels,
+        temperature=batch.tau, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT,
+    ).loss  # fmt: skip
+
+
+def ours_linear(batch: Batch, x: Tensor) -> Tensor:
+    return linear_kd_loss(
+        x, batch.weight, batch.ids, batch.probs, tail_prob=batch.tail, labels=batch.labels,
+        temperature=batch.tau, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT,
+    ).loss  # fmt: skip
+
+
+def ours_ce(batch: Batch, x: Tensor) -> Tensor:
+    none = batch.ids[:, :0], batch.probs[:, :0]
+    return linear_kd_loss(x, batch.weight, *none, labels=batch.labels, ce_weight=1.0).loss
+
+
+def eager_ce(batch: Batch, x: Tensor) -> Tensor:
+    return F.cross_entropy((x @ batch.weight.t()).float(), batch.labels)
+
+
+def torch_linear_cross_entropy() -> Provider:
+    function = F.linear_cross_entropy  # type: ignore[attr-defined]
+    return lambda batch, x: function(x, batch.weight, batch.labels)
+
+
+def liger() -> Provider:
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    return lambda batch, x: module.liger_fused_linear_cross_entropy(x, batch.weight, batch.labels)
+
+
+def cut_cross_entropy() -> Provider:
+    module = importlib.import_module("cut_cross_entropy")
+    return lambda batch, x: module.linear_cross_entropy(x, batch.weight, batch.labels)
+
+
+def compiled(function: Provider) -> Callable[[], Provider]:
+    return lambda: torch.compile(function)  # type: ignore[return-value]
+
+
+def linear(function: Provider) -> Provider:
+    return lambda batch, x: function(batch, x @ batch.weight.t())
+
+
+# the first of each task is ours, the second the float64 truth's formula
+TASKS: dict[str, dict[str, Callable[[], Provider]]] = {
+    "logits": {
+        "rekindle": lambda: ours_logits,
+        "eager": lambda: eager,
+        "torch.compile": compiled(eager),
+    },
+    "linear": {
+        "rekindle": lambda: ours_linear,
+        "eager": lambda: linear(eager),
+        "torch.compile": compiled(linear(eager)),
+    },
+    "linear-ce": {
+        "rekindle": lambda: ours_ce,
+        "eager": lambda: eager_ce,
+        "torch.compile": compiled(eager_ce),
+        "F.linear_cross_entropy": torch_linear_cross_entropy,
+        "liger-kernel": liger,
+        "cut-cross-entropy": cut_cross_entropy,
+    },
+}
+
+
+def run(task: str, provider: Provider, batch: Batch, logits: Tensor | None) -> tuple[Tensor, ...]:
+    """One forward and backward pass; the loss and the gradients."""
+    if task == "logits":
+        assert logits is not None
+        z = logits.detach().requires_grad_()
+        loss = provider(batch, z)
+        return loss, *torch.autograd.grad(loss, z)
+    x, w = (t.detach().requires_grad_() for t in (batch.hidden, batch.weight))
+    loss = provider(batch._replace(weight=w), x)
+    return loss, *torch.autograd.grad(loss, (x, w))
+
+
+def agrees(task: str, provider: Provider, batch: Batch) -> bool:
+    """Whether loss and gradients are those of float64 to the inputs' own precision."""
+    exact = batch._replace(
+        **{name: getattr(batch, name).double() for name in ("hidden", "weight", "probs", "tail")}
+    )
+    truth = eager_ce if task == "linear-ce" else linear(eager)
+    if task == "logits":
+        logits = batch.hidden @ batch.weight.t()
+        expected = run(task, _in_float64(eager), exact, logits.double())
+        found = run(task, provider, batch, logits)
+    else:
+        expected = run(task, _in_float64(truth), exact, None)
+        found = run(task, provider, batch, None)
+    tolerance = 3e-2 if batch.hidden.dtype == torch.bfloat16 else 1e-4
+    return all(
+        (a.double() - b).norm() <= tolerance * b.norm()
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _in_float64(provider: Provider) -> Provider:
+    """The same formula with `.float()` left out."""
+
+    def exact(batch: Batch, x: Tensor) -> Tensor:
+        original = Tensor.float
+        Tensor.float = lambda self, *_: self  # type: ignore[method-assign,assignment]
+        try:
+            return provider(batch, x)
+        finally:
+            Tensor.float = original  # type: ignore[method-assign]
+
+    return exact
+
+
+# ---- measuring
+# ---------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one call; on a GPU after its L2 was overwritten."""
+    if device != "cuda":
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    work()
+    end_event.record()
+    torch.cuda.synchronize()
+    return start_event.elapsed_time(end_event)
+
+
+def take_turns(
+    works: dict[str, Callable[[], Any]], device: str, repeats: int
+) -> dict[str, list[float]]:
+    """Times of every work, one of each a round."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(3 + repeats):
+        for name, work in works.items():
+            elapsed = timed(work, device)
+            if turn >= 3:
+                times[name].append(elapsed)
+    return times
+
+
+def machine_rates(device: str, size: int, repeats: int) -> tuple[float, float]:
+    """(bytes/s of a copy, operations/s of a square product) of this device, now."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a = torch.randn(size, size, device=device).to(dtype)
+    source = torch.empty(8 * size * size, dtype=dtype, device=device).zero_()
+    target = torch.empty_like(source)
+    times = take_turns(
+        {"copy": lambda: target.copy_(source), "product": lambda: a @ a}, device, repeats
+    )
+    copy, product = (statistics.median(times[n]) / 1e3 for n in ("copy", "product"))
+    return 2 * source.numel() * source.element_size() / copy, 2 * size**3 / product
+
+
+def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
+    """Memory above what is held before the call; None where the device does not count it."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def admitted(task: str, batch: Batch) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Providers that are installed and right, and why the others are not in the table."""
+    providers, absent = {}, {}
+    for name, build in TASKS[task].items():
+        try:
+            provider = build()
+            if agrees(task, provider, batch):
+                providers[name] = provider
+            else:
+                absent[name] = "does not agree with float64"
+        except (ImportError, AttributeError) as error:
+            absent[name] = f"absent: {error}"
+        except Exception as error:  # a peer's failure is a finding, not ours to raise
+            absent[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return providers, absent
+
+
+def measure(
+    task: str,
+    shape: tuple[int, int, int],
+    k: int,
+    tau: float,
+    device: str,
+    repeats: int,
+    rates: tuple[float, float],
+) -> list[tuple[str, str, float, str]]:
+    """Prints one table; returns (provider, metric, value, unit)."""
+    rows, vocabulary, width = shape
+    providers, absent = admitted(task, make_batch(GATE_ROWS, shape, k, tau, device))
+    batch = make_batch(rows, shape, k, tau, device)
+    logits = batch.hidden @ batch.weight.t() if task == "logits" else None
+    works = {name: (lambda p=p: run(task, p, batch, logits)) for name, p in providers.items()}
+    times = take_turns(works, device, repeats)
+    if task == "logits":
+        size = 2 * batch.hidden.element_size()  # read once and written once
+        bound, of = 1e3 * size * rows * vocabulary / rates[0], "of copy"
+    else:
+        bound, of = 1e3 * 6 * rows * vocabulary * width / rates[1], "of matmul"
+    print(f"\n{task} N={rows} V={vocabulary} H={width} k={k} tau={tau:g}")
+    found = []
+    ours = statistics.median(times["rekindle"]) if "rekindle" in times else float("nan")
+    for name in works:
+        median = statistics.median(times[name])
+        peak = peak_bytes(works[name], device)
+        memory = "" if peak is None else f"{peak / 2**20:9.0f} MiB"
+        print(
+            f"  {name:24s} {median:10.3f} ms  {100 * bound / median:6.1f} % {of}"
+            f"  {median / ours:7.2f} x ours {memory}"
+        )
+        found += [(name, "time", median, "ms"), (name, f"share {of}", bound / median, "1")]
+        found += [(name, "time ratio to rekindle", median / ours, "1")]
+        found += [] if peak is None else [(name, "peak memory", peak / 2**20, "MiB")]
+    for name, why in absent.items():
+        print(f"  {name:24s} {why}")
+    return found
+
+
+def append(rows: list[dict[str, Any]], path: Path) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def versions() -> str:
+    names = ["torch " + torch.__version__]
+    for name in ("triton", "liger_kernel", "cut_cross_entropy"):
+        try:
+            names.append(f"{name} {getattr(importlib.import_module(name), '__version__', '?')}")
+        except ImportError:
+            continue
+    return "; ".join(names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="toy sizes, few repetitions")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.toy:
+        parser.error("no GPU here: the full shapes need one; --toy runs anywhere")
+    shapes, repeats = (TOY_SHAPES, 5) if options.toy else (SHAPES, 30)
+    kept, temperatures = ((8,), (1.0, 2.0)) if options.toy else ((8, 64, 256), (1.0, 2.0, 3.0))
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
+    rates = machine_rates(device, 256 if options.toy else 8192, repeats)
+    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, product {rates[1] / 1e12:.3f} TFLOP/s")
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "benchmark": "kernels --toy" if options.toy else "kernels",
+        "device": name,
+        "versions": versions(),
+    }
+    for task, shape, k, tau in itertools.product(TASKS, shapes, kept, temperatures):
+        if task == "linear-ce" and (k, tau) != (kept[0], temperatures[0]):
+            continue  # it has neither
+        found = measure(task, shape, k, tau, device, repeats, rates)
+        case = f"{task} N={shape[0]} V={shape[1]} H={shape[2]} k={k} tau={tau:g}"
+        append(
+            [
+                common | {"case": case, "provider": p, "metric": m, "value": f"{v:.6g}", "unit": u}
+                for p, m, v, u in found
+            ],
+            options.out,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The registered operators: schema and fakes, autograd, torch.compile, autocast, accumulation."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rekindle.kernels import ops
+from rekindle.kernels.losses import kd_loss, linear_kd_loss
+from rekindle.kernels.targets import Objective
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        triton = pytest.importorskip("triton")
+        if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+            pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
+    return request.param
+
+
+def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    case = {
+        "hidden": torch.randn(rows, hidden, generator=g),
+        "weight": torch.randn(vocabulary, hidden, generator=g),
+        "bias": torch.randn(vocabulary, generator=g),
+        "ids": torch.rand(rows, vocabulary, generator=g).argsort(1)[:, :6],
+        "probs": torch.rand(rows, 6, generator=g) / 6,
+        "labels": torch.randint(vocabulary, (rows,), generator=g),
+        "row_weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0])[:rows],
+    }
+    return {name: t.to(DEVICE) for name, t in case.items()}
+
+
+def call(case: dict, impl: str, reduction: str, **objective: Any) -> tuple[Any, ...]:
+    settings = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction, **objective)
+    targets = (case["ids"], case["probs"], None, case["labels"], case["row_weight"])
+    return (*targets, *dataclasses.astuple(settings), impl)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(impl: str, reduction: str) -> None:
+    """Schemas, fakes, autograd registration and ahead-of-time tracing with dynamic shapes."""
+    case = make()
+    arguments = call(case, impl, reduction)
+    x, w, b = (case[n].clone().requires_grad_() for n in ("hidden", "weight", "bias"))
+    flags = (torch.float32, [True, True, True])
+    torch.library.opcheck(ops._kd_linear, (x, w, b, *arguments, *flags))
+    logits = (case["hidden"] @ case["weight"].t()).requires_grad_()
+    torch.library.opcheck(ops._kd_logits, (logits, *arguments, True))
+    if reduction == "none":
+        upstream = torch.rand(5, device=DEVICE)
+        detached = (x.detach(), w.detach(), b.detach())
+        torch.library.opcheck(ops._kd_linear_backward, (upstream, *detached, *arguments, *flags))
+        torch.library.opcheck(ops._kd_logits_backward, (upstream, logits.detach(), *arguments))
+
+
+def gradients(case: dict, function: Any, factor: float = 1.0) -> list[Tensor]:
+    x, w, b = (case[n].clone().requires_grad_() for n in ("hidden", "weight", "bias"))
+    loss = function(x, w, b) * factor
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), (x, w, b))]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_as_one_graph(impl: str, reduction: str) -> None:
+    case = make()
+    options = {"labels": case["labels"], "ce_weight": 0.5, "temperature": 2.0, "impl": impl}
+    options |= {"reduction": reduction, "row_weight": case["row_weight"]}
+
+    def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_kd_loss(x.tanh(), w, case["ids"], case["probs"], bias=b, **options).loss
+
+    def logits(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = torch.nn.functional.linear(x, w, b)
+        return kd_loss(z, case["ids"], case["probs"], **options).loss
+
+    for function in (linear, logits):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for factor in (1.0, 0.25):
+            torch.testing.assert_close(
+                gradients(case, compiled, factor), gradients(case, function, factor)
+            )
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(impl: str) -> None:
+    case = make()
+
+    def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_kd_loss(x.tanh(), w, case["ids"], case["probs"], bias=b, impl=impl).loss
+
+    compiled = torch.compile(linear, fullgraph=True)
+    torch.testing.assert_close(gradients(case, compiled), gradients(case, linear))
+
+
+def test_auto_compiles_too() -> None:
+    case = make()
+
+    def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_kd_loss(x, w, case["ids"], case["probs"], bias=b).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(case, compiled), gradients(case, linear))
+
+
+def test_autocast_keeps_float32_gradients_of_float32_weights(impl: str) -> None:
+    """Triton's products are in bfloat16, PyTorch's in float32; dW is rounded in neither."""
+    case = make()
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_kd_loss(x, w, case["ids"], case["probs"], bias=b, impl=impl).loss
+
+    exact = gradients(case, loss)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        mixed = gradients(case, loss)
+    for a, b in zip(mixed, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= (0.02 if impl == "triton" else 1e-6) * b.norm()
+    if impl == "triton":
+        assert (mixed[2] != mixed[2].to(torch.bfloat16).float()).any()
+
+
+def test_accumulation_over_micro_batches_is_the_whole_batch(impl: str) -> None:
+    case = make(rows=4)
+    w = case["weight"].clone().requires_grad_()
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = (case[n][rows] for n in ("ids", "probs"))
+        (linear_kd_loss(case["hidden"][rows], w, *part, impl=impl).loss / 2).backward()
+    whole = case["weight"].clone().requires_grad_()
+    linear_kd_loss(case["hidden"], whole, case["ids"], case["probs"], impl=impl).loss.backward()
+    torch.testing.assert_close(w.grad, whole.grad)
+
+
+def test_walking_a_graph_twice_does_not_corrupt(impl: str) -> None:
+    case = make()
+    z = (case["hidden"] @ case["weight"].t()).requires_grad_()
+    w = case["weight"].clone().requires_grad_()
+    targets = (case["ids"], case["probs"])
+    for leaf, loss in (
+        (z, kd_loss(z, *targets, impl=impl).loss),
+        (w, linear_kd_loss(case["hidden"], w, *targets, impl=impl).loss),
+    ):
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        (3 * loss).backward(retain_graph=True)
+        loss.backward()
+        torch.testing.assert_close(leaf.grad, 5 * once)
+
+
+def test_logits_of_any_layout(impl: str) -> None:
+    """Padded rows, columns of a larger matrix, a transpose."""
+    case = make()
+    dense = case["hidden"] @ case["weight"].t()
+    padded = torch.zeros(5, 48, device=DEVICE)[:, :37].copy_(dense)
+    shifted = torch.zeros(5, 90, device=DEVICE)[:, 3:40].copy_(dense)
+    transposed = dense.t().contiguous().t()
+    options = {"labels": case["labels"], "ce_weight": 1.0, "impl": impl}
+    results = []
+    for z in (dense, padded, shifted, transposed):
+        z = z.detach().requires_grad_()
+        loss = kd_loss(z, case["ids"], case["probs"], **options).loss
+        results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.gpu
+def test_no_waiting_for_the_device() -> None:
+    if DEVICE == "cpu":
+        pytest.skip("needs a CUDA device")
+    case = make()
+    x, w = (case[n].clone().requires_grad_() for n in ("hidden", "weight"))
+    linear_kd_loss(x, w, case["ids"], case["probs"], labels=case["labels"]).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_kd_loss(x, w, case["ids"], case["probs"], labels=case["labels"]).loss.backward()
+        kd_loss(x @ w.t(), case["ids"], case["probs"], labels=case["labels"]).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,109 @@
+"""What the compiler makes of the row kernel for each GPU, found without one.
+
+Compiled in a process of its own: this one may hold the interpreter's version of the kernel.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# (architecture, logits, rows aligned, V, K, options): both tiles of the launch table, every way to
+# get both sums, both ways to the complement's sum, every type, the costliest divergence
+VARIANTS = [
+    (arch, "bf16", aligned, vocabulary, 64, {"POWER": power, "HIDE": hide})
+    for arch, aligned, vocabulary, power, hide in [
+        (80, True, 30528, 1, True),
+        (80, False, 30522, 1, False),
+        (90, True, 30528, 1, True),
+        (90, False, 30522, 1, False),
+        (90, False, 30522, 2, False),
+        (90, False, 30522, 0, True),
+        (90, True, 128256, 1, True),
+        (90, True, 256000, 0, False),
+        (100, False, 30522, 1, False),
+        (100, True, 256000, 0, True),
+    ]
+] + [
+    (90, "fp16", False, 50257, 256, {"POWER": 0, "HIDE": False, "DIVERGENCE": 2, "SOFTCAP": True}),
+    (90, "fp32", False, 30522, 8, {"POWER": 4, "HIDE": True, "DIVERGENCE": 1}),
+]
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rekindle.kernels.fused import _tile
+from rekindle.kernels.row_kernel import row_kernel
+
+FLOATS = ("probs", "tail", "weight", "ce_factor", "kd_factor", "ce", "kd")
+TYPES = {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
+TYPES |= dict.fromkeys(("stride", "V", "K", "ignore_index"), "i32")
+TYPES |= dict.fromkeys(("inverse_tau", "scale", "softcap", "resolution"), "fp32")
+tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+
+def compiled(arch, dtype, aligned, vocabulary, kept, options):
+    block_k = triton.next_power_of_2(kept)
+    tile = _tile(vocabulary, block_k)
+    constants = dict(DIVERGENCE=0, TAIL=0, POWER=1, HAS_TAIL=True, HAS_LABELS=True, HAS_WEIGHT=True,
+        SOFTCAP=False, HIDE=True, GRADIENT=True, BLOCK=tile.pop("BLOCK"), BLOCK_K=block_k) | options
+    types = TYPES | {"logits_ptr": "*" + dtype, "grad_ptr": "*" + dtype}
+    names = row_kernel.arg_names
+    signature = {n: types.get(n, "constexpr") for n in names}
+    sixteen = [["tt.divisibility", 16]]
+    attributes = {(i,): sixteen for i, n in enumerate(names)
+                  if n.endswith("_ptr") or (aligned and n == "stride")}
+    source = ASTSource(row_kernel, signature,
+                       {(names.index(n),): v for n, v in constants.items()}, attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups())
+    vector = r"{}\\.global(?:\\.[a-z0-9_:]+)*\\.v4\\.b32"
+    narrow = r"{}\\.global(?:\\.[a-z0-9_:]+)*\\.b16"
+    ptx = kernel.asm["ptx"]
+    count = lambda pattern, what: len(re.findall(pattern.format(what), ptx))
+    return dict(registers=registers, stack=stack, threads=32 * tile["num_warps"],
+                entries=constants["BLOCK"],
+                vector_loads=count(vector, "ld"), vector_stores=count(vector, "st"),
+                narrow_loads=count(narrow, "ld"), narrow_stores=count(narrow, "st"))
+
+print(json.dumps([compiled(*v) for v in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, int]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(VARIANTS)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[str(v[:4]) for v in VARIANTS])
+def test_no_spills_and_whole_vectors(results: list[dict[str, int]], index: int) -> None:
+    """Rows are read and written sixteen bytes at a time wherever they start, and nothing spills."""
+    size = 4 if VARIANTS[index][1] == "fp32" else 2
+    found = results[index]
+    assert found["stack"] == 0
+    assert found["registers"] * found["threads"] <= 65536
+    steps = found["entries"] * size // 16 // found["threads"]  # vectors a thread and block
+    assert found["vector_loads"] >= 2 * steps  # both readings of the row
+    assert found["vector_stores"] >= steps
+    # what is narrow are the k ids, the label and the edges, never a step of the row
+    assert found["narrow_loads"] <= 8
+    assert found["narrow_stores"] <= 8
