@@ -1,4 +1,4 @@
-"""What a training step reads: sequences, their views and their targets, still in the cache's encoding.
+"""What a training step reads: sequences, views and targets, still in the cache's encoding.
 
 B sequences, S positions of the longest, P positions with a target in the whole batch, K candidates,
 C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
@@ -49,8 +49,10 @@ class TokenTargetBatch:
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
         """Ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
-        Raises InputError when a top-k teacher did not store that temperature, ValueError for a k outside
-        1..K.
+        By falling probability; the whole vocabulary of a dense teacher in the order of its ids.
+
+        Raises InputError when a top-k teacher did not store that temperature, ValueError for a k
+        outside 1..K.
         """
         info = self.info
         stored = info.k if info.kind == "topk" else info.vocabulary_size
@@ -62,7 +64,8 @@ class TokenTargetBatch:
         if temperature not in info.temperatures:
             raise InputError(
                 f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-                f"{temperature}: the mass outside its top {stored} at another one is not known. Add it "
+                f"{temperature}: the mass outside its top {stored} at another one is not known. "
+                "Add it "
                 "to the teacher's targets.temperatures, or train at a stored one"
             )
         encoded = self.encoded
@@ -139,9 +142,7 @@ def _decode_dense(
         return ids, tempered, np.full(count, -np.inf, np.float32)
     order = np.argsort(-tempered, axis=1, kind="stable")
     ordered = np.take_along_axis(tempered, order, axis=1)
-    rest = ordered[:, k:]
-    highest = rest.max(axis=1)
-    log_tail = highest + np.log(np.exp(rest - highest[:, None]).sum(axis=1))
+    log_tail = np.logaddexp.reduce(ordered[:, k:], axis=1)  # −inf where all of them are
     return order[:, :k], ordered[:, :k], log_tail.astype(np.float32)
 
 

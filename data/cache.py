@@ -1,13 +1,13 @@
 """The reader of a cache: what is in it, one example, and batches in any order.
 
-Nothing here depends on the order in which teachers ran: targets are found by corpus row and checked against the
-row's digest. Bytes are verified against their checksums the first time they are touched.
+Nothing here depends on the order in which teachers ran: targets are found by corpus row and checked
+against the row's digest. Bytes are verified against their checksums the first time they are
+touched.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,40 +25,20 @@ from rekindle.data.batch import (
     TokenTargetBatch,
     pad,
 )
-from rekindle.data.codec import STEP
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.example import Example, Target, decode_target
 from rekindle.data.order import epoch_batch
 from rekindle.data.settings import parse_settings
 from rekindle.data.shards import ROWS_PER_BATCH
 from rekindle.data.store import Store, open_store
-from rekindle.data.targets import (
-    SequenceTargets,
-    TeacherInfo,
-    TokenLabelTargets,
-    TokenTargets,
-)
+from rekindle.data.targets import TeacherInfo
 from rekindle.data.teacher_reader import TeacherReader
-from rekindle.data.views import ViewReader, masked_input
+from rekindle.data.views import ViewReader
 
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
-Target = TokenTargets | SequenceTargets | TokenLabelTargets
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence of the corpus with all its targets."""
-
-    index: int
-    digest: str
-    document: str
-    domain: str | None
-    text: str
-    input_ids: NDArray[np.int32]  # [S]
-    pairs: dict[str, tuple[str, str] | None]  # by view name
-    targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
 
 
 class Cache:
@@ -71,15 +51,15 @@ class Cache:
         self._check_manifest()
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
-            name: self._teacher(name) for name in store.folders("targets")
+            name: self._teacher(name) for name in store.folders("targets") if _is_begun(store, name)
         }
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Cache":
         """Open the cache at a local path or URL.
 
-        Raises CacheFormatError when there is none, or one of a format this version does not read, and
-        CacheMismatchError when its parts do not belong together.
+        Raises CacheFormatError when there is none, or one of a format this version does not read,
+        and CacheMismatchError when its parts do not belong together.
         """
         return cls(open_store(path))
 
@@ -89,7 +69,7 @@ class Cache:
             stated.get("fingerprint", self.corpus.fingerprint) != self.corpus.fingerprint
         ):
             raise CacheMismatchError(
-                f"{self.store.location}: {MANIFEST} speaks of another corpus than the one in corpus/. "
+                f"{self.store.location}: {MANIFEST} speaks of another corpus than that in corpus/. "
                 "If shards were copied by hand, copy the whole cache; else delete cache.json's "
                 "'corpus' entry by running `pipeline cache-teachers` again"
             )
@@ -120,7 +100,7 @@ class Cache:
         found = [n for n in self.views if n.startswith("masked-")]
         if name is None and len(found) == 1:
             name = found[0]
-        if name is None or name not in self.views:
+        if name is None or name not in found:
             raise InputError(
                 f"{self.store.location} has the masked views {found or 'none'}"
                 + (f", not {name!r}" if name else "; name one")
@@ -150,26 +130,25 @@ class Cache:
         """One epoch in its shuffled order, each sequence exactly once over all ranks.
 
         ``teachers`` defaults to all. Masked teachers give replica ``epoch mod replicas``, and
-        ``Batch.masked`` is that replica. The last batch may be short. Raises ValueError for a rank outside
-        the world, InputError for an unknown teacher.
+        ``Batch.masked`` is that replica. The last batch may be short. Raises ValueError for a rank
+        outside the world, InputError for an unknown teacher.
         """
         if batch_sequences < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_sequences must be at least 1 (got {batch_sequences}) and 0 ≤ rank < world_size "
-                f"(got {rank}, {world_size})"
+                f"batch_sequences must be at least 1 (got {batch_sequences}), and rank in "
+                f"0..world_size − 1 (got {rank} of {world_size})"
             )
         names = list(self.teachers) if teachers is None else list(teachers)
         views = {v for name in names if (v := self.teacher(name).info.view).startswith("masked-")}
         if len(views) > 1:
             raise InputError(f"teachers with different masks cannot share a batch: {sorted(views)}")
         view = views.pop() if views else None
-        size = len(self)
-        for number in range(-(-size // batch_sequences)):
-            index = epoch_batch(
-                number, size, batch_sequences, seed=seed, epoch=epoch, rank=rank, world_size=world_size
-            )
-            if len(index):
-                yield self.gather(index, names, epoch=epoch, masked_view=view)
+        batches = range(-(-len(self) // batch_sequences))
+        ours = {"seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size}
+        parts = (epoch_batch(number, len(self), batch_sequences, **ours) for number in batches)
+        return (
+            self.gather(part, names, epoch=epoch, masked_view=view) for part in parts if len(part)
+        )
 
     def gather(
         self,
@@ -182,9 +161,17 @@ class Cache:
     ) -> Batch:
         """The batch of the sequences ``index`` [B], in that order, with those teachers' targets.
 
-        A unit that is not committed is CacheMismatchError, unless its teacher is in ``allow_missing``: its
-        sequences then have no targets.
+        A unit that is not committed is CacheMismatchError, unless its teacher is in
+        ``allow_missing``: its sequences then have no targets. InputError when a masked teacher saw
+        other masks than ``masked_view``.
         """
+        for name in teachers:
+            view = self.teacher(name).info.view
+            if self.teacher(name).masked and view != masked_view:
+                raise InputError(
+                    f"teacher {name!r} saw {view}, this batch has {masked_view or 'no masks'}: its "
+                    "targets belong to other inputs. Use the masks it was cached with"
+                )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
         records = [self._record(shard, row) for shard, row in where]
@@ -195,7 +182,7 @@ class Cache:
         if masked_view is not None:
             masked = self._masked_inputs(self.masked_view(masked_view), where, clean, epoch)
         replica = masked.replica if masked else None
-        pair_views = {v for n in teachers if (v := self.teacher(n).info.view).startswith("pairs-")}
+        pairs = {t.view.name: t.view for t in map(self.teacher, teachers) if t.paired and t.view}
         return Batch(
             index=index,
             digests=[r["digest"] for r in records],
@@ -203,7 +190,7 @@ class Cache:
             input_ids=clean,
             lengths=lengths,
             masked=masked,
-            pairs={name: self._pair_inputs(self.views[name], where) for name in sorted(pair_views)},
+            pairs={name: self._pair_inputs(pairs[name], where) for name in sorted(pairs)},
             targets={
                 name: self._targets(self.teacher(name), where, replica, name in allow_missing)
                 for name in teachers
@@ -238,11 +225,10 @@ class Cache:
         rows, positions = [], []
         for number, (shard, row) in enumerate(where):
             index, local = divmod(row, ROWS_PER_BATCH)
-            batch = view.batch(shard, index, replica)
-            offsets, flat = list_views(batch["positions"], "positions")
+            offsets, flat = view.lists(shard, index, replica, "positions")
             part = slice(offsets[local], offsets[local + 1])
             at = flat[part].astype(np.int64)
-            seen[number, at] = list_views(batch["input_ids"], "input_ids")[1][part]
+            seen[number, at] = view.lists(shard, index, replica, "input_ids")[1][part]
             rows.append(np.full(len(at), number, np.int64))
             positions.append(at)
         all_rows, all_positions = np.concatenate(rows), np.concatenate(positions)
@@ -253,11 +239,11 @@ class Cache:
         ids, types = [], []
         for shard, row in where:
             index, local = divmod(row, ROWS_PER_BATCH)
-            batch = view.batch(shard, index)
-            offsets, flat = list_views(batch["input_ids"], "input_ids")
+            offsets, flat = view.lists(shard, index, None, "input_ids")
             part = slice(offsets[local], offsets[local + 1])
             ids.append(flat[part])
-            types.append(list_views(batch["token_types"], "token_types")[1][part].astype(np.int32))
+            token_types = view.lists(shard, index, None, "token_types")[1]
+            types.append(token_types[part].astype(np.int32))
         lengths = np.array([len(i) for i in ids], np.int64)
         pad_id = self.corpus.info["tokenizer"]["pad_id"]
         return PairInputs(pad(ids, lengths, pad_id), pad(types, lengths, 0), lengths)
@@ -310,11 +296,13 @@ class Cache:
         shard, row = int(shards[0]), int(rows[0])
         number, local = divmod(row, ROWS_PER_BATCH)
         batch = self.corpus.shard(shard).batch(number)
-        record = {name: batch[name][local].as_py() for name in ("digest", "document", "domain", "text")}
+        record = {
+            name: batch[name][local].as_py() for name in ("digest", "document", "domain", "text")
+        }
         ids = self._record(shard, row)["input_ids"].copy()
         pairs = {}
         for name, view in self.views.items():
-            if name.startswith("pairs-"):
+            if name.startswith("pairs-") and view.has(shard):
                 found = view.batch(shard, number)
                 a, b = found["text_a"][local].as_py(), found["text_b"][local].as_py()
                 pairs[name] = None if a is None else (a, b)
@@ -327,47 +315,17 @@ class Cache:
     def _example_targets(
         self, teacher: TeacherReader, shard: int, row: int, ids: NDArray[np.int32]
     ) -> Iterator[Target]:
+        where = [(shard, row)]
         replicas: Sequence[int | None] = range(teacher.replicas) if teacher.masked else [None]
         for replica in replicas:
             if not teacher.has(shard, replica):
                 continue
-            found = self._targets(teacher, [(shard, row)], replica)
-            if isinstance(found, SequenceTargetBatch):
-                if found.present[0]:
-                    mc = found.mc_probs[0] if found.mc_probs is not None else None
-                    yield SequenceTargets(found.logits[0], mc)
-            elif isinstance(found, TokenLabelBatch):
-                yield TokenLabelTargets(found.positions, found.logits)
-            else:
-                yield self._token_targets(teacher, found, shard, row, replica, ids)
-
-    def _token_targets(
-        self,
-        teacher: TeacherReader,
-        found: TokenTargetBatch,
-        shard: int,
-        row: int,
-        replica: int | None,
-        ids: NDArray[np.int32],
-    ) -> TokenTargets:
-        kept, log_probs, log_tail = found.decode()
-        tails = {t: found.decode(t)[2] for t in teacher.info.temperatures or (1.0,)} | {1.0: log_tail}
-        seen, gold = ids, ids[found.positions + (teacher.info.task == "causal_lm")]
-        if replica is not None and teacher.view is not None:
-            seen = self._masked_inputs(teacher.view, [(shard, row)], ids[None], replica).input_ids[0]
-        columns = found.columns
-        return TokenTargets(
-            replica=replica,
-            input_ids=seen,
-            positions=found.positions,
-            ids=kept,
-            log_probs=log_probs,
-            log_tail=tails,
-            gold_ids=gold.astype(np.int64),
-            gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
-            gold_rank=columns["gold_rank"].astype(np.int64),
-            entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
-        )
+            seen = ids
+            if replica is not None and teacher.view is not None:
+                seen = self._masked_inputs(teacher.view, where, ids[None], replica).input_ids[0]
+            target = decode_target(self._targets(teacher, where, replica), ids, seen, replica)
+            if target is not None:
+                yield target
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -419,6 +377,11 @@ def write_manifest(store: Store) -> None:
         },
     }
     store.replace(MANIFEST, (json.dumps(rolled, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _is_begun(store: Store, name: str) -> bool:
+    """Whether a teacher's folder holds anything: its first writer may have been killed before."""
+    return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))
 
 
 def read_teacher(store: Store, name: str) -> TeacherInfo:

@@ -2,26 +2,29 @@
 
 Per stored position, candidates by falling probability (P positions, K candidates, T temperatures):
 
-========================  =====================  ====================================================
-column                    type                   meaning
-========================  =====================  ====================================================
-``ids``                   uint16 [P,K]           token id, low 16 bits
-``ids_high``              uint8 [P,⌈K·b/8⌉]      bits 16 and up, one little-endian bit plane per bit
-                                                 (only when V > 65,536; b = planes)
-``values``                uint8 [P,K]            255·(lp₁ − lp)/(lp₁ − lp_K): linear in the log-prob
-``log_prob_max``          uint16 [P]             −lp₁ in 1/1024 nat
-``log_prob_min``          uint16 [P]             −lp_K in 1/1024 nat
-``tail_log_odds``         int16 [P,T]            log(kept mass / tail mass) at each stored temperature,
-                                                 1/1024 nat; 32767: nothing lies outside the ids
-========================  =====================  ====================================================
+=================  ===================  =========================================================
+column             type                 meaning
+=================  ===================  =========================================================
+``ids``            uint16 [P,K]         token id, low 16 bits
+``ids_high``       uint8 [P,⌈K·b/8⌉]    bits 16 and up, one little-endian bit plane per bit
+                                        (only when V > 65,536; b = planes)
+``values``         uint8 [P,K]          255·(lp₁ − lp)/(lp₁ − lp_K): linear in the log-prob
+``log_prob_max``   uint16 [P]           −lp₁ in 1/1024 nat
+``log_prob_min``   uint16 [P]           −lp_K in 1/1024 nat
+``tail_log_odds``  int16 [P,T]          log(kept mass / tail mass) at each stored temperature,
+                                        1/1024 nat; 32767: nothing lies outside the ids
+=================  ===================  =========================================================
 
-Log-odds instead of the log of the tail: both the kept mass and the tail then keep a relative error of
-1/2048, however small either is (a log-tail of −0.002 ± 0.0005 would be 25 % off in the kept mass of a flat
-row). Reading forms kept log-probabilities at temperature τ as softmax over the candidates of rel/τ times
-the stored kept mass at τ, so a row always sums to 1 and nothing is derived by subtraction.
+Log-odds instead of the log of the tail: both the kept mass and the tail then keep a relative error
+of 1/2048, however small either is (a log-tail of −0.002 ± 0.0005 would be 25 % off in the kept mass
+of a flat row). Reading forms kept log-probabilities at temperature τ as softmax over the candidates
+of rel/τ times the stored kept mass at τ, so a row always sums to 1 and nothing is derived by
+subtraction.
 
-Precision: |error of a log-prob| ≤ (lp₁ − lp_K)/510 + 1/512 for candidates within 32 nats of the best; lower
-ones are stored as 32 nats below it.
+Precision, with s = lp₁ − lp_K: |error of a log-prob at τ| ≤ 2·(s/510 + 1/1024)/τ + 1/2048; the 2 is
+there because the softmax shares one candidate's error out over the others. Candidates more than 32
+nats below the best (logits of −inf, say) are stored as 32 nats below it: at temperature τ they are
+read as e^(−32/τ) of the best one's probability.
 """
 
 from dataclasses import dataclass
@@ -95,11 +98,18 @@ def _pack_planes(high: NDArray[np.int64], planes: int) -> NDArray[np.uint8]:
 
 def decode_ids(encoded: EncodedTargets, vocabulary_size: int) -> NDArray[np.int64]:
     """The token ids [P,K]."""
-    ids = encoded.ids.astype(np.int64)
-    if encoded.ids_high is None:
+    return join_ids(encoded.ids, encoded.ids_high, vocabulary_size)
+
+
+def join_ids(
+    low: NDArray[np.uint16], high: NDArray[np.uint8] | None, vocabulary_size: int
+) -> NDArray[np.int64]:
+    """Token ids [P,K] from the columns ``ids`` and ``ids_high``."""
+    ids = low.astype(np.int64)
+    if high is None:
         return ids
     k, planes = ids.shape[1], high_planes(vocabulary_size)
-    bits = np.unpackbits(encoded.ids_high, axis=1, count=k * planes, bitorder="little")
+    bits = np.unpackbits(high, axis=1, count=k * planes, bitorder="little")
     for plane in range(planes):
         ids |= bits[:, plane * k : (plane + 1) * k].astype(np.int64) << (16 + plane)
     return ids
@@ -113,7 +123,9 @@ def decode_log_probs(
     With ``k`` below the stored number the dropped candidates' mass joins the tail.
     """
     span = (encoded.log_prob_min.astype(np.float32) - encoded.log_prob_max) / STEP
-    relative = encoded.values * (-span / 255.0)[:, None].astype(np.float32) / np.float32(temperature)
+    relative = (
+        encoded.values * (-span / 255.0)[:, None].astype(np.float32) / np.float32(temperature)
+    )
     odds = encoded.tail_log_odds[:, slot].astype(np.float32) / np.float32(STEP)
     odds[encoded.tail_log_odds[:, slot] == NO_TAIL] = np.inf
     log_kept, log_tail = -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
@@ -124,7 +136,7 @@ def decode_log_probs(
     return log_probs.astype(np.float32), log_tail.astype(np.float32)
 
 
-def _log_sum_exp(values: Floats) -> Floats:
+def _log_sum_exp(values: NDArray[np.floating]) -> NDArray[np.floating]:
     top = values.max(axis=1)
-    out: Floats = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
+    out: NDArray[np.floating] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
     return out

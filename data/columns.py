@@ -39,10 +39,14 @@ def list_type(dtype: pa.DataType, width: int | None = None) -> pa.DataType:
 def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDArray]:
     """Offsets [R+1] and the values they point into: 1-D, or 2-D for lists of fixed-size lists.
 
-    Zero-copy. Raises CacheFormatError when the offsets do not ascend within the values.
+    Zero-copy. Raises CacheFormatError for nulls, and when the offsets do not ascend within the
+    values.
     """
     offsets = column.offsets.to_numpy()
     values = column.values
+    inner = values.values if pa.types.is_fixed_size_list(values.type) else values
+    if column.null_count or values.null_count or inner.null_count:
+        raise CacheFormatError(f"column {name!r} has nulls")
     width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else None
     flat = (values.values if width is not None else values).to_numpy(zero_copy_only=False)
     if width is not None:

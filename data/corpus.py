@@ -1,7 +1,8 @@
-"""The corpus of a cache: text read once, tokenised by the student's tokenizer, packed into sequences.
+"""The corpus of a cache: text read once, tokenised for the student, packed into sequences.
 
-Stored as shards under ``corpus/`` with the tokenizer beside them. One row per packed sequence; a row's
-digest is a hash of its content and is what masks and targets are keyed by.
+Stored as shards under ``corpus/`` with the tokenizer beside them. One row per packed sequence; a
+row's digest is a hash of its content and is what masks and targets are keyed by. Knows nothing of
+teachers and views.
 """
 
 import hashlib
@@ -9,8 +10,9 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import count as count_from
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,22 +24,23 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from rekindle.data.columns import list_array, list_type, offsets_of
-from rekindle.data.documents import Document, read_documents, source_files
+from rekindle.data.documents import read_documents, source_files
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.packing import Position, pack
 from rekindle.data.packing import Sequence as PackedSequence
 from rekindle.data.settings import Settings
 from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet, describe
 from rekindle.data.store import Store
-from rekindle.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from rekindle.data.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("rekindle")
 
 INFO = "corpus/corpus.json"
 COMPLETE = "corpus/complete.json"
 BUCKETS = 10_000  # documents fall into these by hash; a held-out split is a range of them
-ENCODE_CHARACTERS = 2_000_000  # text handed to the tokenizer at once: all cores busy, memory flat
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
+SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
+SAMPLE_BYTES = 1 << 16
 
 FIELDS = [
     pa.field("digest", pa.string()),
@@ -58,13 +61,16 @@ class CorpusConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
     source: tuple[str, ...] = Field(
-        description="files or globs (txt, jsonl, parquet, arrow; .gz/.zst), a datasets id, or python-docs"
+        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs"
     )
     text_field: str = Field("text", description="the field of a record that holds its text")
     domain_field: str | None = Field(None, description="the field that names a record's domain")
     tokenizer: str = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
-        128, ge=8, le=MAX_SEQUENCE_LENGTH, description="tokens per sequence, special tokens included"
+        128,
+        ge=8,
+        le=MAX_SEQUENCE_LENGTH,
+        description="tokens per sequence, special tokens included",
     )
     packing: Literal["document", "contiguous"] = Field(
         "document", description="document never crosses a document; contiguous fills every sequence"
@@ -99,15 +105,19 @@ class Corpus:
             self.info: dict[str, Any] = store.read_json(INFO)
         except FileNotFoundError:
             raise CacheFormatError(
-                f"{store.location} holds no corpus ({INFO} is missing): it is not a Rekindle cache, "
+                f"{store.location} holds no corpus ({INFO} is missing): it is not a Rekindle "
+                "cache, "
                 "or `pipeline cache-teachers` was never started on it"
             ) from None
         committed = self.shards.committed()
-        self.commits: list[Commit] = [committed[unit] for unit in sorted(committed)]
-        if [c.unit for c in self.commits] != [unit_of(i) for i in range(len(self.commits))]:
+        self._planned = _planned_shards(store)
+        missing = first_missing(committed)
+        if missing < max(len(committed), self._planned or 0):
             raise CacheFormatError(
-                f"{store.location}/corpus has a gap in its shards; run `pipeline cache-teachers` again"
+                f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
+                "have it made again"
             )
+        self.commits: list[Commit] = [committed[unit_of(i)] for i in range(missing)]
         self._firsts = np.cumsum([0] + [c.rows for c in self.commits])
         self._open: dict[int, Shard] = {}
 
@@ -117,7 +127,7 @@ class Corpus:
     @property
     def complete(self) -> bool:
         """Whether the source was read to its end (or to ``limit_sequences``)."""
-        return "complete.json" in self.store.names("corpus")
+        return self._planned is not None
 
     @property
     def tokens(self) -> int:
@@ -137,7 +147,9 @@ class Corpus:
     def shard(self, index: int) -> Shard:
         """Corpus shard ``index``, memory-mapped."""
         if index not in self._open:
-            self._open[index] = self.shards.open(self.commits[index])
+            about = {"kind": "corpus", "shard": index}
+            about |= {key: self.info[key] for key in ("config", "tokenizer")}
+            self._open[index] = self.shards.open(self.commits[index], about)
         return self._open[index]
 
     def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -166,7 +178,8 @@ class Corpus:
             tokenizer = load_tokenizer(folder)
         if tokenizer.digest != self.info["tokenizer"]["digest"]:
             raise CacheMismatchError(
-                f"{self.store.location}/corpus/tokenizer is not the tokenizer the corpus was made with"
+                f"{self.store.location}/corpus/tokenizer is not the tokenizer the corpus was made "
+                "with"
             )
         return tokenizer
 
@@ -177,36 +190,62 @@ def build_corpus(
     sequences_per_shard: int,
     progress: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> Corpus:
-    """Make the corpus, or what is missing of it. Interrupted at any moment, it goes on from the last shard.
+    """Make the corpus, or what is missing of it: after an interruption, or a shard taken away.
 
-    ``progress(sequences, tokens)`` is called with what each finished shard added. Raises InputError for
-    a source without text, CacheMismatchError when the cache holds a corpus of another configuration.
+    ``progress(sequences, tokens)`` is called with what each finished shard added. Raises InputError
+    for a source without text, CacheMismatchError when the cache holds a corpus of another
+    configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     info = _describe(config, tokenizer, sequences_per_shard)
-    _claim(store, info)
-    corpus = Corpus(store)
-    if corpus.complete:
-        _check_sources(store, config)
-        return corpus
-    _save_tokenizer(store, tokenizer)
-    files = [f._asdict() for f in source_files(config.source)]
-    for shard, rows, where in _missing_shards(corpus, config, tokenizer, sequences_per_shard):
+    planned = _planned_shards(store)
+    _check_claim(store, info)
+    _check_sources(store, config, complete=planned is not None)
+    shards = ShardSet(store, "corpus")
+    committed = shards.committed()
+    if planned is not None and first_missing(committed) >= planned:
+        return Corpus(store)
+    count = first_missing(committed)
+    for shard, rows, where in _shards_after(committed, config, tokenizer, sequences_per_shard):
+        count = shard + 1
+        if unit_of(shard) in committed:
+            continue
+        if shard == 0:  # not before there is text: a mistake in the source must not claim the cache
+            _claim(store, info, config)
+            _save_tokenizer(store, tokenizer)
         facts = _facts(rows, where)
         schema = describe(FIELDS, {"kind": "corpus", "shard": shard, **info})
-        corpus.shards.write(unit_of(shard), schema, _batches(rows, schema), lambda facts=facts: facts)
+        shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
         progress(len(rows), facts["tokens"])
-    corpus = Corpus(store)
-    if not len(corpus):
+    if not count:
         raise InputError(
-            f"the corpus is empty: no text in {', '.join(config.source)} (field {config.text_field!r}); "
-            "give a source with at least one non-blank document"
+            f"the corpus is empty: no text in {', '.join(config.source)} (field "
+            f"{config.text_field!r}); give a source with at least one non-blank document"
         )
-    store.create(COMPLETE, json.dumps({"sources": files, "shards": len(corpus.commits)}).encode())
-    return corpus
+    store.create(COMPLETE, json.dumps({"shards": count}).encode())
+    return Corpus(store)
 
 
-def _describe(config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int) -> dict[str, Any]:
+def first_missing(committed: Mapping[str, Commit]) -> int:
+    """The number of the first shard that is not there."""
+    return next(n for n in count_from(0) if unit_of(n) not in committed)
+
+
+def _planned_shards(store: Store) -> int | None:
+    """How many shards a finished corpus has; None while it is being made."""
+    try:
+        return int(store.read_json(COMPLETE)["shards"])
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError):
+        raise CacheFormatError(
+            f"{store.location}/{COMPLETE} is damaged; delete it and run `pipeline cache-teachers`"
+        ) from None
+
+
+def _describe(
+    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
+) -> dict[str, Any]:
     """What a corpus is made of: everything that decides its bytes, nothing that does not."""
     values = config.model_dump(mode="json", exclude={"tokenizer"})
     return {
@@ -222,38 +261,67 @@ def _describe(config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: i
     }
 
 
-def _claim(store: Store, info: dict[str, Any]) -> None:
+def _claim(store: Store, info: dict[str, Any], config: CorpusConfig) -> None:
     """Record what this cache's corpus is, or insist that it already is the same."""
-    content = (json.dumps(info, indent=1, sort_keys=True) + "\n").encode()
-    if store.create(INFO, content):
+    content = info | {"sources": _sources(config)}
+    if not store.create(INFO, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()):
+        _check_claim(store, info)
+
+
+def _check_claim(store: Store, info: dict[str, Any]) -> None:
+    try:
+        present = store.read_json(INFO)
+        old, old_tokenizer = present["config"], present["tokenizer"]
+    except FileNotFoundError:
         return
-    present = store.read_json(INFO)
-    if present == info:
-        return
-    if present["tokenizer"]["digest"] != info["tokenizer"]["digest"]:
+    except (KeyError, TypeError):
+        raise CacheFormatError(f"{store.location}/{INFO} is damaged") from None
+    if old_tokenizer != info["tokenizer"]:
         difference = "another tokenizer"
     else:
-        old, new = present["config"], info["config"]
+        new = info["config"]
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         difference = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
-    raise CacheMismatchError(
-        f"{store.location} holds a corpus made differently ({difference}). "
-        "Use another cache.path for this corpus, or the configuration the cache was made with"
-    )
+    if difference:
+        raise CacheMismatchError(
+            f"{store.location} holds a corpus made differently ({difference}). "
+            "Use another cache.path for this corpus, or the configuration the cache was made with"
+        )
 
 
-def _check_sources(store: Store, config: CorpusConfig) -> None:
-    """Targets are only as good as the text under them: a changed source must not pass unnoticed."""
-    recorded = {f["path"]: f["bytes"] for f in store.read_json(COMPLETE)["sources"]}
+def _sources(config: CorpusConfig) -> dict[str, list[Any]]:
+    """Size and a checksum of samples of every source file, by path."""
+    return {f.path: [f.bytes, _sampled(f.path, f.bytes)] for f in source_files(config.source)}
+
+
+def _sampled(path: str, size: int) -> str:
+    state = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        for sample in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            state.update(file.read(SAMPLE_BYTES))
+    return str(state.hexdigest())
+
+
+def _check_sources(store: Store, config: CorpusConfig, complete: bool) -> None:
+    """A changed source must not be mixed with what was read of it before, nor pass unnoticed."""
     try:
-        present = {f.path: f.bytes for f in source_files(config.source)}
+        recorded = store.read_json(INFO)["sources"]
+    except FileNotFoundError:
+        return
+    try:
+        present = _sources(config)
     except InputError:
+        if not complete:
+            raise
         log.info("the corpus source is no longer there; going on with the corpus in the cache")
         return
-    changed = sorted(p for p in recorded.keys() | present.keys() if recorded.get(p) != present.get(p))
+    changed = sorted(
+        p for p in recorded.keys() | present.keys() if recorded.get(p) != present.get(p)
+    )
     if changed:
         raise CacheMismatchError(
-            f"the corpus source has changed since the cache was made: {', '.join(changed[:3])}. "
+            f"the corpus source has changed since the cache was begun: {', '.join(changed[:3])}. "
             "Use another cache.path for the new text"
         )
 
@@ -261,18 +329,22 @@ def _check_sources(store: Store, config: CorpusConfig) -> None:
 def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        for file in sorted(Path(folder).iterdir()):
+        for file in sorted(f for f in Path(folder).iterdir() if f.is_file()):
             store.create(f"corpus/tokenizer/{file.name}", file.read_bytes())
 
 
-def _missing_shards(
-    corpus: Corpus, config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
+def _shards_after(
+    committed: Mapping[str, Commit],
+    config: CorpusConfig,
+    tokenizer: Tokenizer,
+    sequences_per_shard: int,
 ) -> Iterator[tuple[int, list[PackedSequence], Position]]:
-    """(shard number, its sequences, where the next begins) for every shard that is not there yet."""
-    start = Position(*corpus.commits[-1].facts["next"]) if corpus.commits else Position(0, 0)
+    """(shard number, its sequences, where the next begins) from the first missing shard on."""
+    shard = first_missing(committed)
+    start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     documents = read_documents(config.source, config.text_field, config.domain_field)
     sequences = pack(
-        _encoded(islice(documents, start.document_index, None), tokenizer),
+        tokenizer.encode_documents(islice(documents, start.document_index, None)),
         sequence_length=config.sequence_length,
         packing=config.packing,
         tokenizer=tokenizer,
@@ -280,25 +352,11 @@ def _missing_shards(
     )
     remaining = None
     if config.limit_sequences is not None:
-        remaining = config.limit_sequences - len(corpus)
+        remaining = config.limit_sequences - sum(committed[unit_of(n)].rows for n in range(shard))
     limited = islice(sequences, remaining)
-    shard = len(corpus.commits)
     while taken := list(islice(limited, sequences_per_shard)):
         yield shard, [sequence for sequence, _ in taken], taken[-1][1]
         shard += 1
-
-
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Encoded]]:
-    group: list[Document] = []
-    size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= ENCODE_CHARACTERS:
-            yield from zip(group, tokenizer.encode([d.text for d in group]), strict=True)
-            group, size = [], 0
-    if group:
-        yield from zip(group, tokenizer.encode([d.text for d in group]), strict=True)
 
 
 def _facts(rows: Sequence[PackedSequence], where: Position) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Masked views: which tokens a masked-LM teacher and its student do not see. Pure functions, no I/O.
+"""Masked views: which tokens masked-LM teachers and students do not see. Pure, no input or output.
 
-A mask is a function of (policy, seed, replica, example digest) alone, drawn from NumPy's counter-based
-Philox generator: any process computes the same mask for the same example, in any order.
+A mask is a function of (policy, seed, replica, example digest) alone, drawn from NumPy's
+counter-based Philox generator: any process computes the same mask for the same example, in any
+order.
 
 Policies: ``random`` masks ``probability`` of the content tokens, independently per replica (BERT).
-``cover`` shares the tokens out over the replicas, so that each token is masked in exactly one of them.
-Units: ``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their number drawn
-from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT).
+``cover`` shares the tokens out over the replicas, so that each token is masked in exactly one of
+them. Units: ``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their
+number drawn from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT). Neither a
+word nor a span reaches over a special token.
 """
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,24 +29,31 @@ class MaskConfig(Settings):
     """How tokens are chosen and replaced."""
 
     policy: Literal["random", "cover"] = Field(
-        "random", description="random: independent replicas; cover: each token masked in one replica"
+        "random",
+        description="random: independent replicas; cover: each token masked in one replica",
     )
     unit: Literal["token", "word", "span"] = Field("token", description="what is masked together")
     probability: float = Field(
         0.15, gt=0, lt=1, description="share of the content tokens (policy random)"
     )
-    mask_token: float = Field(0.8, ge=0, le=1, description="chosen tokens replaced by the mask token")
-    random_token: float = Field(0.1, ge=0, le=1, description="chosen tokens replaced by a random one")
+    mask_token: float = Field(
+        0.8, ge=0, le=1, description="chosen tokens replaced by the mask token"
+    )
+    random_token: float = Field(
+        0.1, ge=0, le=1, description="chosen tokens replaced by a random one"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> "MaskConfig":
         if self.mask_token + self.random_token > 1 + 1e-9:
-            raise ValueError("mask_token + random_token must not exceed 1 (the rest is kept as it is)")
+            raise ValueError(
+                "mask_token + random_token must not exceed 1 (the rest is kept as it is)"
+            )
         return self
 
 
 class MaskingVocabulary(NamedTuple):
-    """What the masks need of a tokenizer: the mask token and the ids a random token is drawn from."""
+    """What masks need of a tokenizer: the mask token and the ids random tokens are drawn from."""
 
     mask_id: int
     content_ids: NDArray[np.int32]
@@ -113,18 +123,17 @@ def _random(
     budget = max(1, round(config.probability * len(positions)))
     if config.unit == "token":
         return np.sort(random.choice(positions, size=budget, replace=False))
-    units = _units(positions, word_starts, config.unit, random)
+    # A span of the full length would hide most of a short sequence.
+    units = _units(positions, word_starts, config.unit, random, longest=min(budget, SPAN_MAX))
     chosen: list[NDArray[np.intp]] = []
     taken = 0
     for index in random.permutation(len(units)):
-        # A long unit may not fit into what is left of the budget; the first one is always taken.
-        if chosen and taken + len(units[index]) > budget:
-            continue
-        chosen.append(units[index])
-        taken += len(units[index])
-        if taken >= budget:
+        if taken + len(units[index]) <= budget:
+            chosen.append(units[index])
+            taken += len(units[index])
+        if taken == budget:
             break
-    return np.sort(np.concatenate(chosen))
+    return np.sort(np.concatenate(chosen or [min(units, key=len)]))
 
 
 def _cover(
@@ -137,7 +146,7 @@ def _cover(
     replicas: int,
 ) -> NDArray[np.intp]:
     random = generator(f"cover/{replicas}", seed, digest)  # the same deal for every replica
-    units = _units(positions, word_starts, unit, random)
+    units = _units(positions, word_starts, unit, random, longest=SPAN_MAX)
     # A shuffled deal: every replica gets as many units as any other, give or take one.
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
     mine = [piece for piece, own in zip(units, owner, strict=True) if own == replica]
@@ -149,16 +158,16 @@ def _units(
     word_starts: NDArray[np.bool_],
     unit: str,
     random: np.random.Generator,
+    longest: int,
 ) -> list[NDArray[np.intp]]:
-    """The content positions cut into tokens, words, or runs of adjacent words."""
+    """The content positions cut into tokens, words, or runs of up to ``longest`` adjacent words."""
     if unit == "token" or not len(positions):
         return list(positions.reshape(-1, 1))
-    begins = word_starts[positions].copy()
-    begins[1:] |= np.diff(positions) > 1  # a special token in between also ends a word
-    words = np.split(positions, np.flatnonzero(begins[1:]) + 1)
+    special_between = np.diff(positions) > 1
+    begins = np.flatnonzero(word_starts[positions][1:] | special_between) + 1
+    words = np.split(positions, begins)
     if unit == "word":
         return words
-    lengths = np.minimum(random.geometric(SPAN_P, size=len(words)), SPAN_MAX)
-    edges = np.cumsum(lengths)
-    edges = [0, *edges[edges < len(words)].tolist(), len(words)]
-    return [np.concatenate(words[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    ends = np.cumsum(np.minimum(random.geometric(SPAN_P, size=len(words)), longest))
+    cuts = {*ends[ends < len(words)].tolist(), *(np.flatnonzero(special_between[begins - 1]) + 1)}
+    return [np.concatenate(words[a:b]) for a, b in pairwise([0, *sorted(cuts), len(words)])]

@@ -1,8 +1,8 @@
 """The order of training data: pure arithmetic from (seed, epoch), nothing stored, nothing read.
 
-A sequence's place in an epoch is a permutation of 0..N-1 that is *computed*: a balanced Feistel network
-over the next even power of two, walked until it falls below N. Memory is constant for any N, and the
-order does not depend on the world size, on prefetching or on where a run was resumed.
+A sequence's place in an epoch is a permutation of 0..N-1 that is *computed*: a balanced Feistel
+network over the next even power of two, walked until it falls below N. Memory is constant for any
+N, and the order does not depend on the world size, on prefetching or on where a run was resumed.
 """
 
 import numpy as np
@@ -61,7 +61,8 @@ def epoch_batch(
 def stream_batch(
     step: int, size: int, batch: int, *, seed: int, rank: int = 0, world_size: int = 1
 ) -> list[tuple[int, NDArray[np.int64]]]:
-    """What training step ``step`` reads: [(epoch, sequence indices)], as one endless stream of epochs.
+    """What training step ``step`` reads: [(epoch, sequence indices)], as one endless stream of
+    epochs.
 
     Every batch is full; one that reaches past an epoch's end goes on in the next, so that each
     sequence is read exactly once per epoch whatever the batch size.

@@ -4,7 +4,7 @@ Each section lives beside the code that owns it; this module knows none of them.
 """
 
 import difflib
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,44 +30,54 @@ def parse_settings(section: type[S], values: Any, where: str = "") -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(section, problem) for problem in error.errors()]
+        problems = [_problem(section, found) for found in error.errors()]
+        # A value that may be a number or a section fails as both; what is wrong inside says more.
+        told = [
+            p.message for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)
+        ]
         lead = f"{where}: " if where else ""
-        raise InputError(lead + "; ".join(dict.fromkeys(lines))) from None
+        raise InputError(lead + "; ".join(dict.fromkeys(told))) from None
 
 
-def _explain(section: type[BaseModel], problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        given = problem.get("input")
+class _Problem(NamedTuple):
+    keys: tuple[str, ...]
+    message: str
+
+
+def _problem(section: type[BaseModel], found: Any) -> _Problem:
+    unknown = found["type"] == "extra_forbidden"
+    keys, sections = _walk(section, found["loc"][:-1] if unknown else found["loc"])
+    if not unknown:
+        given = found.get("input")
         shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
-        return f"{path or 'the configuration'}: {problem['msg']}{shown}"
-    unknown = str(problem["loc"][-1])
-    known = known_keys(section, problem["loc"][:-1])
-    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
+        rule = found["msg"].removeprefix("Value error, ")
+        return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: {rule}{shown}")
+    keys += (str(found["loc"][-1]),)
+    known = sorted({f.alias or name for s in sections for name, f in s.model_fields.items()})
+    nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.0)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown key {path!r}{hint} (known here: {', '.join(known)})"
+    where = ".".join(keys)
+    return _Problem(keys, f"unknown key {where!r}{hint} (known here: {', '.join(known)})")
 
 
-def known_keys(section: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed at ``path`` below ``section``."""
+def _is_inside(keys: tuple[str, ...], outer: tuple[str, ...]) -> bool:
+    return len(keys) > len(outer) and keys[: len(outer)] == outer
+
+
+def _walk(
+    section: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[tuple[str, ...], list[type[BaseModel]]]:
+    """The keys on the way to pydantic's ``location``, and the sections that may stand there."""
     here: list[type[BaseModel]] = [section]
-    for part in path:
-        if isinstance(part, int):
-            continue
-        below = [child for model in here for child in _sections_at(model, part)]
-        here = below or here  # a part that names a union's branch, not a key
-    return sorted({key for model in here for key in _keys(model)})
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _sections_at(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    for name, field in model.model_fields.items():
-        if key in (name, field.alias):
-            return _sections_in(field.annotation)
-    return []
+    keys: list[str] = []
+    for part in location:
+        fields = [f for s in here for name, f in s.model_fields.items() if part in (name, f.alias)]
+        if fields or isinstance(part, int):
+            keys.append(str(part))
+            here = [s for f in fields for s in _sections_in(f.annotation)] if fields else here
+        else:  # it names a branch of a union, which is no key
+            here = [s for s in here if s.__name__ == part] or here
+    return tuple(keys), here
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

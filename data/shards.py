@@ -1,27 +1,31 @@
 """Sets of Arrow shards with commit records: how anything in a cache is written and believed.
 
-A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten, not
-trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data is durable;
-its existence is the only proof that a unit is done. It carries the file's name, size, sha256 and an xxh3
-checksum per region (each record batch, the first with the schema; the footer), and a checksum of itself.
+A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
+not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
+is durable; its existence is the only proof that a unit is done. It carries the file's name, size,
+sha256 and an xxh3 checksum per region (each record batch, the first with the schema; the footer),
+and a checksum of itself.
 """
 
+import builtins
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
-from rekindle.data.errors import CacheFormatError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.store import Store, new_attempt, safe_name
 
-ROWS_PER_BATCH = 128  # a batch of 128 sequences x 512 positions is a few MB: one checksum, one page-in
+ROWS_PER_BATCH = 128  # 128 sequences x 512 positions are a few MB: one checksum, one page-in
+
+
+Region = tuple[int, int, str]  # offset, length, xxh3_64
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class Commit:
     rows: int
     bytes: int
     sha256: str
-    regions: tuple[tuple[int, int, str], ...]  # (offset, length, xxh3_64) covering the whole file
+    regions: tuple[Region, ...]  # covering the whole file
     facts: dict[str, Any] = field(default_factory=dict)  # what the owner of the set wants to know
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         """The record as JSON, with its own checksum last."""
         body = {
             "unit": self.unit,
@@ -57,6 +61,7 @@ class Commit:
             if stated != _self_checksum(body):
                 raise ValueError("its checksum does not match")
             regions = tuple((int(o), int(n), str(x)) for o, n, x in body["regions"])
+            _check_regions(regions, int(body["bytes"]))
             commit = cls(
                 unit=str(body["unit"]),
                 path=safe_name(body["path"]),
@@ -68,9 +73,21 @@ class Commit:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CacheFormatError(
-                f"the commit record {where} is damaged ({error}). Delete it to have its shard made again"
+                f"the commit record {where} is damaged ({error}). "
+                "Delete it to have its shard made again"
             ) from None
         return commit
+
+
+def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:
+    """ValueError unless the regions follow each other from the file's first byte to its last."""
+    at = 0
+    for offset, length, _ in regions:
+        if offset != at or length <= 0:
+            raise ValueError("its regions do not follow each other")
+        at += length
+    if at != size or not regions:
+        raise ValueError("its regions do not cover the file")
 
 
 def _self_checksum(body: dict[str, Any]) -> str:
@@ -88,7 +105,7 @@ class ShardSet:
     def committed(self) -> dict[str, Commit]:
         """The finished units by name, from one listing of the commit records."""
         names = self.store.names(f"{self.folder}/commits")
-        units = [n.removesuffix(".json") for n in names if n.endswith(".json") and n[0] != "."]
+        units = [n.removesuffix(".json") for n in names if n.endswith(".json")]
         return {unit: self.commit(unit) for unit in units}
 
     def commit(self, unit: str) -> Commit:
@@ -104,29 +121,35 @@ class ShardSet:
         unit: str,
         schema: pa.Schema,
         batches: Iterable[pa.RecordBatch],
-        facts: Callable[[], dict[str, Any]] = dict,
+        facts: Mapping[str, Any] | None = None,
     ) -> Commit:
         """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
 
-        ``facts`` is asked after the last batch. If another process committed the unit meanwhile, its
+        ``facts`` go into the commit record. If another process committed the unit meanwhile, its
         record is returned and this attempt's data is removed: both were complete.
         """
         path = f"data/{unit}-{new_attempt()}.arrow"
         name = f"{self.folder}/{path}"
         try:
             rows, size, sha256, regions = _write_file(self.store.begin(name), schema, batches)
+            commit = Commit(unit, path, rows, size, sha256, regions, dict(facts or {}))
             self.store.finish(name)
         except BaseException:
             self.store.discard(name)
             raise
-        commit = Commit(unit, path, rows, size, sha256, regions, facts())
+        # From here on an error must leave the data: whether the record was created is not known.
         if self.store.create(f"{self.folder}/commits/{unit}.json", commit.to_bytes()):
             return commit
-        self.store.discard(name)
-        return self.commit(unit)
+        winner = self.commit(unit)
+        if winner.path != path:  # a put repeated after a lost answer finds its own record
+            self.store.discard(name)
+        return winner
 
-    def open(self, commit: Commit) -> "Shard":
-        """The committed shard, memory-mapped; its checksums are verified as its parts are touched."""
+    def open(self, commit: Commit, about: Mapping[str, Any] | None = None) -> "Shard":
+        """The committed shard, memory-mapped; checksums are verified as its parts are touched.
+
+        Raises CacheMismatchError when the shard does not say of itself what ``about`` says.
+        """
         name = f"{self.folder}/{commit.path}"
         try:
             path = self.store.local_file(name)
@@ -135,7 +158,15 @@ class ShardSet:
                 f"{self.store.location}/{name} is missing although it was committed. "
                 f"Delete {self.folder}/commits/{commit.unit}.json to have it made again"
             ) from None
-        return Shard(path, commit)
+        shard = Shard(path, commit)
+        described = shard.metadata
+        different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
+        if different:
+            raise CacheMismatchError(
+                f"{path} was not made for {self.folder} as it is now: its {', '.join(different)} "
+                "differ. Shards cannot be exchanged, nor the descriptions beside them edited"
+            )
+        return shard
 
 
 class _HashingFile:
@@ -146,7 +177,7 @@ class _HashingFile:
         self.closed = False
         self.position = 0
         self.sha256 = hashlib.sha256()
-        self.regions: list[tuple[int, int, str]] = []
+        self.regions: list[Region] = []
         self._start = 0
         self._region = xxhash.xxh3_64()
 
@@ -170,12 +201,13 @@ class _HashingFile:
 
 def _write_file(
     path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
-) -> tuple[int, int, str, tuple[tuple[int, int, str], ...]]:
+) -> tuple[int, int, str, tuple[Region, ...]]:
     rows = 0
     with open(path, "xb") as raw:
         file = _HashingFile(raw)
         sink = pa.PythonFile(file, mode="w")
-        # Not a `with`: leaving it by an exception would write a footer and make a partial file valid.
+        # Not a `with`: leaving it by an exception would write a footer and make a partial file
+        # valid.
         writer = pa.ipc.new_file(sink, schema)
         for batch in batches:
             writer.write_batch(batch)  # Arrow writes the schema together with the first one
@@ -188,7 +220,10 @@ def _write_file(
 
 
 class Shard:
-    """One committed Arrow file. Record batches are checked against their checksums on first touch."""
+    """One committed Arrow file. Record batches are checked when they are first touched.
+
+    The file is mapped, not held open: a process reads thousands of shards at a time.
+    """
 
     def __init__(self, path: Path, commit: Commit):
         self.path = path
@@ -197,17 +232,24 @@ class Shard:
         self._batches: dict[int, pa.RecordBatch] = {}
         if path.stat().st_size != commit.bytes:
             raise CacheFormatError(
-                f"{path} has {path.stat().st_size:,} bytes, {commit.bytes:,} were committed: it was "
+                f"{path} has {path.stat().st_size:,} bytes, {commit.bytes:,} were committed: it "
+                "was "
                 "cut short or changed. Run `pipeline verify` on the cache"
             )
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        with pa.memory_map(str(path)) as file:
+            self._buffer = file.read_buffer()  # the mapping outlives the file's descriptor
+        self._bytes = memoryview(self._buffer)
         self._check(0)  # the schema and the first batch
         self._check(len(commit.regions) - 1)  # the footer
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        except pa.ArrowInvalid as error:
+            self._reader = pa.ipc.open_file(self._buffer)
+        except (pa.ArrowException, OSError) as error:
             raise CacheFormatError(f"{path} is not an Arrow IPC file: {error}") from None
-        if self._reader.num_record_batches != len(commit.regions) - 1:
+        rows = rows_in_batches(commit.rows)
+        if (
+            self._reader.num_record_batches != len(commit.regions) - 1
+            or len(rows) != self.batch_count
+        ):
             raise CacheFormatError(f"{path} does not have the record batches that were committed")
 
     @property
@@ -218,8 +260,11 @@ class Shard:
     @property
     def metadata(self) -> dict[str, Any]:
         """The self-description that the writer put into the schema."""
-        raw = (self.schema.metadata or {}).get(b"rekindle", b"{}")
-        described: dict[str, Any] = json.loads(raw)
+        raw = (self.schema.metadata or {}).get(b"rekindle", b"")
+        try:
+            described: dict[str, Any] = dict(json.loads(raw))
+        except (ValueError, TypeError):
+            raise CacheFormatError(f"{self.path} does not describe itself: not a shard") from None
         return described
 
     @cached_property
@@ -232,8 +277,22 @@ class Shard:
         """Record batch ``index``, verified; rows ``index * ROWS_PER_BATCH`` and on."""
         if index not in self._batches:
             self._check(index)
-            self._batches[index] = self._reader.get_batch(index)
+            self._batches[index] = self._read(index)
         return self._batches[index]
+
+    def _read(self, index: int) -> pa.RecordBatch:
+        """A batch whose bytes are those committed may still come from a stranger's writer."""
+        rows = min(ROWS_PER_BATCH, self.commit.rows - index * ROWS_PER_BATCH)
+        try:
+            batch = self._reader.get_batch(index)
+            batch.validate(full=True)  # offsets that point outside would crash the process
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path}: record batch {index}: {error}") from None
+        if batch.num_rows != rows:
+            raise CacheFormatError(
+                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {rows}"
+            )
+        return batch
 
     def table(self) -> pa.Table:
         """The whole shard, verified."""
@@ -246,7 +305,7 @@ class Shard:
         if xxhash.xxh3_64_hexdigest(self._bytes[offset : offset + length]) != expected:
             raise CacheFormatError(
                 f"{self.path}: bytes {offset:,}–{offset + length:,} are not what was committed "
-                "(checksum mismatch). Run `pipeline verify` on the cache to find every damaged shard"
+                "(checksum mismatch). `pipeline verify` finds every damaged shard of the cache"
             )
         self._checked.add(region)
 

@@ -1,33 +1,42 @@
-"""Where a cache lives: a local folder or an object store. Knows names and bytes, nothing of what they mean.
+"""Where a cache lives: a local folder or an object store. Knows names and bytes, not their meaning.
 
-Two operations make a cache safe to write from many processes: data objects get names that no one else
-uses and are never overwritten, and a small record is created *exclusively*, which is the commit point.
+Two operations make a cache safe to write from many processes: data objects get names that no one
+else uses and are never overwritten, and a small record is created *exclusively*, which is the
+commit point.
 """
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, InputError
+
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts meet on their way
 
 
 def open_store(location: str | os.PathLike[str]) -> "Store":
     """The store at a local path or an fsspec URL (``s3://``, ``gs://``, …)."""
     text = os.fspath(location)
     if "://" not in text:
-        return LocalStore(Path(text))
+        return LocalStore(Path(text).expanduser())
     if text.startswith("file://"):
         return LocalStore(Path(text.removeprefix("file://")))
     return ObjectStore(text)
 
 
 def safe_name(name: str) -> str:
-    """``name`` if it stays inside the store, else CacheFormatError (records may come from strangers)."""
+    """``name`` if it stays inside the store, else CacheFormatError: records come from strangers."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise CacheFormatError(
@@ -52,7 +61,10 @@ class Store(ABC):
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """The names of the objects directly in ``folder``, sorted; empty when it does not exist."""
+        """The names of the objects directly in ``folder``, sorted; empty when it does not exist.
+
+        Names with a leading dot are not listed: what a killed process left, what desktops leave.
+        """
 
     @abstractmethod
     def folders(self, folder: str) -> list[str]:
@@ -60,7 +72,11 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Write a small object, whole and durable, only if the name is free. False: it was taken."""
+        """Write a small object, whole and durable, only if its name is free. False: it was taken.
+
+        After a lost answer a client may ask again, and be told that the name is taken by what it
+        wrote itself: whoever must know the winner has to read the object.
+        """
 
     @abstractmethod
     def replace(self, name: str, content: bytes) -> None:
@@ -80,7 +96,7 @@ class Store(ABC):
 
     @abstractmethod
     def local_file(self, name: str) -> Path:
-        """A local file holding the object, fit for a memory map; FileNotFoundError when there is none."""
+        """A local file holding the object, for a memory map; FileNotFoundError without one."""
 
     def read_json(self, name: str) -> Any:
         """The object parsed as JSON; CacheFormatError when it is not."""
@@ -108,12 +124,14 @@ class LocalStore(Store):
         return self._path(name).read_bytes()
 
     def names(self, folder: str) -> list[str]:  # noqa: D102
-        path = self._path(folder)
-        return sorted(entry.name for entry in path.iterdir() if entry.is_file()) if path.is_dir() else []
+        return sorted(entry.name for entry in self._entries(folder) if entry.is_file())
 
     def folders(self, folder: str) -> list[str]:  # noqa: D102
+        return sorted(entry.name for entry in self._entries(folder) if entry.is_dir())
+
+    def _entries(self, folder: str) -> list[Path]:
         path = self._path(folder)
-        return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        return [e for e in path.iterdir() if e.name[0] != "."] if path.is_dir() else []
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._path(name)
@@ -122,6 +140,13 @@ class LocalStore(Store):
             os.link(temporary, path)  # fails if the name exists: the only race-free create
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            raise InputError(
+                f"the file system of {self.root} has no hard links ({error.strerror}), which make "
+                "commits atomic. Put the cache on a local disk, on NFS or in an object store"
+            ) from None
         finally:
             temporary.unlink()
         _sync_folder(path.parent)
@@ -134,12 +159,15 @@ class LocalStore(Store):
 
     def _write_temporary(self, path: Path, content: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A leading dot: listings of the folder's records never take an unfinished one for real.
         temporary = path.parent / f".{path.name}.{new_attempt()}.tmp"
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         return temporary
 
     def begin(self, name: str) -> Path:  # noqa: D102
@@ -169,8 +197,10 @@ class LocalStore(Store):
 class ObjectStore(Store):
     """A bucket with conditional puts, through fsspec. Data objects pass through local files.
 
-    A shard is written whole to a local file and uploaded afterwards, because closing an object-store
-    stream after an exception publishes what was written so far. Readers download a shard once.
+    A shard is written whole to a local file and uploaded afterwards, because closing an
+    object-store stream after an exception publishes what was written so far. A reader downloads a
+    shard once and keeps it until the process ends: the temporary folder must hold what is read.
+    Raises InputError when the bucket cannot be reached (credentials, endpoint, network).
     """
 
     def __init__(self, url: str):
@@ -180,19 +210,33 @@ class ObjectStore(Store):
             self.fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as error:
             raise InputError(
-                f"cannot open {url!r}: {error}. For s3:// install the extra: pip install 'rekindle[s3]'"
+                f"cannot open {url!r}: {error}. "
+                "For s3:// install the extra: pip install 'rekindle[s3]'"
             ) from None
         self.location = url.rstrip("/")
         self._scratch = Path(tempfile.mkdtemp(prefix="rekindle-"))
-
-    def __del__(self) -> None:
-        shutil.rmtree(getattr(self, "_scratch", ""), ignore_errors=True)
+        weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{safe_name(name)}"
 
+    @contextmanager
+    def _reaching(self, name: str, *passed: type[Exception]) -> Iterator[str]:
+        """The object's path. Errors but those of type ``passed`` become one message."""
+        path = self._path(name)
+        try:
+            yield path
+        except Exception as error:  # the clients' errors share no base: credentials, DNS, HTTP
+            if isinstance(error, passed):
+                raise
+            raise InputError(
+                f"cannot reach {self.location}/{name}: {error}. Check the address, the credentials "
+                "and the network; finished shards are kept, and the same command goes on after them"
+            ) from error
+
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
-        return bytes(self.fs.cat_file(self._path(name)))
+        with self._reaching(name, FileNotFoundError) as path:
+            return bytes(self.fs.cat_file(path))
 
     def names(self, folder: str) -> list[str]:  # noqa: D102
         return self._entries(folder, "file")
@@ -202,20 +246,32 @@ class ObjectStore(Store):
 
     def _entries(self, folder: str, kind: str) -> list[str]:
         try:
-            entries = self.fs.ls(self._path(folder), detail=True, refresh=True)
+            with self._reaching(folder, FileNotFoundError) as path:
+                entries = self.fs.ls(path, detail=True, refresh=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == kind)
+        names = (e["name"].rstrip("/").removeprefix(path) for e in entries if e["type"] == kind)
+        # Consoles make "folders" by an empty object of the folder's own name: not an entry of it.
+        return sorted(n[1:] for n in names if n[:1] == "/" and n[1:2] != ".")
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
-        try:
-            self.fs.pipe_file(self._path(name), content, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        with self._reaching(name) as path:
+            delays = iter(CONFLICT_DELAYS)
+            while True:
+                try:
+                    self.fs.pipe_file(path, content, mode="create")
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    delay = next(delays, None)
+                    if delay is None or not _is_conflict(error):
+                        raise
+                    time.sleep(delay)
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
-        self.fs.pipe_file(self._path(name), content)
+        with self._reaching(name) as path:
+            self.fs.pipe_file(path, content)
 
     def _scratch_file(self, name: str) -> Path:
         path = self._scratch / safe_name(name)
@@ -226,20 +282,29 @@ class ObjectStore(Store):
         return self._scratch_file(name)
 
     def finish(self, name: str) -> None:  # noqa: D102
-        self.fs.put_file(str(self._scratch_file(name)), self._path(name))
+        with self._reaching(name) as path:
+            self.fs.put_file(str(self._scratch_file(name)), path)
+        self._scratch_file(name).unlink()  # a whole teacher may be more than the local disk holds
 
     def discard(self, name: str) -> None:  # noqa: D102
         self._scratch_file(name).unlink(missing_ok=True)
-        if self.fs.exists(self._path(name)):
-            self.fs.rm_file(self._path(name))
+        with suppress(FileNotFoundError), self._reaching(name, FileNotFoundError) as path:
+            self.fs.rm_file(path)
 
     def local_file(self, name: str) -> Path:  # noqa: D102
         path = self._scratch_file(name)
         if not path.is_file():
             partial = path.with_name(f"{path.name}.{new_attempt()}")
-            self.fs.get_file(self._path(name), str(partial))
+            with self._reaching(name, FileNotFoundError) as remote:
+                self.fs.get_file(remote, str(partial))
             os.replace(partial, path)
         return path
+
+
+def _is_conflict(error: OSError) -> bool:
+    """Whether two conditional puts met (S3's 409): this one did not win, and must ask again."""
+    told = repr(error.__cause__ or error)
+    return error.errno == errno.EBUSY or "ConditionalRequestConflict" in told
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,16 +1,16 @@
-"""What a teacher leaves in the cache: its description (``teacher.json``), its columns, its values in Python.
+"""What a teacher leaves in the cache: ``teacher.json``, its columns, its values in Python.
 
-Format version 1. ``targets/<teacher>/data/<unit>-<attempt>.arrow`` is row-aligned with the corpus shard of the
-same number; its first column repeats the example digest. Kinds:
+Format version 1. ``targets/<teacher>/data/<unit>-<attempt>.arrow`` is row-aligned with the corpus
+shard of the same number; its first column repeats the example digest. Kinds:
 
-``topk``      per position: the columns of ``codec.py`` and the scalars below (vocabulary teachers)
-``dense``     per position: ``log_probs`` float32 [P,V] at τ = 1, and the scalars (vocabulary teachers)
-``sequence``  per row: ``logits`` float32 [C], null where the teacher does not apply; ``mc_probs`` float32 [C] with
-              Monte-Carlo passes (sequence classification, regression with C = 1)
-``token``     per position: ``logits`` float32 [P,C] (token classification)
+``topk``      vocabulary teachers, per position: the columns of ``codec.py`` and the scalars below
+``dense``     vocabulary teachers, per position: ``log_probs`` float32 [P,V] at τ = 1, the scalars
+``sequence``  sequence classification and regression (C = 1), per row: ``logits`` float32 [C], null
+              where the teacher does not apply; ``mc_probs`` float32 [C] with Monte-Carlo passes
+``token``     token classification, per position: ``logits`` float32 [P,C]
 
-Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token in 1/1024 nat), ``gold_rank`` (tokens
-with a larger logit; saturates at 65,535 when V ≤ 65,536 does not need more), ``entropy`` (uint16, 1/1024 nat).
+Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token in 1/1024 nat),
+``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat).
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ class TeacherInfo(Settings):
     task: Task
     kind: Literal["topk", "dense", "sequence", "token"]
     view: str  # what it saw: "clean", "text", "masked-<fp>" or "pairs-<kind>-<fp>"
-    vocabulary_size: int | None = Field(None, gt=0)  # real tokens; padded rows of the head are cut off
+    vocabulary_size: int | None = Field(None, gt=0)  # real tokens, without the head's padding
     k: int | None = Field(None, gt=0)
     temperatures: tuple[float, ...] = ()
     num_labels: int | None = Field(None, gt=0)

@@ -1,16 +1,17 @@
 """Reads one teacher's targets by corpus shard and row; checks what it reads before it is used."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rekindle.data.codec import join_ids
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.settings import parse_settings
 from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
 from rekindle.data.targets import (
     VOCABULARY_TASKS,
@@ -21,14 +22,6 @@ from rekindle.data.targets import (
     target_schema,
 )
 from rekindle.data.views import ViewReader, check_aligned
-
-
-@dataclass(frozen=True)
-class PositionRows:
-    """Per-position targets of chosen rows: ``rows`` [P] numbers the choice, the rest is flat [P,…]."""
-
-    rows: NDArray[np.int64]
-    columns: Columns
 
 
 class TeacherReader:
@@ -57,6 +50,11 @@ class TeacherReader:
         """Whether there is one unit per masked replica."""
         return self.info.view.startswith("masked-")
 
+    @property
+    def paired(self) -> bool:
+        """Whether it is shown text pairs."""
+        return self.info.view.startswith("pairs-")
+
     @cached_property
     def replicas(self) -> int:
         """Replicas of the view; 1 for a teacher without a masked view."""
@@ -74,7 +72,7 @@ class TeacherReader:
 
     @property
     def coverage(self) -> float:
-        """Share of the planned units (corpus shards × replicas) that are committed, by sequences."""
+        """Share of the planned units (corpus shards × replicas) that are committed, by rows."""
         planned = len(self.corpus) * self.replicas
         return sum(commit.rows for commit in self.commits.values()) / planned if planned else 0.0
 
@@ -108,7 +106,7 @@ class TeacherReader:
     ) -> tuple[NDArray[np.int32], Columns]:
         unit = unit_of(shard, replica if self.masked else None)
         if (unit, index) not in self._views:
-            batch = self._shard(unit).batch(index)
+            batch = self._shard(unit, shard, replica).batch(index)
             what = f"targets/{self.info.name}/{unit}"
             check_aligned(batch, self.corpus, shard, index, what)
             if self.info.kind == "sequence":
@@ -119,18 +117,26 @@ class TeacherReader:
                 self._views[unit, index] = (offsets, columns)
         return self._views[unit, index]
 
-    def _shard(self, unit: str) -> Shard:
+    def _shard(self, unit: str, shard_number: int, replica: int | None) -> Shard:
         if unit not in self._open:
             if unit not in self.commits:
                 raise CacheMismatchError(
                     f"teacher {self.info.name!r} has no targets for unit {unit}: the cache is "
                     "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
                 )
-            shard = self.shards.open(self.commits[unit])
+            replica = replica if self.masked else None
+            about = {"kind": "targets", "shard": shard_number, "replica": replica}
+            shard = self.shards.open(self.commits[unit], about)
             expected = target_schema(self.info, {})
             if not shard.schema.equals(expected, check_metadata=False):
                 raise CacheFormatError(
                     f"{shard.path} does not have the columns that teacher.json announces"
+                )
+            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), str(shard.path))
+            if stated.identity() != self.info.identity():
+                raise CacheMismatchError(
+                    f"{shard.path} was made by another teacher than teacher.json describes: "
+                    "targets were exchanged, or the description was edited"
                 )
             self._open[unit] = shard
         return self._open[unit]
@@ -143,20 +149,29 @@ class TeacherReader:
         index: int,
         what: str,
     ) -> None:
-        """Positions ascend within their sequence and ids within the vocabulary (strangers' shards)."""
+        """Positions ascend within their sequence; ids lie within the vocabulary."""
         positions = columns["positions"].astype(np.int64)
-        lengths = np.diff(list_views(self.corpus.shard(shard).batch(index)["input_ids"], "")[0])
+        tokens = list_views(self.corpus.shard(shard).batch(index)["input_ids"], "input_ids")[0]
+        # A causal target is the distribution of the next token: the last one has none.
+        lengths = np.diff(tokens) - (self.info.task == "causal_lm")
         counts = np.diff(offsets)
         limit = np.repeat(lengths, counts)
         within = positions[offsets[0] : offsets[-1]]
         row = np.repeat(np.arange(len(counts)), counts)
         ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
         if (within >= limit).any() or not ascending.all():
-            raise CacheFormatError(f"{what}: record batch {index} has positions outside its sequences")
-        size = self.info.vocabulary_size or 0
-        if "ids" in columns and size <= 65_536 and len(columns["ids"]):
-            if int(columns["ids"].max()) >= size:
-                raise CacheFormatError(f"{what}: record batch {index} has ids outside the vocabulary")
+            raise CacheFormatError(
+                f"{what}: record batch {index} has positions outside its sequences"
+            )
+        if "ids" in columns:
+            size = self.info.vocabulary_size or 0
+            ids = join_ids(columns["ids"], columns.get("ids_high"), size)
+            if ids.max(initial=0) >= size:
+                raise CacheFormatError(
+                    f"{what}: record batch {index} has ids outside the vocabulary"
+                )
+            if (columns["log_prob_min"] < columns["log_prob_max"]).any():
+                raise CacheFormatError(f"{what}: record batch {index} has rising probabilities")
         for name in ("log_probs", "logits"):
             if name in columns and np.isnan(columns[name]).any():
                 raise CacheFormatError(f"{what}: record batch {index} has NaN in {name!r}")

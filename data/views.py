@@ -1,13 +1,16 @@
-"""Views: how an example is shown to models other than as it stands. Built from the corpus, stored beside it.
+"""Views: how an example is shown to models other than as it stands; stored beside the corpus.
 
-``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids that stand there.
-``pairs-<kind>-<fingerprint>``: per sequence, two texts for sentence-pair experts and the student's encoding of
-them. A view's fingerprint covers everything that decides its bytes, so equal names mean equal inputs.
+``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids that stand
+there. ``pairs-<kind>-<fingerprint>``: per sequence, two texts for sentence-pair experts and the
+student's encoding of them. A view's fingerprint covers everything that decides its bytes, so equal
+names mean equal inputs. Nothing is known here of the models that are shown them.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +23,6 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.masking import MaskConfig, MaskingVocabulary, generator, mask_sequence
 from rekindle.data.sentences import split_sentences
 from rekindle.data.shards import Commit, Shard, ShardSet, describe, rows_in_batches
-from rekindle.data.store import Store
 
 PairKind = Literal["adjacent", "same-document", "random"]
 ALGORITHM = 1  # raise it when masks or pairs would come out differently
@@ -47,7 +49,8 @@ class MaskedView:
             "mask": config.model_dump(),
             "seed": seed,
             "tokenizer": tokenizer["digest"],
-            # Replicas of `random` are independent and can be added to; `cover` deals tokens out over all.
+            # Replicas of `random` are independent and can be added to; `cover` deals tokens out
+            # over all.
             "replicas": replicas if config.policy == "cover" else None,
         }
         self.name = f"masked-{_fingerprint(self.identity)}"
@@ -103,11 +106,12 @@ class MaskedView:
 
 
 class PairView:
-    """Text pairs made from the corpus for sentence-pair experts, one per sequence where that is possible.
+    """Text pairs from the corpus for sentence-pair experts, one per sequence where possible.
 
-    ``adjacent``: two neighbouring sentences of the sequence. ``same-document``: a sentence of the sequence
-    and another sentence of the same document. ``random``: a sentence of the sequence and one of another
-    document. Partners come from the same corpus shard. A sequence without a pair has nulls.
+    ``adjacent``: two neighbouring sentences of the sequence, of one document. ``same-document``: a
+    sentence of the sequence and another sentence of the same document. ``random``: a sentence of
+    the sequence and one of another document. Partners come from the same corpus shard. A sequence
+    without a pair has nulls.
     """
 
     FIELDS = (
@@ -145,14 +149,14 @@ class PairView:
         table = shard.table()
         digests = table["digest"].to_pylist()
         pairs = make_pairs(
-            table["text"].to_pylist(),
+            [parts for index in range(shard.batch_count) for parts in _parts(shard.batch(index))],
             table["document"].to_pylist(),
             [generator(f"pairs/{self.kind}", self.seed, digest) for digest in digests],
             self.kind,
         )
         length = self.corpus.info["config"]["sequence_length"]
         for first, last in rows_in_batches(len(digests)):
-            encoded = [
+            encoded: list[tuple[Any, Any]] = [
                 self.corpus.tokenizer.encode_pair(*pair, max_length=length) if pair else ([], [])
                 for pair in pairs[first:last]
             ]
@@ -167,81 +171,125 @@ class PairView:
             yield pa.record_batch(columns, schema=schema)
 
 
+def _parts(batch: pa.RecordBatch) -> list[list[str]]:
+    """Each row's text, cut where another document begins."""
+    tokens, characters = list_views(batch["char_starts"], "char_starts")
+    lists, begins = list_views(batch["document_starts"], "document_starts")
+    parts = []
+    for row, text in enumerate(batch["text"].to_pylist()):
+        first_tokens = begins[lists[row] + 1 : lists[row + 1]]
+        cuts = characters[tokens[row] + first_tokens].tolist()
+        parts.append([text[a:b] for a, b in pairwise([0, *cuts, len(text)])])
+    return parts
+
+
 def make_pairs(
-    texts: list[str],
+    texts: list[list[str]],
     documents: list[str],
     generators: list[np.random.Generator],
     kind: PairKind,
 ) -> list[tuple[str, str] | None]:
-    """One pair of sentences per text, or None where the texts allow none."""
-    sentences = [[text[a:b] for a, b in split_sentences(text)] for text in texts]
-    rows_of: dict[str, list[int]] = {}
-    for row, document in enumerate(documents):
-        rows_of.setdefault(document, []).append(row)
-    everything = list(range(len(texts)))
+    """One pair of sentences per row, or None where the rows allow none.
+
+    ``texts``: each row's text, cut where another document begins; ``documents``: the document of
+    its first part. No pair of neighbours crosses documents; the other kinds use the first part.
+    """
+    split = [[[t[a:b] for a, b in split_sentences(t)] for t in parts] for parts in texts]
+    if kind == "adjacent":
+        near = [[pair for part in parts for pair in pairwise(part)] for parts in split]
+        return [
+            found[int(random.integers(len(found)))] if found else None
+            for found, random in zip(near, generators, strict=True)
+        ]
+    same = kind == "same-document"
+    return _distant_pairs([parts[0] for parts in split], documents, generators, same)
+
+
+def _distant_pairs(
+    rows: list[list[str]],
+    documents: list[str],
+    generators: list[np.random.Generator],
+    same_document: bool,
+) -> list[tuple[str, str] | None]:
+    """A sentence of each row and any other of the same document, or of another one."""
+    sentences: list[str] = []  # of one document after another
+    starts: dict[int, int] = {}
+    lows: dict[str, int] = {}
+    highs: dict[str, int] = {}
+    for row in sorted(range(len(rows)), key=lambda row: documents[row]):
+        starts[row] = len(sentences)
+        lows.setdefault(documents[row], len(sentences))
+        sentences += rows[row]
+        highs[documents[row]] = len(sentences)
     pairs: list[tuple[str, str] | None] = []
     for row, random in enumerate(generators):
-        mine = sentences[row]
-        if kind == "adjacent":
-            start = int(random.integers(len(mine) - 1)) if len(mine) > 1 else None
-            pairs.append(None if start is None else (mine[start], mine[start + 1]))
+        low, high = lows[documents[row]], highs[documents[row]]
+        choices = high - low - 1 if same_document else len(sentences) - (high - low)
+        if not rows[row] or choices < 1:
+            pairs.append(None)
             continue
-        same = kind == "same-document"
-        rows = rows_of[documents[row]] if same else everything
-        pairs.append(_distant_pair(row, rows, sentences, documents, random, same))
+        first = starts[row] + int(random.integers(len(rows[row])))
+        other = int(random.integers(choices))
+        if same_document:
+            second = low + other + (low + other >= first)
+        else:
+            second = other + (high - low if other >= low else 0)
+        pairs.append((sentences[first], sentences[second]))
     return pairs
 
 
-def _distant_pair(
-    row: int,
-    rows: list[int],
-    sentences: list[list[str]],
-    documents: list[str],
-    random: np.random.Generator,
-    same_document: bool,
-) -> tuple[str, str] | None:
-    if not sentences[row]:
-        return None
-    first = int(random.integers(len(sentences[row])))
-    for _ in range(8):  # rejection: nearly every draw fits, and a corpus of one document ends as None
-        other = rows[int(random.integers(len(rows)))]
-        if not sentences[other] or (documents[other] == documents[row]) != same_document:
-            continue
-        second = int(random.integers(len(sentences[other])))
-        if (other, second) != (row, first):
-            return sentences[row][first], sentences[other][second]
-    return None
-
-
 class ViewReader:
-    """Reads the rows of a view by corpus shard (and replica), checked against the corpus digests."""
+    """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
 
     def __init__(self, corpus: Corpus, name: str):
         self.corpus, self.name = corpus, name
         self.shards = ShardSet(corpus.store, f"views/{name}")
         self.commits: dict[str, Commit] = self.shards.committed()
         self._open: dict[str, Shard] = {}
+        self._batches: dict[tuple[str, int], pa.RecordBatch] = {}
+        self._lists: dict[tuple[str, int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
-    @property
+    @cached_property
     def replicas(self) -> int:
         """How many replicas every corpus shard has."""
+        shards = range(len(self.corpus.commits))
         count = 0
-        while all(unit_of(s, count) in self.commits for s in range(len(self.corpus.commits))):
+        while shards and all(unit_of(shard, count) in self.commits for shard in shards):
             count += 1
         return count
+
+    def has(self, shard: int, replica: int | None = None) -> bool:
+        """Whether the unit is committed."""
+        return unit_of(shard, replica) in self.commits
 
     def batch(self, shard: int, index: int, replica: int | None = None) -> pa.RecordBatch:
         """Record batch ``index`` of one corpus shard's view."""
         unit = unit_of(shard, replica)
+        if (unit, index) not in self._batches:
+            batch = self._shard(unit, shard, replica).batch(index)
+            check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
+            self._batches[unit, index] = batch
+        return self._batches[unit, index]
+
+    def lists(
+        self, shard: int, index: int, replica: int | None, name: str
+    ) -> tuple[NDArray[np.int32], NDArray]:
+        """Offsets and values of a list column of that batch, as views."""
+        key = (unit_of(shard, replica), index, name)
+        if key not in self._lists:
+            self._lists[key] = list_views(self.batch(shard, index, replica)[name], name)
+        return self._lists[key]
+
+    def _shard(self, unit: str, shard: int, replica: int | None) -> Shard:
         if unit not in self._open:
             if unit not in self.commits:
                 raise CacheFormatError(
                     f"view {self.name} has no unit {unit}; run `pipeline cache-teachers` to make it"
                 )
-            self._open[unit] = self.shards.open(self.commits[unit])
-        batch = self._open[unit].batch(index)
-        check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
-        return batch
+            about = {"kind": "view", "view": self.name, "shard": shard}
+            about |= {} if replica is None else {"replica": replica}
+            self._open[unit] = self.shards.open(self.commits[unit], about)
+        return self._open[unit]
 
 
 def check_aligned(batch: pa.RecordBatch, corpus: Corpus, shard: int, index: int, what: str) -> None:

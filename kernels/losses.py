@@ -8,11 +8,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import linear_losses, logits_losses
 from rekindle.kernels.targets import MAX_KEPT, Objective, SparseTargets
@@ -33,8 +35,8 @@ class KDLoss(NamedTuple):
 
 def kd_loss(
     logits: Tensor,
-    target_ids: Tensor,
-    target_probs: Tensor,
+    target_ids: Tensor | EncodedTargets,
+    target_probs: Tensor | None = None,
     *,
     tail_prob: Tensor | None = None,
     labels: Tensor | None = None,
@@ -61,6 +63,8 @@ def kd_loss(
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
             float32).
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
+            Or EncodedTargets, as a cache stores them (target_probs and tail_prob are then left
+            out); the Triton kernels decode them in registers.
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
@@ -107,10 +111,10 @@ def kd_loss(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    targets = _targets(
-        logits, logits.shape[1], target_ids, target_probs, tail_prob, labels, row_weight, objective
-    )
-    chosen = _choose(impl, logits.device, logits.dtype, target_ids.shape[1])
+    chosen = _choose(impl, logits.device, logits.dtype, _stored(target_ids))
+    given = (target_ids, target_probs, tail_prob)
+    sparse, objective = _sparse(*given, objective, chosen)
+    targets = _targets(logits, logits.shape[1], *sparse, labels, row_weight, objective)
     if logits.stride(1) != 1 or not logits.shape[1] <= logits.stride(0) <= 2 * logits.shape[1]:
         logits = logits.contiguous()  # the gradient takes the logits' layout
     return KDLoss(*logits_losses(logits, targets, objective, chosen))
@@ -119,8 +123,8 @@ def kd_loss(
 def linear_kd_loss(
     hidden: Tensor,
     weight: Tensor,
-    target_ids: Tensor,
-    target_probs: Tensor,
+    target_ids: Tensor | EncodedTargets,
+    target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
     tail_prob: Tensor | None = None,
@@ -175,13 +179,13 @@ def linear_kd_loss(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    targets = _targets(
-        hidden, weight.shape[0], target_ids, target_probs, tail_prob, labels, row_weight, objective
-    )
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type):
         product_dtype = torch.get_autocast_dtype(hidden.device.type)
-    chosen = _choose(impl, hidden.device, product_dtype, target_ids.shape[1])
+    chosen = _choose(impl, hidden.device, product_dtype, _stored(target_ids))
+    given = (target_ids, target_probs, tail_prob)
+    sparse, objective = _sparse(*given, objective, chosen)
+    targets = _targets(hidden, weight.shape[0], *sparse, labels, row_weight, objective)
     return KDLoss(*linear_losses(hidden, weight, bias, targets, objective, chosen, product_dtype))
 
 
@@ -237,12 +241,45 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
         )
 
 
+class _Sparse(NamedTuple):
+    """Targets on their way in: plain, or packed (see targets.SparseTargets)."""
+
+    ids: Tensor
+    probs: Tensor
+    tail: Tensor | None
+    high: Tensor | None
+
+
+def _stored(ids: Tensor | EncodedTargets) -> int:
+    return (ids.ids if isinstance(ids, EncodedTargets) else ids).shape[-1]
+
+
+def _sparse(
+    ids: Tensor | EncodedTargets,
+    probs: Tensor | None,
+    tail: Tensor | None,
+    objective: Objective,
+    chosen: str,
+) -> tuple[_Sparse, Objective]:
+    """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is."""
+    if not isinstance(ids, EncodedTargets):
+        if probs is None:
+            raise ValueError("target_probs is missing; only EncodedTargets carry their own")
+        return _Sparse(ids, probs, tail, None), objective
+    if probs is not None or tail is not None:
+        raise ValueError("EncodedTargets carry their probabilities and tail; give no others")
+    if chosen == "torch":
+        return _Sparse(*decode(ids, objective.temperature), None), objective
+    return _Sparse(*ids.packed()), replace(objective, kept=ids.kept, planes=ids.planes)
+
+
 def _targets(
     rows_of: Tensor,
     vocabulary: int,
     ids: Tensor,
     probs: Tensor,
     tail: Tensor | None,
+    high: Tensor | None,
     labels: Tensor | None,
     weight: Tensor | None,
     objective: Objective,
@@ -254,13 +291,15 @@ def _targets(
             f"target_ids is {tuple(ids.shape)} and target_probs {tuple(probs.shape)}; "
             f"both must be [N,K] with N = {rows}"
         )
-    for name, vector in (("tail_prob", tail), ("labels", labels), ("row_weight", weight)):
+    encoded = objective.kept > 0
+    vectors = (("tail_prob", None if encoded else tail), ("labels", labels), ("row_weight", weight))
+    for name, vector in vectors:
         if vector is not None and vector.shape != (rows,):
             raise ValueError(f"{name} is {tuple(vector.shape)}; it must be [N] = [{rows}]")
     for name, integers in (("target_ids", ids), ("labels", labels)):
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    tensors = (ids, probs, tail, labels, weight)
+    tensors = (ids, probs, tail, labels, weight, high)
     for tensor in tensors:
         if tensor is not None and tensor.device != rows_of.device:
             raise ValueError(
@@ -268,13 +307,14 @@ def _targets(
                 "all tensors of a call must be on one device"
             )
     targets = SparseTargets(
-        ids.detach().long(),
+        ids.detach() if encoded else ids.detach().long(),
         probs.detach(),
         None if tail is None else tail.detach(),
         None if labels is None else labels.long(),
         None if weight is None else weight.detach(),
+        high,
     )
-    if rows_of.device.type == "cpu" and not torch.compiler.is_compiling():
+    if rows_of.device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
         _check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
     return targets
 

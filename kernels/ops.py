@@ -17,12 +17,15 @@ from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import Objective, SparseTargets, loss_scales
 
 _CALL = (
-    "Tensor ids, Tensor probs, Tensor? tail, Tensor? labels, Tensor? row_weight, "
+    "Tensor ids, Tensor probs, Tensor? tail, Tensor? labels, Tensor? row_weight, Tensor? high, "
     "float temperature, float ce_weight, float kd_weight, str divergence, str tail_rule, "
-    "int ignore_index, str reduction, float? softcap, float logit_scale, str impl"
+    "int ignore_index, str reduction, float? softcap, float logit_scale, int kept, int planes, "
+    "str impl"
 )
 _HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, {_CALL}, ScalarType product_dtype"
 _LOSSES = "Tensor, Tensor, Tensor"
+TENSORS = len(SparseTargets._fields)
+ARGUMENTS = _CALL.count(",") + 2  # of an operator past its inputs: _CALL and `wanted`
 
 
 def logits_losses(
@@ -57,7 +60,7 @@ def _packed(targets: SparseTargets, objective: Objective, impl: str) -> tuple[An
 
 
 def _unpacked(call: tuple[Any, ...]) -> tuple[SparseTargets, Objective, str]:
-    return SparseTargets(*call[:5]), Objective(*call[5:-1]), call[-1]
+    return SparseTargets(*call[:TENSORS]), Objective(*call[TENSORS:-1]), call[-1]
 
 
 def _reduced(
@@ -160,7 +163,7 @@ def _backward_logits(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     if gradients is None:
         (logits,), call = _restored(ctx, 1)
         gradients = [_kd_logits_backward(upstream, logits, *call)]
-    return (*gradients, *[None] * 16)
+    return (*gradients, *[None] * ARGUMENTS)
 
 
 _kd_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
@@ -265,7 +268,7 @@ def _backward_linear(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
             upstream, *inputs, *call, ctx.product_dtype, list(ctx.wanted)
         )
     kept = [g if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
-    return (*kept, *[None] * 17)
+    return (*kept, *[None] * (ARGUMENTS + 1))
 
 
 _kd_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
@@ -279,9 +282,9 @@ def _stash(
     ctx: Any, inputs: tuple[Any, ...], call: list[Any], wanted: Any, gradients: tuple[Tensor, ...]
 ) -> None:
     ctx.wanted = tuple(wanted)
-    ctx.settings = call[5:]
-    ctx.save_for_backward(*inputs, *call[:5])
-    at_once = any(wanted) and Objective(*call[5:-1]).reduction != "none"
+    ctx.settings = call[TENSORS:]
+    ctx.save_for_backward(*inputs, *call[:TENSORS])
+    at_once = any(wanted) and Objective(*call[TENSORS:-1]).reduction != "none"
     # detached: an output that is kept on its own graph node would keep that node alive
     ctx.gradients = [g.detach() for g in gradients] if at_once else None
 

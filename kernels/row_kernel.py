@@ -26,11 +26,14 @@ at most fifteen entries at its two edges, which one small vector covers. Row off
 import triton
 import triton.language as tl
 
+from rekindle.kernels.encoded import NO_TAIL, STEP
 from rekindle.kernels.targets import LOG_OF_ZERO
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
+_STEP = tl.constexpr(STEP)
+_NO_TAIL = tl.constexpr(NO_TAIL)
 _EDGE = tl.constexpr(16)  # lanes of the edge vector: eight before the middle, eight after it
 
 
@@ -128,9 +131,41 @@ def _sums_of_others(
 
 
 @triton.jit
+def _decoded(
+    ids_ptr, values_ptr, side_ptr, high_ptr, row, K, kept, inverse_tau,
+    PLANES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one row."""
+    lane = tl.arange(0, BLOCK_K)
+    stored = lane < K
+    ids = tl.load(ids_ptr + row * K + lane, mask=stored, other=0).to(tl.int32) & 0xFFFF
+    for plane in tl.static_range(PLANES):
+        bit = plane * K + lane
+        planes = tl.load(high_ptr + row * ((PLANES * K + 7) // 8) + bit // 8, mask=stored, other=0)
+        ids |= ((planes.to(tl.int32) >> (bit % 8)) & 1) << (16 + plane)
+    highest = tl.load(side_ptr + row * 3).to(tl.int32) & 0xFFFF
+    lowest = tl.load(side_ptr + row * 3 + 1).to(tl.int32) & 0xFFFF
+    fixed = tl.load(side_ptr + row * 3 + 2).to(tl.int32)
+    step = (lowest - highest).to(tl.float32) * (inverse_tau * _LOG2E / (255.0 * _STEP))
+    values = tl.load(values_ptr + row * K + lane, mask=stored, other=0).to(tl.float32)
+    share = tl.where(stored, tl.exp2(-values * step), 0.0)
+    odds = tl.exp(-tl.abs(fixed.to(tl.float32)) / _STEP)  # the smaller mass over the larger
+    small = odds / (1.0 + odds)
+    large = 1.0 / (1.0 + odds)
+    whole = fixed == _NO_TAIL
+    mass = tl.where(whole, 1.0, tl.where(fixed >= 0, large, small))
+    tail = tl.where(whole, 0.0, tl.where(fixed >= 0, small, large))
+    q = share * (mass / tl.sum(share, 0))
+    tail += tl.sum(tl.where(lane >= kept, q, 0.0), 0)
+    listed = stored & (lane < kept)
+    return tl.where(listed, ids, -1).to(tl.int64), tl.where(listed, q, 0.0), tail
+
+
+@triton.jit
 def _load_targets(
-    ids_ptr, probs_ptr, tail_ptr, row, K, V,
-    TAIL: tl.constexpr, HAS_TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
+    ids_ptr, probs_ptr, tail_ptr, high_ptr, row, K, V, kept, inverse_tau,
+    TAIL: tl.constexpr, HAS_TAIL: tl.constexpr, ENCODED: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Ids, target over the k + 1 outcomes, whether the row has a target, whether an id is out of
     range.
@@ -138,15 +173,23 @@ def _load_targets(
     The only place that knows how targets are stored.
     """
     lane = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * K + lane, mask=lane < K, other=-1).to(tl.int64)
+    if ENCODED:
+        ids, q, tail = _decoded(
+            ids_ptr, probs_ptr, tail_ptr, high_ptr, row, K, kept, inverse_tau, PLANES, BLOCK_K
+        )
+    else:
+        ids = tl.load(ids_ptr + row * K + lane, mask=lane < K, other=-1).to(tl.int64)
     wrong = tl.max(((ids < -1) | (ids >= V)).to(tl.int32), 0) > 0
     listed = (ids >= 0) & (ids < V)
-    q = tl.load(probs_ptr + row * K + lane, mask=listed, other=0.0).to(tl.float32)
+    if not ENCODED:
+        q = tl.load(probs_ptr + row * K + lane, mask=listed, other=0.0).to(tl.float32)
     total = tl.sum(q, 0)
     has_target = tl.max(listed.to(tl.int32), 0) > 0
     rest = 0.0
     if TAIL == 0:
-        if HAS_TAIL:
+        if ENCODED:
+            rest = tail
+        elif HAS_TAIL:
             rest = tl.maximum(tl.load(tail_ptr + row).to(tl.float32), 0.0)
         else:
             rest = tl.maximum(1.0 - total, 0.0)
@@ -224,17 +267,19 @@ def _outside(x, peak, k, rest_weight, ce_weight, POWER: tl.constexpr):
 def row_kernel(
     logits_ptr,  # [N,V] float32 | bfloat16 | float16, rows `stride` apart
     grad_ptr,  # the same layout; the same memory if HIDE
-    ids_ptr,  # [N,K] integers, -1 = padding
-    probs_ptr,  # [N,K] floats
-    tail_ptr,  # [N] floats
+    ids_ptr,  # [N,K] integers, -1 = padding; if ENCODED the low 16 bits
+    probs_ptr,  # [N,K] floats; if ENCODED uint8 values
+    tail_ptr,  # [N] floats; if ENCODED int16 [N,3], see encoded.EncodedTargets.packed
     labels_ptr,  # [N] integers
     weight_ptr,  # [N]; 0 = row ignored
+    high_ptr,  # [N,Q] uint8, with PLANES
     ce_factor_ptr,  # [N] float32: what multiplies the row's CE in the differentiated quantity
     kd_factor_ptr,  # [N] float32: the same for D
     ce_ptr,  # [N] float32 out
     kd_ptr,  # [N] float32 out
-    stride, V, K, ignore_index, inverse_tau, scale, softcap, resolution,
+    stride, V, K, kept, ignore_index, inverse_tau, scale, softcap, resolution,
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, POWER: tl.constexpr,
+    ENCODED: tl.constexpr, PLANES: tl.constexpr,
     HAS_TAIL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr, HIDE: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -269,8 +314,9 @@ def row_kernel(
 
     k = inverse_tau * _LOG2E
     ids, listed, q, q_rest, has_target, wrong = _load_targets(
-        ids_ptr, probs_ptr, tail_ptr, row, K, V, TAIL, HAS_TAIL, BLOCK_K
-    )
+        ids_ptr, probs_ptr, tail_ptr, high_ptr, row, K, V, kept, inverse_tau,
+        TAIL, HAS_TAIL, ENCODED, PLANES, BLOCK_K,
+    )  # fmt: skip
     z_k = tl.load(base + ids, mask=listed, other=float("-inf"))
     z_k = _transformed(z_k, scale, softcap, SOFTCAP)
     if HAS_LABELS:

@@ -35,6 +35,8 @@ class Objective:
     reduction: str = "mean"
     softcap: float | None = None
     logit_scale: float = 1.0
+    kept: int = 0  # candidates in use of encoded targets
+    planes: int = 0  # their id planes
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -57,13 +59,18 @@ class Objective:
 
 
 class SparseTargets(NamedTuple):
-    """Targets of N rows; ids are int64 with -1 as padding."""
+    """Targets of N rows; ids are int64 with -1 as padding.
+
+    Encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids int16, probs the
+    uint8 values, tail the int16 scalars [N,3], high the planes of the ids.
+    """
 
     ids: Tensor  # [N,K]
     probs: Tensor  # [N,K]
     tail: Tensor | None  # [N]
     labels: Tensor | None  # [N] int64
     weight: Tensor | None  # [N]
+    high: Tensor | None = None  # [N,Q]
 
     def take(self, rows: Tensor | slice) -> "SparseTargets":
         """The same targets for some rows only."""

@@ -1,7 +1,10 @@
-"""Checkpoints of a training run: whole or not there, safetensors and JSON only.
+"""A training run's identity and checkpoints: whole or not there, safetensors and JSON only.
 
-``checkpoints/step-00000200/`` is a student directory plus ``optimizer.safetensors`` and ``trainer.json``. It is
-written under a temporary name and renamed, so a kill leaves either the whole or nothing that is looked at.
+``run.json`` says what the run is; a resume under another configuration is refused.
+
+``checkpoints/step-00000200/`` is a student directory plus ``optimizer.safetensors`` and
+``trainer.json``. It is written under a temporary name and renamed, so a kill leaves either the
+whole or nothing that is looked at.
 """
 
 import hashlib
@@ -18,13 +21,73 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rekindle.data.errors import CheckpointError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train.student import HEADS_FILE, Student
 
 log = logging.getLogger("rekindle")
 
+RUN_FILE = "run.json"
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def open_run(run: Path, about: Mapping[str, Any], resume: bool) -> bool:
+    """Whether ``run`` holds a run to go on with. Nothing is written yet.
+
+    Raises InputError when the directory is in use for something else, or for a run that is not to
+    be resumed; CheckpointError, naming the key, when the run in it is not the one of ``about``.
+    """
+    started = (run / RUN_FILE).is_file()
+    if started and resume:
+        _check_same(run, about)
+        return True
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(
+            f"{run} is not empty. Give another --out, or --resume to go on with the run in it"
+            if started
+            else f"{run} is not empty and holds no run; give another --out"
+        )
+    return False
+
+
+def _check_same(run: Path, about: Mapping[str, Any]) -> None:
+    try:
+        recorded = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        parts = {name: (recorded[name], json.loads(json.dumps(about[name]))) for name in about}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{run}/{RUN_FILE} is damaged ({error}); start a new run in another --out"
+        ) from None
+    for part, (old, new) in parts.items():
+        # The cache may have moved; its fingerprints say whether it is the same.
+        changed = sorted(k for k in new if k != "path" and old.get(k) != new[k])
+        if changed:
+            raise CheckpointError(
+                f"{run} is a run with another configuration ({part}.{changed[0]}: "
+                f"{old.get(changed[0])!r} there, {new[changed[0]]!r} here). Resume it with its own "
+                "configuration, or start a new run in another --out"
+            )
+
+
+def start_run(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Record what the run in this directory is. Returns the state to begin with: none."""
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / f".{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, run / RUN_FILE)
+    return {}
+
+
+def restore(run: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the newest sound checkpoint; returns its state (empty without one)."""
+    found = latest_checkpoint(run)
+    if found is None:
+        log.info("no checkpoint in %s yet; starting from the beginning", run)
+        return {}
+    path, state = found
+    load_checkpoint(path, student, optimizer)
+    log.info("resuming %s at step %d", run, state["step"])
+    return state
 
 
 def save_checkpoint(
@@ -61,7 +124,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = json.loads((path / TRAINER_FILE).read_text())
             damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
             continue
         if not damaged:

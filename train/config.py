@@ -29,7 +29,9 @@ class DistillTerm(Settings):
 
     teachers: tuple[str, ...] = Field(min_length=1, description="names of cached teachers")
     weight: WeightField = Field(1.0, description="a number or a schedule")
-    temperature: float = Field(1.0, gt=0, description="τ of teacher and student; the loss carries τ²")
+    temperature: float = Field(
+        1.0, gt=0, description="τ of teacher and student; the loss carries τ²"
+    )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse"] = Field(
         "forward_kl", description="mse is for task logits"
     )

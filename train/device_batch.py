@@ -1,10 +1,11 @@
 """A batch on the training device: the cache's integers are sent as they are and decoded there.
 
-The decoding is the PyTorch twin of ``rekindle.data.codec`` and ``rekindle.data.batch``; a test holds them equal.
+The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.codec``; a test holds
+them equal.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from rekindle.data.batch import (
     TokenLabelBatch,
     TokenTargetBatch,
 )
-from rekindle.data.codec import NO_TAIL, STEP, high_planes
+from rekindle.data.codec import high_planes
 from rekindle.data.errors import InputError
+from rekindle.kernels.encoded import EncodedTargets, decode
 
 
 class SparseTargets(NamedTuple):
@@ -31,7 +33,8 @@ class SparseTargets(NamedTuple):
 
 def send(values: NDArray, device: torch.device) -> Tensor:
     """A NumPy array as a tensor on ``device``; pinned first where that lets the copy overlap."""
-    # Read-only memory maps are never written through: every consumer copies or computes out of place.
+    # Read-only memory maps are never written through: every consumer copies or computes out of
+    # place.
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
         return tensor.to(device)
@@ -52,10 +55,10 @@ def model_inputs(
     return inputs
 
 
-def sparse_targets(
+def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
-) -> SparseTargets:
-    """Decode a teacher's targets on the device, at ``temperature`` and, if given, a smaller ``k``."""
+) -> EncodedTargets | SparseTargets:
+    """What the loss takes: a top-k teacher's integers as they are stored, a dense one's values."""
     info = batch.info
     if info.kind == "dense":
         return _dense_targets(send(batch.columns["log_probs"], device), temperature, k)
@@ -64,38 +67,30 @@ def sparse_targets(
     if k is not None and info.k is not None and k > info.k:
         raise InputError(f"teacher {info.name!r} keeps {info.k} candidates; k = {k} is not cached")
     assert info.vocabulary_size is not None
-    slot = info.temperatures.index(temperature)
-    c = {name: send(batch.columns[name], device) for name in _WANTED if name in batch.columns}
-    log_probs, log_tail = _decode(c, temperature, slot)
-    ids = _ids(c, info.vocabulary_size)
-    if k is not None and k < ids.shape[1]:
-        dropped = torch.logsumexp(log_probs[:, k:], dim=1)
-        ids, log_probs, log_tail = ids[:, :k], log_probs[:, :k], torch.logaddexp(log_tail, dropped)
-    return SparseTargets(ids, log_probs.exp(), log_tail.exp())
+    columns = dict(batch.columns)
+    columns["tail_log_odds"] = columns["tail_log_odds"][:, info.temperatures.index(temperature)]
+    sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    return EncodedTargets(**sent, planes=high_planes(info.vocabulary_size), k=k)
 
 
-_WANTED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
+def as_arguments(targets: EncodedTargets | SparseTargets) -> dict[str, Any]:
+    """The arguments of the losses that hold a target."""
+    if isinstance(targets, EncodedTargets):
+        return {"target_ids": targets}
+    return {"target_ids": targets.ids, "target_probs": targets.probs, "tail_prob": targets.tail}
 
 
-def _decode(c: dict[str, Tensor], temperature: float, slot: int) -> tuple[Tensor, Tensor]:
-    span = (c["log_prob_min"].float() - c["log_prob_max"].float()) / STEP
-    relative = c["values"].float() * (-span / (255.0 * temperature))[:, None]
-    stored = c["tail_log_odds"][:, slot]
-    odds = torch.where(stored == NO_TAIL, torch.inf, stored.float() / STEP)
-    log_kept, log_tail = -torch.nn.functional.softplus(-odds), -torch.nn.functional.softplus(odds)
-    return torch.log_softmax(relative, dim=1) + log_kept[:, None], log_tail
+def sparse_targets(
+    batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
+) -> SparseTargets:
+    """A teacher's targets at ``temperature``, decoded on the device, maybe at a smaller ``k``."""
+    targets = kd_targets(batch, temperature, k, device)
+    if isinstance(targets, EncodedTargets):
+        return SparseTargets(*decode(targets, temperature))
+    return targets
 
 
-def _ids(c: dict[str, Tensor], vocabulary_size: int) -> Tensor:
-    ids = c["ids"].to(torch.int64)
-    if "ids_high" not in c:
-        return ids
-    k = ids.shape[1]
-    bit = torch.arange(k * high_planes(vocabulary_size), device=ids.device)
-    bits = (c["ids_high"][:, bit // 8].to(torch.int64) >> (bit % 8)) & 1
-    for plane in range(high_planes(vocabulary_size)):
-        ids = ids | (bits[:, plane * k : (plane + 1) * k] << (16 + plane))
-    return ids
+ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
 
 
 def _dense_targets(log_probs: Tensor, temperature: float, k: int | None) -> SparseTargets:
@@ -120,11 +115,12 @@ class LanguageRows:
         """For each of the target's positions, its row here; every one must be found."""
         keys = target.rows * width + target.positions
         found = np.searchsorted(self.keys, keys)
-        ok = (found < len(self.keys)) & (self.keys[found.clip(max=len(self.keys) - 1)] == keys)
-        if not ok.all():
+        if not np.array_equal(np.append(self.keys, -1)[found], keys):
             raise InputError(
-                f"teacher {target.info.name!r} has targets at positions where the student has no loss: "
-                "its mask is not the student's. Use the cache.mask, seed and replicas it was cached with"
+                f"teacher {target.info.name!r} has targets at positions where the student has no "
+                "loss: "
+                "its mask is not the student's. Use the cache.mask, seed and replicas it was "
+                "cached with"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""How a student does on the held-out documents: its own loss, and how near it is to each teacher."""
+"""How a student does on held-out documents: its loss, and how near it is to each teacher."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,12 +37,19 @@ class EvaluationData:
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
 
+def spread(index: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most ``count`` of ``index``, evenly: the first ones may all be of one domain."""
+    count = min(count, len(index))
+    return index[np.arange(count) * len(index) // max(count, 1)]
+
+
 @torch.no_grad()
 def evaluate(student: Student, data: EvaluationData, device: torch.device) -> dict[str, float]:
     """``loss`` (cross-entropy in nats), and per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``.
 
-    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. Agreement is
-    the share of equal most-likely outcomes. Masked students see replica 0. Empty when nothing is held out.
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence.
+    Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Empty when
+    nothing is held out.
     """
     if not len(data.index):
         return {}
@@ -160,8 +167,8 @@ def _task_logits(
         logits = student(inputs, token_heads={name: flat.to(device)}).logits[name]
         return logits.float(), torch.from_numpy(np.ascontiguousarray(target.logits)).to(device)
     keep = torch.from_numpy(target.present).to(device)
-    inputs = _expert_inputs(student, batch, target.info, device)
-    logits = student(inputs, sequence_heads=[name]).logits[name][keep]
+    shown = _expert_inputs(student, batch, target.info, device)
+    logits = student(shown, sequence_heads=[name]).logits[name][keep]
     return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
 
 

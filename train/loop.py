@@ -1,7 +1,7 @@
 """Stage 2: one readable loop from a cache to a student. Batches → forward → loss → backward → step.
 
-The loop owns all side effects: checkpoints, metrics, evaluation. Every random draw depends on (seed, step) alone, so
-a resumed run is bit-equal to an uninterrupted one on a CPU.
+The loop owns all side effects: checkpoints, metrics, evaluation. Every random draw depends on
+(seed, step) alone, so a resumed run is bit-equal to an uninterrupted one on a CPU.
 """
 
 import json
@@ -10,8 +10,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import InputError
 from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
-from rekindle.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from rekindle.train.checkpoint import open_run, restore, save_checkpoint, start_run
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
-from rekindle.train.evaluate import EvaluationData, evaluate
+from rekindle.train.evaluate import EvaluationData, evaluate, spread
 from rekindle.train.models import resolve_model
 from rekindle.train.objective import Counts, Objective
 from rekindle.train.run_log import RunLog
@@ -35,7 +35,6 @@ from rekindle.train.student import Student, build_student
 
 log = logging.getLogger("rekindle")
 
-RUN_FILE = "run.json"
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -60,25 +59,68 @@ def train_student(
     resume: bool = False,
     report: Report = lambda step, values: None,
 ) -> TrainResult:
-    """Train a student from ``cache`` into ``out``, which afterwards is a Hugging Face model directory.
+    """Train a student from ``cache`` into ``out``, which afterwards is a Hugging Face model
+    directory.
 
-    Raises InputError when the configuration asks for what the cache does not have, CheckpointError when
-    ``resume`` meets a run of another configuration.
+    Raises InputError when the configuration asks for what the cache does not have, CheckpointError
+    when ``resume`` meets a run of another configuration.
     """
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    objective = _objective(cache, student_config, config)
+    masked = student_config.task == "masked_lm"
+    view = cache.masked_view(masked_view).name if masked else None
+    objective = _objective(cache, student_config, config, view)
     check_tokenizer(cache, student_config)
-    if student_config.task == "masked_lm":
-        masked_view = cache.masked_view(masked_view).name
-    else:
-        masked_view = None
-    about = _about(cache, student_config, config, masked_view)
-    _prepare(out, about, resume)
-    vocabulary = cache.corpus.info["tokenizer"]["size"]
-    student = build_student(student_config, objective.heads, vocabulary, config.seed).to(device)
+    about = _about(cache, student_config, config, view)
+    resuming = open_run(out, about, resume)
+    student = build_student(
+        student_config,
+        objective.heads,
+        cache.corpus.info["tokenizer"]["size"],
+        config.seed,
+        cache.corpus.info["config"]["sequence_length"],
+    ).to(device)
     optimizer = make_optimizer(student, config, device)
-    first = _restore(out, about, student, optimizer) if resume else 0
+    state = restore(out, student, optimizer) if resuming else start_run(out, about)
+    first, earlier = state.get("step", 0), state.get("seconds", 0.0)
+    coverage = state.get("coverage", {"with_kd": 0, "ce_only": 0, "neither": 0})
+    stream, held_out = _data(cache, objective, config, view)
+    evaluation: dict[str, float] = {}
+    student.train()
+    # Left by an error or an interrupt, both must end at once: no thread reads on, no file is open.
+    with (
+        closing(RunLog(out, first)) as run_log,
+        closing(stream.steps(first, config.steps)) as steps,
+    ):
+        began = time.monotonic()
+        for step, batch in steps:
+            values = _step(student, optimizer, objective, batch, step, config, device)
+            _count_coverage(coverage, objective, batch, step)
+            done = step + 1
+            values["data_wait"] = stream.waited / max(time.monotonic() - began, 1e-9)
+            run_log.write("train", done, values)
+            report(done, values)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                evaluation = _evaluate(student, held_out, objective, step, device)
+                run_log.write("evaluate", done, evaluation)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                spent = {"seconds": earlier + time.monotonic() - started, "coverage": coverage}
+                save_checkpoint(
+                    out, done, student, optimizer, about | spent, config.keep_checkpoints
+                )
+    if first == config.steps:
+        evaluation = _evaluate(student, held_out, objective, first - 1, device)
+    result = TrainResult(
+        out, config.steps, earlier + time.monotonic() - started, evaluation, coverage
+    )
+    _finish(result, student, cache, about)
+    return result
+
+
+def _data(
+    cache: Cache, objective: Objective, config: TrainConfig, view: str | None
+) -> tuple[TrainingStream, EvaluationData]:
+    """What is trained on, and what is held out for evaluation."""
     split = split_corpus(cache, config.held_out)
     stream = TrainingStream(
         cache,
@@ -86,39 +128,19 @@ def train_student(
         config.batch_sequences,
         config.seed,
         objective.teachers_at,
-        masked_view,
+        view,
         config.allow_missing,
     )
-    held_out = EvaluationData(
-        cache,
-        split.held_out[: config.evaluate_sequences],
-        tuple(name for term in config.objective.distill for name in term.teachers),
-        masked_view,
-        config.micro_batch_sequences or config.batch_sequences,
-        config.allow_missing,
-    )
-    run_log = RunLog(out, first)
-    coverage = {"with_kd": 0, "ce_only": 0, "neither": 0}
-    evaluation: dict[str, float] = {}
-    student.train()
-    for step, batch in stream.steps(first, config.steps):
-        values = _step(student, optimizer, objective, batch, step, config, device)
-        _count_coverage(coverage, objective, batch, step)
-        done = step + 1
-        values["data_wait"] = stream.waited / max(time.monotonic() - started, 1e-9)
-        run_log.write("train", done, values)
-        report(done, values)
-        if done % config.evaluate_every == 0 or done == config.steps:
-            evaluation = evaluate(student, held_out, device)
-            run_log.write("evaluate", done, evaluation)
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            save_checkpoint(out, done, student, optimizer, about, config.keep_checkpoints)
-    run_log.close()
-    if first == config.steps:
-        evaluation = evaluate(student, held_out, device)
-    seconds = time.monotonic() - started
-    _finish(out, student, optimizer, cache, about, config, evaluation, coverage, seconds)
-    return TrainResult(out, config.steps, seconds, evaluation, coverage)
+    size = config.micro_batch_sequences or config.batch_sequences
+    index = spread(split.held_out, config.evaluate_sequences)
+    return stream, EvaluationData(cache, index, (), view, size, config.allow_missing)
+
+
+def _evaluate(
+    student: Student, data: EvaluationData, objective: Objective, step: int, device: torch.device
+) -> dict[str, float]:
+    """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more."""
+    return evaluate(student, replace(data, teachers=tuple(objective.teachers_at(step))), device)
 
 
 def _step(
@@ -148,16 +170,19 @@ def _step(
         loss = loss + result.total.detach()
         for name, value in result.terms.items():
             terms[name] = terms.get(name, torch.zeros((), device=device)) + value
-    values = {"loss": float(loss), "learning_rate": config.learning_rate * factor}
-    if not math.isfinite(values["loss"]):
-        raise InputError(
-            f"the loss is {values['loss']} at step {step + 1} (sequences "
-            f"{', '.join(str(i) for i in batch.index[:8])} …). Try a lower learning rate or a longer "
-            "warm-up; the last checkpoint is kept"
-        )
-    if config.max_grad_norm is not None:
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-        values["grad_norm"] = float(norm)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm or math.inf)
+    values = {
+        "loss": float(loss),
+        "learning_rate": config.learning_rate * factor,
+        "grad_norm": float(norm),
+    }
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise InputError(
+                f"the {name} is {values[name]} at step {step + 1} (sequences "
+                f"{', '.join(str(i) for i in batch.index[:8])} …). Try a lower learning rate or a "
+                "longer warm-up; the last checkpoint is kept"
+            )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
@@ -190,19 +215,31 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type == "cuda")
 
 
-def _objective(cache: Cache, student: StudentConfig, config: TrainConfig) -> Objective:
-    """The loss, after checking that every teacher it names is in the cache and complete."""
+def _objective(
+    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
+) -> Objective:
+    """The loss, after checking that every teacher it names is in the cache, complete, and saw what
+    the student will see.
+    """
     names = [name for term in config.objective.distill for name in term.teachers]
     for name in names:
         teacher = cache.teacher(name)
         if teacher.coverage < 1 and name not in config.allow_missing:
             raise InputError(
-                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it with "
-                "`pipeline cache-teachers`, or name it in train.allow_missing to train its holes "
-                "without KD"
+                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
+                "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
+                "holes without KD"
             )
     infos = {name: cache.teacher(name).info for name in names}
-    return Objective(config.objective, infos, student.task, config.steps)
+    objective = Objective(config.objective, infos, student.task, config.steps)
+    for name, info in infos.items():
+        if info.view.startswith("masked-") and info.view != masked_view:
+            raise InputError(
+                f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
+                "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "
+                "with, or cache it with these"
+            )
+    return objective
 
 
 def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
@@ -214,16 +251,18 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
     if theirs.digest != cache.tokenizer_digest:
         raise InputError(
             f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
-            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or other tokens "
-            "under the same ids): the cached ids would mean other words. Use a student of the cache's "
-            "tokenizer, or make a cache with this one"
+            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
+            "other tokens under the same ids): the cached ids would mean other words. Use a "
+            "student of the cache's tokenizer, or make a cache with this one"
         )
 
 
 def _about(
     cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
 ) -> dict[str, Any]:
-    """What a run is: enough to refuse to resume it as another, and to make its model a teacher later."""
+    """What a run is: enough to refuse to resume it as another, and to make its model a teacher
+    later.
+    """
     return {
         "student": student.model_dump(mode="json"),
         "train": config.model_dump(mode="json", by_alias=True),
@@ -240,69 +279,22 @@ def _about(
     }
 
 
-def _prepare(out: Path, about: Mapping[str, Any], resume: bool) -> None:
-    if resume and (out / RUN_FILE).is_file():
-        return
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(
-            f"{out} is not empty. Give another --out, or --resume to go on with the run in it"
-            if (out / RUN_FILE).is_file()
-            else f"{out} is not empty and holds no run; give another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RUN_FILE).write_text(json.dumps(about, indent=1) + "\n")
-
-
-def _restore(
-    out: Path, about: Mapping[str, Any], student: Student, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load the newest sound checkpoint; returns the steps it had done (0 without one)."""
-    recorded = json.loads((out / RUN_FILE).read_text())
-    for part in ("student", "train", "cache"):
-        old, new = recorded[part], json.loads(json.dumps(about[part]))
-        changed = sorted(k for k in new if k != "path" and old.get(k) != new[k])
-        if changed:
-            raise CheckpointError(
-                f"{out} is a run with another configuration ({part}.{changed[0]}: "
-                f"{old.get(changed[0])!r} there, {new[changed[0]]!r} here). Resume it with its own "
-                "configuration, or start a new run in another --out"
-            )
-    found = latest_checkpoint(out)
-    if found is None:
-        log.info("no checkpoint in %s yet; starting from the beginning", out)
-        return 0
-    path, state = found
-    load_checkpoint(path, student, optimizer)
-    log.info("resuming %s at step %d", out, state["step"])
-    return int(state["step"])
-
-
-def _finish(
-    out: Path,
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    cache: Cache,
-    about: Mapping[str, Any],
-    config: TrainConfig,
-    evaluation: Mapping[str, float],
-    coverage: Mapping[str, int],
-    seconds: float,
-) -> None:
-    save_checkpoint(out, config.steps, student, optimizer, about, config.keep_checkpoints)
-    staged = out / ".final"
+def _finish(result: TrainResult, student: Student, cache: Cache, about: Mapping[str, Any]) -> None:
+    """Make the run's directory a model directory."""
+    staged = result.directory / ".final"
     shutil.rmtree(staged, ignore_errors=True)
     student.save_pretrained(staged, {"made_by": about})
     cache.corpus.tokenizer.save(str(staged))
-    summary = {"steps": config.steps, "seconds": seconds, "evaluation": dict(evaluation)}
-    (staged / "summary.json").write_text(
-        json.dumps(summary | {"coverage": dict(coverage)}, indent=1) + "\n"
-    )
+    summary = {name: value for name, value in vars(result).items() if name != "directory"}
+    (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for file in staged.iterdir():
-        file.replace(out / file.name)
+        file.replace(result.directory / file.name)
     staged.rmdir()
 
 
-def _count_coverage(coverage: dict[str, int], objective: Objective, batch: Batch, step: int) -> None:
+def _count_coverage(
+    coverage: dict[str, int], objective: Objective, batch: Batch, step: int
+) -> None:
     """Count sequences by what they were trained with."""
     active = objective.teachers_at(step)
     covered = torch.zeros(len(batch.index), dtype=torch.bool)

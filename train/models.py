@@ -1,4 +1,6 @@
-"""Finding and loading model directories: local or from the hub, checked, fingerprinted, never with remote code."""
+"""Finding and loading model directories: local or from the hub, checked, fingerprinted, never with
+remote code.
+"""
 
 import hashlib
 import json
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rekindle.data.errors import InputError
@@ -19,6 +22,11 @@ log = logging.getLogger("rekindle")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+# Families of RoBERTa's kind, which number positions from pad_token_id + 1.
+COUNT_PAST_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
+    *("longformer", "mpnet", "data2vec-text", "xmod", "luke", "esm"),
+)
 
 
 def resolve_model(path_or_id: str) -> Path:
@@ -44,7 +52,8 @@ def resolve_model(path_or_id: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub ({reason})"
+            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
+            f"({reason})"
         ) from None
 
 
@@ -53,7 +62,8 @@ def weights_fingerprint(directory: Path) -> str:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(
-            f"{directory} has no *.safetensors weights. Pickled weights are not loaded; save the model "
+            f"{directory} has no *.safetensors weights. Pickled weights are not loaded; save the "
+            "model "
             "again with save_pretrained"
         )
     digest = hashlib.sha256()
@@ -89,7 +99,7 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype, **options: 
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{directory} cannot be loaded as {auto_class}: {reason}") from None
     missing = sorted(info["missing_keys"])
@@ -103,8 +113,18 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype, **options: 
     return loaded
 
 
-class quiet_transformers:  # noqa: N801 - a context manager, used like a function
-    """Silences transformers' progress bars and reports; what matters is checked and raised by us."""
+def longest_input(config: Any) -> int | None:
+    """Tokens that a model of this transformers configuration takes; None where nothing is said."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if not limit or limit < 0:
+        return None
+    offset = (text.pad_token_id or 0) + 1 if text.model_type in COUNT_PAST_PADDING else 0
+    return int(limit) - offset
+
+
+class quiet_transformers:
+    """Silences transformers' progress bars and reports; what matters is raised by us."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf_logging
@@ -131,7 +151,9 @@ class Placement(Settings):
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype of ``precision``."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.precision
+        ]
 
 
 def place(precision: str, index: int = 0) -> Placement:

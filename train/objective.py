@@ -1,11 +1,13 @@
-"""The loss of a training step: hard · CE + Σ weight · τ² · divergence, from one batch and one student.
+"""The loss of a training step: hard · CE + Σ weight · τ² · divergence, from one batch and one
+student.
 
-Every mean is over the whole step (all micro-batches, all processes): ``Counts`` is taken from the step's batch
-before it is split, so gradient accumulation changes nothing but rounding.
+Every mean is over the whole step (all micro-batches, all processes): ``Counts`` is taken from the
+step's batch before it is split, so gradient accumulation changes nothing but rounding.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import (
     LanguageRows,
     SparseTargets,
+    as_arguments,
+    kd_targets,
     language_rows,
     model_inputs,
     sparse_targets,
@@ -55,7 +59,9 @@ def _target_rows(target: object) -> int:
 
 @dataclass
 class StepLoss:
-    """A micro-batch's share of the step's loss. ``terms`` are detached and sum up over micro-batches."""
+    """A micro-batch's share of the step's loss. ``terms`` are detached and sum up over
+    micro-batches.
+    """
 
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -78,7 +84,9 @@ class Objective:
             _check_term(number, term, teachers, task)
         twice = _twice([name for term in config.distill for name in term.teachers])
         if twice:
-            raise InputError(f"teacher {twice!r} stands in two distill terms; use one term per teacher")
+            raise InputError(
+                f"teacher {twice!r} stands in two distill terms; use one term per teacher"
+            )
 
     @property
     def heads(self) -> dict[str, HeadConfig]:
@@ -92,7 +100,9 @@ class Objective:
 
     def active(self, step: int) -> list[tuple[DistillTerm, float]]:
         """The distillation terms with a weight above 0 at ``step``, with that weight."""
-        weighted = [(term, weight_at(term.weight, step, self.steps)) for term in self.config.distill]
+        weighted = [
+            (term, weight_at(term.weight, step, self.steps)) for term in self.config.distill
+        ]
         return [(term, weight) for term, weight in weighted if weight > 0]
 
     def hard_weight(self, step: int) -> float:
@@ -112,7 +122,9 @@ class Objective:
         """
         hard, terms = self.hard_weight(step), self.active(step)
         result = StepLoss(torch.zeros((), device=device))
-        language = [(t, w) for t, w in terms if self.teachers[t.teachers[0]].kind in ("topk", "dense")]
+        language = [
+            (t, w) for t, w in terms if self.teachers[t.teachers[0]].kind in ("topk", "dense")
+        ]
         masked = [(t, w) for t, w in terms if (t, w) not in language and self._joins_lm_pass(t)]
         if hard > 0 or language or masked:
             self._language_pass(student, batch, counts, hard, language, masked, result, device)
@@ -150,11 +162,9 @@ class Objective:
             loss = linear_kd_loss(
                 output.hidden if index is None else output.hidden[index],
                 student.output_head.weight,
-                targets.ids,
-                targets.probs,
+                **targets,
                 bias=student.output_head.bias,
-                tail_prob=targets.tail,
-                labels=rows.labels if index is None else rows.labels[index],
+                labels=rows.labels if whole else None,
                 temperature=term.temperature,
                 ce_weight=fused,
                 kd_weight=weight / max(count, 1),
@@ -205,24 +215,26 @@ class Objective:
         rows: LanguageRows,
         width: int,
         device: torch.device,
-    ) -> tuple[SparseTargets, np.ndarray, int]:
-        """The term's target, the LM rows it is for, and how many such rows the step has."""
-        batches = [batch.targets[name] for name in term.teachers]
-        decoded, places = [], []
-        for target in batches:
-            assert isinstance(target, TokenTargetBatch)
-            decoded.append(sparse_targets(target, term.temperature, term.k, device))
-            places.append(rows.match(target, width))
-        if len(decoded) == 1:
-            return decoded[0], places[0], counts.targets[term.teachers[0]]
+    ) -> tuple[dict[str, Any], np.ndarray, int]:
+        """The term's target as arguments of the loss, its LM rows, how many the step has."""
+        named = [batch.targets[name] for name in term.teachers]
+        batches = [target for target in named if isinstance(target, TokenTargetBatch)]
+        places = [rows.match(target, width) for target in batches]
+        settings = (term.temperature, term.k, device)
+        if len(batches) == 1:
+            only = kd_targets(batches[0], *settings)
+            return as_arguments(only), places[0], counts.targets[term.teachers[0]]
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
-                f"the mixture of {', '.join(term.teachers)} needs all of them at the same positions; "
+                f"the mixture of {', '.join(term.teachers)} needs all of them at the same "
+                "positions; "
                 "they cover different ones (other domains?). Use combine: separate"
             )
+        decoded = [sparse_targets(target, *settings) for target in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=device)
-        merged = merge_targets([tuple(d) for d in decoded], weights)
-        return SparseTargets(*merged), places[0], counts.targets[term.teachers[0]]
+        merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
+        mixture = as_arguments(SparseTargets(*merged))
+        return mixture, places[0], counts.targets[term.teachers[0]]
 
     def _clean_pass(
         self,
@@ -233,7 +245,9 @@ class Objective:
         result: StepLoss,
         device: torch.device,
     ) -> None:
-        clean = [(t, w) for t, w in terms if not self.teachers[t.teachers[0]].view.startswith("pairs-")]
+        clean = [
+            (t, w) for t, w in terms if not self.teachers[t.teachers[0]].view.startswith("pairs-")
+        ]
         if clean:
             inputs = model_inputs(batch.input_ids, batch.lengths, device)
             output = _run(student, inputs, batch, clean, self.teachers, None)
@@ -291,8 +305,9 @@ def task_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of a task head's loss [R,C], and of the bare divergence (for show).
 
-    Regression and ``mse``: squared error, mean over outputs. Multi-label: KL of each label's Bernoulli.
-    Classification: the divergence between softmax(teacher/τ) and softmax(student/τ), times τ².
+    Regression and ``mse``: squared error, mean over outputs. Multi-label: KL of each label's
+    Bernoulli. Classification: the divergence between softmax(teacher/τ) and softmax(student/τ),
+    times τ².
     """
     if term.divergence == "mse" or info.problem == "regression":
         loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()
@@ -356,10 +371,16 @@ def _check_term(
     if len(kinds) > 1:
         raise InputError(f"{where}: vocabulary teachers and task experts need a term each")
     if len({i.view for i in infos}) > 1:
-        raise InputError(f"{where}: {', '.join(term.teachers)} saw different views; use a term each")
+        raise InputError(
+            f"{where}: {', '.join(term.teachers)} saw different views; use a term each"
+        )
     if kinds == {"task"}:
         if term.combine == "mixture":
             raise InputError(f"{where}: combine: mixture is for vocabulary teachers; use separate")
+        if term.view == "masked" and infos[0].view.startswith("pairs-"):
+            raise InputError(f"{where}: view: masked, but pairs are shown clean; use clean")
+        if term.view == "masked" and task != "masked_lm":
+            raise InputError(f"{where}: view: masked, but a {task} student has no masked view")
         return
     if term.divergence == "mse":
         raise InputError(f"{where}: mse is for task logits; {term.teachers[0]} predicts tokens")
@@ -371,12 +392,14 @@ def _check_term(
     for info in infos:
         if info.task != task:
             raise InputError(
-                f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
+                f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
+                "at its "
                 "positions"
             )
         if info.kind == "topk" and term.temperature not in info.temperatures:
             raise InputError(
-                f"{where}: teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
+                f"{where}: teacher {info.name!r} stores the temperatures "
+                f"{list(info.temperatures)}, not "
                 f"{term.temperature}. Train at a stored one, or cache it with this one"
             )
         if term.k is not None and info.k is not None and term.k > info.k:

@@ -1,4 +1,6 @@
-"""The record of a training run: ``metrics.jsonl`` and TensorBoard scalars, without gaps or doubles after a resume."""
+"""The record of a training run: ``metrics.jsonl`` and TensorBoard scalars, without gaps or doubles
+after a resume.
+"""
 
 import json
 import os
@@ -15,26 +17,21 @@ class RunLog:
         self.path = run / "metrics.jsonl"
         self._keep_until(resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
+        records = read_metrics(self.path.parent)
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record: ``kind`` is train or evaluate, ``step`` the steps done."""
-        record = {"kind": kind, "step": step} | {k: round(float(v), 6) for k, v in values.items()}
+        shown = {name: float(f"{float(value):.9g}") for name, value in values.items()}
+        record = {"kind": kind, "step": step} | shown
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -48,5 +45,10 @@ class RunLog:
 
 def read_metrics(run: Path) -> list[dict]:
     """All records of a run, in order."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    records = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the line that a kill cut short
+            continue
+    return records

@@ -1,4 +1,6 @@
-"""Values that change over training steps: loss weights and the learning rate. Pure functions of the step."""
+"""Values that change over training steps: loss weights and the learning rate. Pure functions of the
+step.
+"""
 
 import math
 from typing import Literal
@@ -23,8 +25,10 @@ class Schedule(Settings):
         if self.schedule == "constant":
             return self.start
         done = min(step / (self.over * steps), 1.0)
+        if done > 1 - 1e-9:  # 0.55 · 100 is a little more than 55: step 55 is through all the same
+            return self.end
         if self.schedule == "step":
-            return self.start if done < 1.0 else self.end
+            return self.start
         shape = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * shape
 
@@ -38,7 +42,7 @@ def weight_at(weight: Weight, step: int, steps: int) -> float:
 
 
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by at ``step``: warm-up, then ``kind`` down to 0."""
+    """What the peak learning rate is multiplied by: warm-up, then ``kind`` down to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if kind == "constant":

@@ -1,9 +1,12 @@
-"""What each training step reads, in the background: a pure function of (seed, step), whatever ran before."""
+"""What each training step reads, in the background: a pure function of (seed, step), whatever ran
+before.
+"""
 
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +27,19 @@ class Split:
 
 
 def split_corpus(cache: Cache, fraction: float) -> Split:
-    """Hold out about ``fraction`` of the documents, chosen by a hash of their ids.
+    """Hold out about ``fraction`` of the documents, those with the lowest hashes; at least one.
 
-    The same documents for every run on a corpus. Where that leaves nothing on one side (a corpus of one
-    document), every n-th sequence is held out instead.
+    The same documents for every run on a corpus. Where whole documents would be far too much of it
+    (a corpus of one document), every n-th sequence is held out instead.
     """
     everything = np.arange(len(cache), dtype=np.int64)
     if fraction == 0:
         return Split(everything, everything[:0])
-    held = cache.corpus.buckets() < fraction * BUCKETS
-    if not held.any() or held.all() or held.mean() > max(0.5, 4 * fraction):
-        held = np.zeros(len(cache), bool)
-        held[:: max(2, round(1 / fraction))] = len(cache) > 1
+    buckets = cache.corpus.buckets()
+    held = buckets <= max(buckets.min(), math.ceil(fraction * BUCKETS) - 1)
+    if held.mean() > max(0.25, 4 * fraction) or held.all():
+        held[:] = False
+        held[:: max(2, round(min(1 / fraction, len(held))))] = len(held) > 1
     return Split(everything[~held], everything[held])
 
 
@@ -57,7 +61,12 @@ class TrainingStream:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.cache, self.indices, self.batch_sequences, self.seed = cache, indices, batch_sequences, seed
+        self.cache, self.indices, self.batch_sequences, self.seed = (
+            cache,
+            indices,
+            batch_sequences,
+            seed,
+        )
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
         self.rank, self.world_size = rank, world_size
@@ -86,7 +95,9 @@ class TrainingStream:
             allow_missing=self.allow_missing,
         )
 
-    def steps(self, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+    def steps(
+        self, start: int, stop: int, depth: int = 2
+    ) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for every step from ``start`` to ``stop``, read ahead by ``depth``."""
         ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
         halt = threading.Event()

@@ -1,7 +1,8 @@
-"""The student: a Hugging Face language model plus a head per task expert. It never makes [N,V] logits in training.
+"""The student: a Hugging Face language model plus a head per task expert. It never makes [N,V]
+logits in training.
 
-Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it) with two files
-beside: ``heads.safetensors`` and ``rekindle_student.json``.
+Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it)
+with two files beside: ``heads.safetensors`` and ``rekindle_student.json``.
 """
 
 import json
@@ -20,7 +21,7 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import StudentConfig
 from rekindle.train.language_model import OutputHead, SplitLanguageModel
-from rekindle.train.models import quiet_transformers, resolve_model
+from rekindle.train.models import longest_input, quiet_transformers, resolve_model
 
 log = logging.getLogger("rekindle")
 
@@ -75,8 +76,8 @@ class StudentOutput(NamedTuple):
 class Student(nn.Module):
     """A masked or causal LM with task heads.
 
-    ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take no part in
-    any loss.
+    ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take
+    no part in any loss.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Student(nn.Module):
         vocabulary_size: int | None = None,
     ):
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a PreTrainedModel
         self.task = task
         self.head_configs: dict[str, HeadConfig] = {}
         self.heads = nn.ModuleDict()
@@ -119,9 +120,10 @@ class Student(nn.Module):
     ) -> StudentOutput:
         """Run the body once.
 
-        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? ``select`` [N]: flat indices
-        into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on the pooled state
-        (first token; last token of a causal LM). ``token_heads``: head -> flat indices [P].
+        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? ``select`` [N]: flat
+        indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
+        the pooled state (first token; last token of a causal LM). ``token_heads``: head -> flat
+        indices [P].
         """
         if select is not None:
             hidden, states = self._split.hidden(inputs, select)
@@ -146,13 +148,17 @@ class Student(nn.Module):
         last = attention_mask.sum(dim=1).clamp_min(1) - 1
         return states[torch.arange(len(states), device=states.device), last]
 
-    def save_pretrained(self, directory: str | Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write the Hugging Face files, the heads, and what the student is (with ``about`` added)."""
+    def save_pretrained(
+        self, directory: str | Path, about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the Hugging Face files, the heads, and what the student is, plus ``about``."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
-            self.model.save_pretrained(path)  # type: ignore[operator]
-        save_file({k: v.contiguous() for k, v in self.heads.state_dict().items()}, path / HEADS_FILE)
+            self.model.save_pretrained(path)
+        save_file(
+            {k: v.contiguous() for k, v in self.heads.state_dict().items()}, path / HEADS_FILE
+        )
         described = {
             "task": self.task,
             "vocabulary_size": self.vocabulary_size,
@@ -165,58 +171,101 @@ class Student(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, *, vocabulary_size: int | None = None
     ) -> "Student":
-        """Load a directory written by ``save_pretrained``, heads included."""
+        """Load a directory written by ``save_pretrained``, heads included.
+
+        Raises InputError when it is none.
+        """
         path = Path(directory)
-        about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
-        heads = {n: parse_settings(HeadConfig, h, str(path)) for n, h in about["heads"].items()}
+        about = _read_about(path)
         model = _load(path, about["task"])
-        student = cls(model, about["task"], heads, vocabulary_size or about["vocabulary_size"])
-        student.heads.load_state_dict(load_file(path / HEADS_FILE))
+        student = cls(
+            model, about["task"], about["heads"], vocabulary_size or about["vocabulary_size"]
+        )
+        student.take_heads(path)
         return student
+
+    def take_heads(self, directory: Path) -> None:
+        """Take over the heads of the student in ``directory`` that are heads of this one, too."""
+        earlier, weights = _read_about(directory)["heads"], load_file(directory / HEADS_FILE)
+        for name, head in self.head_configs.items():
+            if earlier.get(name) == head:
+                prefix = _key(name) + "."
+                found = {k: v for k, v in weights.items() if k.startswith(prefix)}
+                own = {k.removeprefix(prefix): v for k, v in found.items()}
+                self.heads[_key(name)].load_state_dict(own)
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "·")  # a module's name may not hold a dot; a teacher's may
+    """What a head's module is called: no dot, and no attribute that a ModuleDict has."""
+    key = name.replace(".", "·")
+    return key + "*" if hasattr(nn.ModuleDict(), key) else key
+
+
+def _read_about(directory: Path) -> dict[str, Any]:
+    """What ``save_pretrained`` wrote of a student: task, vocabulary_size, heads by name."""
+    try:
+        about: dict[str, Any] = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+        heads = about["heads"].items()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{directory} is not the directory of a student: {ABOUT_FILE} cannot be read "
+            f"({type(error).__name__}). `pipeline train-student` writes such directories"
+        ) from None
+    return about | {"heads": {n: parse_settings(HeadConfig, h, str(directory)) for n, h in heads}}
 
 
 def build_student(
-    config: StudentConfig, heads: Mapping[str, HeadConfig], vocabulary_size: int, seed: int
+    config: StudentConfig,
+    heads: Mapping[str, HeadConfig],
+    vocabulary_size: int,
+    seed: int,
+    sequence_length: int = 0,
 ) -> Student:
-    """The student of a configuration, from pre-trained weights or scratch. Deterministic under ``seed``.
+    """The student of a configuration, from pre-trained weights or scratch; the same for a ``seed``.
 
-    Heads of an earlier student in the directory are taken over where name and shape agree. Raises InputError
-    when the model's vocabulary is smaller than the tokenizer's.
+    The heads of an earlier student in the directory are taken over where name, shape and labels
+    agree. Raises InputError when the model has fewer tokens than the tokenizer, or takes shorter
+    sequences than ``sequence_length``.
     """
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
-    model = _from_scratch(directory, config.task) if config.from_scratch else _load(directory, config.task)
-    size = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    build = _from_scratch if config.from_scratch else _load
+    model = build(directory, config.task)
+    size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
             f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
             f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
         )
-    student = Student(model, config.task, None, vocabulary_size)
+    longest = longest_input(model.config)
+    if longest is not None and longest < sequence_length:
+        raise InputError(
+            f"student {config.model!r} takes at most {longest:,} tokens, the cache's sequences "
+            f"have up to {sequence_length:,}. Use a student with more positions, or make a cache "
+            "with a smaller corpus.sequence_length"
+        )
+    student = Student(model, config.task, heads, vocabulary_size)
     if not config.from_scratch and (directory / HEADS_FILE).is_file():
-        earlier = Student.from_pretrained(directory, vocabulary_size=vocabulary_size)
-        student.heads, student.head_configs = earlier.heads, earlier.head_configs
-        wanted = {name: earlier.head_configs[name] for name in heads if name in earlier.head_configs}
-        for name in set(student.head_configs) - set(wanted):
-            del student.head_configs[name], student.heads[_key(name)]
-    student.add_heads(heads)
+        student.take_heads(directory)
     return student
 
 
-def _from_scratch(directory: Path, task: str) -> nn.Module:
+def _from_scratch(directory: Path, task: str) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    model: nn.Module = getattr(transformers, AUTO_CLASSES[task]).from_config(config)
-    return model
+    try:
+        # The configuration may say bfloat16, as large models' do: weights are trained in float32.
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"student {directory} cannot be made as {AUTO_CLASSES[task]}: {reason}"
+        ) from None
 
 
-def _load(directory: Path, task: str) -> nn.Module:
-    """Pre-trained weights in float32; a body without an LM head gets a fresh one, and that is said."""
+def _load(directory: Path, task: str) -> Any:
+    """Pre-trained weights in float32; a body without LM head gets a fresh one, and that is said."""
     import transformers
 
     factory = getattr(transformers, AUTO_CLASSES[task])
@@ -232,8 +281,8 @@ def _load(directory: Path, task: str) -> nn.Module:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}: {reason}. To start from "
-                "its configuration alone, set student.from_scratch"
+                f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}: {reason}. To "
+                "start from its configuration alone, set student.from_scratch"
             ) from None
     body = sorted(k for k in info["missing_keys"] if k.startswith(model.base_model_prefix + "."))
     if body:
@@ -243,5 +292,4 @@ def _load(directory: Path, task: str) -> nn.Module:
         )
     if info["missing_keys"]:
         log.info("student: fresh LM head, %s has none", directory)
-    loaded: nn.Module = model
-    return loaded
+    return model

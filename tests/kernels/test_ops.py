@@ -39,7 +39,7 @@ def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tens
 
 def call(case: dict, impl: str, reduction: str, **objective: Any) -> tuple[Any, ...]:
     settings = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction, **objective)
-    targets = (case["ids"], case["probs"], None, case["labels"], case["row_weight"])
+    targets = (case["ids"], case["probs"], None, case["labels"], case["row_weight"], None)
     return (*targets, *dataclasses.astuple(settings), impl)
 
 

@@ -32,6 +32,9 @@ VARIANTS = [
 ] + [
     (90, "fp16", False, 50257, 256, {"POWER": 0, "HIDE": False, "DIVERGENCE": 2, "SOFTCAP": True}),
     (90, "fp32", False, 30522, 8, {"POWER": 4, "HIDE": True, "DIVERGENCE": 1}),
+    (90, "bf16", False, 30522, 64, {"POWER": 2, "HIDE": True, "ENCODED": True}),
+    (90, "bf16", True, 128256, 64, {"POWER": 1, "HIDE": True, "ENCODED": True, "PLANES": 1}),
+    (100, "bf16", True, 256000, 64, {"POWER": 2, "HIDE": True, "ENCODED": True, "PLANES": 2}),
 ]
 
 COMPILE = """
@@ -42,18 +45,22 @@ from triton.compiler import ASTSource
 from rekindle.kernels.fused import _tile
 from rekindle.kernels.row_kernel import row_kernel
 
+BYTES = {"high_ptr": "*u8"}
 FLOATS = ("probs", "tail", "weight", "ce_factor", "kd_factor", "ce", "kd")
-TYPES = {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
-TYPES |= dict.fromkeys(("stride", "V", "K", "ignore_index"), "i32")
+TYPES = BYTES | {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
+TYPES |= dict.fromkeys(("stride", "V", "K", "kept", "ignore_index"), "i32")
 TYPES |= dict.fromkeys(("inverse_tau", "scale", "softcap", "resolution"), "fp32")
 tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 def compiled(arch, dtype, aligned, vocabulary, kept, options):
     block_k = triton.next_power_of_2(kept)
     tile = _tile(vocabulary, block_k)
-    constants = dict(DIVERGENCE=0, TAIL=0, POWER=1, HAS_TAIL=True, HAS_LABELS=True, HAS_WEIGHT=True,
+    constants = dict(DIVERGENCE=0, TAIL=0, POWER=1, ENCODED=False, PLANES=0,
+        HAS_TAIL=True, HAS_LABELS=True, HAS_WEIGHT=True,
         SOFTCAP=False, HIDE=True, GRADIENT=True, BLOCK=tile.pop("BLOCK"), BLOCK_K=block_k) | options
     types = TYPES | {"logits_ptr": "*" + dtype, "grad_ptr": "*" + dtype}
+    if constants["ENCODED"]:
+        types |= {"ids_ptr": "*i16", "probs_ptr": "*u8", "tail_ptr": "*i16"}
     names = row_kernel.arg_names
     signature = {n: types.get(n, "constexpr") for n in names}
     sixteen = [["tt.divisibility", 16]]

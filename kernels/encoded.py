@@ -1,0 +1,74 @@
+"""Targets as a cache stores them: eight-bit values, sixteen-bit ids; decoded where they are used.
+
+The Triton kernel decodes a row in its registers, so that the host sends only these integers;
+`decode` is its PyTorch twin, which defines it. Nothing here reads files. Shapes: N rows, K
+candidates a row, by falling probability, Q bytes of id planes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEP = 1024.0  # fixed point: units a nat
+NO_TAIL = 32767  # of tail_log_odds: nothing lies outside the ids
+
+
+@dataclass(frozen=True)
+class EncodedTargets:
+    """Sparse targets of N rows in integers, at one temperature τ.
+
+    The candidates' log-probabilities at τ are −values/255 · (log_prob_min − log_prob_max)/1024/τ up
+    to a constant; tail_log_odds/1024 is log(kept mass / tail mass) at τ, which fixes it.
+    """
+
+    ids: Tensor  # [N,K] uint16: low bits of the ids, distinct within a row
+    values: Tensor  # [N,K] uint8
+    log_prob_max: Tensor  # [N] uint16, negated, in 1/1024 nat
+    log_prob_min: Tensor  # [N] uint16
+    tail_log_odds: Tensor  # [N] int16
+    ids_high: Tensor | None = None  # [N,Q] uint8: bits 16 and up, a little-endian plane per bit
+    planes: int = 0  # how many
+    k: int | None = None  # use only the first k; the others' mass joins the tail
+
+    @property
+    def kept(self) -> int:
+        """Candidates in use."""
+        stored = self.ids.shape[1]
+        return stored if self.k is None else min(self.k, stored)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Ids and the three scalars [N,3] as int16 bit patterns, values and planes as uint8."""
+        scalars = (self.log_prob_max, self.log_prob_min, self.tail_log_odds)
+        side = torch.stack([s.view(torch.int16) for s in scalars], dim=1)
+        return self.ids.view(torch.int16), self.values, side, self.ids_high
+
+
+def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [N,k] int64, probabilities [N,k] float32 at `temperature`, tail mass [N].
+
+    `temperature` must be the one that tail_log_odds was stored for.
+    """
+    span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
+    relative = targets.values.float() * (-span / (255.0 * temperature))[:, None]
+    stored = targets.tail_log_odds
+    odds = torch.where(stored == NO_TAIL, torch.inf, stored.float() / STEP)
+    probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
+    tail = torch.sigmoid(-odds)
+    ids, kept = _ids(targets), targets.kept
+    if kept < ids.shape[1]:
+        tail = tail + probs[:, kept:].sum(1)
+        ids, probs = ids[:, :kept], probs[:, :kept]
+    return ids, probs, tail
+
+
+def _ids(targets: EncodedTargets) -> Tensor:
+    ids = targets.ids.to(torch.int64)
+    if targets.ids_high is None:
+        return ids
+    k = ids.shape[1]
+    bit = torch.arange(k * targets.planes, device=ids.device)
+    bits = (targets.ids_high[:, bit // 8].to(torch.int64) >> (bit % 8)) & 1
+    for plane in range(targets.planes):
+        ids = ids | (bits[:, plane * k : (plane + 1) * k] << (16 + plane))
+    return ids

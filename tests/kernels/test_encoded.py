@@ -1,0 +1,125 @@
+"""Targets as a cache stores them: the twin against the codec, the kernel against the twin."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rekindle.data import codec
+from rekindle.kernels.encoded import EncodedTargets, decode
+from rekindle.kernels.losses import kd_loss, linear_kd_loss
+from rekindle.kernels.reference import reference_losses
+from rekindle.kernels.targets import Objective, SparseTargets
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stored(rows: int, vocabulary: int, count: int, tau: float, **extra: Any) -> EncodedTargets:
+    """Encoded rows of real distributions: flat, peaked, and in between."""
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(rows, vocabulary)) * np.geomspace(0.01, 12, rows)[:, None]
+    ids = np.argsort(-logits, axis=1)[:, :count]
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+    tempered = np.exp(logits / tau - np.logaddexp.reduce(logits / tau, axis=1)[:, None])
+    kept = np.take_along_axis(tempered, ids, axis=1).sum(axis=1)
+    np.put_along_axis(tempered, ids, 0.0, axis=1)
+    with np.errstate(divide="ignore"):
+        odds = np.log(kept) - np.log(tempered.sum(axis=1))
+    values = np.take_along_axis(log_probs, ids, axis=1).astype(np.float32)
+    encoded = codec.encode(ids, values, odds[:, None].astype(np.float32), vocabulary)
+    tensors = {n: torch.from_numpy(v).to(DEVICE) for n, v in vars(encoded).items() if v is not None}
+    tensors["tail_log_odds"] = tensors["tail_log_odds"][:, 0].contiguous()
+    return EncodedTargets(**tensors, planes=codec.high_planes(vocabulary), **extra)
+
+
+def as_numpy(targets: EncodedTargets) -> codec.EncodedTargets:
+    high = None if targets.ids_high is None else targets.ids_high.cpu().numpy()
+    odds = targets.tail_log_odds.cpu().numpy()[:, None]
+    names = ("values", "log_prob_max", "log_prob_min")
+    return codec.EncodedTargets(
+        ids=targets.ids.cpu().numpy(),
+        ids_high=high,
+        tail_log_odds=odds,
+        **{n: getattr(targets, n).cpu().numpy() for n in names},
+    )
+
+
+@pytest.mark.parametrize("k", [None, 1, 5])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize(("vocabulary", "kept"), [(300, 9), (300, 300), (65_537, 9), (200_000, 33)])
+def test_the_twin_decodes_as_the_codec(vocabulary, kept, tau, k):
+    targets = stored(6, vocabulary, kept, tau, k=k)
+    ids, probs, tail = decode(targets, tau)
+    plain = as_numpy(targets)
+    expected = codec.decode_ids(plain, vocabulary)[:, :k]
+    log_probs, log_tail = codec.decode_log_probs(plain, tau, 0, k)
+    assert ids.tolist() == expected.tolist()
+    np.testing.assert_allclose(probs.cpu(), np.exp(log_probs), rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(tail.cpu(), np.exp(log_tail), rtol=2e-5, atol=1e-9)
+
+
+def case(vocabulary: int, rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(rows, vocabulary, generator=g)
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    labels[1] = -100
+    return logits.to(DEVICE), labels.to(DEVICE)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize(("vocabulary", "kept", "k"), [(333, 9, None), (333, 9, 4), (66_000, 7, 3)])
+def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):
+    """Losses and gradient from encoded rows equal float64 ones of the decoded rows."""
+    triton = pytest.importorskip("triton")
+    if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
+    tau = 2.0
+    targets = stored(6, vocabulary, kept, tau, k=k)
+    logits, labels = case(vocabulary)
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 1.0], device=DEVICE)
+    options = {"temperature": tau, "ce_weight": 0.3, "kd_weight": 0.7, "reduction": "sum"}
+    options |= {"divergence": divergence, "tail": tail}
+    z = logits.clone().requires_grad_()
+    out = kd_loss(z, targets, labels=labels, row_weight=weight, impl="triton", **options)
+    (gradient,) = torch.autograd.grad(out.loss, z)
+
+    ids, probs, rest = decode(targets, tau)
+    exact = logits.double().requires_grad_()
+    plain = SparseTargets(ids, probs.double(), rest.double(), labels, weight.double())
+    loss, _, _ = reference_losses(exact, plain, Objective(**options))
+    (expected,) = torch.autograd.grad(loss, exact)
+    torch.testing.assert_close(out.loss.double(), loss.detach(), rtol=3e-6, atol=3e-6)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=4e-6 * scale)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_linear_head_takes_them_too(impl):
+    triton = pytest.importorskip("triton")
+    if impl == "triton" and DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
+    targets = stored(6, 300, 8, 1.0)
+    g = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(6, 16, generator=g), torch.randn(300, 16, generator=g)
+    pairs = []
+    for given in ((targets,), decode(targets, 1.0)[:2]):
+        h = hidden.to(DEVICE).requires_grad_()
+        w = weight.to(DEVICE).requires_grad_()
+        tail = None if len(given) == 1 else decode(targets, 1.0)[2]
+        out = linear_kd_loss(h, w, *given, tail_prob=tail, impl=impl)
+        pairs.append((out.loss, *torch.autograd.grad(out.loss, (h, w))))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_encoded_targets_come_alone():
+    logits, _ = case(300)
+    targets = stored(6, 300, 8, 1.0)
+    with pytest.raises(ValueError, match="carry their probabilities"):
+        kd_loss(logits, targets, torch.ones(6, 8))
+    with pytest.raises(ValueError, match="target_probs is missing"):
+        kd_loss(logits, torch.zeros(6, 1, dtype=torch.long))
+    assert math.isfinite(float(kd_loss(logits, targets).loss))

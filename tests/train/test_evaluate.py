@@ -1,0 +1,192 @@
+"""The numbers of an evaluation, computed a second time sequence by sequence."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rekindle.train.config import StudentConfig
+from rekindle.train.evaluate import EvaluationData, evaluate
+from rekindle.train.student import HeadConfig, build_student
+
+CPU = torch.device("cpu")
+EXPERTS = ("sense", "score", "topics", "pair", "tags")
+
+
+def model_of(world, teacher):
+    return next(t.model for t in world.config.teachers if t.name == teacher)
+
+
+def data_of(world, teachers, index=range(5, 25), size=6):
+    cache = world.open()
+    masked = any(view.startswith("masked-") for view in cache.views)
+    view = cache.masked_view().name if masked else None
+    return EvaluationData(cache, np.asarray(index), tuple(teachers), view, size)
+
+
+def student_of(world, model, heads=()):
+    cache = world.open()
+    task = "masked_lm" if any("masked" in view for view in cache.views) else "causal_lm"
+    configs = {name: HeadConfig.of(cache.teacher(name).info) for name in heads}
+    vocabulary = cache.corpus.info["tokenizer"]["size"]
+    config = StudentConfig(model=str(model), task=task)
+    return build_student(config, configs, vocabulary, 0).to(CPU)
+
+
+def masked_rows(data, index):
+    batch = data.cache.gather(np.array([index]), [], epoch=0, masked_view=data.masked_view)
+    return batch.masked.input_ids, batch.masked.positions, batch.masked.labels
+
+
+def hard_losses(data, student):
+    """Cross-entropies of every held-out position, from full logits, without any batch."""
+    student.eval()
+    out = []
+    for index in data.index.tolist():
+        if student.task == "masked_lm":
+            ids, positions, labels = masked_rows(data, index)
+        else:
+            ids = data.cache.example(index).input_ids[None]
+            positions, labels = np.arange(ids.shape[1] - 1), ids[0, 1:]
+        with torch.no_grad():
+            logits = student.model(torch.as_tensor(ids).long()).logits[0, positions]
+        logits = logits[:, : student.vocabulary_size]
+        out.append(F.cross_entropy(logits, torch.as_tensor(labels).long(), reduction="none"))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_the_loss_is_the_mean_cross_entropy_over_the_held_out_positions(
+    kind, masked_world, causal_world
+):
+    world = masked_world if kind == "masked" else causal_world
+    data = data_of(world, [])
+    student = student_of(world, world.student)
+    losses = hard_losses(data, student)
+    found = evaluate(student, data, CPU)
+    assert found.keys() == {"loss"}
+    assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["big", "wide", "whole"])
+def test_a_student_that_is_the_teacher_has_no_divergence_from_it(masked_world, name):
+    """Dense targets are exact; the 8-bit codec leaves a few thousandths of a nat."""
+    student = student_of(masked_world, model_of(masked_world, name))
+    found = evaluate(student, data_of(masked_world, [name]), CPU)
+    assert abs(found[f"kl/{name}"]) < (1e-5 if name == "whole" else 2e-3)
+    assert found[f"agreement/{name}"] == 1.0
+
+
+def test_a_causal_student_that_is_the_teacher(causal_world):
+    student = student_of(causal_world, model_of(causal_world, "lm"))
+    found = evaluate(student, data_of(causal_world, ["lm", "odd"]), CPU)
+    assert abs(found["kl/lm"]) < 2e-3
+    assert found["agreement/lm"] == 1.0
+    assert found["kl/odd"] > 0.5  # another model
+    assert found["agreement/odd"] < 1
+
+
+def test_divergence_from_another_model_is_that_of_its_stored_targets(masked_world):
+    data = data_of(masked_world, ["big", "odd.lm"])
+    student = student_of(masked_world, masked_world.student)
+    found = evaluate(student, data, CPU)
+    sums = {name: [0.0, 0, 0] for name in data.teachers}
+    for index in data.index.tolist():
+        ids, _, _ = masked_rows(data, index)
+        with torch.no_grad():
+            logits = student.eval().model(torch.as_tensor(ids).long()).logits[0]
+        for name in data.teachers:
+            targets = [t for t in data.cache.example(index).targets[name] if t.replica == 0]
+            for target in targets:
+                p = torch.softmax(logits[target.positions, : student.vocabulary_size], 1).double()
+                q = torch.as_tensor(target.log_probs).double().exp()
+                tail = torch.as_tensor(target.log_tail[1.0]).double().exp()
+                at = p.gather(1, torch.tensor(target.ids))
+                kl = (q * (q / at).log()).sum(1) + tail * (tail / (1 - at.sum(1))).log()
+                sums[name][0] += float(kl.sum())
+                sums[name][1] += int((p.argmax(1) == torch.tensor(target.ids[:, 0])).sum())
+                sums[name][2] += len(q)
+    assert 0 < sums["odd.lm"][2] < sums["big"][2]
+    for name, (kl, agree, count) in sums.items():
+        assert found[f"kl/{name}"] == pytest.approx(kl / count, rel=1e-4)
+        assert found[f"agreement/{name}"] == pytest.approx(agree / count)
+
+
+def test_experts_are_compared_on_what_they_saw(masked_world):
+    """One sequence at a time through the body and the head, pairs and tags included."""
+    data = data_of(masked_world, EXPERTS)
+    student = student_of(masked_world, masked_world.student, EXPERTS).eval()
+    rows = {name: [] for name in EXPERTS}
+    tokenizer = data.cache.corpus.tokenizer
+    with torch.no_grad():
+        for index in data.index.tolist():
+            example = data.cache.example(index)
+            for name in EXPERTS:
+                for target in example.targets[name]:
+                    inputs = {"input_ids": torch.as_tensor(example.input_ids).long()[None]}
+                    if name == "pair":
+                        pair = example.pairs[data.cache.teacher(name).info.view]
+                        joined = tokenizer.encode_pair(*pair, max_length=24)
+                        names = ("input_ids", "token_type_ids")
+                        inputs = {
+                            n: torch.as_tensor(v).long()[None]
+                            for n, v in zip(names, joined, strict=True)
+                        }
+                    states = student.model.base_model(**inputs).last_hidden_state[0]
+                    at = states[target.positions] if name == "tags" else states[:1]
+                    wanted = torch.tensor(target.logits).reshape(len(at), -1)
+                    rows[name].append((student.heads[name](at), wanted))
+    ours = {name: torch.cat([a for a, _ in pairs]) for name, pairs in rows.items()}
+    theirs = {name: torch.cat([b for _, b in pairs]) for name, pairs in rows.items()}
+    assert 0 < len(ours["pair"]) < len(ours["sense"]) < len(ours["tags"])
+    expected = {"loss": float(hard_losses(data, student).mean())}
+    expected["mse/score"] = float((ours["score"] - theirs["score"]).square().mean())
+    same = (ours["topics"] > 0) == (theirs["topics"] > 0)
+    expected["agreement/topics"] = float(same.float().mean())
+    for name in ("sense", "pair", "tags"):
+        q, p = torch.softmax(theirs[name], 1), torch.softmax(ours[name], 1)
+        expected[f"kl/{name}"] = float((q * (q / p).log()).sum(1).mean())
+        same = ours[name].argmax(1) == theirs[name].argmax(1)
+        expected[f"agreement/{name}"] = float(same.float().mean())
+    assert evaluate(student, data, CPU) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 64])
+def test_the_batch_size_changes_nothing(masked_world, size):
+    names = ("big", "odd.lm", *EXPERTS)
+    student = student_of(masked_world, masked_world.student, EXPERTS)
+    expected = evaluate(student, data_of(masked_world, names), CPU)
+    found = evaluate(student, data_of(masked_world, names, size=size), CPU)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_is_off_and_the_mode_is_put_back(masked_world):
+    student = student_of(masked_world, masked_world.student, ["sense"])
+    data = data_of(masked_world, ["sense"])
+    student.train()
+    first = evaluate(student, data, CPU)
+    assert student.training
+    assert student.model.training
+    assert first == evaluate(student, data, CPU)
+    student.eval()
+    assert first == evaluate(student, data, CPU)
+    assert not student.training
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_the_mode_is_put_back_after_an_error(masked_world):
+    student = student_of(masked_world, masked_world.student).train()
+    with pytest.raises(IndexError):
+        evaluate(student, data_of(masked_world, [], index=[10**6]), CPU)
+    assert student.training
+
+
+def test_what_cannot_be_compared_is_left_out(masked_world):
+    student = student_of(masked_world, masked_world.student)
+    assert evaluate(student, data_of(masked_world, [], index=[]), CPU) == {}
+    assert evaluate(student, data_of(masked_world, ["sense"]), CPU).keys() == {"loss"}
+    cache = masked_world.open()
+    domains = cache.gather(np.arange(len(cache)), []).domains
+    even = [i for i, domain in enumerate(domains) if domain == "even"][:5]
+    found = evaluate(student, data_of(masked_world, ["odd.lm", "even.lm"], index=even), CPU)
+    assert found.keys() == {"loss", "kl/even.lm", "agreement/even.lm"}
