@@ -271,11 +271,14 @@ def _claim(store: Store, info: dict[str, Any], config: CorpusConfig) -> None:
 def _check_claim(store: Store, info: dict[str, Any]) -> None:
     try:
         present = store.read_json(INFO)
-        old, old_tokenizer = present["config"], present["tokenizer"]
+        old, old_tokenizer, _ = present["config"], present["tokenizer"], present["sources"]
     except FileNotFoundError:
         return
     except (KeyError, TypeError):
-        raise CacheFormatError(f"{store.location}/{INFO} is damaged") from None
+        raise CacheFormatError(
+            f"{store.location}/{INFO} is damaged: it does not say what the corpus is made of. "
+            "Take it from a copy of the cache, or use another cache.path"
+        ) from None
     if old_tokenizer != info["tokenizer"]:
         difference = "another tokenizer"
     else:

@@ -104,14 +104,19 @@ class ShardSet:
 
     def committed(self) -> dict[str, Commit]:
         """The finished units by name, from one listing of the commit records."""
-        names = self.store.names(f"{self.folder}/commits")
-        units = [n.removesuffix(".json") for n in names if n.endswith(".json")]
-        return {unit: self.commit(unit) for unit in units}
+        names = [n for n in self.store.names(f"{self.folder}/commits") if n.endswith(".json")]
+        contents = self.store.read_many([f"{self.folder}/commits/{name}" for name in names])
+        units = [name.removesuffix(".json") for name in names]
+        return {unit: self._parse(unit, c) for unit, c in zip(units, contents, strict=True)}
 
     def commit(self, unit: str) -> Commit:
         """The record of one finished unit."""
+        return self._parse(unit, self.store.read_bytes(f"{self.folder}/commits/{unit}.json"))
+
+    def _parse(self, unit: str, content: bytes) -> Commit:
         name = f"{self.folder}/commits/{unit}.json"
-        commit = Commit.from_json(self.store.read_json(name), f"{self.store.location}/{name}")
+        body = self.store.parse_json(name, content)
+        commit = Commit.from_json(body, f"{self.store.location}/{name}")
         if commit.unit != unit:
             raise CacheFormatError(f"the commit record {name} speaks of unit {commit.unit!r}")
         return commit

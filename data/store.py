@@ -14,7 +14,8 @@ import time
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from rekindle.data.errors import CacheFormatError, InputError
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+REQUESTS = 32  # to an object store at a time
 CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts meet on their way
 
 
@@ -98,9 +100,16 @@ class Store(ABC):
     def local_file(self, name: str) -> Path:
         """A local file holding the object, for a memory map; FileNotFoundError without one."""
 
+    def read_many(self, names: Sequence[str]) -> list[bytes]:
+        """The bytes of several small objects, in that order; FileNotFoundError if one is gone."""
+        return [self.read_bytes(name) for name in names]
+
     def read_json(self, name: str) -> Any:
         """The object parsed as JSON; CacheFormatError when it is not."""
-        content = self.read_bytes(name)
+        return self.parse_json(name, self.read_bytes(name))
+
+    def parse_json(self, name: str, content: bytes) -> Any:
+        """The bytes of the object ``name`` parsed as JSON; CacheFormatError when they are not."""
         try:
             return json.loads(content)
         except ValueError:
@@ -237,6 +246,10 @@ class ObjectStore(Store):
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
         with self._reaching(name, FileNotFoundError) as path:
             return bytes(self.fs.cat_file(path))
+
+    def read_many(self, names: Sequence[str]) -> list[bytes]:  # noqa: D102
+        with ThreadPoolExecutor(REQUESTS) as pool:  # a request takes long, and little work
+            return list(pool.map(self.read_bytes, names))
 
     def names(self, folder: str) -> list[str]:  # noqa: D102
         return self._entries(folder, "file")

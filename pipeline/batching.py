@@ -1,7 +1,8 @@
 """Which sequences a teacher sees together: pure index arithmetic, no tensors.
 
-Sequences are sorted by length and cut into batches of at most so many tokens, padding included. The plan depends
-on the lengths and the budget alone, so a shard that is made again is made from the same batches.
+Sequences are sorted by length and cut into batches of at most so many tokens, padding included. The
+plan depends on the lengths and the budget alone, so a shard that is made again is made from the
+same batches.
 """
 
 import numpy as np

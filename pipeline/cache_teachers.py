@@ -1,15 +1,18 @@
-"""Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits them.
+"""Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits
+them.
 
-Resume is plan − commits: the same command again does only what is missing. Reading and writing of shards overlaps
-with the teacher's forward passes.
+Resume is plan − commits: the same command again does only what is missing. Reading and writing of
+shards overlaps with the teacher's forward passes.
 """
 
+import functools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
@@ -28,11 +31,17 @@ from rekindle.data.targets import (
 )
 from rekindle.data.views import MaskedView, PairView, ViewReader
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.models import cpu_count
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.pipeline.teachers import Teacher, TeacherPlan, claim_teacher, plan_teacher
+from rekindle.pipeline.teachers import (
+    Teacher,
+    TeacherPlan,
+    check_teacher,
+    claim_teacher,
+    plan_teacher,
+)
+from rekindle.train.models import cpu_count
 
 log = logging.getLogger("rekindle")
 
@@ -51,8 +60,8 @@ def cache_teachers(
 ) -> StageOne:
     """Make the cache of ``config``, or what is missing of it.
 
-    ``only`` limits the work to teachers of those names. Raises InputError or CacheMismatchError before any
-    teacher runs if one of them cannot teach on this corpus.
+    ``only`` limits the work to teachers of those names. Raises InputError or CacheMismatchError
+    before any teacher runs if one of them cannot teach on this corpus.
     """
     progress = progress or Progress.silent()
     chosen = _chosen(config, only)
@@ -65,7 +74,7 @@ def cache_teachers(
         for t in chosen
     ]
     for plan in plans:
-        claim_teacher(corpus, plan.info)
+        check_teacher(corpus, plan.info)
     done = present = 0
     for plan in plans:
         missing, finished = missing_units(corpus, plan.info, config.cache.replicas)
@@ -111,14 +120,15 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     if config.needs_masks:
         if corpus.info["tokenizer"]["mask_id"] is None:
             raise InputError(
-                f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
+                f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A "
+                "masked_lm "
                 "teacher or student needs a tokenizer with one"
             )
         masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
         with progress.task("masks", unit="sequences"):
             masked.build()
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
-    pairs = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
+    pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
     for view in pairs.values():
         with progress.task(f"pairs ({view.kind})", unit="sequences"):
             view.build()
@@ -192,28 +202,38 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
         "replica": unit.replica,
         "corpus_sha256": corpus.commits[unit.shard].sha256,
     }
+    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # its name free for the corrected configuration.
+    claim_teacher(corpus, info)
     shards = ShardSet(corpus.store, f"targets/{info.name}")
-    return shards.write(unit.name, schema, batches, lambda: facts)
+    return shards.write(unit.name, schema, batches, facts)
 
 
 # --- several processes on one machine: one per device, or as many as asked for on CPUs ---
 
-_worker: tuple[Teacher, Corpus, ViewReader | None] | None = None
+WorkerArguments = tuple[TeacherPlan, str, int, int]  # plan, cache, workers, number of this one
+
+_arguments: WorkerArguments | None = None
 
 
-def _start_worker(plan: TeacherPlan, location: str, workers: int, counter: "Iterator | None") -> None:
-    global _worker
-    number = 0
-    if counter is not None:
-        number = counter.get()  # type: ignore[attr-defined]
+def _start_worker(plan: TeacherPlan, location: str, workers: int, numbers: "Queue[int]") -> None:
+    # Nothing that can fail: an exception here would only be known as "a process was killed".
+    global _arguments
+    _arguments = (plan, location, workers, numbers.get())
+
+
+@functools.cache
+def _worker() -> tuple[Teacher, Corpus, ViewReader | None]:
+    """The process's teacher, loaded at its first unit."""
+    assert _arguments is not None
+    plan, location, workers, number = _arguments
     torch.set_num_threads(max(1, cpu_count() // workers))
     corpus = Corpus(open_store(location))
-    _worker = (Teacher(plan, corpus, number), corpus, view_of(plan.info, corpus))
+    return Teacher(plan, corpus, number), corpus, view_of(plan.info, corpus)
 
 
 def _work(unit: Unit) -> Commit:
-    assert _worker is not None
-    teacher, corpus, view = _worker
+    teacher, corpus, view = _worker()
     return write_unit(teacher.info, corpus, unit, run_unit(teacher, corpus, view, unit))
 
 
@@ -229,7 +249,10 @@ def _run_in_processes(
     for number in range(workers):
         numbers.put(number)
     pool = ProcessPoolExecutor(
-        workers, context, _start_worker, (plan, corpus.store.location, workers, numbers)
+        max_workers=workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(plan, corpus.store.location, workers, numbers),
     )
     try:
         for future in as_completed([pool.submit(_work, unit) for unit in units]):

@@ -1,4 +1,6 @@
-"""The run configuration: one YAML file for both stages. Reading it imports no torch and touches no model."""
+"""The run configuration: one YAML file for both stages. Reading it imports no torch and touches no
+model.
+"""
 
 import difflib
 from pathlib import Path
@@ -54,21 +56,41 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a run file, with ``key.path=value`` overrides (values are YAML).
 
-    Raises InputError for a missing file, bad YAML, an unknown key (naming the nearest) or a bad value.
+    Raises InputError for a missing file, bad YAML, an unknown key (naming the nearest) or a bad
+    value.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the configuration {path} is not UTF-8 text: {error.reason}") from None
+    values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
     for override in overrides or []:
         set_value(values, override)
     return parse_settings(RunConfig, values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which no key can be given twice: PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def set_value(values: dict[str, Any], override: str) -> None:
@@ -79,33 +101,33 @@ def set_value(values: dict[str, Any], override: str) -> None:
     here: Any = values
     parts = path.strip().split(".")
     for part in parts[:-1]:
-        here = _step(here, part, path)
-    value = yaml.safe_load(text)
-    if isinstance(here, list):
-        here[_index(here, parts[-1], path)] = value
-    else:
-        here[parts[-1]] = value
+        key = _key(here, part, path)
+        if here[key] is None:
+            here[key] = {}
+        here = here[key]
+    here[_key(here, parts[-1], path)] = _yaml(text, f"--set {path}")
 
 
-def _step(here: Any, part: str, path: str) -> Any:
+def _key(here: Any, part: str, path: str) -> str | int:
+    """What ``part`` of an override's path selects in ``here``; a new key of a mapping is made."""
     if isinstance(here, list):
-        return here[_index(here, part, path)]
+        return _index(here, part, path)
     if not isinstance(here, dict):
-        raise InputError(f"--set {path}: {part!r} lies below a plain value")
-    if here.get(part) is None:
-        here[part] = {}
-    return here[part]
+        raise InputError(f"--set {path}: {part!r} lies below a plain value, {here!r}")
+    here.setdefault(part, None)
+    return part
 
 
 def _index(here: list, part: str, path: str) -> int:
-    if not part.isdigit() or int(part) >= len(here):
-        named = [item.get("name") for item in here if isinstance(item, dict) and "name" in item]
-        if part in named:
-            return named.index(part)
-        near = difflib.get_close_matches(part, [n for n in named if n], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
-    return int(part)
+    """The number of a list's item, given as a number or as the item's ``name``."""
+    if part.isdecimal() and int(part) < len(here):
+        return int(part)
+    names = [item.get("name") if isinstance(item, dict) else None for item in here]
+    if part in names:
+        return names.index(part)
+    near = difflib.get_close_matches(part, [str(n) for n in names if n], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Shows what a cache holds: sizes, kept mass and entropy per teacher, or one example with its predictions."""
+"""Shows what a cache holds: sizes, kept mass and entropy per teacher, or one example."""
 
 import io
 import json
@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rekindle.data.cache import Cache, Example
+from rekindle.data.cache import Cache
 from rekindle.data.codec import STEP, decode_log_probs
+from rekindle.data.errors import InputError
+from rekindle.data.example import Example
 from rekindle.data.targets import SequenceTargets, TokenLabelTargets, TokenTargets
 from rekindle.data.teacher_reader import TeacherReader
 
@@ -112,7 +114,8 @@ def _spread(values: NDArray, low: float, high: float) -> dict[str, Any]:
 
 def _console() -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    return Console(file=out, width=110, highlight=False), out
+    # No markup: texts, tokens and domains may have brackets.
+    return Console(file=out, width=110, highlight=False, markup=False), out
 
 
 def _as_text(facts: dict[str, Any]) -> str:
@@ -131,8 +134,10 @@ def _as_text(facts: dict[str, Any]) -> str:
         shares = ", ".join(f"{name} {count:,}" for name, count in corpus["domains"].items())
         console.print(f"domains: {shares}", soft_wrap=True)
     table = Table(title=None)
-    for heading in ("teacher", "task", "kept", "coverage", "positions", "MB", "B/position", "B/token"):
-        table.add_column(heading, justify="left" if heading in ("teacher", "task", "kept") else "right")
+    for heading in ("teacher", "task", "kept"):
+        table.add_column(heading)
+    for heading in ("coverage", "positions", "MB", "B/position", "B/token"):
+        table.add_column(heading, justify="right")
     for name, t in facts["teachers"].items():
         kept = f"top {t['k']}" if t["kind"] == "topk" else f"{t['kind']} {len(t['labels']) or ''}"
         table.add_row(
@@ -166,8 +171,6 @@ def _histogram_line(title: str, spread: dict[str, Any], unit: str) -> Text:
 
 def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = False) -> str:
     """One example: its text, and what each teacher says of it."""
-    from rekindle.data.errors import InputError
-
     cache = Cache.open(path)
     if teacher:
         cache.teacher(teacher)
@@ -177,13 +180,15 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     if as_json:
         return json.dumps(_example_json(cache, example, teacher)) + "\n"
     console, out = _console()
-    console.print(Text(f"example {index} · {example.digest} · document {example.document}"))
-    console.print(Text(example.text))
+    heading = f"example {index} · {example.digest} · document {example.document}"
+    console.print(heading, soft_wrap=True)
+    console.print(example.text, soft_wrap=True)
     tokenizer = cache.corpus.tokenizer.hf
     for name, targets in example.targets.items():
         if teacher in (None, name):
             for target in targets:
-                console.print(_rendered(name, target, cache, tokenizer))
+                shown = _rendered(name, target, cache, tokenizer)
+                console.print(shown, soft_wrap=isinstance(shown, Text))
     return out.getvalue()
 
 
@@ -234,11 +239,15 @@ def _example_json(cache: Cache, example: Example, teacher: str | None) -> dict[s
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    out = {}
+    """What ``json`` takes: arrays as lists, a logarithm of zero as null (JSON has no infinity)."""
+    out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            value = {str(k): v for k, v in value.items()}
-            out[key] = _plain(value)
+            out[str(key)] = _plain(value)
+        elif isinstance(value, np.ndarray):
+            shown = value.astype(object)
+            shown[np.isneginf(value)] = None
+            out[str(key)] = shown.tolist()
         else:
-            out[key] = value.tolist() if isinstance(value, np.ndarray) else value
+            out[str(key)] = value
     return out

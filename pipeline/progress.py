@@ -87,4 +87,6 @@ class Progress:
             self._bar.update(line, total=task.done, completed=task.done)
         elif not self._quiet and task.done:
             seconds = time.monotonic() - task.started
-            log.info("%s: %s %s in %.1f s (%s)", name, f"{task.done:,}", unit, seconds, task.rates())
+            log.info(
+                "%s: %s %s in %.1f s (%s)", name, f"{task.done:,}", unit, seconds, task.rates()
+            )

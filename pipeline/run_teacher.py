@@ -1,13 +1,16 @@
-"""Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its columns.
+"""Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its
+columns.
 
-No files are written here. Batches are bucketed by length; one that does not fit into memory is halved and the run
-carries on with the smaller size.
+No files are written here. Batches are bucketed by length; one that does not fit into memory is
+halved and the run carries on with the smaller size.
 """
 
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +46,9 @@ class ShardRows:
 
     def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
         self.corpus, self.info, self.shard = corpus, info, shard
-        self.batches = [corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)]
+        self.batches = [
+            corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)
+        ]
 
     def column(self, name: str) -> list:
         """A column of the corpus shard as Python values."""
@@ -67,13 +72,21 @@ def split_lists(batches: list, name: str) -> list[NDArray]:
     out: list[NDArray] = []
     for batch in batches:
         offsets, flat = list_views(batch[name], name)
-        out += [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        out += [flat[a:b] for a, b in pairwise(offsets)]
     return out
 
 
-def run_unit(teacher: Teacher, corpus: Corpus, view: ViewReader | None, unit: "Unit") -> UnitResult:
-    """All targets of ``teacher`` on one unit."""
+def run_unit(
+    teacher: Teacher,
+    corpus: Corpus,
+    view: ViewReader | None,
+    unit: "Unit",
+    only: Rows | None = None,
+) -> UnitResult:
+    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it."""
     rows = ShardRows(corpus, teacher.info, unit.shard)
+    if only is not None:
+        rows.wanted = rows.wanted & np.isin(np.arange(len(rows.wanted)), only)
     with torch.inference_mode():
         if teacher.config.vocabulary:
             return _vocabulary_unit(teacher, rows, view, unit)
@@ -103,7 +116,10 @@ def _vocabulary_unit(
         assert view is not None
         parts = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
         positions = [p.astype(np.int64) for p in split_lists(parts, "positions")]
-        seen = [_replaced(*row) for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)]
+        seen = [
+            _replaced(*row)
+            for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)
+        ]
         gold = [row[p] for row, p in zip(ids, positions, strict=True)]
     else:
         # Position t holds the distribution of token t+1; the last position has no next token.
@@ -120,24 +136,28 @@ def _vocabulary_unit(
         scores = score_hidden(hidden, teacher.language_model.head, truth, teacher.info)
         return concatenate([to_columns(block, teacher.info) for block in scores])
 
-    plan = length_buckets(lengths, teacher.batch_tokens)
-    return _in_corpus_order(_run_batches(plan, forward), positions)
+    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
 
 
 def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
-    """Logits of the teacher's token over each position that begins a word (alignment by character)."""
-    encoded = teacher.tokenizer.encode(shard.column("text"))
+    """Logits of the teacher's first token of each word, at the corpus position that begins it."""
+    texts = shard.column("text")
     prefix, suffix = teacher.tokenizer.prefix, teacher.tokenizer.suffix
     room = teacher.max_length - len(prefix) - len(suffix)
     seen, positions, sources = [], [], []
-    for text, starts, words in zip(
-        encoded, shard.lists("char_starts"), shard.lists("word_starts"), strict=True
+    for text, encoded, starts, words in zip(
+        texts,
+        teacher.tokenizer.encode(texts),
+        shard.lists("char_starts"),
+        shard.lists("word_starts"),
+        strict=True,
     ):
-        seen.append(np.concatenate([prefix, text.ids[:room], suffix]).astype(np.int64))
-        places = np.flatnonzero(words & (starts >= 0))
-        token = np.searchsorted(text.starts[:room], starts[places], side="right") - 1
-        covered = (token >= 0) & (starts[places] < text.ends[:room][token.clip(0)])
-        positions.append(places[covered].astype(np.int64))
+        seen.append(np.concatenate([prefix, encoded.ids[:room], suffix]).astype(np.int64))
+        places, characters = _word_characters(text, starts, words)
+        token = np.searchsorted(encoded.ends[:room], characters, side="right")
+        begins = np.append(encoded.starts[:room], len(text) + 1)  # none covers what was cut off
+        covered = begins[token] <= characters
+        positions.append(places[covered])
         sources.append(token[covered] + len(prefix))
     counts = np.array([len(p) for p in positions])
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
@@ -148,8 +168,24 @@ def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
         logits = teacher.model(**inputs).logits.float().flatten(0, 1)[teacher.tensor(select)]
         return {"logits": _finite(logits, teacher).cpu().numpy()}
 
-    plan = length_buckets(lengths, teacher.batch_tokens)
-    return _in_corpus_order(_run_batches(plan, forward), positions)
+    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
+
+
+def _word_characters(
+    text: str, starts: NDArray[np.int32], words: NDArray[np.bool_]
+) -> tuple[Rows, Rows]:
+    """Positions that begin a word, and the first character of each that is no white space.
+
+    Byte-level tokens start at the space before their word, where another tokenizer's token ends.
+    """
+    blank = np.array([*map(str.isspace, text), False])
+    solid = np.where(blank, len(text), np.arange(len(text) + 1))
+    solid = np.minimum.accumulate(solid[::-1])[::-1]
+    places = np.flatnonzero(words & (starts >= 0))
+    characters = solid[starts[places]]
+    following = np.append(starts[places], len(text))[1:]
+    inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
+    return places[inside], characters[inside]
 
 
 def _sequence_unit(
@@ -169,8 +205,7 @@ def _sequence_unit(
             columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows)
         return columns
 
-    plan = length_buckets(lengths, teacher.batch_tokens)
-    done = list(_run_batches(plan, forward))
+    done = list(_run_batches(teacher, lengths, forward))
     names = ["logits"] + (["mc_probs"] if teacher.info.monte_carlo_passes else [])
     assert teacher.info.num_labels is not None
     shape = (len(seen), teacher.info.num_labels)
@@ -189,7 +224,9 @@ def _expert_inputs(
     if not teacher.config.pair_expert:
         room = longest - len(tokenizer.prefix) - len(tokenizer.suffix)
         texts = tokenizer.encode(shard.column("text"))
-        wrapped = [np.concatenate([tokenizer.prefix, t.ids[:room], tokenizer.suffix]) for t in texts]
+        wrapped = [
+            np.concatenate([tokenizer.prefix, t.ids[:room], tokenizer.suffix]) for t in texts
+        ]
         return [w.astype(np.int64) for w in wrapped], None
     assert view is not None
     batches = [view.batch(unit.shard, i) for i in range(len(shard.batches))]
@@ -218,8 +255,10 @@ def _monte_carlo(teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: 
         teacher.model.eval()
     if len(passes) > 1 and not bool((passes.var(dim=0) > 0).any()):
         raise InputError(
-            f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so the model "
-            "has no dropout to draw uncertainty from. Set hidden_dropout_prob in its config.json, or "
+            f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
+            "the model "
+            "has no dropout to draw uncertainty from. Set hidden_dropout_prob in its config.json, "
+            "or "
             "monte_carlo.passes to 0"
         )
     return passes.mean(dim=0).cpu().numpy()
@@ -227,13 +266,7 @@ def _monte_carlo(teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: 
 
 def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
     lengths = np.array([len(s) for s in sequences])
-    config = teacher.model.config
-    fill = getattr(config, "pad_token_id", None)
-    if not isinstance(fill, int):
-        fill = teacher.tokenizer.eos_id if teacher.tokenizer.pad_id == 0 else teacher.tokenizer.pad_id
-        fill = 0 if fill is None else fill
-        config.pad_token_id = fill  # classifiers on causal models look for it to find the last token
-    ids = pad(sequences, lengths, fill)
+    ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
     return {
         "input_ids": teacher.tensor(ids),
@@ -241,34 +274,61 @@ def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tenso
     }, ids.shape[1]
 
 
+def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
+    """The model's own padding token, or else a token that none of the sequences ends with.
+
+    Classifiers on causal models read the last token that is not padding.
+    """
+    if teacher.pad_id is not None:
+        return teacher.pad_id
+    last = {int(sequence[-1]) for sequence in sequences}
+    config: Any = teacher.model.config
+    config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
+    return int(config.pad_token_id)
+
+
 def _run_batches(
-    plan: list[Rows], forward: Callable[[Rows], Columns]
+    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Columns]
 ) -> Iterator[tuple[Rows, Columns]]:
-    """Run the plan; a batch that is out of memory is halved, and so is every later one as large."""
-    waiting = plan[::-1]
-    limit: int | None = None
+    """Run the rows with a length > 0. A batch that is out of memory is halved, and with it the
+    teacher's ``batch_tokens``: what is left of this unit and later ones start from there.
+    """
+    waiting = length_buckets(lengths, teacher.batch_tokens)
     while waiting:
-        rows = waiting.pop()
-        if limit is not None and len(rows) > limit:
-            waiting += [rows[limit:], rows[:limit]]
+        rows, waiting = waiting[0], waiting[1:]
+        columns = _in_memory(forward, rows)
+        if columns is not None:
+            yield rows, columns
             continue
-        try:
-            columns = forward(rows)
-        except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise InputError(
-                    "one sequence alone does not fit into memory: use a smaller teacher, a shorter "
-                    "corpus.sequence_length, or a lower precision"
-                ) from None
-            limit = len(rows) // 2
-            log.warning("out of memory with %d sequences; going on with %d", len(rows), limit)
-            waiting.append(rows)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        yield rows, columns
+        if len(rows) == 1:
+            raise InputError(
+                f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "
+                "does not fit into memory. Use a smaller teacher, a shorter "
+                "corpus.sequence_length, or a lower precision"
+            )
+        teacher.batch_tokens = len(rows) * int(lengths[rows].max()) // 2
+        log.warning(
+            "teacher %s: out of memory with %d sequences; going on with batches of %d tokens",
+            teacher.info.name,
+            len(rows),
+            teacher.batch_tokens,
+        )
+        left = np.zeros_like(lengths)
+        for batch in (rows, *waiting):
+            left[batch] = lengths[batch]
+        waiting = length_buckets(left, teacher.batch_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _in_memory(forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
+    """What ``forward`` gives, or None when it is out of memory (and what it held is free again)."""
+    try:
+        return forward(rows)
+    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        return None
 
 
 def _out_of_memory(error: BaseException) -> bool:

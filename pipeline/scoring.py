@@ -15,7 +15,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets import Columns, TeacherInfo, rank_dtype
 from rekindle.train.language_model import OutputHead
 
-LOGITS_BYTES = 256 << 20  # at most this much [rows, V] float32 at once
+# At most this much [rows, V] float32 at once. On a CPU small enough for the allocator to reuse the
+# block: larger ones are mapped and unmapped at every operation, and page faults then cost more than
+# the arithmetic.
+LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,12 @@ def score_hidden(
 ) -> Iterator[RowScores]:
     """Scores of ``hidden`` [N,H], a bounded block of rows at a time.
 
-    The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a round size
-    (30,522 → 30,528) are not tokens and get no probability.
+    The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a
+    round size (30,522 → 30,528) are not tokens and get no probability.
     """
     assert info.vocabulary_size is not None
     real = head.cut(info.vocabulary_size)
-    step = max(1, LOGITS_BYTES // (4 * info.vocabulary_size))
+    step = max(1, LOGITS_BYTES[hidden.device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         block = slice(start, start + step)
         yield score_logits(real.logits(hidden[block]), gold[block], info)
@@ -49,27 +53,55 @@ def score_hidden(
 def score_logits(logits: Tensor, gold: Tensor, info: TeacherInfo) -> RowScores:
     """Scores of one block of float32 ``logits`` [N,V], which is overwritten; ``gold`` [N] true ids.
 
-    Raises InputError when the teacher's logits are NaN or +inf.
+    Masses outside the kept ids are sums over those ids, never 1 − kept. Raises InputError when the
+    teacher's logits are NaN or +inf.
     """
-    normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-    if not bool(torch.isfinite(normaliser).all()):
+    dense = info.kind == "dense"
+    k = 1 if dense else info.k
+    assert k is not None
+    top, ids = torch.topk(logits, k, dim=1)
+    if not bool(torch.isfinite(top[:, 0]).all()) or bool(torch.isnan(logits).any()):
         raise InputError(
             f"teacher {info.name!r} produced logits that are NaN or infinite in {info.precision}; "
             "its targets would be worthless. Try `precision: fp32` for it, and check the model"
         )
     gold_logit = logits.gather(1, gold[:, None])
     gold_rank = (logits > gold_logit).sum(dim=1)
-    # 0 · (−inf) must count as 0: a token with logit −inf has no share in the entropy.
-    weighted = torch.softmax(logits, dim=1).mul_(logits.clamp_min(torch.finfo(logits.dtype).min))
-    entropy = normaliser[:, 0] - weighted.sum(dim=1)
-    scalars = ((gold_logit - normaliser)[:, 0], gold_rank, entropy)
-    if info.kind == "dense":
-        return RowScores(logits - normaliser, None, None, *scalars)
-    assert info.k is not None
-    top, ids = torch.topk(logits, info.k, dim=1)
-    rest = logits.scatter_(1, ids, -torch.inf)
-    odds = [torch.logsumexp(top / t, 1) - torch.logsumexp(rest / t, 1) for t in info.temperatures]
-    return RowScores(top - normaliser, ids, torch.stack(odds, dim=1), *scalars)
+    highest = top[:, :1].clone()
+    relative = logits.sub_(highest).clamp_(min=LOWEST)
+    top -= highest
+    weights, above = torch.empty_like(relative), None
+    odds = {}
+    for tau in sorted({1.0, *info.temperatures}, reverse=True):
+        _exponentials(relative, tau, weights, above)
+        above = tau
+        if not dense:
+            kept = weights.gather(1, ids)
+            rest = weights.scatter_(1, ids, 0.0).sum(dim=1)
+            weights.scatter_(1, ids, kept)
+            odds[tau] = kept.sum(dim=1).log() - rest.log()
+        if tau == 1.0:
+            total = weights.sum(dim=1)
+            entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
+    normaliser = total.log()[:, None]
+    gold_log_prob = (gold_logit - highest - normaliser)[:, 0]
+    scalars = (gold_log_prob, gold_rank, entropy)
+    if dense:
+        return RowScores(relative - normaliser, None, None, *scalars)
+    tail_log_odds = torch.stack([odds[tau] for tau in info.temperatures], dim=1)
+    return RowScores(top - normaliser, ids, tail_log_odds, *scalars)
+
+
+def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None) -> None:
+    """exp(relative/τ) into ``out``, which holds those of the temperature ``above``: squared, if
+    that is 2τ or 4τ.
+    """
+    if above is not None and above / tau in (2.0, 4.0):
+        for _ in range(int(above / tau) // 2):
+            out.square_()
+        return
+    torch.div(relative, tau, out=out)
+    out.exp_()
 
 
 def to_columns(scores: RowScores, info: TeacherInfo) -> Columns:
@@ -87,7 +119,10 @@ def to_columns(scores: RowScores, info: TeacherInfo) -> Columns:
     if scores.ids is None or scores.tail_log_odds is None:
         return columns | {"log_probs": log_probs}
     encoded = encode(
-        scores.ids.cpu().numpy(), log_probs, scores.tail_log_odds.cpu().numpy(), info.vocabulary_size
+        scores.ids.cpu().numpy(),
+        log_probs,
+        scores.tail_log_odds.cpu().numpy(),
+        info.vocabulary_size,
     )
     kept = {name: value for name, value in vars(encoded).items() if value is not None}
     return columns | kept

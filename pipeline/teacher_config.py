@@ -57,9 +57,13 @@ class TeacherConfig(Settings):
     @model_validator(mode="after")
     def _kinds(self) -> "TeacherConfig":
         if self.task not in VOCABULARY_TASKS and self.targets.kind == "topk" and self.kind_given:
-            raise ValueError("top-k targets are for masked_lm and causal_lm; task heads are kept whole")
-        if self.monte_carlo.passes and self.task not in ("sequence_classification", "regression"):
-            raise ValueError("monte_carlo passes are for sequence experts")
+            raise ValueError(
+                "top-k targets are for masked_lm and causal_lm; task heads are kept whole"
+            )
+        if self.monte_carlo.passes and self.task != "sequence_classification":
+            raise ValueError(
+                "monte_carlo passes give class probabilities: they are for sequence_classification"
+            )
         if isinstance(self.batch_tokens, int) and self.batch_tokens < 1:
             raise ValueError("batch_tokens must be positive")
         return self

@@ -1,7 +1,7 @@
 """Teachers: what the configuration says of one, what the cache records of it, and the loaded model.
 
-A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so that a finished
-cache is recognised in seconds.
+A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so
+that a finished cache is recognised in seconds.
 """
 
 import logging
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rekindle.data.cache import read_teacher
 from rekindle.data.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.targets import TeacherInfo
 from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.views import MaskedView, PairView
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.language_model import SplitLanguageModel
 from rekindle.train.models import (
     Placement,
     config_fingerprint,
@@ -28,8 +31,6 @@ from rekindle.train.models import (
     resolve_model,
     weights_fingerprint,
 )
-from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.language_model import SplitLanguageModel
 
 log = logging.getLogger("rekindle")
 
@@ -41,12 +42,28 @@ AUTO_CLASSES = {
     "token_classification": "AutoModelForTokenClassification",
 }
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Models that number positions from pad_token_id + 1, so that the table is longer than the text.
+NUMBERED_FROM_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """A teacher before it is loaded: configuration, directory, and its description for the cache."""
+    """A teacher before it is loaded: configuration, directory, description for the cache."""
 
     config: TeacherConfig
     directory: Path
@@ -54,7 +71,11 @@ class TeacherPlan:
 
 
 def plan_teacher(
-    config: TeacherConfig, corpus: Corpus, masked: MaskedView | None, pairs: PairView | None, seed: int
+    config: TeacherConfig,
+    corpus: Corpus,
+    masked: MaskedView | None,
+    pairs: PairView | None,
+    seed: int,
 ) -> TeacherPlan:
     """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
     directory = resolve_model(config.model)
@@ -104,11 +125,13 @@ def _tokenizer_of(
         if settings.get_text_config().vocab_size != ours:
             raise InputError(
                 f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
-                f"({settings.get_text_config().vocab_size:,}) is not the corpus tokenizer's ({ours:,}). "
+                f"({settings.get_text_config().vocab_size:,}) is not the corpus tokenizer's "
+                f"({ours:,}). "
                 "Save the teacher's tokenizer into its directory"
             )
         log.info(
-            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so the "
+            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, "
+            "so the "
             "corpus tokenizer is used for it",
             config.name,
         )
@@ -116,9 +139,12 @@ def _tokenizer_of(
     tokenizer = load_tokenizer(str(directory))
     if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
         raise InputError(
-            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} against "
-            f"{corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same ids): its "
-            "distributions over the vocabulary would be misread. A masked_lm or causal_lm teacher must "
+            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} "
+            "against "
+            f"{corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same ids): "
+            "its "
+            "distributions over the vocabulary would be misread. A masked_lm or causal_lm teacher "
+            "must "
             "share corpus.tokenizer; sequence experts may have their own"
         )
     return tokenizer
@@ -139,10 +165,18 @@ def _vocabulary_info(
     size = corpus.info["tokenizer"]["size"]
     if settings.get_text_config().vocab_size < size:
         raise InputError(
-            f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, the "
+            f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, "
+            "the "
             f"tokenizer has {size:,}: it was not trained with it"
         )
     _check_length(config, settings, corpus.info["config"]["sequence_length"])
+    saved_as = (settings.architectures or [""])[0]
+    if config.task == "causal_lm" and saved_as.endswith("Classification"):
+        # Its output matrix is the embedding's, so no weight would be missed.
+        raise InputError(
+            f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
+            "model was trained away; say `task: sequence_classification` or token_classification"
+        )
     kind = config.targets.kind or "topk"
     info: dict[str, Any] = {"kind": kind, "vocabulary_size": size}
     if kind == "topk":
@@ -156,15 +190,22 @@ def _vocabulary_info(
 
 
 def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) -> None:
-    text = settings.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    # RoBERTa-type models number positions from pad_token_id + 1.
-    offset = (text.pad_token_id or 0) + 1 if text.model_type in ("roberta", "xlm-roberta") else 0
-    if limit and limit > 0 and sequence_length > limit - offset:
+    limit = _position_limit(settings)
+    if limit is not None and sequence_length > limit:
         raise InputError(
-            f"teacher {config.name!r} takes at most {limit - offset} tokens; "
+            f"teacher {config.name!r} takes at most {limit} tokens; "
             f"corpus.sequence_length is {sequence_length}"
         )
+
+
+def _position_limit(settings: Any) -> int | None:
+    """The longest sequence that the model has positions for, None where any will do."""
+    text = settings.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if not limit or limit < 0:
+        return None
+    offset = (text.pad_token_id or 0) + 1 if text.model_type in NUMBERED_FROM_PADDING else 0
+    return int(limit) - offset
 
 
 def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
@@ -186,9 +227,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
         return {"kind": "token", "num_labels": labels, "label_names": names, "view": "text"}
     problem = settings.problem_type or ("regression" if labels == 1 else None)
     if config.task == "sequence_classification" and problem == "regression":
-        raise InputError(
-            f"teacher {config.name!r} is a regression model; say `task: regression`"
-        )
+        raise InputError(f"teacher {config.name!r} is a regression model; say `task: regression`")
     return {
         "kind": "sequence",
         "num_labels": labels,
@@ -202,23 +241,29 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
     """Record the teacher in the cache, or insist that it is the one already there.
 
-    Raises CacheMismatchError naming what differs: targets of two models never mix under one name.
+    Raises CacheMismatchError as ``check_teacher`` does.
     """
-    path = f"targets/{info.name}/teacher.json"
     content = info.model_dump_json(indent=1).encode() + b"\n"
-    if corpus.store.create(path, content):
-        return
-    from rekindle.data.cache import read_teacher
+    if not corpus.store.create(f"targets/{info.name}/teacher.json", content):
+        check_teacher(corpus, info)
 
-    old, new = read_teacher(corpus.store, info.name).identity(), info.identity()
-    if old == new:
+
+def check_teacher(corpus: Corpus, info: TeacherInfo) -> None:
+    """Raise CacheMismatchError, naming what differs, if the cache has another teacher of that name.
+
+    Targets of two models never mix under one name.
+    """
+    if "teacher.json" not in corpus.store.names(f"targets/{info.name}"):
         return
+    old, new = read_teacher(corpus.store, info.name).identity(), info.identity()
     changed = [key for key in new if old[key] != new[key]]
-    details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
-    raise CacheMismatchError(
-        f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not this one "
-        f"({details}). Give this one another name, or delete targets/{info.name} to make it anew"
-    )
+    if changed:
+        details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
+        raise CacheMismatchError(
+            f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
+            f"this one ({details}). Give this one another name, or delete targets/{info.name} to "
+            "make it anew"
+        )
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -238,7 +283,15 @@ class Teacher:
         settings = _read_config(plan.directory)
         self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
         self.max_length = _longest_text(settings, self.tokenizer)
-        self.token_types = getattr(settings, "type_vocab_size", 0) >= 2
+        # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
+        told = "token_type_ids" in self.tokenizer.hf.model_input_names
+        self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2
+        pad_id = settings.get_text_config().pad_token_id
+        self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
+        given = plan.config.batch_tokens
+        kind = "cpu" if self.placement.device == "cpu" else "cuda"
+        # Tokens per forward pass, padding included; halved when the device runs out of memory.
+        self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
 
     @cached_property
     def language_model(self) -> SplitLanguageModel:
@@ -248,21 +301,12 @@ class Teacher:
         except NotImplementedError as error:
             raise InputError(f"teacher {self.info.name!r}: {error}") from None
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens per forward pass to begin with."""
-        if self.config.batch_tokens != "auto":
-            return self.config.batch_tokens
-        return AUTO_BATCH_TOKENS["cpu" if self.placement.device == "cpu" else "cuda"]
-
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
         return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
 
 
 def _longest_text(settings: Any, tokenizer: Tokenizer) -> int:
-    text = settings.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    offset = (text.pad_token_id or 0) + 1 if text.model_type in ("roberta", "xlm-roberta") else 0
-    by_model = limit - offset if limit and limit > 0 else 1 << 20
-    return int(min(by_model, tokenizer.hf.model_max_length))
+    longest = int(tokenizer.hf.model_max_length)
+    limit = _position_limit(settings)
+    return longest if limit is None else min(longest, limit)

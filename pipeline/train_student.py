@@ -14,7 +14,9 @@ from rekindle.train.loop import TrainResult, train_student
 def train_from_config(
     config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
 ) -> TrainResult:
-    """Train the configured student from the configured cache into ``out``; saves the configuration there."""
+    """Train the configured student from the configured cache into ``out``; saves the configuration
+    there.
+    """
     if config.student is None:
         raise InputError("the configuration has no `student` section; add student.model")
     progress = progress or Progress.silent()

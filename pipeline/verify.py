@@ -1,18 +1,27 @@
-"""Checks a whole cache: every byte against its checksum, every row against the corpus. Changes nothing."""
+"""Checks a whole cache: every byte against its checksum, every row against the corpus. Changes
+nothing.
+"""
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rekindle.data.cache import Cache
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheError
-from rekindle.data.shards import ROWS_PER_BATCH, Commit, ShardSet
+from rekindle.data.shards import Commit, ShardSet
 from rekindle.data.teacher_reader import TeacherReader
 from rekindle.data.views import ViewReader
+
+UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
+Reader = ViewReader | TeacherReader
 
 
 @dataclass
@@ -34,7 +43,9 @@ class VerifyReport:
         lines = [f"{name}: {self.shards} shards, {self.bytes:,} bytes checked"]
         lines += [f"  {teacher}: coverage {share:.1%}" for teacher, share in self.coverage.items()]
         if self.orphans:
-            lines.append(f"  {self.orphans} data files of attempts that were never committed (harmless)")
+            lines.append(
+                f"  {self.orphans} data files of attempts that were never committed (harmless)"
+            )
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         return "\n".join(lines if self.problems else [*lines, "sound"])
 
@@ -50,10 +61,10 @@ def verify_cache(path: str) -> VerifyReport:
         _check_files(shards, report)
     if not report.problems:  # rows are only worth reading when the bytes are right
         for view in cache.views.values():
-            _collect(report, _check_view(cache.corpus, view))
+            _check_units(cache, view, report, _check_view_unit)
         for teacher in cache.teachers.values():
             report.coverage[teacher.info.name] = teacher.coverage
-            _collect(report, _check_teacher(cache, teacher))
+            _check_units(cache, teacher, report, _check_teacher_unit)
     return report
 
 
@@ -94,49 +105,76 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _collect(report: VerifyReport, problems: Iterator[str]) -> None:
-    try:
-        report.problems += list(problems)
-    except CacheError as error:
-        report.problems.append(str(error))
+def _check_units(
+    cache: Cache,
+    reader: Reader,
+    report: VerifyReport,
+    check: Callable[[Cache, Any, int, int | None], Iterator[str]],
+) -> None:
+    """Every committed unit, of complete replicas or not; all that is wrong is named at once."""
+    name = reader.info.view if isinstance(reader, TeacherReader) else reader.name
+    for unit in reader.commits:
+        place = _place(unit, len(cache.corpus.commits))
+        if place is None or (place[1] is None) == name.startswith("masked-"):
+            report.problems.append(f"{reader.shards.folder}: unit {unit} is of no corpus shard")
+            continue
+        try:
+            for problem in check(cache, reader, *place):
+                report.problems.append(f"{reader.shards.folder}: unit {unit}: {problem}")
+        except CacheError as error:
+            report.problems.append(str(error))
 
 
-def _check_view(corpus: Corpus, view: ViewReader) -> Iterator[str]:
+def _place(unit: str, shards: int) -> tuple[int, int | None] | None:
+    """The corpus shard and replica that a unit's name stands for, if there is such a shard."""
+    found = UNIT.fullmatch(unit)
+    if found is None or int(found[1]) >= shards:
+        return None
+    return int(found[1]), None if found[2] is None else int(found[2])
+
+
+def _check_view_unit(
+    cache: Cache, view: ViewReader, shard: int, replica: int | None
+) -> Iterator[str]:
     """Alignment with the corpus, over every record batch (the reader raises)."""
-    replicas: list[int | None] = list(range(view.replicas)) if "masked-" in view.name else [None]
-    for replica in replicas:
-        for shard in range(len(corpus.commits)):
-            for index in range(corpus.shard(shard).batch_count):
-                view.batch(shard, index, replica)
+    for index in range(cache.corpus.shard(shard).batch_count):
+        view.batch(shard, index, replica)
     yield from ()
 
 
-def _check_teacher(cache: Cache, teacher: TeacherReader) -> Iterator[str]:
-    """Alignment and ranges of every unit, and that it was made from this very corpus and mask."""
-    replicas: list[int | None] = list(range(teacher.replicas)) if teacher.masked else [None]
-    for replica in replicas:
-        for shard, commit in enumerate(cache.corpus.commits):
-            unit = unit_of(shard, replica)
-            if not teacher.has(shard, replica):
-                continue
-            if teacher.commits[unit].facts.get("corpus_sha256") != commit.sha256:
-                yield f"targets/{teacher.info.name}/{unit} was made from another corpus shard"
-            yield from _check_rows(cache, teacher, shard, replica, commit.rows)
-
-
-def _check_rows(
-    cache: Cache, teacher: TeacherReader, shard: int, replica: int | None, rows: int
+def _check_teacher_unit(
+    cache: Cache, teacher: TeacherReader, shard: int, replica: int | None
 ) -> Iterator[str]:
+    """Alignment and ranges, and that it is all there and was made from this corpus and mask."""
+    commit, corpus = teacher.commits[unit_of(shard, replica)], cache.corpus
+    if commit.facts.get("corpus_sha256") != corpus.commits[shard].sha256:
+        yield "it was made from another corpus shard"
+    rows = range(corpus.commits[shard].rows)
+    domains = corpus.shard(shard).table()["domain"].to_pylist()
+    chosen = teacher.info.domains
+    wanted = [chosen is None or domain in chosen for domain in domains]
     if teacher.info.kind == "sequence":
-        teacher.sequence_rows(shard, range(rows))
+        present, _ = teacher.sequence_rows(shard, rows)
+        if (present & ~np.array(wanted)).any():
+            yield "it has targets of domains that the teacher is not for"
         return
-    found = teacher.position_rows(shard, range(rows), replica)
-    if teacher.masked and teacher.view is not None:
-        for index in range(cache.corpus.shard(shard).batch_count):
-            offsets, flat = list_views(teacher.view.batch(shard, index, replica)["positions"], "")
-            for local in range(len(offsets) - 1):
-                part, columns = found[index * ROWS_PER_BATCH + local]
-                theirs = columns["positions"][part]
-                ours = flat[offsets[local] : offsets[local + 1]]
-                if len(theirs) and theirs.tolist() != ours.tolist():
-                    yield f"targets/{teacher.info.name}: row {index * ROWS_PER_BATCH + local} has other positions"
+    found = teacher.position_rows(shard, rows, replica)
+    if teacher.is_vocabulary:
+        for row, expected in enumerate(_positions(corpus, teacher, shard, replica)):
+            part, columns = found[row]
+            if columns["positions"][part].tolist() != (expected if wanted[row] else []):
+                yield f"row {row} has targets at other positions than it should"
+
+
+def _positions(
+    corpus: Corpus, teacher: TeacherReader, shard: int, replica: int | None
+) -> Iterator[list[int]]:
+    """The positions a vocabulary teacher predicts, row by row."""
+    for index in range(corpus.shard(shard).batch_count):
+        if teacher.view is not None:
+            batch = teacher.view.batch(shard, index, replica)
+            offsets, flat = list_views(batch["positions"], "positions")
+            yield from (flat[a:b].tolist() for a, b in pairwise(offsets))
+        else:
+            offsets, _ = list_views(corpus.shard(shard).batch(index)["input_ids"], "input_ids")
+            yield from (list(range(length - 1)) for length in np.diff(offsets).tolist())

@@ -159,7 +159,7 @@ def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> di
     tensors = {}
     for name, parameter in student.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}\0{key}"] = value.detach().clone().contiguous()
+            tensors[f"{name}\0{key}"] = value.detach().contiguous()
     return tensors
 
 

@@ -26,6 +26,8 @@ class OutputHead(NamedTuple):
         """The head of the first ``vocabulary_size`` ids: rows that pad it to a round size are no
         tokens.
         """
+        if len(self.weight) == vocabulary_size:
+            return self  # a slice's gradient would be one more [V,H]
         bias = None if self.bias is None else self.bias[:vocabulary_size]
         return self._replace(weight=self.weight[:vocabulary_size], bias=bias)
 

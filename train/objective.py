@@ -82,6 +82,11 @@ class Objective:
         self.config, self.teachers, self.task, self.steps = config, teachers, task, steps
         for number, term in enumerate(config.distill):
             _check_term(number, term, teachers, task)
+        if self.hard_weight(steps - 1) == 0 and not self.active(steps - 1):
+            raise InputError(
+                "train.objective: at the end of the run every weight is 0, so nothing is trained. "
+                "Give hard.weight or a distill term a weight above 0, or end the run earlier"
+            )
         twice = _twice([name for term in config.distill for name in term.teachers])
         if twice:
             raise InputError(
@@ -153,7 +158,7 @@ class Objective:
         output = _run(student, rows.inputs, batch, task_terms, self.teachers, rows.select)
         self._task_losses(output, batch, counts, task_terms, result, device)
         assert output.hidden is not None
-        width = batch.input_ids.shape[1]
+        width, head = batch.input_ids.shape[1], student.output_head
         for term, weight in language:
             targets, found, count = self._language_targets(term, batch, counts, rows, width, device)
             whole = hard > 0 and len(found) == len(rows.keys)
@@ -161,9 +166,9 @@ class Objective:
             index = None if whole else torch.from_numpy(found).to(device)
             loss = linear_kd_loss(
                 output.hidden if index is None else output.hidden[index],
-                student.output_head.weight,
+                head.weight,
                 **targets,
-                bias=student.output_head.bias,
+                bias=head.bias,
                 labels=rows.labels if whole else None,
                 temperature=term.temperature,
                 ce_weight=fused,
@@ -171,8 +176,8 @@ class Objective:
                 divergence=term.divergence,
                 tail=term.tail,
                 reduction="sum",
-                softcap=student.output_head.softcap,
-                logit_scale=student.output_head.logit_scale,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
             )
             result.add("kd/" + "+".join(term.teachers), loss.loss, loss.kd / max(count, 1))
             if whole:
@@ -227,8 +232,8 @@ class Objective:
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
                 f"the mixture of {', '.join(term.teachers)} needs all of them at the same "
-                "positions; "
-                "they cover different ones (other domains?). Use combine: separate"
+                "positions, and one has holes where another has none. Finish them with `pipeline "
+                "cache-teachers`, or give each its own term"
             )
         decoded = [sparse_targets(target, *settings) for target in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=device)
@@ -384,6 +389,11 @@ def _check_term(
         return
     if term.divergence == "mse":
         raise InputError(f"{where}: mse is for task logits; {term.teachers[0]} predicts tokens")
+    if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
+        raise InputError(
+            f"{where}: a mixture needs all its teachers at the same positions, and "
+            f"{', '.join(term.teachers)} are for different domains; give each its own term"
+        )
     if len(infos) > 1 and term.combine == "separate":
         raise InputError(
             f"{where}: several vocabulary teachers in one term must be a mixture; for separate "
@@ -393,8 +403,7 @@ def _check_term(
         if info.task != task:
             raise InputError(
                 f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
-                "at its "
-                "positions"
+                "at its positions"
             )
         if info.kind == "topk" and term.temperature not in info.temperatures:
             raise InputError(

@@ -6,10 +6,12 @@
 Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is
 reading and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear":
 the same from hidden states; the bound is three products, 6·N·V·H operations at the matrix rate
-measured in this run. Peers that know hard labels only are timed against our loss without
-distillation ("linear-ce"). Every provider first has to agree with float64 on a small case of the
-same V and H; one that is not installed, or does not agree, is reported so. Providers take turns
-within a repetition, so that clocks and neighbours touch all alike.
+measured in this run. Peers that take a dense teacher only are given its hidden states and head
+("linear-dense": another loss for the same purpose, each gated against its own formula). Peers that
+know hard labels only are timed against our loss without distillation ("linear-ce"). Every provider
+first has to agree with float64 on a small case of the same V and H; one that is not installed, or
+does not agree, is reported so. Providers take turns within a repetition, so that clocks and
+neighbours touch all alike.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import csv
 import datetime
 import importlib
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -40,7 +43,7 @@ CE_WEIGHT, KD_WEIGHT = 0.5, 0.5
 
 
 class Batch(NamedTuple):
-    """One step's inputs: hidden [N,H], weight [V,H], ids and probs [N,K], tail and labels [N]."""
+    """One step's inputs: hidden and teacher [N,H], weight [V,H], ids, probs [N,K], tail, labels."""
 
     hidden: Tensor
     weight: Tensor
@@ -48,6 +51,7 @@ class Batch(NamedTuple):
     probs: Tensor
     tail: Tensor
     labels: Tensor
+    teacher: Tensor
     tau: float
 
 
@@ -63,16 +67,17 @@ def make_batch(rows: int, shape: tuple[int, int, int], k: int, tau: float, devic
     weight = torch.randn(vocabulary, width, generator=g, device=device) * 3 / width**0.5
     weight[:, 0] -= torch.arange(1, vocabulary + 1, device=device).log() / 2
     hidden[:, 0] = 1.0
+    teacher = hidden + 0.3 * torch.randn(hidden.shape, generator=g, device=device)
     ids, probs, tail, labels = [], [], [], []
-    for x in hidden.split(256):  # the teacher's [N,V] is not kept
-        p = ((x + 0.3 * torch.randn_like(x)) @ weight.t() / tau).softmax(1)
+    for x in teacher.split(256):  # the teacher's [N,V] is not kept
+        p = (x @ weight.t() / tau).softmax(1)
         top = p.topk(k, dim=1)
         ids.append(top.indices)
         probs.append(top.values)
         tail.append(1 - top.values.sum(1))
         labels.append(torch.multinomial(p, 1, generator=g)[:, 0])
     targets = (torch.cat(t) for t in (ids, probs, tail, labels))
-    return Batch(hidden.to(dtype), weight.to(dtype), *targets, tau)
+    return Batch(hidden.to(dtype), weight.to(dtype), *targets, teacher.to(dtype), tau)
 
 
 # ---- providers
@@ -112,6 +117,48 @@ def eager_ce(batch: Batch, x: Tensor) -> Tensor:
     return F.cross_entropy((x @ batch.weight.t()).float(), batch.labels)
 
 
+def _dense(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, and log-probabilities at τ of student and teacher [N,V]."""
+    z = (x @ batch.weight.t()).float()
+    t = (batch.teacher @ batch.weight.detach().t()).float()
+    return z, F.log_softmax(z / batch.tau, 1), F.log_softmax(t / batch.tau, 1)
+
+
+def eager_dense(batch: Batch, x: Tensor) -> Tensor:
+    z, p, q = _dense(batch, x)
+    kl = F.kl_div(p, q, log_target=True, reduction="none").sum(1).mean()
+    return CE_WEIGHT * F.cross_entropy(z, batch.labels) + KD_WEIGHT * batch.tau**2 * kl
+
+
+def eager_jsd(batch: Batch, x: Tensor) -> Tensor:
+    _, p, q = _dense(batch, x)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * ((p.exp() * (p - m)).sum(1) + (q.exp() * (q - m)).sum(1)).mean()
+
+
+def liger_jsd() -> Provider:
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    return lambda batch, x: module.liger_fused_linear_jsd(
+        x, batch.weight, batch.teacher, batch.weight.detach(), temperature=batch.tau
+    )
+
+
+def orda() -> Provider:
+    module = importlib.import_module("orda_kernel")
+
+    def loss(batch: Batch, x: Tensor) -> Tensor:
+        teacher = module.PrecomputedTeacher(
+            teacher_hidden=batch.teacher, teacher_weight=batch.weight.detach()
+        )
+        out = module.distillation_loss(
+            x, batch.weight, batch.labels, teacher, student_ce_weight=CE_WEIGHT,
+            kl_weight=KD_WEIGHT, kl_temperature=batch.tau, kl_divergence="forward",
+        )  # fmt: skip
+        return out.loss  # type: ignore[no-any-return]
+
+    return loss
+
+
 def torch_linear_cross_entropy() -> Provider:
     function = F.linear_cross_entropy  # type: ignore[attr-defined]
     return lambda batch, x: function(x, batch.weight, batch.labels)
@@ -147,6 +194,13 @@ TASKS: dict[str, dict[str, Callable[[], Provider]]] = {
         "eager": lambda: linear(eager),
         "torch.compile": compiled(linear(eager)),
     },
+    "linear-dense": {
+        "rekindle": lambda: ours_linear,
+        "eager": lambda: eager_dense,
+        "torch.compile": compiled(eager_dense),
+        "liger-kernel JSD": liger_jsd,
+        "orda-kernel": orda,
+    },
     "linear-ce": {
         "rekindle": lambda: ours_ce,
         "eager": lambda: eager_ce,
@@ -170,12 +224,20 @@ def run(task: str, provider: Provider, batch: Batch, logits: Tensor | None) -> t
     return loss, *torch.autograd.grad(loss, (x, w))
 
 
-def agrees(task: str, provider: Provider, batch: Batch) -> bool:
+def truth_of(task: str, name: str) -> Provider:
+    """The formula that a provider of a linear task is held to."""
+    if task == "linear-ce":
+        return eager_ce
+    if task == "linear-dense" and name != "rekindle":
+        return eager_jsd if name.endswith("JSD") else eager_dense
+    return linear(eager)
+
+
+def agrees(task: str, name: str, provider: Provider, batch: Batch) -> bool:
     """Whether loss and gradients are those of float64 to the inputs' own precision."""
-    exact = batch._replace(
-        **{name: getattr(batch, name).double() for name in ("hidden", "weight", "probs", "tail")}
-    )
-    truth = eager_ce if task == "linear-ce" else linear(eager)
+    floats = ("hidden", "teacher", "weight", "probs", "tail")
+    exact = batch._replace(**{field: getattr(batch, field).double() for field in floats})
+    truth = truth_of(task, name)
     if task == "logits":
         logits = batch.hidden @ batch.weight.t()
         expected = run(task, _in_float64(eager), exact, logits.double())
@@ -267,7 +329,7 @@ def admitted(task: str, batch: Batch) -> tuple[dict[str, Provider], dict[str, st
     for name, build in TASKS[task].items():
         try:
             provider = build()
-            if agrees(task, provider, batch):
+            if agrees(task, name, provider, batch):
                 providers[name] = provider
             else:
                 absent[name] = "does not agree with float64"
@@ -329,7 +391,7 @@ def append(rows: list[dict[str, Any]], path: Path) -> None:
 
 def versions() -> str:
     names = ["torch " + torch.__version__]
-    for name in ("triton", "liger_kernel", "cut_cross_entropy"):
+    for name in ("triton", "liger_kernel", "cut_cross_entropy", "orda_kernel"):
         try:
             names.append(f"{name} {getattr(importlib.import_module(name), '__version__', '?')}")
         except ImportError:

@@ -1,14 +1,16 @@
-"""What the KD term costs a student's training step: masked LM with and without it, interleaved in one run.
+"""What the KD term costs a student's training step: masked LM with and without it, interleaved in
+one run.
 
     python tests/benchmarks/student_step.py [--sequences 32] [--rounds 15] [--toy]
 
-A BERT-mini step (4 layers, hidden 256, V = 30,522, sequences of 128, 15 % masked): forward, loss, backward and
-AdamW. Targets (k = 64) enter as the cache stores them, so decoding is in the time. The naive form is what a
-user writes without this package: full logits at the masked positions, log_softmax twice, gather. Prints medians and
-ratios to the plain step and appends them to results.csv.
+A BERT-mini step (4 layers, hidden 256, V = 30,522, sequences of 128, 15 % masked): forward, loss,
+backward and AdamW. Targets (k = 64) enter as the cache stores them, so decoding is in the time. The
+naive form is what a user writes without this package: full logits at the masked positions,
+log_softmax twice, gather. Prints medians and ratios to the plain step and appends them to
+results.csv.
 
-Prediction before the first run (2026-11-20): KD costs 8 % at τ = 1 (one softmax serves both terms) and 12 % at τ = 2;
-naive costs 30 %.
+Prediction before the first run (2026-11-20): KD costs 8 % at τ = 1 (one softmax serves both terms)
+and 12 % at τ = 2; naive costs 30 %.
 """
 
 import argparse

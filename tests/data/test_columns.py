@@ -36,9 +36,7 @@ def test_lists_of_scalars_come_back(lengths, dtype):
     assert values.dtype == dtype
     assert np.diff(offsets).tolist() == lengths
     assert np.array_equal(values, flat)
-    assert array.to_pylist() == [
-        flat[a:b].tolist() for a, b in pairwise(offsets)
-    ]
+    assert array.to_pylist() == [flat[a:b].tolist() for a, b in pairwise(offsets)]
 
 
 @settings(max_examples=40, deadline=None)

@@ -35,9 +35,11 @@ from rekindle.train.stream import TrainingStream, split_corpus
 from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
-DISTILL = [
-    {"teachers": ["big"], "temperature": 2.0, "weight": 0.5},
-    {"teachers": ["sense", "v1.tags"], "weight": 0.2},
+ALL = [
+    {"teachers": ["big"], "temperature": 2.0, "weight": {"over": 0.6}},
+    {"teachers": ["odd.lm"], "weight": 0.3},
+    {"teachers": ["sense", "tags"], "weight": 0.2},
+    {"teachers": ["pair"], "weight": 0.2},
 ]
 TIMES = ("tokens_per_second", "data_wait")
 
@@ -96,11 +98,6 @@ def no_reader_left():
 
 
 @pytest.fixture(scope="module")
-def tags_world(masked_world):
-    return masked_world
-
-
-@pytest.fixture(scope="module")
 def whole(masked_world, tmp_path_factory):
     """An uninterrupted run with everything in it, dropout on, and its result."""
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -112,14 +109,6 @@ def whole(masked_world, tmp_path_factory):
     )
     assert seen == list(range(1, 11))
     return result
-
-
-ALL = [
-    {"teachers": ["big"], "temperature": 2.0, "weight": {"over": 0.6}},
-    {"teachers": ["odd.lm"], "weight": 0.3},
-    {"teachers": ["sense", "tags"], "weight": 0.2},
-    {"teachers": ["pair"], "weight": 0.2},
-]
 
 
 # --- the same run twice, and a run in two parts ---
@@ -438,15 +427,15 @@ def test_micro_batches_train_the_same_student(masked_world, make_model, wordpiec
 def test_distillation_brings_the_student_near_its_teacher(masked_world, tmp_path):
     distill = [{"teachers": ["big"]}, {"teachers": ["sense"]}]
     chosen = train_config(
-        distill, hard=0.0, steps=60, learning_rate=1e-2, batch_sequences=12, evaluate_every=20
+        distill, hard=0.0, steps=40, learning_rate=1e-2, batch_sequences=12, evaluate_every=20
     )
     result = run(masked_world, tmp_path / "run", chosen)
     curve = [r for r in metrics(result.directory) if r["kind"] == "evaluate"]
-    assert curve[-1]["kl/big"] < 0.8 * curve[0]["kl/big"] or curve[0]["kl/big"] < 2
+    assert curve[-1]["kl/big"] < curve[0]["kl/big"]
     train = [r for r in metrics(result.directory) if r["kind"] == "train"]
     assert train[-1]["kd/big"] < 0.5 * train[0]["kd/big"]
     assert train[-1]["kd/sense"] < 0.7 * train[0]["kd/sense"]
-    assert result.coverage == {"with_kd": 720, "ce_only": 0, "neither": 0}
+    assert result.coverage == {"with_kd": 480, "ce_only": 0, "neither": 0}
 
 
 def test_bf16_stays_near_float32(masked_world, tmp_path):
@@ -540,10 +529,10 @@ def test_held_out_sequences_are_never_trained_on(masked_world, tmp_path, monkeyp
         return step(student, optimizer, objective, batch, *rest)
 
     monkeypatch.setattr(module, "_step", noting)
-    run(masked_world, tmp_path / "run", train_config(steps=20))
+    run(masked_world, tmp_path / "run", train_config(steps=25))
     cache = masked_world.open()
     split = split_corpus(cache, 0.1)
-    assert len(seen) == 120 > len(split.train)
+    assert len(seen) == 150 > len(split.train)
     assert set(seen) == set(split.train.tolist())
     assert not set(seen) & set(split.held_out.tolist())
     assert sorted(seen[: len(split.train)]) == split.train.tolist()

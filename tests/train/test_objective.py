@@ -5,6 +5,8 @@ model for all its logits, and writes the losses down as the papers do.
 """
 
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -518,10 +520,45 @@ def test_a_teacher_of_the_other_task_is_refused(masked_world, causal_world):
         Objective(config, infos, "masked_lm", 10)
 
 
-def test_a_mixture_needs_its_teachers_at_the_same_positions(masked_world):
+def test_a_mixture_of_different_domains_is_refused(masked_world):
     distill = [term("big", "odd.lm", combine="mixture")]
-    with pytest.raises(InputError, match="needs all of them at the same positions"):
-        Setting(masked_world, {"distill": distill}).run()
+    with pytest.raises(InputError, match=r"big, odd\.lm are for different domains"):
+        Setting(masked_world, {"distill": distill})
+
+
+def test_a_mixture_with_a_hole_in_one_teacher_is_refused(masked_world, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(masked_world.path, folder)
+    (folder / "targets/wide/commits/00000-r001.json").unlink()
+    distill = [term("big", "wide", combine="mixture")]
+    world = replace(masked_world, path=folder)
+    setting = Setting(world, {"distill": distill}, missing=("wide",), batch=range(30, 50))
+    with pytest.raises(InputError, match="one has holes where another has none"):
+        setting.run()
+
+
+FALL_TO_ZERO = {"from": 1.0, "to": 0.0, "over": 0.5}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"hard": {"weight": 0}},
+        {"hard": {"weight": 0}, "distill": [term("big", weight=0)]},
+        {"hard": {"weight": 0}, "distill": [term("big", weight=FALL_TO_ZERO)]},
+        {"hard": {"weight": FALL_TO_ZERO}, "distill": [term("big", weight=FALL_TO_ZERO)]},
+    ],
+)
+def test_an_objective_that_ends_as_nothing_is_refused(masked_world, objective):
+    with pytest.raises(InputError, match="every weight is 0, so nothing is trained"):
+        Setting(masked_world, objective)
+
+
+def test_a_weight_that_falls_to_zero_at_the_very_end_is_no_such_objective(masked_world):
+    fall = {"from": 1.0, "to": 0.0, "over": 1.0}
+    distill = [term("big", weight=fall)]
+    objective = Setting(masked_world, {"hard": {"weight": 0}, "distill": distill}).objective
+    assert objective.teachers_at(9) == ["big"]
 
 
 # --- task losses by themselves ---

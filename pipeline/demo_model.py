@@ -1,0 +1,71 @@
+"""The demo's tiny language model before it is trained: a WordPiece tokenizer and a BERT configuration."""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_RARE = 5  # characters that occur less often are unknown
+
+
+def train_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
+    """A lower-casing WordPiece tokenizer of at most ``size`` tokens; equal texts give equal ids.
+
+    The trainer of ``tokenizers`` alone does not: it numbers the pieces "##a", "##b", … in the order in which a
+    hash map with a random seed hands out the words, and breaks ties between merges by those numbers. Here these
+    pieces have fixed numbers from the start, as special tokens of a draft whose vocabulary is then taken over.
+    """
+    draft = _blank({})
+    counts = Counter(char for text in texts for char in draft.normalizer.normalize_str(text))
+    alphabet = sorted(char for char, n in counts.items() if n >= _RARE and not char.isspace())
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        special_tokens=[*_SPECIALS, *(f"##{char}" for char in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        min_frequency=2,
+        show_progress=False,
+    )
+    draft.train_from_iterator(texts, trainer)
+    tokenizer = _blank(draft.get_vocab())
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    return tokenizer
+
+
+def _blank(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def write_model(
+    texts: Sequence[str], vocabulary: int, shape: dict[str, int], positions: int, out: Path
+) -> None:
+    """Write tokenizer files and ``config.json`` (a BERT of that ``shape``, no weights) to ``out``.
+
+    ``out`` appears whole or not at all.
+    """
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    tokenizer = train_tokenizer(texts, vocabulary)
+    names = ("pad", "unk", "cls", "sep", "mask")
+    specials = {f"{name}_token": token for name, token in zip(names, _SPECIALS, strict=True)}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=positions,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **specials,
+    )
+    config = BertConfig(
+        vocab_size=len(wrapped), max_position_embeddings=positions, pad_token_id=0, **shape
+    )
+    staging = out.with_name(f".{out.name}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    wrapped.save_pretrained(staging)
+    config.save_pretrained(staging)
+    staging.rename(out)

@@ -1,0 +1,176 @@
+"""The demo's corpus and its three labelled tasks, cut from Python's own documentation. Knows no model and no cache.
+
+Every document belongs to exactly one split, by a hash of its id: most to the unlabelled corpus, the others to
+train, dev or test. The labels are what the text says of itself, so nobody had to write them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rekindle.data.python_docs import PythonDoc
+from rekindle.data.sentences import split_sentences
+
+Split = Literal["corpus", "train", "dev", "test"]
+LABELLED: tuple[Split, ...] = ("train", "dev", "test")
+
+# Shares of the documents. The test split is large because a small one says nothing: 900 examples at
+# 60 % right have a standard error of 1.6 points.
+_SHARES: dict[Split, float] = {"train": 0.12, "dev": 0.04, "test": 0.22}
+_SHORTEST, _LONGEST = 40, 240  # characters of a passage; 240 are about 60 tokens
+_PAIRS_PER_DOCUMENT = 4  # and as many that are not adjacent
+
+
+class Example(NamedTuple):
+    """One labelled example. ``pair`` is the second sentence of a sentence-pair task."""
+
+    document: str
+    text: str
+    pair: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its question, in words for the report, and how a document becomes examples."""
+
+    name: str
+    question: str
+    examples: Callable[[PythonDoc], Iterator[Example]]
+
+    @property
+    def paired(self) -> bool:
+        """Whether its examples are pairs of sentences."""
+        return self.examples is _next_examples
+
+
+@dataclass(frozen=True)
+class TaskSizes:
+    """How many examples each split of a task has at most."""
+
+    train: int
+    dev: int
+    test: int
+
+
+def split_of(document: str) -> Split:
+    """The split a document id belongs to; a function of the id alone."""
+    place = _hash("split", document) / 2**64
+    for split, share in _SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return "corpus"
+
+
+def passages(text: str) -> list[str]:
+    """Consecutive whole sentences of ``text``, joined to passages of 40 to 240 characters.
+
+    A sentence that is longer is cut; what remains too short is left out.
+    """
+    found: list[str] = []
+    begin = end = 0
+    for start, stop in [*split_sentences(text), (len(text) + _LONGEST, 0)]:
+        if end and (stop or start) - begin > _LONGEST:
+            found.append(text[begin:end][:_LONGEST].strip())
+            end = 0
+        if not end:
+            begin = start
+        end = stop
+    return [passage for passage in found if len(passage) >= _SHORTEST]
+
+
+def _part_examples(page: PythonDoc) -> Iterator[Example]:
+    if page.kind != "topic":  # topics belong to no module, so to no part
+        for passage in passages(page.text):
+            yield Example(page.id, passage, None, page.part)
+
+
+def _kind_examples(page: PythonDoc) -> Iterator[Example]:
+    for passage in passages(page.text):
+        yield Example(page.id, passage, None, page.kind)
+
+
+def _next_examples(page: PythonDoc) -> Iterator[Example]:
+    """Pairs of sentences of one document: B follows A, or stands elsewhere, before A included."""
+    sentences = [page.text[start:stop] for start, stop in split_sentences(page.text)]
+    last = len(sentences) - 1
+    for number in range(min(last, _PAIRS_PER_DOCUMENT)):
+        first = _hash("next", page.id, number) % last
+        a, b = _hash("other", page.id, number) % (last + 1), _hash("than", page.id, number) % last
+        b += b >= a  # any sentence but A
+        yield Example(page.id, sentences[first], sentences[first + 1], "next")
+        if a == last or sentences[b] != sentences[a + 1]:
+            yield Example(page.id, sentences[a], sentences[b], "other")
+
+
+TASKS = (
+    Task("part", "which part of the library is this from?", _part_examples),
+    Task("kind", "does this describe a module, class, function or topic?", _kind_examples),
+    Task("next", "does sentence B follow sentence A?", _next_examples),
+)
+
+
+def labelled_examples(
+    task: Task, pages: Iterable[PythonDoc], sizes: TaskSizes
+) -> dict[Split, list[Example]]:
+    """The splits of a task, each with equally many examples per label, in an order without meaning.
+
+    First examples of documents are taken before second ones: many documents rather than much of one.
+    """
+    groups: dict[Split, dict[str, list[tuple[int, int, Example]]]] = {s: {} for s in LABELLED}
+    for page in pages:
+        split = split_of(page.id)
+        if split == "corpus":
+            continue
+        for number, example in enumerate(task.examples(page)):
+            key = (number, _hash(task.name, page.id, number), example)
+            groups[split].setdefault(example.label, []).append(key)
+    return {
+        split: _balanced(list(groups[split].values()), getattr(sizes, split)) for split in LABELLED
+    }
+
+
+def _balanced(groups: list[list[tuple[int, int, Example]]], size: int) -> list[Example]:
+    each = min(size // len(groups), *map(len, groups))
+    chosen = [key for group in groups for key in sorted(group)[:each]]
+    return [example for _, _, example in sorted(chosen, key=lambda key: key[1])]
+
+
+def write_corpus(pages: list[PythonDoc], sizes: TaskSizes, out: Path) -> None:
+    """Write ``tasks/<name>/<split>.jsonl`` for each task, then ``corpus.jsonl`` below ``out``.
+
+    The corpus comes last and whole: where it is, everything is.
+    """
+    for task in TASKS:
+        folder = out / "tasks" / task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, examples in labelled_examples(task, pages, sizes).items():
+            _write_lines(folder / f"{split}.jsonl", map(_record, examples))
+    unlabelled = (page for page in pages if split_of(page.id) == "corpus")
+    records = ({"id": page.id, "text": page.text, "domain": page.part} for page in unlabelled)
+    _write_lines(out / "corpus.jsonl", records)
+
+
+def _record(example: Example) -> dict[str, str]:
+    if example.pair is None:
+        texts = {"text": example.text}
+    else:
+        texts = {"sentence1": example.text, "sentence2": example.pair}
+    return {"document": example.document, **texts, "label": example.label}
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    temporary.replace(path)
+
+
+def _hash(*parts: str | int) -> int:
+    """64 bits that depend on the parts alone (Python's own hash differs from run to run)."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,278 @@
+"""From finished runs, experts and caches to tables in plain text and one page of HTML. Trains and caches nothing.
+
+It reads what the commands leave in their directories. The page needs no network: no script, font or picture is
+fetched from anywhere.
+"""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.teacher_reader import TeacherReader
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+_WIDTH = 96  # characters of the printed tables
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student's training: what it trained on, what it cost, how it did on the held-out documents.
+
+    ``seconds`` are those of its steps alone, without evaluations and checkpoints.
+    """
+
+    name: str
+    steps: int
+    sequences: int
+    seconds: float
+    evaluations: list[dict[str, Any]]
+
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """(steps done, value) of a held-out metric; empty where the run does not have it."""
+        return [(e["step"], e[metric]) for e in self.evaluations if metric in e]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The held-out metrics it has."""
+        names = (name for e in self.evaluations for name in e if name not in ("kind", "step"))
+        return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Test scores on one task: by model, a list over seeds, as fractions."""
+
+    task: str
+    about: str
+    train_examples: int
+    test_examples: int
+    chance: float
+    scores: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """One cached teacher; ``positions`` are masked tokens, or sequences for a task expert."""
+
+    name: str
+    targets: str
+    positions: int
+    bytes: int
+    corpus_tokens: int
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes for each target."""
+        return self.bytes / max(1, self.positions)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes for each token of the corpus (all replicas of a masked-LM teacher together)."""
+        return self.bytes / max(1, self.corpus_tokens)
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache holds."""
+
+    sequences: int
+    tokens: int
+    vocabulary: int
+    teachers: list[TeacherFacts]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: each teacher over the corpus once; all teachers live in one run; that run without them."""
+
+    teachers: dict[str, float]
+    live: float
+    run: float
+
+    @property
+    def once(self) -> float:
+        """To fill the cache."""
+        return sum(self.teachers.values())
+
+    @property
+    def pays_after(self) -> int | None:
+        """With so many runs the cache is no dearer than live teachers; None if it never is."""
+        return max(1, math.ceil(self.once / self.live)) if self.live > 0 else None
+
+    def cached(self, runs: int) -> float:
+        """Of ``runs`` students from one cache."""
+        return self.once + runs * self.run
+
+    def with_live_teachers(self, runs: int) -> float:
+        """Of as many students, with every teacher run beside each."""
+        return runs * (self.run + self.live)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page. ``facts`` are (what, value) pairs, ``commands`` (what for, line)."""
+
+    title: str
+    facts: list[tuple[str, str]]
+    tasks: list[TaskScores]
+    runs: list[Run]
+    cache: CacheFacts
+    cost: Cost
+    commands: list[tuple[str, str]]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_run(directory: Path, name: str | None = None) -> Run:
+    """A finished run of ``pipeline train-student``; InputError where there is none."""
+    try:
+        about = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{directory} is no finished run of `pipeline train-student`: {error.filename} cannot be "
+            f"read ({error.strerror}). Give a run's directory, or finish it with --resume"
+        ) from None
+    records = [json.loads(line) for line in lines]
+    steps = [record for record in records if record["kind"] == "train"]
+    return Run(
+        name=name or directory.name,
+        steps=summary["steps"],
+        sequences=summary["steps"] * about["train"]["batch_sequences"],
+        seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
+        evaluations=[record for record in records if record["kind"] == "evaluate"],
+    )
+
+
+def read_test_scores(directory: Path) -> list[float]:
+    """The test score of each seed that ``finetune`` has recorded in ``directory``."""
+    metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    return [seed["test_scores"][metrics["metric"]] for seed in metrics["per_seed"]]
+
+
+def read_cache(path: str | Path) -> CacheFacts:
+    """What the cache at ``path`` holds; raises what ``Cache.open`` raises."""
+    cache = Cache.open(str(path))
+    vocabulary = cache.corpus.info["tokenizer"]["size"]
+    teachers = [
+        TeacherFacts(name, _targets(reader, vocabulary), reader.positions, reader.bytes, cache.corpus.tokens)
+        for name, reader in sorted(cache.teachers.items())
+    ]
+    return CacheFacts(len(cache), cache.corpus.tokens, vocabulary, teachers)
+
+
+def _targets(teacher: TeacherReader, vocabulary: int) -> str:
+    info = teacher.info
+    if info.kind == "topk":
+        replicas = f", {teacher.replicas} masked replicas" if teacher.masked else ""
+        return f"{info.k} of {vocabulary:,} log-probabilities and the tail{replicas}"
+    if info.kind == "dense":
+        return f"all {vocabulary:,} log-probabilities"
+    return f"{info.num_labels} logits" if info.num_labels != 1 else "a score"
+
+
+# --- in plain text --------------------------------------------------------------------------------
+
+
+def as_text(report: Report) -> str:
+    """The tables and the cost, at most 96 characters wide."""
+    parts: list[RenderableType] = [_score_table(report.tasks), _cache_table(report.cache, report.cost)]
+    parts += [f"{label}: {value}" for label, value in cost_lines(report.cost)]
+    stream = io.StringIO()
+    console = Console(file=stream, width=_WIDTH, color_system=None, highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+    lines = (line.rstrip() for line in stream.getvalue().splitlines())
+    return "\n".join(lines).strip("\n")
+
+
+def _score_table(tasks: Sequence[TaskScores]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Test accuracy in %", title_justify="left", title_style="")
+    table.add_column("task")
+    for name in tasks[0].scores:
+        table.add_column(name, justify="right")
+    table.add_column("chance", justify="right")
+    table.add_column("test", justify="right")
+    for task in tasks:
+        scores = [as_percent(values) for values in task.scores.values()]
+        table.add_row(task.task, *scores, f"{100 * task.chance:.1f}", f"{task.test_examples:,}")
+    table.add_row("mean", *(as_percent(values) for values in mean_scores(tasks).values()), "", "")
+    return table
+
+
+def mean_scores(tasks: Sequence[TaskScores]) -> dict[str, list[float]]:
+    """Each model's mean over the tasks, seed by seed."""
+    return {
+        name: [mean(seed) for seed in zip(*(task.scores[name] for task in tasks), strict=True)]
+        for name in tasks[0].scores
+    }
+
+
+def as_percent(values: Sequence[float]) -> str:
+    """The mean over seeds, and the sample deviation where there are several."""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def _cache_table(cache: CacheFacts, cost: Cost) -> Table:
+    title = f"The cache: {cache.sequences:,} sequences, {cache.tokens:,} tokens"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    table.add_column("teacher")
+    table.add_column("kept for each target")
+    for name in ("targets", "bytes each", "bytes/token", "seconds"):
+        table.add_column(name, justify="right")
+    for teacher in cache.teachers:
+        table.add_row(
+            teacher.name,
+            teacher.targets,
+            f"{teacher.positions:,}",
+            f"{teacher.bytes_per_position:.1f}",
+            f"{teacher.bytes_per_token:.2f}",
+            f"{cost.teachers[teacher.name]:.1f}" if teacher.name in cost.teachers else "",
+        )
+    return table
+
+
+def cost_lines(cost: Cost) -> list[tuple[str, str]]:
+    """The cost in words, for both the text and the page."""
+    names = ", ".join(cost.teachers)
+    pays = cost.pays_after
+    paid = "never" if pays is None else f"after {pays} student run{'s' if pays > 1 else ''}"
+    return [
+        ("teachers once, into the cache", f"{cost.once:.1f} s ({names})"),
+        ("the same teachers live", f"{cost.live:.1f} s for every student run"),
+        ("a student run from the cache", f"{cost.run:.1f} s"),
+        ("the cache has paid for itself", paid),
+    ]
+
+
+# --- as a page ------------------------------------------------------------------------------------
+
+
+def as_html(report: Report) -> str:
+    """The page, whole: styles and pictures are within it."""
+    from rekindle.pipeline import report_figures
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"percent": as_percent, "number": "{:,}".format}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        means=mean_scores(report.tasks),
+        cost_lines=cost_lines(report.cost),
+        figures=report_figures.figures(report),
+    )
