@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -43,29 +44,25 @@ def _blank(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def write_model(
-    texts: Sequence[str], vocabulary: int, shape: dict[str, int], positions: int, out: Path
-) -> None:
-    """Write tokenizer files and ``config.json`` (a BERT of that ``shape``, no weights) to ``out``.
+def write_model(texts: Sequence[str], vocabulary: int, config: dict[str, Any], out: Path) -> None:
+    """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``, no weights) to ``out``.
 
     ``out`` appears whole or not at all.
     """
     from transformers import BertConfig, PreTrainedTokenizerFast
 
+    bert = BertConfig(pad_token_id=0, **config)
     tokenizer = train_tokenizer(texts, vocabulary)
-    names = ("pad", "unk", "cls", "sep", "mask")
-    specials = {f"{name}_token": token for name, token in zip(names, _SPECIALS, strict=True)}
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=positions,
+        model_max_length=bert.max_position_embeddings,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **specials,
+        **dict(zip(names, _SPECIALS, strict=True)),
     )
-    config = BertConfig(
-        vocab_size=len(wrapped), max_position_embeddings=positions, pad_token_id=0, **shape
-    )
+    bert.vocab_size = len(wrapped)
     staging = out.with_name(f".{out.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     wrapped.save_pretrained(staging)
-    config.save_pretrained(staging)
+    bert.save_pretrained(staging)
     staging.rename(out)

@@ -25,14 +25,14 @@ def make_model(
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
-    """``pipeline cache-teachers`` for what the configuration needs, then ``pipeline train-student --resume``."""
+    """``pipeline train-student --resume``."""
     from rekindle.pipeline.train_student import train_from_config
 
     train_from_config(load_config(config_file), out, resume=True, progress=StepReports(report))
 
 
 def pretrain(config_file: Path, out: Path, report: Report) -> None:
-    """Without teachers, stage 1 writes the corpus and its masks; then stage 2 on them."""
+    """``pipeline cache-teachers``, which without teachers writes the corpus and its masks; then ``train``."""
     from rekindle.pipeline.cache_teachers import cache_teachers
 
     cache_teachers(load_config(config_file))
@@ -66,7 +66,9 @@ def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report)
     cost = {"once": time.perf_counter() - began}
     cost["live_per_sequence"] = _forward_seconds(config, name)
     cost_file.parent.mkdir(exist_ok=True)
-    cost_file.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+    temporary = cost_file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+    temporary.replace(cost_file)
 
 
 def _forward_seconds(config: RunConfig, name: str) -> float:

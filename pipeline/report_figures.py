@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 _INK = "#010203"  # stands for the page's own colour of text
 _COLOURS = ("#8a8f98", "#d9622b", "#2f7fd1", "#2a9d6f", "#9a5fd0", "#c2a000")
-_SIZE = (4.4, 2.9)  # inches; small, so that the lettering stays readable at the width of a telephone
+_SIZE = (
+    4.4,
+    2.9,
+)  # inches; small, so that the lettering stays readable at the width of a telephone
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rekindle",
@@ -76,7 +79,13 @@ def _curves(axes: Any, runs: "list[Run]", metrics: list[str]) -> None:
     for number, (run, metric) in enumerate(lines):
         label = run.name if len(metrics) == 1 else metric.partition("/")[2]
         # A metric alone: a colour per run, the last of which is the one that matters.
-        axes.plot(*zip(*run.curve(metric), strict=True), label=label, color=_COLOURS[number], marker="o", ms=3)
+        axes.plot(
+            *zip(*run.curve(metric), strict=True),
+            label=label,
+            color=_COLOURS[number],
+            marker="o",
+            ms=3,
+        )
     axes.set_xlabel("steps")
     if metrics != ["loss"]:
         axes.set_ylim(bottom=0)
@@ -86,7 +95,9 @@ def _curves(axes: Any, runs: "list[Run]", metrics: list[str]) -> None:
 def _cost(axes: Any, cost: "Cost") -> None:
     most = max(6, 2 * (cost.pays_after or 0))
     runs = list(range(most + 1))
-    axes.plot(runs, [cost.with_live_teachers(n) for n in runs], color=_COLOURS[0], label="experts live")
+    axes.plot(
+        runs, [cost.with_live_teachers(n) for n in runs], color=_COLOURS[0], label="experts live"
+    )
     axes.plot(runs, [cost.cached(n) for n in runs], color=_COLOURS[1], label="experts cached once")
     axes.set_xlabel("student runs")
     axes.set_ylabel("seconds")

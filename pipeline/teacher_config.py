@@ -40,7 +40,9 @@ class TeacherConfig(Settings):
     model: str = Field(description="a model directory or a hub id")
     task: Task = Field(description="what the model does")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
-    domains: tuple[str, ...] | None = Field(None, description="only sequences of these domains")
+    domains: tuple[str, ...] | None = Field(
+        None, min_length=1, description="only sequences of these domains; null for all"
+    )
     monte_carlo: MonteCarloConfig = Field(
         default_factory=MonteCarloConfig, description="dropout passes"
     )

@@ -83,8 +83,8 @@ def plan_teacher(
     info: dict[str, Any] = {
         "name": config.name,
         "task": config.task,
-        "domains": config.domains,
-        "precision": place(config.precision).precision,
+        "domains": config.domains and tuple(sorted(set(config.domains))),
+        "precision": _precision(config, corpus),
         "estimator": {"kind": "dense", "bias": "exact"},
         "fingerprints": {
             "weights": weights_fingerprint(directory),
@@ -104,6 +104,16 @@ def plan_teacher(
         info |= {"monte_carlo_passes": config.monte_carlo.passes}
         info |= {"seed": seed} if config.monte_carlo.passes else {}
     return TeacherPlan(config, directory, TeacherInfo(**info))
+
+
+def _precision(config: TeacherConfig, corpus: Corpus) -> str:
+    """``auto`` is what the teacher's targets in the cache have, else what suits the device.
+
+    A cache made on a GPU is finished on a machine without one, too.
+    """
+    if config.precision == "auto" and _is_described(corpus, config.name):
+        return read_teacher(corpus.store, config.name).precision
+    return place(config.precision).precision
 
 
 def _read_config(directory: Path) -> Any:
@@ -226,6 +236,12 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
     if config.task == "token_classification":
         return {"kind": "token", "num_labels": labels, "label_names": names, "view": "text"}
     problem = settings.problem_type or ("regression" if labels == 1 else None)
+    if config.monte_carlo.passes and problem == "multi_label_classification":
+        raise InputError(
+            f"teacher {config.name!r} has {labels} labels that do not exclude each other; "
+            "monte_carlo passes give the probabilities of classes that do. Set "
+            "monte_carlo.passes to 0"
+        )
     if config.task == "sequence_classification" and problem == "regression":
         raise InputError(f"teacher {config.name!r} is a regression model; say `task: regression`")
     return {
@@ -253,7 +269,7 @@ def check_teacher(corpus: Corpus, info: TeacherInfo) -> None:
 
     Targets of two models never mix under one name.
     """
-    if "teacher.json" not in corpus.store.names(f"targets/{info.name}"):
+    if not _is_described(corpus, info.name):
         return
     old, new = read_teacher(corpus.store, info.name).identity(), info.identity()
     changed = [key for key in new if old[key] != new[key]]
@@ -264,6 +280,10 @@ def check_teacher(corpus: Corpus, info: TeacherInfo) -> None:
             f"this one ({details}). Give this one another name, or delete targets/{info.name} to "
             "make it anew"
         )
+
+
+def _is_described(corpus: Corpus, name: str) -> bool:
+    return "teacher.json" in corpus.store.names(f"targets/{name}")
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

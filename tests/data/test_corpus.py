@@ -428,6 +428,14 @@ def test_a_damaged_end_mark_is_named(store, config, content):
         Corpus(store)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"config": {}}', "oops"])
+def test_a_damaged_description_is_named(store, config, content):
+    build_corpus(store, config(), PER_SHARD)
+    (store.root / "corpus/corpus.json").write_text(content)
+    with pytest.raises(CacheFormatError, match=r"corpus\.json is damaged"):
+        build_corpus(store, config(), PER_SHARD)
+
+
 def test_there_is_no_corpus(store):
     with pytest.raises(CacheFormatError, match="holds no corpus"):
         Corpus(store)

@@ -246,6 +246,17 @@ def test_errors_of_the_client_become_one_message(memory, monkeypatch):
             use()
 
 
+def test_many_objects_are_read_in_the_order_asked_for(memory, local):
+    for store in (memory, local):
+        for number in range(100):
+            store.replace(f"commits/{number}.json", str(number).encode())
+        names = [f"commits/{number}.json" for number in (7, 99, 0, 7, *range(100))]
+        assert store.read_many(names) == [n[8:-5].encode() for n in names]
+        assert store.read_many([]) == []
+        with pytest.raises(FileNotFoundError):
+            store.read_many(["commits/1.json", "commits/none.json"])
+
+
 def test_an_uploaded_object_does_not_stay_on_the_local_disk(memory):
     """A teacher's targets may be larger than the disk of the machine that makes them."""
     path = memory.begin("data/a.arrow")

@@ -285,6 +285,7 @@ def test_an_unknown_key_names_the_nearest(run_file, key, nearest):
         ("teachers.0.monte_carlo.passes=2", "sequence_classification"),
         ("teachers.0.monte_carlo.passes=-1", "passes"),
         ("teachers.0.pairs=neighbours", "pairs"),
+        ("teachers.0.domains=[]", "domains.*at least 1"),
         ("teachers.0.task=regression", "top-k targets are for masked_lm and causal_lm"),
         ("teachers=[{name: a, model: m, task: causal_lm}, {name: a, model: n, task: causal_lm}]",
          "two teachers are called 'a'"),

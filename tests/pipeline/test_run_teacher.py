@@ -708,6 +708,15 @@ def test_monte_carlo_without_dropout_is_refused(tmp_path, configure, make_model,
         cache_teachers(configure(tmp_path, [teacher]))
 
 
+def test_monte_carlo_is_for_classes_that_exclude_each_other(
+    tmp_path, configure, make_model, wordpiece
+):
+    """A softmax over labels of which several may hold is no probability of any of them."""
+    teacher = monte_carlo(make_model, wordpiece, 4, problem_type="multi_label_classification")
+    with pytest.raises(InputError, match="'mc' has 3 labels that do not exclude each other"):
+        cache_teachers(configure(tmp_path, [teacher]))
+
+
 def test_monte_carlo_is_for_classes(tmp_path, configure, make_model, wordpiece):
     """The softmax of a regression's one output is 1 whatever the dropout."""
     teacher = monte_carlo(make_model, wordpiece, 4) | {"task": "regression"}

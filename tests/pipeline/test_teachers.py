@@ -257,6 +257,19 @@ def test_the_same_teacher_elsewhere_is_the_same_teacher(tmp_path, configure, ber
     assert (result.units_done, result.units_present) == (0, 6)
 
 
+def test_what_is_left_to_the_machine_is_as_the_cache_has_it(tmp_path, configure, bert):
+    """A cache made in bfloat16 on a GPU is finished by the same configuration on a CPU."""
+    config = configure(tmp_path, [masked(bert, precision="bf16", domains=["odd", "even"])])
+    cache_teachers(config)
+    next((tmp_path / "targets" / "lm" / "commits").iterdir()).unlink()
+    auto = configure(tmp_path, [masked(bert, domains=["even", "odd", "odd"])])
+    assert cache_teachers(auto).units_done == 1
+    assert cache_teachers(config).units_done == 0
+    explicit = configure(tmp_path, [masked(bert, precision="fp32", domains=["odd", "even"])])
+    with pytest.raises(CacheMismatchError, match="precision: 'bf16' there, 'fp32' here"):
+        cache_teachers(explicit)
+
+
 def test_a_name_cannot_leave_the_cache(tmp_path, configure, bert):
     for name in ["../x", "a/b", ".hidden", "", "a\n"]:
         with pytest.raises(InputError, match=r"teachers\.0\.name"):

@@ -13,13 +13,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.train import finetune as module
+from rekindle.train.classifier import Encoded, collate, encode, evaluate
 from rekindle.train.finetune import (
-    Encoded,
     FinetuneConfig,
-    collate,
-    encode,
     epoch_batches,
-    evaluate,
     finetune,
     learning_rate_factor,
     plan_steps,
@@ -291,7 +288,7 @@ def relabelled(model, names):
     """The head's weights as ``finetune`` starts with them for these labels, under seed 0."""
     data = TaskData(["a"], None, np.zeros(1, np.int64), names)
     torch.manual_seed(0)
-    return module._load_classifier(model, load_tokenizer(model).hf, data).state_dict()
+    return module.load_classifier(model, load_tokenizer(model).hf, data).state_dict()
 
 
 def test_a_head_is_reused_only_for_the_same_labels(tmp_path, bert):
