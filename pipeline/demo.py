@@ -1,7 +1,8 @@
-"""The demo command: the whole knowledge-rekindle cycle on Python's own documentation, as a list of jobs.
+"""The demo command: the knowledge-rekindle cycle on Python's documentation, as a list of jobs.
 
-What each job does is in demo_stages, what comes out is told by demo_results; nothing of the method itself is here.
-A finished job is recognised by what it leaves, so the same command again goes on where it stopped.
+Nothing of the method itself is here: what a job does is in demo_stages, what came out is told by
+demo_results. A finished job is recognised by what it leaves, so the same command again goes on
+where it stopped.
 """
 
 import json
@@ -17,7 +18,7 @@ from rekindle.pipeline import demo_stages as stages
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.demo_jobs import Job, run_jobs, warm_up
 from rekindle.pipeline.demo_results import collect, fine_tuned, write_results
-from rekindle.pipeline.demo_settings import FULL, LM, QUICK, STUDENTS, WITH, DemoSettings
+from rekindle.pipeline.demo_settings import FULL, LM, QUICK, STUDENTS, WITH, WITHOUT, DemoSettings
 from rekindle.pipeline.demo_tasks import TASKS, TASKS_FOLDER, write_corpus
 from rekindle.pipeline.progress import Progress
 
@@ -38,7 +39,7 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> str:
         write_documents(home, settings, progress)
     write_configs(home, settings)
     run_jobs(list(plan_jobs(home, settings)), home / "demo.log", progress)
-    return write_results(collect(home, settings), home, out)
+    return write_results(collect(home, settings), home)
 
 
 def _claim(home: Path, settings: DemoSettings) -> None:
@@ -58,9 +59,7 @@ def _claim(home: Path, settings: DemoSettings) -> None:
             return
         holds = "something else"
         if isinstance(present, dict) and present.get("written_by") == WRITER:
-            holds = (
-                "another demo (of the other size, another Python or another version of Rekindle)"
-            )
+            holds = "another demo (of the other size, or of another version of Python or Rekindle)"
         raise InputError(f"{home} holds {holds}; give another --out, or remove it")
     home.mkdir(parents=True, exist_ok=True)
     (home / DEMO_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -80,7 +79,7 @@ def write_documents(home: Path, settings: DemoSettings, progress: Progress) -> N
 
 
 def write_configs(home: Path, settings: DemoSettings) -> None:
-    """``base.yaml``, ``stage1.yaml`` and ``stage2-<student>.yaml``: what `pipeline` can run by hand."""
+    """``base.yaml``, ``stage1.yaml``, ``stage2-<student>.yaml``: what one can run by hand."""
     for name, config in configs(home, settings).items():
         (home / f"{name}.yaml").write_text(dump_config(config), encoding="utf-8")
 
@@ -158,7 +157,7 @@ def plan_jobs(home: Path, settings: DemoSettings) -> Iterator[Job]:
     )
     experts = [_fine_tuning(home, settings, "expert", task.name) for task in TASKS]
     yield from experts
-    # One after another: each rewrites the cache's manifest. The base model needs no expert to be ready.
+    # One after another: each rewrites the cache's manifest. The base model waits for no expert.
     before: tuple[str, ...] = ("base",)
     for name in (LM, *(task.name for task in TASKS)):
         cost = home / "costs" / f"{name}.json"

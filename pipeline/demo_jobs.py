@@ -1,7 +1,7 @@
-"""Runs the demo's independent jobs side by side, each in a process of its own on one thread. Knows no model.
+"""Runs the demo's jobs side by side, each in a process of its own on one thread. Knows no model.
 
-One thread per job because models this small do not gain from more, and because sums are then formed in the
-same order whatever the number of cores: the demo's scores do not depend on it.
+One thread per job because models this small do not gain from more, and because sums are then formed
+in the same order whatever the number of cores: the demo's scores do not depend on it.
 """
 
 import logging
@@ -37,8 +37,8 @@ Report = Callable[[int], None]  # a job calls it with the number of steps it has
 class Job:
     """``function(*arguments, report)``, in a process of its own; both must be picklable.
 
-    ``output`` is a file that is there exactly when the job is finished. ``after`` names the jobs that must be
-    finished before it starts.
+    ``output`` is a path that is there exactly when the job is finished. ``after`` names the jobs
+    that must be finished before it starts.
     """
 
     name: str
@@ -65,11 +65,11 @@ def warm_up() -> None:
 
 
 def run_jobs(jobs: Sequence[Job], log_file: Path, progress: Progress) -> None:
-    """Run those of ``jobs`` whose output is not there, as many at a time as there are cores (at most 4).
+    """Run those of ``jobs`` whose output is not there, as many at a time as there are cores (or 4).
 
-    Among those that can start, the first in the list does. What they print or log goes to ``log_file``. A
-    RekindleError of a job is raised here, anything else as RuntimeError with the job's traceback; the other
-    jobs are then stopped, as they are on Ctrl-C.
+    Among those that can start, the first in the list does. What they print or log goes to
+    ``log_file``. A RekindleError of a job is raised here, anything else as RuntimeError with the
+    job's traceback; the other jobs are then stopped, as they are on Ctrl-C.
     """
     waiting, running = [job for job in jobs if not job.output.exists()], list[_Running]()
     try:
@@ -110,8 +110,8 @@ def _is_done(one: _Running) -> bool:
     except EOFError:
         one.process.join()
         raise RekindleError(
-            f"{one.job.name}: its process was killed (exit code {one.process.exitcode}; out of memory?). "
-            "What is finished is kept; run the same command again to go on"
+            f"{one.job.name}: its process was killed (exit code {one.process.exitcode}; out of "
+            "memory?). What is finished is kept; run the same command again to go on"
         ) from None
     if isinstance(message, BaseException):
         raise message

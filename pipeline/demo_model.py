@@ -1,4 +1,4 @@
-"""The demo's tiny language model before it is trained: a WordPiece tokenizer and a BERT configuration."""
+"""The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
 
 import shutil
 from collections import Counter
@@ -15,9 +15,10 @@ _RARE = 5  # characters that occur less often are unknown
 def train_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
     """A lower-casing WordPiece tokenizer of at most ``size`` tokens; equal texts give equal ids.
 
-    The trainer of ``tokenizers`` alone does not: it numbers the pieces "##a", "##b", … in the order in which a
-    hash map with a random seed hands out the words, and breaks ties between merges by those numbers. Here these
-    pieces have fixed numbers from the start, as special tokens of a draft whose vocabulary is then taken over.
+    The trainer of ``tokenizers`` alone does not: it numbers the pieces "##a", "##b", … in the order
+    in which a hash map with a random seed hands out the words, and breaks ties between merges by
+    those numbers. Here these pieces have fixed numbers from the start, as special tokens of a draft
+    whose vocabulary is then taken over.
     """
     draft = _blank({})
     counts = Counter(char for text in texts for char in draft.normalizer.normalize_str(text))
@@ -32,8 +33,9 @@ def train_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
     )
     draft.train_from_iterator(texts, trainer)
     tokenizer = _blank(draft.get_vocab())
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    ids = tokenizer.get_vocab()
+    sep, cls = ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
+    tokenizer.post_processor = processors.BertProcessing(sep, cls)
     return tokenizer
 
 
@@ -45,7 +47,7 @@ def _blank(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def write_model(texts: Sequence[str], vocabulary: int, config: dict[str, Any], out: Path) -> None:
-    """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``, no weights) to ``out``.
+    """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``) to ``out``.
 
     ``out`` appears whole or not at all.
     """

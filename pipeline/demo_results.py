@@ -1,4 +1,4 @@
-"""Reads what the demo's jobs have left, and tells it: the printed text, the report page, results.json."""
+"""Reads what the demo's jobs have left, and tells it: the printed text, the page, results.json."""
 
 import json
 import platform
@@ -21,9 +21,10 @@ from rekindle.pipeline.report import (
 )
 
 LEAD = (
-    "Experts are fine-tuned from a small language model, run once over unlabelled text, and teach the same "
-    "model on that text: masked LM together with the experts' cached logits (MoEGP). Fine-tuned again on the "
-    "same labels, is it better than the experts, and than a student that read the same text without them?"
+    "Experts are fine-tuned from a small language model, run once over unlabelled text, and teach "
+    "the same model on that text: masked LM together with the experts' cached logits (MoEGP). "
+    "Fine-tuned again on the same labels, is it better than the experts, and than a student that "
+    "read the same text without them?"
 )
 HEADINGS = {"expert": "expert", WITHOUT: "student without KD", WITH: "student with KD"}
 
@@ -71,7 +72,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _cost(home: Path, run: Run) -> Cost:
-    """Of the teachers that the student with KD has learnt from; the base LM is in the cache to look at."""
+    """Of the teachers that the student learnt from; the base LM is in the cache to look at."""
     measured = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((home / "costs").glob("*.json"))
@@ -92,30 +93,29 @@ def _facts(home: Path, settings: DemoSettings, cache: CacheFacts) -> list[tuple[
     return [
         (
             "text",
-            f"the documentation of Python {platform.python_version()}: {documents:,} documents without "
-            "labels; those of the tasks are others",
+            f"the documentation of Python {platform.python_version()}: {documents:,} documents "
+            "without labels; those of the tasks are others",
         ),
         (
             "model",
-            f"BERT of {layers} layer{'s' if layers > 1 else ''}, hidden size {model['hidden_size']}, "
+            f"BERT, layers: {layers}, hidden size: {model['hidden_size']}, vocabulary: "
             f"{cache.vocabulary:,} tokens; its tokenizer and weights are made here, from nothing",
         ),
         (
             "base",
-            f"{settings.base['steps']:,} steps of {settings.batch_sequences} sequences, masked LM alone",
+            f"{settings.base['steps']:,} steps of {settings.batch_sequences} sequences, masked LM",
         ),
         (
             "students",
-            f"{settings.student['steps']:,} steps more from base, in the same order of the same masks: "
-            "masked LM alone, or masked LM and KL to the experts' logits "
+            f"{settings.student['steps']:,} steps more from base, in the same order of the same "
+            "masks: masked LM alone, or masked LM and KL to the experts' logits "
             f"(weights {', '.join(str(term['weight']) for term in settings.distill)}; "
             f"pairs: {settings.pairs})",
         ),
         (
             "fine-tuning",
             f"{tuning['epochs']} epochs, learning rate {tuning['learning_rate']:g}, "
-            f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}; the experts that teach are the "
-            "best on dev",
+            f"seeds: {settings.seeds}; the experts that teach are the best on dev",
         ),
     ]
 
@@ -130,7 +130,8 @@ def _commands(shown: Path, settings: DemoSettings) -> list[tuple[str, str]]:
         ("The base model", f"pipeline train-student {shown}/base.yaml --out {again}/base"),
         (
             "An expert",
-            f"pipeline finetune {shown}/base {files} --out {again}/part --seeds {settings.seeds} {overrides}",
+            f"pipeline finetune {shown}/base {files} --out {again}/part "
+            f"--seeds {settings.seeds} {overrides}",
         ),
         ("Stage 1: the experts into the cache", f"pipeline cache-teachers {shown}/stage1.yaml"),
         ("What is in it", f"pipeline inspect {shown}/cache"),
@@ -146,12 +147,11 @@ def _commands(shown: Path, settings: DemoSettings) -> list[tuple[str, str]]:
     ]
 
 
-def write_results(report: Report, home: Path, settings: DemoSettings) -> str:
-    """Write ``report.html`` and ``results.json``; returns the text to print, which ends with the paths."""
+def write_results(report: Report, home: Path) -> str:
+    """Write ``report.html`` and ``results.json``; returns the text to print, with the paths."""
     (home / "report.html").write_text(as_html(report), encoding="utf-8")
-    (home / "results.json").write_text(
-        json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8"
-    )
+    results = json.dumps(asdict(report), indent=1) + "\n"
+    (home / "results.json").write_text(results, encoding="utf-8")
     shown = _shown(home)
     paths = [
         ("report", "report.html"),

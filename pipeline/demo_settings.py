@@ -9,7 +9,7 @@ LM = "base-lm"  # the base model as a masked-LM teacher
 WITHOUT, WITH = "without-kd", "with-kd"
 STUDENTS = (WITHOUT, WITH)
 
-# One layer, and weights that start larger than BERT's 0.02: what learns most in a minute on one core.
+# One layer, and weights that start larger than BERT's 0.02: it learns most in a minute on a core.
 _MODEL = {
     "hidden_size": 128,
     "num_hidden_layers": 1,
@@ -19,6 +19,10 @@ _MODEL = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.0,
 }
+_DISTILL = [
+    {"teachers": ["part", "kind"], "weight": 1.0},
+    {"teachers": ["next"], "weight": 1.0},  # a term of its own: it is shown pairs
+]
 
 
 class DemoSettings(Settings):
@@ -31,11 +35,8 @@ class DemoSettings(Settings):
     student: dict[str, Any]  # likewise
     seeds: int  # fine-tunings of each model on each task
     finetune: dict[str, Any]
-    distill: list[dict[str, Any]] = [
-        {"teachers": ["part", "kind"], "weight": 1.0},
-        {"teachers": ["next"], "weight": 1.0},  # a term of its own: it is shown pairs
-    ]
-    model: dict[str, Any] = _MODEL
+    distill: list[dict[str, Any]]
+    model: dict[str, Any]
     sequence_length: int = 48
     batch_sequences: int = 32
     replicas: int = 4
@@ -46,6 +47,8 @@ class DemoSettings(Settings):
 
 FULL = DemoSettings(
     name="full",
+    model=_MODEL,
+    distill=_DISTILL,
     vocabulary=4000,
     sizes=TaskSizes(train=800, dev=240, test=1440),
     base={"steps": 1200, "learning_rate": 2e-3, "evaluate_every": 400},
@@ -55,6 +58,8 @@ FULL = DemoSettings(
 )
 QUICK = DemoSettings(
     name="quick",
+    model=_MODEL,
+    distill=_DISTILL,
     vocabulary=2000,
     sizes=TaskSizes(train=320, dev=80, test=400),
     base={"steps": 240, "learning_rate": 2e-3, "warmup_steps": 50, "evaluate_every": 240},

@@ -32,7 +32,7 @@ def train(config_file: Path, out: Path, report: Report) -> None:
 
 
 def pretrain(config_file: Path, out: Path, report: Report) -> None:
-    """``pipeline cache-teachers``, which without teachers writes the corpus and its masks; then ``train``."""
+    """``pipeline cache-teachers`` without teachers, for corpus and masks; then ``train``."""
     from rekindle.pipeline.cache_teachers import cache_teachers
 
     cache_teachers(load_config(config_file))
@@ -55,7 +55,8 @@ def fine_tune(
 def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report) -> None:
     """``pipeline cache-teachers --teacher NAME``, timed: the seconds go to ``cost_file``.
 
-    An interrupted teacher is begun anew, although the command would go on: half a run has no time to report.
+    An interrupted teacher is begun anew, although the command would go on: half a run has no time
+    to report.
     """
     from rekindle.pipeline.cache_teachers import cache_teachers
 
@@ -74,8 +75,8 @@ def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report)
 def _forward_seconds(config: RunConfig, name: str) -> float:
     """Seconds per sequence of the teacher's forward passes alone, over the first shard.
 
-    That is the least it would cost beside a student: stage 1 sorts its batches by length, which a student's
-    shuffled batches are not.
+    That is the least it would cost beside a student: stage 1 sorts its batches by length, which a
+    student's shuffled batches are not.
     """
     from rekindle.data.corpus import Corpus
     from rekindle.data.store import open_store

@@ -1,7 +1,7 @@
-"""The demo's corpus and its three labelled tasks, cut from Python's own documentation. Knows no model and no cache.
+"""The demo's corpus and its three labelled tasks, cut from Python's documentation. Knows no model.
 
-Every document belongs to exactly one split, by a hash of its id: most to the unlabelled corpus, the others to
-train, dev or test. The labels are what the text says of itself, so nobody had to write them.
+Every document belongs to exactly one split, by a hash of its id: most to the unlabelled corpus, the
+others to train, dev or test. The labels are what is known of a text without anybody writing them.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ def labelled_examples(
 ) -> dict[Split, list[Example]]:
     """The splits of a task, each with equally many examples per label, in an order without meaning.
 
-    First examples of documents are taken before second ones: many documents rather than much of one.
+    First examples of documents are taken before second ones: many documents, not much of one.
     """
     groups: dict[Split, dict[str, list[tuple[int, int, Example]]]] = {s: {} for s in LABELLED}
     for page in pages:

@@ -1,7 +1,7 @@
-"""From finished runs, experts and caches to tables in plain text and one page of HTML. Trains and caches nothing.
+"""From finished runs, experts and caches to tables in plain text and one page of HTML.
 
-It reads what the commands leave in their directories. The page needs no network: no script, font or picture is
-fetched from anywhere.
+It reads what the commands leave in their directories and trains nothing. The page needs no network:
+no script, font or picture is fetched from anywhere.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from rekindle.data.cache import Cache
@@ -28,7 +28,7 @@ _WIDTH = 96  # characters of the printed tables
 
 @dataclass(frozen=True)
 class Run:
-    """One student's training: what it trained on, what it cost, how it did on the held-out documents.
+    """One student's training: how long it was, and how it did on the held-out documents.
 
     ``seconds`` are those of its steps alone, without evaluations and checkpoints.
     """
@@ -95,7 +95,7 @@ class CacheFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: each teacher over the corpus once; those in use live in one run; that run without them.
+    """Seconds: each teacher over the corpus once; those in use live in one run; the run itself.
 
     ``used`` names the teachers that the run learns from: the comparison is about them alone.
     """
@@ -149,8 +149,8 @@ def read_run(directory: Path, name: str | None = None) -> Run:
         lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(
-            f"{directory} is no finished run of `pipeline train-student`: {error.filename} cannot be "
-            f"read ({error.strerror}). Give a run's directory, or finish it with --resume"
+            f"{directory} is no finished run of `pipeline train-student`: {error.filename} cannot "
+            f"be read ({error.strerror}). Give a run's directory, or finish it with --resume"
         ) from None
     records = [json.loads(line) for line in lines]
     steps = [record for record in records if record["kind"] == "train"]
@@ -197,23 +197,18 @@ def _targets(teacher: TeacherReader, vocabulary: int) -> str:
 
 def as_text(report: Report) -> str:
     """The tables and the cost, at most 96 characters wide."""
-    parts: list[RenderableType] = [
-        _score_table(report.tasks),
-        _cache_table(report.cache, report.cost),
-    ]
-    parts += [f"  {label:36}{value}" for label, value in cost_lines(report.cost)]
+    tables = [_score_table(report.tasks), _cache_table(report.cache, report.cost)]
+    costs = [f"  {label:36}{value}" for label, value in cost_lines(report.cost)]
     stream = io.StringIO()
     console = Console(file=stream, width=_WIDTH, color_system=None, highlight=False, markup=False)
-    for part in parts:
+    for part in [*tables, *costs]:
         console.print(part)
     lines = (line.rstrip() for line in stream.getvalue().splitlines())
     return "\n".join(lines).strip("\n")
 
 
 def _score_table(tasks: Sequence[TaskScores]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Test accuracy in %", title_justify="left", title_style=""
-    )
+    table = _table("Test accuracy in %")
     table.add_column("task")
     for name in tasks[0].scores:
         table.add_column(name, justify="right")
@@ -224,6 +219,10 @@ def _score_table(tasks: Sequence[TaskScores]) -> Table:
         table.add_row(task.task, *scores, f"{100 * task.chance:.1f}", f"{task.test_examples:,}")
     table.add_row("mean", *(as_percent(values) for values in mean_scores(tasks).values()), "", "")
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
 
 
 def mean_scores(tasks: Sequence[TaskScores]) -> dict[str, list[float]]:
@@ -242,7 +241,7 @@ def as_percent(values: Sequence[float]) -> str:
 
 def _cache_table(cache: CacheFacts, cost: Cost) -> Table:
     title = f"The cache: {cache.sequences:,} sequences, {cache.tokens:,} tokens"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    table = _table(title)
     table.add_column("teacher")
     table.add_column("kept for each target")
     for name in ("targets", "bytes each", "bytes/token", "seconds"):

@@ -1,4 +1,4 @@
-"""The report's pictures: inline SVG that takes its ink from the page, so that it reads in dark and in light."""
+"""The report's pictures: inline SVG in the page's own ink, for dark and light alike."""
 
 import io
 import re
@@ -18,7 +18,7 @@ _COLOURS = ("#8a8f98", "#d9622b", "#2f7fd1", "#2a9d6f", "#9a5fd0", "#c2a000")
 _SIZE = (
     4.4,
     2.9,
-)  # inches; small, so that the lettering stays readable at the width of a telephone
+)  # inches; small, so that the lettering can be read on a telephone
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rekindle",
@@ -67,7 +67,7 @@ def pictures(report: "Report") -> list[Picture]:
         )
     found.append(
         Picture(
-            "Seconds for so many student runs: all experts once into a cache, or live beside each run.",
+            "Seconds for so many students: the experts once, into a cache, or live beside each.",
             _svg(lambda axes: _cost(axes, report.cost)),
         )
     )
@@ -98,7 +98,8 @@ def _cost(axes: Any, cost: "Cost") -> None:
     axes.plot(
         runs, [cost.with_live_teachers(n) for n in runs], color=_COLOURS[0], label="experts live"
     )
-    axes.plot(runs, [cost.cached(n) for n in runs], color=_COLOURS[1], label="experts cached once")
+    cached = [cost.cached(n) for n in runs]
+    axes.plot(runs, cached, color=_COLOURS[1], label="experts cached once")
     axes.set_xlabel("student runs")
     axes.set_ylabel("seconds")
     axes.set_xlim(0, most)
@@ -117,7 +118,7 @@ def _svg(draw: Callable[[Any], None]) -> Markup:
 
 
 def inline(svg: str) -> str:
-    """An SVG document as an element of a page: no prologue, no metadata, no addresses, the page's ink."""
+    """An SVG document as an element of a page: without prologue, metadata and addresses."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
