@@ -71,7 +71,7 @@ def write_documents(home: Path, settings: DemoSettings, progress: Progress) -> N
 
     with progress.task("documents", unit="documents") as task:
         pages = list(python_docs())
-        write_corpus(pages, settings.sizes, home)
+        write_corpus(pages, settings.sizes, home, settings.documents)
         task.advance(len(pages))
 
 

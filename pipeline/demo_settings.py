@@ -30,6 +30,7 @@ class DemoSettings(Settings):
 
     name: str
     vocabulary: int
+    documents: int | None = None  # of the unlabelled corpus, at most
     sizes: TaskSizes
     base: dict[str, Any]  # of the `train` section
     student: dict[str, Any]  # likewise
@@ -39,7 +40,7 @@ class DemoSettings(Settings):
     model: dict[str, Any]
     sequence_length: int = 48
     batch_sequences: int = 32
-    replicas: int = 4
+    replicas: int
     lm_targets: int = 16  # candidates kept of the masked-LM teacher
     pairs: str = "same-document"
     seed: int = 0
@@ -50,6 +51,7 @@ FULL = DemoSettings(
     model=_MODEL,
     distill=_DISTILL,
     vocabulary=4000,
+    replicas=3,
     sizes=TaskSizes(train=800, dev=240, test=1440),
     base={"steps": 1200, "learning_rate": 2e-3, "evaluate_every": 400},
     student={"steps": 800, "learning_rate": 2e-3, "warmup_steps": 50, "evaluate_every": 80},
@@ -61,9 +63,11 @@ QUICK = DemoSettings(
     model=_MODEL,
     distill=_DISTILL,
     vocabulary=2000,
+    documents=1500,
+    replicas=2,
     sizes=TaskSizes(train=320, dev=80, test=400),
-    base={"steps": 240, "learning_rate": 2e-3, "warmup_steps": 50, "evaluate_every": 240},
-    student={"steps": 120, "learning_rate": 2e-3, "warmup_steps": 20, "evaluate_every": 30},
+    base={"steps": 160, "learning_rate": 2e-3, "warmup_steps": 40, "evaluate_every": 160},
+    student={"steps": 80, "learning_rate": 2e-3, "warmup_steps": 20, "evaluate_every": 20},
     seeds=1,
     finetune={"epochs": 5, "batch_size": 16, "learning_rate": 1e-3},
 )

@@ -6,8 +6,9 @@ others to train, dev or test. The labels are what is known of a text without any
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,7 +27,7 @@ _PAIRS_PER_DOCUMENT = 4  # and as many that are not adjacent
 
 
 class Example(NamedTuple):
-    """One labelled example. ``pair`` is the second sentence of a sentence-pair task."""
+    """One labelled example; ``pair`` is the second text where the task is about two."""
 
     document: str
     text: str
@@ -64,7 +65,7 @@ def split_of(document: str) -> Split:
 
 
 def passages(text: str) -> list[str]:
-    """Consecutive whole sentences of ``text``, joined to passages of 40 to 240 characters.
+    """Consecutive whole sentences of ``text``, joined to passages of 40 to 180 characters.
 
     A sentence that is longer is cut; what remains too short is left out.
     """
@@ -92,14 +93,12 @@ def _kind_examples(page: PythonDoc) -> Iterator[Example]:
 def _next_examples(page: PythonDoc) -> Iterator[Example]:
     """Pairs of sentences of one document: B follows A, or stands elsewhere, before A included."""
     sentences = [page.text[start:stop] for start, stop in split_sentences(page.text)]
-    last = len(sentences) - 1
-    for number in range(min(last, _PAIRS_PER_DOCUMENT)):
-        first = _hash("next", page.id, number) % last
-        a, b = _hash("other", page.id, number) % (last + 1), _hash("than", page.id, number) % last
-        b += b >= a  # any sentence but A
-        yield Example(page.id, sentences[first], sentences[first + 1], "next")
-        if a == last or sentences[b] != sentences[a + 1]:
-            yield Example(page.id, sentences[a], sentences[b], "other")
+    adjacent = list(pairwise(sentences))
+    for number in range(min(len(adjacent), _PAIRS_PER_DOCUMENT)):
+        yield Example(page.id, *adjacent[_hash("next", page.id, number) % len(adjacent)], "next")
+        a, b = (sentences[_hash(side, page.id, number) % len(sentences)] for side in "ab")
+        if a != b and (a, b) not in adjacent:
+            yield Example(page.id, a, b, "other")
 
 
 TASKS = (
@@ -110,20 +109,24 @@ TASKS = (
 
 
 def labelled_examples(
-    task: Task, pages: Iterable[PythonDoc], sizes: TaskSizes
+    task: Task, pages: Sequence[PythonDoc], sizes: TaskSizes
 ) -> dict[Split, list[Example]]:
     """The splits of a task, each with equally many examples per label, in an order without meaning.
 
-    First examples of documents are taken before second ones: many documents, not much of one.
+    First examples of documents are taken before second ones: many documents, not much of one. A
+    text that documents of two splits have in common is in none; in one split it is there once.
     """
-    groups: dict[Split, dict[str, list[tuple[int, int, Example]]]] = {s: {} for s in LABELLED}
+    candidates: dict[tuple[str, str | None], list[tuple[int, int, Example]]] = {}
     for page in pages:
-        split = split_of(page.id)
-        if split == "corpus":
-            continue
         for number, example in enumerate(task.examples(page)):
             key = (number, _hash(task.name, page.id, number), example)
-            groups[split].setdefault(example.label, []).append(key)
+            candidates.setdefault((example.text, example.pair), []).append(key)
+    groups: dict[Split, dict[str, list[tuple[int, int, Example]]]] = {s: {} for s in LABELLED}
+    for same in candidates.values():
+        splits = {split_of(example.document) for _, _, example in same}
+        split = splits.pop()
+        if not splits and split != "corpus":
+            groups[split].setdefault(min(same)[2].label, []).append(min(same))
     return {
         split: _balanced(list(groups[split].values()), getattr(sizes, split)) for split in LABELLED
     }
@@ -135,8 +138,12 @@ def _balanced(groups: list[list[tuple[int, int, Example]]], size: int) -> list[E
     return [example for _, _, example in sorted(chosen, key=lambda key: key[1])]
 
 
-def write_corpus(pages: list[PythonDoc], sizes: TaskSizes, out: Path) -> None:
+def write_corpus(
+    pages: list[PythonDoc], sizes: TaskSizes, out: Path, documents: int | None = None
+) -> None:
     """Write ``tasks/<name>/<split>.jsonl`` for each task, then ``corpus.jsonl``, into ``out``.
+
+    ``documents`` limits the unlabelled corpus to so many, chosen by a hash.
 
     The corpus comes last and whole: where it is, everything is.
     """
@@ -145,8 +152,9 @@ def write_corpus(pages: list[PythonDoc], sizes: TaskSizes, out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for split, examples in labelled_examples(task, pages, sizes).items():
             _write_lines(folder / f"{split}.jsonl", map(_record, examples))
-    unlabelled = (page for page in pages if split_of(page.id) == "corpus")
-    records = ({"id": page.id, "text": page.text, "domain": page.part} for page in unlabelled)
+    unlabelled = [page for page in pages if split_of(page.id) == "corpus"]
+    chosen = {p.id for p in sorted(unlabelled, key=lambda p: _hash("corpus", p.id))[:documents]}
+    records = ({"id": p.id, "text": p.text, "domain": p.part} for p in unlabelled if p.id in chosen)
     _write_lines(out / "corpus.jsonl", records)
 
 

@@ -198,7 +198,7 @@ def _targets(teacher: TeacherReader, vocabulary: int) -> str:
 def as_text(report: Report) -> str:
     """The tables and the cost, at most 96 characters wide."""
     tables = [_score_table(report.tasks), _cache_table(report.cache, report.cost)]
-    costs = [f"  {label:36}{value}" for label, value in cost_lines(report.cost)]
+    costs = [f"  {label:38}{value}" for label, value in cost_lines(report.cost)]
     stream = io.StringIO()
     console = Console(file=stream, width=_WIDTH, color_system=None, highlight=False, markup=False)
     for part in [*tables, *costs]:

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -11,10 +12,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from rekindle.pipeline.report import Cost, Report, Run
+    from rekindle.pipeline.report import Cost, Report, Run, TaskScores
 
 _INK = "#010203"  # stands for the page's own colour of text
-_COLOURS = ("#8a8f98", "#d9622b", "#2f7fd1", "#2a9d6f", "#9a5fd0", "#c2a000")
+_COLOURS = ("#8a8f98", "#2f7fd1", "#d9622b", "#2a9d6f", "#9a5fd0", "#c2a000")
 _SIZE = (
     4.4,
     2.9,
@@ -50,59 +51,68 @@ class Picture:
 
 
 def pictures(report: "Report") -> list[Picture]:
-    """The loss curves, the distance to each expert, the cost."""
-    found = [
-        Picture(
-            "Masked-LM loss on held-out documents, in nats (lower is better).",
-            _svg(lambda axes: _curves(axes, report.runs, ["loss"])),
-        )
-    ]
-    distances = [m for run in report.runs for m in run.metrics if m.startswith(("kl/", "mse/"))]
-    if distances:
-        found.append(
-            Picture(
-                "KL from each expert to the student's head on held-out documents, in nats.",
-                _svg(lambda axes: _curves(axes, report.runs, list(dict.fromkeys(distances)))),
-            )
-        )
-    found.append(
-        Picture(
+    """The scores seed by seed, the loss curves, the distance to each expert, the cost."""
+    drawn: list[tuple[str, Callable[[Any], None]]] = [
+        (
+            "Test accuracy in %: every fine-tuning is a dot, their mean a line.",
+            partial(_scores, tasks=report.tasks),
+        ),
+        (
+            "Masked-LM loss on held-out documents, in nats: lower is better.",
+            partial(_losses, runs=report.runs),
+        ),
+        (
+            "KL from each expert to the student's head for it, on held-out documents, in nats.",
+            partial(_distances, runs=report.runs),
+        ),
+        (
             "Seconds for so many students: the experts once, into a cache, or live beside each.",
-            _svg(lambda axes: _cost(axes, report.cost)),
-        )
-    )
-    return found
+            partial(_cost, cost=report.cost),
+        ),
+    ]
+    return [Picture(caption, _svg(draw)) for caption, draw in drawn]
 
 
-def _curves(axes: Any, runs: "list[Run]", metrics: list[str]) -> None:
-    lines = [(run, metric) for metric in metrics for run in runs if run.curve(metric)]
-    for number, (run, metric) in enumerate(lines):
-        label = run.name if len(metrics) == 1 else metric.partition("/")[2]
-        # A metric alone: a colour per run, the last of which is the one that matters.
-        axes.plot(
-            *zip(*run.curve(metric), strict=True),
-            label=label,
-            color=_COLOURS[number],
-            marker="o",
-            ms=3,
-        )
+def _scores(axes: Any, tasks: "list[TaskScores]") -> None:
+    models = list(tasks[0].scores)
+    for number, model in enumerate(models):
+        for place, task in enumerate(tasks):
+            x = place + 0.25 * (number - (len(models) - 1) / 2)
+            values = [100 * value for value in task.scores[model]]
+            label = model if place == 0 else None
+            axes.plot([x] * len(values), values, "o", ms=5, color=_COLOURS[number], label=label)
+            axes.hlines(sum(values) / len(values), x - 0.1, x + 0.1, color=_COLOURS[number])
+    axes.set_xticks(range(len(tasks)), [task.task for task in tasks])
+    axes.grid(visible=False, axis="x")
+    axes.legend()
+
+
+def _losses(axes: Any, runs: "list[Run]") -> None:
+    for run, colour in zip(runs, _COLOURS[1:], strict=False):  # the first is the experts'
+        steps, values = zip(*run.curve("loss"), strict=True)
+        axes.plot(steps, values, "o-", ms=3, color=colour, label=run.name)
     axes.set_xlabel("steps")
-    if metrics != ["loss"]:
-        axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _distances(axes: Any, runs: "list[Run]") -> None:
+    lines = [(run, name) for run in runs for name in run.metrics if name.startswith("kl/")]
+    for (run, name), colour in zip(lines, _COLOURS[::-1], strict=False):
+        steps, values = zip(*run.curve(name), strict=True)
+        axes.plot(steps, values, "o-", ms=3, color=colour, label=name.removeprefix("kl/"))
+    axes.set_xlabel("steps")
+    axes.set_ylim(bottom=0)
     axes.legend()
 
 
 def _cost(axes: Any, cost: "Cost") -> None:
-    most = max(6, 2 * (cost.pays_after or 0))
-    runs = list(range(most + 1))
-    axes.plot(
-        runs, [cost.with_live_teachers(n) for n in runs], color=_COLOURS[0], label="experts live"
-    )
-    cached = [cost.cached(n) for n in runs]
-    axes.plot(runs, cached, color=_COLOURS[1], label="experts cached once")
+    runs = range(max(6, 2 * (cost.pays_after or 0)) + 1)
+    live, cached = [cost.with_live_teachers(n) for n in runs], [cost.cached(n) for n in runs]
+    axes.plot(runs, live, color=_COLOURS[1], label="experts live")
+    axes.plot(runs, cached, color=_COLOURS[2], label="experts cached once")
     axes.set_xlabel("student runs")
     axes.set_ylabel("seconds")
-    axes.set_xlim(0, most)
+    axes.set_xlim(0, runs[-1])
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
@@ -122,6 +132,5 @@ def inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[^"]*pt"', "", svg)
     return svg.replace(_INK, "currentColor")

@@ -106,8 +106,9 @@ def test_a_finished_cache_needs_no_model_to_be_loaded(tmp_path, configure, stabl
     assert cache_teachers(config).units_done == 0
 
 
-@pytest.mark.parametrize("step", ["run_unit", "write_unit"])
-@pytest.mark.parametrize("number", [0, 4, 7, 14])
+@pytest.mark.parametrize(
+    ("step", "number"), [("run_unit", 0), ("write_unit", 4), ("run_unit", 7), ("write_unit", 14)]
+)
 def test_interrupted_in_any_unit_it_goes_on(
     tmp_path, configure, stable, whole, monkeypatch, step, number
 ):

@@ -635,8 +635,10 @@ def test_other_errors_of_a_model_are_not_taken_for_lack_of_memory(
 # --- models that say NaN --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [(0, np.nan), (0, np.inf), (1, np.nan), (2, np.inf), (2, np.nan), (3, np.nan)],
+)
 def test_logits_that_are_no_numbers_are_refused(
     tmp_path, configure, make_model, wordpiece, number, value
 ):
