@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.demo import configs, plan_jobs, run_demo, write_configs
@@ -67,7 +68,7 @@ def test_the_configurations_are_files_that_both_commands_read(
 
 # --- running jobs ---------------------------------------------------------------------------------
 
-WORK = '''
+WORK = """
 import os, pathlib, time
 from rekindle.data.errors import InputError
 
@@ -95,7 +96,7 @@ def interrupt(parent, report):
     import signal
     os.kill(parent, signal.SIGINT)
     time.sleep(60)
-'''
+"""
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rekindle.data.python_docs import PythonDoc, part_of, python_docs
 from rekindle.data.sentences import split_sentences
 from rekindle.pipeline.demo_tasks import (
