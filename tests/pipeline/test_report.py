@@ -1,4 +1,4 @@
-"""The report: numbers from run directories, tables in text, a page that needs nothing but itself."""
+"""The report: numbers from run directories, tables in text, a page that needs only itself."""
 
 import json
 import re
