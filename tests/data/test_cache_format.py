@@ -292,6 +292,21 @@ def test_rows_read_by_others_are_what_cache_example_gives(cache, tmp_path):
     assert min(checked.values()) > 20
 
 
+def test_an_expert_is_silent_outside_its_domains_and_where_there_is_no_pair(cache):
+    """Null in the file and no target in the reader; never zeros that look like logits."""
+    silent = dict.fromkeys(("expert", "pairs"), 0)
+    for name, first, path in committed_files(cache):
+        if name not in silent:
+            continue
+        for local, row in enumerate(plain(polars.read_ipc(path).to_dicts())):
+            example = cache.example(first + local)
+            (pair,) = example.pairs.values()
+            speaks = example.domain == "even" if name == "expert" else pair is not None
+            assert (row["logits"] is not None) == bool(example.targets[name]) == speaks
+            silent[name] += not speaks
+    assert min(silent.values()) > 5
+
+
 def test_corpus_rows_read_by_others_are_what_cache_example_gives(cache):
     for name, first, path in committed_files(cache):
         if name != "corpus":
