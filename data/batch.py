@@ -4,14 +4,17 @@ B sequences, S positions of the longest, P positions with a target in the whole 
 C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.codec import EncodedTargets, decode_ids, decode_log_probs
-from rekindle.data.errors import InputError
-from rekindle.data.targets import Columns, TeacherInfo
+from rekindle.data.codec import EncodedTargets, decode_log_probs, join_ids
+from rekindle.data.codec_precise import decode_precise
+from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.head import StoredHead, decode_hidden
+from rekindle.data.targets import SAMPLED, SPARSE, Columns, TeacherInfo
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -45,38 +48,80 @@ class TokenTargetBatch:
     rows: Ints  # [P]
     positions: Ints  # [P]
     columns: Columns  # flat [P,…], see data/targets.py
+    head: StoredHead | None = None  # of a teacher whose hidden states are kept
 
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
         """Ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
-        By falling probability; the whole vocabulary of a dense teacher in the order of its ids.
+        By falling probability; the whole vocabulary of a dense teacher in the order of its ids. Of
+        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn.
 
-        Raises InputError when a top-k teacher did not store that temperature, ValueError for a k
-        outside 1..K.
+        Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample;
+        ValueError for a k outside 1..K.
         """
         info = self.info
-        stored = info.k if info.kind == "topk" else info.vocabulary_size
+        stored = info.k if info.kind in (*SPARSE, "random") else info.vocabulary_size
         assert stored is not None
         if k is not None and not 1 <= k <= stored:
             raise ValueError(f"k must lie in 1..{stored}, the number that is cached, got {k}")
-        if info.kind == "dense":
-            return _decode_dense(self.columns["log_probs"], temperature, k)
-        if temperature not in info.temperatures:
-            raise InputError(
-                f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-                f"{temperature}: the mass outside its top {stored} at another one is not known. "
-                "Add it "
-                "to the teacher's targets.temperatures, or train at a stored one"
-            )
-        encoded = self.encoded
-        slot = info.temperatures.index(temperature)
-        log_probs, log_tail = decode_log_probs(encoded, temperature, slot, k)
+        if info.kind in ("dense", "hidden"):
+            return _decode_dense(self._log_probs(), temperature, k)
+        slot = self.slot(temperature, k)
         assert info.vocabulary_size is not None
-        return decode_ids(encoded, info.vocabulary_size)[:, :k], log_probs, log_tail
+        if info.kind == "random":
+            return _decode_drawn(self.columns, stored)
+        ids = join_ids(self.columns["ids"], self.columns.get("ids_high"), info.vocabulary_size)
+        if info.codec == "precise":
+            log_probs, log_tail = decode_precise(self.columns, temperature, slot, k)
+        else:
+            log_probs, log_tail = decode_log_probs(self.encoded, temperature, slot, k)
+        return ids[:, :k], log_probs, log_tail
+
+    def slot(self, temperature: float, k: int | None = None) -> int:
+        """Which of the stored temperatures it is; InputError when it is none of them."""
+        info = self.info
+        if k is not None and k != info.k and info.kind in SAMPLED:
+            raise InputError(
+                f"teacher {info.name!r} keeps a sample of {info.k} ({info.kind}): a part of it "
+                "would be biased. Leave k out, or cache a smaller sample"
+            )
+        if temperature in info.temperatures:
+            return info.temperatures.index(temperature)
+        reason = (
+            f"the mass outside its top {info.k} at another one is not known (or not yet of all "
+            "text: `pipeline cache-teachers` was not finished). Add it to"
+            if info.kind == "topk"
+            else "a sample is of one distribution. Change"
+        )
+        raise InputError(
+            f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
+            f"{temperature}: {reason} the teacher's targets.temperatures, or train at a stored one"
+        )
+
+    def log_normalisers(self, temperature: float) -> Floats:
+        """Log Σ_v p_v^(1/τ) [P] over the whole vocabulary, p being the probabilities at τ = 1.
+
+        With it a log-probability at τ is log p / τ − this. Of top-k and dense teachers.
+        """
+        log_probs = self.decode(1.0)[1]
+        tempered = self.decode(temperature)[1]
+        return (log_probs[:, 0] / np.float32(temperature) - tempered[:, 0]).astype(np.float32)
+
+    def _log_probs(self) -> Floats:
+        if self.info.kind == "dense":
+            return self.columns["log_probs"]
+        assert self.head is not None
+        states = decode_hidden(self.columns["hidden"], self.columns["hidden_scale"])
+        log_probs = self.head.log_probs(states)
+        if np.isnan(log_probs).any():  # finite numbers, but too large ones
+            raise CacheFormatError(
+                f"the hidden states of teacher {self.info.name!r} give no probabilities"
+            )
+        return log_probs
 
     @property
     def encoded(self) -> EncodedTargets:
-        """The codec's columns of a top-k teacher."""
+        """The default codec's columns of a topk or threshold teacher."""
         c = self.columns
         return EncodedTargets(
             c["ids"],
@@ -116,8 +161,8 @@ class Batch:
     """A batch of sequences and their targets."""
 
     index: Ints  # [B] global sequence numbers
-    digests: list[str]
-    domains: list[str | None]
+    digests: Sequence[str | None]  # [B], never None
+    domains: Sequence[str | None]  # [B]
     input_ids: NDArray[np.int32]  # [B,S] clean, padded at the end
     lengths: Ints  # [B]
     masked: MaskedInputs | None
@@ -128,6 +173,16 @@ class Batch:
     def attention_mask(self) -> NDArray[np.bool_]:
         """[B,S], True at real tokens."""
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+
+
+def _decode_drawn(columns: Columns, draws: int) -> tuple[Ints, Floats, Floats]:
+    """Relative frequencies of the drawn ids; nothing is known of the others, and no mass is left
+    for them: in the mean over draws every id has its probability.
+    """
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(columns["counts"].astype(np.float32) / np.float32(draws))
+    tail = np.full(len(log_probs), -np.inf, np.float32)
+    return columns["ids"].astype(np.int64), log_probs, tail
 
 
 def _decode_dense(

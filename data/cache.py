@@ -5,7 +5,6 @@ against the row's digest. Bytes are verified against their checksums the first t
 touched.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -27,18 +26,24 @@ from rekindle.data.batch import (
 )
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus
-from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.cuts import RowLists, RowTexts, Texts, joined, pad_cuts
+from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.example import Example, Target, decode_target
+from rekindle.data.manifest import MANIFEST, read_manifest
 from rekindle.data.order import epoch_batch
-from rekindle.data.settings import parse_settings
+from rekindle.data.seal import seal
+from rekindle.data.selection import (
+    HARD,
+    HardPositions,
+    Score,
+    hard_positions,
+    sequence_scores,
+)
 from rekindle.data.shards import ROWS_PER_BATCH
 from rekindle.data.store import Store, open_store
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.teacher_files import read_parts
 from rekindle.data.teacher_reader import TeacherReader
 from rekindle.data.views import ViewReader
-
-FORMAT_VERSION = 1
-MANIFEST = "cache.json"
 
 
 class Cache:
@@ -65,9 +70,12 @@ class Cache:
 
     def _check_manifest(self) -> None:
         stated = self.manifest.get("corpus") or {}
-        if stated.get("tokenizer", self.tokenizer_digest) != self.tokenizer_digest or (
-            stated.get("fingerprint", self.corpus.fingerprint) != self.corpus.fingerprint
-        ):
+        if not stated:
+            return
+        # The corpus may have grown since the roll-up was written.
+        shards = self.corpus.shards_of(int(stated.get("sequences", -1)))
+        known = shards is not None and self.corpus.fingerprint_of(shards) == stated["fingerprint"]
+        if not known or stated.get("tokenizer") != self.tokenizer_digest:
             raise CacheMismatchError(
                 f"{self.store.location}: {MANIFEST} speaks of another corpus than that in corpus/. "
                 "If shards were copied by hand, copy the whole cache; else delete cache.json's "
@@ -75,7 +83,8 @@ class Cache:
             )
 
     def _teacher(self, name: str) -> TeacherReader:
-        info = read_teacher(self.store, name)
+        infos = read_parts(self.store, name)
+        info = infos[0]
         stated = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
         if stated is not None and stated != info.fingerprints.get("weights"):
             raise CacheMismatchError(
@@ -85,7 +94,7 @@ class Cache:
         view = None
         if info.view.startswith(("masked-", "pairs-")):
             view = self.views.get(info.view) or ViewReader(self.corpus, info.view)
-        return TeacherReader(self.corpus, info, view)
+        return TeacherReader(self.corpus, infos, view)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -158,12 +167,14 @@ class Cache:
         epoch: int = 0,
         masked_view: str | None = None,
         allow_missing: Sequence[str] = (),
+        scalars: bool = True,
     ) -> Batch:
         """The batch of the sequences ``index`` [B], in that order, with those teachers' targets.
 
         A unit that is not committed is CacheMismatchError, unless its teacher is in
         ``allow_missing``: its sequences then have no targets. InputError when a masked teacher saw
-        other masks than ``masked_view``.
+        other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
+        gold_rank and entropy: no loss needs them.
         """
         for name in teachers:
             view = self.teacher(name).info.view
@@ -174,10 +185,16 @@ class Cache:
                 )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
-        records = [self._record(shard, row) for shard, row in where]
-        lengths = np.array([len(r["input_ids"]) for r in records], np.int64)
+        tokens, digests, domains = [], [], []
+        for shard, row in where:
+            number, local = divmod(row, ROWS_PER_BATCH)
+            lists, digest_column, domain_column = self._record_batch(shard, number)
+            tokens.append(lists.cut(local))
+            digests.append((digest_column, local))
+            domains.append((domain_column, local))
+        lengths = np.array([last - first for _, first, last in tokens], np.int64)
         pad_id = self.corpus.info["tokenizer"]["pad_id"]
-        clean = pad([r["input_ids"] for r in records], lengths, pad_id)
+        clean = pad_cuts(tokens, lengths, pad_id)
         masked = None
         if masked_view is not None:
             masked = self._masked_inputs(self.masked_view(masked_view), where, clean, epoch)
@@ -185,37 +202,34 @@ class Cache:
         pairs = {t.view.name: t.view for t in map(self.teacher, teachers) if t.paired and t.view}
         return Batch(
             index=index,
-            digests=[r["digest"] for r in records],
-            domains=[r["domain"] for r in records],
+            digests=RowTexts(digests),
+            domains=RowTexts(domains),
             input_ids=clean,
             lengths=lengths,
             masked=masked,
             pairs={name: self._pair_inputs(pairs[name], where) for name in sorted(pairs)},
             targets={
-                name: self._targets(self.teacher(name), where, replica, name in allow_missing)
+                name: self._targets(
+                    self.teacher(name), where, replica, name in allow_missing, scalars
+                )
                 for name in teachers
             },
         )
 
-    def _record(self, shard: int, row: int) -> dict[str, Any]:
-        index, local = divmod(row, ROWS_PER_BATCH)
-        batch = self.corpus.shard(shard).batch(index)
-        offsets, ids = self._ids(shard, index)
-        return {
-            "digest": batch["digest"][local].as_py(),
-            "domain": batch["domain"][local].as_py(),
-            "input_ids": ids[offsets[local] : offsets[local + 1]],
-        }
+    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, Texts, Texts]:
+        """Tokens, digests and domains of a record batch of the corpus."""
+        found = self._records.get((shard, number))
+        if found is None:
+            batch = self.corpus.shard(shard).batch(number)
+            offsets, ids = list_views(batch["input_ids"], "input_ids")
+            lists = RowLists(offsets, {"input_ids": ids})
+            found = lists, Texts(batch["digest"]), Texts(batch["domain"])
+            self._records[shard, number] = found
+        return found
 
     @cached_property
-    def _id_views(self) -> dict[tuple[int, int], tuple[NDArray, NDArray]]:
+    def _records(self) -> dict[tuple[int, int], tuple[RowLists, Texts, Texts]]:
         return {}
-
-    def _ids(self, shard: int, index: int) -> tuple[NDArray, NDArray]:
-        if (shard, index) not in self._id_views:
-            batch = self.corpus.shard(shard).batch(index)
-            self._id_views[shard, index] = list_views(batch["input_ids"], "input_ids")
-        return self._id_views[shard, index]
 
     def _masked_inputs(
         self, view: ViewReader, where: list[tuple[int, int]], clean: NDArray[np.int32], epoch: int
@@ -254,25 +268,17 @@ class Cache:
         where: list[tuple[int, int]],
         replica: int | None,
         allow_missing: bool = False,
+        scalars: bool = True,
     ) -> TargetBatch:
         if teacher.info.kind == "sequence":
             return self._sequence_targets(teacher, where, allow_missing)
-        names = teacher.column_names()
-        counts = np.zeros(len(where), np.int64)
-        parts = []
-        for number, (shard, row) in enumerate(where):
-            if allow_missing and not teacher.has(shard, replica):
-                continue
-            part, flat = teacher.position_rows(shard, [row], replica)[0]
-            counts[number] = part.stop - part.start
-            parts.append({name: flat[name][part] for name in names})
+        counts, columns = teacher.gather(where, replica, allow_missing, scalars)
         rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
-        parts = parts or [teacher.no_positions()]
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
         positions = columns.pop("positions").astype(np.int64)
         if teacher.info.kind == "token":
             return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
-        return TokenTargetBatch(teacher.info, rows, positions, columns)
+        head = teacher.head if teacher.info.kind == "hidden" else None
+        return TokenTargetBatch(teacher.info, rows, positions, columns, head)
 
     def _sequence_targets(
         self, teacher: TeacherReader, where: list[tuple[int, int]], allow_missing: bool
@@ -290,6 +296,33 @@ class Cache:
                 mc[number] = columns["mc_probs"][0]
         return SequenceTargetBatch(teacher.info, present, logits, mc)
 
+    def scores(
+        self,
+        teacher: str,
+        score: Score = "median_loss",
+        replica: int | None = None,
+        **settings: Any,
+    ) -> NDArray[np.float64]:
+        """A score [N] of every sequence from the teacher's stored scalars: see ``selection.py``."""
+        return sequence_scores(self.corpus, self.teacher(teacher), score, replica, **settings)
+
+    def ranking(
+        self,
+        teacher: str,
+        score: Score = "median_loss",
+        replica: int | None = None,
+        **settings: Any,
+    ) -> Ints:
+        """The sequences by falling score, ties in corpus order; those without a score last."""
+        found = self.scores(teacher, score, replica, **settings)
+        return np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")
+
+    def hard_positions(
+        self, teacher: str, threshold: float = HARD, replica: int | None = None
+    ) -> Iterator[HardPositions]:
+        """Per sequence, the positions whose true token the teacher gives −log p > ``threshold``."""
+        return hard_positions(self.corpus, self.teacher(teacher), threshold, replica)
+
     def example(self, index: int) -> Example:
         """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
         shards, rows = self.corpus.locate(np.array([index]))
@@ -299,7 +332,7 @@ class Cache:
         record = {
             name: batch[name][local].as_py() for name in ("digest", "document", "domain", "text")
         }
-        ids = self._record(shard, row)["input_ids"].copy()
+        ids = joined([self._record_batch(shard, number)[0].cut(local)])["input_ids"]
         pairs = {}
         for name, view in self.views.items():
             if name.startswith("pairs-") and view.has(shard):
@@ -328,36 +361,11 @@ class Cache:
                 yield target
 
 
-def read_manifest(store: Store) -> dict[str, Any]:
-    """``cache.json``, checked for a format version that this code reads."""
-    try:
-        manifest: dict[str, Any] = store.read_json(MANIFEST)
-    except FileNotFoundError:
-        raise CacheFormatError(
-            f"{store.location} is not a Rekindle cache: it has no {MANIFEST}. "
-            "Give the folder that cache.path names, or make one with `pipeline cache-teachers`"
-        ) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{store.location} has cache format {version!r}; this version of Rekindle reads format "
-            f"{FORMAT_VERSION}. Use the version of Rekindle that wrote it, or make the cache again"
-        )
-    return manifest
-
-
-def begin_manifest(store: Store) -> None:
-    """Mark a new cache with its format version (kept when it is there)."""
-    store.create(MANIFEST, json.dumps({"format_version": FORMAT_VERSION}, indent=1).encode())
-    read_manifest(store)
-
-
 def write_manifest(store: Store) -> None:
     """Write the roll-up: everything in it can be rebuilt from the rest of the cache."""
-    store.replace(MANIFEST, json.dumps({"format_version": FORMAT_VERSION}).encode())
+    store.replace(MANIFEST, seal({}))
     cache = Cache(store)
     rolled = {
-        "format_version": FORMAT_VERSION,
         "corpus": {
             "fingerprint": cache.corpus.fingerprint,
             "tokenizer": cache.tokenizer_digest,
@@ -376,24 +384,9 @@ def write_manifest(store: Store) -> None:
             for name, teacher in cache.teachers.items()
         },
     }
-    store.replace(MANIFEST, (json.dumps(rolled, indent=1, sort_keys=True) + "\n").encode())
+    store.replace(MANIFEST, seal(rolled))
 
 
 def _is_begun(store: Store, name: str) -> bool:
     """Whether a teacher's folder holds anything: its first writer may have been killed before."""
     return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))
-
-
-def read_teacher(store: Store, name: str) -> TeacherInfo:
-    """``teacher.json`` of one teacher, validated."""
-    path = f"targets/{name}/teacher.json"
-    try:
-        values = store.read_json(path)
-        info = parse_settings(TeacherInfo, values, path)
-    except FileNotFoundError:
-        raise CacheFormatError(f"{store.location}/{path} is missing") from None
-    except InputError as error:
-        raise CacheFormatError(f"{store.location}: {error}") from None
-    if info.name != name:
-        raise CacheFormatError(f"{store.location}/{path} describes teacher {info.name!r}")
-    return info

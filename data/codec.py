@@ -78,20 +78,25 @@ def encode(
     relative = np.minimum(log_probs[:, :1] - log_probs, RANGE)  # 0 ≤ relative ≤ RANGE
     span = relative[:, -1:]
     scale = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
-    odds = np.clip(np.rint(tail_log_odds.astype(np.float64) * STEP), -NO_TAIL + 1, NO_TAIL - 1)
-    odds = np.where(np.isposinf(tail_log_odds), NO_TAIL, odds)
     planes = high_planes(vocabulary_size)
     return EncodedTargets(
         ids=(ids & 0xFFFF).astype(np.uint16),
-        ids_high=_pack_planes(ids >> 16, planes) if planes else None,
+        ids_high=pack_planes(ids >> 16, planes) if planes else None,
         values=np.rint(relative * scale).astype(np.uint8),
         log_prob_max=fixed_point(-log_probs[:, 0]),
         log_prob_min=fixed_point(-log_probs[:, 0] + span[:, 0]),
-        tail_log_odds=odds.astype(np.int16),
+        tail_log_odds=encode_odds(tail_log_odds),
     )
 
 
-def _pack_planes(high: NDArray[np.int64], planes: int) -> NDArray[np.uint8]:
+def encode_odds(tail_log_odds: Floats) -> NDArray[np.int16]:
+    """log(kept/tail) [P,T] in 1/1024 nat; +inf becomes NO_TAIL."""
+    odds = np.clip(np.rint(tail_log_odds.astype(np.float64) * STEP), -NO_TAIL + 1, NO_TAIL - 1)
+    return np.where(np.isposinf(tail_log_odds), NO_TAIL, odds).astype(np.int16)
+
+
+def pack_planes(high: NDArray[np.int64], planes: int) -> NDArray[np.uint8]:
+    """The column ``ids_high`` from the ids' bits 16 and up [P,K]."""
     bits = [(high >> plane) & 1 for plane in range(planes)]
     return np.packbits(np.concatenate(bits, axis=1).astype(np.uint8), axis=1, bitorder="little")
 
@@ -129,14 +134,15 @@ def decode_log_probs(
     odds = encoded.tail_log_odds[:, slot].astype(np.float32) / np.float32(STEP)
     odds[encoded.tail_log_odds[:, slot] == NO_TAIL] = np.inf
     log_kept, log_tail = -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
-    log_probs = relative - _log_sum_exp(relative)[:, None] + log_kept[:, None]
+    log_probs = relative - log_sum_exp(relative)[:, None] + log_kept[:, None]
     if k is not None and k < log_probs.shape[1]:
-        log_tail = np.logaddexp(log_tail, _log_sum_exp(log_probs[:, k:]))
+        log_tail = np.logaddexp(log_tail, log_sum_exp(log_probs[:, k:]))
         log_probs = log_probs[:, :k]
     return log_probs.astype(np.float32), log_tail.astype(np.float32)
 
 
-def _log_sum_exp(values: NDArray[np.floating]) -> NDArray[np.floating]:
+def log_sum_exp(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Log Σ exp of each row [P]."""
     top = values.max(axis=1)
     out: NDArray[np.floating] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
     return out

@@ -50,7 +50,7 @@ def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDAr
     width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else None
     flat = (values.values if width is not None else values).to_numpy(zero_copy_only=False)
     if width is not None:
-        flat = flat.reshape(-1, width) if width else flat.reshape(len(values), 0)
+        flat = flat[: len(values) * width].reshape(len(values), width)
     if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(flat):
         raise CacheFormatError(f"column {name!r} has list offsets outside its values")
     return offsets, flat

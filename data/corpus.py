@@ -6,41 +6,46 @@ teachers and views.
 """
 
 import hashlib
-import json
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count as count_from
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
-from rekindle.data.columns import list_array, list_type, offsets_of
-from rekindle.data.documents import read_documents, source_files
+from rekindle.data.columns import list_array, list_type, list_views, offsets_of
+from rekindle.data.corpus_stages import (
+    CorpusConfig,
+    Stage,
+    claim_stage,
+    complete_stage,
+    describe_corpus,
+    describe_stage,
+    file_states,
+    info_name,
+    read_stages,
+    tokenizer_facts,
+)
+from rekindle.data.documents import read_documents
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.packing import Position, pack
 from rekindle.data.packing import Sequence as PackedSequence
-from rekindle.data.settings import Settings
+from rekindle.data.seal import REPAIR, read_sealed, seal
 from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet, describe
 from rekindle.data.store import Store
 from rekindle.data.tokenizer import Tokenizer, load_tokenizer
 
-log = logging.getLogger("rekindle")
-
-INFO = "corpus/corpus.json"
-COMPLETE = "corpus/complete.json"
 BUCKETS = 10_000  # documents fall into these by hash; a held-out split is a range of them
-MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
-SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
-SAMPLE_BYTES = 1 << 16
+TOKENIZER = "corpus/tokenizer"
+TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
 
 FIELDS = [
     pa.field("digest", pa.string()),
@@ -55,32 +60,6 @@ FIELDS = [
     pa.field("text", pa.string()),
     pa.field("bucket", pa.uint16()),
 ]
-
-
-class CorpusConfig(Settings):
-    """Where the text comes from and how it becomes sequences."""
-
-    source: tuple[str, ...] = Field(
-        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs"
-    )
-    text_field: str = Field("text", description="the field of a record that holds its text")
-    domain_field: str | None = Field(None, description="the field that names a record's domain")
-    tokenizer: str = Field(description="the student's tokenizer: a directory or a hub id")
-    sequence_length: int = Field(
-        128,
-        ge=8,
-        le=MAX_SEQUENCE_LENGTH,
-        description="tokens per sequence, special tokens included",
-    )
-    packing: Literal["document", "contiguous"] = Field(
-        "document", description="document never crosses a document; contiguous fills every sequence"
-    )
-    limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 def digest_of(sequence: PackedSequence) -> str:
@@ -101,18 +80,16 @@ class Corpus:
     def __init__(self, store: Store):
         self.store = store
         self.shards = ShardSet(store, "corpus")
-        try:
-            self.info: dict[str, Any] = store.read_json(INFO)
-        except FileNotFoundError:
+        self.stages, tokenizer = read_stages(store)
+        if not self.stages:
             raise CacheFormatError(
-                f"{store.location} holds no corpus ({INFO} is missing): it is not a Rekindle "
-                "cache, "
-                "or `pipeline cache-teachers` was never started on it"
-            ) from None
+                f"{store.location} holds no corpus ({info_name(0)} is missing): it is not a "
+                "Rekindle cache, or `pipeline cache-teachers` was never started on it"
+            )
+        self.info: dict[str, Any] = {"config": self.stages[-1].config, "tokenizer": tokenizer}
         committed = self.shards.committed()
-        self._planned = _planned_shards(store)
         missing = first_missing(committed)
-        if missing < max(len(committed), self._planned or 0):
+        if missing < max(len(committed), self.stages[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
                 "have it made again"
@@ -127,30 +104,69 @@ class Corpus:
     @property
     def complete(self) -> bool:
         """Whether the source was read to its end (or to ``limit_sequences``)."""
-        return self._planned is not None
+        return self.stages[-1].shards is not None
 
     @property
     def tokens(self) -> int:
         """Tokens in all sequences, special tokens included."""
-        return sum(c.facts["tokens"] for c in self.commits)
+        return sum(c.count("tokens") for c in self.commits)
 
     @cached_property
     def domains(self) -> dict[str, int]:
         """Sequences per domain."""
-        return dict(sum((Counter(c.facts["domains"]) for c in self.commits), Counter()))
+        found: Counter[str] = Counter()
+        for commit in self.commits:
+            counts = commit.facts.get("domains")
+            if not isinstance(counts, dict) or {type(n) for n in counts.values()} - {int}:
+                raise CacheFormatError(
+                    f"the commit record of {commit.path} does not count its domains. {REPAIR}"
+                )
+            found.update(counts)
+        return dict(found)
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the content: over every shard's sha256."""
-        return hashlib.sha256("".join(c.sha256 for c in self.commits).encode()).hexdigest()
+        return self.fingerprint_of(len(self.commits))
+
+    def fingerprint_of(self, shards: int) -> str:
+        """Identity of the first shards alone: what a corpus that has grown since was."""
+        digests = "".join(commit.sha256 for commit in self.commits[:shards])
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def shard(self, index: int) -> Shard:
         """Corpus shard ``index``, memory-mapped."""
         if index not in self._open:
-            about = {"kind": "corpus", "shard": index}
-            about |= {key: self.info[key] for key in ("config", "tokenizer")}
-            self._open[index] = self.shards.open(self.commits[index], about)
+            stage = [s for s in self.stages if s.first_shard <= index][-1]
+            about = about_shard(index, stage, self.info["tokenizer"])
+            commit = self.commits[index]
+            self._open[index] = self.shards.open(commit, about, FIELDS, self._check_batch)
         return self._open[index]
+
+    def _check_batch(self, batch: pa.RecordBatch) -> None:
+        """CacheFormatError for what no writer of ours would have written."""
+        required = ("digest", "document", "span_start", "span_end", "text", "bucket")
+        lists = {n: list_views(batch[n], n) for n in ("input_ids", "char_starts", "word_starts")}
+        offsets, ids = lists["input_ids"]
+        same = all(np.array_equal(offsets, there) for there, _ in lists.values())
+        ids = ids[offsets[0] : offsets[-1]]
+        size = self.info["tokenizer"]["size"]
+        inside = not len(ids) or (ids.min() >= 0 and ids.max() < size)
+        if any(batch[name].null_count for name in required) or not same or not inside:
+            raise CacheFormatError(
+                f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
+                "columns of different lengths: it was not written by Rekindle"
+            )
+
+    def rows(self, shard: int, first: int, count: int) -> pa.RecordBatch:
+        """``count`` rows of a shard, fewer at its end; they must lie in one record batch."""
+        index, local = divmod(first, ROWS_PER_BATCH)
+        return self.shard(shard).batch(index).slice(local, count)
+
+    def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:
+        """Tokens of each of those rows."""
+        tokens = self.rows(shard, first, count)["input_ids"]
+        return np.diff(tokens.offsets.to_numpy()).astype(np.int64)
 
     def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shard number and row within it of global sequence numbers; IndexError outside."""
@@ -158,6 +174,11 @@ class Corpus:
             raise IndexError(f"sequence numbers lie in 0..{len(self) - 1}")
         shards = np.searchsorted(self._firsts, indices, side="right") - 1
         return shards, indices - self._firsts[shards]
+
+    def shards_of(self, sequences: int) -> int | None:
+        """How many of the first shards have so many sequences, None where no number has."""
+        found = np.flatnonzero(self._firsts == sequences)
+        return int(found[-1]) if len(found) else None
 
     def first(self, shard: int) -> int:
         """The global number of a shard's first row."""
@@ -171,15 +192,15 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the cache."""
+        for error in damaged_tokenizer_files(self.store).values():
+            raise error
         with tempfile.TemporaryDirectory() as folder:
-            for name in self.store.names("corpus/tokenizer"):
-                content = self.store.read_bytes(f"corpus/tokenizer/{name}")
-                (Path(folder) / name).write_bytes(content)
+            for name in self.store.names(TOKENIZER):
+                (Path(folder) / name).write_bytes(self.store.read_bytes(f"{TOKENIZER}/{name}"))
             tokenizer = load_tokenizer(folder)
         if tokenizer.digest != self.info["tokenizer"]["digest"]:
             raise CacheMismatchError(
-                f"{self.store.location}/corpus/tokenizer is not the tokenizer the corpus was made "
-                "with"
+                f"{self.store.location}/{TOKENIZER} is not the tokenizer the corpus was made with"
             )
         return tokenizer
 
@@ -190,40 +211,85 @@ def build_corpus(
     sequences_per_shard: int,
     progress: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> Corpus:
-    """Make the corpus, or what is missing of it: after an interruption, or a shard taken away.
+    """Make the corpus, or what is missing of it: after an interruption, a shard taken away, a
+    larger limit or appended source files.
 
     ``progress(sequences, tokens)`` is called with what each finished shard added. Raises InputError
     for a source without text, CacheMismatchError when the cache holds a corpus of another
     configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    info = _describe(config, tokenizer, sequences_per_shard)
-    planned = _planned_shards(store)
-    _check_claim(store, info)
-    _check_sources(store, config, complete=planned is not None)
+    info = describe_corpus(config, tokenizer, sequences_per_shard)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
-    if planned is not None and first_missing(committed) >= planned:
-        return Corpus(store)
-    count = first_missing(committed)
-    for shard, rows, where in _shards_after(committed, config, tokenizer, sequences_per_shard):
-        count = shard + 1
-        if unit_of(shard) in committed:
+    last = claim_stage(store, info, config, lambda: _grown(store, committed))
+    recorded = read_stages(store)[0]
+    stages = [*recorded[: last.number], last]
+    if committed:  # what a repair took away
+        _describe(store, stages[: max(1, len(recorded))], tokenizer)
+    # A new stage not before it has text: a mistake in the source must not claim the cache.
+    described = False
+    for number, stage in enumerate(stages):
+        count = max(first_missing(committed), stage.first_shard)
+        if stage.shards is not None and count >= stage.shards:
             continue
-        if shard == 0:  # not before there is text: a mistake in the source must not claim the cache
-            _claim(store, info, config)
-            _save_tokenizer(store, tokenizer)
-        facts = _facts(rows, where)
-        schema = describe(FIELDS, {"kind": "corpus", "shard": shard, **info})
-        shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
-        progress(len(rows), facts["tokens"])
-    if not count:
-        raise InputError(
-            f"the corpus is empty: no text in {', '.join(config.source)} (field "
-            f"{config.text_field!r}); give a source with at least one non-blank document"
-        )
-    store.create(COMPLETE, json.dumps({"shards": count}).encode())
+        following = stages[number + 1 :]
+        source = _source(stage, config) if following else config.source
+        work = _Work(tokenizer, stage, stage.ends_at(following), source)
+        for shard, rows, where in _shards_after(committed, work):
+            count = shard + 1
+            if unit_of(shard) in committed:
+                continue
+            if not described:
+                _describe(store, stages, tokenizer)
+                described = True
+            facts = _facts(rows, where)
+            schema = describe(FIELDS, about_shard(shard, stage, info["tokenizer"]))
+            written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
+            committed[unit_of(shard)] = written
+            progress(len(rows), facts["tokens"])
+        if not count and not following:
+            raise InputError(
+                f"the corpus is empty: no text in {', '.join(config.source)} (field "
+                f"{config.text_field!r}); give a source with at least one non-blank document"
+            )
+        if not described:
+            _describe(store, stages, tokenizer)
+            described = True
+        complete_stage(store, stage, count)
     return Corpus(store)
+
+
+def _describe(store: Store, stages: Sequence[Stage], tokenizer: Tokenizer) -> None:
+    """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
+    for stage in stages:
+        describe_stage(store, stage, tokenizer_facts(tokenizer))
+    _save_tokenizer(store, tokenizer)
+
+
+def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
+    """Shards and sequences after which a corpus may grow."""
+    count = first_missing(committed)
+    if count < len(committed):
+        raise CacheMismatchError(
+            f"{store.location}/corpus lacks shard {count}: run `pipeline cache-teachers` with the "
+            "configuration the cache was made with, then with the longer corpus"
+        )
+    return count, sum(commit.rows for commit in committed.values())
+
+
+def about_shard(shard: int, stage: Stage, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a shard of the corpus says of itself."""
+    about = {"kind": "corpus", "shard": shard, "config": stage.config}
+    about |= {"tokenizer": dict(tokenizer)}
+    return about | ({"stage": stage.number} if stage.number else {})
+
+
+def _source(stage: Stage, config: CorpusConfig) -> tuple[str, ...]:
+    """The files of a stage alone: those appended later must not run into its last shard."""
+    if not stage.sources:
+        return config.source
+    return tuple(path for path in file_states(config.source) if path in stage.sources)
 
 
 def first_missing(committed: Mapping[str, Commit]) -> int:
@@ -231,133 +297,71 @@ def first_missing(committed: Mapping[str, Commit]) -> int:
     return next(n for n in count_from(0) if unit_of(n) not in committed)
 
 
-def _planned_shards(store: Store) -> int | None:
-    """How many shards a finished corpus has; None while it is being made."""
+def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
+    """What is wrong with the stored tokenizer's files, by name. Format 1 has no checksums."""
     try:
-        return int(store.read_json(COMPLETE)["shards"])
+        stated = read_sealed(store, TOKENIZER_FILES)
     except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, ValueError):
-        raise CacheFormatError(
-            f"{store.location}/{COMPLETE} is damaged; delete it and run `pipeline cache-teachers`"
-        ) from None
-
-
-def _describe(
-    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
-) -> dict[str, Any]:
-    """What a corpus is made of: everything that decides its bytes, nothing that does not."""
-    values = config.model_dump(mode="json", exclude={"tokenizer"})
-    return {
-        "config": values | {"sequences_per_shard": sequences_per_shard},
-        "tokenizer": {
-            "digest": tokenizer.digest,
-            "size": tokenizer.size,
-            "mask_id": tokenizer.mask_id,
-            "pad_id": tokenizer.pad_id,
-            "eos_id": tokenizer.eos_id,
-            "special_ids": sorted(tokenizer.special_ids),
-        },
-    }
-
-
-def _claim(store: Store, info: dict[str, Any], config: CorpusConfig) -> None:
-    """Record what this cache's corpus is, or insist that it already is the same."""
-    content = info | {"sources": _sources(config)}
-    if not store.create(INFO, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()):
-        _check_claim(store, info)
-
-
-def _check_claim(store: Store, info: dict[str, Any]) -> None:
-    try:
-        present = store.read_json(INFO)
-        old, old_tokenizer, _ = present["config"], present["tokenizer"], present["sources"]
-    except FileNotFoundError:
-        return
-    except (KeyError, TypeError):
-        raise CacheFormatError(
-            f"{store.location}/{INFO} is damaged: it does not say what the corpus is made of. "
-            "Take it from a copy of the cache, or use another cache.path"
-        ) from None
-    if old_tokenizer != info["tokenizer"]:
-        difference = "another tokenizer"
-    else:
-        new = info["config"]
-        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        difference = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in keys)
-    if difference:
-        raise CacheMismatchError(
-            f"{store.location} holds a corpus made differently ({difference}). "
-            "Use another cache.path for this corpus, or the configuration the cache was made with"
-        )
-
-
-def _sources(config: CorpusConfig) -> dict[str, list[Any]]:
-    """Size and a checksum of samples of every source file, by path."""
-    return {f.path: [f.bytes, _sampled(f.path, f.bytes)] for f in source_files(config.source)}
-
-
-def _sampled(path: str, size: int) -> str:
-    state = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        for sample in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-            state.update(file.read(SAMPLE_BYTES))
-    return str(state.hexdigest())
-
-
-def _check_sources(store: Store, config: CorpusConfig, complete: bool) -> None:
-    """A changed source must not be mixed with what was read of it before, nor pass unnoticed."""
-    try:
-        recorded = store.read_json(INFO)["sources"]
-    except FileNotFoundError:
-        return
-    try:
-        present = _sources(config)
-    except InputError:
-        if not complete:
-            raise
-        log.info("the corpus source is no longer there; going on with the corpus in the cache")
-        return
-    changed = sorted(
-        p for p in recorded.keys() | present.keys() if recorded.get(p) != present.get(p)
-    )
-    if changed:
-        raise CacheMismatchError(
-            f"the corpus source has changed since the cache was begun: {', '.join(changed[:3])}. "
-            "Use another cache.path for the new text"
-        )
+        return {}
+    except CacheFormatError as error:
+        return {TOKENIZER_FILES: error}
+    damaged = {}
+    for name, sha256 in stated.items():
+        path = f"{TOKENIZER}/{name}"
+        try:
+            sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
+        except (OSError, CacheFormatError):  # a folder, or a name that is none
+            sound = False
+        if not sound:
+            damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
+    return damaged
 
 
 def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
+    if store.exists(TOKENIZER_FILES) and not damaged_tokenizer_files(store):
+        return
+    files = {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         for file in sorted(f for f in Path(folder).iterdir() if f.is_file()):
-            store.create(f"corpus/tokenizer/{file.name}", file.read_bytes())
+            store.create(f"{TOKENIZER}/{file.name}", file.read_bytes())
+            stored = store.read_bytes(f"{TOKENIZER}/{file.name}")
+            files[file.name] = hashlib.sha256(stored).hexdigest()
+    content = seal(files)
+    if not store.create(TOKENIZER_FILES, content) and store.read_bytes(TOKENIZER_FILES) != content:
+        store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How the shards of one stage are made."""
+
+    tokenizer: Tokenizer
+    stage: Stage
+    ends_at: int | None  # sequences in the corpus at its end
+    source: tuple[str, ...]
 
 
 def _shards_after(
-    committed: Mapping[str, Commit],
-    config: CorpusConfig,
-    tokenizer: Tokenizer,
-    sequences_per_shard: int,
+    committed: Mapping[str, Commit], work: _Work
 ) -> Iterator[tuple[int, list[PackedSequence], Position]]:
     """(shard number, its sequences, where the next begins) from the first missing shard on."""
-    shard = first_missing(committed)
+    shard = max(first_missing(committed), work.stage.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
-    documents = read_documents(config.source, config.text_field, config.domain_field)
+    config = work.stage.config
+    documents = read_documents(work.source, config["text_field"], config["domain_field"])
     sequences = pack(
-        tokenizer.encode_documents(islice(documents, start.document_index, None)),
-        sequence_length=config.sequence_length,
-        packing=config.packing,
-        tokenizer=tokenizer,
+        work.tokenizer.encode_documents(islice(documents, start.document_index, None)),
+        sequence_length=config["sequence_length"],
+        packing=config["packing"],
+        tokenizer=work.tokenizer,
         start=start,
     )
     remaining = None
-    if config.limit_sequences is not None:
-        remaining = config.limit_sequences - sum(committed[unit_of(n)].rows for n in range(shard))
+    if work.ends_at is not None:
+        remaining = work.ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
     limited = islice(sequences, remaining)
-    while taken := list(islice(limited, sequences_per_shard)):
+    while taken := list(islice(limited, config["sequences_per_shard"])):
         yield shard, [sequence for sequence, _ in taken], taken[-1][1]
         shard += 1
 

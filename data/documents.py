@@ -31,7 +31,7 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also .gz, .zst), .parquet, .arrow"
 # owner/name or name, then optionally :config and :split
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
@@ -108,6 +108,11 @@ def source_files(source: Sequence[str]) -> list[SourceFile]:
     return [SourceFile(path, state.st_size, state.st_mtime_ns) for path, state in states]
 
 
+def only_files(source: Sequence[str]) -> bool:
+    """Whether ``source`` is nothing but local files, which can be told apart and added to."""
+    return all(origin.format not in ("hub", PYTHON_DOCS) for origin in _origins(source))
+
+
 # --- from a source to origins ---------------------------------------------------------------------
 
 
@@ -151,7 +156,7 @@ def _no_such_source(entry: str, reason: object = None) -> InputError:
 
 def _format(path: str) -> tuple[str, str | None] | None:
     stem, suffix = os.path.splitext(path.lower())
-    compression = _COMPRESSIONS.get(suffix)
+    compression = COMPRESSIONS.get(suffix)
     if compression:
         suffix = os.path.splitext(stem)[1]
     kind = _SUFFIXES.get(suffix)

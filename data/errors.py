@@ -27,6 +27,10 @@ class CacheFormatError(CacheError):
     """Not a cache, an unknown format version, or bytes that are not what was committed."""
 
 
+class CacheVersionError(CacheFormatError):
+    """A cache of a format version that this code does not read: not damage."""
+
+
 class CacheMismatchError(CacheError):
     """A sound cache that does not belong to this corpus, tokenizer, teacher or student."""
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import SequenceTargetBatch, TargetBatch, TokenLabelBatch
 from rekindle.data.codec import STEP
-from rekindle.data.targets import SequenceTargets, TokenLabelTargets, TokenTargets
+from rekindle.data.targets import SAMPLED, SequenceTargets, TokenLabelTargets, TokenTargets
 
 Target = TokenTargets | SequenceTargets | TokenLabelTargets
 
@@ -39,7 +39,9 @@ def decode_target(
     if isinstance(found, TokenLabelBatch):
         return TokenLabelTargets(found.positions, found.logits)
     info, columns = found.info, found.columns
-    kept, log_probs, log_tail = found.decode()
+    # A sample is of the one temperature it was drawn at; everything else can be read at 1.
+    first = info.temperatures[0] if info.kind in SAMPLED else 1.0
+    kept, log_probs, log_tail = found.decode(first)
     tails = {temperature: found.decode(temperature)[2] for temperature in info.temperatures}
     return TokenTargets(
         replica=replica,
@@ -47,7 +49,7 @@ def decode_target(
         positions=found.positions,
         ids=kept,
         log_probs=log_probs,
-        log_tail=tails | {1.0: log_tail},
+        log_tail=tails | {first: log_tail},
         gold_ids=ids[found.positions + (info.task == "causal_lm")].astype(np.int64),
         gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
         gold_rank=columns["gold_rank"].astype(np.int64),

@@ -3,15 +3,15 @@
 A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
 not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
 is durable; its existence is the only proof that a unit is done. It carries the file's name, size,
-sha256 and an xxh3 checksum per region (each record batch, the first with the schema; the footer),
-and a checksum of itself.
+sha256 and an xxh3 checksum per region (the schema, each record batch, the
+footer), and a checksum of itself.
 """
 
-import builtins
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,80 +19,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import xxhash
 
+from rekindle.data.arrow_sizes import unpacked_bytes
+from rekindle.data.commits import ROWS_PER_BATCH, Commit, Region
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
-from rekindle.data.store import Store, new_attempt, safe_name
+from rekindle.data.seal import REPAIR
+from rekindle.data.store import Store, new_attempt
 
-ROWS_PER_BATCH = 128  # 128 sequences x 512 positions are a few MB: one checksum, one page-in
+MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
 
-
-Region = tuple[int, int, str]  # offset, length, xxh3_64
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What a commit record says of one unit."""
-
-    unit: str
-    path: str  # relative to the set's folder
-    rows: int
-    bytes: int
-    sha256: str
-    regions: tuple[Region, ...]  # covering the whole file
-    facts: dict[str, Any] = field(default_factory=dict)  # what the owner of the set wants to know
-
-    def to_bytes(self) -> builtins.bytes:
-        """The record as JSON, with its own checksum last."""
-        body = {
-            "unit": self.unit,
-            "path": self.path,
-            "rows": self.rows,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "regions": [list(region) for region in self.regions],
-            "facts": self.facts,
-        }
-        return (json.dumps(body | {"record": _self_checksum(body)}, indent=1) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, body: Any, where: str) -> "Commit":
-        """Parse and check a record read from ``where``; CacheFormatError when it is damaged."""
-        try:
-            stated = body.pop("record")
-            if stated != _self_checksum(body):
-                raise ValueError("its checksum does not match")
-            regions = tuple((int(o), int(n), str(x)) for o, n, x in body["regions"])
-            _check_regions(regions, int(body["bytes"]))
-            commit = cls(
-                unit=str(body["unit"]),
-                path=safe_name(body["path"]),
-                rows=int(body["rows"]),
-                bytes=int(body["bytes"]),
-                sha256=str(body["sha256"]),
-                regions=regions,
-                facts=dict(body["facts"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CacheFormatError(
-                f"the commit record {where} is damaged ({error}). "
-                "Delete it to have its shard made again"
-            ) from None
-        return commit
-
-
-def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:
-    """ValueError unless the regions follow each other from the file's first byte to its last."""
-    at = 0
-    for offset, length, _ in regions:
-        if offset != at or length <= 0:
-            raise ValueError("its regions do not follow each other")
-        at += length
-    if at != size or not regions:
-        raise ValueError("its regions do not cover the file")
-
-
-def _self_checksum(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.sha256(canonical).hexdigest()
+MAGIC = b"ARROW1\0\0"  # what the file begins with, before the schema
 
 
 class ShardSet:
@@ -103,11 +38,41 @@ class ShardSet:
         self.folder = folder
 
     def committed(self) -> dict[str, Commit]:
-        """The finished units by name, from one listing of the commit records."""
+        """The finished units by name, from one listing of the commit records.
+
+        Raises CacheFormatError when one of them is damaged.
+        """
+        commits, damaged = self.survey()
+        for error in damaged.values():
+            raise error
+        return commits
+
+    def survey(self) -> tuple[dict[str, Commit], dict[str, CacheFormatError]]:
+        """The finished units by name, and what is wrong with those whose record is damaged."""
         names = [n for n in self.store.names(f"{self.folder}/commits") if n.endswith(".json")]
         contents = self.store.read_many([f"{self.folder}/commits/{name}" for name in names])
-        units = [name.removesuffix(".json") for name in names]
-        return {unit: self._parse(unit, c) for unit, c in zip(units, contents, strict=True)}
+        commits: dict[str, Commit] = {}
+        damaged: dict[str, CacheFormatError] = {}
+        for unit, content in zip((n.removesuffix(".json") for n in names), contents, strict=True):
+            try:
+                commits[unit] = self._parse(unit, content)
+            except CacheFormatError as error:
+                damaged[unit] = error
+        return commits, damaged
+
+    def forget(self, unit: str) -> None:
+        """Take back a unit that is damaged, so that it is made again: first its record."""
+        try:
+            path = self.commit(unit).path
+        except (CacheFormatError, FileNotFoundError):
+            path = None  # `gc` finds what it named
+        self.store.discard(f"{self.folder}/commits/{unit}.json")
+        if path is not None:
+            self.store.discard(f"{self.folder}/{path}")
+
+    def has(self, unit: str) -> bool:
+        """Whether the unit is committed by now."""
+        return self.store.exists(f"{self.folder}/commits/{unit}.json")
 
     def commit(self, unit: str) -> Commit:
         """The record of one finished unit."""
@@ -127,20 +92,30 @@ class ShardSet:
         schema: pa.Schema,
         batches: Iterable[pa.RecordBatch],
         facts: Mapping[str, Any] | None = None,
+        write_options: pa.ipc.IpcWriteOptions | None = None,
+        rows_per_batch: int = ROWS_PER_BATCH,
+        late_facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> Commit:
         """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
 
-        ``facts`` go into the commit record. If another process committed the unit meanwhile, its
-        record is returned and this attempt's data is removed: both were complete.
+        Every batch but the last must have ``rows_per_batch`` rows, a divisor of ROWS_PER_BATCH.
+        Raises InputError when the disk is full or may not be written. ``facts`` go into the commit
+        record, with those of ``late_facts``, which is called when all batches are written. If
+        another process committed the unit meanwhile, its record is returned and this attempt's data
+        is removed: both were complete.
         """
         path = f"data/{unit}-{new_attempt()}.arrow"
         name = f"{self.folder}/{path}"
         try:
-            rows, size, sha256, regions = _write_file(self.store.begin(name), schema, batches)
-            commit = Commit(unit, path, rows, size, sha256, regions, dict(facts or {}))
-            self.store.finish(name)
+            with self.store.writing(name):
+                local = self.store.begin(name)
+                written = _write_file(local, schema, batches, write_options)
+                about = dict(facts or {}) | dict(late_facts())
+                commit = Commit(unit, path, *written, about, rows_per_batch)
+                self.store.finish(name)
         except BaseException:
-            self.store.discard(name)
+            with suppress(OSError):  # of a disk that may not be written: the first error counts
+                self.store.discard(name)
             raise
         # From here on an error must leave the data: whether the record was created is not known.
         if self.store.create(f"{self.folder}/commits/{unit}.json", commit.to_bytes()):
@@ -150,20 +125,31 @@ class ShardSet:
             self.store.discard(name)
         return winner
 
-    def open(self, commit: Commit, about: Mapping[str, Any] | None = None) -> "Shard":
+    def check(self, commit: Commit) -> None:
+        """Hold every byte of a unit against its checksums; CacheFormatError when one differs."""
+        self.open(commit).check()
+
+    def open(
+        self,
+        commit: Commit,
+        about: Mapping[str, Any] | None = None,
+        fields: Sequence[pa.Field] | None = None,
+        hold: Callable[[pa.RecordBatch], None] | None = None,
+    ) -> "Shard":
         """The committed shard, memory-mapped; checksums are verified as its parts are touched.
 
-        Raises CacheMismatchError when the shard does not say of itself what ``about`` says.
+        Raises CacheMismatchError when the shard does not say of itself what ``about`` says,
+        CacheFormatError when its columns are not ``fields``. Every record batch is given to
+        ``hold`` when it is read, to raise when its owner cannot use it.
         """
         name = f"{self.folder}/{commit.path}"
         try:
             path = self.store.local_file(name)
         except FileNotFoundError:
             raise CacheFormatError(
-                f"{self.store.location}/{name} is missing although it was committed. "
-                f"Delete {self.folder}/commits/{commit.unit}.json to have it made again"
+                f"{self.store.location}/{name} is missing although it was committed. {REPAIR}"
             ) from None
-        shard = Shard(path, commit)
+        shard = Shard(path, commit, hold)
         described = shard.metadata
         different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
         if different:
@@ -171,14 +157,17 @@ class ShardSet:
                 f"{path} was not made for {self.folder} as it is now: its {', '.join(different)} "
                 "differ. Shards cannot be exchanged, nor the descriptions beside them edited"
             )
+        if fields is not None and not shard.schema.equals(pa.schema(fields), check_metadata=False):
+            raise CacheFormatError(f"{path} has not the columns that {self.folder} consists of")
         return shard
 
 
 class _HashingFile:
     """A file that hashes what passes through it, as a whole and region by region."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, schema_end: int):
         self._file = file
+        self._schema_end = schema_end
         self.closed = False
         self.position = 0
         self.sha256 = hashlib.sha256()
@@ -187,10 +176,16 @@ class _HashingFile:
         self._region = xxhash.xxh3_64()
 
     def write(self, data: Any) -> int:
+        # Arrow writes the schema together with the first batch; it gets a region of its own.
+        if self.position < self._schema_end < self.position + len(data):
+            cut = self._schema_end - self.position
+            return self.write(data[:cut]) + self.write(data[cut:])
         self._file.write(data)
         self.sha256.update(data)
         self._region.update(data)
         self.position += len(data)
+        if self.position == self._schema_end:
+            self.end_region()
         return len(data)
 
     def end_region(self) -> None:
@@ -205,17 +200,20 @@ class _HashingFile:
 
 
 def _write_file(
-    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    options: pa.ipc.IpcWriteOptions | None,
 ) -> tuple[int, int, str, tuple[Region, ...]]:
     rows = 0
     with open(path, "xb") as raw:
-        file = _HashingFile(raw)
+        file = _HashingFile(raw, len(MAGIC) + schema.serialize().size)
         sink = pa.PythonFile(file, mode="w")
         # Not a `with`: leaving it by an exception would write a footer and make a partial file
         # valid.
-        writer = pa.ipc.new_file(sink, schema)
+        writer = pa.ipc.new_file(sink, schema, options=options)
         for batch in batches:
-            writer.write_batch(batch)  # Arrow writes the schema together with the first one
+            writer.write_batch(batch)
             file.end_region()
             rows += batch.num_rows
         writer.close()
@@ -230,31 +228,32 @@ class Shard:
     The file is mapped, not held open: a process reads thousands of shards at a time.
     """
 
-    def __init__(self, path: Path, commit: Commit):
+    def __init__(
+        self, path: Path, commit: Commit, hold: Callable[[pa.RecordBatch], None] | None = None
+    ):
         self.path = path
         self.commit = commit
+        self._hold = hold
         self._checked: set[int] = set()
         self._batches: dict[int, pa.RecordBatch] = {}
         if path.stat().st_size != commit.bytes:
             raise CacheFormatError(
                 f"{path} has {path.stat().st_size:,} bytes, {commit.bytes:,} were committed: it "
-                "was "
-                "cut short or changed. Run `pipeline verify` on the cache"
+                f"was cut short or changed. {REPAIR}"
             )
         with pa.memory_map(str(path)) as file:
             self._buffer = file.read_buffer()  # the mapping outlives the file's descriptor
         self._bytes = memoryview(self._buffer)
-        self._check(0)  # the schema and the first batch
+        self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
         try:
             self._reader = pa.ipc.open_file(self._buffer)
         except (pa.ArrowException, OSError) as error:
             raise CacheFormatError(f"{path} is not an Arrow IPC file: {error}") from None
-        rows = rows_in_batches(commit.rows)
-        if (
-            self._reader.num_record_batches != len(commit.regions) - 1
-            or len(rows) != self.batch_count
-        ):
+        self._rows = rows_in_batches(commit.rows, commit.rows_per_batch)
+        # In format 1 the schema shared its region with the first batch.
+        self._first_region = len(commit.regions) - 1 - self.batch_count
+        if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
             raise CacheFormatError(f"{path} does not have the record batches that were committed")
 
     @property
@@ -268,7 +267,7 @@ class Shard:
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
         try:
             described: dict[str, Any] = dict(json.loads(raw))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise CacheFormatError(f"{self.path} does not describe itself: not a shard") from None
         return described
 
@@ -278,16 +277,42 @@ class Shard:
         count: int = self._reader.num_record_batches
         return count
 
-    def batch(self, index: int) -> pa.RecordBatch:
-        """Record batch ``index``, verified; rows ``index * ROWS_PER_BATCH`` and on."""
-        if index not in self._batches:
-            self._check(index)
-            self._batches[index] = self._read(index)
-        return self._batches[index]
+    def batch(self, index: int, keep: bool = True) -> pa.RecordBatch:
+        """Record batch ``index``, verified; rows ``index * rows_per_batch`` and on.
+
+        ``keep`` is for batches that are views of the mapped file: compressed ones would fill the
+        memory.
+        """
+        found = self._batches.get(index)
+        if found is None:
+            if index >= self.batch_count:
+                raise CacheFormatError(f"{self.path} has no record batch {index}: it lacks rows")
+            self._check(self._first_region + index)
+            found = self._read(index)
+            if self._hold is not None:
+                self._hold(found)
+            if keep:
+                self._batches[index] = found
+        return found
 
     def _read(self, index: int) -> pa.RecordBatch:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
-        rows = min(ROWS_PER_BATCH, self.commit.rows - index * ROWS_PER_BATCH)
+        start, stop = self._rows[index]
+        rows = stop - start
+        region = self._first_region + index
+        offset, length, _ = self.commit.regions[region]
+        part = self._buffer.slice(offset, length)
+        try:
+            unpacked = unpacked_bytes(part, after_schema=region == 0)
+        except (struct.error, IndexError, ValueError):
+            raise CacheFormatError(
+                f"{self.path}: no record batch {index} where it must be"
+            ) from None
+        if unpacked > MOST_UNPACKED:
+            raise CacheFormatError(
+                f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
+                f"{MOST_UNPACKED:,}: it was not written by Rekindle"
+            )
         try:
             batch = self._reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
@@ -299,9 +324,33 @@ class Shard:
             )
         return batch
 
+    def columns(self, names: list[str]) -> list[pa.RecordBatch]:
+        """Some columns of all record batches, NOT verified: the bytes of the others are not read.
+
+        For callers that hold the columns against a checksum of their own.
+        """
+        included = [self.schema.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=included)
+        try:
+            reader = pa.ipc.open_file(self._buffer, options=options)
+            batches = [reader.get_batch(index) for index in range(self.batch_count)]
+            for batch in batches:
+                batch.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path}: {error}") from None
+        sizes = [stop - start for start, stop in self._rows]
+        if [batch.num_rows for batch in batches] != sizes:
+            raise CacheFormatError(f"{self.path} does not have the rows that were committed")
+        return [batch.select(names) for batch in batches]
+
     def table(self) -> pa.Table:
         """The whole shard, verified."""
         return pa.Table.from_batches([self.batch(i) for i in range(self.batch_count)], self.schema)
+
+    def check(self) -> None:
+        """Hold the whole file against its checksums."""
+        for region in range(len(self.commit.regions)):
+            self._check(region)
 
     def _check(self, region: int) -> None:
         if region in self._checked:
@@ -310,7 +359,7 @@ class Shard:
         if xxhash.xxh3_64_hexdigest(self._bytes[offset : offset + length]) != expected:
             raise CacheFormatError(
                 f"{self.path}: bytes {offset:,}–{offset + length:,} are not what was committed "
-                "(checksum mismatch). `pipeline verify` finds every damaged shard of the cache"
+                f"(checksum mismatch). {REPAIR}"
             )
         self._checked.add(region)
 
@@ -320,6 +369,6 @@ def describe(fields: list[pa.Field], metadata: dict[str, Any]) -> pa.Schema:
     return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
 
 
-def rows_in_batches(rows: int) -> list[tuple[int, int]]:
+def rows_in_batches(rows: int, size: int = ROWS_PER_BATCH) -> list[tuple[int, int]]:
     """The row ranges of a shard's record batches: all full but the last."""
-    return [(s, min(s + ROWS_PER_BATCH, rows)) for s in range(0, rows, ROWS_PER_BATCH)]
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

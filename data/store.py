@@ -6,6 +6,7 @@ commit point.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 from rekindle.data.errors import CacheFormatError, InputError
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+LONGEST_PART, LONGEST_NAME = 240, 900  # bytes; file systems allow 255, S3's keys have 1,024
 REQUESTS = 32  # to an object store at a time
 CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts meet on their way
 
@@ -40,11 +42,18 @@ def open_store(location: str | os.PathLike[str]) -> "Store":
 def safe_name(name: str) -> str:
     """``name`` if it stays inside the store, else CacheFormatError: records come from strangers."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+    outside = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
+    # Lone surrogates and long names are errors of the operating system, each in its own way.
+    sizes = [len(part.encode("utf-8", "replace")) for part in parts]
+    if outside or max(sizes) > LONGEST_PART or sum(sizes) > LONGEST_NAME or _surrogates(name):
         raise CacheFormatError(
             f"the name {name!r} in a cache record leaves the cache's folder; the record is not ours"
         )
     return name
+
+
+def _surrogates(name: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def new_attempt() -> str:
@@ -96,9 +105,41 @@ class Store(ABC):
     def discard(self, name: str) -> None:
         """Remove a data object, finished or not; no error when it is gone."""
 
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Turns a full disk, a lost permission and the like into one message."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.location}/{name}: {error.strerror or error}. Finished shards "
+                "are kept: make room or restore the permission, then run the same command again"
+            ) from error
+
     @abstractmethod
     def local_file(self, name: str) -> Path:
         """A local file holding the object, for a memory map; FileNotFoundError without one."""
+
+    @abstractmethod
+    def state(self, name: str) -> tuple[int, float]:
+        """Bytes and time of the last change (seconds since 1970); FileNotFoundError without one."""
+
+    @contextmanager
+    def working(self) -> Iterator[bool | None]:
+        """While a process writes: whether no other one does; None where that cannot be told."""
+        yield None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of that name."""
+        try:
+            self.state(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def temporary(self, folder: str) -> list[str]:
+        """Names of half-written small objects that a killed process left in ``folder``."""
+        return []
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         """The bytes of several small objects, in that order; FileNotFoundError if one is gone."""
@@ -112,7 +153,7 @@ class Store(ABC):
         """The bytes of the object ``name`` parsed as JSON; CacheFormatError when they are not."""
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CacheFormatError(
                 f"{self.location}/{name} is damaged: it is not valid JSON. "
                 "Run `pipeline verify` on the cache; delete the file to have its part made again"
@@ -144,27 +185,30 @@ class LocalStore(Store):
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._path(name)
-        temporary = self._write_temporary(path, content)
-        try:
-            os.link(temporary, path)  # fails if the name exists: the only race-free create
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            raise InputError(
-                f"the file system of {self.root} has no hard links ({error.strerror}), which make "
-                "commits atomic. Put the cache on a local disk, on NFS or in an object store"
-            ) from None
-        finally:
-            temporary.unlink()
-        _sync_folder(path.parent)
+        with self.writing(name):
+            temporary = self._write_temporary(path, content)
+            try:
+                os.link(temporary, path)  # fails if the name exists: the only race-free create
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                raise InputError(
+                    f"the file system of {self.root} has no hard links ({error.strerror}), which "
+                    "make commits atomic. Put the cache on a local disk, on NFS or in an object "
+                    "store"
+                ) from None
+            finally:
+                temporary.unlink()
+            _sync_folder(path.parent)
         return True
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
         path = self._path(name)
-        os.replace(self._write_temporary(path, content), path)
-        _sync_folder(path.parent)
+        with self.writing(name):
+            os.replace(self._write_temporary(path, content), path)
+            _sync_folder(path.parent)
 
     def _write_temporary(self, path: Path, content: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +239,32 @@ class LocalStore(Store):
 
     def discard(self, name: str) -> None:  # noqa: D102
         self._path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def working(self) -> Iterator[bool | None]:  # noqa: D102
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.root, os.O_RDONLY)
+        try:
+            # A killed process lets go of the lock.
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone: bool | None = True
+        except BlockingIOError:
+            alone = False
+        except OSError:  # not to be had on this file system
+            alone = None
+        try:
+            yield alone
+        finally:
+            os.close(folder)
+
+    def state(self, name: str) -> tuple[int, float]:  # noqa: D102
+        found = self._path(name).stat()
+        return found.st_size, found.st_mtime
+
+    def temporary(self, folder: str) -> list[str]:  # noqa: D102
+        path = self._path(folder) if folder else self.root
+        left = path.glob(".*.tmp") if path.is_dir() else ()
+        return sorted(entry.relative_to(self.root).as_posix() for entry in left)
 
     def local_file(self, name: str) -> Path:  # noqa: D102
         path = self._path(name)
@@ -303,6 +373,14 @@ class ObjectStore(Store):
         self._scratch_file(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError), self._reaching(name, FileNotFoundError) as path:
             self.fs.rm_file(path)
+
+    def state(self, name: str) -> tuple[int, float]:  # noqa: D102
+        with self._reaching(name, FileNotFoundError) as path:
+            self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
+            found = self.fs.info(path)
+        changed = found.get("LastModified") or found.get("mtime") or found.get("updated")
+        seconds = changed.timestamp() if hasattr(changed, "timestamp") else float(changed or 0)
+        return int(found["size"]), seconds
 
     def local_file(self, name: str) -> Path:  # noqa: D102
         path = self._scratch_file(name)

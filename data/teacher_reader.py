@@ -1,6 +1,11 @@
-"""Reads one teacher's targets by corpus shard and row; checks what it reads before it is used."""
+"""Reads one teacher's targets by corpus shard and row; checks what it reads before it is used.
 
-from collections.abc import Iterable
+A teacher's targets lie in one part, or in several: what it was first cached with, and extensions by
+a larger k or further temperatures. A reader shows them as one, by the parts that are finished.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -8,31 +13,78 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.codec import join_ids
+from rekindle.data.codec_compact import from_compact
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
-from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.cuts import RowLists, joined
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.head import StoredHead, read_head
+from rekindle.data.scalars import PositionScalars, decode_scalars, flat_scalars, read_scalars
 from rekindle.data.settings import parse_settings
-from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
+from rekindle.data.shards import Commit, Shard, ShardSet
+from rekindle.data.store import Store
 from rekindle.data.targets import (
-    VOCABULARY_TASKS,
+    SCALARS,
     Columns,
     TeacherInfo,
+    drawn_columns,
+    entry_columns,
     no_positions,
-    position_columns,
     target_schema,
 )
 from rekindle.data.views import ViewReader, check_aligned
 
+FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
+DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of a teacher's shards."""
+
+    info: TeacherInfo
+    shards: ShardSet
+    commits: dict[str, Commit]
+    finished: bool  # whether it once covered all there was
+
+    def covers(self, other: "Part") -> bool:
+        """Whether it has all the units of ``other``, or had before new text came."""
+        return self.finished or other.commits.keys() <= self.commits.keys()
+
 
 class TeacherReader:
-    """One teacher of a cache: ``info`` and its committed units."""
+    """One teacher of a cache: ``info`` and its committed units.
 
-    def __init__(self, corpus: Corpus, info: TeacherInfo, view: ViewReader | None):
-        self.corpus, self.info, self.view = corpus, info, view
-        self.shards = ShardSet(corpus.store, f"targets/{info.name}")
-        self.commits: dict[str, Commit] = self.shards.committed()
-        self._open: dict[str, Shard] = {}
-        self._views: dict[tuple[str, int], tuple[NDArray[np.int32], Columns]] = {}
+    ``infos`` describes its parts, the first of them what it was begun with. The part with the
+    largest k that is finished is read (as far as the first one goes), with all finished tails of
+    its ids.
+    """
+
+    def __init__(self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None):
+        self.corpus, self.view = corpus, view
+        self.parts = [_part(corpus.store, info) for info in infos]
+        base = self.parts[0]
+        larger = [p for p in self.parts if p.info.kind == "topk" and p.covers(base)]
+        self.main = max([base, *larger], key=lambda p: p.info.k or 0)
+        self.tails = [
+            p
+            for p in self.parts
+            if p.info.kind == "tails" and p.info.extends == self.main.info.part
+            if p.covers(self.main)
+        ]
+        temperatures = self.main.info.temperatures
+        for part in self.tails:
+            temperatures += part.info.temperatures
+        self.info = self.main.info.model_copy(update={"temperatures": temperatures})
+        # Units whose tails are still to come are not there yet.
+        tails = [part.commits.keys() for part in self.tails]
+        self.commits = {
+            unit: commit
+            for unit, commit in self.main.commits.items()
+            if all(unit in there for there in tails)
+        }
+        self._open: dict[tuple[str, str], Shard] = {}
+        self._views: dict[tuple[int, int, int | None], RowLists] = {}
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -44,6 +96,16 @@ class TeacherReader:
     def fingerprint(self) -> str:
         """The digest of the teacher's weights."""
         return self.info.fingerprints.get("weights") or ""
+
+    @property
+    def shards(self) -> ShardSet:
+        """Its files: of the part with the candidates."""
+        return self.main.shards
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are: of the part with the candidates."""
+        return self.info.folder
 
     @property
     def masked(self) -> bool:
@@ -62,13 +124,19 @@ class TeacherReader:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all committed shards."""
-        return sum(commit.bytes for commit in self.commits.values())
+        """Bytes of all committed shards, of every part."""
+        return sum(commit.bytes for part in self.parts for commit in part.commits.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
+        used = [self.main, *self.tails]
+        return sum(commit.bytes for part in used for commit in part.commits.values())
 
     @property
     def positions(self) -> int:
         """Positions (or, for sequence teachers, sequences) that have a target."""
-        return sum(commit.facts["positions"] for commit in self.commits.values())
+        return sum(commit.count("positions") for commit in self.commits.values())
 
     @property
     def coverage(self) -> float:
@@ -86,60 +154,173 @@ class TeacherReader:
         """For each row: the slice of its positions in the flat columns of its record batch."""
         out = []
         for row in rows:
-            index, local = divmod(int(row), ROWS_PER_BATCH)
-            offsets, columns = self._batch_columns(shard, index, replica)
+            index, local = divmod(int(row), self.info.rows_per_batch)
+            offsets, columns = self.batch_columns(shard, index, replica)
             out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
         return out
 
     def sequence_rows(self, shard: int, rows: Iterable[int]) -> tuple[NDArray[np.bool_], Columns]:
         """Presence [R] and the fixed-width columns [R,C] of the rows (zeros where absent)."""
-        wanted = [divmod(int(row), ROWS_PER_BATCH) for row in rows]
-        parts = [self._batch_columns(shard, index, None)[1] for index, _ in wanted]
+        wanted = [divmod(int(row), self.info.rows_per_batch) for row in rows]
+        if not wanted:
+            return np.zeros(0, bool), {}
+        parts = [self.batch_columns(shard, index, None)[1] for index, _ in wanted]
         columns = {
             name: np.stack([p[name][local] for p, (_, local) in zip(parts, wanted, strict=True)])
             for name in parts[0]
         }
         return columns.pop("present"), columns
 
-    def _batch_columns(
+    def batch_columns(
         self, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
-        unit = unit_of(shard, replica if self.masked else None)
-        if (unit, index) not in self._views:
-            batch = self._shard(unit, shard, replica).batch(index)
-            what = f"targets/{self.info.name}/{unit}"
-            check_aligned(batch, self.corpus, shard, index, what)
-            if self.info.kind == "sequence":
-                self._views[unit, index] = (np.zeros(0, np.int32), _sequence_columns(batch))
-            else:
-                offsets, columns = _flat_columns(batch)
-                self._validate(offsets, columns, shard, index, what)
-                self._views[unit, index] = (offsets, columns)
-        return self._views[unit, index]
+        """List offsets [R+1] and the flat columns, as they are used, of one record batch.
 
-    def _shard(self, unit: str, shard_number: int, replica: int | None) -> Shard:
-        if unit not in self._open:
-            if unit not in self.commits:
+        Checked when first touched: checksums, alignment with the corpus, ranges.
+        """
+        lists = self._row_lists(shard, index, replica)
+        return lists.offsets, lists.columns
+
+    def gather(
+        self,
+        where: Sequence[tuple[int, int]],
+        replica: int | None,
+        allow_missing: bool = False,
+        scalars: bool = True,
+    ) -> tuple[NDArray[np.int64], Columns]:
+        """How many positions each row (shard, row of it) has [B], and the columns of them all.
+
+        One row after another, copied; the scalars, which no loss needs, if they are asked for. A
+        row whose unit is not committed has no positions when that is allowed, else it is
+        CacheMismatchError.
+        """
+        size = self.info.rows_per_batch
+        counts = np.zeros(len(where), np.int64)
+        cuts = []
+        for number, (shard, row) in enumerate(where):
+            if allow_missing and not self.has(shard, replica):
+                continue
+            index, local = divmod(row, size)
+            cut = self._row_lists(shard, index, replica).cut(local)
+            counts[number] = cut[2] - cut[1]
+            cuts.append(cut)
+        if not cuts:
+            return counts, self.no_positions()
+        return counts, joined(cuts, () if scalars else SCALARS[1:])
+
+    def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
+        found = self._views.get((shard, index, replica))
+        if found is None:
+            if self._decoded and len(self._views) >= DECODED_BATCHES:
+                del self._views[next(iter(self._views))]
+            unit = unit_of(shard, replica if self.masked else None)
+            found = RowLists(*self._read_columns(unit, shard, index, replica))
+            self._views[shard, index, replica] = found
+        return found
+
+    @property
+    def _decoded(self) -> bool:
+        """Whether columns are copied when they are read, not views of the file."""
+        return self.info.codec == "compact" or self.info.kind in ("random", "sequence")
+
+    def _read_columns(
+        self, unit: str, shard: int, index: int, replica: int | None
+    ) -> tuple[NDArray[np.int32], Columns]:
+        what = f"{self.main.info.folder}/{unit}"
+        batch = self._batch(self.main, unit, shard, index, replica)
+        if self.info.kind == "sequence":
+            return np.zeros(0, np.int32), _sequence_columns(batch)
+        offsets, columns = _flat_columns(batch, self.main.info)
+        odds = [columns["tail_log_odds"]] if self.tails else []
+        for part in self.tails:
+            there, more = _flat_columns(self._batch(part, unit, shard, index, replica), part.info)
+            same = np.array_equal(there, offsets)
+            if not same or not np.array_equal(more["positions"], columns["positions"]):
+                raise CacheMismatchError(
+                    f"{part.info.folder}/{unit}: record batch {index} has other positions than "
+                    f"{what}, which it extends"
+                )
+            odds.append(more["tail_log_odds"])
+        if odds:
+            columns["tail_log_odds"] = np.concatenate(odds, axis=1)
+        self._validate(offsets, columns, shard, index, what)
+        return offsets, columns
+
+    def _batch(
+        self, part: Part, unit: str, shard: int, index: int, replica: int | None
+    ) -> pa.RecordBatch:
+        keep = part.info.codec != "compact"
+        batch = self._shard(part, unit, shard, replica).batch(index, keep)
+        what = f"{part.info.folder}/{unit}"
+        check_aligned(batch, self.corpus, shard, index, what, part.info.rows_per_batch)
+        if part.info.kind != "sequence":  # before columns of any size are decoded
+            counts = np.diff(list_views(batch["positions" if keep else "ids_class"], what)[0])
+            tokens = self.corpus.lengths(shard, index * part.info.rows_per_batch, len(batch))
+            if (counts > tokens).any():
+                raise CacheFormatError(
+                    f"{what}: record batch {index} has positions outside its sequences"
+                )
+        return batch
+
+    def shard_of(self, shard: int, replica: int | None) -> Shard:
+        """The unit's own file, its description checked."""
+        unit = unit_of(shard, replica if self.masked else None)
+        return self._shard(self.main, unit, shard, replica)
+
+    def _shard(self, part: Part, unit: str, shard_number: int, replica: int | None) -> Shard:
+        key = (part.info.part, unit)
+        if key not in self._open:
+            if unit not in part.commits:
                 raise CacheMismatchError(
                     f"teacher {self.info.name!r} has no targets for unit {unit}: the cache is "
                     "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
                 )
             replica = replica if self.masked else None
             about = {"kind": "targets", "shard": shard_number, "replica": replica}
-            shard = self.shards.open(self.commits[unit], about)
-            expected = target_schema(self.info, {})
+            shard = part.shards.open(part.commits[unit], about)
+            if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
+                raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
+            expected = target_schema(part.info, {})
             if not shard.schema.equals(expected, check_metadata=False):
                 raise CacheFormatError(
                     f"{shard.path} does not have the columns that teacher.json announces"
                 )
             stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), str(shard.path))
-            if stated.identity() != self.info.identity():
+            if stated.identity() != part.info.identity():
                 raise CacheMismatchError(
                     f"{shard.path} was made by another teacher than teacher.json describes: "
                     "targets were exchanged, or the description was edited"
                 )
-            self._open[unit] = shard
-        return self._open[unit]
+            self._open[key] = shard
+        return self._open[key]
+
+    def scalars(self, shard: int, replica: int | None) -> list[PositionScalars]:
+        """The scalars of a unit, a record batch each; the targets beside them are not read."""
+        if not self.is_vocabulary:
+            raise InputError(
+                f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
+                "scores and hard positions need a masked_lm or causal_lm teacher"
+            )
+        file = self.shard_of(shard, replica)
+        if self.info.codec == "compact":
+            count = range(file.batch_count)
+            return [decode_scalars(*self.batch_columns(shard, i, replica)) for i in count]
+        found = []
+        for index, batch in enumerate(read_scalars(file)):
+            what = f"{self.main.info.folder}/{unit_of(shard, replica if self.masked else None)}"
+            check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
+            found.append(decode_scalars(*flat_scalars(batch)))
+        return found
+
+    @cached_property
+    def head(self) -> StoredHead:
+        """The output matrix of a teacher whose hidden states are kept."""
+        head = read_head(self.corpus.store, self.info.folder)
+        if head.weight.shape != (self.info.vocabulary_size, self.info.hidden_size):
+            raise CacheFormatError(
+                f"{self.info.folder}/head.safetensors has another shape than teacher.json announces"
+            )
+        return head
 
     def _validate(
         self,
@@ -151,10 +332,10 @@ class TeacherReader:
     ) -> None:
         """Positions ascend within their sequence; ids lie within the vocabulary."""
         positions = columns["positions"].astype(np.int64)
-        tokens = list_views(self.corpus.shard(shard).batch(index)["input_ids"], "input_ids")[0]
-        # A causal target is the distribution of the next token: the last one has none.
-        lengths = np.diff(tokens) - (self.info.task == "causal_lm")
         counts = np.diff(offsets)
+        tokens = self.corpus.lengths(shard, index * self.info.rows_per_batch, len(counts))
+        # A causal target is the distribution of the next token: the last one has none.
+        lengths = tokens - (self.info.task == "causal_lm")
         limit = np.repeat(lengths, counts)
         within = positions[offsets[0] : offsets[-1]]
         row = np.repeat(np.arange(len(counts)), counts)
@@ -163,45 +344,75 @@ class TeacherReader:
             raise CacheFormatError(
                 f"{what}: record batch {index} has positions outside its sequences"
             )
-        if "ids" in columns:
-            size = self.info.vocabulary_size or 0
-            ids = join_ids(columns["ids"], columns.get("ids_high"), size)
-            if ids.max(initial=0) >= size:
-                raise CacheFormatError(
-                    f"{what}: record batch {index} has ids outside the vocabulary"
-                )
-            if (columns["log_prob_min"] < columns["log_prob_max"]).any():
-                raise CacheFormatError(f"{what}: record batch {index} has rising probabilities")
-        for name in ("log_probs", "logits"):
-            if name in columns and np.isnan(columns[name]).any():
-                raise CacheFormatError(f"{what}: record batch {index} has NaN in {name!r}")
+        for problem in _wrong_values(columns, self.info):
+            raise CacheFormatError(f"{what}: record batch {index} has {problem}")
 
     @property
     def is_vocabulary(self) -> bool:
         """Whether the targets are distributions over the vocabulary."""
-        return self.info.task in VOCABULARY_TASKS
+        return self.info.is_vocabulary
 
     def column_names(self) -> list[str]:
-        """The per-position columns."""
-        return list(position_columns(self.info))
+        """The per-position columns, as they are used."""
+        return list(self.no_positions())
 
     def no_positions(self) -> Columns:
         """The per-position columns with no position in them."""
         return no_positions(self.info)
 
 
-def _flat_columns(batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+def _part(store: Store, info: TeacherInfo) -> Part:
+    shards = ShardSet(store, info.folder)
+    finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
+    return Part(info, shards, shards.committed(), finished)
+
+
+def _wrong_values(columns: Columns, info: TeacherInfo) -> Iterator[str]:
+    """What no writer of ours would have written."""
+    size = info.vocabulary_size or 0
+    if info.kind == "random":
+        ids, counts = columns["ids"], columns["counts"].astype(np.int64)
+        if ids.max(initial=0) >= size:
+            yield "ids outside the vocabulary"
+        if (counts.sum(axis=1) != info.k).any() or (counts.min(initial=1) < 0):
+            yield f"positions whose counts are not {info.k} draws"
+    elif "ids" in columns:
+        ids = join_ids(columns["ids"], columns.get("ids_high"), size)
+        if ids.max(initial=0) >= size:
+            yield "ids outside the vocabulary"
+        if "log_prob_min" in columns and (columns["log_prob_min"] < columns["log_prob_max"]).any():
+            yield "rising probabilities"
+    for name in ("logits", "hidden_scale"):
+        if name in columns and not np.isfinite(columns[name]).all():
+            yield f"NaN or infinity in {name!r}"
+    if "log_probs" in columns:  # −inf is a probability of zero, but not all of a row can be
+        best = columns["log_probs"].max(axis=1, initial=-np.inf)
+        if not ((best > -np.inf) & (best < 1e-3)).all():  # also for a row with NaN
+            yield "log-probabilities that are none"
+
+
+def _flat_columns(batch: pa.RecordBatch, info: TeacherInfo) -> tuple[NDArray[np.int32], Columns]:
     columns: Columns = {}
-    reference: NDArray[np.int32] | None = None
+    entries = entry_columns(info)
+    reference: dict[bool, NDArray[np.int32]] = {}
     for name in batch.schema.names[1:]:
         offsets, flat = list_views(batch[name], name)
-        if reference is None:
-            reference = offsets
-        elif not np.array_equal(offsets, reference):
-            raise CacheFormatError(f"column {name!r} has other list lengths than 'positions'")
-        columns[name] = flat
-    assert reference is not None
-    return reference, columns
+        expected = reference.setdefault(name in entries, offsets)
+        if not np.array_equal(offsets, expected):
+            raise CacheFormatError(f"column {name!r} has other list lengths than the others")
+        columns[name] = flat[offsets[0] : offsets[-1]]
+    offsets = reference[False] - reference[False][0]
+    if entries:
+        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        drawn = np.bincount(rows, columns["distinct"], minlength=len(offsets) - 1)
+        if not np.array_equal(drawn, np.diff(reference[True])) or (
+            columns["distinct"].max(initial=0) > (info.k or 0)
+        ):
+            raise CacheFormatError("the drawn ids are not as many as their positions say")
+        return offsets, drawn_columns(columns, info.k or 0)
+    if info.codec == "compact":
+        columns = from_compact(columns, info.vocabulary_size or 0)
+    return offsets, columns
 
 
 def _sequence_columns(batch: pa.RecordBatch) -> Columns:
@@ -213,6 +424,6 @@ def _sequence_columns(batch: pa.RecordBatch) -> Columns:
         start = array.offset * array.type.list_size
         values = flat[start : start + len(array) * array.type.list_size]
         columns[name] = np.where(present[:, None], values.reshape(len(array), -1), 0)
-        if np.isnan(columns[name]).any():
-            raise CacheFormatError(f"column {name!r} has NaN")
+        if not np.isfinite(columns[name]).all() or array.null_count != batch["logits"].null_count:
+            raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
     return columns

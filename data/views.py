@@ -21,8 +21,16 @@ from rekindle.data.columns import list_array, list_type, list_views, offsets_of
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.masking import MaskConfig, MaskingVocabulary, generator, mask_sequence
+from rekindle.data.seal import seal
 from rekindle.data.sentences import split_sentences
-from rekindle.data.shards import Commit, Shard, ShardSet, describe, rows_in_batches
+from rekindle.data.shards import (
+    ROWS_PER_BATCH,
+    Commit,
+    Shard,
+    ShardSet,
+    describe,
+    rows_in_batches,
+)
 
 PairKind = Literal["adjacent", "same-document", "random"]
 ALGORITHM = 1  # raise it when masks or pairs would come out differently
@@ -61,7 +69,7 @@ class MaskedView:
 
     def build(self) -> None:
         """Write what is missing of every replica of every corpus shard."""
-        content = json.dumps(self.identity | {"replicas": self.replicas}, indent=1).encode()
+        content = seal(self.identity | {"replicas": self.replicas})
         self.corpus.store.create(f"views/{self.name}/view.json", content)
         done = self.shards.committed()
         for shard in range(len(self.corpus.commits)):
@@ -135,8 +143,7 @@ class PairView:
 
     def build(self) -> None:
         """Write what is missing."""
-        content = json.dumps(self.identity, indent=1).encode()
-        self.corpus.store.create(f"views/{self.name}/view.json", content)
+        self.corpus.store.create(f"views/{self.name}/view.json", seal(self.identity))
         done = self.shards.committed()
         for shard in range(len(self.corpus.commits)):
             if unit_of(shard) not in done:
@@ -249,10 +256,17 @@ class ViewReader:
         self._batches: dict[tuple[str, int], pa.RecordBatch] = {}
         self._lists: dict[tuple[str, int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
+    @property
+    def folder(self) -> str:
+        """Where its shards are."""
+        return self.shards.folder
+
     @cached_property
     def replicas(self) -> int:
         """How many replicas every corpus shard has."""
-        shards = range(len(self.corpus.commits))
+        # Text that was added a moment ago may have no masks yet; the rest of it has.
+        every = range(len(self.corpus.commits))
+        shards = [shard for shard in every if unit_of(shard, 0) in self.commits]
         count = 0
         while shards and all(unit_of(shard, count) in self.commits for shard in shards):
             count += 1
@@ -268,6 +282,7 @@ class ViewReader:
         if (unit, index) not in self._batches:
             batch = self._shard(unit, shard, replica).batch(index)
             check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
+            self._check_rows(batch, shard, index)
             self._batches[unit, index] = batch
         return self._batches[unit, index]
 
@@ -288,13 +303,49 @@ class ViewReader:
                 )
             about = {"kind": "view", "view": self.name, "shard": shard}
             about |= {} if replica is None else {"replica": replica}
-            self._open[unit] = self.shards.open(self.commits[unit], about)
+            fields = MaskedView.FIELDS if self._masked else PairView.FIELDS
+            self._open[unit] = self.shards.open(self.commits[unit], about, fields)
         return self._open[unit]
 
+    @property
+    def _masked(self) -> bool:
+        return self.name.startswith("masked-")
 
-def check_aligned(batch: pa.RecordBatch, corpus: Corpus, shard: int, index: int, what: str) -> None:
+    def _check_rows(self, batch: pa.RecordBatch, shard: int, index: int) -> None:
+        """CacheFormatError for what no writer of ours would have written."""
+        beside = "positions" if self._masked else "token_types"
+        offsets, ids = list_views(batch["input_ids"], "input_ids")
+        others, flat = list_views(batch[beside], beside)
+        ids = ids[offsets[0] : offsets[-1]]
+        size = self.corpus.info["tokenizer"]["size"]
+        sound = np.array_equal(offsets, others) and bool(((ids >= 0) & (ids < size)).all())
+        if sound and self._masked:
+            counts = np.diff(offsets)
+            limit = np.repeat(
+                self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch)), counts
+            )
+            row, at = np.repeat(np.arange(len(counts)), counts), flat[offsets[0] : offsets[-1]]
+            ascending = (np.diff(at.astype(np.int64)) > 0) | (np.diff(row) > 0)
+            sound = bool((at < limit).all() and ascending.all())
+        elif sound:
+            sound = batch["text_a"].is_null().equals(batch["text_b"].is_null())
+        if not sound:
+            raise CacheFormatError(
+                f"views/{self.name}: record batch {index} of shard {shard} has ids outside the "
+                "vocabulary, positions outside its sequences or columns that do not agree"
+            )
+
+
+def check_aligned(
+    batch: pa.RecordBatch,
+    corpus: Corpus,
+    shard: int,
+    index: int,
+    what: str,
+    rows_per_batch: int = ROWS_PER_BATCH,
+) -> None:
     """Raise CacheMismatchError unless the batch's digests are the corpus's, row by row."""
-    expected = corpus.shard(shard).batch(index)["digest"]
+    expected = corpus.rows(shard, index * rows_per_batch, rows_per_batch)["digest"]
     if batch["digest"].equals(expected):
         return
     theirs, ours = batch["digest"].to_pylist(), expected.to_pylist()

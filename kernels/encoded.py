@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 STEP = 1024.0  # fixed point: units a nat
+PRECISE_STEP = 2048.0  # of 16-bit values
 NO_TAIL = 32767  # of tail_log_odds: nothing lies outside the ids
 
 
@@ -55,20 +56,40 @@ def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor,
     odds = torch.where(stored == NO_TAIL, torch.inf, stored.float() / STEP)
     probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
     tail = torch.sigmoid(-odds)
-    ids, kept = _ids(targets), targets.kept
+    ids, kept = _ids(targets.ids, targets.ids_high, targets.planes), targets.kept
     if kept < ids.shape[1]:
         tail = tail + probs[:, kept:].sum(1)
         ids, probs = ids[:, :kept], probs[:, :kept]
     return ids, probs, tail
 
 
-def _ids(targets: EncodedTargets) -> Tensor:
-    ids = targets.ids.to(torch.int64)
-    if targets.ids_high is None:
+def decode_precise(
+    ids: Tensor,
+    values: Tensor,
+    tail_log_odds: Tensor,
+    *,
+    temperature: float,
+    ids_high: Tensor | None = None,
+    planes: int = 0,
+    k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `decode`, of 16-bit values: −values/2048 is the log-probability up to a constant."""
+    relative = values.float() * (-1.0 / (PRECISE_STEP * temperature))
+    odds = torch.where(tail_log_odds == NO_TAIL, torch.inf, tail_log_odds.float() / STEP)
+    probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
+    tail = torch.sigmoid(-odds)
+    if k is not None and k < probs.shape[1]:
+        tail = tail + probs[:, k:].sum(1)
+    return _ids(ids, ids_high, planes)[:, :k], probs[:, :k], tail
+
+
+def _ids(low: Tensor, high: Tensor | None, planes: int) -> Tensor:
+    ids = low.to(torch.int64)
+    if high is None:
         return ids
     k = ids.shape[1]
-    bit = torch.arange(k * targets.planes, device=ids.device)
-    bits = (targets.ids_high[:, bit // 8].to(torch.int64) >> (bit % 8)) & 1
-    for plane in range(targets.planes):
+    bit = torch.arange(k * planes, device=ids.device)
+    bits = (high[:, bit // 8].to(torch.int64) >> (bit % 8)) & 1
+    for plane in range(planes):
         ids = ids | (bits[:, plane * k : (plane + 1) * k] << (16 + plane))
     return ids

@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target
-from rekindle.data.targets import SequenceTargets, TeacherInfo, TokenLabelTargets
-from rekindle.pipeline.cache_teachers import view_of
+from rekindle.data.targets import (
+    SAMPLED,
+    Columns,
+    SequenceTargets,
+    TeacherInfo,
+    TokenLabelTargets,
+    TokenTargets,
+)
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.parts import view_of
 from rekindle.pipeline.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.teachers import Teacher, TeacherPlan
@@ -26,9 +34,10 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
     """What the live teachers say of ``count`` random sequences, against the cache; by teacher.
 
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
-    over positions; task heads: ``max_error`` of the logits. ``rows``: how many were compared.
-    Of masked replicas the first is audited. Raises InputError when a teacher is not the one that
-    was cached, and when the configuration has none of the cache's teachers.
+    over positions; of samples ``total_variation`` to one drawn again; task heads: ``max_error`` of
+    the logits. ``rows``: how many were compared. Of masked replicas the first is audited. Raises
+    InputError when a teacher is not the one that was cached, and when the configuration has none of
+    the cache's teachers.
     """
     cache = Cache.open(path)
     index = np.random.default_rng(seed).permutation(len(cache))[:count]
@@ -50,7 +59,9 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     info = cache.teachers[config.name].info
     directory = resolve_model(config.model)
     _check_same(info, config, directory)
-    whole = info.model_copy(update={"kind": "dense"} if config.vocabulary else {})
+    # A sample is drawn again: the same draws from the same distributions.
+    exact = config.vocabulary and info.kind not in SAMPLED
+    whole = info.model_copy(update={"kind": "dense", "codec": "default"} if exact else {})
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
     if teacher.tokenizer.digest != info.fingerprints.get("tokenizer"):
         raise _another(config.name, directory, "tokenizer")
@@ -89,7 +100,7 @@ def _audit_teacher(cache: Cache, teacher: Teacher, index: NDArray[np.int64]) -> 
             example = cache.example(cache.corpus.first(shard) + int(row))
             for cached in example.targets[teacher.info.name]:
                 if getattr(cached, "replica", None) == replica:
-                    for key, found in _compare(cached, live, int(row)).items():
+                    for key, found in _compare(cached, live, int(row), teacher.info).items():
                         values.setdefault(key, []).extend(found)
     rows_compared = {"rows": float(len(next(iter(values.values()), [])))}
     if "error" in values:
@@ -106,7 +117,9 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
             yield int(shard), chosen[start : start + ROWS_AT_ONCE]
 
 
-def _compare(cached: Target, live: UnitResult, row: int) -> dict[str, list[float]]:
+def _compare(
+    cached: Target, live: UnitResult, row: int, info: TeacherInfo
+) -> dict[str, list[float]]:
     if isinstance(cached, SequenceTargets):
         return {"error": [float(np.abs(live.columns["logits"][row] - cached.logits).max())]}
     mine = live.rows == row
@@ -114,6 +127,8 @@ def _compare(cached: Target, live: UnitResult, row: int) -> dict[str, list[float
         return {}
     if isinstance(cached, TokenLabelTargets):
         return {"error": np.abs(live.columns["logits"][mine] - cached.logits).max(axis=1).tolist()}
+    if "log_probs" not in live.columns:
+        return _compare_sample(cached, {k: v[mine] for k, v in live.columns.items()}, info)
     exact = live.columns["log_probs"][mine].astype(np.float64)
     p = np.take_along_axis(exact, cached.ids, axis=1)
     q = cached.log_probs.astype(np.float64)
@@ -131,3 +146,18 @@ def _compare(cached: Target, live: UnitResult, row: int) -> dict[str, list[float
         "top1": (exact.argmax(axis=1) == best).astype(float).tolist(),
         "kept_mass": np.exp(p).sum(axis=1).tolist(),
     }
+
+
+def _compare_sample(
+    cached: TokenTargets, live: Columns, info: TeacherInfo
+) -> dict[str, list[float]]:
+    """Half the summed difference between the sample in the cache and one that is drawn again."""
+    count = len(cached.positions)
+    rows = np.arange(count)
+    again = TokenTargetBatch(info, rows, rows, live)
+    ids, log_probs, _ = again.decode(info.temperatures[0])
+    assert info.vocabulary_size is not None
+    difference = np.zeros((count, info.vocabulary_size + 1))  # the last column takes the padding
+    np.add.at(difference, (rows[:, None], ids), np.exp(log_probs))
+    np.add.at(difference, (rows[:, None], cached.ids), -np.exp(cached.log_probs))
+    return {"total_variation": (np.abs(difference).sum(axis=1) / 2).tolist()}

@@ -1,25 +1,34 @@
 """Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits
 them.
 
-Resume is plan − commits: the same command again does only what is missing. Reading and writing of
-shards overlaps with the teacher's forward passes.
+Resume is plan − commits: the same command again does only what is missing.
 """
 
 import functools
 import logging
 import multiprocessing
+import os
+import random
+import signal
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.queues import Queue
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from rekindle.data.cache import begin_manifest, write_manifest
+from rekindle.data.cache import write_manifest
 from rekindle.data.corpus import Corpus, build_corpus
-from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.errors import InputError
+from rekindle.data.head import HEAD_FILES, write_head
+from rekindle.data.manifest import begin_manifest
+from rekindle.data.scalars import ScalarSums
+from rekindle.data.seal import seal
 from rekindle.data.shards import Commit, ShardSet
 from rekindle.data.store import Store, open_store
 from rekindle.data.targets import (
@@ -29,21 +38,27 @@ from rekindle.data.targets import (
     sequence_batches,
     target_schema,
 )
-from rekindle.data.views import MaskedView, PairView, ViewReader
+from rekindle.data.teacher_files import read_teacher
+from rekindle.data.teacher_reader import FINISHED, TeacherReader
+from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.parts import plan_parts, view_of
 from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.repair import repair_cache
 from rekindle.pipeline.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.teachers import (
     Teacher,
     TeacherPlan,
-    check_teacher,
     claim_teacher,
+    is_described,
     plan_teacher,
 )
 from rekindle.train.models import cpu_count
 
 log = logging.getLogger("rekindle")
+
+ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
 
 
 @dataclass(frozen=True)
@@ -53,37 +68,62 @@ class StageOne:
     corpus_sequences: int
     units_done: int
     units_present: int
+    repaired: int = 0  # damaged files that were made again
 
 
 def cache_teachers(
-    config: RunConfig, only: Sequence[str] = (), workers: int = 1, progress: Progress | None = None
+    config: RunConfig,
+    only: Sequence[str] = (),
+    workers: int = 1,
+    progress: Progress | None = None,
+    check: bool | None = None,
 ) -> StageOne:
-    """Make the cache of ``config``, or what is missing of it.
+    """Make the cache of ``config``, or what is missing of it, or damaged.
 
-    ``only`` limits the work to teachers of those names. Raises InputError or CacheMismatchError
-    before any teacher runs if one of them cannot teach on this corpus.
+    ``only`` limits the work to teachers of those names; ``check`` as ``repair_cache`` has it.
+    Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
+    this corpus.
     """
     progress = progress or Progress.silent()
     chosen = _chosen(config, only)
     store = open_store(config.cache.path)
-    begin_manifest(store)
-    corpus = _build_corpus(store, config, progress)
-    views = build_views(corpus, config, progress)
-    plans = [
-        plan_teacher(t, corpus, views.masked, views.pairs.get(t.pairs or ""), config.cache.seed)
-        for t in chosen
-    ]
-    for plan in plans:
-        check_teacher(corpus, plan.info)
-    done = present = 0
-    for plan in plans:
-        missing, finished = missing_units(corpus, plan.info, config.cache.replicas)
-        present += finished
-        done += len(missing)
-        if missing:
-            _run(plan, corpus, missing, workers, progress)
-    write_manifest(store)
-    return StageOne(len(corpus), done, present)
+    with store.working() as alone:
+        # What is damaged is for the first process to find: the others see it work.
+        repaired = 0
+        if alone is False:
+            log.info("another process works on %s: its units are shared out", store.location)
+        else:
+            repaired = repair_cache(store, [t.name for t in chosen], check, progress)
+        begin_manifest(store)
+        corpus = _build_corpus(store, config, progress)
+        views = build_views(corpus, config, progress)
+        parts = _plan_parts(corpus, views, chosen, config.cache.seed)
+        done = present = 0
+        for part in parts:
+            missing, finished = missing_units(corpus, part.info, config.cache.replicas)
+            present += finished
+            done += len(missing)
+            if not alone:  # in step with another process, both would make every unit
+                random.shuffle(missing)
+            if missing or _lacks_head(store, part.info):
+                _run(part, corpus, missing, workers, progress)
+            if part.info.part:
+                store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+        write_manifest(store)
+    return StageOne(len(corpus), done, present, repaired)
+
+
+def _plan_parts(
+    corpus: Corpus, views: "Views", chosen: Sequence[TeacherConfig], seed: int
+) -> list[TeacherPlan]:
+    """All that is wanted, described before any teacher runs."""
+    pairs = views.pairs
+    plans = [plan_teacher(t, corpus, views.masked, pairs.get(t.pairs or ""), seed) for t in chosen]
+    return [part for plan in plans for part in plan_parts(corpus, plan)]
+
+
+def _lacks_head(store: Store, info: TeacherInfo) -> bool:
+    return info.kind == "hidden" and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
 def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
@@ -140,7 +180,7 @@ def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[lis
     masked = info.view.startswith("masked-")
     each: Sequence[int | None] = range(replicas) if masked else [None]
     planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
-    done = ShardSet(corpus.store, f"targets/{info.name}").committed()
+    done = ShardSet(corpus.store, info.folder).committed()
     missing = [unit for unit in planned if unit.name not in done]
     return missing, len(planned) - len(missing)
 
@@ -149,38 +189,68 @@ def _run(
     plan: TeacherPlan, corpus: Corpus, units: list[Unit], workers: int, progress: Progress
 ) -> None:
     rows = sum(corpus.commits[unit.shard].rows for unit in units)
-    with progress.task(plan.info.name, unit="sequences", total=rows) as task:
+    name = f"{plan.info.name} {plan.info.part}".strip()
+    with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commit: Commit) -> None:
             task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
-        if workers == 1:
+        if workers == 1 or not units:
             run_units(plan, corpus, units, report)
         else:
             _run_in_processes(plan, corpus, units, workers, report)
 
 
+class UnitRunner:
+    """A loaded teacher and all that it needs to make units of one part of its targets."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+        self.corpus, self.info = corpus, plan.info
+        self.teacher = Teacher(plan, corpus, worker)
+        self.view = view_of(plan.info, corpus)
+        self.head = self.teacher.output_matrix() if plan.info.kind == "hidden" else None
+        if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
+            self._store_head()
+
+    @cached_property
+    def kept(self) -> TeacherReader | None:
+        """Reads the part whose ids tails are taken of."""
+        if self.info.kind != "tails":
+            return None
+        main = read_teacher(self.corpus.store, self.info.name, self.info.extends or "")
+        return TeacherReader(self.corpus, [main], self.view)
+
+    def make(self, unit: Unit) -> Commit:
+        """Compute, write and commit a unit."""
+        result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
+        self._store_head()
+        return write_unit(self.info, self.corpus, unit, result)
+
+    def _store_head(self) -> None:
+        """The matrix comes after the teacher's description, and before any unit."""
+        if self.head is not None:
+            claim_teacher(self.corpus, self.info)
+            write_head(self.corpus.store, self.info.folder, self.head)
+            self.head = None
+
+    def is_there(self, unit: Unit) -> bool:
+        """Whether another process has made the unit meanwhile."""
+        return ShardSet(self.corpus.store, self.info.folder).has(unit.name)
+
+
 def run_units(
     plan: TeacherPlan, corpus: Corpus, units: list[Unit], report: Callable[[Commit], None]
 ) -> None:
-    """Run units one after another; each is encoded and written while the next is computed."""
-    teacher = Teacher(plan, corpus)
-    view = view_of(plan.info, corpus)
-    pending: Future[Commit] | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        for unit in units:
-            result = run_unit(teacher, corpus, view, unit)
-            if pending is not None:
-                report(pending.result())  # at most one unit waits: memory stays bounded
-            pending = writer.submit(write_unit, plan.info, corpus, unit, result)
-        if pending is not None:
-            report(pending.result())
+    """Run units one after another; each is committed before the next is begun, so that a kill costs
+    no more than one.
 
-
-def view_of(info: TeacherInfo, corpus: Corpus) -> ViewReader | None:
-    """The view the teacher is shown, if it is not the corpus itself."""
-    stored = info.view.startswith(("masked-", "pairs-"))
-    return ViewReader(corpus, info.view) if stored else None
+    Units that another process made meanwhile are left out: two that were started on one cache share
+    the work.
+    """
+    runner = UnitRunner(plan, corpus)
+    for unit in units:
+        if not runner.is_there(unit):
+            report(runner.make(unit))
 
 
 def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult) -> Commit:
@@ -194,7 +264,7 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
         batches = sequence_batches(schema, digests, present, result.columns)
     else:
         columns = result.columns if len(result.rows) else no_positions(info)
-        batches = position_batches(schema, digests, result.rows, columns)
+        batches = position_batches(schema, info, digests, result.rows, columns)
     facts = {
         "positions": len(result.rows),
         "tokens": corpus.commits[unit.shard].facts["tokens"],
@@ -205,8 +275,14 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
     # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
     # its name free for the corrected configuration.
     claim_teacher(corpus, info)
-    shards = ShardSet(corpus.store, f"targets/{info.name}")
-    return shards.write(unit.name, schema, batches, facts)
+    shards = ShardSet(corpus.store, info.folder)
+    options = None
+    if info.codec == "compact":
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
+    sums = ScalarSums()
+    return shards.write(
+        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, sums.facts
+    )
 
 
 # --- several processes on one machine: one per device, or as many as asked for on CPUs ---
@@ -219,22 +295,31 @@ _arguments: WorkerArguments | None = None
 def _start_worker(plan: TeacherPlan, location: str, workers: int, numbers: "Queue[int]") -> None:
     # Nothing that can fail: an exception here would only be known as "a process was killed".
     global _arguments
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     _arguments = (plan, location, workers, numbers.get())
 
 
+def _outlive_nobody(parent: multiprocessing.process.BaseProcess) -> None:
+    """End with the parent, even if that was killed: a worker would wait for work for ever."""
+    parent.join()
+    os._exit(1)
+
+
 @functools.cache
-def _worker() -> tuple[Teacher, Corpus, ViewReader | None]:
+def _worker() -> UnitRunner:
     """The process's teacher, loaded at its first unit."""
     assert _arguments is not None
     plan, location, workers, number = _arguments
     torch.set_num_threads(max(1, cpu_count() // workers))
-    corpus = Corpus(open_store(location))
-    return Teacher(plan, corpus, number), corpus, view_of(plan.info, corpus)
+    return UnitRunner(plan, Corpus(open_store(location)), number)
 
 
-def _work(unit: Unit) -> Commit:
-    teacher, corpus, view = _worker()
-    return write_unit(teacher.info, corpus, unit, run_unit(teacher, corpus, view, unit))
+def _work(unit: Unit) -> Commit | None:
+    runner = _worker()
+    return None if runner.is_there(unit) else runner.make(unit)
 
 
 def _run_in_processes(
@@ -256,9 +341,16 @@ def _run_in_processes(
     )
     try:
         for future in as_completed([pool.submit(_work, unit) for unit in units]):
-            report(future.result())
+            commit = future.result()
+            if commit is not None:
+                report(commit)
+    except KeyboardInterrupt:
+        # Nothing waits for a unit to end: what is not committed is made again.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
     except BrokenProcessPool:
-        raise RekindleError(
+        raise InputError(
             f"a worker process of teacher {plan.info.name!r} was killed (out of memory?). Finished "
             "shards are kept; run the same command again to go on, with fewer --workers if need be"
         ) from None

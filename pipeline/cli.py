@@ -4,10 +4,12 @@ stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong inpu
 mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 """
 
+import errno
 import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,21 +92,80 @@ def cache_teachers(
         list[str] | None, typer.Option(metavar="NAME", help="only this teacher; may be repeated")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes, one per device")] = 1,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="hold what is there against its checksums first, and make damaged shards again; "
+            "default: of a local cache",
+        ),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
+    with _resumable(f"pipeline cache-teachers {run}"):
+        from rekindle.pipeline.config import load_config
+
+        config = load_config(run, set_)
+        from rekindle.pipeline.cache_teachers import cache_teachers as stage_one
+        from rekindle.pipeline.progress import Progress
+
+        with Progress.to_terminal() as progress:
+            done = stage_one(config, teacher or (), workers, progress, check)
+    again = (
+        f", {done.repaired} damaged files removed, and made anew where they are in use"
+        if done.repaired
+        else ""
+    )
+    typer.echo(
+        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
+        f"{done.units_done} units made, {done.units_present} were there{again}"
+    )
+
+
+@app.command()
+def plan(
+    run: RunFile,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="run each teacher for some seconds")
+    ] = True,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
     from rekindle.pipeline.config import load_config
 
     config = load_config(run, set_)
-    from rekindle.pipeline.cache_teachers import cache_teachers as stage_one
-    from rekindle.pipeline.progress import Progress
+    from rekindle.pipeline.plan import plan_run
 
-    with _resumable(f"pipeline cache-teachers {run}"), Progress.to_terminal() as progress:
-        done = stage_one(config, teacher or (), workers, progress)
-    typer.echo(
-        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
-        f"{done.units_done} units made, {done.units_present} were there"
-    )
+    found = plan_run(config, probe)
+    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
+
+
+@app.command()
+def gc(
+    cache: CachePath,
+    older_than: Annotated[
+        float, typer.Option(min=0, metavar="HOURS", help="leave what is younger: it may be in use")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option(help="only say what would be removed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what killed runs left in a cache: data files that no commit record names."""
+    from rekindle.data.inventory import collect_garbage
+    from rekindle.data.manifest import read_manifest
+    from rekindle.data.store import open_store
+
+    store = open_store(cache)
+    read_manifest(store)
+    removed = collect_garbage(store, 3600 * older_than, dry_run)
+    if as_json:
+        typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))
+        return
+    for name, size in removed.items():
+        typer.echo(f"{name}  {size:,} bytes")
+    done = "would be removed" if dry_run else "removed"
+    typer.echo(f"{cache}: {len(removed)} files, {sum(removed.values()):,} bytes {done}")
 
 
 @app.command()
@@ -142,9 +203,8 @@ def verify(
             typer.echo(f"audit of {name}: {shown}")
     if report.problems:
         raise CacheFormatError(
-            f"{len(report.problems)} problem(s) in {cache}. Delete the commit record of each "
-            "damaged "
-            "unit and run `pipeline cache-teachers` to have it made again"
+            f"{len(report.problems)} problem(s) in {cache}. `pipeline cache-teachers` with the "
+            "configuration it was made with makes exactly the damaged parts again"
         )
 
 
@@ -172,16 +232,16 @@ def train_student(
     resume: Annotated[bool, typer.Option(help="go on with an interrupted run")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
-    from rekindle.pipeline.config import load_config
-
-    config = load_config(run, set_)
-    from rekindle.pipeline.progress import Progress
-    from rekindle.pipeline.train_student import train_from_config
-
     target = out or Path("runs") / run.stem
-    line = f"pipeline train-student {run} --out {target} --resume"
-    with _resumable(line), Progress.to_terminal() as progress:
-        result = train_from_config(config, target, resume=resume, progress=progress)
+    with _resumable(f"pipeline train-student {run} --out {target} --resume"):
+        from rekindle.pipeline.config import load_config
+
+        config = load_config(run, set_)
+        from rekindle.pipeline.progress import Progress
+        from rekindle.pipeline.train_student import train_from_config
+
+        with Progress.to_terminal() as progress:
+            result = train_from_config(config, target, resume=resume, progress=progress)
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     typer.echo(f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}")
     shown = ", ".join(
@@ -206,6 +266,10 @@ def _resumable(line: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; finished work is kept. To go on: {line}", err=True)
+        import multiprocessing
+
+        for process in multiprocessing.active_children():
+            process.kill()
         _leave(130)
 
 
@@ -233,9 +297,11 @@ def main() -> None:
         typer.echo("\ninterrupted", err=True)
         _leave(130)
     except OSError as error:
-        if error.errno is None or error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno is None or (error.filename is None and not full):
             raise
-        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
+        typer.echo(f"error: {where}: {error.strerror}", err=True)
         sys.exit(2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from rekindle.data.corpus import CorpusConfig
+from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import Settings, parse_settings

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.targets import SAMPLED
 from rekindle.data.teacher_reader import TeacherReader
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
@@ -187,6 +188,10 @@ def _targets(teacher: TeacherReader, vocabulary: int) -> str:
     if info.kind == "topk":
         replicas = f", {teacher.replicas} masked replicas" if teacher.masked else ""
         return f"{info.k} of {vocabulary:,} log-probabilities and the tail{replicas}"
+    if info.kind in SAMPLED:
+        return f"a {info.kind} sample of {info.k} of {vocabulary:,} tokens"
+    if info.kind == "hidden":
+        return f"hidden states of {info.hidden_size} values"
     if info.kind == "dense":
         return f"all {vocabulary:,} log-probabilities"
     return f"{info.num_labels} logits" if info.num_labels != 1 else "a score"

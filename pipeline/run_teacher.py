@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import pad
+from rekindle.data.codec import join_ids
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import InputError
-from rekindle.data.targets import Columns, TeacherInfo
+from rekindle.data.targets import SAMPLED, Columns, TeacherInfo
+from rekindle.data.teacher_reader import TeacherReader
 from rekindle.data.views import ViewReader
 from rekindle.pipeline.batching import length_buckets
-from rekindle.pipeline.scoring import score_hidden, to_columns
+from rekindle.pipeline.sampling import row_keys
+from rekindle.pipeline.scoring import NO_EXTRAS, Extras, score_hidden
 from rekindle.pipeline.teachers import Teacher
 
 log = logging.getLogger("rekindle")
@@ -82,14 +85,18 @@ def run_unit(
     view: ViewReader | None,
     unit: "Unit",
     only: Rows | None = None,
+    kept: TeacherReader | None = None,
 ) -> UnitResult:
-    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it."""
+    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
+
+    ``kept`` reads the ids that tails at further temperatures are taken of.
+    """
     rows = ShardRows(corpus, teacher.info, unit.shard)
     if only is not None:
         rows.wanted = rows.wanted & np.isin(np.arange(len(rows.wanted)), only)
     with torch.inference_mode():
         if teacher.config.vocabulary:
-            return _vocabulary_unit(teacher, rows, view, unit)
+            return _vocabulary_unit(teacher, rows, view, unit, kept)
         if teacher.info.kind == "token":
             return _token_label_unit(teacher, rows)
         return _sequence_unit(teacher, rows, view, unit)
@@ -109,7 +116,11 @@ class Unit:
 
 
 def _vocabulary_unit(
-    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+    teacher: Teacher,
+    shard: ShardRows,
+    view: ViewReader | None,
+    unit: Unit,
+    kept: TeacherReader | None,
 ) -> UnitResult:
     ids = shard.lists("input_ids")
     if unit.replica is not None:
@@ -127,16 +138,41 @@ def _vocabulary_unit(
         seen, gold = ids, [row[1:] for row in ids]
     counts = np.array([len(p) for p in positions])
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+    digests = shard.column("digest") if teacher.info.kind in SAMPLED else []
+
+    def extras(rows: Rows) -> Extras:
+        if teacher.info.kind == "tails":
+            assert kept is not None
+            return Extras(kept=teacher.tensor(_kept_ids(kept, unit, rows)))
+        if not digests:
+            return NO_EXTRAS
+        names = [digests[r] for r in rows for _ in positions[r]]
+        places = np.concatenate([positions[r] for r in rows])
+        seed = xxhash.xxh3_64_intdigest(f"{teacher.info.seed}\0{teacher.info.name}".encode())
+        return Extras(teacher.tensor(row_keys(seed, names, unit.replica, places)))
 
     def forward(rows: Rows) -> Columns:
         inputs, width = _inputs(teacher, [seen[r] for r in rows])
         select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
         truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
-        hidden, _ = teacher.language_model.hidden(inputs, teacher.tensor(select))
-        scores = score_hidden(hidden, teacher.language_model.head, truth, teacher.info)
-        return concatenate([to_columns(block, teacher.info) for block in scores])
+        model = teacher.language_model
+        hidden, _ = model.hidden(inputs, teacher.tensor(select))
+        return concatenate(
+            list(score_hidden(hidden, model.head, truth, teacher.info, extras(rows)))
+        )
 
     return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
+
+
+def _kept_ids(kept: TeacherReader, unit: Unit, rows: Rows) -> NDArray[np.int64]:
+    """The stored ids [P,K] of the positions of ``rows``, in that order."""
+    assert kept.info.vocabulary_size is not None
+    found = kept.position_rows(unit.shard, rows, unit.replica)
+    low = np.concatenate([columns["ids"][part] for part, columns in found])
+    high = None
+    if "ids_high" in found[0][1]:
+        high = np.concatenate([columns["ids_high"][part] for part, columns in found])
+    return join_ids(low, high, kept.info.vocabulary_size)
 
 
 def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
@@ -296,7 +332,7 @@ def _run_batches(
     waiting = length_buckets(lengths, teacher.batch_tokens)
     while waiting:
         rows, waiting = waiting[0], waiting[1:]
-        columns = _in_memory(forward, rows)
+        columns = _in_memory(teacher, forward, rows)
         if columns is not None:
             yield rows, columns
             continue
@@ -321,13 +357,22 @@ def _run_batches(
             torch.cuda.empty_cache()
 
 
-def _in_memory(forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
-    """What ``forward`` gives, or None when it is out of memory (and what it held is free again)."""
+def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
+    """What ``forward`` gives, or None when it is out of memory (and what it held is free again).
+
+    Raises InputError for a model that fails on this batch: our own bugs do not come as
+    RuntimeErrors of torch, nor do indices that a model's tables lack.
+    """
     try:
         return forward(rows)
-    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
+    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
         if not _out_of_memory(error):
-            raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
+                f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
+                "Finished shards are kept; when the model is mended, the same command goes on"
+            ) from error
         return None
 
 

@@ -5,26 +5,64 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
-from rekindle.data.targets import TEACHER_NAME, VOCABULARY_TASKS, Task
+from rekindle.data.targets import (
+    MOST_DRAWS,
+    SAMPLED,
+    SPARSE,
+    TEACHER_NAME,
+    VOCABULARY_TASKS,
+    Task,
+)
 
 
 class TargetsConfig(Settings):
     """What is kept of a teacher's output."""
 
-    kind: Literal["topk", "dense"] | None = Field(
-        None, description="topk (the default of vocabulary teachers) or dense (of task heads)"
+    kind: Literal["topk", "threshold", "random", "dense", "hidden"] | None = Field(
+        None,
+        description="topk (the default of vocabulary teachers), threshold or random (samples of k, "
+        "unbiased), dense (of task heads; or the whole vocabulary), hidden (final hidden states)",
     )
-    k: int = Field(64, gt=0, description="candidates kept per position (topk)")
+    k: int = Field(
+        64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
+    )
     temperatures: tuple[float, ...] = Field(
-        (1.0, 2.0, 4.0), description="temperatures a student may train at; 1 is always stored"
+        (1.0, 2.0, 4.0),
+        description="temperatures a student may train at; 1 is always stored. Samples are drawn at "
+        "one",
+    )
+    codec: Literal["default", "precise", "compact"] = Field(
+        "default",
+        description="of topk and threshold: default (8-bit values, memory-mapped), precise (16-bit "
+        "values), compact (compressed, for cold storage and transfer)",
     )
 
     @field_validator("temperatures")
     @classmethod
-    def _with_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(not 0 < t < 1000 for t in value):
             raise ValueError("temperatures must be positive numbers")
-        return tuple(sorted({1.0, *value}))
+        return value
+
+    @model_validator(mode="after")
+    def _one_temperature_of_samples(self) -> "TargetsConfig":
+        given = "temperatures" in self.model_fields_set
+        if self.kind in SAMPLED:
+            if given and len(self.temperatures) != 1:
+                raise ValueError(
+                    f"{self.kind} targets are a sample of the distribution at one temperature; "
+                    "list one"
+                )
+            if self.kind == "random" and self.k > MOST_DRAWS:
+                raise ValueError(f"random targets are of at most {MOST_DRAWS} draws, not {self.k}")
+            temperatures = self.temperatures if given else (1.0,)
+        else:
+            temperatures = tuple(sorted({1.0, *self.temperatures}))
+        if self.codec != "default" and self.kind not in (None, *SPARSE):
+            raise ValueError(f"codec {self.codec} is for topk and threshold, not {self.kind}")
+        # Frozen: the same section with its temperatures in order.
+        object.__setattr__(self, "temperatures", temperatures)
+        return self
 
 
 class MonteCarloConfig(Settings):
@@ -58,9 +96,10 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="after")
     def _kinds(self) -> "TeacherConfig":
-        if self.task not in VOCABULARY_TASKS and self.targets.kind == "topk" and self.kind_given:
+        if self.task not in VOCABULARY_TASKS and self.targets.kind not in (None, "dense"):
             raise ValueError(
-                "top-k targets are for masked_lm and causal_lm; task heads are kept whole"
+                f"{self.targets.kind} targets are for masked_lm and causal_lm; task heads are kept "
+                "whole"
             )
         if self.monte_carlo.passes and self.task != "sequence_classification":
             raise ValueError(
@@ -69,11 +108,6 @@ class TeacherConfig(Settings):
         if isinstance(self.batch_tokens, int) and self.batch_tokens < 1:
             raise ValueError("batch_tokens must be positive")
         return self
-
-    @property
-    def kind_given(self) -> bool:
-        """Whether the configuration names the kind of targets."""
-        return self.targets.kind is not None
 
     @property
     def vocabulary(self) -> bool:

@@ -14,10 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rekindle.data.cache import read_teacher
+from rekindle.data.codec_compact import LARGEST_VOCABULARY
 from rekindle.data.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.head import StoredHead
+from rekindle.data.seal import seal
+from rekindle.data.shards import ROWS_PER_BATCH
+from rekindle.data.targets import SAMPLED, TeacherInfo
+from rekindle.data.teacher_files import read_teacher
 from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -26,6 +30,7 @@ from rekindle.train.models import (
     Placement,
     config_fingerprint,
     load_model,
+    longest_input,
     package_versions,
     place,
     resolve_model,
@@ -42,22 +47,7 @@ AUTO_CLASSES = {
     "token_classification": "AutoModelForTokenClassification",
 }
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-# Models that number positions from pad_token_id + 1, so that the table is longer than the text.
-NUMBERED_FROM_PADDING = (
-    "camembert",
-    "data2vec-text",
-    "esm",
-    "ibert",
-    "lilt",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-)
+COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
 
 
@@ -95,9 +85,10 @@ def plan_teacher(
         "model": config.model,
     }
     if config.domains is not None:
-        _check_domains(config, corpus)
+        check_domains(config, corpus)
     if config.vocabulary:
         info |= _vocabulary_info(config, settings, corpus, masked)
+        info |= {"seed": seed} if info["kind"] in SAMPLED else {}
     else:
         info |= _head_info(config, settings)
         info["view"] = pairs.name if config.pair_expert and pairs else "text"
@@ -111,7 +102,7 @@ def _precision(config: TeacherConfig, corpus: Corpus) -> str:
 
     A cache made on a GPU is finished on a machine without one, too.
     """
-    if config.precision == "auto" and _is_described(corpus, config.name):
+    if config.precision == "auto" and is_described(corpus, config.name):
         return read_teacher(corpus.store, config.name).precision
     return place(config.precision).precision
 
@@ -160,7 +151,8 @@ def _tokenizer_of(
     return tokenizer
 
 
-def _check_domains(config: TeacherConfig, corpus: Corpus) -> None:
+def check_domains(config: TeacherConfig, corpus: Corpus) -> None:
+    """Raise InputError for a domain of the configuration that the corpus does not have."""
     unknown = sorted(set(config.domains or ()) - corpus.domains.keys())
     if unknown:
         known = ", ".join(sorted(corpus.domains)) or "none; set corpus.domain_field"
@@ -187,35 +179,59 @@ def _vocabulary_info(
             f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
             "model was trained away; say `task: sequence_classification` or token_classification"
         )
-    kind = config.targets.kind or "topk"
-    info: dict[str, Any] = {"kind": kind, "vocabulary_size": size}
-    if kind == "topk":
-        k = min(config.targets.k, size)
-        info |= {"k": k, "temperatures": config.targets.temperatures}
-        info["estimator"] = {"kind": "topk", "bias": "exact" if k == size else "biased"}
+    info = {"vocabulary_size": size} | _estimator_info(config, settings, size)
+    if config.targets.codec == "compact":
+        share = 1.0 if masked is None else masked.config.probability
+        if size > LARGEST_VOCABULARY:
+            raise InputError(
+                f"teacher {config.name!r}: the compact codec takes vocabularies up to "
+                f"{LARGEST_VOCABULARY:,} tokens, not {size:,}; use targets.codec: default"
+            )
+        per_sequence = corpus.info["config"]["sequence_length"] * share
+        info["rows_per_batch"] = compact_rows(per_sequence)
     if config.task == "masked_lm":
         assert masked is not None
         return info | {"view": masked.name}
     return info | {"view": "clean"}
 
 
+def _estimator_info(config: TeacherConfig, settings: Any, size: int) -> dict[str, Any]:
+    """What is kept of a distribution, and how it relates to the whole."""
+    kind = config.targets.kind or "topk"
+    if kind == "dense":
+        return {"kind": kind}
+    if kind == "hidden":
+        width = getattr(settings, "embedding_size", None) or settings.get_text_config().hidden_size
+        return {"kind": kind, "hidden_size": int(width)}
+    k = min(config.targets.k, size) if kind != "random" else config.targets.k
+    bias = "unbiased" if kind in SAMPLED else "biased"
+    return {
+        "kind": kind,
+        "k": k,
+        "temperatures": config.targets.temperatures,
+        "codec": config.targets.codec,
+        "estimator": {"kind": kind, "bias": "exact" if k == size and kind != "random" else bias},
+    }
+
+
+def compact_rows(positions_per_sequence: float) -> int:
+    """Sequences per record batch of the compact codec: about COMPACT_POSITIONS, a power of two.
+
+    Smaller ones compress worse, from larger ones a shuffled reader uses little.
+    """
+    rows = 1
+    while rows < ROWS_PER_BATCH and 2 * rows * positions_per_sequence <= COMPACT_POSITIONS:
+        rows *= 2
+    return rows
+
+
 def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) -> None:
-    limit = _position_limit(settings)
+    limit = longest_input(settings)
     if limit is not None and sequence_length > limit:
         raise InputError(
             f"teacher {config.name!r} takes at most {limit} tokens; "
             f"corpus.sequence_length is {sequence_length}"
         )
-
-
-def _position_limit(settings: Any) -> int | None:
-    """The longest sequence that the model has positions for, None where any will do."""
-    text = settings.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if not limit or limit < 0:
-        return None
-    offset = (text.pad_token_id or 0) + 1 if text.model_type in NUMBERED_FROM_PADDING else 0
-    return int(limit) - offset
 
 
 def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
@@ -255,23 +271,21 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
 
 
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher in the cache, or insist that it is the one already there.
+    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
 
-    Raises CacheMismatchError as ``check_teacher`` does.
+    Raises CacheMismatchError as ``check_same`` does.
     """
-    content = info.model_dump_json(indent=1).encode() + b"\n"
-    if not corpus.store.create(f"targets/{info.name}/teacher.json", content):
-        check_teacher(corpus, info)
+    content = seal(info.model_dump(mode="json"))
+    if not corpus.store.create(f"{info.folder}/teacher.json", content):
+        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
 
 
-def check_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, if the cache has another teacher of that name.
+def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
+    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
 
     Targets of two models never mix under one name.
     """
-    if not _is_described(corpus, info.name):
-        return
-    old, new = read_teacher(corpus.store, info.name).identity(), info.identity()
+    old, new = present.identity(), info.identity()
     changed = [key for key in new if old[key] != new[key]]
     if changed:
         details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
@@ -282,7 +296,8 @@ def check_teacher(corpus: Corpus, info: TeacherInfo) -> None:
         )
 
 
-def _is_described(corpus: Corpus, name: str) -> bool:
+def is_described(corpus: Corpus, name: str) -> bool:
+    """Whether the cache has a teacher of that name."""
     return "teacher.json" in corpus.store.names(f"targets/{name}")
 
 
@@ -321,6 +336,19 @@ class Teacher:
         except NotImplementedError as error:
             raise InputError(f"teacher {self.info.name!r}: {error}") from None
 
+    def output_matrix(self) -> StoredHead:
+        """What hidden states are multiplied with; InputError if it does not fit them."""
+        assert self.info.vocabulary_size is not None
+        head = self.language_model.head.cut(self.info.vocabulary_size)
+        if head.weight.shape[1] != self.info.hidden_size:
+            raise InputError(
+                f"teacher {self.info.name!r}: its output matrix takes {head.weight.shape[1]} "
+                f"values, not the hidden size {self.info.hidden_size}; use targets.kind topk"
+            )
+        weight = head.weight.detach().float().cpu().numpy()
+        bias = None if head.bias is None else head.bias.detach().float().cpu().numpy()
+        return StoredHead(weight, bias, head.logit_scale, head.softcap)
+
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
         return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
@@ -328,5 +356,5 @@ class Teacher:
 
 def _longest_text(settings: Any, tokenizer: Tokenizer) -> int:
     longest = int(tokenizer.hf.model_max_length)
-    limit = _position_limit(settings)
+    limit = longest_input(settings)
     return longest if limit is None else min(longest, limit)

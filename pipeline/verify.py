@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 
 from rekindle.data.cache import Cache
+from rekindle.data.codec import join_ids
 from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
-from rekindle.data.errors import CacheError
+from rekindle.data.errors import CacheError, CacheFormatError
+from rekindle.data.inventory import (
+    damaged_descriptions,
+    lost_descriptions,
+    orphans,
+    shard_sets,
+)
+from rekindle.data.manifest import MANIFEST, read_manifest
+from rekindle.data.seal import REPAIR, damage
 from rekindle.data.shards import Commit, ShardSet
+from rekindle.data.store import open_store
+from rekindle.data.targets import SPARSE, Columns
 from rekindle.data.teacher_reader import TeacherReader
 from rekindle.data.views import ViewReader
 
@@ -44,65 +55,87 @@ class VerifyReport:
         lines += [f"  {teacher}: coverage {share:.1%}" for teacher, share in self.coverage.items()]
         if self.orphans:
             lines.append(
-                f"  {self.orphans} data files of attempts that were never committed (harmless)"
+                f"  {self.orphans} data files of attempts that were never committed (`pipeline gc` "
+                "removes them)"
             )
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         return "\n".join(lines if self.problems else [*lines, "sound"])
 
 
 def verify_cache(path: str) -> VerifyReport:
-    """Check the cache at ``path``. Raises CacheError only when it cannot be opened at all."""
+    """Check the cache at ``path``: every file's bytes, then what the rows say.
+
+    Raises CacheError only when there is no cache, or one of another format version.
+    """
     report = VerifyReport()
-    cache = Cache.open(path)
-    sets = [cache.corpus.shards]
-    sets += [view.shards for view in cache.views.values()]
-    sets += [teacher.shards for teacher in cache.teachers.values()]
-    for shards in sets:
+    store = open_store(path)
+    if not store.exists(MANIFEST):
+        read_manifest(store)  # says that there is none
+    wrong = damaged_descriptions(store)
+    if MANIFEST not in wrong:
+        wrong |= lost_descriptions(store)
+    report.problems += [damage(error) for error in wrong.values()]
+    for shards in shard_sets(store):
         _check_files(shards, report)
     if not report.problems:  # rows are only worth reading when the bytes are right
-        for view in cache.views.values():
-            _check_units(cache, view, report, _check_view_unit)
-        for teacher in cache.teachers.values():
-            report.coverage[teacher.info.name] = teacher.coverage
-            _check_units(cache, teacher, report, _check_teacher_unit)
+        _check_rows(path, report)
     return report
 
 
 def _check_files(shards: ShardSet, report: VerifyReport) -> None:
-    named = set()
-    for unit in _units(shards):
+    commits, damaged = shards.survey()
+    report.problems += [damage(error) for error in damaged.values()]
+    for commit in commits.values():
         try:
-            commit = shards.commit(unit)
-            named.add(commit.path.removeprefix("data/"))
             _check_bytes(shards, commit)
-        except CacheError as error:
-            report.problems.append(str(error))
+        except CacheFormatError as error:
+            report.problems.append(damage(error))
             continue
         report.shards += 1
         report.bytes += commit.bytes
-    report.orphans += len(set(shards.store.names(f"{shards.folder}/data")) - named)
-
-
-def _units(shards: ShardSet) -> list[str]:
-    names = shards.store.names(f"{shards.folder}/commits")
-    return [n.removesuffix(".json") for n in names if n.endswith(".json") and n[0] != "."]
+    if not damaged:
+        report.orphans += len(orphans(shards))
 
 
 def _check_bytes(shards: ShardSet, commit: Commit) -> None:
-    shard = shards.open(commit)  # size, schema and footer
+    shard = shards.open(commit)
+    shard.check()
     if _sha256(shard.path) != commit.sha256:
-        raise CacheError(
-            f"{shard.path} is damaged: its sha256 is not the committed one. Delete "
-            f"{shards.folder}/commits/{commit.unit}.json to have it made again"
+        raise CacheFormatError(
+            f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
     rows = sum(shard.batch(i).num_rows for i in range(shard.batch_count))
     if rows != commit.rows:
-        raise CacheError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
+        raise CacheFormatError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_rows(path: str, report: VerifyReport) -> None:
+    try:
+        cache = Cache.open(path)
+    except CacheError as error:
+        report.problems.append(str(error))
+        return
+    for view in cache.views.values():
+        _check_units(cache, view, report, _check_view_unit)
+    for teacher in cache.teachers.values():
+        report.coverage[teacher.info.name] = teacher.coverage
+        for reader in [teacher, *_unused_parts(cache, teacher)]:
+            _check_units(cache, reader, report, _check_teacher_unit)
+
+
+def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
+    """Readers of the parts that ``teacher`` does not show: smaller k, extensions under way."""
+    used = {teacher.main.info.part, *(part.info.part for part in teacher.tails)}
+    by_name = {part.info.part: part.info for part in teacher.parts}
+    for name, info in by_name.items():
+        if name not in used:
+            infos = [by_name[info.extends], info] if info.extends is not None else [info]
+            yield TeacherReader(cache.corpus, infos, teacher.view)
 
 
 def _check_units(
@@ -116,11 +149,11 @@ def _check_units(
     for unit in reader.commits:
         place = _place(unit, len(cache.corpus.commits))
         if place is None or (place[1] is None) == name.startswith("masked-"):
-            report.problems.append(f"{reader.shards.folder}: unit {unit} is of no corpus shard")
+            report.problems.append(f"{reader.folder}: unit {unit} is of no corpus shard")
             continue
         try:
             for problem in check(cache, reader, *place):
-                report.problems.append(f"{reader.shards.folder}: unit {unit}: {problem}")
+                report.problems.append(f"{reader.folder}: unit {unit}: {problem}")
         except CacheError as error:
             report.problems.append(str(error))
 
@@ -155,15 +188,28 @@ def _check_teacher_unit(
     wanted = [chosen is None or domain in chosen for domain in domains]
     if teacher.info.kind == "sequence":
         present, _ = teacher.sequence_rows(shard, rows)
-        if (present & ~np.array(wanted)).any():
+        if (present & ~np.array(wanted, bool)).any():
             yield "it has targets of domains that the teacher is not for"
         return
     found = teacher.position_rows(shard, rows, replica)
+    if teacher.info.kind in (*SPARSE, "random"):
+        yield from _doubled_ids(teacher, found)
     if teacher.is_vocabulary:
         for row, expected in enumerate(_positions(corpus, teacher, shard, replica)):
             part, columns = found[row]
             if columns["positions"][part].tolist() != (expected if wanted[row] else []):
                 yield f"row {row} has targets at other positions than it should"
+
+
+def _doubled_ids(teacher: TeacherReader, found: list[tuple[slice, Columns]]) -> Iterator[str]:
+    """An id twice in one position's candidates would count its mass twice."""
+    batches = {id(columns): columns for _, columns in found}
+    for columns in batches.values():
+        ids = join_ids(columns["ids"], columns.get("ids_high"), teacher.info.vocabulary_size or 0)
+        ordered = np.sort(ids, axis=1)
+        doubled = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if doubled.any():
+            yield f"{int(doubled.any(axis=1).sum())} positions have a candidate twice"
 
 
 def _positions(

@@ -5,7 +5,13 @@ family.
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -197,3 +203,51 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The URL of a bucket on a moto server."""
+    for module in ("moto", "s3fs", "flask"):
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install 'rekindle[dev]'")
+    import s3fs
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            _wait_for(url, server)
+            s3fs.S3FileSystem.clear_instance_cache()
+            s3fs.S3FileSystem().mkdir("bucket")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+            server.wait()
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _wait_for(url, server):
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/", timeout=5)
+            return
+        except OSError:
+            assert server.poll() is None, "the moto server ended"
+            time.sleep(0.05)
+    raise AssertionError("the moto server did not answer")

@@ -14,11 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.tokenizer import load_tokenizer
-from rekindle.train.models import place, quiet_transformers, resolve_model
+from rekindle.train.models import longest_input, place, quiet_transformers, resolve_model
 from rekindle.train.scores import all_scores
 from rekindle.train.task_data import TaskData
-
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")  # from pad id + 1
 
 logger = logging.getLogger("rekindle")
 
@@ -47,10 +45,7 @@ def encode(tokenizer: Any, model_config: Any, data: TaskData, max_length: int) -
     empty text is one padding token, so that no row is empty.
     """
     padding_id = _padding_id(model_config, tokenizer)
-    most = getattr(model_config, "max_position_embeddings", None) or max_length
-    if model_config.model_type in POSITIONS_AFTER_PADDING:
-        most -= padding_id + 1
-    most = min(max_length, most, tokenizer.model_max_length)
+    most = min(max_length, longest_input(model_config) or max_length, tokenizer.model_max_length)
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )

@@ -6,6 +6,7 @@ them equal.
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from rekindle.data.batch import (
 )
 from rekindle.data.codec import high_planes
 from rekindle.data.errors import InputError
-from rekindle.kernels.encoded import EncodedTargets, decode
+from rekindle.data.head import StoredHead
+from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
+from rekindle.train.language_model import OutputHead
 
 
 class SparseTargets(NamedTuple):
@@ -58,19 +61,26 @@ def model_inputs(
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> EncodedTargets | SparseTargets:
-    """What the loss takes: a top-k teacher's integers as they are stored, a dense one's values."""
+    """What the loss takes: a top-k teacher's integers as they are stored, other kinds' values."""
     info = batch.info
     if info.kind == "dense":
         return _dense_targets(send(batch.columns["log_probs"], device), temperature, k)
-    if temperature not in info.temperatures:
-        batch.decode(temperature)  # raises the error that names the stored temperatures
+    if info.kind == "hidden":
+        return _dense_targets(_logits_of_states(batch, device), temperature, k)
+    slot = batch.slot(temperature, k)  # raises the error that names the stored temperatures
     if k is not None and info.k is not None and k > info.k:
         raise InputError(f"teacher {info.name!r} keeps {info.k} candidates; k = {k} is not cached")
+    if info.kind == "random":
+        return _drawn_targets(batch, device)
     assert info.vocabulary_size is not None
     columns = dict(batch.columns)
-    columns["tail_log_odds"] = columns["tail_log_odds"][:, info.temperatures.index(temperature)]
+    columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
-    return EncodedTargets(**sent, planes=high_planes(info.vocabulary_size), k=k)
+    planes = high_planes(info.vocabulary_size)
+    if info.codec == "precise":
+        del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
+        return SparseTargets(*decode_precise(**sent, planes=planes, k=k, temperature=temperature))
+    return EncodedTargets(**sent, planes=planes, k=k)
 
 
 def as_arguments(targets: EncodedTargets | SparseTargets) -> dict[str, Any]:
@@ -91,6 +101,36 @@ def sparse_targets(
 
 
 ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
+
+
+def _drawn_targets(batch: TokenTargetBatch, device: torch.device) -> SparseTargets:
+    """Relative frequencies; −1 where fewer ids than draws were drawn, cut to the widest row."""
+    counts = batch.columns["counts"]
+    width = int((counts > 0).sum(axis=1).max(initial=1))
+    ids = send(batch.columns["ids"][:, :width], device).long()
+    probs = send(counts[:, :width], device).float() / float(batch.info.k or 1)
+    return SparseTargets(ids, probs, torch.zeros(len(probs), device=device))
+
+
+def _logits_of_states(batch: TokenTargetBatch, device: torch.device) -> Tensor:
+    """A teacher's logits [P,V] from its hidden states and its output matrix."""
+    assert batch.head is not None
+    states = send(batch.columns["hidden"], device).float()
+    states = states * send(batch.columns["hidden_scale"], device)[:, None]
+    return _head_on(batch.head, device).logits(states)
+
+
+_heads: "WeakKeyDictionary[StoredHead, OutputHead]" = WeakKeyDictionary()
+
+
+def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
+    """The matrix on the device, sent once."""
+    found = _heads.get(head)
+    if found is None or found.weight.device != device:
+        bias = None if head.bias is None else send(head.bias, device)
+        found = OutputHead(send(head.weight, device), bias, head.softcap, head.scale)
+        _heads[head] = found
+    return found
 
 
 def _dense_targets(log_probs: Tensor, temperature: float, k: int | None) -> SparseTargets:
@@ -189,4 +229,4 @@ def _target_rows(
     if isinstance(target, TokenLabelBatch):
         return TokenLabelBatch(target.info, rows, positions, target.logits[keep])
     columns = {name: flat[keep] for name, flat in target.columns.items()}
-    return TokenTargetBatch(target.info, rows, positions, columns)
+    return TokenTargetBatch(target.info, rows, positions, columns, target.head)

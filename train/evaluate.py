@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.targets import SAMPLED, TeacherInfo
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import (
     language_rows,
@@ -111,7 +111,9 @@ def _vocabulary_sums(
     name: str, student: Student, hidden: Tensor, target: TokenTargetBatch, device: torch.device
 ) -> Sums:
     head = student.output_head
-    sparse = sparse_targets(target, 1.0, None, device)
+    # A sample is of the one temperature it was drawn at.
+    temperature = target.info.temperatures[0] if target.info.kind in SAMPLED else 1.0
+    sparse = sparse_targets(target, temperature, None, device)
     kd = linear_kd_loss(
         hidden,
         head.weight,
@@ -119,6 +121,7 @@ def _vocabulary_sums(
         sparse.probs,
         bias=head.bias,
         tail_prob=sparse.tail,
+        temperature=temperature,
         reduction="sum",
         softcap=head.softcap,
         logit_scale=head.logit_scale,

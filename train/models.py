@@ -25,7 +25,7 @@ VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype"
 # Families of RoBERTa's kind, which number positions from pad_token_id + 1.
 COUNT_PAST_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
-    *("longformer", "mpnet", "data2vec-text", "xmod", "luke", "esm"),
+    *("longformer", "mpnet", "data2vec-text", "xmod", "luke", "esm", "lilt"),
 )
 
 

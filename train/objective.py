@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.errors import InputError
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.targets import SAMPLED, TeacherInfo
 from rekindle.kernels.losses import kd_loss, linear_kd_loss, merge_targets
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import (
@@ -127,9 +127,7 @@ class Objective:
         """
         hard, terms = self.hard_weight(step), self.active(step)
         result = StepLoss(torch.zeros((), device=device))
-        language = [
-            (t, w) for t, w in terms if self.teachers[t.teachers[0]].kind in ("topk", "dense")
-        ]
+        language = [(t, w) for t, w in terms if self.teachers[t.teachers[0]].is_vocabulary]
         masked = [(t, w) for t, w in terms if (t, w) not in language and self._joins_lm_pass(t)]
         if hard > 0 or language or masked:
             self._language_pass(student, batch, counts, hard, language, masked, result, device)
@@ -372,7 +370,7 @@ def _check_term(
     """InputError for a term that cannot be computed: better now than at its first step."""
     where = f"train.objective.distill.{number}"
     infos = [teachers[name] for name in term.teachers]
-    kinds = {"vocabulary" if i.kind in ("topk", "dense") else "task" for i in infos}
+    kinds = {"vocabulary" if i.is_vocabulary else "task" for i in infos}
     if len(kinds) > 1:
         raise InputError(f"{where}: vocabulary teachers and task experts need a term each")
     if len({i.view for i in infos}) > 1:
@@ -405,11 +403,16 @@ def _check_term(
                 f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
                 "at its positions"
             )
-        if info.kind == "topk" and term.temperature not in info.temperatures:
+        if info.temperatures and term.temperature not in info.temperatures:
             raise InputError(
                 f"{where}: teacher {info.name!r} stores the temperatures "
                 f"{list(info.temperatures)}, not "
                 f"{term.temperature}. Train at a stored one, or cache it with this one"
+            )
+        if term.k is not None and info.kind in SAMPLED and term.k != info.k:
+            raise InputError(
+                f"{where}: teacher {info.name!r} keeps a sample of {info.k}; a part of it would be "
+                "biased. Leave k out"
             )
         if term.k is not None and info.k is not None and term.k > info.k:
             raise InputError(

@@ -93,6 +93,7 @@ class TrainingStream:
             epoch=parts[0][0],
             masked_view=self.masked_view,
             allow_missing=self.allow_missing,
+            scalars=False,
         )
 
     def steps(

@@ -15,6 +15,7 @@ from rekindle.data.codec import encode
 from rekindle.data.columns import list_array, list_type, offsets_of
 from rekindle.data.corpus import unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.seal import SEAL, seal
 from rekindle.data.shards import ShardSet, describe
 from rekindle.data.store import LocalStore
 from rekindle.data.targets import (
@@ -331,7 +332,7 @@ def test_every_shard_describes_itself_in_json(cache):
             assert (about["kind"], about["view"]) == ("view", name)
         else:
             assert about["kind"] == "targets"
-            assert about["format_version"] == 1
+            assert about["format_version"] == 2
             assert (
                 TeacherInfo(**about["teacher"]).identity() == cache.teachers[name].info.identity()
             )
@@ -381,7 +382,7 @@ def write_teacher(path, name="big", size=200_000, k=5, change=None):
         if change is not None:
             change(columns)
         schema = target_schema(info, {"shard": shard, "replica": None})
-        batches = position_batches(schema, table["digest"].to_pylist(), rows, columns)
+        batches = position_batches(schema, info, table["digest"].to_pylist(), rows, columns)
         facts = {"positions": len(rows), "tokens": 0}
         ShardSet(store, f"targets/{name}").write(unit_of(shard), schema, batches, facts)
         kept.append((rows, ids))
@@ -454,15 +455,24 @@ def test_exchanged_targets_are_noticed(copied):
 
 
 def test_an_edited_description_is_noticed(copied):
-    """teacher.json has no checksum of its own; 2.0 read as 3.0 would be a wrong temperature."""
+    """Every shard repeats teacher.json; 2.0 read as 3.0 would be a wrong temperature."""
     write_teacher(copied)
     path = copied / "targets/big/teacher.json"
-    path.write_text(path.read_text().replace("2.0", "3.0"))
+    info = json.loads(path.read_text())
+    info.pop(SEAL, None)
+
+    def edited(**changes):
+        path.write_bytes(seal(info | changes))
+        return Cache.open(copied).gather(np.arange(3), ["big"])
+
+    path.write_text(json.dumps(info | {SEAL: "0" * 64}))
+    with pytest.raises(CacheFormatError, match="its checksum does not match"):
+        Cache.open(copied)
     with pytest.raises(CacheMismatchError, match=r"made by another teacher than teacher\.json"):
-        Cache.open(copied).gather(np.arange(3), ["big"])
-    path.write_text(path.read_text().replace('"k":5', '"k":6').replace("3.0", "2.0"))
+        edited(temperatures=[1.0, 3.0])
     with pytest.raises(CacheFormatError, match="columns that teacher"):
-        Cache.open(copied).gather(np.arange(3), ["big"])
+        edited(k=6)
+    assert edited()
 
 
 def test_targets_of_a_renamed_teacher_are_refused(copied):

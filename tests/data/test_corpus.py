@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from rekindle.data.columns import list_views
-from rekindle.data.corpus import BUCKETS, Corpus, CorpusConfig, build_corpus, unit_of
+from rekindle.data.corpus import BUCKETS, Corpus, build_corpus, unit_of
+from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.documents import read_documents
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.packing import pack
+from rekindle.data.seal import SEAL, seal
 from rekindle.data.store import LocalStore
 from rekindle.data.tokenizer import load_tokenizer
 
@@ -233,7 +235,8 @@ def test_two_writers_at_once_make_one_corpus(store, config, uninterrupted):
 SCRIPT = """
 import sys
 from pathlib import Path
-from rekindle.data.corpus import CorpusConfig, build_corpus
+from rekindle.data.corpus import build_corpus
+    from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.store import LocalStore
 root, source, tokenizer = sys.argv[1:]
 config = CorpusConfig(source=source, tokenizer=tokenizer, sequence_length=24, domain_field="domain")
@@ -345,6 +348,9 @@ def test_an_exchanged_tokenizer_is_noticed(store, config, bytelevel):
     for file in folder.iterdir():
         file.unlink()
     load_tokenizer(str(bytelevel)).save(str(folder))
+    with pytest.raises(CacheFormatError, match=r"tokenizer\.json is damaged"):
+        assert Corpus(store).tokenizer
+    (store.root / "corpus/tokenizer.json").unlink()  # as in format 1
     with pytest.raises(CacheMismatchError, match="not the tokenizer the corpus was made with"):
         assert Corpus(store).tokenizer
 
@@ -381,15 +387,15 @@ def test_a_changed_source_is_refused(tmp_path, store, config, corpus_file, compl
     build_corpus(store, chosen, PER_SHARD)
 
 
-def test_files_that_come_or_go_are_noticed(tmp_path, store, config):
-    for name in "ab":
+def test_files_that_come_between_or_go_are_noticed(tmp_path, store, config):
+    for name in "ac":
         (tmp_path / f"{name}.txt").write_text(f"The text of {name}.")
     chosen = config(source=str(tmp_path / "*.txt"), domain_field=None)
     build_corpus(store, chosen, PER_SHARD)
-    (tmp_path / "c.txt").write_text("One more.")
-    with pytest.raises(CacheMismatchError, match=r"c\.txt"):
+    (tmp_path / "b.txt").write_text("One more.")
+    with pytest.raises(CacheMismatchError, match=r"b\.txt"):
         build_corpus(store, chosen, PER_SHARD)
-    (tmp_path / "c.txt").unlink()
+    (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").unlink()
     with pytest.raises(CacheMismatchError, match=r"a\.txt"):
         build_corpus(store, chosen, PER_SHARD)
@@ -408,14 +414,15 @@ def test_a_finished_corpus_outlives_its_source(tmp_path, store, config, corpus_f
 
 
 def test_an_edited_description_is_noticed_when_a_shard_is_read(store, config):
-    """corpus.json has no checksum of its own; every shard repeats what it says."""
+    """Every shard repeats what corpus.json says."""
     build_corpus(store, config(), PER_SHARD)
     path = store.root / "corpus/corpus.json"
     info = json.loads(path.read_text())
+    del info[SEAL]
     for part, key in (("tokenizer", "mask_id"), ("config", "sequence_length")):
         changed = json.loads(json.dumps(info))
         changed[part][key] += 1
-        path.write_text(json.dumps(changed))
+        path.write_bytes(seal(changed))
         with pytest.raises(CacheMismatchError, match=f"its {part} differ"):
             Corpus(store).shard(0)
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.corpus import Corpus, CorpusConfig, build_corpus, unit_of
+from rekindle.data.corpus import Corpus, build_corpus, unit_of
+from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.documents import read_documents
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.masking import MaskConfig, generator, mask_sequence

@@ -1,6 +1,6 @@
 """Makes a golden cache and what it decodes to. Run once per format version; never for an old one.
 
-    python tests/golden/make_cache.py tests/golden/cache-v1
+    python tests/golden/make_cache.py tests/golden/cache-v2
 
 Tiny random models; the bytes need not be reproducible, they are frozen in the repository.
 """
@@ -83,18 +83,34 @@ def main(out: Path) -> None:
                 "pairs": "adjacent",
             },
             {"name": "tagger", "model": "tagger", "task": "token_classification"},
+            *(
+                {"name": name, "model": "lm", "task": "masked_lm", "targets": {"k": 6} | kept}
+                for name, kept in {
+                    "precise": {"codec": "precise"},
+                    "compact": {"codec": "compact"},
+                    "threshold": {"kind": "threshold", "temperatures": [2.0]},
+                    "random": {"kind": "random"},
+                    "hidden": {"kind": "hidden"},
+                }.items()
+            ),
         ]
+        # Extended afterwards by a longer corpus, a larger k and a further temperature.
+        extended = [{"k": 6}, {"k": 9}, {"k": 9, "temperatures": [1.0, 3.0]}]
         values = {
             "corpus": {
                 "source": [str(work / "docs.jsonl")],
                 "domain_field": "domain",
                 "tokenizer": str(work / "tokenizer"),
                 "sequence_length": 16,
+                "limit_sequences": 5,
             },
             "cache": {"path": str(out), "sequences_per_shard": 4, "replicas": 2},
             "teachers": [t | {"model": str(work / str(t["model"]))} for t in teachers],
         }
-        cache_teachers(parse_settings(RunConfig, values))
+        for targets in extended:
+            values["teachers"][0]["targets"] = targets
+            cache_teachers(parse_settings(RunConfig, values))
+            values["corpus"]["limit_sequences"] = None
     expected = [decoded(out, index) for index in range(len(Cache.open(out)))]
     (out.with_suffix(".json")).write_text(json.dumps(expected) + "\n")
 

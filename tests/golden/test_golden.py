@@ -34,7 +34,7 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == ["cache-v1"]
+    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2"]
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)

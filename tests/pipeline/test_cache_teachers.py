@@ -116,11 +116,11 @@ def test_interrupted_in_any_unit_it_goes_on(
     config = configure(tmp_path, stable)
     original, calls = getattr(stage_one, step), []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == number + 1:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage_one, step, failing)

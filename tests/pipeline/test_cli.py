@@ -221,7 +221,9 @@ def test_the_command_line_is_frozen():
     assert options == {
         "demo": ["--out", "--quick"],
         "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
-        "cache-teachers": ["--set", "--teacher", "--workers"],
+        "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
+        "plan": ["--json", "--probe", "--set"],
+        "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set"],

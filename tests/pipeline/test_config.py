@@ -73,7 +73,6 @@ train:
 """
 LATER_KEYS = {"student.grow": None}  # keys of the example that this version does not have yet
 LATER_VALUES = {  # values the design names beside those of the example
-    "teachers.big-lm.targets.kind": ["threshold", "random", "hidden"],
     "student.task": ["replaced_token_detection"],
     "train.objective.distill.0.combine": ["uncertainty", "route"],
 }
@@ -155,6 +154,18 @@ def test_what_is_for_a_later_version_is_refused_by_name(tmp_path, run_file):
         for value in values:
             with pytest.raises(InputError, match=rf"{key.rsplit('.', 1)[1]}.*\(given: '{value}'\)"):
                 load_config(run_file, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("kind", ["topk", "threshold", "random", "dense", "hidden"])
+def test_every_kind_of_target_of_the_design(run_file, kind):
+    one = kind in ("threshold", "random")
+    values = [
+        f"teachers.0.targets={{kind: {kind}, k: 9, temperatures: {[2.0] if one else [2.0, 4.0]}}}"
+    ]
+    targets = load_config(run_file, values).teachers[0].targets
+    assert (targets.kind, targets.k) == (kind, 9)
+    assert targets.temperatures == ((2.0,) if one else (1.0, 2.0, 4.0))
+    assert load_config(run_file, [f"teachers.0.targets={{kind: {kind}}}"]).teachers[0].targets
 
 
 def test_every_task_of_the_design(run_file):
@@ -286,7 +297,7 @@ def test_an_unknown_key_names_the_nearest(run_file, key, nearest):
         ("teachers.0.monte_carlo.passes=-1", "passes"),
         ("teachers.0.pairs=neighbours", "pairs"),
         ("teachers.0.domains=[]", "domains.*at least 1"),
-        ("teachers.0.task=regression", "top-k targets are for masked_lm and causal_lm"),
+        ("teachers.0.task=regression", "topk targets are for masked_lm and causal_lm"),
         ("teachers=[{name: a, model: m, task: causal_lm}, {name: a, model: n, task: causal_lm}]",
          "two teachers are called 'a'"),
         ("train.steps=0", "train.steps"),

@@ -9,6 +9,7 @@ import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.seal import seal
 from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.inspect import inspect_cache, inspect_example
 
@@ -181,7 +182,8 @@ def test_a_cache_in_the_making(tmp_path, configure, cache):
     folder = tmp_path / "c" / "targets" / "lm"
     folder.mkdir(parents=True)
     description = json.loads((cache / "targets" / "dense" / "teacher.json").read_text())
-    (folder / "teacher.json").write_text(json.dumps(description | {"name": "lm"}))
+    del description["record"]
+    (folder / "teacher.json").write_bytes(seal(description | {"name": "lm"}))
     facts = strict(inspect_cache(str(tmp_path / "c"), as_json=True))
     assert facts["teachers"]["lm"]["coverage"] == 0.0
     assert "0.0%" in inspect_cache(str(tmp_path / "c"))

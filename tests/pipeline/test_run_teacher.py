@@ -576,10 +576,20 @@ def teachers_of_all_kinds(make_model, wordpiece) -> list[dict[str, str]]:
         ("bert", "AutoModelForSequenceClassification", "sequence_classification"),
         ("bert", "AutoModelForTokenClassification", "token_classification"),
     ]
+    # The precise codec: a step of the default one is wider than float32 noise that crosses it.
+    precise = {"targets": {"codec": "precise"}}
     return [
         {"name": task, "model": str(make_model(family, auto, wordpiece)), "task": task}
+        | (precise if task in ("masked_lm", "causal_lm") else {})
         for family, auto, task in kinds
     ]
+
+
+def assert_same_ids(ids: np.ndarray, others: np.ndarray, log_probs: np.ndarray) -> None:
+    """Equal but where two neighbours are so near each other that noise decides which comes first."""
+    for row, place in zip(*np.nonzero(ids != others), strict=True):
+        near = np.abs(log_probs[row] - log_probs[row, place]) < 2e-3
+        assert near.sum() > 1, f"row {row}: {ids[row]} and {others[row]}"
 
 
 def assert_same_targets(one: Cache, other: Cache) -> None:
@@ -590,7 +600,7 @@ def assert_same_targets(one: Cache, other: Cache) -> None:
             for first, second in zip(a.targets[name], b.targets[name], strict=True):
                 for field, value in vars(first).items():
                     if field == "ids":
-                        assert (value == getattr(second, field)).all()
+                        assert_same_ids(value, getattr(second, field), first.log_probs)
                     elif isinstance(value, np.ndarray):
                         np.testing.assert_allclose(getattr(second, field), value, atol=2e-3)
 
@@ -627,7 +637,7 @@ def test_other_errors_of_a_model_are_not_taken_for_lack_of_memory(
 ):
     teacher = teachers_of_all_kinds(make_model, wordpiece)[2]
     seen = small_memory(10, RuntimeError("shape mismatch"))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
+    with pytest.raises(InputError, match=r"failed on a batch of 5 sequences .*: shape mismatch"):
         cache_teachers(configure(tmp_path, [teacher]))
     assert len(seen) == 1
 

@@ -156,20 +156,20 @@ def test_blocks_and_padded_rows_change_nothing(monkeypatch, padding, kind):
     gold = torch.arange(9)
     head = OutputHead(weight, bias, None, 1.0)
     exact = reference((hidden @ weight[:size].T + bias[:size]).numpy())
+    (whole,) = score_hidden(hidden, head, gold, info)
     for rows in (1, 2, 100):
         monkeypatch.setitem(scoring.LOGITS_BYTES, "cpu", 4 * size * rows)
         blocks = list(score_hidden(hidden, head, gold, info))
-        assert [len(b.log_probs) for b in blocks] == [
+        assert [len(b["entropy"]) for b in blocks] == [
             min(rows, 9 - first) for first in range(0, 9, rows)
         ]
-        log_probs = torch.cat([b.log_probs for b in blocks]).numpy()
-        if kind == "topk":
-            ids = torch.cat([b.ids for b in blocks]).numpy()
-            assert (ids == np.argsort(-exact, axis=1)[:, :7]).all()
-            exact_kept = np.take_along_axis(exact, ids, axis=1)
-        else:
-            exact_kept = exact
-        np.testing.assert_allclose(log_probs, exact_kept, atol=2e-5)
+        columns = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+        if kind == "dense":
+            np.testing.assert_allclose(columns["log_probs"], exact, atol=2e-5)
+            continue
+        assert (columns["ids"] == np.argsort(-exact, axis=1)[:, :7]).all()
+        assert whole.keys() == columns.keys()
+        assert all((whole[name] == columns[name]).all() for name in columns)
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 131_072, 150_000])

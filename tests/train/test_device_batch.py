@@ -16,6 +16,7 @@ from rekindle.data.batch import (
     TokenTargetBatch,
 )
 from rekindle.data.codec import encode
+from rekindle.data.cuts import RowTexts
 from rekindle.data.errors import InputError
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.device_batch import (
@@ -292,7 +293,7 @@ def joined(parts, starts):
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)
-    if isinstance(first, list):
+    if isinstance(first, list | RowTexts):
         return [item for part in parts for item in part]
     if isinstance(first, dict):
         return {key: joined([part[key] for part in parts], starts) for key in first}

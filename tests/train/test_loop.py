@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.masking import MaskConfig
+from rekindle.data.seal import SEAL, seal
 from rekindle.data.settings import parse_settings
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.data.views import MaskedView
@@ -754,10 +755,8 @@ def test_a_run_is_not_resumed_with_another_student_or_cache(
     about = folder / "targets/big/teacher.json"
     values = json.loads(about.read_text())
     values["fingerprints"]["weights"] = "0" * 64
-    about.write_text(json.dumps(values))
-    manifest = json.loads((folder / "cache.json").read_text())
-    del manifest["teachers"]
-    (folder / "cache.json").write_text(json.dumps(manifest))
+    about.write_bytes(seal({k: v for k, v in values.items() if k != SEAL}))
+    (folder / "cache.json").write_bytes(seal({}))
     with pytest.raises(CheckpointError, match=r"cache\.teachers"):
         run(masked_world, whole.directory, train_config(ALL), cache=Cache.open(folder), resume=True)
 

@@ -1,0 +1,132 @@
+"""All that a cache consists of, file by file: for checks, repairs and cleaning up, not for reading.
+
+Works on a cache that is damaged anywhere: nothing here needs another part of it to be sound.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from rekindle.data.corpus import TOKENIZER, TOKENIZER_FILES, damaged_tokenizer_files
+from rekindle.data.errors import CacheFormatError, CacheVersionError
+from rekindle.data.head import HEAD_FILES, read_head
+from rekindle.data.manifest import MANIFEST, read_manifest
+from rekindle.data.seal import REPAIR, VERSION, read_sealed
+from rekindle.data.shards import ShardSet
+from rekindle.data.store import Store
+
+NEEDED = {
+    "corpus": {"corpus.json", "tokenizer.json"},
+    "views": {"view.json"},
+    "targets": {"teacher.json"},
+}
+
+
+def target_folders(store: Store) -> list[str]:
+    """The folders of all teachers' targets, each followed by those of its extensions."""
+    found = []
+    for name in store.folders("targets"):
+        base = f"targets/{name}"
+        found.append(base)
+        found += [f"{base}/extensions/{part}" for part in store.folders(f"{base}/extensions")]
+    return found
+
+
+def shard_sets(store: Store) -> list[ShardSet]:
+    """Corpus, views and targets, in this order."""
+    views = [f"views/{name}" for name in store.folders("views")]
+    return [ShardSet(store, folder) for folder in ["corpus", *views, *target_folders(store)]]
+
+
+def descriptions(store: Store) -> Iterator[str]:
+    """The sealed files beside the shards, but the manifest."""
+    yield from (f"corpus/{name}" for name in store.names("corpus") if name.endswith(".json"))
+    for shards in shard_sets(store)[1:]:
+        yield from (
+            f"{shards.folder}/{name}"
+            for name in store.names(shards.folder)
+            if name.endswith(".json")
+        )
+
+
+def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
+    """What is wrong with the small files: manifest, descriptions, tokenizer, output matrices.
+
+    Raises CacheVersionError for a cache of a version that this code does not read.
+    """
+    damaged: dict[str, CacheFormatError] = {}
+
+    def hold(name: str, read: Callable[[], object]) -> None:
+        try:
+            read()
+        except FileNotFoundError:
+            pass
+        except CacheVersionError:
+            raise
+        except CacheFormatError as error:
+            damaged[name] = error
+
+    if store.exists(MANIFEST):
+        hold(MANIFEST, partial(read_manifest, store))
+    for name in descriptions(store):
+        if name != TOKENIZER_FILES:
+            hold(name, partial(read_sealed, store, name))
+    for folder in target_folders(store):
+        # Without a sound head.json a matrix is unfinished, or cannot be judged.
+        if {*HEAD_FILES} <= {*store.names(folder)} and f"{folder}/head.json" not in damaged:
+            hold(f"{folder}/head.safetensors", partial(read_head, store, folder))
+    return damaged | damaged_tokenizer_files(store)
+
+
+def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
+    """The small files that must stand beside the shards there are, and do not (from format 2)."""
+    if read_manifest(store).get(VERSION) == 1:
+        return {}
+    lost: dict[str, CacheFormatError] = {}
+    for shards in shard_sets(store):
+        if not store.names(f"{shards.folder}/commits"):
+            continue
+        names = {*store.names(shards.folder)}
+        wanted = NEEDED[shards.folder.partition("/")[0]] | (
+            {*HEAD_FILES} if names & {*HEAD_FILES} else set()
+        )
+        for name in sorted(wanted - names):
+            where = f"{shards.folder}/{name}"
+            lost[where] = CacheFormatError(f"{store.location}/{where} is missing. {REPAIR}")
+    return lost
+
+
+def orphans(shards: ShardSet) -> list[str]:
+    """Data files that no commit record names: of attempts that were killed, or are under way."""
+    commits, _ = shards.survey()
+    named = {commit.path.removeprefix("data/") for commit in commits.values()}
+    present = shards.store.names(f"{shards.folder}/data")
+    return [f"{shards.folder}/data/{name}" for name in present if name not in named]
+
+
+def collect_garbage(store: Store, older_than: float, dry_run: bool = False) -> dict[str, int]:
+    """Remove what killed attempts left behind; name -> bytes. Files younger than ``older_than``
+    seconds stay: their writers may be at work.
+
+    Raises CacheFormatError while a commit record is damaged: what it named cannot be told from what
+    nobody named.
+    """
+    removed: dict[str, int] = {}
+    limit = time.time() - older_than
+    for shards in shard_sets(store):
+        for error in shards.survey()[1].values():
+            raise error
+        folders = ["", TOKENIZER] if shards.folder == "corpus" else []
+        folders += [shards.folder, f"{shards.folder}/commits", f"{shards.folder}/data"]
+        names = orphans(shards)
+        names += [name for folder in folders for name in store.temporary(folder)]
+        for name in names:
+            try:
+                size, modified = store.state(name)
+            except FileNotFoundError:  # its writer put it in its place meanwhile
+                continue
+            if modified <= limit:
+                removed[name] = size
+                if not dry_run:
+                    store.discard(name)
+    return removed
