@@ -313,8 +313,8 @@ def test_threshold_keeps_what_is_above_theta_and_draws_the_rest_at_theta(world, 
             assert np.isin(np.flatnonzero(p > theta * (1 + 4 * NOISE)), ids).all()
             exact_kept += int((p[ids] > theta).sum())
             drawn_seen += int((p[ids] < theta).sum())
-    assert exact_kept > 500 or tau == 2  # where hardly any entry stands out
-    assert drawn_seen > 500
+    assert exact_kept > 100 or tau == 2  # where hardly any entry stands out
+    assert drawn_seen > 100
 
 
 @pytest.mark.parametrize("name", ["random", "random-2"])

@@ -532,10 +532,10 @@ def test_held_out_sequences_are_never_trained_on(masked_world, tmp_path, monkeyp
         return step(student, optimizer, objective, batch, *rest)
 
     monkeypatch.setattr(module, "_step", noting)
-    run(masked_world, tmp_path / "run", train_config(steps=25))
+    run(masked_world, tmp_path / "run", train_config(steps=30))
     cache = masked_world.open()
     split = split_corpus(cache, 0.1)
-    assert len(seen) == 150 > len(split.train)
+    assert len(seen) == 180 > len(split.train)
     assert set(seen) == set(split.train.tolist())
     assert not set(seen) & set(split.held_out.tolist())
     assert sorted(seen[: len(split.train)]) == split.train.tolist()
