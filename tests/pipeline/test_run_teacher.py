@@ -586,7 +586,7 @@ def teachers_of_all_kinds(make_model, wordpiece) -> list[dict[str, str]]:
 
 
 def assert_same_ids(ids: np.ndarray, others: np.ndarray, log_probs: np.ndarray) -> None:
-    """Equal but where two neighbours are so near each other that noise decides which comes first."""
+    """Equal but for neighbours so near each other that noise decides which comes first."""
     for row, place in zip(*np.nonzero(ids != others), strict=True):
         near = np.abs(log_probs[row] - log_probs[row, place]) < 2e-3
         assert near.sum() > 1, f"row {row}: {ids[row]} and {others[row]}"
