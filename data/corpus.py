@@ -43,7 +43,7 @@ from rekindle.data.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet, descri
 from rekindle.data.store import Store
 from rekindle.data.tokenizer import Tokenizer, load_tokenizer
 
-BUCKETS = 10_000  # documents fall into these by hash; a held-out split is a range of them
+BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
 TOKENIZER = "corpus/tokenizer"
 TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
 
@@ -183,11 +183,6 @@ class Corpus:
     def first(self, shard: int) -> int:
         """The global number of a shard's first row."""
         return int(self._firsts[shard])
-
-    def buckets(self) -> NDArray[np.uint16]:
-        """The hash bucket (0..9999) of every sequence's document, in corpus order."""
-        parts = [self.shard(i).table()["bucket"].to_numpy() for i in range(len(self.commits))]
-        return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

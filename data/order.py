@@ -65,7 +65,8 @@ def stream_batch(
     epochs.
 
     Every batch is full; one that reaches past an epoch's end goes on in the next, so that each
-    sequence is read exactly once per epoch whatever the batch size.
+    sequence is read exactly once per epoch whatever the batch size. The ranks' parts of a step are
+    strided: rank r reads places r, r + world_size, … of the batch of a single process.
     """
     places = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)[rank::world_size]
     epochs = places // size
@@ -73,3 +74,8 @@ def stream_batch(
         (int(e), permute(places[epochs == e] % size, size, seed=seed, epoch=int(e)))
         for e in np.unique(epochs)
     ]
+
+
+def step_epoch(step: int, size: int, batch: int) -> int:
+    """The epoch in which training step ``step`` begins, the same one for every rank."""
+    return step * batch // size

@@ -4,6 +4,7 @@ A teacher's targets lie in one part, or in several: what it was first cached wit
 a larger k or further temperatures. A reader shows them as one, by the parts that are finished.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +86,7 @@ class TeacherReader:
         }
         self._open: dict[tuple[str, str], Shard] = {}
         self._views: dict[tuple[int, int, int | None], RowLists] = {}
+        self._evicting = threading.Lock()  # several threads may read ahead
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -211,11 +213,12 @@ class TeacherReader:
     def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
         found = self._views.get((shard, index, replica))
         if found is None:
-            if self._decoded and len(self._views) >= DECODED_BATCHES:
-                del self._views[next(iter(self._views))]
             unit = unit_of(shard, replica if self.masked else None)
             found = RowLists(*self._read_columns(unit, shard, index, replica))
-            self._views[shard, index, replica] = found
+            with self._evicting:
+                while self._decoded and len(self._views) >= DECODED_BATCHES:
+                    del self._views[next(iter(self._views))]
+                self._views[shard, index, replica] = found
         return found
 
     @property

@@ -5,17 +5,27 @@ Rows without loss are dropped before the first product. Nothing here talks to au
 rows, H hidden, V vocabulary, K kept ids, C block rows.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from rekindle.kernels.closed_form import BlockLosses, Coefficients, block_buffers, loss_block
 from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
 
 # Bytes of all [C,V] buffers of a call together. On a GPU few rows a block would make reading and
 # writing dW dearer than the products.
 BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Teacher(Protocol):
+    """A teacher of whom every probability is known, formed where it is used."""
+
+    def log_probs(self, rows: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities [C,V] of some rows, in memory that may be written over."""
 
 
 def block_rows(rows: int, vocabulary: int, bytes_per_entry: int, budget: int) -> int:
@@ -31,20 +41,29 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def logits_blockwise(
-    logits: Tensor, targets: SparseTargets, objective: Objective, factors: Coefficients | None
+    logits: Tensor,
+    targets: SparseTargets,
+    objective: Objective,
+    factors: Coefficients | None,
+    teacher: Teacher | None = None,
 ) -> tuple[BlockLosses, Tensor | None]:
-    """Unweighted losses [N] of logits [N,V], and the derivative of Σ factors·losses."""
+    """Unweighted losses [N] of logits [N,V], and the derivative of Σ factors·losses.
+
+    With a teacher, `targets` hold labels and weights only, and list no ids.
+    """
     dtype = compute_dtype(logits)
-    rows = _rows_with_loss(targets, objective)
+    rows = _rows_with_loss(targets, objective, teacher)
     kept = targets.take(rows)
     ce, kd = (torch.zeros(len(logits), dtype=dtype, device=logits.device) for _ in range(2))
     gradient = None if factors is None else torch.zeros_like(logits)
-    for block in _blocks(rows.numel(), logits.shape[1], logits.to(dtype)[:0], kept, objective):
-        z = logits[rows[block]].to(dtype)  # indexing copies
-        own = None if factors is None else Coefficients(*(f[rows[block]] for f in factors))
-        ce[rows[block]], kd[rows[block]] = loss_block(z, kept.take(block), objective, own)
+    like = logits[:0].to(dtype)
+    for block in _blocks(rows.numel(), logits.shape[1], like, kept, objective, teacher):
+        here = rows[block]
+        z = logits[here].to(dtype)  # indexing copies
+        own = None if factors is None else Coefficients(*(f[here] for f in factors))
+        ce[here], kd[here] = _losses(z, here, kept.take(block), objective, own, teacher)
         if gradient is not None:
-            gradient[rows[block]] = z.to(logits.dtype)
+            gradient[here] = z.to(logits.dtype)
     return BlockLosses(ce, kd), gradient
 
 
@@ -56,36 +75,41 @@ def linear_blockwise(
     objective: Objective,
     factors: Coefficients | None,
     wanted: tuple[bool, bool, bool],
+    teacher: Teacher | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[BlockLosses, Gradients]:
     """Unweighted losses [N] of hidden @ weight.T + bias, and the derivatives of Σ factors·losses.
 
     Gradients with respect to hidden, weight and bias where `wanted`, in their dtypes; without
-    factors none.
+    factors none. With a teacher, `targets` hold labels and weights only, and list no ids. The
+    products' factors are rounded to `product_dtype`, if given; logits and dW are not.
     """
     dtype = compute_dtype(hidden, weight)
-    rows = _rows_with_loss(targets, objective)
+    product_dtype = product_dtype or dtype
+    rows = _rows_with_loss(targets, objective, teacher)
     kept = targets.take(rows)
-    x, w = hidden[rows].to(dtype), weight.to(dtype)
+    x, w = hidden[rows].to(product_dtype), weight.to(product_dtype)
     b = None if bias is None else bias.to(dtype)
     dx = torch.empty_like(x) if factors is not None and wanted[0] else None
     # the first block overwrites dw, which saves a pass over [V,H]
     fresh = torch.empty if rows.numel() else torch.zeros
     dw = fresh(w.shape, dtype=dtype, device=w.device) if factors is not None and wanted[1] else None
     db = torch.zeros_like(b) if factors is not None and wanted[2] and b is not None else None
-    ce, kd = x.new_zeros(hidden.shape[0]), x.new_zeros(hidden.shape[0])
-    blocks = _blocks(rows.numel(), weight.shape[0], x, kept, objective)
-    logits = x.new_empty(blocks[0].stop if blocks else 0, weight.shape[0])
+    ce, kd = (torch.zeros(hidden.shape[0], dtype=dtype, device=x.device) for _ in range(2))
+    blocks = _blocks(rows.numel(), weight.shape[0], x[:0].to(dtype), kept, objective, teacher)
+    logits = torch.empty(blocks[0].stop if blocks else 0, len(w), dtype=dtype, device=x.device)
     for block in blocks:
-        z = logits[: block.stop - block.start]
-        torch.mm(x[block], w.t(), out=z)
+        z, here = logits[: block.stop - block.start], rows[block]
+        product_(z, x[block], w.t())
         if b is not None:
             z.add_(b)
-        own = None if factors is None else Coefficients(*(f[rows[block]] for f in factors))
-        ce[rows[block]], kd[rows[block]] = loss_block(z, kept.take(block), objective, own)
+        own = None if factors is None else Coefficients(*(f[here] for f in factors))
+        ce[here], kd[here] = _losses(z, here, kept.take(block), objective, own, teacher)
+        gradient = z.to(product_dtype)
         if dx is not None:
-            torch.mm(z, w, out=dx[block])
+            torch.mm(gradient, w, out=dx[block])
         if dw is not None:
-            dw.addmm_(z.t(), x[block], beta=1 if block.start else 0)
+            product_(dw, gradient.t(), x[block], plus=block.start > 0)
         if db is not None:
             db.add_(z.sum(0))
     if dx is not None:
@@ -97,17 +121,62 @@ def linear_blockwise(
     )
 
 
-def _rows_with_loss(targets: SparseTargets, objective: Objective) -> Tensor:
+def product_(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
+    """In place total <- a @ b, or total + a @ b; in total's dtype, also of sixteen-bit matrices.
+
+    Only forms that write to given memory: autocast leaves those alone.
+    """
+    if a.dtype != total.dtype and a.device.type == "cuda":
+        if plus:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        return
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    if plus:
+        total.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=total)
+
+
+def _losses(
+    z: Tensor,
+    rows: Tensor,
+    kept: SparseTargets,
+    objective: Objective,
+    factors: Coefficients | None,
+    teacher: Teacher | None,
+) -> BlockLosses:
+    """Losses of one block's raw logits z [C,V], which become their gradient."""
+    if teacher is None:
+        return loss_block(z, kept, objective, factors)
+    log_q = teacher.log_probs(rows, objective.temperature)
+    return whole_loss_block(z, log_q, kept.labels, objective, factors)
+
+
+def _rows_with_loss(
+    targets: SparseTargets, objective: Objective, teacher: Teacher | None
+) -> Tensor:
     """Indices of the rows that weigh something and have a label or a target."""
+    if teacher is not None and targets.weight is None:
+        return torch.arange(len(targets.ids), device=targets.ids.device)  # without waiting for it
+    if teacher is not None:
+        return targets.active().nonzero()[:, 0]
     useful = targets.labelled(objective.ignore_index) | (targets.ids >= 0).any(1)
     return (targets.active() & useful).nonzero()[:, 0]
 
 
 def _blocks(
-    rows: int, vocabulary: int, like: Tensor, targets: SparseTargets, objective: Objective
+    rows: int,
+    vocabulary: int,
+    like: Tensor,
+    targets: SparseTargets,
+    objective: Objective,
+    teacher: Teacher | None,
 ) -> list[slice]:
     """Consecutive slices of `rows`, sized for buffers of `like`'s dtype on its device."""
-    buffers = block_buffers(objective, targets.labels is not None)
+    count = block_buffers if teacher is None else whole_buffers
+    buffers = count(objective, targets.labels is not None)
     budget = BLOCK_BYTES.get(like.device.type, BLOCK_BYTES["cuda"])
     step = block_rows(rows, vocabulary, buffers * like.element_size(), budget)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

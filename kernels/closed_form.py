@@ -48,7 +48,8 @@ def loss_block(
     respect to the raw logits; without, z is left as scratch. ids and labels must lie in [0, V)
     where they count.
     """
-    slope = _transform_(z, objective, keep_slope=coefficients is not None)
+    wanted = coefficients is not None
+    slope = transform_(z, objective.logit_scale, objective.softcap, keep_slope=wanted)
     slots = _Slots.gather(z, targets.ids)
     label = _Label.gather(z, targets, objective.ignore_index)
     tau = objective.temperature
@@ -237,17 +238,19 @@ class _Label(NamedTuple):
         return torch.where(self.counts, ce, 0.0)
 
 
-def _transform_(z: Tensor, objective: Objective, keep_slope: bool) -> Tensor | None:
+def transform_(
+    z: Tensor, logit_scale: float, softcap: float | None, keep_slope: bool = False
+) -> Tensor | None:
     """In place: z <- cap·tanh(scale·z/cap); returns dz'/d(scale·z) where it is not 1 and wanted.
 
     A logit of -inf stays -inf under a softcap: an id that is ruled out stays ruled out.
     """
-    if objective.logit_scale != 1.0:
-        z.mul_(objective.logit_scale)
-    if objective.softcap is None:
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is None:
         return None
     ruled_out = z == -math.inf
-    z.div_(objective.softcap).tanh_()
+    z.div_(softcap).tanh_()
     slope = 1.0 - z.square() if keep_slope else None
-    z.mul_(objective.softcap).masked_fill_(ruled_out, -math.inf)
+    z.mul_(softcap).masked_fill_(ruled_out, -math.inf)
     return slope

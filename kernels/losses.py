@@ -1,4 +1,4 @@
-"""Distillation losses from sparse teacher targets: entry points, checks, dispatch; no arithmetic.
+"""Distillation losses from teachers' targets: entry points, checks, dispatch; no arithmetic.
 
 Shapes: N rows (tokens), V vocabulary, K kept ids a row, H hidden size, T teachers.
 """
@@ -14,14 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rekindle.kernels.chunked import compute_dtype
 from rekindle.kernels.encoded import EncodedTargets, decode
+from rekindle.kernels.hidden import WholeTargets, block_product_dtype, check_whole
 from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import linear_losses, logits_losses
-from rekindle.kernels.targets import MAX_KEPT, Objective, SparseTargets
+from rekindle.kernels.targets import MAX_KEPT, Objective, SparseTargets, check_values
+from rekindle.kernels.whole_ops import whole_losses
 
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+Targets = Tensor | EncodedTargets | WholeTargets
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -35,7 +39,7 @@ class KDLoss(NamedTuple):
 
 def kd_loss(
     logits: Tensor,
-    target_ids: Tensor | EncodedTargets,
+    target_ids: Targets,
     target_probs: Tensor | None = None,
     *,
     tail_prob: Tensor | None = None,
@@ -52,7 +56,7 @@ def kd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> KDLoss:
-    """Cross-entropy on labels plus a divergence to sparse teacher targets, from logits.
+    """Cross-entropy on labels plus a divergence to a teacher's targets, from logits.
 
     loss = ce_weight·CE(labels, z) + kd_weight·τ²·D(q ‖ softmax(z/τ))
     z    = cap·tanh(logit_scale·logits / cap)
@@ -64,7 +68,9 @@ def kd_loss(
             float32).
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
             Or EncodedTargets, as a cache stores them (target_probs and tail_prob are then left
-            out); the Triton kernels decode them in registers.
+            out); the Triton kernels decode them in registers. Or HiddenTargets or DenseTargets
+            (hidden.py): D over the whole vocabulary, exact, of a bounded block of the teacher's
+            logits at a time; `tail` says nothing then. PyTorch computes these, on any device.
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
@@ -111,10 +117,15 @@ def kd_loss(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    chosen = _choose(impl, logits.device, logits.dtype, _stored(target_ids))
+    if isinstance(target_ids, WholeTargets):
+        check_whole(target_ids, len(logits), logits.shape[1], logits.device)
+    chosen = _choose(impl, logits.device, logits.dtype, target_ids)
     given = (target_ids, target_probs, tail_prob)
     sparse, objective = _sparse(*given, objective, chosen)
     targets = _targets(logits, logits.shape[1], *sparse, labels, row_weight, objective)
+    if isinstance(target_ids, WholeTargets):
+        whole = (logits.contiguous(), None, None, target_ids, targets, objective)
+        return KDLoss(*whole_losses(*whole, compute_dtype(logits)))
     if logits.stride(1) != 1 or not logits.shape[1] <= logits.stride(0) <= 2 * logits.shape[1]:
         logits = logits.contiguous()  # the gradient takes the logits' layout
     return KDLoss(*logits_losses(logits, targets, objective, chosen))
@@ -123,7 +134,7 @@ def kd_loss(
 def linear_kd_loss(
     hidden: Tensor,
     weight: Tensor,
-    target_ids: Tensor | EncodedTargets,
+    target_ids: Targets,
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -152,7 +163,8 @@ def linear_kd_loss(
     given and no CUDA graph is being captured; without row_weight it never waits.
 
     The products are in float32 with impl torch, also under autocast; with impl triton in the
-    autocast dtype, or the inputs' common one, and dW is summed in float32 all the same.
+    autocast dtype, or the inputs' common one, and dW is summed in float32 all the same. Those of
+    HiddenTargets are in float32 too, but on a GPU in bfloat16 where impl triton's would be.
 
     hidden is [N,H], weight [V,H] (the output embedding), bias [V] or None; every other argument
     is as for `kd_loss`, whose docstring has their rules.
@@ -182,10 +194,15 @@ def linear_kd_loss(
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type):
         product_dtype = torch.get_autocast_dtype(hidden.device.type)
-    chosen = _choose(impl, hidden.device, product_dtype, _stored(target_ids))
+    if isinstance(target_ids, WholeTargets):
+        check_whole(target_ids, len(hidden), len(weight), hidden.device)
+    chosen = _choose(impl, hidden.device, product_dtype, target_ids)
     given = (target_ids, target_probs, tail_prob)
     sparse, objective = _sparse(*given, objective, chosen)
     targets = _targets(hidden, weight.shape[0], *sparse, labels, row_weight, objective)
+    if isinstance(target_ids, WholeTargets):
+        rounded = block_product_dtype(hidden, weight, exactly=impl == "torch")
+        return KDLoss(*whole_losses(hidden, weight, bias, target_ids, targets, objective, rounded))
     return KDLoss(*linear_losses(hidden, weight, bias, targets, objective, chosen, product_dtype))
 
 
@@ -250,24 +267,26 @@ class _Sparse(NamedTuple):
     high: Tensor | None
 
 
-def _stored(ids: Tensor | EncodedTargets) -> int:
-    return (ids.ids if isinstance(ids, EncodedTargets) else ids).shape[-1]
-
-
 def _sparse(
-    ids: Tensor | EncodedTargets,
+    ids: Targets,
     probs: Tensor | None,
     tail: Tensor | None,
     objective: Objective,
     chosen: str,
 ) -> tuple[_Sparse, Objective]:
-    """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is."""
-    if not isinstance(ids, EncodedTargets):
+    """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is; of
+    whole distributions no ids.
+    """
+    if isinstance(ids, Tensor):
         if probs is None:
-            raise ValueError("target_probs is missing; only EncodedTargets carry their own")
+            raise ValueError("target_probs is missing; ids alone are no target")
         return _Sparse(ids, probs, tail, None), objective
     if probs is not None or tail is not None:
-        raise ValueError("EncodedTargets carry their probabilities and tail; give no others")
+        kind = type(ids).__name__
+        raise ValueError(f"{kind} carry their probabilities and tail; give no others")
+    if isinstance(ids, WholeTargets):
+        none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
+        return _Sparse(none, none, None, None), objective
     if chosen == "torch":
         return _Sparse(*decode(ids, objective.temperature), None), objective
     return _Sparse(*ids.packed()), replace(objective, kept=ids.kept, planes=ids.planes)
@@ -315,63 +334,38 @@ def _targets(
         high,
     )
     if rows_of.device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
-        _check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
+        check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
     return targets
 
 
-def _check_values(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
-    """What reading the tensors can tell, over the rows that count."""
-    ids = targets.ids
-    if ids.numel():
-        lowest, highest = (int(x) for x in ids.aminmax())
-        if lowest < -1 or highest >= vocabulary:
-            raise ValueError(
-                f"target_ids hold values from {lowest} to {highest}; "
-                f"they must lie in [0, V) = [0, {vocabulary}), or be -1 for padding"
-            )
-        ordered = ids.sort(1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise ValueError(
-                "target_ids hold an id twice in one row; ids must be distinct within a row "
-                "(merge_targets sums duplicates)"
-            )
-        lowest_prob = torch.where(ids >= 0, targets.probs, 0.0).amin()
-        if not lowest_prob >= 0:
-            raise ValueError("target_probs hold a negative value or NaN; they are probabilities")
-    if targets.tail is not None and not bool((targets.tail >= 0).all()):
-        raise ValueError("tail_prob holds a negative value or NaN; it is a probability")
-    if targets.labels is not None:
-        wrong = targets.labels[targets.labelled(ignore_index)]
-        wrong = wrong[(wrong < 0) | (wrong >= vocabulary)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels hold {int(wrong[0])}; a label lies in [0, V) = [0, {vocabulary}) "
-                f"or is ignore_index = {ignore_index}"
-            )
-
-
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, kept: int) -> str:
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Targets) -> str:
     """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "torch":
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
-    obstacle = _obstacle(device, dtype, kept, interpreted)
-    if impl == "triton" and obstacle:
+    whole = isinstance(targets, WholeTargets)
+    obstacle = _obstacle(device, dtype, targets, interpreted)
+    if impl == "triton" and obstacle and not whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
-    if impl == "auto" and not torch.compiler.is_compiling():
+    if (impl == "auto" or whole) and not torch.compiler.is_compiling():
         chosen = f"torch ({obstacle})" if obstacle else f"triton ({device.type}, {dtype})"
-        _say_once(f"distillation loss: impl auto takes {chosen}")
+        _say_once(f"distillation loss: impl {impl} takes {chosen}")
     return "torch" if obstacle else "triton"
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, kept: int, interpreted: bool) -> str | None:
+def _obstacle(
+    device: torch.device, dtype: torch.dtype, targets: Targets, interpreted: bool
+) -> str | None:
     """Why the Triton kernels cannot run here; None if they can."""
+    if isinstance(targets, WholeTargets):
+        return "targets of the whole vocabulary have no Triton kernel"
     if device.type != "cuda" and not interpreted:
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
+    kept = (targets.ids if isinstance(targets, EncodedTargets) else targets).shape[-1]
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
     if not TRITON_INSTALLED:

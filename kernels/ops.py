@@ -16,11 +16,13 @@ from rekindle.kernels.chunked import Gradients, compute_dtype, linear_blockwise,
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import Objective, SparseTargets, loss_scales
 
+SETTINGS = (  # the fields of Objective
+    "float temperature, float ce_weight, float kd_weight, str divergence, str tail_rule, "
+    "int ignore_index, str reduction, float? softcap, float logit_scale, int kept, int planes"
+)
 _CALL = (
     "Tensor ids, Tensor probs, Tensor? tail, Tensor? labels, Tensor? row_weight, Tensor? high, "
-    "float temperature, float ce_weight, float kd_weight, str divergence, str tail_rule, "
-    "int ignore_index, str reduction, float? softcap, float logit_scale, int kept, int planes, "
-    "str impl"
+    f"{SETTINGS}, str impl"
 )
 _HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, {_CALL}, ScalarType product_dtype"
 _LOSSES = "Tensor, Tensor, Tensor"
@@ -63,9 +65,10 @@ def _unpacked(call: tuple[Any, ...]) -> tuple[SparseTargets, Objective, str]:
     return SparseTargets(*call[:TENSORS]), Objective(*call[TENSORS:-1]), call[-1]
 
 
-def _reduced(
+def reduced(
     losses: BlockLosses, targets: SparseTargets, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce, kd) of unweighted losses [N]."""
     ce_scale, kd_scale = loss_scales(targets, objective, losses.kd.dtype)
     ce, kd = losses.ce * ce_scale, losses.kd * kd_scale
     if objective.reduction != "none":
@@ -73,7 +76,7 @@ def _reduced(
     return objective.ce_weight * ce + objective.kd_weight * objective.temperature**2 * kd, ce, kd
 
 
-def _factors(
+def loss_factors(
     targets: SparseTargets, objective: Objective, dtype: torch.dtype, upstream: Tensor | None
 ) -> Coefficients:
     """What each row's CE and D are multiplied by in the loss, times the upstream gradient."""
@@ -85,7 +88,8 @@ def _factors(
     )
 
 
-def _fake_losses(reference: Tensor, objective: Objective, *inputs: Tensor) -> list[Tensor]:
+def fake_losses(reference: Tensor, objective: Objective, *inputs: Tensor) -> list[Tensor]:
+    """(loss, ce, kd) as the compiler sees them; N is the reference's first size."""
     shape = reference.shape[:1] if objective.reduction == "none" else ()
     return [reference.new_empty(shape, dtype=compute_dtype(*inputs)) for _ in range(3)]
 
@@ -99,7 +103,7 @@ def _run_logits(
 ) -> tuple[BlockLosses, Tensor]:
     targets, objective, impl = _unpacked(call)
     dtype = compute_dtype(logits)
-    factors = _factors(targets, objective, dtype, upstream) if wanted else None
+    factors = loss_factors(targets, objective, dtype, upstream) if wanted else None
     if impl == "triton":
         from rekindle.kernels.fused import losses_of_rows
 
@@ -128,7 +132,7 @@ def _kd_logits(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     targets, objective, _ = _unpacked(tuple(call_))
     now = wanted and objective.reduction != "none"
     losses, gradient = _run_logits(logits, tuple(call_), now, None)
-    return *_reduced(losses, targets, objective), gradient if now else logits.new_empty(0)
+    return *reduced(losses, targets, objective), gradient if now else logits.new_empty(0)
 
 
 @_kd_logits.register_fake
@@ -136,7 +140,7 @@ def _(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
     *call_, wanted = call
     _, objective, _ = _unpacked(tuple(call_))
     now = wanted and objective.reduction != "none"
-    return *_fake_losses(logits, objective, logits), _gradient_like(logits, now)
+    return *fake_losses(logits, objective, logits), _gradient_like(logits, now)
 
 
 @torch.library.custom_op(
@@ -159,7 +163,7 @@ def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward_logits(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _stored(ctx, upstream)
+    gradients = stored_gradients(ctx, upstream)
     if gradients is None:
         (logits,), call = _restored(ctx, 1)
         gradients = [_kd_logits_backward(upstream, logits, *call)]
@@ -184,7 +188,7 @@ def _run_linear(
 ) -> tuple[BlockLosses, list[Tensor]]:
     targets, objective, impl = _unpacked(call)
     dtype = compute_dtype(hidden, weight)
-    factors = _factors(targets, objective, dtype, upstream) if any(wanted) else None
+    factors = loss_factors(targets, objective, dtype, upstream) if any(wanted) else None
     gradients: Gradients
     flags = (wanted[0], wanted[1], wanted[2])
     if impl == "triton":
@@ -200,9 +204,10 @@ def _run_linear(
     return losses, [hidden.new_empty(0) if g is None else g for g in gradients]
 
 
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+def fake_gradients(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
 ) -> list[Tensor]:
+    """The gradients of a head's inputs as the compiler sees them; empty where not wanted."""
     return [
         t.new_empty(t.shape) if w and t is not None else hidden.new_empty(0)
         for t, w in zip((hidden, weight, bias), wanted, strict=True)
@@ -221,7 +226,7 @@ def _kd_linear(
     targets, objective, _ = _unpacked(tuple(call_))
     now = wanted if objective.reduction != "none" else [False] * 3
     losses, gradients = _run_linear(hidden, weight, bias, tuple(call_), product_dtype, now, None)
-    return *_reduced(losses, targets, objective), *gradients
+    return *reduced(losses, targets, objective), *gradients
 
 
 @_kd_linear.register_fake
@@ -229,8 +234,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> tuple[
     *call_, _, wanted = call
     _, objective, _ = _unpacked(tuple(call_))
     now = wanted if objective.reduction != "none" else [False] * 3
-    losses = _fake_losses(hidden, objective, hidden, weight)
-    return *losses, *_fake_gradients(hidden, weight, bias, now)
+    losses = fake_losses(hidden, objective, hidden, weight)
+    return *losses, *fake_gradients(hidden, weight, bias, now)
 
 
 @torch.library.custom_op(
@@ -251,7 +256,7 @@ def _kd_linear_backward(
 def _(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_fake_gradients(hidden, weight, bias, call[-1]))
+    return tuple(fake_gradients(hidden, weight, bias, call[-1]))
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,7 +266,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward_linear(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _stored(ctx, upstream)
+    gradients = stored_gradients(ctx, upstream)
     if gradients is None:
         inputs, call = _restored(ctx, 3)
         gradients = _kd_linear_backward(
@@ -289,7 +294,7 @@ def _stash(
     ctx.gradients = [g.detach() for g in gradients] if at_once else None
 
 
-def _stored(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
+def stored_gradients(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
     """The gradients formed in the forward pass, times `upstream`; None after the first time.
 
     They are handed over, not copied: autograd may make one a parameter's .grad and add to it in

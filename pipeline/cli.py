@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -229,11 +230,34 @@ def train_student(
     run: RunFile,
     out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="go on with an interrupted run")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY.PATH=V1,V2",
+            help="a student for each value, in folders of --out; repeated: for each combination",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="students of a sweep at a time; default: one per CUDA device, or one"
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="go on with an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    with _resumable(f"pipeline train-student {run} --out {target} --resume"):
+    again = _train_again(run, target, set_ or [], sweep or [], workers)
+    if sweep:
+        with _resumable(again):
+            _train_sweep(run, target, set_, sweep, workers, resume)
+        return
+    if workers is not None:
+        from rekindle.data.errors import InputError
+
+        raise InputError("--workers is for --sweep; one student on several devices needs torchrun")
+    with _resumable(again):
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
@@ -242,12 +266,79 @@ def train_student(
 
         with Progress.to_terminal() as progress:
             result = train_from_config(config, target, resume=resume, progress=progress)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _tell_student(result)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of gloo that still holds a tensor at the interpreter's own end would abort.
+        _leave(0)
+
+
+def _tell_student(result: Any) -> None:
+    """What a finished run was: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     typer.echo(f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}")
-    shown = ", ".join(
-        f"{count:,} {name.replace('_', ' ')}" for name, count in result.coverage.items()
+    for what in ("sequences", "positions"):
+        kd, ce_only, neither = (
+            result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
+        )
+        rest = f", {neither:,} with neither" if neither else ""
+        typer.echo(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
+
+
+def _train_sweep(
+    run: Path,
+    out: Path,
+    set_: list[str] | None,
+    sweep: list[str],
+    workers: int | None,
+    resume: bool,
+) -> None:
+    """Every student of a sweep, then all of them in a table."""
+    from rekindle.pipeline.sweep_plan import plan_sweep
+
+    students = plan_sweep(run, sweep, set_)
+    from rekindle.pipeline.compare import compare_runs
+    from rekindle.pipeline.compare_table import as_text
+    from rekindle.pipeline.progress import Progress
+    from rekindle.pipeline.sweep import SweepError, run_sweep
+
+    with Progress.to_terminal() as progress:
+        failures = run_sweep(students, out, resume=resume, workers=workers, progress=progress)
+    typer.echo(as_text(compare_runs([out])))
+    if failures:
+        raise SweepError(failures, len(students))
+
+
+def _train_again(
+    run: Path, out: Path, set_: list[str], sweep: list[str], workers: int | None
+) -> str:
+    """The command line that goes on with a run or a sweep."""
+    options = [part for value in set_ for part in ("--set", value)]
+    options += [part for value in sweep for part in ("--sweep", value)]
+    options += ["--workers", str(workers)] if workers else []
+    return shlex.join(
+        ["pipeline", "train-student", str(run), "--out", str(out), *options, "--resume"]
     )
-    typer.echo(f"sequences trained: {shown}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")
+    ],
+    out: Annotated[Path | None, typer.Option(help="also write the table as an HTML page")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs of one corpus beside each other: what differs, time, speed, held-out values."""
+    from rekindle.pipeline.compare import compare_runs
+
+    found = compare_runs(runs)
+    from rekindle.pipeline.compare_table import as_html, as_text
+
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(as_html(found), encoding="utf-8")
+    typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 
 @app.command()
@@ -280,6 +371,15 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+def _speaks() -> bool:
+    """Whether an error is this process's to tell: under torchrun, what goes wrong before the
+    processes have joined goes wrong in all of a machine's, and the first one says it.
+    """
+    torch = sys.modules.get("torch")
+    joined = torch is not None and torch.distributed.is_initialized()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def main() -> None:
     """The console script: turns errors into one message and an exit code."""
     log = logging.getLogger("rekindle")
@@ -291,7 +391,10 @@ def main() -> None:
     try:
         app()
     except RekindleError as error:
-        typer.echo(f"error: {error}", err=True)
+        if str(error) and _speaks():
+            typer.echo(f"error: {error}", err=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(error.exit_code)  # the others may wait for this process: end at once
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)

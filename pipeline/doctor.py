@@ -2,6 +2,7 @@
 
 import torch
 
+from rekindle.kernels.losses import TRITON_INSTALLED
 from rekindle.train.models import cpu_count, package_versions, place
 
 
@@ -21,5 +22,8 @@ def diagnose() -> dict[str, str]:
 
 def kernel_choice() -> str:
     """Which implementation ``impl="auto"`` takes here, and why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"torch, in bounded blocks, on {device}"
+    if not torch.cuda.is_available():
+        return "torch, in bounded blocks: there is no CUDA device"
+    if not TRITON_INSTALLED:
+        return "torch, in bounded blocks: the package triton is not installed"
+    return "triton; for targets of the whole vocabulary torch, in bounded blocks"

@@ -1,23 +1,36 @@
-"""Progress of long work, on stderr: bars on a terminal, one line per finished task elsewhere."""
+"""Progress of long work, on stderr: bars on a terminal; elsewhere a line now and then, and one per
+finished task.
+"""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 log = logging.getLogger("rekindle")
+
+LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
 class Task:
     """One line of progress. ``advance`` counts units of work and anything else by name."""
 
-    def __init__(self, name: str, unit: str, bar: Any = None, line: Any = None):
-        self.name, self.unit = name, unit
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        bar: Any = None,
+        line: Any = None,
+        total: int | None = None,
+        quiet: bool = True,
+    ):
+        self.name, self.unit, self.total, self.quiet = name, unit, total, quiet
         self.counts: dict[str, float] = {}
         self.done = 0
-        self.started = time.monotonic()
-        self._bar, self._line = bar, line
+        self.started = self._said = time.monotonic()
+        self._bar, self._line, self._noted = bar, line, False
 
     def advance(self, amount: int = 1, **counts: float) -> None:
         """``amount`` more units are done."""
@@ -26,11 +39,28 @@ class Task:
             self.counts[name] = self.counts.get(name, 0) + value
         if self._bar is not None:
             self._bar.update(self._line, advance=amount, note=self.rates())
+        elif not self._noted:
+            self._say(self.rates)
 
     def note(self, text: str) -> None:
-        """Show ``text`` beside the bar."""
+        """Show ``text`` beside the bar, or in the lines instead of the rates."""
+        self._noted = True
         if self._bar is not None:
             self._bar.update(self._line, note=text)
+        else:
+            self._say(lambda: text)
+
+    def _say(self, text: Callable[[], str]) -> None:
+        """A line in the log, unless there was one a moment ago."""
+        now = time.monotonic()
+        if self.quiet or now - self._said < LINE_EVERY:
+            return
+        self._said = now
+        of, left = "", ""
+        if self.total:
+            remaining = (now - self.started) / max(self.done, 1) * (self.total - self.done)
+            of, left = f" of {self.total:,}", f" · {timedelta(seconds=round(remaining))} left"
+        log.info("%s: %s%s %s · %s%s", self.name, f"{self.done:,}", of, self.unit, text(), left)
 
     def rates(self) -> str:
         """Units per second, tokens per second and bytes so far."""
@@ -81,7 +111,7 @@ class Progress:
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
         """A task of ``total`` units (None: unknown)."""
         line = self._bar.add_task(name, total=total, note="") if self._bar is not None else None
-        task = Task(name, unit, self._bar, line)
+        task = Task(name, unit, self._bar, line, total, self._quiet)
         yield task
         if self._bar is not None:
             self._bar.update(line, total=task.done, completed=task.done)

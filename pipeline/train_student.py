@@ -1,5 +1,6 @@
 """The train-student command: opens the cache, finds the student's view, runs the loop, shows it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.views import MaskedView
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
+from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult, train_student
 
 
@@ -21,13 +23,10 @@ def train_from_config(
         raise InputError("the configuration has no `student` section; add student.model")
     progress = progress or Progress.silent()
     cache = Cache.open(config.cache.path)
-    view = None
-    if config.student.task == "masked_lm":
-        # The masks this configuration means: a cache may hold views of several.
-        view = MaskedView(
-            cache.corpus, config.cache.mask, config.cache.seed, config.cache.replicas
-        ).name
-    with progress.task(str(out), unit="steps", total=config.train.steps) as task:
+    with (
+        join_world() as world,
+        progress.task(str(out), unit="steps", total=config.train.steps) as task,
+    ):
 
         def report(step: int, values: Mapping[str, float]) -> None:
             task.advance(step - task.done, tokens=values["tokens"])
@@ -40,9 +39,22 @@ def train_from_config(
             config.student,
             config.train,
             out,
-            masked_view=view,
+            masked_view=student_view(cache, config),
             resume=resume,
             report=report,
+            world=world,
         )
-    (out / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+        if world.main:
+            temporary = out / ".run.yaml.tmp"
+            temporary.write_text(dump_config(config), encoding="utf-8")
+            os.replace(temporary, out / "run.yaml")
     return result
+
+
+def student_view(cache: Cache, config: RunConfig) -> str | None:
+    """The masked view that the configured student sees: a cache may hold views of several masks."""
+    if config.student is None or config.student.task != "masked_lm":
+        return None
+    masks = config.cache
+    view = MaskedView(cache.corpus, masks.mask, masks.seed, masks.replicas)
+    return cache.masked_view(view.name).name

@@ -3,8 +3,10 @@
 ``run.json`` says what the run is; a resume under another configuration is refused.
 
 ``checkpoints/step-00000200/`` is a student directory plus ``optimizer.safetensors`` and
-``trainer.json``. It is written under a temporary name and renamed, so a kill leaves either the
-whole or nothing that is looked at.
+``trainer.json``, which holds the position, the configuration, the cache's fingerprints, a sha256 of
+each file and a checksum of itself. It is written under a temporary name and renamed, so a kill
+leaves either the whole or nothing that is looked at. Weights are stored whole: a run may go on in
+another number of processes.
 """
 
 import hashlib
@@ -21,14 +23,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rekindle.data.errors import CheckpointError, InputError
-from rekindle.train.student import HEADS_FILE, Student
+from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
+from rekindle.data.seal import damage, seal, unseal
+from rekindle.train.distributed import ParallelStudent, like, put, whole
+from rekindle.train.student import HEADS, HEADS_FILE, MODEL, Student
 
 log = logging.getLogger("rekindle")
 
 RUN_FILE = "run.json"
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
+# the same); the others decide how the run is made, not what it computes.
+FREE = (
+    *("path", "parallel", "compile", "gradient_checkpointing", "prefetch_threads"),
+    *("checkpoint_every", "keep_checkpoints", "keep_best"),
+)
 
 
 def open_run(run: Path, about: Mapping[str, Any], resume: bool) -> bool:
@@ -41,7 +51,8 @@ def open_run(run: Path, about: Mapping[str, Any], resume: bool) -> bool:
     if started and resume:
         _check_same(run, about)
         return True
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    unborn = {f".{RUN_FILE}.tmp"}  # what a kill within `start_run` leaves
+    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - unborn):
         raise InputError(
             f"{run} is not empty. Give another --out, or --resume to go on with the run in it"
             if started
@@ -59,8 +70,7 @@ def _check_same(run: Path, about: Mapping[str, Any]) -> None:
             f"{run}/{RUN_FILE} is damaged ({error}); start a new run in another --out"
         ) from None
     for part, (old, new) in parts.items():
-        # The cache may have moved; its fingerprints say whether it is the same.
-        changed = sorted(k for k in new if k != "path" and old.get(k) != new[k])
+        changed = sorted(k for k in new if k not in FREE and old.get(k) != new[k])
         if changed:
             raise CheckpointError(
                 f"{run} is a run with another configuration ({part}.{changed[0]}: "
@@ -78,14 +88,16 @@ def start_run(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def restore(run: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the newest sound checkpoint; returns its state (empty without one)."""
-    found = latest_checkpoint(run)
+def restore(
+    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load the newest sound checkpoint in every process; returns its state (empty without one)."""
+    found = student.world.decide(lambda: latest_checkpoint(run))
     if found is None:
-        log.info("no checkpoint in %s yet; starting from the beginning", run)
+        log.info("no sound checkpoint in %s; starting from the beginning", run)
         return {}
     path, state = found
-    load_checkpoint(path, student, optimizer)
+    load_checkpoint(path, student.student, optimizer)
     log.info("resuming %s at step %d", run, state["step"])
     return state
 
@@ -93,38 +105,51 @@ def restore(run: Path, student: Student, optimizer: torch.optim.Optimizer) -> di
 def save_checkpoint(
     run: Path,
     step: int,
-    student: Student,
+    student: ParallelStudent,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` (steps done) and remove all but the last ``keep``."""
+    """Write the checkpoint of ``step`` (steps done) and remove all but the last ``keep``, and the
+    best, that of ``state["best"]["step"]``. Every process takes part, the main one writes.
+    """
+    weights = gather_weights(student.student) if student.sharded else None
+    moments = _optimizer_tensors(student.student, optimizer)
     folder = run / "checkpoints"
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save_pretrained(temporary)
-    save_file(_optimizer_tensors(student, optimizer), temporary / OPTIMIZER_FILE)
-    digests = {f.name: _sha256(f) for f in sorted(temporary.iterdir()) if f.is_file()}
-    content = dict(state) | {"step": step, "files": digests}
-    (temporary / TRAINER_FILE).write_text(json.dumps(content, indent=1) + "\n")
-    for file in temporary.iterdir():
-        _sync(file)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-    _sync(folder)
-    for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return target
+
+    def write() -> Path:
+        temporary = folder / f".step-{step:08d}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        student.student.save_pretrained(temporary, tensors=weights)
+        save_file(moments, temporary / OPTIMIZER_FILE)
+        digests = {f.name: _sha256(f) for f in sorted(temporary.iterdir()) if f.is_file()}
+        content = dict(state) | {"step": step, "files": digests}
+        (temporary / TRAINER_FILE).write_bytes(seal(content))
+        for file in temporary.iterdir():
+            _sync(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+        _sync(folder)
+        best = (state.get("best") or {}).get("step")
+        for old in _checkpoints(run)[:-keep]:
+            if best is None or old.name != f"step-{best:08d}":
+                shutil.rmtree(old)
+        return target
+
+    return student.world.decide(write)
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint and its state; damaged ones are passed over with a message."""
     for path in reversed(_checkpoints(run)):
         try:
-            state = json.loads((path / TRAINER_FILE).read_text())
+            state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
             damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except CacheFormatError as error:
+            log.warning("checkpoint %s: %s; trying the one before", path, damage(error))
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
             continue
         if not damaged:
@@ -134,32 +159,43 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimiser state back in place, exactly."""
+    """Put weights and optimiser state back in place, exactly; in shards where they are."""
     try:
-        weights = load_file(path / "model.safetensors")
-        missing, unexpected = student.model.load_state_dict(weights, strict=False)
-        tied = set(getattr(student.model, "all_tied_weights_keys", None) or ())
-        if set(missing) - tied or unexpected:
-            raise KeyError(sorted(set(missing) - tied) + unexpected)
-        student.heads.load_state_dict(load_file(path / HEADS_FILE))
+        found = {MODEL + k: v for k, v in load_file(path / "model.safetensors").items()}
+        found |= {HEADS + k: v for k, v in load_file(path / HEADS_FILE).items()}
         moments = load_file(path / OPTIMIZER_FILE)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} does not fit this student: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    own = student.state_dict(keep_vars=True)
+    tied = {MODEL + k for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
+    wrong = sorted((own.keys() - found.keys() - tied) | (found.keys() - own.keys()))
+    wrong += [k for k, v in found.items() if k in own and own[k].shape != v.shape]
+    if wrong:
+        raise CheckpointError(f"checkpoint {path} does not fit this student: {', '.join(wrong)}")
+    for name, values in found.items():
+        put(own[name], values)
     for name, parameter in student.named_parameters():
-        found = {k.split("\0")[1]: v for k, v in moments.items() if k.split("\0")[0] == name}
-        if found:
-            optimizer.state[parameter] = {k: v.to(_home(k, parameter)) for k, v in found.items()}
+        kept = {k.split("\0")[1]: v for k, v in moments.items() if k.split("\0")[0] == name}
+        if kept:
+            optimizer.state[parameter] = {k: like(parameter, v, k) for k, v in kept.items()}
 
 
-def _home(name: str, parameter: Tensor) -> torch.device:
-    return torch.device("cpu") if name == "step" and not parameter.is_cuda else parameter.device
+def gather_weights(student: Student) -> dict[str, Tensor]:
+    """All weights put together, on the CPU; every process takes part. Tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    weights = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            made[id(tensor)] = whole(tensor.detach()).cpu()
+        weights[name] = made[id(tensor)]
+    return weights
 
 
 def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in student.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}\0{key}"] = value.detach().contiguous()
+            tensors[f"{name}\0{key}"] = whole(value.detach()).contiguous()
     return tensors
 
 

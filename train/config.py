@@ -16,12 +16,25 @@ class StudentConfig(Settings):
     model: str = Field(description="a model directory or a hub id: weights, or only a config.json")
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
     task: Literal["masked_lm", "causal_lm"] = Field("masked_lm", description="its own objective")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: SDPA where the model has it; what is used is printed"
+    )
 
 
 class HardConfig(Settings):
     """The cross-entropy on the text itself."""
 
     weight: WeightField = Field(1.0, description="a number or a schedule; 0 for none")
+
+
+class UncertaintyConfig(Settings):
+    """MUKI: how experts with label sets of their own are weighed against each other."""
+
+    selection: Literal["soft", "hard"] = Field(
+        "soft", description="soft: softmax(certainty / sharpness); hard: the most certain expert"
+    )
+    sharpness: float = Field(0.2, gt=0, description="temperature of the soft selection")
+    margin: bool = Field(True, description="weigh examples by how far the best two are apart")
 
 
 class DistillTerm(Settings):
@@ -39,8 +52,29 @@ class DistillTerm(Settings):
         "bucket", description="what becomes of the mass outside the kept ids"
     )
     k: int | None = Field(None, gt=0, description="train at a smaller k than cached")
-    combine: Literal["separate", "mixture"] = Field(
-        "separate", description="separate: a term per teacher; mixture: their average is the target"
+    combine: Literal["separate", "mixture", "uncertainty", "route"] = Field(
+        "separate",
+        description="separate: a loss per teacher; mixture: their average is the target; "
+        "uncertainty: classifiers weighed by their certainty (MUKI); route: each sequence is "
+        "taught by the first of them that has targets for it",
+    )
+    uncertainty: UncertaintyConfig = Field(
+        default_factory=UncertaintyConfig, description="settings of combine: uncertainty"
+    )
+    labels: Literal["merge", "apart"] = Field(
+        "merge",
+        description="label names that several classifiers of a mixture share: merge, one label; "
+        "apart, a label each",
+    )
+    positions: Literal["all", "masked"] = Field(
+        "all", description="masked: only positions that the masked view selected"
+    )
+    entropy_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="only this fraction of each sequence's positions: where the student is least "
+        "certain",
     )
     view: Literal["clean", "masked"] = Field(
         "clean", description="what the student sees when it imitates task logits"
@@ -72,12 +106,34 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it, fp32 on a CPU"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: a whole student per process, or one in shards (FSDP2)"
+    )
+    compile: bool = Field(False, description="torch.compile for each block of the student")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, slower"
+    )
+    prefetch_threads: int = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: int = Field(0, description="of weights, data order and dropout")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the last are kept")
+    keep_best: str | None = Field(
+        "loss",
+        description="also keep the checkpoint with the best held-out value of this name "
+        "(loss, kl/…, mse/…: lowest; agreement/…: highest); null for none",
+    )
+    explosion_factor: float | None = Field(
+        10.0,
+        gt=1,
+        description="stop when a loss exceeds this many times the median of the last 100 steps "
+        "(and it by 1); null for never",
+    )
     evaluate_every: int = Field(200, gt=0, description="steps between evaluations")
     held_out: float = Field(
-        0.02, ge=0, lt=1, description="fraction of the documents that is kept for evaluation"
+        0.02,
+        ge=0,
+        lt=1,
+        description="fraction of the sequences that is kept for evaluation, as whole documents",
     )
     evaluate_sequences: int = Field(256, gt=0, description="at most so many of them are evaluated")
     allow_missing: tuple[str, ...] = Field(

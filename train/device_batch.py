@@ -22,16 +22,21 @@ from rekindle.data.batch import (
 from rekindle.data.codec import high_planes
 from rekindle.data.errors import InputError
 from rekindle.data.head import StoredHead
+from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
 from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
 from rekindle.train.language_model import OutputHead
 
 
 class SparseTargets(NamedTuple):
-    """What the loss takes: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+    """Decoded: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
 
     ids: Tensor
     probs: Tensor
     tail: Tensor
+
+
+Targets = EncodedTargets | HiddenTargets | DenseTargets | SparseTargets
 
 
 def send(values: NDArray, device: torch.device) -> Tensor:
@@ -60,13 +65,19 @@ def model_inputs(
 
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
-) -> EncodedTargets | SparseTargets:
-    """What the loss takes: a top-k teacher's integers as they are stored, other kinds' values."""
+) -> Targets:
+    """What the loss takes: what is stored, as it is; values of samples and of precise codes.
+
+    Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
+    the top ``k``, is found here.
+    """
     info = batch.info
-    if info.kind == "dense":
-        return _dense_targets(send(batch.columns["log_probs"], device), temperature, k)
-    if info.kind == "hidden":
-        return _dense_targets(_logits_of_states(batch, device), temperature, k)
+    if info.kind in ("dense", "hidden"):
+        whole = _whole_targets(batch, device)
+        assert info.vocabulary_size is not None
+        if k is None or k >= info.vocabulary_size:
+            return whole
+        return _decoded(whole, temperature, k)
     slot = batch.slot(temperature, k)  # raises the error that names the stored temperatures
     if k is not None and info.k is not None and k > info.k:
         raise InputError(f"teacher {info.name!r} keeps {info.k} candidates; k = {k} is not cached")
@@ -83,9 +94,9 @@ def kd_targets(
     return EncodedTargets(**sent, planes=planes, k=k)
 
 
-def as_arguments(targets: EncodedTargets | SparseTargets) -> dict[str, Any]:
+def as_arguments(targets: Targets) -> dict[str, Any]:
     """The arguments of the losses that hold a target."""
-    if isinstance(targets, EncodedTargets):
+    if not isinstance(targets, SparseTargets):
         return {"target_ids": targets}
     return {"target_ids": targets.ids, "target_probs": targets.probs, "tail_prob": targets.tail}
 
@@ -93,10 +104,15 @@ def as_arguments(targets: EncodedTargets | SparseTargets) -> dict[str, Any]:
 def sparse_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> SparseTargets:
-    """A teacher's targets at ``temperature``, decoded on the device, maybe at a smaller ``k``."""
+    """A teacher's targets at ``temperature``, decoded on the device, maybe at a smaller ``k``.
+
+    Whole distributions become [P,V] ids and probabilities: for what cannot be done in blocks.
+    """
     targets = kd_targets(batch, temperature, k, device)
     if isinstance(targets, EncodedTargets):
         return SparseTargets(*decode(targets, temperature))
+    if isinstance(targets, HiddenTargets | DenseTargets):
+        return _decoded(targets, temperature, k)
     return targets
 
 
@@ -112,34 +128,49 @@ def _drawn_targets(batch: TokenTargetBatch, device: torch.device) -> SparseTarge
     return SparseTargets(ids, probs, torch.zeros(len(probs), device=device))
 
 
-def _logits_of_states(batch: TokenTargetBatch, device: torch.device) -> Tensor:
-    """A teacher's logits [P,V] from its hidden states and its output matrix."""
+def _whole_targets(batch: TokenTargetBatch, device: torch.device) -> HiddenTargets | DenseTargets:
+    """What is stored of a teacher of whom every probability is known."""
+    if batch.info.kind == "dense":
+        return DenseTargets(send(batch.columns["log_probs"], device))
     assert batch.head is not None
-    states = send(batch.columns["hidden"], device).float()
-    states = states * send(batch.columns["hidden_scale"], device)[:, None]
-    return _head_on(batch.head, device).logits(states)
+    states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
+    head = _head_on(batch.head, device)
+    return HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
 
 
-_heads: "WeakKeyDictionary[StoredHead, OutputHead]" = WeakKeyDictionary()
+_heads: "WeakKeyDictionary[StoredHead, dict[torch.device, OutputHead]]" = WeakKeyDictionary()
 
 
 def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
     """The matrix on the device, sent once."""
-    found = _heads.get(head)
-    if found is None or found.weight.device != device:
+    sent = _heads.setdefault(head, {})
+    if device not in sent:
         bias = None if head.bias is None else send(head.bias, device)
-        found = OutputHead(send(head.weight, device), bias, head.softcap, head.scale)
-        _heads[head] = found
-    return found
+        sent[device] = OutputHead(send(head.weight, device), bias, head.softcap, head.scale)
+    return sent[device]
 
 
-def _dense_targets(log_probs: Tensor, temperature: float, k: int | None) -> SparseTargets:
-    probs = torch.softmax(log_probs / temperature, dim=1)
-    if k is None or k >= probs.shape[1]:
-        ids = torch.arange(probs.shape[1], device=probs.device).expand_as(probs)
+def _decoded(
+    targets: HiddenTargets | DenseTargets, temperature: float, k: int | None
+) -> SparseTargets:
+    """Ids and probabilities [P,V]; or the top k and what is left, a bounded block at a time."""
+    whole = targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs.T
+    rows = torch.arange(len(targets[0]), device=whole.device)
+    teacher = TeacherBlocks(targets, torch.float32, torch.float32)
+    if k is None or k >= len(whole):
+        probs = teacher.log_probs(rows, temperature).exp_()
+        ids = torch.arange(len(whole), device=whole.device).expand_as(probs)
         return SparseTargets(ids, probs, torch.zeros(len(probs), device=probs.device))
+    budget = BLOCK_BYTES.get(whole.device.type, BLOCK_BYTES["cuda"])
+    step = block_rows(len(rows), len(whole), 3 * torch.float32.itemsize, budget)
+    parts = [_top(teacher.log_probs(part, temperature).exp_(), k) for part in rows.split(step)]
+    return SparseTargets(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _top(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest ids of each row [C,V], their probabilities, and those of all others [C]."""
     top, ids = torch.topk(probs, k, dim=1)
-    return SparseTargets(ids, top, probs.scatter(1, ids, 0.0).sum(dim=1))
+    return ids, top, probs.scatter_(1, ids, 0.0).sum(dim=1)
 
 
 @dataclass(frozen=True)

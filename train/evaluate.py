@@ -1,7 +1,9 @@
 """How a student does on held-out documents: its loss, and how near it is to each teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,11 @@ from rekindle.data.cache import Cache
 from rekindle.data.targets import SAMPLED, TeacherInfo
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import (
+    as_arguments,
+    kd_targets,
     language_rows,
     model_inputs,
+    send,
     sparse_targets,
 )
 from rekindle.train.student import Student
@@ -37,15 +42,29 @@ class EvaluationData:
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
 
-def spread(index: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """At most ``count`` of ``index``, evenly: the first ones may all be of one domain."""
-    count = min(count, len(index))
-    return index[np.arange(count) * len(index) // max(count, 1)]
+def is_better(
+    evaluation: Mapping[str, float], name: str | None, best: Mapping[str, float] | None
+) -> bool:
+    """Whether the value called ``name`` beats ``best["value"]``: agreement upwards, others down."""
+    if name is None or name not in evaluation:
+        return False
+    if best is None:
+        return True
+    higher = name.startswith("agreement/")
+    return evaluation[name] > best["value"] if higher else evaluation[name] < best["value"]
+
+
+Run = Callable[..., Any]
 
 
 @torch.no_grad()
-def evaluate(student: Student, data: EvaluationData, device: torch.device) -> dict[str, float]:
+def evaluate(
+    student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
+) -> dict[str, float]:
     """``loss`` (cross-entropy in nats), and per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``.
+
+    ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
+    evaluates all of it, and gets the same values.
 
     KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence.
     Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Empty when
@@ -53,6 +72,7 @@ def evaluate(student: Student, data: EvaluationData, device: torch.device) -> di
     """
     if not len(data.index):
         return {}
+    run = run or partial(_run_alone, student)
     training = student.training
     student.eval()
     sums: dict[str, float] = {}
@@ -66,12 +86,16 @@ def evaluate(student: Student, data: EvaluationData, device: torch.device) -> di
                 masked_view=data.masked_view,
                 allow_missing=data.allow_missing,
             )
-            for name, (total, count) in _batch_sums(student, batch, device).items():
+            for name, (total, count) in run(_batch_sums, batch, device).items():
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count
     finally:
         student.train(training)
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def _run_alone(student: Student, work: Run, *arguments: Any) -> Any:
+    return work(student, *arguments)
 
 
 Sums = dict[str, tuple[float, int]]
@@ -113,19 +137,18 @@ def _vocabulary_sums(
     head = student.output_head
     # A sample is of the one temperature it was drawn at.
     temperature = target.info.temperatures[0] if target.info.kind in SAMPLED else 1.0
-    sparse = sparse_targets(target, temperature, None, device)
     kd = linear_kd_loss(
         hidden,
         head.weight,
-        sparse.ids,
-        sparse.probs,
+        **as_arguments(kd_targets(target, temperature, None, device)),
         bias=head.bias,
-        tail_prob=sparse.tail,
         temperature=temperature,
         reduction="sum",
         softcap=head.softcap,
         logit_scale=head.logit_scale,
     ).kd
+    whole = target.info.kind in ("dense", "hidden")
+    sparse = sparse_targets(target, temperature, 1 if whole else None, device)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
     agree = int((torch.cat(blocks) == top).sum())
@@ -139,9 +162,10 @@ def _task_sums(
     target: SequenceTargetBatch | TokenLabelBatch,
     device: torch.device,
 ) -> Sums:
-    if name not in student.head_configs:
+    head = _head_of(name, student, target.info)
+    if head is None:
         return {}
-    logits, wanted = _task_logits(name, student, batch, target, device)
+    logits, wanted = _task_logits(*head, student, batch, target, device)
     count = len(logits)
     if not count:
         return {}
@@ -157,8 +181,22 @@ def _task_sums(
     return {f"kl/{name}": (float(kl), count), f"agreement/{name}": (float(agree), count)}
 
 
+def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
+    """The head that imitates the expert, and the places of its classes there; None without one."""
+    if name in student.head_configs:
+        return name, list(range(info.num_labels or 0))
+    for head, config in student.head_configs.items():
+        if name in head.split("+"):  # a head over the union of several experts' labels
+            names = config.label_names
+            apart = f"{name}/{info.label_names[0]}" in names
+            wanted = [f"{name}/{n}" if apart else n for n in info.label_names]
+            return head, [names.index(n) for n in wanted]
+    return None
+
+
 def _task_logits(
     name: str,
+    places: list[int],
     student: Student,
     batch: Batch,
     target: SequenceTargetBatch | TokenLabelBatch,
@@ -168,10 +206,10 @@ def _task_logits(
         inputs = model_inputs(batch.input_ids, batch.lengths, device)
         flat = torch.from_numpy(target.rows * batch.input_ids.shape[1] + target.positions)
         logits = student(inputs, token_heads={name: flat.to(device)}).logits[name]
-        return logits.float(), torch.from_numpy(np.ascontiguousarray(target.logits)).to(device)
+        return logits.float(), send(target.logits, device)
     keep = torch.from_numpy(target.present).to(device)
     shown = _expert_inputs(student, batch, target.info, device)
-    logits = student(shown, sequence_heads=[name]).logits[name][keep]
+    logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
     return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
 
 

@@ -1,16 +1,16 @@
 """Stage 2: one readable loop from a cache to a student. Batches → forward → loss → backward → step.
 
 The loop owns all side effects: checkpoints, metrics, evaluation. Every random draw depends on
-(seed, step) alone, so a resumed run is bit-equal to an uninterrupted one on a CPU.
+(seed, step, process) alone, so a resumed run is bit-equal to an uninterrupted one on a CPU. Under
+torchrun each process runs this same loop on its share of every batch.
 """
 
 import json
-import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch
+from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
-from rekindle.train.checkpoint import open_run, restore, save_checkpoint, start_run
+from rekindle.train.checkpoint import gather_weights, open_run, restore, save_checkpoint, start_run
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.coverage import Coverage
 from rekindle.train.device_batch import split_batch
-from rekindle.train.evaluate import EvaluationData, evaluate, spread
-from rekindle.train.models import resolve_model
-from rekindle.train.objective import Counts, Objective
-from rekindle.train.run_log import RunLog
-from rekindle.train.schedules import learning_rate_factor
-from rekindle.train.stream import TrainingStream, split_corpus
-from rekindle.train.student import Student, build_student
-
-log = logging.getLogger("rekindle")
+from rekindle.train.distributed import ParallelStudent, World
+from rekindle.train.evaluate import evaluate, is_better
+from rekindle.train.objective import Objective
+from rekindle.train.optimizer import make_optimizer, set_learning_rate
+from rekindle.train.precision import autocast
+from rekindle.train.prepare import Prepared, prepare
+from rekindle.train.run_log import RunLog, read_metrics
+from rekindle.train.selection import Counts
+from rekindle.train.student import Student
+from rekindle.train.watch import LossWatch, recent_losses, save_suspect
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -49,6 +50,28 @@ class TrainResult:
     coverage: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What every step of a run needs."""
+
+    out: Path
+    cache: Cache
+    config: TrainConfig
+    student: ParallelStudent
+    optimizer: torch.optim.Optimizer
+    prepared: Prepared
+
+    @property
+    def objective(self) -> Objective:
+        """The loss."""
+        return self.prepared.objective
+
+    @property
+    def world(self) -> World:
+        """The processes of the run."""
+        return self.student.world
+
+
 def train_student(
     cache: Cache,
     student_config: StudentConfig,
@@ -58,253 +81,165 @@ def train_student(
     masked_view: str | None = None,
     resume: bool = False,
     report: Report = lambda step, values: None,
+    world: World | None = None,
 ) -> TrainResult:
     """Train a student from ``cache`` into ``out``, which afterwards is a Hugging Face model
-    directory.
+    directory. ``world``: the processes that do so together (``distributed.join_world``).
 
-    Raises InputError when the configuration asks for what the cache does not have, CheckpointError
-    when ``resume`` meets a run of another configuration.
+    Raises InputError when the configuration asks for what the cache does not have or the loss
+    explodes, CheckpointError when ``resume`` meets a run of another configuration.
     """
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    masked = student_config.task == "masked_lm"
-    view = cache.masked_view(masked_view).name if masked else None
-    objective = _objective(cache, student_config, config, view)
-    check_tokenizer(cache, student_config)
-    about = _about(cache, student_config, config, view)
-    resuming = open_run(out, about, resume)
-    student = build_student(
-        student_config,
-        objective.heads,
-        cache.corpus.info["tokenizer"]["size"],
-        config.seed,
-        cache.corpus.info["config"]["sequence_length"],
-    ).to(device)
-    optimizer = make_optimizer(student, config, device)
-    state = restore(out, student, optimizer) if resuming else start_run(out, about)
+    world = world or World.alone()
+    prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
+    objective, stream, about = prepared.objective, prepared.stream, prepared.about
+    resuming = world.decide(lambda: open_run(out, about, resume))
+    student = ParallelStudent(prepared.student, world, config.parallel)
+    optimizer = make_optimizer(student.student, config, world.device)
+    training = Training(out, cache, config, student, optimizer, prepared)
+    if not resuming:
+        world.decide(lambda: start_run(out, about))
+    state = restore(out, student, optimizer) if resuming else {}
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
-    coverage = state.get("coverage", {"with_kd": 0, "ce_only": 0, "neither": 0})
-    stream, held_out = _data(cache, objective, config, view)
+    coverage, best = Coverage(state.get("coverage")), state.get("best")
+    recent = world.decide(lambda: recent_losses(read_metrics(out), first))
+    watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
-    student.train()
+    student.student.train()
     # Left by an error or an interrupt, both must end at once: no thread reads on, no file is open.
     with (
-        closing(RunLog(out, first)) as run_log,
+        closing(RunLog(out, first, silent=not world.main)) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
     ):
-        began = time.monotonic()
-        for step, batch in steps:
-            values = _step(student, optimizer, objective, batch, step, config, device)
-            _count_coverage(coverage, objective, batch, step)
+        began, hidden = time.monotonic(), 0.0
+        for step, read in steps:
+            if step == first:  # what is read before the first step has nothing to hide behind
+                began, hidden = time.monotonic(), stream.waited
+            batch = objective.select(read, step)
+            values = _step(training, batch, step, watch)
+            coverage.count(
+                batch, student_config.task, objective.terms(step), objective.hard_weight(step)
+            )
             done = step + 1
-            values["data_wait"] = stream.waited / max(time.monotonic() - began, 1e-9)
+            waited = stream.waited - hidden
+            values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
             run_log.write("train", done, values)
-            report(done, values)
+            if world.main:
+                report(done, values)
+            improved = False
             if done % config.evaluate_every == 0 or done == config.steps:
-                evaluation = _evaluate(student, held_out, objective, step, device)
+                evaluation = _evaluate(training, step)
                 run_log.write("evaluate", done, evaluation)
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                spent = {"seconds": earlier + time.monotonic() - started, "coverage": coverage}
-                save_checkpoint(
-                    out, done, student, optimizer, about | spent, config.keep_checkpoints
-                )
+                improved = is_better(evaluation, config.keep_best, best)
+                if improved and config.keep_best is not None:
+                    best = {"step": done, "value": evaluation[config.keep_best]}
+            if improved or done % config.checkpoint_every == 0 or done == config.steps:
+                run_log.sync()
+                spent = earlier + time.monotonic() - started
+                total = coverage.over(world.sum)
+                state = about | {"seconds": spent, "coverage": total, "best": best}
+                save_checkpoint(out, done, student, optimizer, state, config.keep_checkpoints)
     if first == config.steps:
-        evaluation = _evaluate(student, held_out, objective, first - 1, device)
-    result = TrainResult(
-        out, config.steps, earlier + time.monotonic() - started, evaluation, coverage
-    )
-    _finish(result, student, cache, about)
+        evaluation = _evaluate(training, first - 1)
+    seconds = earlier + time.monotonic() - started
+    result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
+    weights = gather_weights(student.student) if student.sharded else None
+    world.decide(lambda: _finish(result, student.student, weights, cache, about))
     return result
 
 
-def _data(
-    cache: Cache, objective: Objective, config: TrainConfig, view: str | None
-) -> tuple[TrainingStream, EvaluationData]:
-    """What is trained on, and what is held out for evaluation."""
-    split = split_corpus(cache, config.held_out)
-    stream = TrainingStream(
-        cache,
-        split.train,
-        config.batch_sequences,
-        config.seed,
-        objective.teachers_at,
-        view,
-        config.allow_missing,
-    )
-    size = config.micro_batch_sequences or config.batch_sequences
-    index = spread(split.held_out, config.evaluate_sequences)
-    return stream, EvaluationData(cache, index, (), view, size, config.allow_missing)
-
-
-def _evaluate(
-    student: Student, data: EvaluationData, objective: Objective, step: int, device: torch.device
-) -> dict[str, float]:
+def _evaluate(training: Training, step: int) -> dict[str, float]:
     """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more."""
-    return evaluate(student, replace(data, teachers=tuple(objective.teachers_at(step))), device)
+    data = replace(training.prepared.held_out, teachers=tuple(training.objective.teachers_at(step)))
+    with autocast(training.config.precision, training.world.device):
+        return evaluate(training.student.student, data, training.world.device, training.student.run)
 
 
-def _step(
-    student: Student,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    batch: Batch,
-    step: int,
-    config: TrainConfig,
-    device: torch.device,
-) -> dict[str, float]:
-    """One optimiser step. Returns what is shown and logged."""
+def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict[str, float]:
+    """One optimiser step on this process's share of a batch. Returns what is shown and logged.
+
+    Gradients are averaged over the processes, so each one's share is multiplied by their number.
+    """
     began = time.perf_counter()
-    # Dropout depends on (seed, step) alone: a resumed run draws what the uninterrupted one drew.
-    torch.manual_seed(config.seed * 1_000_003 + step)
-    factor = learning_rate_factor(config.schedule, step, config.steps, config.warmup_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor
-    counts = Counts.of(batch, student.task)
+    config, world, objective = training.config, training.world, training.objective
+    # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
+    torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
+    rate = set_learning_rate(training.optimizer, config, step)
+    counts = objective.counts(batch, step).over(world.sum)
+    loss = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
-    loss = torch.zeros((), device=device)
-    for part in split_batch(batch, config.micro_batch_sequences or len(batch.index)):
-        with autocast(config.precision, device):
-            result = objective.loss(student, part, counts, step, device)
-        if result.total.requires_grad:
-            result.total.backward()
-        loss = loss + result.total.detach()
-        for name, value in result.terms.items():
-            terms[name] = terms.get(name, torch.zeros((), device=device)) + value
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm or math.inf)
-    values = {
-        "loss": float(loss),
-        "learning_rate": config.learning_rate * factor,
-        "grad_norm": float(norm),
-    }
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise InputError(
-                f"the {name} is {values[name]} at step {step + 1} (sequences "
-                f"{', '.join(str(i) for i in batch.index[:8])} …). Try a lower learning rate or a "
-                "longer warm-up; the last checkpoint is kept"
-            )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
+    for number, part in enumerate(parts):
+        with training.student.accumulating(last=number == len(parts) - 1):
+            with autocast(config.precision, world.device):
+                total, shown = training.student.run(
+                    _attached_loss, objective, part, counts, step, world.device
+                )
+            (total * world.size).backward()
+        loss = loss + total.detach()
+        terms = {name: terms.get(name, 0.0) + value for name, value in shown.items()}
+    norm = training.student.clip(config.max_grad_norm or math.inf)
+    names = objective.shown(counts, step)
+    own = [float(loss), float(batch.lengths.sum())]
+    own += [float(terms[name]) if name in terms else 0.0 for name in names]
+    summed, tokens, *values = world.sum(own)
+    complaint = watch.complaint(summed, norm)
+    if complaint is not None:
+        world.decide(lambda: _stop(training, step, complaint))
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - began
-    tokens = int(batch.lengths.sum())
     return (
-        values
-        | {name: float(value) for name, value in terms.items()}
+        {"loss": summed, "learning_rate": rate, "grad_norm": norm}
+        | dict(zip(names, values, strict=True))
         | {"tokens_per_second": tokens / seconds, "tokens": tokens}
     )
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """bf16 autocast where ``precision`` asks for it; ``auto`` means a GPU that has bf16."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def make_optimizer(
-    student: Student, config: TrainConfig, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=device.type == "cuda")
-
-
-def _objective(
-    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
-) -> Objective:
-    """The loss, after checking that every teacher it names is in the cache, complete, and saw what
-    the student will see.
+def _attached_loss(
+    student: Student,
+    objective: Objective,
+    part: Batch,
+    counts: Counts,
+    step: int,
+    device: torch.device,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch, always with a gradient: where this process's rows have no loss,
+    another's may have one, and all must take part in its backward pass.
     """
-    names = [name for term in config.objective.distill for name in term.teachers]
-    for name in names:
-        teacher = cache.teacher(name)
-        if teacher.coverage < 1 and name not in config.allow_missing:
-            raise InputError(
-                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
-                "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
-                "holes without KD"
-            )
-    infos = {name: cache.teacher(name).info for name in names}
-    objective = Objective(config.objective, infos, student.task, config.steps)
-    for name, info in infos.items():
-        if info.view.startswith("masked-") and info.view != masked_view:
-            raise InputError(
-                f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
-                "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "
-                "with, or cache it with these"
-            )
-    return objective
+    result = objective.loss(student, part, counts, step, device)
+    if not result.total.requires_grad:
+        used_always = student.model.get_input_embeddings().weight
+        result.total = result.total + 0.0 * used_always[0].sum()
+    return result.total, result.terms
 
 
-def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
-    """Refuse a student that has another tokenizer than the cache."""
-    directory = resolve_model(config.model)
-    if not has_tokenizer_files(directory):
-        return  # its vocabulary size is checked when it is built
-    theirs = load_tokenizer(str(directory))
-    if theirs.digest != cache.tokenizer_digest:
-        raise InputError(
-            f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
-            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
-            "other tokens under the same ids): the cached ids would mean other words. Use a "
-            "student of the cache's tokenizer, or make a cache with this one"
-        )
+def _stop(training: Training, step: int, complaint: str) -> None:
+    """Leave the ids of the step's examples in a file; raises InputError that says where."""
+    index = training.prepared.stream.sequences_at(step)
+    digests = [str(digest) for digest in training.cache.gather(index, []).digests]
+    path = save_suspect(training.out, step + 1, complaint, index.tolist(), digests)
+    raise InputError(
+        f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
+        f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
+        "lower learning rate or a longer warm-up; the last checkpoint is kept"
+    )
 
 
-def _about(
-    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
-) -> dict[str, Any]:
-    """What a run is: enough to refuse to resume it as another, and to make its model a teacher
-    later.
-    """
-    return {
-        "student": student.model_dump(mode="json"),
-        "train": config.model_dump(mode="json", by_alias=True),
-        "cache": {
-            "path": cache.store.location,
-            "corpus": cache.corpus.fingerprint,
-            "masked_view": masked_view,
-            "teachers": {
-                name: cache.teacher(name).fingerprint
-                for term in config.objective.distill
-                for name in term.teachers
-            },
-        },
-    }
-
-
-def _finish(result: TrainResult, student: Student, cache: Cache, about: Mapping[str, Any]) -> None:
+def _finish(
+    result: TrainResult,
+    student: Student,
+    weights: Mapping[str, Tensor] | None,
+    cache: Cache,
+    about: Mapping[str, Any],
+) -> None:
     """Make the run's directory a model directory."""
     staged = result.directory / ".final"
     shutil.rmtree(staged, ignore_errors=True)
-    student.save_pretrained(staged, {"made_by": about})
+    student.save_pretrained(staged, {"made_by": about}, weights)
     cache.corpus.tokenizer.save(str(staged))
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for file in staged.iterdir():
         file.replace(result.directory / file.name)
     staged.rmdir()
-
-
-def _count_coverage(
-    coverage: dict[str, int], objective: Objective, batch: Batch, step: int
-) -> None:
-    """Count sequences by what they were trained with."""
-    active = objective.teachers_at(step)
-    covered = torch.zeros(len(batch.index), dtype=torch.bool)
-    for name in active:
-        target = batch.targets[name]
-        if isinstance(target, SequenceTargetBatch):
-            covered |= torch.from_numpy(target.present)
-        else:
-            covered[torch.from_numpy(target.rows).unique()] = True
-    kd = int(covered.sum())
-    hard = objective.hard_weight(step) > 0
-    coverage["with_kd"] += kd
-    coverage["ce_only" if hard else "neither"] += len(batch.index) - kd

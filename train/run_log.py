@@ -9,9 +9,15 @@ from pathlib import Path
 
 
 class RunLog:
-    """Appends one JSON object per line; on resume, lines past the checkpoint's step are dropped."""
+    """Appends one JSON object per line; on resume, lines past the checkpoint's step are dropped.
 
-    def __init__(self, run: Path, resume_step: int):
+    ``silent``: one of several processes, which writes nothing.
+    """
+
+    def __init__(self, run: Path, resume_step: int, silent: bool = False):
+        self.silent = silent
+        if silent:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "metrics.jsonl"
@@ -30,6 +36,8 @@ class RunLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record: ``kind`` is train or evaluate, ``step`` the steps done."""
+        if self.silent:
+            return
         shown = {name: float(f"{float(value):.9g}") for name, value in values.items()}
         record = {"kind": kind, "step": step} | shown
         self._file.write(json.dumps(record) + "\n")
@@ -37,15 +45,24 @@ class RunLog:
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", float(value), step)
 
+    def sync(self) -> None:
+        """Bring all records to the disk: a checkpoint must not be newer than its metrics."""
+        if not self.silent:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close both."""
+        if self.silent:
+            return
         self._file.close()
         self._board.close()
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """All records of a run, in order."""
-    records = []
+    """All records of a run, in order; none of one that has not begun to write."""
+    records: list[dict] = []
+    if not (run / "metrics.jsonl").exists():
+        return records
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))

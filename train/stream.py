@@ -1,58 +1,65 @@
 """What each training step reads, in the background: a pure function of (seed, step), whatever ran
-before.
+before, and on however many processes and threads.
 """
 
-import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
-from rekindle.data.corpus import BUCKETS
-from rekindle.data.order import stream_batch
+from rekindle.data.errors import InputError
+from rekindle.data.order import step_epoch, stream_batch
+from rekindle.train.split import Split, split_corpus
+
+AHEAD = 2  # batches per thread: one is read while one waits
+
+__all__ = ["Split", "TrainingStream", "split_corpus"]
 
 
-@dataclass(frozen=True)
-class Split:
-    """Sequence numbers to train on and to evaluate on, by document."""
+class Sequences(Protocol):
+    """Which sequences of a cache are trained on, by place 0..len-1."""
 
-    train: NDArray[np.int64]
-    held_out: NDArray[np.int64]
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequence numbers [B] at ``places`` [B]."""
 
 
-def split_corpus(cache: Cache, fraction: float) -> Split:
-    """Hold out about ``fraction`` of the documents, those with the lowest hashes; at least one.
+class _Listed:
+    """Sequence numbers that are given one by one."""
 
-    The same documents for every run on a corpus. Where whole documents would be far too much of it
-    (a corpus of one document), every n-th sequence is held out instead.
-    """
-    everything = np.arange(len(cache), dtype=np.int64)
-    if fraction == 0:
-        return Split(everything, everything[:0])
-    buckets = cache.corpus.buckets()
-    held = buckets <= max(buckets.min(), math.ceil(fraction * BUCKETS) - 1)
-    if held.mean() > max(0.25, 4 * fraction) or held.all():
-        held[:] = False
-        held[:: max(2, round(min(1 / fraction, len(held))))] = len(held) > 1
-    return Split(everything[~held], everything[held])
+    def __init__(self, numbers: NDArray[np.int64]):
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._numbers[places]
 
 
 class TrainingStream:
-    """Batches of training steps, prefetched by one thread.
+    """Batches of training steps, prefetched by ``threads`` threads.
 
-    ``teachers_at(step)`` says whose targets are read: those whose weight is 0 are not touched.
+    ``sequences``: what is trained on (``Split.train``, or an array of sequence numbers).
+    ``batch_sequences`` are read per step by all ranks together; this one reads every
+    ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose targets are
+    read: those whose weight is 0 are not touched.
+
+    Raises InputError when there is nothing to train on, and when the world does not divide the
+    batch.
     """
 
     def __init__(
         self,
         cache: Cache,
-        indices: NDArray[np.int64],
+        sequences: Sequences | NDArray[np.int64],
         batch_sequences: int,
         seed: int,
         teachers_at: Callable[[int], list[str]],
@@ -60,79 +67,147 @@ class TrainingStream:
         allow_missing: tuple[str, ...] = (),
         rank: int = 0,
         world_size: int = 1,
+        threads: int = 1,
     ):
-        self.cache, self.indices, self.batch_sequences, self.seed = (
-            cache,
-            indices,
-            batch_sequences,
-            seed,
+        _check_world(len(sequences), batch_sequences, rank, world_size, threads)
+        self.cache, self.batch_sequences, self.seed = cache, batch_sequences, seed
+        self.sequences: Sequences = (
+            _Listed(sequences) if isinstance(sequences, np.ndarray) else sequences
         )
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.threads = rank, world_size, threads
         self.waited = 0.0  # seconds the training loop has waited for data
+
+    def sequences_at(self, step: int) -> NDArray[np.int64]:
+        """The sequence numbers [batch_sequences] that all ranks together read at ``step``, as a
+        single process would. Reads nothing.
+        """
+        return self._sequences(step, rank=0, world_size=1)
+
+    def _sequences(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        size = len(self.sequences)
+        parts = stream_batch(
+            step, size, self.batch_sequences, seed=self.seed, rank=rank, world_size=world_size
+        )
+        return self.sequences.select(np.concatenate([places for _, places in parts]))
 
     def batch(self, step: int) -> Batch:
         """What this rank reads at ``step``.
 
         A step that reaches past an epoch's end reads on in the next, in the masks of the epoch it
-        began in: one step, one replica.
+        began in: one step, one replica, on every rank.
         """
-        parts = stream_batch(
-            step,
-            len(self.indices),
-            self.batch_sequences,
-            seed=self.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        index = self.indices[np.concatenate([places for _, places in parts])]
         return self.cache.gather(
-            index,
+            self._sequences(step, self.rank, self.world_size),
             self.teachers_at(step),
-            epoch=parts[0][0],
+            epoch=step_epoch(step, len(self.sequences), self.batch_sequences),
             masked_view=self.masked_view,
             allow_missing=self.allow_missing,
             scalars=False,
         )
 
-    def steps(
-        self, start: int, stop: int, depth: int = 2
-    ) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch) for every step from ``start`` to ``stop``, read ahead by ``depth``."""
-        ready: queue.Queue[tuple[int, Batch] | BaseException | None] = queue.Queue(depth)
-        halt = threading.Event()
+    def steps(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
+        """(step, batch) for every step from ``start`` to ``stop``, in that order.
 
-        def put(item: tuple[int, Batch] | BaseException | None) -> bool:
-            while not halt.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-                return True
-            return False
-
-        def read() -> None:
-            try:
-                for step in range(start, stop):
-                    if not put((step, self.batch(step))):
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read, name="prefetch", daemon=True)
-        thread.start()
+        Reads no further ahead than AHEAD batches per thread. An error in reading comes after the
+        batches before it. Closing it ends all threads.
+        """
+        ahead = _ReadAhead(self.batch, start, stop, AHEAD * self.threads)
         try:
-            while True:
+            ahead.begin(min(self.threads, stop - start))
+            for step in range(start, stop):
                 began = time.perf_counter()
-                item = ready.get()
+                batch = ahead.take(step)
                 self.waited += time.perf_counter() - began
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                yield step, batch
         finally:
-            halt.set()
+            ahead.end()
+
+
+def _check_world(
+    sequences: int, batch_sequences: int, rank: int, world_size: int, threads: int
+) -> None:
+    if not sequences:
+        raise InputError(
+            "there is no sequence to train on: the corpus is empty or all of it is held out. Give "
+            "a longer corpus, or a smaller train.held_out"
+        )
+    if batch_sequences < 1 or threads < 1:
+        raise InputError(
+            f"a step needs at least one sequence and one thread that reads it, not "
+            f"{batch_sequences} and {threads}: raise train.batch_sequences or "
+            "train.prefetch_threads"
+        )
+    if not 0 <= rank < world_size:
+        raise InputError(
+            f"rank {rank} of {world_size} processes: ranks go from 0 to the number of processes "
+            "- 1. Start the processes with torchrun, which numbers them"
+        )
+    if batch_sequences % world_size:
+        raise InputError(
+            f"train.batch_sequences {batch_sequences} cannot be shared by {world_size} processes: "
+            "it is the batch of all of them together, and each must get the same number. Use a "
+            f"multiple of {world_size}, or a number of processes that divides {batch_sequences}"
+        )
+
+
+class _ReadAhead:
+    """Reads numbered batches on several threads and gives them out in order."""
+
+    def __init__(self, read: Callable[[int], Batch], start: int, stop: int, depth: int):
+        self._read, self._stop, self._depth = read, stop, depth
+        self._next = start  # to be read
+        self._given = start  # to be given out
+        self._ready: dict[int, Batch | BaseException] = {}
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, threads: int) -> None:
+        for _ in range(threads):
+            thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def take(self, step: int) -> Batch:
+        """The batch of ``step``, or the error of reading it; every step must be taken in turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: step in self._ready)
+            found = self._ready.pop(step)
+            self._given = step + 1
+            self._changed.notify_all()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """Let every thread finish the batch that it reads, and wait for it; no other is begun."""
+        with self._changed:
+            self._stop = self._next
+            self._changed.notify_all()
+        for thread in self._threads:
             thread.join()
+
+    def _work(self) -> None:
+        while (step := self._claim()) is not None:
+            found: Batch | BaseException
+            try:
+                found = self._read(step)
+            except BaseException as error:
+                found = error
+            with self._changed:
+                self._ready[step] = found
+                if isinstance(found, BaseException):
+                    self._stop = self._next  # nothing after it will be asked for
+                self._changed.notify_all()
+
+    def _claim(self) -> int | None:
+        """The next step to read, once there is room for it; None when there is none any more."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._next >= self._stop or self._next < self._given + self._depth
+            )
+            if self._next >= self._stop:
+                return None
+            self._next += 1
+            return self._next - 1

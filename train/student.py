@@ -27,6 +27,7 @@ log = logging.getLogger("rekindle")
 
 HEADS_FILE = "heads.safetensors"
 ABOUT_FILE = "rekindle_student.json"
+MODEL, HEADS = "model.", "heads."  # what the names of a student's weights begin with
 AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 
 
@@ -54,7 +55,7 @@ class HeadConfig(Settings):
 class TaskHead(nn.Module):
     """Dense, tanh, dropout, linear: BERT's pooler and classifier, on any hidden states [...,H]."""
 
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float = 0.1):
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
@@ -104,7 +105,7 @@ class Student(nn.Module):
         config = self.model.config.get_text_config()
         for name, head in heads.items():
             if self.head_configs.get(name) != head:
-                module = TaskHead(config.hidden_size, head.num_labels)
+                module = TaskHead(config.hidden_size, head.num_labels, _dropout(config))
                 for linear in (module.dense, module.out):
                     nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
                     nn.init.zeros_(linear.bias)
@@ -149,16 +150,23 @@ class Student(nn.Module):
         return states[torch.arange(len(states), device=states.device), last]
 
     def save_pretrained(
-        self, directory: str | Path, about: Mapping[str, Any] | None = None
+        self,
+        directory: str | Path,
+        about: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the Hugging Face files, the heads, and what the student is, plus ``about``."""
+        """Write the Hugging Face files, the heads, and what the student is, plus ``about``.
+
+        ``tensors``: the whole weights by name, of a student that is held in shards.
+        """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
+        held = self.state_dict() if tensors is None else tensors
+        body = {k[len(MODEL) :]: v for k, v in held.items() if k.startswith(MODEL)}
+        heads = {k[len(HEADS) :]: v.contiguous() for k, v in held.items() if k.startswith(HEADS)}
         with quiet_transformers():
-            self.model.save_pretrained(path)
-        save_file(
-            {k: v.contiguous() for k, v in self.heads.state_dict().items()}, path / HEADS_FILE
-        )
+            self.model.save_pretrained(path, state_dict=None if tensors is None else body)
+        save_file(heads, path / HEADS_FILE)
         described = {
             "task": self.task,
             "vocabulary_size": self.vocabulary_size,
@@ -193,6 +201,14 @@ class Student(nn.Module):
                 found = {k: v for k, v in weights.items() if k.startswith(prefix)}
                 own = {k.removeprefix(prefix): v for k, v in found.items()}
                 self.heads[_key(name)].load_state_dict(own)
+
+
+def _dropout(config: Any) -> float:
+    """The model's own rate for what stands on its body; 0.1, BERT's, where it names none."""
+    for name in ("classifier_dropout", "hidden_dropout_prob", "resid_pdrop"):
+        if (rate := getattr(config, name, None)) is not None:
+            return float(rate)
+    return 0.1
 
 
 def _key(name: str) -> str:
@@ -230,7 +246,8 @@ def build_student(
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     build = _from_scratch if config.from_scratch else _load
-    model = build(directory, config.task)
+    attention = None if config.attention == "auto" else config.attention
+    model = build(directory, config.task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
@@ -250,21 +267,23 @@ def build_student(
     return student
 
 
-def _from_scratch(directory: Path, task: str) -> Any:
+def _from_scratch(directory: Path, task: str, attention: str | None = None) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     try:
         # The configuration may say bfloat16, as large models' do: weights are trained in float32.
-        return getattr(transformers, AUTO_CLASSES[task]).from_config(config, dtype=torch.float32)
-    except ValueError as error:
+        return getattr(transformers, AUTO_CLASSES[task]).from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+    except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"student {directory} cannot be made as {AUTO_CLASSES[task]}: {reason}"
         ) from None
 
 
-def _load(directory: Path, task: str) -> Any:
+def _load(directory: Path, task: str, attention: str | None = None) -> Any:
     """Pre-trained weights in float32; a body without LM head gets a fresh one, and that is said."""
     import transformers
 
@@ -274,11 +293,12 @@ def _load(directory: Path, task: str) -> Any:
             model, info = factory.from_pretrained(
                 str(directory),
                 dtype=torch.float32,
+                attn_implementation=attention,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}: {reason}. To "

@@ -55,6 +55,7 @@ from rekindle.data.targets import (
 )
 from rekindle.data.views import MaskedView, PairView, ViewReader
 from rekindle.pipeline.verify import verify_cache
+from rekindle.train.split import split_corpus
 
 GOLDEN = sorted(p for p in (Path(__file__).parents[1] / "golden").glob("cache-v*") if p.is_dir())
 CASES_PER_CHILD = 300
@@ -298,7 +299,7 @@ def steps_of(path):
         return
     cache = opened[0]
     everything = np.arange(min(len(cache), 1000))
-    yield "buckets", lambda: cache.corpus.buckets()
+    yield "split", lambda: split_corpus(cache, 0.1)
     for index in {0, len(everything) // 2, len(everything) - 1} & set(everything.tolist()):
         yield f"example {index}", lambda index=index: checked_example(cache, cache.example(index))
     yield "corpus", lambda: checked(cache, cache.gather(everything, []))

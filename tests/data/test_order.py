@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.order import epoch_batch, permute, stream_batch
+from rekindle.data.order import epoch_batch, permute, step_epoch, stream_batch
 
 
 def epoch_order(size, seed=0, epoch=0):
@@ -65,6 +65,22 @@ def test_memory_does_not_grow_with_the_size():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50_000
+
+
+def test_the_order_of_a_trillion_sequences_needs_no_memory_of_its_own():
+    size, batch = 10**12, 768
+    steps = [0, 1, size // batch - 1, size // batch, 3 * size // batch]  # over two epochs' borders
+    stream_batch(0, size, batch, seed=0)
+    tracemalloc.start()
+    parts = [part for step in steps for part in stream_batch(step, size, batch, seed=0)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
+    borders = [[epoch for epoch, _ in stream_batch(step, size, batch, seed=0)] for step in steps]
+    assert borders == [[0], [0], [0], [0, 1], [3]]
+    assert all(places.min() >= 0 and places.max() < size for _, places in parts)
+    first = np.concatenate([places for epoch, places in parts if epoch == 0])
+    assert len(np.unique(first)) == len(first)
 
 
 @pytest.mark.parametrize("index", [[-1], [5], [0, 7]])
@@ -126,6 +142,33 @@ def check_stream(size, batch, world, epochs=3):
         assert sorted(seen[epoch]) == list(range(size))
     for places in seen.values():
         assert len(set(places)) == len(places)
+
+
+# Every index: one, two, around powers of two and four, primes; batches that divide an epoch or
+# not, or hold several; every world that divides the batch.
+SIZES = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 129, 257)
+WORLDS = {1: (1,), 4: (1, 2, 4), 6: (1, 2, 3, 6), 13: (1, 13), 64: (1, 2, 8, 64), 360: (1, 5, 24)}
+
+
+@pytest.mark.parametrize("batch", WORLDS)
+def test_every_index_is_read_once_per_epoch_by_every_world_that_divides_the_batch(batch):
+    epochs = 3
+    for size, world in product(SIZES, WORLDS[batch]):
+        read = []  # (epoch, index) as the ranks' parts of every step are woven together
+        for step in range(-(-size * epochs // batch)):
+            woven = np.full((batch, 2), -1)
+            for rank in range(world):
+                parts = stream_batch(step, size, batch, seed=3, rank=rank, world_size=world)
+                flat = [np.stack([np.full(len(p), e), p], axis=1) for e, p in parts]
+                woven[rank::world] = np.concatenate(flat)
+            assert woven[0, 0] == step_epoch(step, size, batch)
+            read.append(woven)
+        read = np.concatenate(read)
+        assert np.array_equal(read[:, 0], np.arange(len(read)) // size)
+        for epoch in range(epochs):
+            there = read[read[:, 0] == epoch, 1]
+            assert np.array_equal(np.sort(there), np.arange(size))
+            assert np.array_equal(there, epoch_order(size, 3, epoch))
 
 
 @settings(max_examples=30, deadline=None)

@@ -103,6 +103,65 @@ def test_both_stages_and_their_readers(run_file, tmp_path):
     fails(pipeline("train-student", path, "--out", tmp_path / "a"), 2, "not empty", "--resume")
 
 
+def test_a_sweep_and_its_comparison(run_file, tmp_path):
+    path, out = run_file(), tmp_path / "sweep"
+    assert pipeline("cache-teachers", path).returncode == 0
+    temperature = "train.objective.distill.0.temperature"
+    options = ("train-student", path, "--out", out, "--set", "train.steps=2")
+    swept = pipeline(*options, "--sweep", f"{temperature}=1,2", "--sweep", "train.seed=0,1")
+    assert swept.returncode == 0, swept.stderr
+    names = [f"temperature={t},seed={s}" for t in (1, 2) for s in (0, 1)]
+    assert sorted(folder.name for folder in out.iterdir() if folder.is_dir()) == names
+    assert [name for name in names if f" {name} " in swept.stdout] == names
+    assert "kl/lm" in swept.stdout
+
+    assert pipeline("compare", out).stdout == swept.stdout
+    page = tmp_path / "pages" / "compare.html"
+    found = pipeline("compare", out / names[0], out / names[2], "--json", "--out", page)
+    runs = json.loads(found.stdout)["runs"]
+    assert [run["settings"] for run in runs] == [{temperature: 1.0}, {temperature: 2.0}]
+    assert names[2] in page.read_text()
+
+    given = (*options, "--sweep", f"{temperature}=1,2", "--sweep", "train.seed=0,1")
+    fails(pipeline(*given), 2, "not empty", "--resume")
+    fails(pipeline(*given[:-1], "train.seed=0,2", "--resume"), 3, "seed=1", "another sweep")
+    again = pipeline(*given, "--resume")
+    assert again.returncode == 0
+    assert again.stdout == swept.stdout
+
+
+def test_a_sweep_says_at_its_end_what_failed(run_file, tmp_path):
+    path, out = run_file(), tmp_path / "sweep"
+    assert pipeline("cache-teachers", path).returncode == 0
+    swept = pipeline(
+        *("train-student", path, "--out", out, "--set", "train.warmup_steps=0"),
+        *("--sweep", "train.learning_rate=1e30,1e-3"),
+    )
+    assert swept.returncode == 2
+    (message,) = [line for line in swept.stderr.splitlines() if line.startswith("error: ")]
+    assert "1 of 2 students failed. learning_rate=1e30: " in message
+    assert "unfinished" in swept.stdout
+    assert (out / "learning_rate=1e-3" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--sweep", "cache.seed=1,2"), ("cache.seed", "one cache")),
+        (("--sweep", "train.seed=1,x"), ("train.seed=x",)),
+        (("--workers", "2"), ("--workers", "--sweep", "torchrun")),
+    ],
+)
+def test_a_wrong_sweep_is_refused(run_file, tmp_path, options, words):
+    out = tmp_path / "out"
+    fails(pipeline("train-student", run_file(), "--out", out, *options), 2, *words)
+    assert not out.exists()
+
+
+def test_what_is_no_run_cannot_be_compared(tmp_path):
+    fails(pipeline("compare", tmp_path), 2, str(tmp_path), "no run")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -226,7 +285,8 @@ def test_the_command_line_is_frozen():
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
-        "train-student": ["--out", "--resume", "--set"],
+        "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
+        "compare": ["--json", "--out"],
         "doctor": [],
     }
 

@@ -923,8 +923,8 @@ def test_a_student_trains_on_a_grown_cache(tmp_path, make, copied, models):
     )
     student = StudentConfig(model=str(models["masked_lm"]), task="masked_lm")
     result = train_student(Cache.open(path), student, config, tmp_path / "run")
-    assert result.coverage["with_kd"] > 0
-    assert result.coverage["ce_only"] == result.coverage["neither"] == 0
+    assert result.coverage["sequences_with_kd"] > 0
+    assert result.coverage["sequences_ce_only"] == result.coverage["sequences_neither"] == 0
     # A teacher's own weights: what is left is the other masks' and dropout's doing.
     assert np.isfinite(result.evaluation["kl/lm"])
 

@@ -99,6 +99,54 @@ def masked_world(
 
 
 @pytest.fixture(scope="session")
+def experts_world(
+    tmp_path_factory: pytest.TempPathFactory,
+    corpus_file: Path,
+    wordpiece: Path,
+    make_model: Callable[..., Path],
+) -> World:
+    """Experts to be merged: classifiers with label names of their own, which partly agree, with
+    Monte-Carlo passes; some for one domain only, some for sentence pairs; and one masked LM.
+    """
+
+    def bert(auto: str, seed: int, **extra: object) -> str:
+        return str(make_model("bert", f"AutoModelFor{auto}", wordpiece, seed, **NARROW, **extra))
+
+    def classifier(name: str, seed: int, *labels: str, **extra: object) -> dict:
+        names = dict(enumerate(labels))
+        model = bert(
+            "SequenceClassification",
+            seed,
+            id2label=names,
+            label2id={n: i for i, n in names.items()},
+        )
+        task, passes = "sequence_classification", {"passes": 4}
+        return {"name": name, "model": model, "task": task, "monte_carlo": passes, **extra}
+
+    odd = {"domains": ["odd"]}
+    score = bert("SequenceClassification", 7, num_labels=1)
+    taggers = [bert("TokenClassification", seed, num_labels=5) for seed in (5, 25)]
+    lm = {"name": "lm", "model": bert("MaskedLM", 1), "task": "masked_lm", "targets": {"k": 8}}
+    teachers = [
+        lm,
+        classifier("animals", 21, "cat", "dog", "fish"),
+        classifier("pets", 22, "bird", "dog", "cat"),
+        classifier("weather", 23, "sun", "rain", "snow", "wind"),
+        classifier("odd.plants", 24, "oak", "rose", **odd),
+        classifier("unnamed", 26, "LABEL_0", "LABEL_1"),
+        classifier("pair.a", 27, "yes", "no", pairs="adjacent"),
+        classifier("pair.b", 28, "no", "maybe", "yes", pairs="adjacent"),
+        {"name": "odd.score", "model": score, "task": "regression", **odd},
+        {"name": "tags", "model": taggers[0], "task": "token_classification"},
+        {"name": "odd.tags", "model": taggers[1], "task": "token_classification", **odd},
+    ]
+    size = _size(wordpiece)
+    student = bert("MaskedLM", 10, vocab_size=size + PADDING_ROWS)
+    folder = tmp_path_factory.mktemp("experts") / "cache"
+    return _world(folder, corpus_file, wordpiece, teachers, Path(student))
+
+
+@pytest.fixture(scope="session")
 def causal_world(
     tmp_path_factory: pytest.TempPathFactory,
     corpus_file: Path,

@@ -11,16 +11,10 @@ from safetensors.torch import load_file, save_file
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.train import checkpoint as module
-from rekindle.train.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    open_run,
-    restore,
-    save_checkpoint,
-    start_run,
-)
+from rekindle.train.checkpoint import latest_checkpoint, load_checkpoint, open_run, start_run
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.loop import make_optimizer
+from rekindle.train.distributed import ParallelStudent, World
+from rekindle.train.optimizer import make_optimizer
 from rekindle.train.student import HeadConfig, Student, build_student
 
 CPU = torch.device("cpu")
@@ -57,6 +51,18 @@ def train(student, optimizer, first, steps):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def save_checkpoint(run, step, student, *rest, **options):
+    return module.save_checkpoint(run, step, alone(student), *rest, **options)
+
+
+def restore(run, student, optimizer):
+    return module.restore(run, alone(student), optimizer)
+
+
+def alone(student):
+    return ParallelStudent(student, World.alone())
 
 
 def state(student, optimizer):
@@ -113,6 +119,32 @@ def test_only_the_last_ones_are_kept(tmp_path, make_student, keep):
         save_checkpoint(tmp_path, step, student, optimizer, {}, keep)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-{s:08d}" for s in (5, 10, 15, 200)[-keep:]]
+
+
+def test_the_best_is_kept_beside_the_last_ones(tmp_path, make_student):
+    student, optimizer = make_student()
+    for step, best in ((5, 5), (10, 10), (15, 10), (20, 10), (25, 10)):
+        state = {"best": {"step": best, "value": 0.5}}
+        save_checkpoint(tmp_path, step, student, optimizer, state, 2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (10, 20, 25)]
+    save_checkpoint(tmp_path, 30, student, optimizer, {"best": {"step": 30, "value": 0.1}}, 2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (25, 30)]
+
+
+@pytest.mark.parametrize("byte", range(0, 400, 37))
+def test_a_flipped_byte_of_the_position_is_found(tmp_path, make_student, byte):
+    """A digit of a step or of a coverage is as good as any other: only a checksum tells."""
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 1, student, optimizer, {"seconds": 12.5}, keep=3)
+    path = save_checkpoint(tmp_path, 2, student, optimizer, {"seconds": 34.5}, keep=3)
+    content = bytearray((path / "trainer.json").read_bytes())
+    content[byte] ^= 1
+    (path / "trainer.json").write_bytes(content)
+    found, about = latest_checkpoint(tmp_path)
+    assert found.name == "step-00000001"
+    assert about["seconds"] == 12.5
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, make_student):

@@ -12,14 +12,16 @@ import torch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.kernels import chunked
 from rekindle.kernels.encoded import EncodedTargets
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import as_arguments, kd_targets, sparse_targets, split_batch
 from rekindle.train.loop import train_student
-from rekindle.train.objective import Counts, Objective
+from rekindle.train.objective import Objective
 from rekindle.train.run_log import read_metrics
 from rekindle.train.student import build_student
 
@@ -243,17 +245,59 @@ def test_targets_on_the_device_are_those_of_the_cache(cache, name):
 
 
 def test_which_targets_are_sent_as_they_are_stored(cache):
-    """Eight-bit codes are decoded in the kernel; the others are values by then."""
+    """Eight-bit codes are decoded in the kernel, hidden states meet the matrix there; the others
+    are values by then.
+    """
     names = list(KINDS)
     batch = gathered(cache, names)
     for name in names:
         found = kd_targets(batch.targets[name], temperatures_of(name)[0], None, CPU)
         encoded = name.endswith(("default", "compact")) or name == "threshold-2"
         assert isinstance(found, EncodedTargets) == encoded, name
-        arguments = as_arguments(found)
-        assert set(arguments) == (
-            {"target_ids"} if encoded else {"target_ids", "target_probs", "tail_prob"}
+        assert isinstance(found, HiddenTargets) == (name == "hidden")
+        assert isinstance(found, DenseTargets) == (name == "dense")
+        as_stored = encoded or name in ("hidden", "dense")
+        assert set(as_arguments(found)) == (
+            {"target_ids"} if as_stored else {"target_ids", "target_probs", "tail_prob"}
         )
+
+
+def test_hidden_states_are_sent_as_integers_beside_one_matrix(cache):
+    """No logits are made of them, and the matrix goes to the device once."""
+    target = gathered(cache, ["hidden"]).targets["hidden"]
+    one, other = (
+        kd_targets(gathered(cache, ["hidden"], np.arange(n)).targets["hidden"], 1.0, None, CPU)
+        for n in (30, 3)
+    )
+    assert one.states.dtype == torch.int16
+    assert np.array_equal(one.states, target.columns["hidden"])
+    assert np.array_equal(one.scale, target.columns["hidden_scale"])
+    assert one.weight is other.weight
+    assert np.array_equal(one.weight, target.head.weight)
+    whole = kd_targets(target, 1.0, target.info.vocabulary_size, CPU)
+    assert isinstance(whole, HiddenTargets)  # all of it is no part of it
+
+
+@pytest.mark.parametrize("name", ["dense", "hidden"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+def test_the_whole_distribution_under_every_divergence(cache, name, kind):
+    """Not their top 5, but every probability, at temperatures that nothing was stored for."""
+    target = gathered(cache, [name]).targets[name]
+    for tau in (0.7, 1.0, 2.5):
+        check_loss(target, tau, None, rtol=1e-4, divergence=kind)
+
+
+@pytest.mark.parametrize("name", ["dense", "hidden"])
+def test_the_top_of_hidden_states_is_found_in_blocks_of_any_size(cache, name, monkeypatch):
+    target = gathered(cache, [name]).targets[name]
+    whole = sparse_targets(target, 2.0, 5, CPU)
+    for rows in (1, 3):
+        budget = rows * 12 * target.info.vocabulary_size
+        monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", budget)
+        parts = sparse_targets(target, 2.0, 5, CPU)
+        torch.testing.assert_close(parts.probs, whole.probs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parts.tail, whole.tail, rtol=1e-4, atol=1e-6)
+        assert parts.ids.shape == whole.ids.shape
 
 
 def test_compact_and_default_train_alike_to_the_bit(cache):
@@ -372,14 +416,15 @@ def test_a_mixture_of_all_kinds_is_their_mean(world, cache):
     size = cache.corpus.info["tokenizer"]["size"]
     student = build_student(StudentConfig(model=str(world[2]), task=task), {}, size, 0).eval()
     batch = gathered(cache, names)
-    counts = Counts.of(batch, task)
-    found = objective(cache, task, teachers=names, combine="mixture").loss(
-        student, batch, counts, 0, CPU
-    )
-    assert torch.isfinite(found.total)
-    alike = objective(cache, task, teachers=["dense", "hidden"], combine="mixture")
-    alone = objective(cache, task, teachers=["dense"])
-    one, other = (o.loss(student, batch, counts, 0, CPU).total for o in (alike, alone))
+
+    def total(**term):
+        found = objective(cache, task, **term)
+        own = found.select(batch, 0)
+        return found.loss(student, own, found.counts(own, 0), 0, CPU).total
+
+    assert torch.isfinite(total(teachers=names, combine="mixture"))
+    one = total(teachers=["dense", "hidden"], combine="mixture")
+    other = total(teachers=["dense"])
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
@@ -413,8 +458,8 @@ def train(world, out, *names, **values):
 def test_a_student_trains_on_every_kind(world, tmp_path, name):
     result = train(world, tmp_path / "run", name)
     assert result.steps == 4
-    assert result.coverage["with_kd"] > 0
-    assert result.coverage["ce_only"] == result.coverage["neither"] == 0
+    assert result.coverage["sequences_with_kd"] > 0
+    assert result.coverage["sequences_ce_only"] == result.coverage["sequences_neither"] == 0
     steps = [r for r in read_metrics(tmp_path / "run") if f"kd/{name}" in r]
     assert len(steps) == 4
     assert all(np.isfinite(r[f"kd/{name}"]) and r[f"kd/{name}"] > 0 for r in steps)

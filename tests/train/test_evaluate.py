@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rekindle.train.config import StudentConfig
+from rekindle.train.config import DistillTerm, StudentConfig
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.student import HeadConfig, build_student
+from rekindle.train.task_loss import heads_of
 
 CPU = torch.device("cpu")
 EXPERTS = ("sense", "score", "topics", "pair", "tags")
@@ -190,3 +191,33 @@ def test_what_cannot_be_compared_is_left_out(masked_world):
     even = [i for i, domain in enumerate(domains) if domain == "even"][:5]
     found = evaluate(student, data_of(masked_world, ["odd.lm", "even.lm"], index=even), CPU)
     assert found.keys() == {"loss", "kl/even.lm", "agreement/even.lm"}
+
+
+@pytest.mark.parametrize("labels", ["merge", "apart"])
+def test_a_head_over_several_experts_is_compared_with_each(experts_world, labels):
+    """With the head's logits at that expert's own classes."""
+    term = DistillTerm(teachers=("animals", "pets"), combine="mixture", labels=labels)
+    cache = experts_world.open()
+    infos = {name: cache.teacher(name).info for name in term.teachers}
+    heads = heads_of(term, infos)
+    config = StudentConfig(model=str(experts_world.student))
+    student = build_student(config, heads, cache.corpus.info["tokenizer"]["size"], 0).eval()
+    with torch.no_grad():
+        student.heads["animals+pets"].out.weight.normal_(generator=torch.manual_seed(3))
+    data = data_of(experts_world, term.teachers)
+    found = evaluate(student, data, CPU)
+    names = heads["animals+pets"].label_names
+    assert len(names) == (4 if labels == "merge" else 6)
+    for expert, info in infos.items():
+        wanted = [n if labels == "merge" else f"{expert}/{n}" for n in info.label_names]
+        places = [names.index(n) for n in wanted]
+        divergences = []
+        for index in data.index.tolist():
+            example = cache.example(index)
+            ids = torch.as_tensor(example.input_ids).long()[None]
+            with torch.no_grad():
+                state = student.model.base_model(ids).last_hidden_state[:, 0]
+                logits = student.heads["animals+pets"](state)[0][places]
+            q = torch.softmax(torch.as_tensor(example.targets[expert][0].logits), 0)
+            divergences.append(float((q * (q.log() - torch.log_softmax(logits, 0))).sum()))
+        assert found[f"kl/{expert}"] == pytest.approx(np.mean(divergences), rel=1e-4)

@@ -30,7 +30,7 @@ from rekindle.train import loop as module
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast, train_student
-from rekindle.train.objective import Counts, Objective, StepLoss
+from rekindle.train.objective import Objective, StepLoss
 from rekindle.train.run_log import read_metrics
 from rekindle.train.stream import TrainingStream, split_corpus
 from rekindle.train.student import Student, build_student
@@ -84,6 +84,11 @@ def metrics(out):
     """Every record without what depends on the clock."""
     records = read_metrics(out)
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def sequences(result):
+    """How many sequences were trained with what."""
+    return {n: result.coverage[f"sequences_{n}"] for n in ("with_kd", "ce_only", "neither")}
 
 
 def stop_at(step, error=KeyboardInterrupt):
@@ -145,7 +150,8 @@ def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path)
         with pytest.raises(KeyboardInterrupt):
             run(masked_world, out, config, report=stop_at(step), resume=step > 5)
     trainer = out / "checkpoints/step-00000008/trainer.json"
-    trainer.write_text(json.dumps(json.loads(trainer.read_text()) | {"seconds": 5000.0}))
+    content = json.loads(trainer.read_text()) | {"seconds": 5000.0}
+    trainer.write_bytes(seal({k: v for k, v in content.items() if k != SEAL}))
     result = run(masked_world, out, config, resume=True)
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
@@ -199,7 +205,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(masked_world, whole, tmp_pat
     with caplog.at_level(logging.INFO, logger="rekindle"):
         run(masked_world, out, config, resume=True)
     assert "step-00000008 is damaged (model.safetensors)" in caplog.text
-    assert "at step 4" in caplog.text
+    assert "at step 5" in caplog.text  # the best on what is held out
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
 
@@ -372,7 +378,7 @@ def test_two_students_from_one_cache_without_any_teacher_left(
     for name, model in (("a", masked_world.student), ("b", small)):
         cache = Cache.open(tmp_path / "cache")
         result = run(masked_world, tmp_path / name, chosen, cache=cache, model=model)
-        assert result.coverage == {"with_kd": 18, "ce_only": 0, "neither": 0}
+        assert sequences(result) == {"with_kd": 18, "ce_only": 0, "neither": 0}
 
 
 # --- the steps themselves ---
@@ -396,7 +402,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(masked_world, make_model, wordp
     view = cache.masked_view().name
     train = split_corpus(cache, 0.1).train
     batch = TrainingStream(cache, train, 6, 0, objective.teachers_at, view).batch(0)
-    counts = Counts.of(batch, "masked_lm")
+    counts = objective.counts(batch, 0)
     objective.loss(student.train(), batch, counts, 0, CPU).total.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
     assert read_metrics(out)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
@@ -438,7 +444,7 @@ def test_distillation_brings_the_student_near_its_teacher(masked_world, tmp_path
     train = [r for r in metrics(result.directory) if r["kind"] == "train"]
     assert train[-1]["kd/big"] < 0.5 * train[0]["kd/big"]
     assert train[-1]["kd/sense"] < 0.7 * train[0]["kd/sense"]
-    assert result.coverage == {"with_kd": 480, "ce_only": 0, "neither": 0}
+    assert sequences(result) == {"with_kd": 480, "ce_only": 0, "neither": 0}
 
 
 def test_bf16_stays_near_float32(masked_world, tmp_path):
@@ -511,34 +517,42 @@ def test_coverage_counts_sequences(masked_world, tmp_path):
     """60 sequences: those of one domain have a target, the others train on the text, or not."""
     chosen = train_config([{"teachers": ["odd.lm"]}])
     one = run(masked_world, tmp_path / "a", chosen).coverage
-    assert 0 < one["with_kd"] < 60
-    assert one == {"with_kd": one["with_kd"], "ce_only": 60 - one["with_kd"], "neither": 0}
+    kd, positions = one["sequences_with_kd"], one["positions_with_kd"]
+    assert 0 < kd < 60
+    assert one["sequences_ce_only"] == 60 - kd
+    assert one["sequences_neither"] == one["positions_neither"] == 0
+    assert positions > kd
+    assert one["positions_ce_only"] > 0
     alone = train_config([{"teachers": ["odd.lm"]}], hard=0.0)
     two = run(masked_world, tmp_path / "b", alone).coverage
-    assert two == {"with_kd": one["with_kd"], "ce_only": 0, "neither": one["ce_only"]}
+    for what in ("sequences", "positions"):
+        assert two[f"{what}_with_kd"] == one[f"{what}_with_kd"]
+        assert two[f"{what}_neither"] == one[f"{what}_ce_only"]
+        assert two[f"{what}_ce_only"] == 0
     cache = masked_world.open()
     train = split_corpus(cache, 0.1).train
     stream = TrainingStream(cache, train, 6, 0, lambda step: [], cache.masked_view().name)
     domains = [d for step in range(10) for d in stream.batch(step).domains]
-    assert one["with_kd"] == domains.count("odd")
+    assert kd == domains.count("odd")
 
 
 def test_held_out_sequences_are_never_trained_on(masked_world, tmp_path, monkeypatch):
     seen = []
     step = module._step
 
-    def noting(student, optimizer, objective, batch, *rest):
+    def noting(training, batch, *rest):
         seen.extend(batch.index.tolist())
-        return step(student, optimizer, objective, batch, *rest)
+        return step(training, batch, *rest)
 
     monkeypatch.setattr(module, "_step", noting)
     run(masked_world, tmp_path / "run", train_config(steps=30))
     cache = masked_world.open()
     split = split_corpus(cache, 0.1)
     assert len(seen) == 180 > len(split.train)
-    assert set(seen) == set(split.train.tolist())
-    assert not set(seen) & set(split.held_out.tolist())
-    assert sorted(seen[: len(split.train)]) == split.train.tolist()
+    train = split.train.spread(len(split.train)).tolist()
+    assert set(seen) == set(train)
+    assert not set(seen) & set(split.held_out.spread(len(split.held_out)).tolist())
+    assert sorted(seen[: len(train)]) == train
 
 
 # --- what stops a run ---
@@ -553,10 +567,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeyp
         return replace(result, total=result.total * torch.nan) if step == 5 else result
 
     monkeypatch.setattr(Objective, "loss", broken)
-    with pytest.raises(InputError, match=r"the loss is nan at step 6 \(sequences \d"):
+    with pytest.raises(InputError, match=r"the loss is nan at step 6\. Its 6 examples are named"):
         run(masked_world, tmp_path / "run", train_config(max_grad_norm=clip))
     assert no_reader_left()
     assert len(metrics(tmp_path / "run")) == 6  # five steps and an evaluation
+    suspect = json.loads((tmp_path / "run/stopped-at-step-00000006.json").read_text())
+    cache = masked_world.open()
+    view = cache.masked_view().name
+    stream = TrainingStream(cache, split_corpus(cache, 0.1).train, 6, 0, lambda step: [], view)
+    assert suspect["sequences"] == stream.batch(5).index.tolist()
+    assert suspect["digests"] == [cache.example(i).digest for i in suspect["sequences"]]
+    assert suspect["reason"] == "the loss is nan"
 
 
 @pytest.mark.parametrize("clip", [1.0, None])
@@ -662,13 +683,41 @@ def test_a_causal_student_cannot_learn_from_a_masked_teacher(
     # Text experts have no such bounds.
     chosen = train_config([{"teachers": ["sense"]}], steps=1)
     found = train_student(masked_world.open(), student, chosen, tmp_path / "run")
-    assert found.coverage["with_kd"] == 6
+    assert found.coverage["sequences_with_kd"] == 6
 
 
 def test_a_masked_student_needs_masks(causal_world, make_model, bytelevel, tmp_path):
     student = StudentConfig(model=str(make_model("bert", "AutoModelForMaskedLM", bytelevel)))
     with pytest.raises(InputError, match="has the masked views none"):
         train_student(causal_world.open(), student, train_config(), tmp_path / "run")
+
+
+def test_a_best_that_nobody_measures_is_refused(masked_world, tmp_path):
+    chosen = train_config([{"teachers": ["big"]}, {"teachers": ["score"]}], keep_best="kl/score")
+    refused(masked_world, tmp_path, "'kl/score'; of this run loss, kl/big, .*, mse/score", chosen)
+
+
+@pytest.mark.parametrize(("name", "best"), [("loss", 6), ("agreement/big", 4), (None, None)])
+def test_the_best_checkpoint_is_kept(masked_world, tmp_path, monkeypatch, name, best):
+    """At the last of equals nothing improves; agreement is better the higher it is."""
+    losses = iter([5.0, 4.0, 3.0, 3.0, 7.0, 4.0])
+    agreements = iter([0.1, 0.6, 0.5, 0.6, 0.2, 0.3])
+
+    def measured(*_):
+        return {"loss": next(losses), "agreement/big": next(agreements)}
+
+    monkeypatch.setattr(module, "evaluate", measured)
+    chosen = train_config(
+        [{"teachers": ["big"]}],
+        steps=12, evaluate_every=2, checkpoint_every=5, keep_checkpoints=1, keep_best=name,
+    )  # fmt: skip
+    out = run(masked_world, tmp_path / "run", chosen).directory
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names == {"step-00000012"} | ({f"step-{best:08d}"} if best else set())
+    state = json.loads((out / "checkpoints/step-00000012/trainer.json").read_text())
+    assert (state["best"] or {}).get("step") == best
+    if best:
+        Student.from_pretrained(out / "checkpoints" / f"step-{best:08d}")
 
 
 def test_a_teacher_of_other_masks_is_refused(masked_world, tmp_path):
@@ -711,13 +760,13 @@ def test_holes_are_refused_or_trained_without_distillation(masked_world, tmp_pat
     for holes, names in ((["big"], ["big"]), (["big", "sense"], ["big", "sense"])):
         chosen = train_config([{"teachers": [n]} for n in names], allow_missing=holes, steps=12)
         found = run(masked_world, tmp_path / "-".join(names), chosen, cache=Cache.open(folder))
-        total = sum(found.coverage.values())
+        total = sum(sequences(found).values())
         assert total == 72
         if names == ["big"]:
-            assert 20 < found.coverage["with_kd"] < 60
-            assert found.coverage["ce_only"] == 72 - found.coverage["with_kd"]
+            assert 20 < found.coverage["sequences_with_kd"] < 60
+            assert found.coverage["sequences_ce_only"] == 72 - found.coverage["sequences_with_kd"]
         else:  # where one has a hole, the other has none
-            assert found.coverage["with_kd"] == 72
+            assert found.coverage["sequences_with_kd"] == 72
         assert found.evaluation["kl/big"] > 0
 
 

@@ -1,41 +1,38 @@
-"""What every training step reads: each sequence once per epoch, nothing of a held-out document."""
+"""What every training step reads: each sequence once per epoch, whatever reads it."""
 
+import sys
 import threading
 import time
+from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus import BUCKETS
-from rekindle.train.stream import TrainingStream, split_corpus
-
-
-class FakeCorpus:
-    def __init__(self, buckets):
-        self._buckets = np.asarray(buckets, np.uint16)
-
-    def buckets(self):
-        return self._buckets
+from rekindle.data import teacher_reader
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.order import permute
+from rekindle.train.split import Ranges
+from rekindle.train.stream import AHEAD, TrainingStream, split_corpus
 
 
 class FakeCache:
-    """Hands out the indices it is asked for, and remembers what was asked."""
+    """Hands out the indices it is asked for, and remembers what was asked.
 
-    def __init__(self, buckets, fail_at=None, delay=0.0):
-        self.corpus, self.fail_at, self.delay = FakeCorpus(buckets), fail_at, delay
+    ``read(index)`` may raise or take its time.
+    """
+
+    def __init__(self, read=lambda index: None):
+        self.read = read
         self.asked: list[tuple] = []
-
-    def __len__(self):
-        return len(self.corpus.buckets())
 
     def gather(self, index, teachers, *, epoch, masked_view, allow_missing, scalars):
         assert not scalars  # no loss needs them
-        if self.fail_at is not None and len(self.asked) == self.fail_at:
-            raise RuntimeError("the disk is on fire")
-        time.sleep(self.delay)
         self.asked.append((index.copy(), tuple(teachers), epoch, masked_view, allow_missing))
+        self.read(index)
         return index
 
 
@@ -47,101 +44,64 @@ def prefetchers():
     return [t for t in threading.enumerate() if t.name == "prefetch" and t.is_alive()]
 
 
-def documents(sizes, buckets):
-    return np.repeat(np.asarray(buckets), sizes)
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+# --- order ---
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 6), st.integers(0, BUCKETS - 1)), min_size=1, max_size=40),
-    st.floats(0, 0.9),
+    st.integers(1, 30),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.sampled_from([np.array, lambda numbers: Ranges([(n, n + 1) for n in numbers])]),
 )
-def test_the_split_shares_out_the_sequences_and_no_document_is_on_both_sides(corpus, fraction):
-    buckets = documents(*zip(*corpus, strict=True))
-    split = split_corpus(FakeCache(buckets), fraction)
-    together = np.concatenate([split.train, split.held_out])
-    assert np.array_equal(np.sort(together), np.arange(len(buckets)))
-    assert len(split.train)
-    assert np.array_equal(split.train, np.sort(split.train))
-    if fraction == 0:
-        assert not len(split.held_out)
-        return
-    if len(buckets) > 1:
-        assert len(split.held_out)
-    # By document, unless whole documents would have been far more than was asked for.
-    if set(buckets[split.train]) & set(buckets[split.held_out]):
-        lowest = buckets <= max(buckets.min(), fraction * BUCKETS)
-        assert lowest.all() or lowest.mean() > 0.25
-        assert len(split.held_out) <= max(fraction, 0.5) * len(buckets) + 1
+def test_every_training_sequence_is_read_exactly_once_per_epoch(size, share, world, seed, made):
+    """The ranks' strided parts, woven together, are the batches of a single process."""
+    batch, epochs = share * world, 3
+    indices = [3 * i + 1 for i in range(size)]  # not 0..N−1: the places must be looked up
 
+    def part(rank, world):
+        options = {"rank": rank, "world_size": world}
+        return TrainingStream(
+            FakeCache(), made(indices), batch, seed, lambda step: [], None, **options
+        )
 
-def test_the_split_depends_on_the_documents_alone(masked_world):
-    cache = masked_world.open()
-    split = split_corpus(cache, 0.2)
-    again = split_corpus(masked_world.open(), 0.2)
-    assert np.array_equal(split.train, again.train)
-    assert np.array_equal(split.held_out, again.held_out)
-    names = np.array([cache.example(i).document for i in range(len(cache))])
-    assert not set(names[split.train]) & set(names[split.held_out])
-    assert 0.03 < len(split.held_out) / len(cache) < 0.5
-    more = split_corpus(cache, 0.4)  # a larger share holds the smaller one
-    assert set(split.held_out) <= set(more.held_out)
-
-
-def test_a_small_corpus_holds_out_a_whole_document():
-    """Two per cent of 40 documents is less than one: the one with the lowest hash is taken."""
-    buckets = documents([3] * 40, range(400, 10_000, 240))
-    split = split_corpus(FakeCache(buckets), 0.02)
-    assert split.held_out.tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("sequences", [1, 2, 3, 100])
-def test_one_document_is_split_by_sequences(sequences):
-    split = split_corpus(FakeCache([77] * sequences), 0.1)
-    assert len(split.train) + len(split.held_out) == sequences
-    assert len(split.train)
-    assert bool(len(split.held_out)) == (sequences > 1)
-    assert len(split.held_out) <= max(1, sequences // 10)
-
-
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5))
-def test_every_training_sequence_is_read_exactly_once_per_epoch(size, batch, world, seed):
-    indices = np.arange(size) * 3 + 1  # not 0..N−1: the places must be looked up
-    epochs, total = 3, 3 * size
-    steps = -(-total // batch)
-    by_rank = [
-        [
-            stream(FakeCache(range(size * 3 + 1)), indices, batch, seed, rank=r, world_size=world)
-            .batch(step)
-            .tolist()
-            for step in range(steps)
-            if batch >= world
-        ]
-        for r in range(world)
-    ]
-    if batch < world:
-        return
+    alone, ranks = part(0, 1), [part(rank, world) for rank in range(world)]
     read = []
-    for step in range(steps):
-        parts = [by_rank[r][step] for r in range(world)]
-        merged = [None] * batch
-        for r, part in enumerate(parts):
-            merged[r::world] = part
-        read += merged
+    for step in range(-(-epochs * size // batch)):
+        woven = np.full(batch, -1)
+        for rank, one in enumerate(ranks):
+            woven[rank::world] = one.batch(step)
+            assert np.array_equal(one.sequences_at(step), alone.batch(step))
+        assert np.array_equal(woven, alone.batch(step))
+        read += woven.tolist()
     for epoch in range(epochs):
-        assert sorted(read[epoch * size : (epoch + 1) * size]) == indices.tolist()
-    alone = stream(FakeCache(range(size * 3 + 1)), indices, batch, seed)
-    assert read == [i for step in range(steps) for i in alone.batch(step).tolist()]
+        there = read[epoch * size : (epoch + 1) * size]
+        assert sorted(there) == indices
+        order = permute(np.arange(size), size, seed=seed, epoch=epoch)
+        assert there == [indices[place] for place in order]
 
 
 def test_the_order_changes_from_epoch_to_epoch_and_with_the_seed():
-    cache = FakeCache(range(64))
-    first, second = (stream(cache, range(64), 64).batch(step).tolist() for step in (0, 1))
-    other = stream(cache, range(64), 64, seed=1).batch(0).tolist()
+    first, second = (stream(FakeCache(), range(64), 64).batch(step).tolist() for step in (0, 1))
+    other = stream(FakeCache(), range(64), 64, seed=1).batch(0).tolist()
     assert len({tuple(first), tuple(second), tuple(other)}) == 3
 
 
+def test_naming_the_sequences_of_a_step_reads_nothing():
+    cache = FakeCache()
+    assert len(stream(cache, range(20), 6, world_size=2, rank=1).sequences_at(7)) == 6
+    assert not cache.asked
+
+
 def test_a_step_asks_for_its_teachers_its_epochs_masks_and_the_allowed_holes():
-    cache = FakeCache(range(10))
+    cache = FakeCache()
     found = stream(
         cache, range(10), 4, teachers_at=lambda step: [f"t{step}"], allow_missing=("t0",)
     )
@@ -153,38 +113,189 @@ def test_a_step_asks_for_its_teachers_its_epochs_masks_and_the_allowed_holes():
     assert {(view, missing) for _, _, _, view, missing in cache.asked} == {("masks", ("t0",))}
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 9), (4, 9), (9, 9)])
-def test_steps_are_the_batches_in_order_from_any_start(start, stop):
-    one = stream(FakeCache(range(20)), range(20))
+def test_every_rank_uses_the_masks_of_the_epoch_that_its_step_began_in():
+    """Also one whose own sequences are all of the next epoch."""
+    for size in (1, 3, 9, 10):
+        for step in range(12):
+            epochs = set()
+            for rank in range(4):
+                cache = FakeCache()
+                stream(cache, range(size), 4, rank=rank, world_size=4).batch(step)
+                epochs.add(cache.asked[0][2])
+            assert epochs == {step * 4 // size}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 6, "world_size": 4}, r"batch_sequences 6 .* 4 processes.*a multiple of 4"),
+        ({"batch": 2, "world_size": 4}, r"batch_sequences 2 .* 4 processes"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2 processes"),
+        ({"rank": -1, "world_size": 2}, "rank -1 of 2 processes"),
+        ({"world_size": 0}, "rank 0 of 0 processes"),
+        ({"threads": 0}, "at least one sequence and one thread"),
+        ({"batch": 0}, "at least one sequence and one thread"),
+        ({"indices": []}, "no sequence to train on"),
+    ],
+)
+def test_a_world_that_cannot_share_a_batch_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        stream(FakeCache(), options.pop("indices", range(20)), **options)
+
+
+# --- reading ahead ---
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("start", "stop"), [(0, 40), (4, 9), (8, 9), (9, 9)])
+def test_steps_are_the_batches_in_order_from_any_start(start, stop, threads):
+    """Whichever thread is done first."""
+    delays = np.random.default_rng(0).permutation(20) / 10_000
+    cache = FakeCache(lambda index: time.sleep(delays[index[0]]))
+    one = stream(cache, range(20), threads=threads)
     found = [(step, batch.tolist()) for step, batch in one.steps(start, stop)]
-    assert found == [(step, one.batch(step).tolist()) for step in range(start, stop)]
+    assert found == [(step, one.sequences_at(step).tolist()) for step in range(start, stop)]
+    assert len(cache.asked) == stop - start
     assert not prefetchers()
 
 
-def test_reading_runs_ahead_by_the_depth_and_no_further():
-    cache = FakeCache(range(20))
-    steps = stream(cache, range(20)).steps(0, 100, depth=2)
-    next(steps)
-    deadline = time.monotonic() + 5
-    while len(cache.asked) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    # One was taken, two wait in the queue, one is in the reader's hand.
-    assert len(cache.asked) == 4
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_runs_ahead_by_so_many_batches_per_thread_and_no_further(threads):
+    cache = FakeCache()
+    steps = stream(cache, range(20), threads=threads).steps(0, 100)
+    for taken in (1, 2):
+        next(steps)
+        wait_until(lambda taken=taken: len(cache.asked) == taken + AHEAD * threads)
+    time.sleep(0.05)
+    assert len(cache.asked) == 2 + AHEAD * threads
     steps.close()
     assert not prefetchers()
 
 
-def test_an_error_of_the_reader_reaches_the_loop_after_the_batches_before_it():
-    steps = stream(FakeCache(range(20), fail_at=3), range(20)).steps(0, 10)
-    assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
+def test_threads_read_at_the_same_time():
+    """Each waits until four batches are being read."""
+    four = threading.Barrier(4, timeout=5)
+    one = stream(FakeCache(lambda index: four.wait()), range(20), threads=4)
+    assert [step for step, _ in one.steps(0, 8)] == list(range(8))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("fails", [0, 3])
+def test_an_error_of_the_reader_reaches_the_loop_after_the_batches_before_it(threads, fails):
+    def read(index):
+        if index[0] == bad:
+            raise RuntimeError("the disk is on fire")
+        time.sleep(0.01)  # it fails before the batches before it are there
+
+    one = stream(FakeCache(read), range(400), threads=threads)
+    bad = one.sequences_at(fails)[0]
+    steps = one.steps(0, 100)
+    assert [next(steps)[0] for _ in range(fails)] == list(range(fails))
     with pytest.raises(RuntimeError, match="on fire"):
         next(steps)
     assert not prefetchers()
+    assert len(one.cache.asked) <= fails + AHEAD * threads
+
+
+def test_of_two_errors_the_first_step_s_is_raised():
+    late = threading.Event()
+
+    def read(index):
+        for step in (2, 3):
+            if index[0] == one.sequences_at(step)[0]:
+                if step == 2:
+                    late.wait(5)
+                late.set()
+                raise RuntimeError(f"step {step}")
+
+    one = stream(FakeCache(read), range(400), threads=4)
+    steps = one.steps(0, 100)
+    assert [next(steps)[0] for _ in range(2)] == [0, 1]
+    with pytest.raises(RuntimeError, match="step 2"):
+        next(steps)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_closing_ends_every_thread_and_begins_no_other_batch(taken):
+    gate = threading.Event()
+    gate.set()
+    cache = FakeCache(lambda index: gate.wait(5))
+    steps = stream(cache, range(20), threads=3).steps(0, 10**9)
+    list(islice(steps, taken))
+    assert len(prefetchers()) == (3 if taken else 0)
+    gate.clear()
+    threading.Timer(0.05, gate.set).start()  # some are in the midst of a batch
+    steps.close()
+    assert not prefetchers()
+    asked = len(cache.asked)
+    time.sleep(0.02)
+    assert len(cache.asked) == asked
 
 
 def test_waiting_for_data_is_counted():
-    one = stream(FakeCache(range(20), delay=0.03), range(20))
+    one = stream(FakeCache(lambda index: time.sleep(0.03)), range(20))
     for _ in one.steps(0, 4):
         pass
     assert 0.05 < one.waited < 2
+    quick = stream(FakeCache(), range(20))
+    for _ in quick.steps(0, 4):
+        time.sleep(0.03)
+    assert quick.waited < one.waited
+
+
+# --- a real cache ---
+
+
+@pytest.fixture
+def hasty():
+    """Threads take turns as often as they can: a race that there is shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def assert_same(one, other):
+    """Two batches, byte by byte."""
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype
+        assert one.tobytes() == other.tobytes()
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same(one[name], other[name])
+    elif hasattr(one, "__dataclass_fields__"):
+        assert_same(
+            {name: getattr(one, name) for name in one.__dataclass_fields__},
+            {name: getattr(other, name) for name in one.__dataclass_fields__},
+        )
+    else:
+        assert one == other
+
+
+def check_threads(path, names, repeats, steps=24):
+    """What four threads read of a freshly opened cache is what one thread reads."""
+
+    def opened(threads):
+        cache = Cache.open(path)
+        train = split_corpus(cache, 0.1).train
+        view = cache.masked_view().name
+        return TrainingStream(cache, train, 8, 0, lambda step: names, view, threads=threads)
+
+    expected = list(opened(1).steps(0, steps))
+    for _ in range(repeats):
+        with closing(opened(4).steps(0, steps)) as found:
+            for (one, batch), (other, again) in zip(expected, found, strict=True):
+                assert one == other
+                assert_same(batch, again)
+
+
+def test_four_threads_read_what_one_reads(masked_world, hasty):
+    """Every kind of teacher; from a cache that is freshly opened, so that all is read at once."""
+    check_threads(masked_world.path, sorted(masked_world.open().teachers), repeats=12)
+
+
+def test_four_threads_may_drop_decoded_batches_at_the_same_time(masked_world, hasty, monkeypatch):
+    monkeypatch.setattr(teacher_reader, "DECODED_BATCHES", 1)
+    check_threads(masked_world.path, ["sense", "score", "topics", "pair"], repeats=10)

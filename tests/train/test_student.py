@@ -94,7 +94,7 @@ def test_without_a_selection_there_is_no_lm_pass(directories, task):
 
 
 def test_a_heads_formula():
-    head = TaskHead(4, 2).eval()
+    head = TaskHead(4, 2, 0.1).eval()
     x = torch.randn(3, 5, 4)
     dense, out = head.dense, head.out
     expected = torch.tanh(x @ dense.weight.T + dense.bias) @ out.weight.T + out.bias

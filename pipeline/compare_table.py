@@ -1,0 +1,132 @@
+"""A comparison as a table: the same cells in plain text and on a page without network."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare import Comparison, RunFacts, values_of
+from rekindle.pipeline.sweep_plan import shortest_tails
+from rekindle.train.config import DistillTerm
+
+TEMPLATE = Path(__file__).parent / "templates" / "compare.html.j2"
+NOTHING = "–"
+_WIDEST = 10_000  # characters: no cell is ever cut
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. ``best`` are the rows that have the best value."""
+
+    title: str
+    cells: list[str]
+    best: frozenset[int] = frozenset()
+    words: bool = False
+
+
+def columns_of(comparison: Comparison) -> list[Column]:
+    """What is shown: the runs, the settings that differ, time and speed, values, coverage."""
+    runs = comparison.runs
+    shown = [Column("run", [run.name for run in runs], words=True), *_settings(runs)]
+    shown.append(Column("steps", [_steps(run) for run in runs]))
+    shown.append(Column("seconds", [_number(run.seconds, "{:,.1f}") for run in runs]))
+    formats = {"tokens_per_second": "{:,.0f}"}
+    names = list(dict.fromkeys(name for run in runs for name in values_of(run)))
+    names.sort(key=lambda name: name not in formats)  # speed stands beside time
+    for name in names:
+        cells = [_number(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
+        best = comparison.best.get(name, [])
+        rows = frozenset(number for number, run in enumerate(runs) if run.name in best)
+        title = name.replace("tokens_per_second", "tokens/s").removeprefix("scores/")
+        shown.append(Column(title, cells, rows))
+        if name == "tokens_per_second":
+            shown.append(Column("data wait", [_number(run.data_wait, "{:.1%}") for run in runs]))
+    for what in ("sequences", "positions"):
+        cells = [_number(_share_with_kd(run, what), "{:.1%}") for run in runs]
+        shown.append(Column(f"KD {what}", cells))
+    return shown
+
+
+def _settings(runs: list[RunFacts]) -> Iterable[Column]:
+    keys = [key for key in runs[0].settings if key != "train.steps"]  # it has a column anyway
+    tails = shortest_tails([key.split(".") for key in keys])
+    for key, tail in zip(keys, tails, strict=True):
+        values = [run.settings[key] for run in runs]
+        words = any(isinstance(value, str | dict | list) for value in values)
+        yield Column(tail, [_setting(key, value) for value in values], words=words)
+
+
+def _setting(key: str, value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if key == "train.objective.distill":
+        value = [_without_defaults(term) for term in value]
+    if isinstance(value, dict | list):
+        return yaml.safe_dump(value, default_flow_style=True, width=_WIDEST, sort_keys=False)[:-1]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _without_defaults(term: Any) -> Any:
+    try:
+        parsed = parse_settings(DistillTerm, term)
+    except InputError:  # of another version
+        return term
+    return parsed.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def _steps(run: RunFacts) -> str:
+    if run.finished:
+        return f"{run.steps:,}"
+    return f"unfinished at {run.steps:,} of {run.planned_steps:,}"
+
+
+def _share_with_kd(run: RunFacts, what: str) -> float | None:
+    """Of the sequences, or of the positions with an LM loss: those that a teacher taught."""
+    counts = {name: n for name, n in run.coverage.items() if name.startswith(what)}
+    total = sum(counts.values())
+    return counts.get(f"{what}_with_kd", 0) / total if total else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
+
+
+def as_text(comparison: Comparison) -> str:
+    """The table in plain text, as wide as it must be; the best of a column has a star."""
+    columns = columns_of(comparison)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
+    for row in range(len(comparison.runs)):
+        table.add_row(*(_cell(column, row) for column in columns))
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDEST, color_system=None).print(table)
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    notes = [f" note: {note}" for note in comparison.notes]
+    if any(column.best for column in columns):
+        notes.append(" * the best of its column")
+    return "\n".join([*(line for line in lines if line), *notes])
+
+
+def _cell(column: Column, row: int) -> Text:
+    # The others get a blank for the star, so that digits stand below digits.
+    star = ("*" if row in column.best else " ") if column.best else ""
+    return Text(column.cells[row] + star)
+
+
+def as_html(comparison: Comparison) -> str:
+    """The table as one page: nothing is fetched from anywhere."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    columns = columns_of(comparison)
+    return template.render(comparison=comparison, columns=columns)

@@ -1,0 +1,157 @@
+"""Which students a sweep means: every combination of the values of its ``--sweep`` options.
+
+Each student is to the bit the one that ``--set`` with the same values trains alone. Nothing is read
+here but the run file, so that a wrong definition is refused at once.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.config import RunConfig, load_config
+
+SWEPT_SECTIONS = ("student", "train")
+_LONGEST_NAME = 120  # characters; file systems take 255 bytes
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One ``--sweep``: a key of the configuration, and its values as YAML texts."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One student: the folder of its run, the values that make it, its whole configuration."""
+
+    name: str
+    values: dict[str, str]
+    config: RunConfig
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``sweep.json`` says of it."""
+        config = self.config.model_dump(mode="json", by_alias=True)
+        return {"name": self.name, "values": self.values} | {s: config[s] for s in SWEPT_SECTIONS}
+
+
+def plan_sweep(
+    run: str | Path, sweep: Sequence[str], overrides: Sequence[str] | None = None
+) -> list[SweepRun]:
+    """Every combination of the values of ``sweep`` (``key.path=V1,V2``), over the run file with its
+    ``key.path=value`` overrides.
+
+    All configurations are validated here. Raises InputError that names the combination which is
+    wrong, for two that are the same, and for keys that students of one cache must share.
+    """
+    axes = [parse_axis(text) for text in sweep]
+    _check_keys([axis.key for axis in axes])
+    tails = shortest_tails([axis.key.split(".") for axis in axes])
+    products = list(itertools.product(*(axis.values for axis in axes)))
+    names = unique_names([zip(tails, product, strict=True) for product in products])
+    runs = []
+    for name, product in zip(names, products, strict=True):
+        values = {axis.key: value for axis, value in zip(axes, product, strict=True)}
+        runs.append(SweepRun(name, values, _configure(run, values, overrides or ())))
+    _check_distinct(runs)
+    return runs
+
+
+def parse_axis(text: str) -> Axis:
+    """``a.b=1,2`` as an axis; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
+
+    Raises InputError when there is no key, no value, or no YAML.
+    """
+    key, separator, values = text.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--sweep takes key.path=value,value,…, got {text!r}")
+    inside = f"[{values}]"
+    try:
+        node = yaml.compose(inside, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values: {reason}") from None
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(inside):
+        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values")
+    if not node.value:
+        raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
+    # As they are written: each is then read exactly as `--set` reads it.
+    texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
+    return Axis(key.strip(), tuple(texts))
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    for key in keys:
+        section = key.split(".")[0]
+        if section in RunConfig.model_fields and section not in SWEPT_SECTIONS:
+            raise InputError(
+                f"--sweep {key}: the students of a sweep learn from one cache, so {section}.* is "
+                "the same for all of them. Sweep keys of student.* or train.*; for another cache "
+                "start another sweep with --set"
+            )
+        if keys.count(key) > 1:
+            raise InputError(f"--sweep {key} is given twice; list all its values in one")
+
+
+def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[str]) -> RunConfig:
+    settings = [f"{key}={value}" for key, value in values.items()]
+    try:
+        config = load_config(run, [*overrides, *settings])
+    except InputError as error:
+        raise InputError(f"--sweep, at {', '.join(settings)}: {error}") from None
+    if config.student is None:
+        raise InputError("the configuration has no `student` section; add student.model")
+    return config
+
+
+def _check_distinct(runs: Sequence[SweepRun]) -> None:
+    for one, other in itertools.combinations(runs, 2):
+        if one.config == other.config:
+            raise InputError(
+                f"--sweep: {one.name} and {other.name} are the same configuration, and would be "
+                "the same student; leave one out"
+            )
+
+
+def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str]:
+    """The last parts of each path, joined: as few as tell it from the others, and never numbers
+    alone.
+    """
+
+    def tail(path: Sequence[str]) -> str:
+        for length in range(1, len(path)):
+            end = path[-length:]
+            alone = sum(other[-length:] == end for other in paths) == 1
+            if alone and not all(part.isdecimal() for part in end):
+                return joint.join(end)
+        return joint.join(path)
+
+    return [tail(path) for path in paths]
+
+
+def unique_names(runs: Sequence[Iterable[tuple[str, str]]]) -> list[str]:
+    """A folder name for each run's (key, value) pairs: readable, safe on any file system, and
+    distinct even where upper and lower case are one.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for pairs in runs:
+        plain = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in pairs)
+        plain = plain[:_LONGEST_NAME].rstrip(".")
+        tries = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+        name = next(found for found in tries if found.casefold() not in taken)
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+_-]+", " ", text).strip().replace(" ", "-") or "empty"

@@ -1,0 +1,349 @@
+"""The contenders of the training benchmark: our loop, loops written by hand, the Trainer.
+
+Every one trains the same weights on the same shapes, and is timed between two of its own steps:
+start, evaluation and checkpoints lie outside. The loops that are not ours get their batches from
+memory, read and decoded beforehand, and check no loss for NaN.
+"""
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from train_setup import Bench, K, Prepared
+
+from rekindle.data.settings import parse_settings
+from rekindle.kernels.losses import linear_kd_loss
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.language_model import OutputHead
+from rekindle.train.loop import train_student
+from rekindle.train.models import quiet_transformers
+from rekindle.train.student import Student
+
+LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0
+
+Target = tuple[Tensor, ...]
+Loss = Callable[[Tensor, OutputHead, Prepared, Target], Tensor]
+
+
+class Segment(NamedTuple):
+    """One run of one contender."""
+
+    step: float  # seconds
+    wait: float  # share of the time that was spent waiting for data; NaN where there is no reader
+    peak: float  # bytes: of the GPU's memory, or what the whole process ever held
+
+
+class Window:
+    """Called after every step; knows how long the steps after the warm-up took."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.marks, self.peak = bench, list[float](), 0
+
+    def __call__(self, done: int) -> None:
+        if done in (self.bench.warm_up, self.bench.steps):
+            if self.bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+        if done == self.bench.steps:
+            self.peak = peak_memory(self.bench.device)
+
+    def segment(self, wait: float = math.nan) -> Segment:
+        first, last = self.marks
+        steps = self.bench.steps - self.bench.warm_up
+        return Segment((last - first) / steps, wait, self.peak)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes allocated on the GPU at most, or the most that this process had in memory.
+
+    Not getrusage: a process that another one starts inherits *its* peak there.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# ---- ours
+# ---------------------------------------------------------------------------------------------
+
+
+def ours(bench: Bench, temperature: float | None) -> Segment:
+    """``train_student``, with KD from the cache or without."""
+    term = {"teachers": ["teacher"], "temperature": temperature}
+    values = {
+        "steps": bench.steps,
+        "batch_sequences": bench.batch,
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": 10,
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": MAX_NORM,
+        "checkpoint_every": bench.steps + 1,
+        "evaluate_every": bench.steps + 1,
+        "held_out": 0,
+        "objective": {"distill": [] if temperature is None else [term]},
+    }
+    window, waits = Window(bench), [0.0]
+
+    def report(done: int, values: Mapping[str, float]) -> None:
+        if values["tokens"] != bench.tokens:
+            raise AssertionError(f"step {done} had {values['tokens']} tokens, not {bench.tokens}")
+        waits.append(values["data_wait"])
+        window(done)
+
+    student = StudentConfig(model=str(bench.folder / "student"))
+    config = parse_settings(TrainConfig, values)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
+        train_student(bench.cache(), student, config, Path(out) / "run", report=report)
+    return window.segment(waits[-1])
+
+
+# ---- by hand
+# ---------------------------------------------------------------------------------------------
+
+
+def by_hand(bench: Bench, loss_of: Loss, target_of: Callable[[Prepared], Target]) -> Segment:
+    """The loop that a user would write; ``target_of`` runs before the student does."""
+    student = bench.model("student").train()
+    optimizer = adamw(student)
+    window = Window(bench)
+    for done, batch in enumerate(islice(cycle(bench.held), bench.steps), 1):
+        rows = batch.on(bench.device)
+        target = target_of(rows)
+        with bench.autocast():
+            hidden = student(rows.inputs, rows.rows).hidden
+            loss = loss_of(hidden, student.output_head, rows, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        window(done)
+    return window.segment()
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """AdamW in one kernel, as the Trainer has it by default."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+
+
+def no_target(rows: Prepared) -> Target:
+    return ()
+
+
+def plain(hidden: Tensor, head: OutputHead, rows: Prepared, _: Target) -> Tensor:
+    """PyTorch's cross-entropy at the masked positions."""
+    return F.cross_entropy(F.linear(hidden, head.weight, head.bias), rows.labels)
+
+
+def naive_kd(hidden: Tensor, head: OutputHead, rows: Prepared, _: Target) -> Tensor:
+    """The cached top k scattered into a whole row [N,V], and PyTorch's KL divergence, at τ = 2."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    wanted = torch.zeros(logits.shape, device=logits.device)
+    wanted.scatter_(1, rows.target_ids, rows.target_probs)
+    kl = F.kl_div(F.log_softmax(logits / 2.0, dim=1), wanted, reduction="batchmean")
+    return F.cross_entropy(logits, rows.labels) + 4.0 * kl
+
+
+def teacher_model(bench: Bench) -> Student:
+    """In bf16 on a GPU, as stage 1 has it."""
+    teacher = bench.model("teacher").eval()
+    return teacher.bfloat16() if bench.device.type == "cuda" else teacher
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Student, rows: Prepared) -> Tensor:
+    """The teacher's logits [N,V] at the masked positions only."""
+    hidden = teacher(rows.inputs, rows.rows).hidden
+    return teacher.output_head.logits(hidden)
+
+
+@torch.no_grad()
+def teacher_top(teacher: Student, rows: Prepared) -> Target:
+    """What the cache would hold: ids and probabilities [N,64] at τ = 1, tail mass [N]."""
+    logits = teacher_logits(teacher, rows)
+    top = logits.topk(K, dim=1)
+    probs = (top.values - logits.logsumexp(dim=1, keepdim=True)).exp()
+    return top.indices, probs, (1.0 - probs.sum(dim=1)).clamp_min(0.0)
+
+
+def sparse_kd(hidden: Tensor, head: OutputHead, rows: Prepared, target: Target) -> Tensor:
+    """Our loss, of targets that were made just now."""
+    ids, probs, tail = target
+    return linear_kd_loss(
+        hidden,
+        head.weight,
+        ids,
+        probs,
+        bias=head.bias,
+        tail_prob=tail,
+        labels=rows.labels,
+        ce_weight=1.0,
+    ).loss
+
+
+def dense_kd(hidden: Tensor, head: OutputHead, rows: Prepared, target: Target) -> Tensor:
+    """Exact KL to all of the teacher's probabilities [N,V], by PyTorch."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    kl = F.kl_div(F.log_softmax(logits, dim=1), target[0], reduction="batchmean")
+    return F.cross_entropy(logits, rows.labels) + kl
+
+
+def live_top(bench: Bench) -> Segment:
+    return by_hand(bench, sparse_kd, partial(teacher_top, teacher_model(bench)))
+
+
+def live_dense(bench: Bench) -> Segment:
+    teacher = teacher_model(bench)
+    return by_hand(bench, dense_kd, lambda rows: (teacher_logits(teacher, rows).softmax(dim=1),))
+
+
+def forward(bench: Bench) -> Segment:
+    """The teacher's forward pass alone."""
+    teacher, window = teacher_model(bench), Window(bench)
+    for done, batch in enumerate(islice(cycle(bench.held), bench.steps), 1):
+        teacher_logits(teacher, batch.on(bench.device))
+        window(done)
+    return window.segment()
+
+
+# ---- Hugging Face's Trainer
+# ---------------------------------------------------------------------------------------------
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The sequences of the batches in memory, again and again, as the Trainer takes them."""
+
+    def __init__(self, bench: Bench):
+        self.count = bench.steps * bench.batch
+        self.rows = [row for batch in bench.held for row in self._rows(batch)]
+
+    def _rows(self, batch: Prepared) -> Iterator[dict[str, Tensor]]:
+        labels = torch.full((batch.input_ids.numel(),), -100)
+        labels[batch.rows] = batch.labels
+        columns = batch.inputs | {"labels": labels.view_as(batch.input_ids)}
+        for number in range(len(batch.input_ids)):
+            yield {name: column[number].clone() for name, column in columns.items()}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index % len(self.rows)]
+
+
+class MaskedRows(nn.Module):
+    """A student whose head sees the masked positions only: the Trainer at its best."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        where = (labels.flatten() != -100).nonzero()[:, 0]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        hidden, head = self.student(inputs, where).hidden, self.student.output_head
+        logits = F.linear(hidden, head.weight, head.bias)
+        return {"loss": F.cross_entropy(logits, labels.flatten()[where])}
+
+
+def trainer(bench: Bench, masked_rows: bool) -> Segment:
+    """``Trainer.train`` with its own optimiser and loader, and nothing logged or saved."""
+    import transformers
+
+    window = Window(bench)
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            window(state.global_step)
+
+    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
+        arguments = transformers.TrainingArguments(
+            output_dir=out,
+            max_steps=bench.steps,
+            per_device_train_batch_size=bench.batch,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=10,
+            lr_scheduler_type="linear",
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_NORM,
+            bf16=isinstance(bench.autocast(), torch.autocast),
+            use_cpu=bench.device.type == "cpu",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        run = transformers.Trainer(
+            model=MaskedRows(bench.model("student")) if masked_rows else whole_model(bench),
+            args=arguments,
+            train_dataset=Sequences(bench),
+            data_collator=transformers.default_data_collator,
+            callbacks=[Watch()],
+        )
+        run.remove_callback(transformers.PrinterCallback)
+        run.train()
+    return window.segment()
+
+
+def whole_model(bench: Bench) -> nn.Module:
+    """The student as its users load it."""
+    import transformers
+
+    with quiet_transformers():
+        source = str(bench.folder / "student")
+        model: nn.Module = transformers.AutoModelForMaskedLM.from_pretrained(source)
+    return model
+
+
+def no_trainer() -> str | None:
+    """Why the Trainer cannot run here; None if it can."""
+    if find_spec("accelerate") is None:
+        return "needs accelerate: pip install --no-deps --target FOLDER accelerate psutil; --peers"
+    return None
+
+
+# ---- all of them
+# ---------------------------------------------------------------------------------------------
+
+PLAIN, KD1, KD2 = "ours, plain", "ours, cached KD τ=1", "ours, cached KD τ=2"
+BARE, FORWARD = "by hand, plain (S)", "teacher's forward (T)"
+LIVE, NAIVE = "by hand, live teacher, top 64", "by hand, naive cached KD τ=2"
+TRAINER = "Trainer"
+
+VARIANTS: dict[str, Callable[[Bench], Segment]] = {
+    PLAIN: partial(ours, temperature=None),
+    KD1: partial(ours, temperature=1.0),
+    KD2: partial(ours, temperature=2.0),
+    BARE: partial(by_hand, loss_of=plain, target_of=no_target),
+    NAIVE: partial(by_hand, loss_of=naive_kd, target_of=no_target),
+    FORWARD: forward,
+    LIVE: live_top,
+    "by hand, live teacher, dense": live_dense,
+    TRAINER: partial(trainer, masked_rows=False),
+    "Trainer, head on masked rows": partial(trainer, masked_rows=True),
+}
+
+
+def run(name: str, bench: Bench) -> Segment:
+    """One segment, from fresh weights, with the memory of the one before given back."""
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return VARIANTS[name](bench)

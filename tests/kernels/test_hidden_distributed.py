@@ -1,0 +1,109 @@
+"""Hidden-state targets under DistributedDataParallel and FSDP2: two processes give one's gradient.
+
+The file runs itself as a script, once per process.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rekindle.kernels.hidden import HiddenTargets
+from rekindle.kernels.losses import linear_kd_loss
+
+WORLD = 2
+ROWS, HIDDEN, VOCABULARY, TEACHER_HIDDEN = 8, 16, 40, 6
+
+
+class OutputLoss(nn.Linear):
+    """FSDP2 gathers a module's parameters around its forward: the head is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(HIDDEN, VOCABULARY)
+
+    def forward(self, hidden: Tensor, targets: HiddenTargets, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_kd_loss(
+                hidden, self.weight, targets, bias=self.bias, labels=labels,
+                temperature=2.0, ce_weight=0.5,
+            ).loss  # fmt: skip
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(HIDDEN, HIDDEN)
+        self.out = OutputLoss()
+
+    def forward(self, x: Tensor, targets: HiddenTargets, labels: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(x)), targets, labels)
+
+
+def batch(share: slice = slice(None)) -> tuple[Tensor, HiddenTargets, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, HIDDEN, generator=g)
+    states = torch.randint(-127, 128, (ROWS, TEACHER_HIDDEN), generator=g).to(torch.int8)
+    scale = torch.rand(ROWS, generator=g) / 50
+    weight = torch.randn(VOCABULARY, TEACHER_HIDDEN, generator=g)
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=g)
+    return x[share], HiddenTargets(states[share], scale[share], weight), labels[share]
+
+
+def model() -> Student:
+    torch.manual_seed(1)
+    return Student()
+
+
+def worker(rank: int, port: int, kind: str, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        net: nn.Module = model()
+        if kind == "ddp":
+            net = nn.parallel.DistributedDataParallel(net)
+        else:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (WORLD,))
+            for part in (net.body, net.out, net):
+                fully_shard(part, mesh=mesh)
+        net(*batch(slice(rank, None, WORLD))).backward()
+        gradients = {
+            name.removeprefix("module."): p.grad.full_tensor() if kind == "fsdp" else p.grad
+            for name, p in net.named_parameters()
+        }
+        if rank == 0:
+            torch.save(gradients, out)
+    finally:
+        dist.destroy_process_group()
+    # Without the interpreter's own end: a thread of gloo that still holds a tensor there aborts
+    # the process (pytorch/pytorch#179291).
+    os._exit(0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = tmp_path / "gradients.pt"
+    command = [sys.executable, __file__, str(port), kind, str(out)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(WORLD)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    alone = model()
+    alone(*batch()).backward()
+    found = torch.load(out, weights_only=True)
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[4]), int(sys.argv[1]), sys.argv[2], sys.argv[3])

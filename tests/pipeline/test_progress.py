@@ -1,0 +1,54 @@
+"""Progress without a terminal: a line now and then, with what is left; and one at the end."""
+
+import logging
+
+import pytest
+
+from rekindle.pipeline import progress as module
+from rekindle.pipeline.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_line_every_half_minute_and_one_at_the_end(clock, caplog):
+    with (
+        caplog.at_level(logging.INFO, logger="rekindle"),
+        Progress(quiet=False).task("run", "steps", total=100) as task,
+    ):
+        for _ in range(100):
+            clock[0] += 1.0
+            task.advance(1, tokens=10)
+    found = lines(caplog)
+    assert found[0] == "run: 30 of 100 steps · 1.0 steps/s · 10 tokens/s · 0:01:10 left"
+    assert [line.split()[1] for line in found[:3]] == ["30", "60", "90"]
+    assert found[3] == "run: 100 steps in 100.0 s (1.0 steps/s · 10 tokens/s)"
+    assert len(found) == 4
+
+
+def test_a_note_is_said_instead_of_the_rates(clock, caplog):
+    with (
+        caplog.at_level(logging.INFO, logger="rekindle"),
+        Progress(quiet=False).task("run", "steps") as task,
+    ):
+        for step in range(40):
+            clock[0] += 1.0
+            task.advance(1)
+            task.note(f"loss {step}.0")
+    assert lines(caplog)[0] == "run: 30 steps · loss 29.0"
+
+
+def test_silence_is_silent(clock, caplog):
+    with caplog.at_level(logging.INFO, logger="rekindle"), Progress.silent().task("a", "b") as task:
+        clock[0] += 1000.0
+        task.advance(5)
+        task.note("x")
+    assert not caplog.records

@@ -1,0 +1,124 @@
+"""`pipeline train-student` under torchrun, as a user starts it: killed, gone on with, refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.config import load_config
+from rekindle.train.run_log import read_metrics
+
+TIMES = ("tokens_per_second", "data_wait")
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
+    """A run of 150 steps with dropout, and its cache."""
+    home = tmp_path_factory.mktemp("torchrun")
+    teacher = {
+        "name": "lm",
+        "model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece)),
+        "task": "masked_lm",
+        "targets": {"k": 8, "temperatures": [2.0]},
+    }
+    source = {"source": [str(corpus_file)], "tokenizer": str(wordpiece), "sequence_length": 24}
+    train = {
+        "steps": 150,
+        "batch_sequences": 4,
+        "warmup_steps": 2,
+        "checkpoint_every": 7,
+        "evaluate_every": 30,
+        "evaluate_sequences": 4,
+        "held_out": 0.1,
+        "objective": {"distill": [{"teachers": ["lm"], "temperature": 2.0}]},
+    }
+    values = {
+        "corpus": source,
+        "cache": {"path": str(home / "cache"), "replicas": 2},
+        "teachers": [teacher],
+        "student": {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 5))},
+        "train": train,
+    }
+    path = home / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    cache_teachers(load_config(path))
+    return path
+
+
+def start(run_file, out, *options):
+    """Two processes, as a user would start them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "rekindle.pipeline.cli", "train-student", str(run_file), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process):
+    """(exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def kill_all(process):
+    """torchrun first, so that it tells nobody; its workers have sessions of their own."""
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    assert len(workers) == 2
+
+
+def metrics(out):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out)]
+
+
+def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, out, err = finish(start(run_file, whole))
+    assert code == 0, err
+    assert out.count("150 steps in") == 1  # one of them talks
+    assert [r["step"] for r in metrics(whole) if r["kind"] == "train"] == list(range(1, 151))
+    process = start(run_file, broken)
+    while process.poll() is None and len(read_metrics(broken)) < 40:
+        time.sleep(0.005)
+    kill_all(process)
+    finish(process)
+    assert not (broken / "summary.json").exists()
+    code, out, err = finish(start(run_file, broken, "--resume"))
+    assert code == 0, err
+    assert "resuming" in err
+    assert metrics(broken) == metrics(whole)
+    for file in ("model.safetensors", "heads.safetensors"):
+        ours, theirs = load_file(broken / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train.batch_sequences=3", "batch_sequences"),
+        ("train.objective.distill.0.temperature=3", "stores the temperatures"),
+    ],
+)
+def test_a_mistake_is_said_and_nothing_is_written(run_file, tmp_path, option, message):
+    code, out, err = finish(start(run_file, tmp_path / "out", "--set", option))
+    assert code != 0
+    assert out == ""
+    said = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, err
+    assert message in said[0]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,152 @@
+"""Stage 2 under torchrun with gloo: DDP and FSDP2 train the student that one process trains."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
+
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.loop import train_student
+from rekindle.train.run_log import read_metrics
+
+SCRIPT = Path(__file__).with_name("torchrun_jobs.py")
+EVERYTHING = [
+    {"teachers": ["big"], "temperature": 2.0, "weight": {"over": 0.6}},
+    {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
+    {"teachers": ["sense", "tags"], "weight": 0.2},
+    {"teachers": ["pair"], "weight": 0.2},
+]
+JOBS = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "ddp-micro": {"parallel": "ddp", "micro_batch_sequences": 1, "prefetch_threads": 3},
+    "fsdp-micro": {"parallel": "fsdp", "micro_batch_sequences": 2, "gradient_checkpointing": True},
+}
+# One sequence a process and a teacher of half of them: some steps have no row in one process, or
+# in none.
+SPARSE = {
+    "batch_sequences": 2,
+    "objective": {"hard": {"weight": 0}, "distill": [{"teachers": ["odd.lm"]}]},
+}
+
+
+def train_config(**values):
+    quick = {
+        "steps": 8,
+        "batch_sequences": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "checkpoint_every": 4,
+        "evaluate_every": 4,
+        "evaluate_sequences": 8,
+        "held_out": 0.1,
+        "objective": {"distill": EVERYTHING},
+    }
+    return quick | values
+
+
+def torchrun(folder, cache, jobs, processes=2, check=True):
+    given = folder / "jobs.json"
+    given.write_text(json.dumps({"cache": str(cache), "jobs": jobs}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(SCRIPT), str(given)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def student(masked_world, make_model, wordpiece):
+    """No dropout: its noise is drawn per process."""
+    extra = {"hidden_size": 16, "intermediate_size": 24}
+    extra |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **extra))}
+
+
+def alone(world, student, train, out):
+    config = parse_settings(TrainConfig, train)
+    train_student(world.open(), StudentConfig.model_validate(student), config, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(masked_world, student, tmp_path_factory):
+    """Every job in two processes, and the same in one."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    trains = {name: train_config(**values) for name, values in JOBS.items()}
+    trains |= {"sparse-ddp": train_config(**SPARSE)}
+    trains |= {"sparse-fsdp": train_config(**SPARSE, parallel="fsdp")}
+    jobs = [
+        {"student": student, "train": train, "out": str(folder / name)}
+        for name, train in trains.items()
+    ]
+    torchrun(folder, masked_world.path, jobs)
+    alone(masked_world, student, trains["ddp"], folder / "alone")
+    alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
+    return folder
+
+
+def weights(out):
+    found = load_file(out / "model.safetensors")
+    return found | {f"heads.{k}": v for k, v in load_file(out / "heads.safetensors").items()}
+
+
+def assert_same_run(found, expected):
+    """Equal but for the order in which numbers are added."""
+    ours, theirs = read_metrics(found), read_metrics(expected)
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"kind", "step", "tokens_per_second", "data_wait"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (name, a["step"])
+    assert_same_weights(weights(found), weights(expected))
+
+
+def assert_same_weights(found, expected):
+    """But for the attention's key biases: their gradient is 0 but for rounding (a softmax does not
+    see what is added to all its inputs), and Adam makes whole steps of that.
+    """
+    assert found.keys() == expected.keys()
+    for name in found:
+        if not name.endswith("key.bias"):
+            a, b = found[name], expected[name]
+            torch.testing.assert_close(
+                a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_train_the_student_of_one(runs, name):
+    assert_same_run(runs / name, runs / "alone")
+
+
+@pytest.mark.parametrize("name", ["sparse-ddp", "sparse-fsdp"])
+def test_processes_without_any_row_take_part(runs, name):
+    steps = [r for r in read_metrics(runs / "sparse-alone") if r["kind"] == "train"]
+    assert len({"kd/odd.lm" in r for r in steps}) == 2  # some steps had no row at all
+    assert_same_run(runs / name, runs / "sparse-alone")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_what_they_leave_behind_is_that_of_one(runs, name):
+    left = sorted(p.name for p in (runs / name).iterdir() if p.name != "tensorboard")
+    assert left == sorted(p.name for p in (runs / "alone").iterdir() if p.name != "tensorboard")
+    one, other = (json.loads((runs / n / "summary.json").read_text()) for n in (name, "alone"))
+    assert one["coverage"] == other["coverage"]
+    AutoModelForMaskedLM.from_pretrained(runs / name)
+    for step in (4, 8):
+        folder = f"checkpoints/step-{step:08d}/model.safetensors"
+        assert_same_weights(load_file(runs / name / folder), load_file(runs / "alone" / folder))

@@ -1,0 +1,59 @@
+"""When a run is stopped: losses that are no numbers, and losses that explode."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rekindle.train.watch import EARLIEST, WINDOW, LossWatch, recent_losses
+
+calm = st.lists(st.floats(0.5, 3.0), min_size=EARLIEST, max_size=300)
+
+
+@given(calm)
+def test_a_calm_run_is_never_stopped(losses):
+    watch = LossWatch(10.0)
+    assert all(watch.complaint(loss, 1.0) is None for loss in losses)
+
+
+@given(calm, st.floats(31.0, 1e30))
+def test_an_explosion_is_seen_at_once(losses, last):
+    watch = LossWatch(10.0)
+    for loss in losses:
+        watch.complaint(loss, 1.0)
+    assert "more than 10 times the median" in watch.complaint(last, 1.0)
+    assert LossWatch(None, losses).complaint(last, 1.0) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stops_at_any_step(value):
+    assert "the loss is" in LossWatch(10.0).complaint(value, 1.0)
+    assert "the grad_norm is" in LossWatch(None).complaint(1.0, value)
+
+
+def test_next_to_nothing_times_twenty_is_no_explosion():
+    watch = LossWatch(10.0, [0.001] * 50)
+    assert watch.complaint(0.5, 1.0) is None
+    assert watch.complaint(1.2, 1.0) is not None
+
+
+def test_the_first_steps_may_be_anything():
+    watch = LossWatch(2.0)
+    assert all(watch.complaint(loss, 1.0) is None for loss in [1.0, 1000.0] * (EARLIEST // 2))
+
+
+@given(st.lists(st.floats(0.5, 30.0), min_size=1, max_size=250), st.integers(0, 250))
+def test_a_resumed_watch_knows_what_the_other_knew(losses, at):
+    """Whatever step a run is resumed at, it is stopped by what would have stopped it."""
+    at = min(at, len(losses))
+    whole, answers = LossWatch(3.0), []
+    for loss in losses:
+        answers.append(whole.complaint(loss, 1.0))
+        if answers[-1] is not None:
+            return  # a stopped run is not resumed past its stop
+    records = [{"kind": "train", "step": n + 1, "loss": x} for n, x in enumerate(losses)]
+    records.append({"kind": "evaluate", "step": at, "loss": 1e9})
+    resumed = LossWatch(3.0, recent_losses(records, at))
+    assert [resumed.complaint(loss, 1.0) for loss in losses[at:]] == answers[at:]
+    assert len(recent_losses(records, at)) == min(at, WINDOW)

@@ -1,0 +1,236 @@
+"""One process, or many under torchrun: who writes, what is summed, and how gradients meet.
+
+No transport of our own: process groups, DistributedDataParallel and FSDP2 are PyTorch's. A single
+process takes the same path with a world of one.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rekindle.data.errors import RekindleError
+from rekindle.train.student import Student
+
+log = logging.getLogger("rekindle")
+
+Answer = TypeVar("Answer")
+Parallel = Literal["ddp", "fsdp"]
+
+
+class ElsewhereError(RekindleError):
+    """The main process has failed and says why; this one ends with its exit code, and silently."""
+
+    def __init__(self, exit_code: int):
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    talk: torch.device  # where small sums meet: the CPU if it can be, so that no GPU is waited for
+
+    @classmethod
+    def alone(cls) -> "World":
+        """A single process, on the GPU if there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(0, 1, device, torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums of ``values`` over all processes, in float64; the same everywhere."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.talk)
+        dist.all_reduce(total)
+        found: list[float] = total.tolist()
+        return found
+
+    def agree(self, make: Callable[[], Answer]) -> Answer:
+        """What ``make`` returns here, once it has worked in every process.
+
+        Where it fails with an error of ours, the first process in which it did raises it, and the
+        others ElsewhereError: what is wrong for all is said once.
+        """
+        if self.size == 1:
+            return make()
+        answer, error = None, None
+        try:
+            answer = make()
+        except RekindleError as raised:
+            error = raised
+        codes: list[int | None] = [None] * self.size
+        dist.all_gather_object(codes, None if error is None else error.exit_code)
+        failed = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        if failed is None:
+            return cast(Answer, answer)
+        if error is not None and failed == self.rank:
+            raise error
+        raise ElsewhereError(codes[failed] or 1)
+
+    def decide(self, make: Callable[[], Answer]) -> Answer:
+        """What ``make`` returns in the main process, in every process; its error too.
+
+        The main process raises it; the others raise ElsewhereError with its exit code.
+        """
+        if self.size == 1:
+            return make()
+        found: list[Any] = [None, None]
+        error: BaseException | None = None
+        if self.main:
+            try:
+                found[0] = make()
+            except BaseException as raised:
+                error = raised
+                found[1] = getattr(raised, "exit_code", 1)
+        dist.broadcast_object_list(found, src=0, device=self.talk)
+        if error is not None:
+            raise error
+        if found[1] is not None:
+            raise ElsewhereError(found[1])
+        answer: Answer = found[0]
+        return answer
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """The world that torchrun's environment describes (gloo on CPUs, NCCL on GPUs), or one process.
+
+    A group that the caller has made already is used as it is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+        yield World.alone()
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    gloo = "gloo" in str(dist.get_backend_config())
+    talk = torch.device("cpu") if gloo else device
+    world = World(dist.get_rank(), dist.get_world_size(), device, talk)
+    if not world.main:
+        log.setLevel(logging.ERROR)  # the main process says it once
+    yield world
+    # Only after success: while the others wait in a collective, destroying the group would hang.
+    if ours:
+        dist.destroy_process_group()
+
+
+class _Whole(nn.Module):
+    """What DDP or FSDP2 wraps: any function of the student runs inside this module's forward.
+
+    Both prepare and gather parameters around a forward pass. The loss multiplies by the output
+    matrix after the student's own forward, so that must be inside, too.
+    """
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(self.student, *arguments)
+
+
+class ParallelStudent:
+    """A student, and how all processes of a world run it together."""
+
+    def __init__(self, student: Student, world: World, parallel: Parallel = "ddp"):
+        self.student, self.world = student, world
+        self.module: Any = _Whole(student)
+        self.sharded = world.size > 1 and parallel == "fsdp"
+        if self.sharded:
+            _shard(self.module, world)
+        elif world.size > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                self.module,
+                broadcast_buffers=False,
+                find_unused_parameters=True,  # heads without a row, terms of weight 0
+                gradient_as_bucket_view=True,
+            )
+
+    def run(self, work: Callable[..., Answer], *arguments: Any) -> Answer:
+        """``work(student, *arguments)``, with all parameters whole."""
+        answer: Answer = self.module(work, *arguments)
+        return answer
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around a micro-batch: gradients are exchanged after the ``last`` one alone."""
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)
+        elif self.world.size > 1 and not last:
+            held: AbstractContextManager = self.module.no_sync()
+            return held
+        return nullcontext()
+
+    def clip(self, max_norm: float) -> float:
+        """Clip all gradients to a total norm; returns the norm before."""
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), max_norm)
+        return float(whole(norm))
+
+
+def _shard(module: _Whole, world: World) -> None:
+    """FSDP2: each block of the model in shards of its own, the rest as one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks(module.student.model):
+        fully_shard(block, mesh=mesh)
+    # The root keeps its parameters whole until the backward pass: the loss needs the output matrix.
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model, outermost: what is sharded and compiled one by one."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        inside = any(module in set(block.modules()) for block in found)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
+            found += list(module) if len({type(layer) for layer in module}) == 1 else []
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; a plain one as it is."""
+    gathered = getattr(tensor, "full_tensor", None)
+    found: Tensor = tensor if gathered is None else gathered()
+    return found
+
+
+def put(home: Tensor, values: Tensor) -> None:
+    """Copy whole ``values`` into a parameter or buffer, sharded or not."""
+    home.detach().copy_(like(home, values))
+
+
+def like(home: Tensor, values: Tensor, name: str = "") -> Tensor:
+    """Whole ``values`` where ``home`` is, in shards if it is; AdamW's ``step`` stays on the CPU
+    beside a parameter of a CPU.
+    """
+    if name == "step" and not home.is_cuda:
+        return values
+    values = values.to(home.device)
+    mesh = getattr(home, "device_mesh", None)
+    if mesh is None or values.shape != home.shape:
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values, mesh, home.placements)  # type: ignore[attr-defined]

@@ -1,0 +1,208 @@
+"""What is checked and built before the first step: the loss, the student, what the run is."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.distributed import World, blocks
+from rekindle.train.evaluate import EvaluationData
+from rekindle.train.models import quiet_transformers, resolve_model
+from rekindle.train.objective import Objective
+from rekindle.train.stream import TrainingStream, split_corpus
+from rekindle.train.student import Student, build_student
+
+log = logging.getLogger("rekindle")
+
+DATA_ORDER = 2  # rises when the same seed would mean another split or another order
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its processes are joined to one."""
+
+    about: dict[str, Any]  # what the run is
+    objective: Objective
+    student: Student
+    stream: TrainingStream
+    held_out: EvaluationData
+
+
+def prepare(
+    cache: Cache,
+    student_config: StudentConfig,
+    config: TrainConfig,
+    masked_view: str | None,
+    world: World,
+) -> Prepared:
+    """Check all that can be checked, and build the student; writes nothing, waits for nobody."""
+    view = cache.masked_view(masked_view).name if student_config.task == "masked_lm" else None
+    objective = prepare_objective(cache, student_config, config, view)
+    check_tokenizer(cache, student_config)
+    _check_best(config, objective)
+    about = describe_run(cache, student_config, config, view)
+    stream, held_out = _data(cache, objective, config, view, world)
+    student = _student(cache, student_config, config, objective, world)
+    return Prepared(about, objective, student, stream, held_out)
+
+
+def _data(
+    cache: Cache, objective: Objective, config: TrainConfig, view: str | None, world: World
+) -> tuple[TrainingStream, EvaluationData]:
+    """What is trained on, and what is held out for evaluation."""
+    split = split_corpus(cache, config.held_out)
+    stream = TrainingStream(
+        cache,
+        split.train,
+        config.batch_sequences,
+        config.seed,
+        objective.teachers_at,
+        view,
+        config.allow_missing,
+        rank=world.rank,
+        world_size=world.size,
+        threads=config.prefetch_threads,
+    )
+    size = config.micro_batch_sequences or config.batch_sequences
+    index = split.held_out.spread(config.evaluate_sequences)
+    return stream, EvaluationData(cache, index, (), view, size, config.allow_missing)
+
+
+def prepare_objective(
+    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
+) -> Objective:
+    """The loss, after checking that every teacher it names is in the cache, complete, and saw what
+    the student will see.
+    """
+    names = [name for term in config.objective.distill for name in term.teachers]
+    for name in names:
+        teacher = cache.teacher(name)
+        if teacher.coverage < 1 and name not in config.allow_missing:
+            raise InputError(
+                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
+                "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
+                "holes without KD"
+            )
+    infos = {name: cache.teacher(name).info for name in names}
+    objective = Objective(config.objective, infos, student.task, config.steps)
+    for name, info in infos.items():
+        if info.view.startswith("masked-") and info.view != masked_view:
+            raise InputError(
+                f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
+                "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "
+                "with, or cache it with these"
+            )
+    return objective
+
+
+def _check_best(config: TrainConfig, objective: Objective) -> None:
+    """That ``keep_best`` names something that an evaluation can measure."""
+    teachers = [name for term in config.objective.distill for name in term.teachers]
+    known = ["loss"]
+    for name in teachers:
+        squared = objective.teachers[name].problem == "regression"
+        known += [f"mse/{name}"] if squared else [f"kl/{name}", f"agreement/{name}"]
+    if config.keep_best is not None and config.keep_best not in known:
+        raise InputError(
+            f"train.keep_best is {config.keep_best!r}; of this run {', '.join(known)} are measured"
+        )
+
+
+def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
+    """Refuse a student that has another tokenizer than the cache."""
+    directory = resolve_model(config.model)
+    if not has_tokenizer_files(directory):
+        return  # its vocabulary size is checked when it is built
+    theirs = load_tokenizer(str(directory))
+    if theirs.digest != cache.tokenizer_digest:
+        raise InputError(
+            f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
+            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
+            "other tokens under the same ids): the cached ids would mean other words. Use a "
+            "student of the cache's tokenizer, or make a cache with this one"
+        )
+
+
+def _student(
+    cache: Cache,
+    config: StudentConfig,
+    train: TrainConfig,
+    objective: Objective,
+    world: World,
+) -> Student:
+    """The student on its device, as the configuration wants it run."""
+    info = cache.corpus.info
+    student = build_student(
+        config,
+        objective.heads,
+        info["tokenizer"]["size"],
+        train.seed,
+        info["config"]["sequence_length"],
+    ).to(world.device)
+    if train.gradient_checkpointing:
+        _checkpoint_activations(student)
+    if train.compile:
+        _compile(student)
+    attention = getattr(student.model.config, "_attn_implementation", None)
+    log.info("student: %s attention, %s", attention, _described(train, world))
+    return student
+
+
+def _described(train: TrainConfig, world: World) -> str:
+    parts = [f"{world.device.type}"]
+    if world.size > 1:
+        parts.append(f"{world.size} processes ({train.parallel})")
+    parts += ["compiled blocks"] if train.compile else []
+    parts += ["activations computed again"] if train.gradient_checkpointing else []
+    return ", ".join(parts)
+
+
+def _checkpoint_activations(student: Student) -> None:
+    model = student.model
+    # transformers' newer name first: the older one goes with its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        with quiet_transformers():
+            enable({"use_reentrant": False})
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"train.gradient_checkpointing: {type(student.model).__name__} has none ({error}); "
+            "set it to false, and micro_batch_sequences lower to save memory"
+        ) from None
+
+
+def _compile(student: Student) -> None:
+    """Each block by itself: equal blocks share the compiled code, and the names of parameters
+    stay.
+    """
+    found = blocks(student.model)
+    if not found:
+        log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
+    for block in found:
+        block.compile()
+
+
+def describe_run(
+    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
+) -> dict[str, Any]:
+    """What a run is: enough to refuse to resume it as another, and to make its model a teacher
+    later.
+    """
+    return {
+        "student": student.model_dump(mode="json"),
+        "train": config.model_dump(mode="json", by_alias=True),
+        "cache": {
+            "path": cache.store.location,
+            "corpus": cache.corpus.fingerprint,
+            "masked_view": masked_view,
+            "data_order": DATA_ORDER,
+            "teachers": {
+                name: cache.teacher(name).fingerprint
+                for term in config.objective.distill
+                for name in term.teachers
+            },
+        },
+    }
