@@ -126,7 +126,7 @@ class TrainConfig(Settings):
         10.0,
         gt=1,
         description="stop when a loss exceeds this many times the median of the last 100 steps "
-        "(and it by 1); null for never",
+        "(in the first 20, the first loss), and it by 1; null for never",
     )
     evaluate_every: int = Field(200, gt=0, description="steps between evaluations")
     held_out: float = Field(

@@ -181,10 +181,9 @@ class ParallelStudent:
             return held
         return nullcontext()
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """Clip all gradients to a total norm; returns the norm before."""
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), max_norm)
-        return float(whole(norm))
+        return whole(nn.utils.clip_grad_norm_(self.student.parameters(), max_norm))
 
 
 def _shard(module: _Whole, world: World) -> None:

@@ -166,7 +166,7 @@ def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
     rate = set_learning_rate(training.optimizer, config, step)
     counts = objective.counts(batch, step).over(world.sum)
-    loss = torch.zeros((), device=world.device)
+    loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
     for number, part in enumerate(parts):
@@ -177,12 +177,13 @@ def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict
                 )
             (total * world.size).backward()
         loss = loss + total.detach()
-        terms = {name: terms.get(name, 0.0) + value for name, value in shown.items()}
-    norm = training.student.clip(config.max_grad_norm or math.inf)
+        for name, value in shown.items():
+            terms[name] = terms.get(name, nothing) + value
+    norm_here = training.student.clip(config.max_grad_norm or math.inf)
     names = objective.shown(counts, step)
-    own = [float(loss), float(batch.lengths.sum())]
-    own += [float(terms[name]) if name in terms else 0.0 for name in names]
-    summed, tokens, *values = world.sum(own)
+    shown_here = [norm_here, loss, *(terms.get(name, nothing) for name in names)]
+    norm, *own = torch.stack([value.float() for value in shown_here]).tolist()  # waits for the GPU
+    summed, *values, tokens = world.sum([*own, int(batch.lengths.sum())])
     complaint = watch.complaint(summed, norm)
     if complaint is not None:
         world.decide(lambda: _stop(training, step, complaint))

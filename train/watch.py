@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 WINDOW = 100  # steps whose median is the usual loss
-EARLIEST = 20  # steps before there is a usual loss
+EARLIEST = 20  # steps before there is a median; until then the first loss is the usual one
 AT_LEAST = 1.0  # nats above it: twenty times next to nothing is no explosion
 
 
@@ -25,15 +25,22 @@ class LossWatch:
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-        if self.factor is not None and len(self._recent) >= EARLIEST:
-            usual = statistics.median(self._recent)
-            if loss > self.factor * usual and loss > usual + AT_LEAST:
-                return (
-                    f"the loss is {loss:.4g}, more than {self.factor:g} times the median of the "
-                    f"last {len(self._recent)} steps, {usual:.4g}"
-                )
+        usual, name = self._usual()
+        limit = max((self.factor or math.inf) * usual, usual + AT_LEAST)
+        if loss > limit:
+            return f"the loss is {loss:.4g}, more than {self.factor:g} times {name}, {usual:.4g}"
         self._recent.append(loss)
         return None
+
+    def _usual(self) -> tuple[float, str]:
+        """What a loss is compared with, and what that is called; infinite before there is any."""
+        known = len(self._recent)
+        if known >= EARLIEST:
+            return statistics.median(self._recent), f"the median of the last {known} steps"
+        # A loss that begins near 0 belongs to a term whose weight is on its way up.
+        if known and self._recent[0] >= AT_LEAST:
+            return self._recent[0], "the first step's"
+        return math.inf, ""
 
 
 def recent_losses(records: Iterable[Mapping[str, Any]], until: int) -> list[float]:

@@ -38,9 +38,16 @@ def test_next_to_nothing_times_twenty_is_no_explosion():
     assert watch.complaint(1.2, 1.0) is not None
 
 
-def test_the_first_steps_may_be_anything():
-    watch = LossWatch(2.0)
-    assert all(watch.complaint(loss, 1.0) is None for loss in [1.0, 1000.0] * (EARLIEST // 2))
+def test_early_losses_are_held_against_the_first():
+    watch = LossWatch(10.0)
+    assert all(watch.complaint(loss, 1.0) is None for loss in [8.0, 20.0, 70.0, 3.0])
+    assert watch.complaint(81.0, 1.0).endswith("more than 10 times the first step's, 8")
+
+
+def test_a_loss_may_begin_at_nothing_and_rise():
+    """As a term's does whose weight begins at 0."""
+    watch = LossWatch(10.0)
+    assert all(watch.complaint(0.2 * step, 1.0) is None for step in range(200))
 
 
 @given(st.lists(st.floats(0.5, 30.0), min_size=1, max_size=250), st.integers(0, 250))
