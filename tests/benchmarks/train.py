@@ -12,9 +12,9 @@ batches from memory, read and decoded beforehand. A run of every contender is a 
 another place each round. Times are from one step of a run to a later one, without start, evaluation
 and checkpoints. Ratios are within a round; what is printed are medians over the rounds.
 
-"Wait" is what our loop says of itself: from its first step on, so the first batch, which nothing
-hides, is in it. Peak memory is of the GPU; on a CPU, --memory gives the most that a process of its
-own ever held, libraries (about 0.5 GB) included.
+"Wait" is what our loop says of itself, but for the first batch, which nothing can hide. Peak memory
+is of the GPU; on a CPU, --memory gives the most that a process of its own ever held, libraries
+(about 0.5 GB) included.
 
 Trainer: AutoModelForMaskedLM with labels of −100, whose head sees every token, and its own
 defaults (fused AdamW, its loader). It needs accelerate; --peers puts folders on the import path

@@ -74,7 +74,6 @@ train:
 LATER_KEYS = {"student.grow": None}  # keys of the example that this version does not have yet
 LATER_VALUES = {  # values the design names beside those of the example
     "student.task": ["replaced_token_detection"],
-    "train.objective.distill.0.combine": ["uncertainty", "route"],
 }
 
 
@@ -136,7 +135,7 @@ def test_the_values_of_the_example_are_the_defaults(run_file):
         "student.task": ["masked_lm", "causal_lm"],
         "train.objective.distill.0.divergence": ["forward_kl", "reverse_kl", "jsd", "tvd", "mse"],
         "train.objective.distill.0.tail": ["bucket", "renormalise", "none"],
-        "train.objective.distill.0.combine": ["separate", "mixture"],
+        "train.objective.distill.0.combine": ["separate", "mixture", "uncertainty", "route"],
         "train.objective.hard.weight": ["0.5", "{schedule: linear, from: 1.0, to: 0.0, over: 0.5}"],
     }.items(),
 )
