@@ -273,6 +273,15 @@ class LocalStore(Store):
         return path
 
 
+_downloads: list[weakref.finalize] = []
+
+
+def remove_downloads() -> None:
+    """Remove what object stores hold in temporary folders: for a process that ends at once."""
+    for remove in _downloads:
+        remove()
+
+
 class ObjectStore(Store):
     """A bucket with conditional puts, through fsspec. Data objects pass through local files.
 
@@ -294,7 +303,7 @@ class ObjectStore(Store):
             ) from None
         self.location = url.rstrip("/")
         self._scratch = Path(tempfile.mkdtemp(prefix="rekindle-"))
-        weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        _downloads.append(weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True))
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{safe_name(name)}"

@@ -12,7 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,9 +264,10 @@ def train_student(
         from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.train_student import train_from_config
 
-        with Progress.to_terminal() as progress:
+        silent = nullcontext(Progress.silent())
+        with Progress.to_terminal() if _is_main() else silent as progress:
             result = train_from_config(config, target, resume=resume, progress=progress)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main():
         _tell_student(result)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A thread of gloo that still holds a tensor at the interpreter's own end would abort.
@@ -356,7 +357,8 @@ def _resumable(line: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; finished work is kept. To go on: {line}", err=True)
+        if _is_main():
+            typer.echo(f"\ninterrupted; finished work is kept. To go on: {line}", err=True)
         import multiprocessing
 
         for process in multiprocessing.active_children():
@@ -365,10 +367,22 @@ def _resumable(line: str) -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    """Exit at once: threads that still compute or read ahead have nothing to save."""
+    """Exit at once: threads that still compute or read ahead have nothing to save.
+
+    What was downloaded of a cache is removed all the same.
+    """
+    if "rekindle.data.store" in sys.modules:
+        from rekindle.data.store import remove_downloads
+
+        remove_downloads()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _is_main() -> bool:
+    """Whether this is the only process, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _speaks() -> bool:
@@ -405,6 +419,8 @@ def main() -> None:
             raise
         where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
         typer.echo(f"error: {where}: {error.strerror}", err=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(2)
         sys.exit(2)
 
 

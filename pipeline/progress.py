@@ -31,6 +31,14 @@ class Task:
         self.done = 0
         self.started = self._said = time.monotonic()
         self._bar, self._line, self._noted = bar, line, False
+        self._before = 0
+
+    def begin(self, done: int) -> None:
+        """What follows is measured from now on; ``done`` units were there before."""
+        self.done = self._before = done
+        self.started = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._line, completed=done)
 
     def advance(self, amount: int = 1, **counts: float) -> None:
         """``amount`` more units are done."""
@@ -58,14 +66,15 @@ class Task:
         self._said = now
         of, left = "", ""
         if self.total:
-            remaining = (now - self.started) / max(self.done, 1) * (self.total - self.done)
+            made = max(self.done - self._before, 1)
+            remaining = (now - self.started) / made * (self.total - self.done)
             of, left = f" of {self.total:,}", f" · {timedelta(seconds=round(remaining))} left"
         log.info("%s: %s%s %s · %s%s", self.name, f"{self.done:,}", of, self.unit, text(), left)
 
     def rates(self) -> str:
         """Units per second, tokens per second and bytes so far."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        parts = [f"{self.done / seconds:,.1f} {self.unit}/s"]
+        parts = [f"{(self.done - self._before) / seconds:,.1f} {self.unit}/s"]
         if "tokens" in self.counts:
             parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
         if "bytes" in self.counts:
@@ -92,19 +101,24 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
         console = Console(stderr=True)
         if not console.is_terminal:
             yield cls(quiet=False)
             return
+        # On a narrow terminal the note is cut, never the count and the time that is left.
+        width, kept = console.width, Column(no_wrap=True, min_width=9)
+        named = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
+        noted = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=named),
+            BarColumn(bar_width=max(5, width // 10)),
+            MofNCompleteColumn(table_column=kept),
+            TimeRemainingColumn(table_column=kept.copy()),
+            TextColumn("{task.fields[note]}", table_column=noted),
         )
-        with Bars(*columns, console=console) as bars:
+        with Bars(*columns, console=console, expand=True) as bars:
             yield cls(bars, quiet=False)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Which students a sweep means: every combination of the values of its ``--sweep`` options.
 
-Each student is to the bit the one that ``--set`` with the same values trains alone. Nothing is read
-here but the run file, so that a wrong definition is refused at once.
+Each student is, to the bit, the one that ``--set`` with the same values trains alone on as many
+threads. Nothing is read here but the run file, so that a wrong definition is refused at once.
 """
 
 import itertools

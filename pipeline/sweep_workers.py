@@ -121,6 +121,9 @@ def _take(one: _Running, failures: dict[str, Failure]) -> bool:
     if isinstance(message, _Advance):
         one.task.advance(message.steps, **message.counts)
         return False
+    if isinstance(message, _Begin):
+        one.task.begin(message.done)
+        return False
     if isinstance(message, str):
         one.task.note(message)
         return False
@@ -142,6 +145,11 @@ class _Advance:
     counts: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Begin:
+    done: int
+
+
 class _Told(Progress):
     """Hands everything on to the parent: advances, notes as plain strings."""
 
@@ -158,6 +166,10 @@ class _ToldTask(Task):
     def __init__(self, name: str, unit: str, messages: Connection):
         super().__init__(name, unit)
         self.messages = messages
+
+    def begin(self, done: int) -> None:
+        super().begin(done)
+        self.messages.send(_Begin(done))
 
     def advance(self, amount: int = 1, **counts: float) -> None:
         super().advance(amount, **counts)

@@ -29,10 +29,13 @@ def train_from_config(
     ):
 
         def report(step: int, values: Mapping[str, float]) -> None:
+            if not task.done:  # start-up and the steps of earlier days say nothing of the speed
+                task.begin(step)
+                return
             task.advance(step - task.done, tokens=values["tokens"])
-            terms = [f"{k} {v:.3f}" for k, v in values.items() if k in ("loss", "ce") or "kd/" in k]
+            terms = [f"{k} {v:.3f}" for k, v in values.items() if k == "ce" or "kd/" in k]
             wait = f"wait {values['data_wait']:.1%}"
-            task.note(" · ".join([*terms, task.rates(), wait]))
+            task.note(" · ".join([f"loss {values['loss']:.3f}", task.rates(), wait, *terms]))
 
         result = train_student(
             cache,

@@ -37,7 +37,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # the same); the others decide how the run is made, not what it computes.
 FREE = (
     *("path", "parallel", "compile", "gradient_checkpointing", "prefetch_threads"),
-    *("checkpoint_every", "keep_checkpoints", "keep_best"),
+    *("checkpoint_every", "keep_checkpoints", "keep_best", "explosion_factor"),
 )
 
 
@@ -79,13 +79,12 @@ def _check_same(run: Path, about: Mapping[str, Any]) -> None:
             )
 
 
-def start_run(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Record what the run in this directory is. Returns the state to begin with: none."""
+def start_run(run: Path, about: Mapping[str, Any]) -> None:
+    """Record what the run in this directory is."""
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / f".{RUN_FILE}.tmp"
     temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, run / RUN_FILE)
-    return {}
 
 
 def restore(
@@ -132,7 +131,9 @@ def save_checkpoint(
         os.rename(temporary, target)
         _sync(folder)
         best = (state.get("best") or {}).get("step")
-        for old in _checkpoints(run)[:-keep]:
+        # A newer one is damaged, or it would have been gone on with: it must not take a place.
+        done = [path for path in _checkpoints(run) if path.name <= target.name]
+        for old in done[:-keep]:
             if best is None or old.name != f"step-{best:08d}":
                 shutil.rmtree(old)
         return target
@@ -195,7 +196,10 @@ def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> di
     tensors = {}
     for name, parameter in student.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}\0{key}"] = whole(value.detach()).contiguous()
+            found = whole(value.detach())
+            # Put together one at a time: twice the whole student has no room on a device of many.
+            found = found if found is value else found.cpu()
+            tensors[f"{name}\0{key}"] = found.contiguous()
     return tensors
 
 

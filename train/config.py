@@ -120,7 +120,8 @@ class TrainConfig(Settings):
     keep_best: str | None = Field(
         "loss",
         description="also keep the checkpoint with the best held-out value of this name "
-        "(loss, kl/…, mse/…: lowest; agreement/…: highest); null for none",
+        "(loss, kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
+        "0); null for none",
     )
     explosion_factor: float | None = Field(
         10.0,

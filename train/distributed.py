@@ -6,6 +6,7 @@ process takes the same path with a world of one.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rekindle.data.errors import RekindleError
+from rekindle.data.errors import InputError, RekindleError
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -44,8 +45,11 @@ class World:
     @classmethod
     def alone(cls) -> "World":
         """A single process, on the GPU if there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(0, 1, device, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        if not torch.cuda.is_available():
+            return cls(0, 1, cpu, cpu)
+        # With its number, as tensors name it: what is kept by device must be kept once.
+        return cls(0, 1, torch.device("cuda", torch.cuda.current_device()), cpu)
 
     @property
     def main(self) -> bool:
@@ -57,7 +61,8 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.talk)
-        dist.all_reduce(total)
+        with _meeting():
+            dist.all_reduce(total)
         found: list[float] = total.tolist()
         return found
 
@@ -75,7 +80,8 @@ class World:
         except RekindleError as raised:
             error = raised
         codes: list[int | None] = [None] * self.size
-        dist.all_gather_object(codes, None if error is None else error.exit_code)
+        with _meeting():
+            dist.all_gather_object(codes, None if error is None else error.exit_code)
         failed = next((rank for rank, code in enumerate(codes) if code is not None), None)
         if failed is None:
             return cast(Answer, answer)
@@ -98,13 +104,28 @@ class World:
             except BaseException as raised:
                 error = raised
                 found[1] = getattr(raised, "exit_code", 1)
-        dist.broadcast_object_list(found, src=0, device=self.talk)
-        if error is not None:
-            raise error
+        try:
+            with _meeting():
+                dist.broadcast_object_list(found, src=0, device=self.talk)
+        finally:
+            if error is not None:  # it says more than that the others are gone
+                raise error
         if found[1] is not None:
             raise ElsewhereError(found[1])
         answer: Answer = found[0]
         return answer
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around a collective: that another process has ended is no bug of this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RekindleError(
+            "another process of this run has ended or cannot be reached; what it said before is "
+            f"the reason ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 @contextmanager
@@ -119,6 +140,12 @@ def join_world() -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a machine with "
+            f"{torch.cuda.device_count()} GPUs: each needs its own. Give torchrun a smaller "
+            "--nproc-per-node"
+        )
     if cuda:
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
@@ -160,12 +187,14 @@ class ParallelStudent:
         if self.sharded:
             _shard(self.module, world)
         elif world.size > 1:
-            self.module = nn.parallel.DistributedDataParallel(
-                self.module,
-                broadcast_buffers=False,
-                find_unused_parameters=True,  # heads without a row, terms of weight 0
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # its new name is not in all versions that we take
+                warnings.simplefilter("ignore", FutureWarning)
+                self.module = nn.parallel.DistributedDataParallel(
+                    self.module,
+                    broadcast_buffers=False,
+                    find_unused_parameters=True,  # heads without a row, terms of weight 0
+                    gradient_as_bucket_view=True,
+                )
 
     def run(self, work: Callable[..., Answer], *arguments: Any) -> Answer:
         """``work(student, *arguments)``, with all parameters whole."""

@@ -1,5 +1,6 @@
 """How a student does on held-out documents: its loss, and how near it is to each teacher."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,16 +43,22 @@ class EvaluationData:
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
 
-def is_better(
-    evaluation: Mapping[str, float], name: str | None, best: Mapping[str, float] | None
-) -> bool:
-    """Whether the value called ``name`` beats ``best["value"]``: agreement upwards, others down."""
-    if name is None or name not in evaluation:
-        return False
-    if best is None:
-        return True
-    higher = name.startswith("agreement/")
-    return evaluation[name] > best["value"] if higher else evaluation[name] < best["value"]
+def best_of(
+    evaluation: Mapping[str, float], name: str | None, step: int, best: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """The better of ``best``, {"step", "name", "value"}, and of what was measured at ``step``.
+
+    Agreement is better upwards, all else downwards. Any value beats one of another name; one that
+    is not finite beats none.
+    """
+    value = evaluation.get(name or "", math.nan)
+    if name is None or not math.isfinite(value):
+        return best
+    if best is not None and best.get("name") == name:
+        gain = value - best["value"] if name.startswith("agreement/") else best["value"] - value
+        if gain <= 0:
+            return best
+    return {"step": step, "name": name, "value": value}
 
 
 Run = Callable[..., Any]

@@ -26,7 +26,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.coverage import Coverage
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import evaluate, is_better
+from rekindle.train.evaluate import best_of, evaluate
 from rekindle.train.objective import Objective
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
@@ -92,17 +92,12 @@ def train_student(
     started = time.monotonic()
     world = world or World.alone()
     prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
-    objective, stream, about = prepared.objective, prepared.stream, prepared.about
-    resuming = world.decide(lambda: open_run(out, about, resume))
-    student = ParallelStudent(prepared.student, world, config.parallel)
-    optimizer = make_optimizer(student.student, config, world.device)
-    training = Training(out, cache, config, student, optimizer, prepared)
-    if not resuming:
-        world.decide(lambda: start_run(out, about))
-    state = restore(out, student, optimizer) if resuming else {}
+    objective, stream = prepared.objective, prepared.stream
+    training, state = _begin(out, cache, config, prepared, world, resume)
+    student = training.student
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
-    recent = world.decide(lambda: recent_losses(read_metrics(out), first))
+    recent = world.decide(lambda: recent_losses(read_metrics(out), first, objective.weights))
     watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
     student.student.train()
@@ -111,48 +106,78 @@ def train_student(
         closing(RunLog(out, first, silent=not world.main)) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
     ):
-        began, hidden = time.monotonic(), 0.0
+        began, waited_before = time.monotonic(), 0.0
         for step, read in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
-                began, hidden = time.monotonic(), stream.waited
+                began, waited_before = time.monotonic(), stream.waited
             batch = objective.select(read, step)
             values = _step(training, batch, step, watch)
             coverage.count(
                 batch, student_config.task, objective.terms(step), objective.hard_weight(step)
             )
             done = step + 1
-            waited = stream.waited - hidden
+            waited = stream.waited - waited_before
             values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
             run_log.write("train", done, values)
             if world.main:
                 report(done, values)
-            improved = False
-            if done % config.evaluate_every == 0 or done == config.steps:
+            last = done == config.steps
+            if last or done % config.evaluate_every == 0:
                 evaluation = _evaluate(training, step)
                 run_log.write("evaluate", done, evaluation)
-                improved = is_better(evaluation, config.keep_best, best)
-                if improved and config.keep_best is not None:
-                    best = {"step": done, "value": evaluation[config.keep_best]}
-            if improved or done % config.checkpoint_every == 0 or done == config.steps:
+                best = best_of(evaluation, config.keep_best, done, best)
+            if last or done % config.checkpoint_every == 0 or (best or {}).get("step") == done:
                 run_log.sync()
-                spent = earlier + time.monotonic() - started
-                total = coverage.over(world.sum)
-                state = about | {"seconds": spent, "coverage": total, "best": best}
-                save_checkpoint(out, done, student, optimizer, state, config.keep_checkpoints)
+                _save(training, done, coverage, best, earlier + time.monotonic() - started)
     if first == config.steps:
         evaluation = _evaluate(training, first - 1)
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
-    world.decide(lambda: _finish(result, student.student, weights, cache, about))
+    world.decide(lambda: _finish(result, student.student, weights, cache, prepared.about))
     return result
 
 
+def _begin(
+    out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resume: bool
+) -> tuple[Training, dict[str, Any]]:
+    """The run in ``out``, begun or gone on with, and the state of its checkpoint, if any."""
+    resuming = world.decide(lambda: open_run(out, prepared.about, resume))
+    student = ParallelStudent(prepared.student, world, config.parallel)
+    optimizer = make_optimizer(student.student, config, world.device)
+    training = Training(out, cache, config, student, optimizer, prepared)
+    if resuming:
+        return training, restore(out, student, optimizer)
+    world.decide(lambda: start_run(out, prepared.about))
+    return training, {}
+
+
+def _save(
+    training: Training,
+    done: int,
+    coverage: Coverage,
+    best: Mapping[str, Any] | None,
+    seconds: float,
+) -> None:
+    """Write the checkpoint of ``done`` steps; every process takes part."""
+    total = coverage.over(training.world.sum)
+    state = {"seconds": seconds, "coverage": total, "best": best}
+    student, keep = training.student, training.config.keep_checkpoints
+    about = training.prepared.about
+    save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
+
+
 def _evaluate(training: Training, step: int) -> dict[str, float]:
-    """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more."""
+    """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more.
+
+    The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
+    them save a checkpoint that the others do not.
+    """
     data = replace(training.prepared.held_out, teachers=tuple(training.objective.teachers_at(step)))
-    with autocast(training.config.precision, training.world.device):
-        return evaluate(training.student.student, data, training.world.device, training.student.run)
+    student, world = training.student, training.world
+    with autocast(training.config.precision, world.device):
+        found = evaluate(student.student, data, world.device, student.run)
+    return world.decide(lambda: found)
 
 
 def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict[str, float]:
@@ -184,7 +209,7 @@ def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict
     shown_here = [norm_here, loss, *(terms.get(name, nothing) for name in names)]
     norm, *own = torch.stack([value.float() for value in shown_here]).tolist()  # waits for the GPU
     summed, *values, tokens = world.sum([*own, int(batch.lengths.sum())])
-    complaint = watch.complaint(summed, norm)
+    complaint = watch.complaint(summed, norm, objective.weights(step))
     if complaint is not None:
         world.decide(lambda: _stop(training, step, complaint))
     training.optimizer.step()
@@ -223,7 +248,8 @@ def _stop(training: Training, step: int, complaint: str) -> None:
     raise InputError(
         f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
         f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
-        "lower learning rate or a longer warm-up; the last checkpoint is kept"
+        "lower learning rate or a longer warm-up in another --out; a loss that is finite may go on "
+        "with --resume and train.explosion_factor: null"
     )
 
 

@@ -76,6 +76,11 @@ class Objective:
         """The weight of the cross-entropy at ``step``."""
         return weight_at(self.config.hard.weight, step, self.steps)
 
+    def weights(self, step: int) -> tuple[float, ...]:
+        """The weights of the cross-entropy and of every distillation term at ``step``."""
+        terms = [weight_at(term.weight, step, self.steps) for term in self.config.distill]
+        return (self.hard_weight(step), *terms)
+
     def teachers_at(self, step: int) -> list[str]:
         """The teachers whose targets are read at ``step``."""
         return [name for term, _ in self.active(step) for name in term.teachers]

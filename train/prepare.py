@@ -12,7 +12,8 @@ from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.models import quiet_transformers, resolve_model
 from rekindle.train.objective import Objective
-from rekindle.train.stream import TrainingStream, split_corpus
+from rekindle.train.split import split_corpus
+from rekindle.train.stream import TrainingStream
 from rekindle.train.student import Student, build_student
 
 log = logging.getLogger("rekindle")
@@ -103,8 +104,9 @@ def _check_best(config: TrainConfig, objective: Objective) -> None:
     teachers = [name for term in config.objective.distill for name in term.teachers]
     known = ["loss"]
     for name in teachers:
-        squared = objective.teachers[name].problem == "regression"
-        known += [f"mse/{name}"] if squared else [f"kl/{name}", f"agreement/{name}"]
+        problem = objective.teachers[name].problem
+        measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
+        known += [f"{what}/{name}" for what in measured.get(problem or "", ["kl", "agreement"])]
     if config.keep_best is not None and config.keep_best not in known:
         raise InputError(
             f"train.keep_best is {config.keep_best!r}; of this run {', '.join(known)} are measured"

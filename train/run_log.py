@@ -49,6 +49,7 @@ class RunLog:
         """Bring all records to the disk: a checkpoint must not be newer than its metrics."""
         if not self.silent:
             os.fsync(self._file.fileno())
+            self._board.flush()  # its own thread writes: some of it may still wait
 
     def close(self) -> None:
         """Flush and close both."""

@@ -14,11 +14,9 @@ from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.order import step_epoch, stream_batch
-from rekindle.train.split import Split, split_corpus
 
 AHEAD = 2  # batches per thread: one is read while one waits
-
-__all__ = ["Split", "TrainingStream", "split_corpus"]
+PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 
 
 class Sequences(Protocol):
@@ -181,12 +179,16 @@ class _ReadAhead:
         return found
 
     def end(self) -> None:
-        """Let every thread finish the batch that it reads, and wait for it; no other is begun."""
+        """Let every thread finish the batch that it reads; no other is begun.
+
+        Waits for them a moment only: a shard may come from far away, and Ctrl-C must not.
+        """
         with self._changed:
             self._stop = self._next
             self._changed.notify_all()
+        until = time.monotonic() + PATIENCE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
         while (step := self._claim()) is not None:

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,58 @@ EARLIEST = 20  # steps before there is a median; until then the first loss is th
 AT_LEAST = 1.0  # nats above it: twenty times next to nothing is no explosion
 
 
+Weights = tuple[float, ...]  # of the terms of a loss
+
+
 class LossWatch:
-    """Knows the last losses; says what is wrong with the next one. The same after a resume."""
+    """Knows the last losses; says what is wrong with the next one. The same after a resume.
 
-    def __init__(self, factor: float | None, recent: Iterable[float] = ()):
+    A loss is held against those of about the same weights: that a schedule lets a term begin is no
+    explosion.
+    """
+
+    def __init__(self, factor: float | None, recent: Iterable[tuple[float, Weights]] = ()):
         self.factor = factor
-        self._recent: deque[float] = deque(recent, maxlen=WINDOW)
+        self._recent: deque[tuple[float, Weights]] = deque(recent, maxlen=WINDOW)
 
-    def complaint(self, loss: float, grad_norm: float) -> str | None:
+    def complaint(self, loss: float, grad_norm: float, weights: Weights = ()) -> str | None:
         """Why the run must stop, or None; remembers the loss."""
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-        usual, name = self._usual()
+        usual, name = self._usual(weights)
         limit = max((self.factor or math.inf) * usual, usual + AT_LEAST)
         if loss > limit:
             return f"the loss is {loss:.4g}, more than {self.factor:g} times {name}, {usual:.4g}"
-        self._recent.append(loss)
+        self._recent.append((loss, weights))
         return None
 
-    def _usual(self) -> tuple[float, str]:
+    def _usual(self, weights: Weights) -> tuple[float, str]:
         """What a loss is compared with, and what that is called; infinite before there is any."""
-        known = len(self._recent)
-        if known >= EARLIEST:
-            return statistics.median(self._recent), f"the median of the last {known} steps"
+        alike = [loss for loss, then in self._recent if _alike(then, weights)]
+        if len(alike) >= EARLIEST:
+            return statistics.median(alike), f"the median of the last {len(alike)} steps"
         # A loss that begins near 0 belongs to a term whose weight is on its way up.
-        if known and self._recent[0] >= AT_LEAST:
-            return self._recent[0], "the first step's"
+        if alike and alike[0] >= AT_LEAST:
+            return alike[0], "the first step's"
         return math.inf, ""
 
 
-def recent_losses(records: Iterable[Mapping[str, Any]], until: int) -> list[float]:
-    """The last losses of a run's metrics up to ``until`` steps, for a watch that goes on."""
-    losses = [r["loss"] for r in records if r["kind"] == "train" and r["step"] <= until]
-    return losses[-WINDOW:]
+def _alike(then: Weights, now: Weights) -> bool:
+    """Whether no weight is more than twice what it was, nor less than half."""
+    return all(max(a, b) <= 2 * min(a, b) for a, b in zip(then, now, strict=True))
+
+
+def recent_losses(
+    records: Iterable[Mapping[str, Any]],
+    until: int,
+    weights: Callable[[int], Weights] = lambda step: (),
+) -> list[tuple[float, Weights]]:
+    """The last losses of a run's metrics up to ``until`` steps, for a watch that goes on;
+    ``weights`` of a step (0-based).
+    """
+    kept = [r for r in records if r["kind"] == "train" and r["step"] <= until]
+    return [(r["loss"], weights(r["step"] - 1)) for r in kept[-WINDOW:]]
 
 
 def save_suspect(

@@ -103,6 +103,19 @@ def test_a_checkpoint_is_a_student_directory(tmp_path, make_student):
     assert not [f for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_takes_no_place(tmp_path, make_student, keep):
+    """The run went on from before it: what is written then must be there to go on with."""
+    student, optimizer = make_student()
+    newest = save_checkpoint(tmp_path, 40, student, optimizer, {}, keep)
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    for step in (10, 20, 30):
+        path = save_checkpoint(tmp_path, step, student, optimizer, {}, keep)
+        assert latest_checkpoint(tmp_path)[0] == path
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (10, 20, 30)[-keep:]] + [newest.name]
+
+
 def test_a_student_that_has_not_stepped_yet_has_no_moments(tmp_path, make_student):
     student, optimizer = make_student()
     save_checkpoint(tmp_path, 0, student, optimizer, {}, keep=1)
@@ -247,7 +260,7 @@ def test_a_new_directory_is_free(tmp_path):
     assert open_run(tmp_path / "new", ABOUT, resume=True) is False
     assert open_run(tmp_path, ABOUT, resume=True) is False
     assert not (tmp_path / "new").exists()
-    assert start_run(tmp_path / "new/deep", ABOUT) == {}
+    start_run(tmp_path / "new/deep", ABOUT)
     assert open_run(tmp_path / "new/deep", ABOUT, resume=True) is True
 
 

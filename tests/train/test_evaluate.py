@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from rekindle.train.config import DistillTerm, StudentConfig
-from rekindle.train.evaluate import EvaluationData, evaluate
+from rekindle.train.evaluate import EvaluationData, best_of, evaluate
 from rekindle.train.student import HeadConfig, build_student
 from rekindle.train.task_loss import heads_of
 
@@ -221,3 +221,20 @@ def test_a_head_over_several_experts_is_compared_with_each(experts_world, labels
             q = torch.softmax(torch.as_tensor(example.targets[expert][0].logits), 0)
             divergences.append(float((q * (q.log() - torch.log_softmax(logits, 0))).sum()))
         assert found[f"kl/{expert}"] == pytest.approx(np.mean(divergences), rel=1e-4)
+
+
+def test_what_is_best_is_asked_of_one_value_only():
+    best = {"step": 5, "name": "loss", "value": 2.3}
+    assert best_of({"loss": 2.2}, "loss", 6, best) == {"step": 6, "name": "loss", "value": 2.2}
+    assert best_of({"loss": 2.3}, "loss", 6, best) is best
+    assert best_of({"loss": 2.4}, "loss", 6, best) is best
+    assert best_of({"loss": float("nan")}, "loss", 6, None) is None
+    assert best_of({}, "loss", 6, None) is None
+    assert best_of({"loss": 1.0}, None, 6, None) is None
+    agreed = {"step": 6, "name": "agreement/a", "value": 0.1}
+    assert best_of({"agreement/a": 0.1}, "agreement/a", 6, best) == agreed  # another keep_best now
+    assert best_of({"agreement/a": 0.2}, "agreement/a", 7, agreed) == agreed | {
+        "step": 7,
+        "value": 0.2,
+    }
+    assert best_of({"agreement/a": 0.05}, "agreement/a", 7, agreed) is agreed

@@ -32,7 +32,8 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast, train_student
 from rekindle.train.objective import Objective, StepLoss
 from rekindle.train.run_log import read_metrics
-from rekindle.train.stream import TrainingStream, split_corpus
+from rekindle.train.split import split_corpus
+from rekindle.train.stream import TrainingStream
 from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")

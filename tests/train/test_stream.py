@@ -15,8 +15,8 @@ from rekindle.data import teacher_reader
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.order import permute
-from rekindle.train.split import Ranges
-from rekindle.train.stream import AHEAD, TrainingStream, split_corpus
+from rekindle.train.split import Ranges, split_corpus
+from rekindle.train.stream import AHEAD, TrainingStream
 
 
 class FakeCache:

@@ -23,7 +23,7 @@ def test_an_explosion_is_seen_at_once(losses, last):
     for loss in losses:
         watch.complaint(loss, 1.0)
     assert "more than 10 times the median" in watch.complaint(last, 1.0)
-    assert LossWatch(None, losses).complaint(last, 1.0) is None
+    assert LossWatch(None, [(loss, ()) for loss in losses]).complaint(last, 1.0) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -33,7 +33,7 @@ def test_what_is_no_number_stops_at_any_step(value):
 
 
 def test_next_to_nothing_times_twenty_is_no_explosion():
-    watch = LossWatch(10.0, [0.001] * 50)
+    watch = LossWatch(10.0, [(0.001, ())] * 50)
     assert watch.complaint(0.5, 1.0) is None
     assert watch.complaint(1.2, 1.0) is not None
 
@@ -42,6 +42,14 @@ def test_early_losses_are_held_against_the_first():
     watch = LossWatch(10.0)
     assert all(watch.complaint(loss, 1.0) is None for loss in [8.0, 20.0, 70.0, 3.0])
     assert watch.complaint(81.0, 1.0).endswith("more than 10 times the first step's, 8")
+
+
+def test_a_term_whose_weight_jumps_is_no_explosion():
+    """`schedule: step` lets a cross-entropy of 8 nats join a divergence of 0.05."""
+    watch = LossWatch(10.0)
+    assert all(watch.complaint(0.05, 1.0, (0.0, 1.0)) is None for _ in range(100))
+    assert all(watch.complaint(8.05, 1.0, (1.0, 1.0)) is None for _ in range(EARLIEST))
+    assert "the median" in watch.complaint(90.0, 1.0, (1.0, 1.0))
 
 
 def test_a_loss_may_begin_at_nothing_and_rise():
