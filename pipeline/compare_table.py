@@ -1,6 +1,7 @@
 """A comparison as a table: the same cells in plain text and on a page without network."""
 
 import io
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from rekindle.train.config import DistillTerm
 TEMPLATE = Path(__file__).parent / "templates" / "compare.html.j2"
 NOTHING = "–"
 _WIDEST = 10_000  # characters: no cell is ever cut
+_WIDEST_CELL = 28  # of a run that is a column: longer ones are folded
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,52 @@ def _number(value: float | None, form: str) -> str:
     return NOTHING if value is None else form.format(value)
 
 
-def as_text(comparison: Comparison) -> str:
-    """The table in plain text, as wide as it must be; the best of a column has a star."""
+def as_text(comparison: Comparison, width: int | None = None) -> str:
+    """The table in plain text; the best of the runs has a star.
+
+    A run is a line; where that does not fit ``width`` characters (the terminal's; 160 without one),
+    a run is a column, if that is narrower. Nothing is ever cut.
+    """
     columns = columns_of(comparison)
+    width = width or shutil.get_terminal_size((160, 24)).columns
+    lines = _drawn(_upright(columns))
+    if _width(lines) > width:
+        lines = min(lines, _drawn(_lying(columns)), key=_width)
+    notes = [f" note: {note}" for note in comparison.notes]
+    if any(column.best for column in columns):
+        notes.append(" * the best of the runs")
+    return "\n".join([*lines, *notes])
+
+
+def _upright(columns: list[Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
-    for row in range(len(comparison.runs)):
+    for row in range(len(columns[0].cells)):
         table.add_row(*(_cell(column, row) for column in columns))
+    return table
+
+
+def _lying(columns: list[Column]) -> Table:
+    names, *others = columns
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(names.title, no_wrap=True)
+    for name in names.cells:
+        table.add_column(name, justify="right", overflow="fold", max_width=_WIDEST_CELL)
+    for column in others:
+        table.add_row(column.title, *(_cell(column, row) for row in range(len(column.cells))))
+    return table
+
+
+def _drawn(table: Table) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=_WIDEST, color_system=None).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    notes = [f" note: {note}" for note in comparison.notes]
-    if any(column.best for column in columns):
-        notes.append(" * the best of its column")
-    return "\n".join([*(line for line in lines if line), *notes])
+    return [line for line in lines if line]
+
+
+def _width(lines: list[str]) -> int:
+    return max(map(len, lines))
 
 
 def _cell(column: Column, row: int) -> Text:

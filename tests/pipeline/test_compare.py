@@ -80,7 +80,7 @@ def rows_of(text):
 
 def test_the_table_shows_what_differs_and_marks_the_best(write):
     runs = [write("a", loss=4.0), write("b", loss=5.0, seed=7, speed=200.0)]
-    text = as_text(compare_runs(runs))
+    text = as_text(compare_runs(runs), 999)
     assert rows_of(text) == {
         "run": ["a", "b"],
         "seed": ["0", "7"],
@@ -112,7 +112,7 @@ def test_json_has_everything(write):
 
 
 def test_a_single_run_has_no_best_and_nothing_differs(write):
-    text = as_text(compare_runs([write("a")]))
+    text = as_text(compare_runs([write("a")]), 999)
     assert list(rows_of(text))[:2] == ["run", "steps"]
     assert "*" not in text
 
@@ -127,7 +127,7 @@ def test_equals_are_not_marked_and_all_of_the_best_are(write):
 def test_an_unfinished_run_is_shown_but_is_never_the_best(write):
     runs = [write("a", loss=5.0), write("b", loss=1.0, done=2, seed=1), write("c", seed=2, loss=6)]
     comparison = compare_runs(runs)
-    table = rows_of(as_text(comparison))
+    table = rows_of(as_text(comparison, 999))
     assert table["steps"] == ["4", "unfinished at 2 of 4", "4"]
     assert table["seconds"][1] == NOTHING
     assert table["loss"] == ["5.0000*", "1.0000", "6.0000"]
@@ -138,27 +138,40 @@ def test_a_run_before_its_first_step_is_shown(write):
     run = write("a", done=1)
     (run / "metrics.jsonl").unlink()
     comparison = compare_runs([run, write("b", seed=1)])
-    assert rows_of(as_text(comparison))["steps"] == ["unfinished at 0 of 4", "4"]
+    assert rows_of(as_text(comparison, 999))["steps"] == ["unfinished at 0 of 4", "4"]
     assert comparison.runs[0].evaluation == {}
 
 
 def test_terms_are_compared_one_by_one_or_as_a_whole(write):
     cooler = {"distill": [LM | {"temperature": 1.0, "weight": {"over": 0.5}}]}
     one, other = write("a"), write("b", objective=cooler)
-    table = rows_of(as_text(compare_runs([one, other])))
+    table = rows_of(as_text(compare_runs([one, other]), 999))
     assert table["temperature"] == ["2", "1"]
     assert table["weight"] == [
         "1",
         "{schedule: linear, from: 1.0, to: 0.0, over: 0.5}",
     ]
     none = write("c", objective={"distill": []})
-    table = rows_of(as_text(compare_runs([one, none])))
+    table = rows_of(as_text(compare_runs([one, none]), 999))
     assert table["distill"] == ["[{teachers: [lm], temperature: 2.0}]", "[]"]
     assert "temperature" not in table
 
 
+def test_a_table_that_is_too_wide_lies_down(write):
+    """A run is then a column; every cell that stood is there, best ones with their star."""
+    runs = [write("a"), write("b", seed=1, learning_rate=0.5)]
+    comparison = compare_runs(runs)
+    upright, lying = (as_text(comparison, width) for width in (999, 60))
+    assert max(map(len, lying.splitlines())) < 60 < max(map(len, upright.splitlines()))
+    standing = rows_of(upright)
+    lines = [line for line in lying.splitlines()[2:] if line.startswith("  ")]
+    found = {line[2:].split("  ")[0]: line.split()[-2:] for line in lines}
+    assert found == {name: cells for name, cells in standing.items() if name != "run"}
+    assert lying.splitlines()[0].split()[1:] == ["a", "b"]
+
+
 def test_steps_have_one_column(write):
-    table = rows_of(as_text(compare_runs([write("a"), write("b", steps=3)])))
+    table = rows_of(as_text(compare_runs([write("a"), write("b", steps=3)]), 999))
     assert table["steps"] == ["4", "3"]
     assert list(table)[1] == "steps"
 
@@ -170,7 +183,7 @@ def test_scores_of_fine_tuning_below_a_run(write):
         metrics = {"metric": "matthews", "mean": score, "per_seed": []}
         (run / "cola" / "metrics.json").write_text(json.dumps(metrics))
     comparison = compare_runs([one, other])
-    assert rows_of(as_text(comparison))["cola matthews"] == ["0.5000", "0.7500*"]
+    assert rows_of(as_text(comparison, 999))["cola matthews"] == ["0.5000", "0.7500*"]
     assert comparison.runs[0].scores == {"cola matthews": 0.5}
     assert comparison.best["scores/cola matthews"] == ["b"]
 
@@ -275,7 +288,7 @@ def test_values_that_do_not_compare_have_a_note_and_no_best(write, values, words
     comparison = compare_runs([write("a", loss=4.0), write("b", **values, speed=50.0)])
     (note,) = comparison.notes
     assert words in note
-    assert f"note: {note}" in as_text(comparison)
+    assert f"note: {note}" in as_text(comparison, 999)
     assert comparison.best == {"tokens_per_second": ["a"]}
 
 
