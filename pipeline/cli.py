@@ -4,19 +4,24 @@ stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong inpu
 mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 """
 
-import errno
 import json
 import logging
 import os
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from rekindle.pipeline.ending import (
+    errors_as_exit_codes,
+    is_main,
+    is_one_of_many,
+    leave,
+    resumable,
+)
 
 app = typer.Typer(
     name="pipeline",
@@ -104,7 +109,7 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    with _resumable(f"pipeline cache-teachers {run}"):
+    with resumable(f"pipeline cache-teachers {run}"):
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
@@ -250,14 +255,14 @@ def train_student(
     target = out or Path("runs") / run.stem
     again = _train_again(run, target, set_ or [], sweep or [], workers)
     if sweep:
-        with _resumable(again):
+        with resumable(again):
             _train_sweep(run, target, set_, sweep, workers, resume)
         return
     if workers is not None:
         from rekindle.data.errors import InputError
 
         raise InputError("--workers is for --sweep; one student on several devices needs torchrun")
-    with _resumable(again):
+    with resumable(again):
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
@@ -265,13 +270,12 @@ def train_student(
         from rekindle.pipeline.train_student import train_from_config
 
         silent = nullcontext(Progress.silent())
-        with Progress.to_terminal() if _is_main() else silent as progress:
+        with Progress.to_terminal() if is_main() else silent as progress:
             result = train_from_config(config, target, resume=resume, progress=progress)
-    if _is_main():
+    if is_main():
         _tell_student(result)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A thread of gloo that still holds a tensor at the interpreter's own end would abort.
-        _leave(0)
+    if is_one_of_many():
+        leave(0)
 
 
 def _tell_student(result: Any) -> None:
@@ -351,77 +355,14 @@ def doctor() -> None:
         typer.echo(f"{name:14} {value}")
 
 
-@contextmanager
-def _resumable(line: str) -> Iterator[None]:
-    """Ctrl-C ends with the line that goes on where it stopped."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if _is_main():
-            typer.echo(f"\ninterrupted; finished work is kept. To go on: {line}", err=True)
-        import multiprocessing
-
-        for process in multiprocessing.active_children():
-            process.kill()
-        _leave(130)
-
-
-def _leave(code: int) -> None:
-    """Exit at once: threads that still compute or read ahead have nothing to save.
-
-    What was downloaded of a cache is removed all the same.
-    """
-    if "rekindle.data.store" in sys.modules:
-        from rekindle.data.store import remove_downloads
-
-        remove_downloads()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _is_main() -> bool:
-    """Whether this is the only process, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _speaks() -> bool:
-    """Whether an error is this process's to tell: under torchrun, what goes wrong before the
-    processes have joined goes wrong in all of a machine's, and the first one says it.
-    """
-    torch = sys.modules.get("torch")
-    joined = torch is not None and torch.distributed.is_initialized()
-    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def main() -> None:
     """The console script: turns errors into one message and an exit code."""
     log = logging.getLogger("rekindle")
     log.handlers = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rekindle.data.errors import RekindleError
-
-    try:
+    with errors_as_exit_codes():
         app()
-    except RekindleError as error:
-        if str(error) and _speaks():
-            typer.echo(f"error: {error}", err=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _leave(error.exit_code)  # the others may wait for this process: end at once
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted", err=True)
-        _leave(130)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if error.errno is None or (error.filename is None and not full):
-            raise
-        where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
-        typer.echo(f"error: {where}: {error.strerror}", err=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _leave(2)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
