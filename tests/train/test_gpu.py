@@ -1,0 +1,92 @@
+"""Stage 2 on a CUDA device: the student that a CPU trains, in float32; near it, in bf16."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.distributed import World
+from rekindle.train.loop import train_student
+from rekindle.train.run_log import read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CPU = torch.device("cpu")
+EVERYTHING = [
+    {"teachers": ["big"], "temperature": 2.0, "weight": {"over": 0.6}},
+    {"teachers": ["whole"], "weight": 0.4, "divergence": "jsd"},
+    {"teachers": ["wide"], "weight": 0.3, "entropy_fraction": 0.5},
+    {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
+    {"teachers": ["sense", "tags"], "weight": 0.2},
+    {"teachers": ["pair"], "weight": 0.2},
+]
+
+
+def values_of(**values):
+    quick = {"steps": 8, "batch_sequences": 6, "warmup_steps": 2, "held_out": 0.1}
+    quick |= {"learning_rate": 1e-3, "checkpoint_every": 3, "evaluate_every": 4}
+    quick |= {"objective": {"distill": EVERYTHING}, "precision": "fp32"}
+    return quick | values
+
+
+def losses(out):
+    return [r["loss"] for r in read_metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def student(make_model, wordpiece):
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 16}
+    return {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **off))}
+
+
+@pytest.fixture
+def train(masked_world, student, tmp_path):
+    def run(name, world=None, **values):
+        config = parse_settings(TrainConfig, values_of(**values))
+        chosen = StudentConfig.model_validate(student)
+        train_student(masked_world.open(), chosen, config, tmp_path / name, world=world)
+        return losses(tmp_path / name)
+
+    return run
+
+
+def test_a_gpu_trains_the_student_of_a_cpu(train):
+    on_cpu = train("cpu", World(0, 1, CPU, CPU))
+    assert train("gpu") == pytest.approx(on_cpu, rel=2e-3)
+    assert train("parts", micro_batch_sequences=2) == pytest.approx(on_cpu, rel=2e-3)
+
+
+@pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
+def test_ways_to_run_it_change_nothing(train, option):
+    assert train("with", **{option: True}) == pytest.approx(train("without"), rel=2e-3)
+
+
+def test_bf16_is_near_float32(train):
+    assert train("bf16", precision="bf16") == pytest.approx(train("fp32"), rel=0.05)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_with_nccl(masked_world, student, train, tmp_path, parallel):
+    """As many processes as there are GPUs; one is enough to go through NCCL."""
+    count = 2 if torch.cuda.device_count() > 1 else 1
+    values = values_of(parallel=parallel)
+    jobs = [{"student": student, "train": values, "out": str(tmp_path / "many")}]
+    given = tmp_path / "jobs.json"
+    given.write_text(json.dumps({"cache": str(masked_world.path), "jobs": jobs}))
+    script = os.path.join(os.path.dirname(__file__), "torchrun_jobs.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={count}", script, str(given)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "many") == pytest.approx(train("one"), rel=2e-3)
