@@ -171,6 +171,10 @@ class _Reported(Task):
         super().__init__(name, unit)
         self._report = report
 
+    def begin(self, done: int) -> None:
+        super().begin(done)
+        self._report(done)
+
     def advance(self, amount: int = 1, **counts: float) -> None:
         super().advance(amount, **counts)
         self._report(amount)

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from rekindle.pipeline import progress as module
+from rekindle.pipeline.demo_jobs import StepReports
 from rekindle.pipeline.progress import Progress
 
 
@@ -52,3 +53,23 @@ def test_silence_is_silent(clock, caplog):
         task.advance(5)
         task.note("x")
     assert not caplog.records
+
+
+def test_all_steps_of_a_job_are_reported():
+    """Those that were done before, and those that follow."""
+    told = []
+    with StepReports(told.append).task("student", "steps", total=10) as task:
+        task.begin(4)
+        for _ in range(6):
+            task.advance(1)
+    assert sum(told) == 10
+    assert task.done == 10
+
+
+def test_what_was_there_before_is_no_speed(clock):
+    with Progress.silent().task("run", "steps", total=100) as task:
+        clock[0] += 50.0
+        task.begin(90)
+        clock[0] += 2.0
+        task.advance(4)
+    assert task.rates() == "2.0 steps/s"
