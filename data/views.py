@@ -354,12 +354,3 @@ def check_aligned(
         f"{what}: row {row} of record batch {index} does not belong to the corpus row beside it "
         "(their digests differ); these targets were made from another corpus"
     )
-
-
-def masked_input(
-    input_ids: NDArray[np.int32], positions: NDArray[np.uint16], replaced: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """The sequence [S] as a masked model sees it."""
-    out = input_ids.copy()
-    out[positions] = replaced
-    return out

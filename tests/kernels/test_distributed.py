@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rekindle.kernels.hidden import HiddenTargets
 from rekindle.kernels.losses import linear_kd_loss
 
 WORLD = 2
-ROWS, HIDDEN, VOCABULARY, KEPT = 8, 16, 40, 5
+ROWS, HIDDEN, VOCABULARY, KEPT, TEACHER_HIDDEN = 8, 16, 40, 5, 6
 
 
 class Head(nn.Module):
@@ -58,17 +59,50 @@ class OutputLoss(nn.Linear):
         ).loss  # fmt: skip
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class OutputLossOfHidden(nn.Linear):
+    """Against a teacher's hidden states, under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__(HIDDEN, VOCABULARY)
+
+    def forward(self, hidden: Tensor, targets: HiddenTargets, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_kd_loss(
+                hidden, self.weight, targets, bias=self.bias, labels=labels,
+                temperature=2.0, ce_weight=0.5,
+            ).loss  # fmt: skip
+
+
+class OfHidden(nn.Module):
+    """The same body; its targets are hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(HIDDEN, HIDDEN)
+        self.out = OutputLossOfHidden()
+
+    def forward(self, x: Tensor, targets: HiddenTargets, labels: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(x)), targets, labels)
+
+
+def batch(kind: str, share: slice = slice(None)) -> tuple[object, ...]:
+    """The arguments of the model's forward, or the share of one process."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS, HIDDEN, generator=g)
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=g)[share]
+    if kind.startswith("hidden"):
+        states = torch.randint(-127, 128, (ROWS, TEACHER_HIDDEN), generator=g).to(torch.int8)
+        scale = torch.rand(ROWS, generator=g) / 50
+        weight = torch.randn(VOCABULARY, TEACHER_HIDDEN, generator=g)
+        return x[share], HiddenTargets(states[share], scale[share], weight), labels
     ids = torch.rand(ROWS, VOCABULARY, generator=g).argsort(1)[:, :KEPT]
     probs = torch.rand(ROWS, KEPT, generator=g) / KEPT
-    return x, ids, probs, torch.randint(VOCABULARY, (ROWS,), generator=g)
+    return x[share], ids[share], probs[share], labels
 
 
-def model(kind: str) -> Head:
+def model(kind: str) -> nn.Module:
     torch.manual_seed(1)
-    return Sharded() if kind == "fsdp" else Head()
+    return {"ddp": Head, "fsdp": Sharded}.get(kind, OfHidden)()
 
 
 def worker(rank: int, port: int, kind: str, out: str) -> None:
@@ -77,7 +111,7 @@ def worker(rank: int, port: int, kind: str, out: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         net: nn.Module = model(kind)
-        if kind == "ddp":
+        if kind.endswith("ddp"):
             net = nn.parallel.DistributedDataParallel(net)
         else:
             from torch.distributed.device_mesh import init_device_mesh
@@ -86,10 +120,9 @@ def worker(rank: int, port: int, kind: str, out: str) -> None:
             mesh = init_device_mesh("cpu", (WORLD,))
             for part in (net.body, net.out, net):
                 fully_shard(part, mesh=mesh)
-        share = [t[rank::WORLD] for t in batch()]
-        net(*share).backward()
+        net(*batch(kind, slice(rank, None, WORLD))).backward()
         gradients = {
-            name.removeprefix("module."): p.grad.full_tensor() if kind == "fsdp" else p.grad
+            name.removeprefix("module."): p.grad.full_tensor() if kind.endswith("fsdp") else p.grad
             for name, p in net.named_parameters()
         }
         if rank == 0:
@@ -101,7 +134,7 @@ def worker(rank: int, port: int, kind: str, out: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hidden-ddp", "hidden-fsdp"])
 def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,7 +144,7 @@ def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> No
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(WORLD)]
     assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
     alone = model(kind)
-    alone(*batch()).backward()
+    alone(*batch(kind)).backward()
     found = torch.load(out, weights_only=True)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from transformers import AutoModelForMaskedLM
 
 from rekindle.data.batch import (
     Batch,
@@ -341,3 +342,21 @@ def test_micro_batches_of_a_real_batch(masked_world):
     for size in (1, 4, 22):
         assert same(joined(split_batch(batch, size), range(0, 23, size)), batch)
     assert split_batch(batch, 23)[0] is batch
+
+
+@pytest.mark.parametrize("name", ["big", "whole"])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 4.0])
+def test_log_normalisers_are_those_of_the_whole_vocabulary(masked_world, name, tau):
+    """Log Σ p^(1/τ) from what is kept of a teacher, against all of the teacher's own logits."""
+    cache = masked_world.open()
+    view = cache.masked_view().name
+    batch = cache.gather(np.arange(4), [name], masked_view=view)
+    target = batch.targets[name]
+    path = next(t.model for t in masked_world.config.teachers if t.name == name)
+    model = AutoModelForMaskedLM.from_pretrained(path).eval()
+    inputs = {"input_ids": torch.as_tensor(batch.masked.input_ids).long()}
+    inputs["attention_mask"] = torch.as_tensor(batch.attention_mask).long()
+    with torch.no_grad():
+        logits = model(**inputs).logits[target.rows, target.positions]
+    expected = (torch.log_softmax(logits, 1) / tau).logsumexp(1)
+    np.testing.assert_allclose(target.log_normalisers(tau), expected, atol=0.01)
