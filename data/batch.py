@@ -168,6 +168,7 @@ class Batch:
     masked: MaskedInputs | None
     pairs: dict[str, PairInputs]  # by view name
     targets: dict[str, TargetBatch]  # by teacher name
+    epoch: int = 0  # for what is drawn anew in every epoch
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:

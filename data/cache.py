@@ -214,6 +214,7 @@ class Cache:
                 )
                 for name in teachers
             },
+            epoch=epoch,
         )
 
     def _record_batch(self, shard: int, number: int) -> tuple[RowLists, Texts, Texts]:

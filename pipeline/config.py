@@ -49,7 +49,7 @@ class RunConfig(Settings):
     @property
     def needs_masks(self) -> bool:
         """Whether a masked view is needed, by a teacher or by the student."""
-        student = self.student is not None and self.student.task == "masked_lm"
+        student = self.student is not None and self.student.language_task == "masked_lm"
         return student or any(t.task == "masked_lm" for t in self.teachers)
 
 

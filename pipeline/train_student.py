@@ -33,7 +33,7 @@ def train_from_config(
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
-            terms = [f"{k} {v:.3f}" for k, v in values.items() if k == "ce" or "kd/" in k]
+            terms = [f"{k} {v:.3f}" for k, v in values.items() if k == "ce" or "/" in k]
             wait = f"wait {values['data_wait']:.1%}"
             task.note(" · ".join([f"loss {values['loss']:.3f}", task.rates(), wait, *terms]))
 
@@ -56,7 +56,7 @@ def train_from_config(
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
     """The masked view that the configured student sees: a cache may hold views of several masks."""
-    if config.student is None or config.student.task != "masked_lm":
+    if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache
     view = MaskedView(cache.corpus, masks.mask, masks.seed, masks.replicas)

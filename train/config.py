@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from rekindle.data.settings import Settings
+from rekindle.train.methods import unknown_method
 from rekindle.train.schedules import Schedule
 
 WeightField = Annotated[float, Field(ge=0)] | Schedule
@@ -15,10 +16,21 @@ class StudentConfig(Settings):
 
     model: str = Field(description="a model directory or a hub id: weights, or only a config.json")
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
-    task: Literal["masked_lm", "causal_lm"] = Field("masked_lm", description="its own objective")
+    task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
+        "masked_lm",
+        description="its own objective. replaced_token_detection: a masked_lm student whose "
+        "objective also has the method replaced_tokens, with its defaults unless it stands in "
+        "train.objective.methods; hard.weight is then the weight of the masked-LM loss beside it, "
+        "0 for none",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: SDPA where the model has it; what is used is printed"
     )
+
+    @property
+    def language_task(self) -> Literal["masked_lm", "causal_lm"]:
+        """Which kind of language model it is, whatever else it learns."""
+        return "causal_lm" if self.task == "causal_lm" else "masked_lm"
 
 
 class HardConfig(Settings):
@@ -81,11 +93,37 @@ class DistillTerm(Settings):
     )
 
 
+class MethodSettings(Settings):
+    """What every method has; a method's own settings are fields of a subclass, in its file."""
+
+    method: str = Field(description="its name")
+    weight: WeightField = Field(1.0, description="a number or a schedule")
+
+
+class MethodTerm(Settings):
+    """A term that is no built-in one: ``train/method_NAME.py``, or an installed entry point.
+
+    All its other keys are that file's settings, which are checked when the method is loaded.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = Field(description="its name; the other keys are weight and its own settings")
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if (problem := unknown_method(value)) is not None:
+            raise ValueError(problem)
+        return value
+
+
 class ObjectiveConfig(Settings):
-    """The loss: hard · CE + Σ weight · τ² · divergence."""
+    """The loss: hard · CE + Σ weight · τ² · divergence + Σ weight · method."""
 
     hard: HardConfig = Field(default_factory=HardConfig, description="cross-entropy on the text")
     distill: tuple[DistillTerm, ...] = Field((), description="distillation terms")
+    methods: tuple[MethodTerm, ...] = Field((), description="terms in files of their own")
 
 
 class TrainConfig(Settings):

@@ -23,7 +23,10 @@ from rekindle.train.device_batch import (
     send,
     sparse_targets,
 )
+from rekindle.train.method import Method
 from rekindle.train.student import Student
+
+UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class EvaluationData:
     masked_view: str | None
     batch_sequences: int
     allow_missing: tuple[str, ...] = ()
+    methods: tuple[Method, ...] = ()
 
     def batches(self) -> list[NDArray[np.int64]]:
         """The sequence numbers of each batch."""
@@ -48,17 +52,25 @@ def best_of(
 ) -> Mapping[str, Any] | None:
     """The better of ``best``, {"step", "name", "value"}, and of what was measured at ``step``.
 
-    Agreement is better upwards, all else downwards. Any value beats one of another name; one that
+    Agreement is better upwards, all else downwards, but for a method's values as ``Method.values``
+    says. Any value beats one of another name; one that
     is not finite beats none.
     """
     value = evaluation.get(name or "", math.nan)
     if name is None or not math.isfinite(value):
         return best
     if best is not None and best.get("name") == name:
-        gain = value - best["value"] if name.startswith("agreement/") else best["value"] - value
+        gain = value - best["value"] if _is_better_upwards(name) else best["value"] - value
         if gain <= 0:
             return best
     return {"step": step, "name": name, "value": value}
+
+
+def _is_better_upwards(name: str) -> bool:
+    first, _, last = name.partition("/")
+    if first in ("kl", "mse"):  # of a teacher, whatever that is called
+        return False
+    return first == "agreement" or last.rpartition("/")[2] in UPWARDS
 
 
 Run = Callable[..., Any]
@@ -68,7 +80,8 @@ Run = Callable[..., Any]
 def evaluate(
     student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
 ) -> dict[str, float]:
-    """``loss`` (cross-entropy in nats), and per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``.
+    """``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``, and
+    per method its own values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
@@ -93,7 +106,11 @@ def evaluate(
                 masked_view=data.masked_view,
                 allow_missing=data.allow_missing,
             )
-            for name, (total, count) in run(_batch_sums, batch, device).items():
+            found = run(_batch_sums, batch, device)
+            for method in data.methods:
+                own = run(method.evaluate, batch, device)
+                found |= {f"{method.name}/{name}": value for name, value in own.items()}
+            for name, (total, count) in found.items():
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count
     finally:

@@ -113,7 +113,7 @@ def train_student(
             batch = objective.select(read, step)
             values = _step(training, batch, step, watch)
             coverage.count(
-                batch, student_config.task, objective.terms(step), objective.hard_weight(step)
+                batch, objective.task, objective.terms(step), objective.hard_weight(step)
             )
             done = step + 1
             waited = stream.waited - waited_before
@@ -173,7 +173,12 @@ def _evaluate(training: Training, step: int) -> dict[str, float]:
     The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
     them save a checkpoint that the others do not.
     """
-    data = replace(training.prepared.held_out, teachers=tuple(training.objective.teachers_at(step)))
+    objective = training.objective
+    data = replace(
+        training.prepared.held_out,
+        teachers=tuple(objective.teachers_at(step)),
+        methods=tuple(method for method, _ in objective.active_methods(step)),
+    )
     student, world = training.student, training.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)

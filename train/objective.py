@@ -1,12 +1,12 @@
-"""The loss of a training step: hard · CE + Σ weight · τ² · divergence, from one batch and one
-student.
+"""The loss of a training step: hard · CE + Σ weight · τ² · divergence + Σ weight · method, from one
+batch and one student.
 
 Every mean is over the whole step (all micro-batches, all processes): ``Objective.counts`` is taken
 from the step's batch before it is split, so gradient accumulation changes nothing but rounding.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import language_rows, model_inputs, send
 from rekindle.train.language_loss import LanguageLoss
+from rekindle.train.method import Method
 from rekindle.train.schedules import weight_at
 from rekindle.train.selection import Counts, count_rows, select_targets
 from rekindle.train.student import HeadConfig, Student, StudentOutput
@@ -47,14 +48,22 @@ class Objective:
     """The configured loss for one student task and the teachers of one cache."""
 
     def __init__(
-        self, config: ObjectiveConfig, teachers: Mapping[str, TeacherInfo], task: str, steps: int
+        self,
+        config: ObjectiveConfig,
+        teachers: Mapping[str, TeacherInfo],
+        task: str,
+        steps: int,
+        methods: Sequence[Method] = (),
     ):
         self.config, self.teachers, self.task, self.steps = config, teachers, task, steps
+        self.methods = methods
         check_terms(config.distill, teachers, task)
-        if self.hard_weight(steps - 1) == 0 and not self.active(steps - 1):
+        _check_shared(config.distill, methods)
+        if not any(self.weights(steps - 1)):
             raise InputError(
                 "train.objective: at the end of the run every weight is 0, so nothing is trained. "
-                "Give hard.weight or a distill term a weight above 0, or end the run earlier"
+                "Give hard.weight, a distill term or a method a weight above 0, or end the run "
+                "earlier"
             )
 
     @property
@@ -77,13 +86,21 @@ class Objective:
         return weight_at(self.config.hard.weight, step, self.steps)
 
     def weights(self, step: int) -> tuple[float, ...]:
-        """The weights of the cross-entropy and of every distillation term at ``step``."""
-        terms = [weight_at(term.weight, step, self.steps) for term in self.config.distill]
-        return (self.hard_weight(step), *terms)
+        """The weights of the cross-entropy, of every distillation term and method at ``step``."""
+        weights = [term.weight for term in self.config.distill]
+        weights += [method.settings.weight for method in self.methods]
+        return (self.hard_weight(step), *(weight_at(w, step, self.steps) for w in weights))
+
+    def active_methods(self, step: int) -> list[tuple[Method, float]]:
+        """The methods with a weight above 0 at ``step``, with that weight."""
+        weighted = [(m, weight_at(m.settings.weight, step, self.steps)) for m in self.methods]
+        return [(method, weight) for method, weight in weighted if weight > 0]
 
     def teachers_at(self, step: int) -> list[str]:
         """The teachers whose targets are read at ``step``."""
-        return [name for term, _ in self.active(step) for name in term.teachers]
+        names = [name for term, _ in self.active(step) for name in term.teachers]
+        names += [name for m, _ in self.active_methods(step) for name in m.teachers_at(step)]
+        return list(dict.fromkeys(names))
 
     def terms(self, step: int) -> list[DistillTerm]:
         """The distillation terms with a weight above 0 at ``step``."""
@@ -95,7 +112,11 @@ class Objective:
 
     def counts(self, batch: Batch, step: int) -> Counts:
         """How many rows the means of ``step`` are over, in a batch of selected targets."""
-        return count_rows(batch, self.task, self.terms(step))
+        counts = count_rows(batch, self.task, self.terms(step))
+        rows = dict(counts.rows)
+        for method, _ in self.active_methods(step):
+            rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
+        return replace(counts, rows=rows)
 
     def shown(self, counts: Counts, step: int) -> list[str]:
         """The names of the losses that ``step`` has rows for, in a fixed order."""
@@ -126,6 +147,10 @@ class Objective:
             inputs = _inputs_of(student, batch, view, device)
             output = self._run(student, inputs, batch, own, None)
             add_task_losses(output.logits, batch, own, self.teachers, counts, result.add)
+        for method, weight in self.active_methods(step):
+            for name, loss, shown in method.losses(student, batch, step, device):
+                scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
+                result.add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
         return result
 
     def _joins_language_pass(self, term: DistillTerm) -> bool:
@@ -173,6 +198,19 @@ class Objective:
                 tokens[name] = send(flat, inputs["input_ids"].device)
         output: StudentOutput = student(inputs, select, sequence, tokens)
         return output
+
+
+def _check_shared(terms: Sequence[DistillTerm], methods: Sequence[Method]) -> None:
+    """That no method reads targets of which a distill term takes some away."""
+    picked = {t for term in terms if term.combine == "route" for t in term.teachers}
+    picked |= {t for term in terms if term.positions == "masked" for t in term.teachers}
+    for method in methods:
+        for name in sorted(picked & set(method.teachers)):
+            raise InputError(
+                f"train.objective: the method {method.name!r} reads teacher {name!r}, of whose "
+                "targets a distill term takes a part (combine: route or positions: masked). Cache "
+                "the teacher again under another name, or leave one of the two out"
+            )
 
 
 def _inputs_of(

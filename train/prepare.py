@@ -10,6 +10,7 @@ from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
+from rekindle.train.method import MethodRun, add_module, make_methods, method_terms
 from rekindle.train.models import quiet_transformers, resolve_model
 from rekindle.train.objective import Objective
 from rekindle.train.split import split_corpus
@@ -40,11 +41,12 @@ def prepare(
     world: World,
 ) -> Prepared:
     """Check all that can be checked, and build the student; writes nothing, waits for nobody."""
-    view = cache.masked_view(masked_view).name if student_config.task == "masked_lm" else None
+    masked = student_config.language_task == "masked_lm"
+    view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
     check_tokenizer(cache, student_config)
     _check_best(config, objective)
-    about = describe_run(cache, student_config, config, view)
+    about = describe_run(cache, student_config, config, view, objective)
     stream, held_out = _data(cache, objective, config, view, world)
     student = _student(cache, student_config, config, objective, world)
     return Prepared(about, objective, student, stream, held_out)
@@ -78,7 +80,11 @@ def prepare_objective(
     """The loss, after checking that every teacher it names is in the cache, complete, and saw what
     the student will see.
     """
+    task = student.language_task
+    run = MethodRun(cache, task, masked_view, config.steps, config.seed)
+    methods = make_methods(method_terms(student, config.objective), run)
     names = [name for term in config.objective.distill for name in term.teachers]
+    names += [name for method in methods for name in method.teachers]
     for name in names:
         teacher = cache.teacher(name)
         if teacher.coverage < 1 and name not in config.allow_missing:
@@ -88,7 +94,7 @@ def prepare_objective(
                 "holes without KD"
             )
     infos = {name: cache.teacher(name).info for name in names}
-    objective = Objective(config.objective, infos, student.task, config.steps)
+    objective = Objective(config.objective, infos, task, config.steps, methods)
     for name, info in infos.items():
         if info.view.startswith("masked-") and info.view != masked_view:
             raise InputError(
@@ -101,12 +107,12 @@ def prepare_objective(
 
 def _check_best(config: TrainConfig, objective: Objective) -> None:
     """That ``keep_best`` names something that an evaluation can measure."""
-    teachers = [name for term in config.objective.distill for name in term.teachers]
     known = ["loss"]
-    for name in teachers:
+    for name in objective.teachers:
         problem = objective.teachers[name].problem
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
         known += [f"{what}/{name}" for what in measured.get(problem or "", ["kl", "agreement"])]
+    known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
         raise InputError(
             f"train.keep_best is {config.keep_best!r}; of this run {', '.join(known)} are measured"
@@ -143,7 +149,10 @@ def _student(
         info["tokenizer"]["size"],
         train.seed,
         info["config"]["sequence_length"],
-    ).to(world.device)
+    )
+    for method in objective.methods:
+        add_module(type(method), method.settings, student)
+    student.to(world.device)
     if train.gradient_checkpointing:
         _checkpoint_activations(student)
     if train.compile:
@@ -188,23 +197,26 @@ def _compile(student: Student) -> None:
 
 
 def describe_run(
-    cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
+    cache: Cache,
+    student: StudentConfig,
+    config: TrainConfig,
+    masked_view: str | None,
+    objective: Objective,
 ) -> dict[str, Any]:
     """What a run is: enough to refuse to resume it as another, and to make its model a teacher
     later.
     """
+    train = config.model_dump(mode="json", by_alias=True)
+    whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
+    train["objective"]["methods"] = whole  # with the defaults of their files
     return {
         "student": student.model_dump(mode="json"),
-        "train": config.model_dump(mode="json", by_alias=True),
+        "train": train,
         "cache": {
             "path": cache.store.location,
             "corpus": cache.corpus.fingerprint,
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
-            "teachers": {
-                name: cache.teacher(name).fingerprint
-                for term in config.objective.distill
-                for name in term.teachers
-            },
+            "teachers": {name: cache.teacher(name).fingerprint for name in objective.teachers},
         },
     }

@@ -21,6 +21,8 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import StudentConfig
 from rekindle.train.language_model import OutputHead, SplitLanguageModel
+from rekindle.train.method import add_module
+from rekindle.train.methods import find_method
 from rekindle.train.models import longest_input, quiet_transformers, resolve_model
 
 log = logging.getLogger("rekindle")
@@ -92,7 +94,9 @@ class Student(nn.Module):
         self.model: Any = model  # a PreTrainedModel
         self.task = task
         self.head_configs: dict[str, HeadConfig] = {}
-        self.heads = nn.ModuleDict()
+        self.heads = nn.ModuleDict()  # of experts, and what methods add
+        self.methods: dict[str, dict[str, Any]] = {}  # the settings of those that added something
+        self.source: Path | None = None  # the directory that its weights come from
         try:
             self._split = SplitLanguageModel(model, causal=task == "causal_lm")
         except NotImplementedError as error:
@@ -111,6 +115,25 @@ class Student(nn.Module):
                     nn.init.zeros_(linear.bias)
                 self.heads[_key(name)] = module
                 self.head_configs[name] = head
+
+    def add_method(self, name: str, settings: Mapping[str, Any], module: nn.Module | None) -> None:
+        """Take a method's own parameters on; those that an earlier student left in the directory
+        that the weights come from are taken over where all of them fit.
+        """
+        self.methods[name] = dict(settings)
+        if module is None:
+            return
+        key = _method_key(name)
+        self.heads[key] = module
+        if self.source is not None and (self.source / HEADS_FILE).is_file():
+            found = _below(load_file(self.source / HEADS_FILE), key)
+            shapes = {k: v.shape for k, v in module.state_dict().items()}
+            if shapes == {k: v.shape for k, v in found.items()}:
+                module.load_state_dict(found)
+
+    def method_module(self, name: str) -> nn.Module:
+        """What a method has added."""
+        return self.heads[_method_key(name)]
 
     def forward(
         self,
@@ -137,6 +160,10 @@ class Student(nn.Module):
         for name, places in (token_heads or {}).items():
             logits[name] = self.heads[_key(name)](states.flatten(0, 1)[places])
         return StudentOutput(hidden, logits)
+
+    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The body's final hidden states [B,S,H] of one forward pass."""
+        return self._split.states(inputs)
 
     @property
     def output_head(self) -> OutputHead:
@@ -171,6 +198,7 @@ class Student(nn.Module):
             "task": self.task,
             "vocabulary_size": self.vocabulary_size,
             "heads": {name: head.model_dump() for name, head in self.head_configs.items()},
+            "methods": self.methods,
         }
         content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
@@ -189,7 +217,11 @@ class Student(nn.Module):
         student = cls(
             model, about["task"], about["heads"], vocabulary_size or about["vocabulary_size"]
         )
+        student.source = path
         student.take_heads(path)
+        for name, settings in about.get("methods", {}).items():
+            kind = find_method(name)
+            add_module(kind, parse_settings(kind.Settings, settings, str(path)), student)
         return student
 
     def take_heads(self, directory: Path) -> None:
@@ -197,10 +229,7 @@ class Student(nn.Module):
         earlier, weights = _read_about(directory)["heads"], load_file(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
             if earlier.get(name) == head:
-                prefix = _key(name) + "."
-                found = {k: v for k, v in weights.items() if k.startswith(prefix)}
-                own = {k.removeprefix(prefix): v for k, v in found.items()}
-                self.heads[_key(name)].load_state_dict(own)
+                self.heads[_key(name)].load_state_dict(_below(weights, _key(name)))
 
 
 def _dropout(config: Any) -> float:
@@ -215,6 +244,17 @@ def _key(name: str) -> str:
     """What a head's module is called: no dot, and no attribute that a ModuleDict has."""
     key = name.replace(".", "·")
     return key + "*" if hasattr(nn.ModuleDict(), key) else key
+
+
+def _method_key(name: str) -> str:
+    """The same of a method's module; no teacher's name has a colon."""
+    return f"method:{name}"
+
+
+def _below(weights: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """The weights of the module ``key``, by their names in it."""
+    prefix = key + "."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def _read_about(directory: Path) -> dict[str, Any]:
@@ -247,7 +287,7 @@ def build_student(
     torch.manual_seed(seed)
     build = _from_scratch if config.from_scratch else _load
     attention = None if config.attention == "auto" else config.attention
-    model = build(directory, config.task, attention)
+    model = build(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
@@ -261,8 +301,11 @@ def build_student(
             f"have up to {sequence_length:,}. Use a student with more positions, or make a cache "
             "with a smaller corpus.sequence_length"
         )
-    student = Student(model, config.task, heads, vocabulary_size)
-    if not config.from_scratch and (directory / HEADS_FILE).is_file():
+    student = Student(model, config.language_task, heads, vocabulary_size)
+    if config.from_scratch:
+        return student
+    student.source = directory
+    if (directory / HEADS_FILE).is_file():
         student.take_heads(directory)
     return student
 

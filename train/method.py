@@ -1,0 +1,129 @@
+"""What a method is to the training loop: one class in a file of its own, ``method_NAME.py``.
+
+The loop asks it which teachers it reads, how many rows its losses are over, and for its losses as
+sums over the rows of a micro-batch. Weights, means, processes and micro-batches are not its
+business.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.batch import Batch
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import MethodSettings, MethodTerm, ObjectiveConfig, StudentConfig
+from rekindle.train.methods import find_method
+
+if TYPE_CHECKING:
+    from rekindle.train.student import Student
+
+# A student's task that is a method: it stands in the objective without being named there.
+METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """The run that a method is part of, known before the first step."""
+
+    cache: Cache
+    task: str  # of the student: masked_lm or causal_lm
+    masked_view: str | None  # what a masked_lm student sees
+    steps: int
+    seed: int
+
+
+class Method:
+    """An objective of one's own: subclass it once in ``train/method_NAME.py``.
+
+    What every process does must depend on the step alone, never on the rows it has: the same
+    forward passes in all of them, the same names. Only ``count`` and ``losses`` must be written.
+    """
+
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    # What `evaluate` returns, for train.keep_best. Names that end in accuracy, precision, recall,
+    # f1 or agreement are better upwards, all others downwards.
+    values: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, settings: MethodSettings, run: MethodRun):
+        """Takes what it needs; raises InputError for what cannot be computed."""
+        self.settings, self.run = settings, run
+
+    @property
+    def name(self) -> str:
+        """What it is called in the configuration; its losses and values are NAME/…"""
+        return self.settings.method
+
+    @property
+    def teachers(self) -> Sequence[str]:
+        """All teachers whose targets it ever reads. They must be complete and have seen the
+        student's masks; that is checked.
+        """
+        return ()
+
+    def teachers_at(self, step: int) -> Sequence[str]:
+        """Those it reads at ``step`` (0-based). Not asked at steps where its weight is 0."""
+        return self.teachers
+
+    @classmethod
+    def module(cls, settings: MethodSettings, student: "Student") -> nn.Module | None:
+        """Parameters of its own (a head, say), freshly initialised; None for none.
+
+        They are ``student.method_module(NAME)`` afterwards, trained, saved and loaded with it.
+        """
+        return None
+
+    def count(self, batch: Batch) -> Mapping[str, int]:
+        """How many rows each of its losses is over, by the loss's name: always the same names.
+
+        Asked on the host for a whole step, before it is split. The loss is Σ rows / count.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, student: "Student", batch: Batch, step: int, device: torch.device
+    ) -> Iterable[tuple[str, Tensor, Tensor]]:
+        """(name, loss, shown) of a micro-batch: sums over its rows. ``shown`` is what is logged:
+        the loss itself, or without a factor that the loss carries.
+
+        A random draw must depend on the example (``batch.digests``) and ``batch.epoch`` or
+        ``step``, never on the example's place in the batch.
+        """
+        raise NotImplementedError
+
+    def evaluate(
+        self, student: "Student", batch: Batch, device: torch.device
+    ) -> Mapping[str, tuple[float, int]]:
+        """(numerator, denominator) of each held-out value in a batch; they are summed up first."""
+        return {}
+
+
+def method_terms(student: StudentConfig, objective: ObjectiveConfig) -> tuple[MethodTerm, ...]:
+    """The methods of an objective: those that are configured, and that of the student's task."""
+    own = METHOD_OF_TASK.get(student.task)
+    if own is None or own in {term.method for term in objective.methods}:
+        return objective.methods
+    return (*objective.methods, MethodTerm(method=own))
+
+
+def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, ...]:
+    """The methods of a run. Raises InputError, naming the term, for what cannot be computed."""
+    made: list[Method] = []
+    for number, term in enumerate(terms):
+        where = f"train.objective.methods.{number}"
+        if term.method in {method.name for method in made}:
+            raise InputError(f"{where}: the method {term.method!r} stands there twice")
+        kind = find_method(term.method)
+        given = {"method": term.method} | (term.model_extra or {})
+        made.append(kind(parse_settings(kind.Settings, given, where), run))
+    return tuple(made)
+
+
+def add_module(kind: type[Method], settings: MethodSettings, student: "Student") -> None:
+    """Give the student what the method adds to it."""
+    dumped: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    student.add_method(settings.method, dumped, kind.module(settings, student))
