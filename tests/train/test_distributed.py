@@ -35,6 +35,11 @@ SPARSE = {
     "batch_sequences": 2,
     "objective": {"hard": {"weight": 0}, "distill": [{"teachers": ["odd.lm"]}]},
 }
+# The same of a method, with a head of its own.
+REPLACED = {
+    "batch_sequences": 2,
+    "objective": {"methods": [{"method": "replaced_tokens", "teacher": "odd.lm"}]},
+}
 
 
 def train_config(**values):
@@ -93,7 +98,12 @@ def runs(masked_world, student, tmp_path_factory):
         {"student": student, "train": train, "out": str(folder / name)}
         for name, train in trains.items()
     ]
+    rtd = student | {"task": "replaced_token_detection"}
+    for parallel in ("ddp", "fsdp"):
+        train, out = train_config(**REPLACED, parallel=parallel), str(folder / f"rtd-{parallel}")
+        jobs.append({"student": rtd, "train": train, "out": out})
     torchrun(folder, masked_world.path, jobs)
+    alone(masked_world, rtd, train_config(**REPLACED), folder / "rtd-alone")
     alone(masked_world, student, trains["ddp"], folder / "alone")
     alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
     return folder
@@ -131,6 +141,15 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_train_the_student_of_one(runs, name):
     assert_same_run(runs / name, runs / "alone")
+
+
+@pytest.mark.parametrize("name", ["rtd-ddp", "rtd-fsdp"])
+def test_a_method_does_not_see_the_processes(runs, name):
+    """The same replacements, rows and head; in some steps a process has no row of its own."""
+    steps = [r for r in read_metrics(runs / "rtd-alone") if r["kind"] == "train"]
+    assert len({"replaced_tokens/loss" in r for r in steps}) == 2
+    assert any(key.startswith("heads.method:") for key in weights(runs / name))
+    assert_same_run(runs / name, runs / "rtd-alone")
 
 
 @pytest.mark.parametrize("name", ["sparse-ddp", "sparse-fsdp"])
