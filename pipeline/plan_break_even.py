@@ -5,13 +5,14 @@ every sequence that it sees, a cache runs them on every sequence of the corpus o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan_teacher import TeacherWork
-from rekindle.train.config import TrainConfig
+from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at
 
 
@@ -43,7 +44,7 @@ def break_even(config: RunConfig, sequences: int, teachers: Sequence[TeacherWork
     passes = {
         work.name: _passes(config, sequences, work, active)
         for work in teachers
-        if (active := active_steps(config.train, work.name))
+        if (active := active_steps(config.train, work.name, _methods_reading(config, work)))
     }
     if not passes:
         none = "Break-even: the student's objective uses none of these teachers."
@@ -57,11 +58,36 @@ def break_even(config: RunConfig, sequences: int, teachers: Sequence[TeacherWork
     return BreakEven(runs, unused | own, _sentence(runs, passes))
 
 
-def active_steps(train: TrainConfig, teacher: str) -> int:
-    """Steps at which the objective reads a teacher's targets."""
-    terms = [term for term in train.objective.distill if teacher in term.teachers]
+def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:
+    """Steps at which the objective reads a teacher's targets, ``methods`` being those that do."""
+    weights = [term.weight for term in train.objective.distill if teacher in term.teachers]
+    for term in methods:
+        given = {"method": term.method, "weight": (term.model_extra or {}).get("weight", 1.0)}
+        weights.append(parse_settings(MethodSettings, given, "train.objective.methods").weight)
     steps = range(train.steps)
-    return sum(any(weight_at(t.weight, step, train.steps) > 0 for t in terms) for step in steps)
+    return sum(any(weight_at(w, step, train.steps) > 0 for w in weights) for step in steps)
+
+
+def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
+    """Methods that name the teacher among their settings, as far as that is known unloaded.
+
+    A method that is a student's task takes the masked LM if it names none.
+    """
+    assert config.student is not None
+    known = {teacher.name for teacher in config.teachers}
+    found = []
+    for term in config.train.objective.methods_for(config.student.task):
+        named = known & set(_words(term))
+        itself = term.method in METHOD_OF_TASK.values() and work.task == "masked_lm"
+        if work.name in named or (itself and not named):
+            found.append(term)
+    return found
+
+
+def _words(term: MethodTerm) -> Iterator[str]:
+    """The words that are a method's settings, or items of them."""
+    for value in (term.model_extra or {}).values():
+        yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is str)
 
 
 def _passes(config: RunConfig, sequences: int, work: TeacherWork, active: int) -> Passes:

@@ -9,6 +9,8 @@ from rekindle.train.methods import unknown_method
 from rekindle.train.schedules import Schedule
 
 WeightField = Annotated[float, Field(ge=0)] | Schedule
+# A student's task that is a method: it stands in the objective without being named there.
+METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 
 
 class StudentConfig(Settings):
@@ -124,6 +126,13 @@ class ObjectiveConfig(Settings):
     hard: HardConfig = Field(default_factory=HardConfig, description="cross-entropy on the text")
     distill: tuple[DistillTerm, ...] = Field((), description="distillation terms")
     methods: tuple[MethodTerm, ...] = Field((), description="terms in files of their own")
+
+    def methods_for(self, task: str) -> tuple[MethodTerm, ...]:
+        """The methods, and that of the student's task where it is not among them."""
+        own = METHOD_OF_TASK.get(task)
+        if own is None or own in {term.method for term in self.methods}:
+            return self.methods
+        return (*self.methods, MethodTerm(method=own))
 
 
 class TrainConfig(Settings):

@@ -18,7 +18,8 @@ NAMES = tuple(
 
 
 class Coverage:
-    """Counts over all steps. A sequence has KD if any of its targets is used; a position, one of
+    """Counts over all steps. A sequence has KD if any of its targets is used, by a distillation
+    term or by a method; a position, one of
     those with an LM loss, if a vocabulary teacher has a target there.
     """
 

@@ -113,7 +113,7 @@ def train_student(
             batch = objective.select(read, step)
             values = _step(training, batch, step, watch)
             coverage.count(
-                batch, objective.task, objective.terms(step), objective.hard_weight(step)
+                batch, objective.task, objective.users(step), objective.hard_weight(step)
             )
             done = step + 1
             waited = stream.waited - waited_before

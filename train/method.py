@@ -16,14 +16,11 @@ from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.train.config import MethodSettings, MethodTerm, ObjectiveConfig, StudentConfig
+from rekindle.train.config import MethodSettings, MethodTerm
 from rekindle.train.methods import find_method
 
 if TYPE_CHECKING:
     from rekindle.train.student import Student
-
-# A student's task that is a method: it stands in the objective without being named there.
-METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 
 
 @dataclass(frozen=True)
@@ -100,14 +97,6 @@ class Method:
     ) -> Mapping[str, tuple[float, int]]:
         """(numerator, denominator) of each held-out value in a batch; they are summed up first."""
         return {}
-
-
-def method_terms(student: StudentConfig, objective: ObjectiveConfig) -> tuple[MethodTerm, ...]:
-    """The methods of an objective: those that are configured, and that of the student's task."""
-    own = METHOD_OF_TASK.get(student.task)
-    if own is None or own in {term.method for term in objective.methods}:
-        return objective.methods
-    return (*objective.methods, MethodTerm(method=own))
 
 
 def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, ...]:

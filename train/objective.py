@@ -106,6 +106,11 @@ class Objective:
         """The distillation terms with a weight above 0 at ``step``."""
         return [term for term, _ in self.active(step)]
 
+    def users(self, step: int) -> list[DistillTerm]:
+        """Who uses targets at ``step``: its terms, and each method as if it were one."""
+        read = [tuple(method.teachers_at(step)) for method, _ in self.active_methods(step)]
+        return [*self.terms(step), *(DistillTerm(teachers=names) for names in read if names)]
+
     def select(self, batch: Batch, step: int) -> Batch:
         """The batch with only those targets that the terms of ``step`` use."""
         return select_targets(batch, self.terms(step))

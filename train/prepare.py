@@ -10,7 +10,7 @@ from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
-from rekindle.train.method import MethodRun, add_module, make_methods, method_terms
+from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.models import quiet_transformers, resolve_model
 from rekindle.train.objective import Objective
 from rekindle.train.split import split_corpus
@@ -82,7 +82,7 @@ def prepare_objective(
     """
     task = student.language_task
     run = MethodRun(cache, task, masked_view, config.steps, config.seed)
-    methods = make_methods(method_terms(student, config.objective), run)
+    methods = make_methods(config.objective.methods_for(student.task), run)
     names = [name for term in config.objective.distill for name in term.teachers]
     names += [name for method in methods for name in method.teachers]
     for name in names:

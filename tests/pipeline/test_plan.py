@@ -537,7 +537,7 @@ def test_steps_without_weight_cost_no_live_teacher(steps, fraction, start, end, 
     values = {"steps": steps, "objective": {"distill": [{"teachers": ["a"], "weight": weight}]}}
     train = parse_settings(TrainConfig, values)
     objective = Objective.__new__(Objective)
-    objective.config, objective.steps = train.objective, steps
+    objective.config, objective.steps, objective.methods = train.objective, steps, ()
     expected = sum("a" in objective.teachers_at(step) for step in range(steps))
     assert active_steps(train, "a") == expected
     assert active_steps(train, "b") == 0
@@ -549,6 +549,11 @@ def test_break_even_needs_a_student_that_uses_teachers(tmp_path, configure, teac
     found = plan_run(student(config), probe=False).break_even
     assert (found.runs, found.teachers) == (None, {"lm": None})
     assert "uses none" in found.sentence
+    for named in ({}, {"teacher": "lm"}):
+        methods = [{"method": "replaced_tokens", "weight": {"over": 0.5}} | named]
+        using = student(config, steps=4, batch_sequences=12, objective={"methods": methods})
+        assert plan_run(using, probe=False).break_even.teachers["lm"] is not None
+    assert active_steps(using.train, "lm", using.train.objective.methods) == 2
     weightless = {"distill": [{"teachers": ["lm"], "weight": 0.0}]}
     found = plan_run(student(config, objective=weightless), probe=False).break_even
     assert found.runs is None

@@ -516,6 +516,8 @@ def test_a_run_leaves_its_head_and_its_values(kinds, student, tmp_path):
         n for n in result.evaluation if n.startswith("replaced")
     }
     assert 0 < result.evaluation["replaced_tokens/accuracy"] <= 1
+    assert result.coverage["sequences_with_kd"] == 4 * QUICK["steps"]  # its targets are used
+    assert result.coverage["positions_ce_only"] == 0
     steps = [r for r in read_metrics(out) if r["kind"] == "train"]
     for r in steps:
         assert r["loss"] == pytest.approx(r["ce"] + 50 * r["replaced_tokens/loss"], rel=1e-5)
