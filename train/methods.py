@@ -21,7 +21,10 @@ GROUP = "rekindle.methods"  # of entry points, NAME = package.module:Class
 
 def unknown_method(name: str) -> str | None:
     """Why there is no method of that name, naming the nearest; None where there is one."""
-    known = sorted(own_methods() | installed_methods().keys())
+    own = own_methods()
+    if name in own:  # then nobody looks through what is installed
+        return None
+    known = sorted(own | installed_methods().keys())
     if name in known:
         return None
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
