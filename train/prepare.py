@@ -206,5 +206,14 @@ def describe_run(
                 for term in config.objective.distill
                 for name in term.teachers
             },
+            **_other_views(cache, config),
         },
     }
+
+
+def _other_views(cache: Cache, config: TrainConfig) -> dict[str, Any]:
+    """The view of each masked LM that saw other inputs than the student, where there are some."""
+    names = [name for term in config.objective.distill for name in term.teachers]
+    infos = {name: cache.teacher(name).info for name in names}
+    views = {name: info.view for name, info in infos.items() if info.sees_clean_text}
+    return {"teacher_views": views} if views else {}
