@@ -146,8 +146,10 @@ def mask_sequence(
 
     ``input_ids`` [S]; ``content`` [S] is False at special tokens, which are never masked;
     ``word_starts`` [S] is True where a word begins. At least one token is masked if there is any
-    content and the policy is ``random``.
+    content and the policy is ``random``. ValueError for policy ``hard``, which needs losses.
     """
+    if config.policy == "hard":
+        raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
     positions = np.flatnonzero(content)
     if config.policy == "cover":
         chosen = _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)

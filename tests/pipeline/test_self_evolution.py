@@ -34,6 +34,7 @@ from rekindle.pipeline.train_student import student_view, train_from_config
 from rekindle.pipeline.verify import verify_cache
 from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
+from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.objective import Objective
 from rekindle.train.student import build_student
 
@@ -490,7 +491,7 @@ def test_another_view_under_the_same_name_is_refused(tmp_path, evolve, configure
 def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, model):
     second = {"name": "second", "model": str(model), "task": "masked_lm", "targets": {"k": 5}}
     config = evolve(tmp_path, {"limit": 0.5}, teachers=[second])
-    before = plan_run(config, probe=False)
+    before = plan_run(config, probe=True)
     work = {teacher.name: teacher for teacher in before.teachers}
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
     cache_teachers(config)
@@ -503,6 +504,7 @@ def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, model):
     assert work["reference"].positions == cache.teacher("reference").positions
     assert work["second"].positions >= cache.teacher("second").positions
     assert (work["reference"].replicas, work["second"].replicas) == (1, 1)
+    assert all(teacher.seconds > 0 for teacher in before.teachers)
     after = plan_run(config, probe=False)
     assert [t.units_to_make for t in after.teachers] == [0, 0]
     assert after.views[0].units_present == 3
@@ -545,8 +547,7 @@ class Step:
         loss, terms = 0.0, {}
         for part in split_batch(batch, micro):
             result = self.objective.loss(self.student, part, counts, 0, CPU)
-            if result.total.requires_grad:
-                result.total.backward()
+            result.total.backward()  # also of a micro-batch in which nothing is masked
             loss += float(result.total.detach())
             for key, value in result.terms.items():
                 terms[key] = terms.get(key, 0.0) + float(value)
@@ -655,6 +656,77 @@ def test_clean_targets_teach_under_random_masks_too(tmp_path, configure, model, 
         own = torch.log_softmax(logits.double(), -1).detach()
         kl, rows = kl + float((reference.exp() * (reference - own)).sum()), rows + len(positions)
     assert loss == pytest.approx(kl / rows, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, configure, model, make_model, wordpiece) -> tuple[Cache, RunConfig]:
+    """Two references that see the text as it is, and random masks."""
+    other = make_model("bert", "AutoModelForMaskedLM", wordpiece, 6, initializer_range=0.3)
+    shared = {"task": "masked_lm", "view": "clean", "targets": {"kind": "dense"}}
+    config = configure(
+        tmp_path_factory.mktemp("two") / "cache",
+        [
+            {"name": "one", "model": str(model), **shared},
+            {"name": "two", "model": str(other), **shared},
+        ],
+        cache={"mask": {"policy": "random", "probability": 0.3}},
+    )
+    values = config.model_dump(mode="json") | {"student": {"model": str(model)}}
+    config = parse_settings(RunConfig, values)
+    cache_teachers(config)
+    return Cache.open(config.cache.path), config
+
+
+COMBINED = [
+    {"combine": "mixture"},
+    {"combine": "route"},
+    {"positions": "masked"},
+    {"entropy_fraction": 0.5},
+    {"divergence": "reverse_kl"},
+]
+
+
+@pytest.mark.parametrize("settings", COMBINED, ids=str)
+def test_clean_references_combine_as_others_do(two, student, settings):
+    cache, config = two
+    objective = {"hard": {"weight": 0}, "distill": [{"teachers": ["one", "two"], **settings}]}
+    step, index = Step(cache, student, objective), np.arange(12)
+    loss, _, _ = step.run(index)
+    sums, rows = [0.0, 0.0], 0
+    for number, logits, _, positions in step.masked_logits(index):
+        ids = cache.example(number).input_ids
+        q = [log_probs_of(Path(t.model), ids)[positions].exp() for t in config.teachers]
+        q = [(q[0] + q[1]) / 2] if settings.get("combine") == "mixture" else q
+        q = q[:1] if settings.get("combine") == "route" else q
+        log_p = torch.log_softmax(logits.detach().double(), -1)
+        kept = torch.arange(len(positions))
+        if "entropy_fraction" in settings:
+            entropy = -(log_p.exp() * log_p).sum(1)
+            kept = entropy.argsort(descending=True)[: -(-len(positions) // 2)]
+        for place, one in enumerate(q):
+            reverse = settings.get("divergence") == "reverse_kl"
+            d = log_p.exp() * (log_p - one.log()) if reverse else one * (one.log() - log_p)
+            sums[place] += float(d.sum(1)[kept].sum())
+        rows += len(kept)
+    assert loss == pytest.approx(sum(sums) / rows, rel=1e-4)
+
+
+def test_an_evaluation_compares_at_the_masked_positions(two, student):
+    cache, _ = two
+    step, index = Step(cache, student, {}), np.arange(3, 12)
+    name = cache.masked_view().name
+    data = EvaluationData(cache, index, ("one", "two"), name, batch_sequences=4)
+    found = evaluate(step.student, data, CPU)
+    sums, agree, rows = 0.0, 0, 0
+    for number, logits, _, positions in step.masked_logits(index):
+        (target,) = cache.example(number).targets["one"]
+        q = torch.tensor(target.log_probs[np.searchsorted(target.positions, positions)]).double()
+        log_p = torch.log_softmax(logits.detach().double(), -1)
+        sums += float((q.exp() * (q - log_p)).sum())
+        agree += int((q.argmax(1) == log_p.argmax(1)).sum())
+        rows += len(positions)
+    assert found["kl/one"] == pytest.approx(sums / rows, rel=1e-4)
+    assert found["agreement/one"] == pytest.approx(agree / rows)
 
 
 @pytest.fixture(scope="module")
