@@ -831,3 +831,31 @@ def test_a_run_teaches_the_next_generation(made, tmp_path, evolve):
         (target,) = example.targets["reference"]
         losses = losses_of(tmp_path / "run", example.input_ids)[target.positions]
         assert np.abs(-target.gold_log_prob - losses).max() <= STEP / 2 + NOISE
+
+
+# --- the recipe -----------------------------------------------------------------------------------
+
+
+def test_the_recipe_masks_and_teaches_as_published(tmp_path, corpus_file, wordpiece, model):
+    recipe = Path(run_teacher.__file__).parent / "recipes" / "self-evolution.yaml"
+    small = [f"corpus.source=[{corpus_file}]", f"corpus.tokenizer={wordpiece}"]
+    small += [f"teachers.reference.model={model}", f"student.model={model}"]
+    small += [f"cache.path={tmp_path / 'cache'}", "corpus.limit_sequences=40"]
+    small += ["train.steps=3", "train.batch_sequences=4"]
+    config = load_config(recipe, [*small, "cache.mask.limit=null"])
+    assert (config.cache.mask.loss_above, config.teachers[0].view) == (HARD, "clean")
+    hard, (distill,) = config.train.objective.hard, config.train.objective.distill
+    assert (hard.weight, distill.weight, distill.temperature) == (0.9, 0.1, 1.0)
+    cache_teachers(config)
+    cache = Cache.open(tmp_path / "cache")
+    for example, (positions, _) in zip(
+        examples(tmp_path / "cache"), masked_rows(cache), strict=True
+    ):
+        content = content_of(example.input_ids)
+        losses = losses_of(model, example.input_ids)[content]
+        unclear = int((np.abs(losses - HARD) <= STEP / 2 + NOISE).sum())
+        assert abs(len(positions) - int((losses > HARD).sum())) <= unclear
+    train_from_config(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["coverage"]["positions_with_kd"] > 0
+    assert summary["coverage"]["positions_ce_only"] == 0
