@@ -6,13 +6,14 @@ order.
 
 Policies: ``random`` masks ``probability`` of the content tokens, independently per replica (BERT).
 ``cover`` shares the tokens out over the replicas, so that each token is masked in exactly one of
-them. Units: ``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their
-number drawn from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT). Neither a
-word nor a span reaches over a special token.
+them. ``hard`` masks what a teacher finds hard, by its stored losses: see ``hard_masks.py``. Units:
+``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their number drawn
+from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT). Neither a word nor a span
+reaches over a special token.
 """
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,25 +24,69 @@ from rekindle.data.settings import Settings
 
 SPAN_P = 0.2
 SPAN_MAX = 10
+HARD_KEYS = ("teacher", "loss_above", "limit")  # of policy hard alone
 
 
 class MaskConfig(Settings):
     """How tokens are chosen and replaced."""
 
-    policy: Literal["random", "cover"] = Field(
+    policy: Literal["random", "cover", "hard"] = Field(
         "random",
-        description="random: independent replicas; cover: each token masked in one replica",
+        description="random: independent replicas; cover: each token masked in one replica; hard: "
+        "the tokens that a teacher finds hard when it sees the text unmasked, in one replica "
+        "(self-evolution)",
     )
     unit: Literal["token", "word", "span"] = Field("token", description="what is masked together")
     probability: float = Field(
         0.15, gt=0, lt=1, description="share of the content tokens (policy random)"
     )
     mask_token: float = Field(
-        0.8, ge=0, le=1, description="chosen tokens replaced by the mask token"
+        0.8,
+        ge=0,
+        le=1,
+        description="chosen tokens replaced by the mask token; policy hard: all of them, if not "
+        "given",
     )
     random_token: float = Field(
-        0.1, ge=0, le=1, description="chosen tokens replaced by a random one"
+        0.1,
+        ge=0,
+        le=1,
+        description="chosen tokens replaced by a random one; policy hard: none, if not given",
     )
+    teacher: str | None = Field(
+        None, description="policy hard: the masked_lm teacher with view: clean whose losses count"
+    )
+    loss_above: float = Field(
+        0.1,
+        ge=0,
+        description="policy hard: nats of −log p of the true token above which it is hard",
+    )
+    limit: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="policy hard: at most this share of a sequence's tokens (but one), the hardest "
+        "first; null: all hard ones",
+    )
+
+    @model_validator(mode="after")
+    def _of_the_policy(self) -> "MaskConfig":
+        hard = self.policy == "hard"
+        unused = ("unit", "probability") if hard else HARD_KEYS
+        defaults = {key: MaskConfig.model_fields[key].default for key in unused}
+        given = [key for key in unused if getattr(self, key) != defaults[key]]
+        if given:
+            raise ValueError(f"{given[0]} has no meaning with policy {self.policy}; leave it out")
+        if hard and self.teacher is None:
+            raise ValueError(
+                "policy hard needs teacher: the name of the masked_lm teacher with view: clean "
+                "whose losses say which tokens are hard"
+            )
+        if hard and not {"mask_token", "random_token"} & self.model_fields_set:
+            # Frozen: self-evolution hides every token that it masks.
+            object.__setattr__(self, "mask_token", 1.0)
+            object.__setattr__(self, "random_token", 0.0)
+        return self
 
     @model_validator(mode="after")
     def _shares(self) -> "MaskConfig":
@@ -50,6 +95,14 @@ class MaskConfig(Settings):
                 "mask_token + random_token must not exceed 1 (the rest is kept as it is)"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides masks; the same for every version that has made them.
+
+        The teacher of policy hard counts by what it is, not by its name: see ``HardMaskedView``.
+        """
+        unused = ("unit", "probability", "teacher") if self.policy == "hard" else HARD_KEYS
+        return self.model_dump(exclude={*unused})
 
 
 class MaskingVocabulary(NamedTuple):
@@ -93,13 +146,31 @@ def mask_sequence(
 
     ``input_ids`` [S]; ``content`` [S] is False at special tokens, which are never masked;
     ``word_starts`` [S] is True where a word begins. At least one token is masked if there is any
-    content and the policy is ``random``.
+    content and the policy is ``random``. ValueError for policy ``hard``, which needs losses.
     """
+    if config.policy == "hard":
+        raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
     positions = np.flatnonzero(content)
     if config.policy == "cover":
         chosen = _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
     else:
         chosen = _random(positions, word_starts, config, seed, digest, replica)
+    return replace_tokens(
+        input_ids, chosen, vocabulary, config, seed=seed, digest=digest, replica=replica
+    )
+
+
+def replace_tokens(
+    input_ids: NDArray[np.int32],
+    chosen: NDArray[np.intp],
+    vocabulary: MaskingVocabulary,
+    config: MaskConfig,
+    *,
+    seed: int,
+    digest: str,
+    replica: int,
+) -> Mask:
+    """The mask at the positions ``chosen``, ascending, of one sequence ``input_ids`` [S]."""
     random = generator(f"replace/{replica}", seed, digest)
     draw = random.random(len(chosen))
     replaced = input_ids[chosen].astype(np.int32)

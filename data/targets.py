@@ -106,6 +106,13 @@ class TeacherInfo(Settings):
         """Whether its targets are distributions over the vocabulary."""
         return self.task in VOCABULARY_TASKS
 
+    @property
+    def sees_clean_text(self) -> bool:
+        """Whether it is a masked LM that was shown nothing masked: it has a target for every
+        content token, at the token itself (a causal LM's is at the token before).
+        """
+        return self.task == "masked_lm" and self.view == "clean"
+
 
 @dataclass(frozen=True)
 class TokenTargets:
@@ -144,7 +151,9 @@ def contradiction(info: TeacherInfo) -> str | None:
     kinds = {"token_classification": ("token",)} | dict.fromkeys(
         VOCABULARY_TASKS, (*SPARSE, "random", "dense", "hidden", "tails")
     )
-    shown = {"masked_lm": "masked-", "causal_lm": "clean", "token_classification": "text"}
+    shown: dict[str, str | tuple[str, ...]]
+    shown = {"masked_lm": ("masked-", "clean"), "causal_lm": "clean"}
+    shown |= {"token_classification": "text"}
     needs = {"sequence": "num_labels", "token": "num_labels", "hidden": "hidden_size"}
     needs |= dict.fromkeys((*SPARSE, "random"), "k")
     size, k = info.vocabulary_size, info.k

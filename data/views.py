@@ -1,9 +1,10 @@
 """Views: how an example is shown to models other than as it stands; stored beside the corpus.
 
 ``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids that stand
-there. ``pairs-<kind>-<fingerprint>``: per sequence, two texts for sentence-pair experts and the
-student's encoding of them. A view's fingerprint covers everything that decides its bytes, so equal
-names mean equal inputs. Nothing is known here of the models that are shown them.
+there, drawn here or taken from a teacher's losses (``hard_masks.py``).
+``pairs-<kind>-<fingerprint>``: per sequence, two texts for sentence-pair experts and the student's
+encoding of them. A view's fingerprint covers everything that decides its bytes, so equal names mean
+equal inputs. Nothing is known here of the models that are shown them.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ PairKind = Literal["adjacent", "same-document", "random"]
 ALGORITHM = 1  # raise it when masks or pairs would come out differently
 
 
-def _fingerprint(parts: dict[str, Any]) -> str:
+def view_fingerprint(parts: dict[str, Any]) -> str:
+    """The part of a view's name that stands for all that decides its bytes."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -54,18 +56,23 @@ class MaskedView:
         self.corpus, self.config, self.seed, self.replicas = corpus, config, seed, replicas
         self.identity = {
             "algorithm": ALGORITHM,
-            "mask": config.model_dump(),
+            "mask": config.identity(),
             "seed": seed,
             "tokenizer": tokenizer["digest"],
             # Replicas of `random` are independent and can be added to; `cover` deals tokens out
             # over all.
             "replicas": replicas if config.policy == "cover" else None,
         }
-        self.name = f"masked-{_fingerprint(self.identity)}"
+        self.name = f"masked-{view_fingerprint(self.identity)}"
         self.vocabulary = MaskingVocabulary.of(
             tokenizer["size"], tokenizer["mask_id"], frozenset(tokenizer["special_ids"])
         )
         self.shards = ShardSet(corpus.store, f"views/{self.name}")
+
+    @property
+    def share(self) -> float:
+        """About how much of a sequence is masked."""
+        return self.config.probability
 
     def build(self) -> None:
         """Write what is missing of every replica of every corpus shard."""
@@ -138,7 +145,7 @@ class PairView:
             "seed": seed,
             "tokenizer": corpus.info["tokenizer"]["digest"],
         }
-        self.name = f"pairs-{kind}-{_fingerprint(self.identity)}"
+        self.name = f"pairs-{kind}-{view_fingerprint(self.identity)}"
         self.shards = ShardSet(corpus.store, f"views/{self.name}")
 
     def build(self) -> None:

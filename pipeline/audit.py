@@ -76,6 +76,8 @@ def _check_same(info: TeacherInfo, config: TeacherConfig, directory: Path) -> No
     pairs = f"pairs-{config.pairs}-" if config.pair_expert else "pairs-"
     if config.task != info.task or info.view.startswith("pairs-") != config.pair_expert:
         raise _another(config.name, directory, "task")
+    if info.view.startswith("masked-") != config.sees_masks:
+        raise _another(config.name, directory, "view")
     if config.pair_expert and not info.view.startswith(pairs):
         raise _another(config.name, directory, "kind of pairs")
 

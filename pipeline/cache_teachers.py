@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.queues import Queue
 
@@ -25,6 +25,7 @@ import torch
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus import Corpus, build_corpus
 from rekindle.data.errors import InputError
+from rekindle.data.hard_masks import HardMaskedView
 from rekindle.data.head import HEAD_FILES, write_head
 from rekindle.data.manifest import begin_manifest
 from rekindle.data.scalars import ScalarSums
@@ -42,6 +43,7 @@ from rekindle.data.teacher_files import read_teacher
 from rekindle.data.teacher_reader import FINISHED, TeacherReader
 from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.hard_masks import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.parts import plan_parts, view_of
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.repair import repair_cache
@@ -97,10 +99,15 @@ def cache_teachers(
         begin_manifest(store)
         corpus = _build_corpus(store, config, progress)
         views = build_views(corpus, config, progress)
+        hard = hard_view(corpus, config)
+        views = replace(views, masked=hard or views.masked)
         parts = _plan_parts(corpus, views, chosen, config.cache.seed)
+        before, after = masks_last(parts, hard)
         done = present = 0
-        for part in parts:
-            missing, finished = missing_units(corpus, part.info, config.cache.replicas)
+        for part in [*before, *after]:
+            if hard and part in after:
+                build_hard_masks(hard, True, progress)
+            missing, finished = missing_units(corpus, part.info, config.cache.masked_replicas)
             present += finished
             done += len(missing)
             if not alone:  # in step with another process, both would make every unit
@@ -109,6 +116,8 @@ def cache_teachers(
                 _run(part, corpus, missing, workers, progress)
             if part.info.part:
                 store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+        if hard:
+            build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
 
@@ -150,20 +159,22 @@ def _build_corpus(store: Store, config: RunConfig, progress: Progress) -> Corpus
 class Views:
     """The views that the configured teachers and student need."""
 
-    masked: MaskedView | None
+    masked: MaskedView | HardMaskedView | None
     pairs: dict[str, PairView]
 
 
 def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
-    """Write the views the configuration asks for, or what is missing of them."""
+    """Write the views the configuration asks for, or what is missing of them.
+
+    Masks of policy hard come later: from what a teacher says of the text.
+    """
     masked = None
-    if config.needs_masks:
-        if corpus.info["tokenizer"]["mask_id"] is None:
-            raise InputError(
-                f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A "
-                "masked_lm "
-                "teacher or student needs a tokenizer with one"
-            )
+    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
+        raise InputError(
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
+            "teacher or student needs a tokenizer with one"
+        )
+    if config.needs_masks and config.cache.mask.policy != "hard":
         masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
         with progress.task("masks", unit="sequences"):
             masked.build()

@@ -24,9 +24,19 @@ class CacheConfig(Settings):
     sequences_per_shard: int = Field(
         4096, gt=0, description="sequences per shard: the unit of work and of what a kill can lose"
     )
-    replicas: int = Field(4, gt=0, le=999, description="masked replicas for masked-LM teachers")
+    replicas: int = Field(
+        4,
+        gt=0,
+        le=999,
+        description="masked replicas for masked-LM teachers; mask.policy hard has one",
+    )
     mask: MaskConfig = Field(default_factory=MaskConfig, description="how tokens are masked")
     seed: int = Field(0, description="of masks and pairs")
+
+    @property
+    def masked_replicas(self) -> int:
+        """How many masked replicas there are: what a teacher finds hard is masked in one."""
+        return 1 if self.mask.policy == "hard" else self.replicas
 
 
 class RunConfig(Settings):
@@ -50,7 +60,8 @@ class RunConfig(Settings):
     def needs_masks(self) -> bool:
         """Whether a masked view is needed, by a teacher or by the student."""
         student = self.student is not None and self.student.language_task == "masked_lm"
-        return student or any(t.task == "masked_lm" for t in self.teachers)
+        asked_for = self.cache.mask.policy == "hard"
+        return student or asked_for or any(t.sees_masks for t in self.teachers)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -8,15 +8,17 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.hard_masks import HardMaskedView
 from rekindle.data.store import LocalStore, open_store
 from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.cache_teachers import Views, build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan_break_even import BreakEven, break_even
+from rekindle.pipeline.plan_masks import assumed_masks
 from rekindle.pipeline.plan_sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan_teacher import TeacherWork, plan_one_teacher
 from rekindle.pipeline.plan_text import shown_bytes, shown_plan
@@ -44,6 +46,7 @@ class ViewPlan:
     units_to_make: int
     units_present: int
     bytes: int
+    at_most: bool = False  # whether the bytes are a bound: what is hard is not known before
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder))
         views = build_views(survey.steps, _sampled(config), Progress.silent())
+        views = replace(views, masked=assumed_masks(config, survey, probe) or views.masked)
         corpus = _corpus_plan(config, survey)
         shown = _view_plans(config, survey, views)
         teachers = tuple(
@@ -129,16 +133,18 @@ def _corpus_plan(config: RunConfig, survey: CorpusSurvey) -> CorpusPlan:
 def _view_plans(config: RunConfig, survey: CorpusSurvey, views: Views) -> tuple[ViewPlan, ...]:
     last = len(survey.steps.commits) - 1  # the largest: what each file has anyway counts least
     plans = []
-    found: list[MaskedView | PairView] = [*([views.masked] if views.masked else [])]
+    found: list[MaskedView | HardMaskedView | PairView] = []
+    found += [views.masked] if views.masked else []
     for view in [*found, *views.pairs.values()]:
         work, present = work_of_view(
-            survey, view.name, config.cache.replicas, config.cache.sequences_per_shard
+            survey, view.name, config.cache.masked_replicas, config.cache.sequences_per_shard
         )
         commits = view.shards.committed()
         made = [commits[unit] for unit in commits if unit.startswith(f"{last:05d}")]
         per_row = sum(commit.bytes for commit in made) / sum(commit.rows for commit in made)
         size = round(sum(w.count * w.rows for w in work) * per_row)
-        plans.append(ViewPlan(view.name, sum(w.count for w in work), present, size))
+        bound = isinstance(view, HardMaskedView)
+        plans.append(ViewPlan(view.name, sum(w.count for w in work), present, size, bound))
     return tuple(plans)
 
 

@@ -92,9 +92,8 @@ def _words(term: MethodTerm) -> Iterator[str]:
 
 def _passes(config: RunConfig, sequences: int, work: TeacherWork, active: int) -> Passes:
     share = work.share or 1.0  # of domains that are not in the sample: the ratio is the same
-    replicas = config.cache.replicas if work.task == "masked_lm" else 1
     live = active * config.train.batch_sequences
-    return Passes(sequences * replicas * share, live * share)
+    return Passes(sequences * work.replicas * share, live * share)
 
 
 def _sentence(runs: int, passes: Mapping[str, Passes]) -> str:

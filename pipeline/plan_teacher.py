@@ -41,6 +41,7 @@ class TeacherWork:
     seconds_per_token: float | None  # of the corpus, in one replica, as probed
     seconds: float | None
     reason: str | None
+    replicas: int = 1  # how often it sees each sequence
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan_one_teacher(
     infos = [wanted]
     if plan and survey.present is not None:
         infos = [part.info for part in plan_parts(survey.present, plan)]
-    replicas, per_shard = config.cache.replicas, config.cache.sequences_per_shard
+    replicas, per_shard = config.cache.masked_replicas, config.cache.sequences_per_shard
     parts = [_Part(i, *work_of_part(survey, i, replicas, per_shard)) for i in infos]
     work = [shards for part in parts for shards in part.work]
     measured = probe_teacher(plan, survey.steps) if work and plan and probe else None
@@ -83,6 +84,7 @@ def plan_one_teacher(
         seconds_per_token=measured.seconds_per_token if measured else None,
         seconds=seconds,
         reason=reason,
+        replicas=replicas if wanted.view.startswith("masked-") else 1,
     )
 
 
@@ -125,7 +127,7 @@ def _described(
     teacher: TeacherConfig, config: RunConfig, survey: CorpusSurvey, views: Views, probe: bool
 ) -> tuple[TeacherPlan | None, str | None]:
     """The teacher from its files; or None, and why there are none."""
-    folder = _at_hand(teacher.model, must_be=probe)
+    folder = at_hand(teacher.model, must_be=probe)
     if folder is None:
         return None, f"its model {teacher.model} is not on this machine"
     if not survey.estimated:
@@ -140,7 +142,7 @@ def _described(
     return TeacherPlan(teacher, plan.directory, info), None
 
 
-def _at_hand(model: str, must_be: bool) -> Path | None:
+def at_hand(model: str, must_be: bool) -> Path | None:
     """The directory of a model that is on this machine. One of the hub may be missing; another
     only unless it ``must_be`` there, else InputError.
     """
@@ -174,7 +176,7 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
         return TeacherInfo(**about, monte_carlo_passes=teacher.monte_carlo.passes)
     targets = teacher.targets
     size = survey.reference.info["tokenizer"]["size"]
-    masked = views.masked if teacher.task == "masked_lm" else None
+    masked = views.masked if teacher.sees_masks else None
     about |= {"kind": targets.kind or "topk", "view": masked.name if masked else "clean"}
     about |= {"vocabulary_size": size, "hidden_size": known and known.hidden_size}
     about |= {"k": targets.k if targets.kind == "random" else min(targets.k, size)}

@@ -25,7 +25,8 @@ def shown_plan(plan: dict[str, Any]) -> str:
     for view in plan["views"]:
         made, left = view["units_present"], counted(view["units_to_make"], "unit")
         console.print(
-            f"view {view['name']}: {left} to make, {made:,} there" + _to_write(view["bytes"])
+            f"view {view['name']}: {left} to make, {made:,} there"
+            + _to_write(view["bytes"], "at most " if view["at_most"] else "")
         )
     if plan["teachers"]:
         console.print(_table(plan["teachers"]))
@@ -63,8 +64,8 @@ def _table(teachers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _to_write(size: int) -> str:
-    return f", {shown_bytes(size)} to write" if size else ""
+def _to_write(size: int, bound: str = "") -> str:
+    return f", {bound}{shown_bytes(size)} to write" if size else ""
 
 
 def _total(totals: dict[str, Any], cache: str) -> str:

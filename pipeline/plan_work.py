@@ -107,6 +107,8 @@ def _positions(sample: ShardRows, view: ViewReader | None) -> float:
         return sum(len(positions) for row in found for positions in row) / len(found)
     if view is not None:
         return sum(len(b["text_a"]) - b["text_a"].null_count for b in _batches(sample, view))
+    if info.sees_clean_text:
+        return sum(len(positions) for positions in sample.content_positions())
     if info.task == "causal_lm":
         return sum(max(0, len(ids) - 1) for ids in sample.lists("input_ids"))
     if info.kind == "token":

@@ -61,6 +61,10 @@ class ShardRows:
         """A list column of the corpus shard as NumPy arrays."""
         return split_lists(self.batches, name)
 
+    def content_positions(self) -> list[Rows]:
+        """The positions of each row that are no special token: what masks choose from."""
+        return [np.flatnonzero(starts >= 0) for starts in self.lists("char_starts")]
+
     @cached_property
     def wanted(self) -> NDArray[np.bool_]:
         """Rows of the domains the teacher is for."""
@@ -132,6 +136,10 @@ def _vocabulary_unit(
             for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)
         ]
         gold = [row[p] for row, p in zip(ids, positions, strict=True)]
+    elif teacher.info.sees_clean_text:
+        # Position t holds the distribution of token t, which the teacher sees.
+        positions = shard.content_positions()
+        seen, gold = ids, [row[p] for row, p in zip(ids, positions, strict=True)]
     else:
         # Position t holds the distribution of token t+1; the last position has no next token.
         positions = [np.arange(max(0, len(row) - 1)) for row in ids]

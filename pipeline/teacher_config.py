@@ -93,6 +93,20 @@ class TeacherConfig(Settings):
     batch_tokens: Literal["auto"] | int = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
+    view: Literal["masked", "clean"] | None = Field(
+        None,
+        description="of a masked_lm teacher. masked (the default): it sees the masked replicas and "
+        "has targets at what they mask; clean: it sees the text as it is, once, and has a target "
+        "for every token (self-evolution)",
+    )
+
+    @model_validator(mode="after")
+    def _views(self) -> "TeacherConfig":
+        if self.view is not None and self.task != "masked_lm":
+            raise ValueError(
+                f"view is for masked_lm teachers; a {self.task} teacher sees the text as it is"
+            )
+        return self
 
     @model_validator(mode="after")
     def _kinds(self) -> "TeacherConfig":
@@ -113,6 +127,11 @@ class TeacherConfig(Settings):
     def vocabulary(self) -> bool:
         """Whether it predicts tokens."""
         return self.task in VOCABULARY_TASKS
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether it is shown masked replicas."""
+        return self.task == "masked_lm" and self.view != "clean"
 
     @property
     def pair_expert(self) -> bool:

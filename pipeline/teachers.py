@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rekindle.data.codec_compact import LARGEST_VOCABULARY
 from rekindle.data.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.hard_masks import HardMaskedView
 from rekindle.data.head import StoredHead
 from rekindle.data.seal import seal
 from rekindle.data.shards import ROWS_PER_BATCH
@@ -63,7 +64,7 @@ class TeacherPlan:
 def plan_teacher(
     config: TeacherConfig,
     corpus: Corpus,
-    masked: MaskedView | None,
+    masked: MaskedView | HardMaskedView | None,
     pairs: PairView | None,
     seed: int,
 ) -> TeacherPlan:
@@ -162,7 +163,7 @@ def check_domains(config: TeacherConfig, corpus: Corpus) -> None:
 
 
 def _vocabulary_info(
-    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | None
+    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | HardMaskedView | None
 ) -> dict[str, Any]:
     size = corpus.info["tokenizer"]["size"]
     if settings.get_text_config().vocab_size < size:
@@ -181,7 +182,7 @@ def _vocabulary_info(
         )
     info = {"vocabulary_size": size} | _estimator_info(config, settings, size)
     if config.targets.codec == "compact":
-        share = 1.0 if masked is None else masked.config.probability
+        share = 1.0 if masked is None or config.view == "clean" else masked.share
         if size > LARGEST_VOCABULARY:
             raise InputError(
                 f"teacher {config.name!r}: the compact codec takes vocabularies up to "
@@ -189,7 +190,7 @@ def _vocabulary_info(
             )
         per_sequence = corpus.info["config"]["sequence_length"] * share
         info["rows_per_batch"] = compact_rows(per_sequence)
-    if config.task == "masked_lm":
+    if config.sees_masks:
         assert masked is not None
         return info | {"view": masked.name}
     return info | {"view": "clean"}

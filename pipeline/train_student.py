@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.hard_masks import HardMaskedView
 from rekindle.data.views import MaskedView
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
@@ -59,5 +60,10 @@ def student_view(cache: Cache, config: RunConfig) -> str | None:
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache
-    view = MaskedView(cache.corpus, masks.mask, masks.seed, masks.replicas)
+    view: MaskedView | HardMaskedView
+    if masks.mask.policy == "hard":
+        teacher = cache.teacher(masks.mask.teacher or "").parts[0].info
+        view = HardMaskedView(cache.corpus, masks.mask, masks.seed, teacher)
+    else:
+        view = MaskedView(cache.corpus, masks.mask, masks.seed, masks.replicas)
     return cache.masked_view(view.name).name

@@ -221,6 +221,11 @@ def _positions(
             batch = teacher.view.batch(shard, index, replica)
             offsets, flat = list_views(batch["positions"], "positions")
             yield from (flat[a:b].tolist() for a, b in pairwise(offsets))
+        elif teacher.info.sees_clean_text:
+            offsets, starts = list_views(
+                corpus.shard(shard).batch(index)["char_starts"], "char_starts"
+            )
+            yield from (np.flatnonzero(starts[a:b] >= 0).tolist() for a, b in pairwise(offsets))
         else:
             offsets, _ = list_views(corpus.shard(shard).batch(index)["input_ids"], "input_ids")
             yield from (list(range(length - 1)) for length in np.diff(offsets).tolist())

@@ -24,6 +24,7 @@ from rekindle.train.device_batch import (
     sparse_targets,
 )
 from rekindle.train.method import Method
+from rekindle.train.selection import at_masked_positions
 from rekindle.train.student import Student
 
 UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
@@ -126,6 +127,7 @@ Sums = dict[str, tuple[float, int]]
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
+    batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
     head = student.output_head
     hidden = student(rows.inputs, rows.select).hidden

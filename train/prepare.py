@@ -218,5 +218,13 @@ def describe_run(
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
             "teachers": {name: cache.teacher(name).fingerprint for name in objective.teachers},
+            **_other_views(cache, objective),
         },
     }
+
+
+def _other_views(cache: Cache, objective: Objective) -> dict[str, Any]:
+    """The view of each masked LM that saw other inputs than the student, where there are some."""
+    infos = {name: cache.teacher(name).info for name in objective.teachers}
+    views = {name: info.view for name, info in infos.items() if info.sees_clean_text}
+    return {"teacher_views": views} if views else {}

@@ -46,11 +46,27 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
     """The batch with only those targets that the terms use."""
     targets = dict(batch.targets)
     for term in terms:
-        if term.positions == "masked":
-            for name in term.teachers:
+        for name in term.teachers:
+            if term.positions == "masked" or sees_clean_text(targets[name]):
                 targets[name] = _masked_only(targets[name], batch)
         if term.combine == "route":
             targets |= _routed({name: targets[name] for name in term.teachers}, len(batch.index))
+    return replace(batch, targets=targets)
+
+
+def sees_clean_text(target: TargetBatch) -> bool:
+    """Whether a masked LM that saw the whole text made it: then it has targets at every token, of
+    which a masked LM has a loss at the masked ones alone (self-evolution).
+    """
+    return isinstance(target, TokenTargetBatch) and target.info.sees_clean_text
+
+
+def at_masked_positions(batch: Batch) -> Batch:
+    """The batch with targets of masked LMs only where the student has a loss."""
+    targets = {
+        name: _masked_only(target, batch) if sees_clean_text(target) else target
+        for name, target in batch.targets.items()
+    }
     return replace(batch, targets=targets)
 
 

@@ -41,7 +41,8 @@ class LossWatch:
 
     def _usual(self, weights: Weights) -> tuple[float, str]:
         """What a loss is compared with, and what that is called; infinite before there is any."""
-        alike = [loss for loss, then in self._recent if _alike(then, weights)]
+        # A loss of 0 is of a step that taught nothing: masks from losses may leave one without.
+        alike = [loss for loss, then in self._recent if loss and _alike(then, weights)]
         if len(alike) >= EARLIEST:
             return statistics.median(alike), f"the median of the last {len(alike)} steps"
         # A loss that begins near 0 belongs to a term whose weight is on its way up.

@@ -128,6 +128,8 @@ def test_the_values_of_the_example_are_the_defaults(run_file):
         "cache.mask.policy": ["random", "cover"],
         "cache.mask.unit": ["token", "word", "span"],
         "teachers.big-lm.targets.kind": ["topk", "dense"],
+        "cache.mask": ["{policy: hard, teacher: big-lm, loss_above: 0.1, limit: null}"],
+        "teachers.big-lm.view": ["masked", "clean"],
         "teachers.big-lm.precision": ["auto", "fp32", "bf16", "fp16"],
         "student.task": ["masked_lm", "causal_lm", "replaced_token_detection"],
         "train.objective.distill.0.divergence": ["forward_kl", "reverse_kl", "jsd", "tvd", "mse"],

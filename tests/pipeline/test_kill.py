@@ -409,6 +409,26 @@ def test_the_journal_knows_every_step(steps, whole):
     assert len(kinds_of(steps)) > 60
 
 
+def test_killed_while_masks_of_losses_are_made(tmp_path, configure, every):
+    """They are made after their teacher, and before those that see them."""
+    chosen = [every[0] | {"name": "reference", "view": "clean"}, every[0]]
+    hard = {"mask": {"policy": "hard", "teacher": "reference"}}
+    config = configure(tmp_path / "whole", chosen, CORPUS, hard)
+    journal = Journal(tmp_path / "journal", tmp_path / "whole")
+    assert (child := forked(config, journal)).wait() == 0, child.errors
+    lines = journal.lines()
+    steps = [step for step in kinds_of(lines).values() if "/views/masked-" in step]
+    assert len(steps) > 10
+    places = [lines.index(step) for step in steps]
+    assert lines.index("computed reference 00001") < min(places)
+    assert max(places) < lines.index("begun lm 00000-r000")
+    for number, step in enumerate(steps):
+        cache = tmp_path / str(number)
+        config = configure(cache, chosen, CORPUS, hard)
+        killed_at(step, cache, config, tmp_path)
+        assert_finished(cache, config, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("part", range(10))
 def test_killed_at_some_steps(tmp_path, configure, few, whole, steps, part):
     """Ten steps of all, always those around a commit; the slow test below takes each kind."""

@@ -181,6 +181,32 @@ def test_targets_at_a_temperature_are_the_models_own(masked_cache, masked_models
                 )
 
 
+@pytest.fixture(scope="module", params=["document", "contiguous"])
+def clean_cache(request, tmp_path_factory, configure, masked_models) -> Cache:
+    shared = {"task": "masked_lm", "targets": VOCABULARY_TARGETS["topk"], "view": "clean"}
+    teachers = [{"name": f, "model": str(path), **shared} for f, path in masked_models.items()]
+    path = tmp_path_factory.mktemp("clean")
+    corpus = {"packing": request.param, "limit_sequences": 6}
+    cache_teachers(configure(path, teachers, corpus=corpus))
+    return Cache.open(path)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_clean_targets_are_the_models_own(clean_cache, masked_models, name):
+    """A masked LM that sees the text as it is: a target for every token, at the token."""
+    assert not clean_cache.views
+    for example in examples(clean_cache):
+        (found,) = example.targets[name]
+        ids = example.input_ids
+        assert found.replica is None
+        assert (found.input_ids == ids).all()
+        content = np.flatnonzero(~np.isin(ids, [2, 3]))
+        assert found.positions.tolist() == content.tolist()
+        logits = logits_of(masked_models[name], "AutoModelForMaskedLM", input_ids=ids)
+        for row, position in enumerate(content.tolist()):
+            check_distribution(found, row, logits[position], int(ids[position]))
+
+
 # --- causal language models -----------------------------------------------------------------------
 
 CAUSAL = ["gpt2", "llama"]

@@ -38,6 +38,14 @@ def test_next_to_nothing_times_twenty_is_no_explosion():
     assert watch.complaint(1.2, 1.0) is not None
 
 
+@pytest.mark.parametrize("before", [1, 5, 60])
+def test_steps_that_taught_nothing_are_not_the_usual_ones(before):
+    """Where no token of a whole batch is masked, the loss is exactly 0."""
+    watch = LossWatch(10.0)
+    assert all(watch.complaint(loss, 1.0) is None for loss in [0.0] * before + [7.0, 0.0, 8.0])
+    assert watch.complaint(80.0, 1.0).endswith("the first step's, 7")
+
+
 def test_early_losses_are_held_against_the_first():
     watch = LossWatch(10.0)
     assert all(watch.complaint(loss, 1.0) is None for loss in [8.0, 20.0, 70.0, 3.0])
