@@ -168,6 +168,7 @@ class Batch:
     masked: MaskedInputs | None
     pairs: dict[str, PairInputs]  # by view name
     targets: dict[str, TargetBatch]  # by teacher name
+    documents: Sequence[str | None] = ()  # [B] ids, where they are known
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:

@@ -245,6 +245,7 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         masked=masked,
         pairs=pairs,
         targets={name: _target_rows(t, start, stop) for name, t in batch.targets.items()},
+        documents=batch.documents[part],
     )
 
 

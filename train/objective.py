@@ -123,7 +123,7 @@ class Objective:
             view = self.teachers[term.teachers[0]].view
             by_view.setdefault(view if view.startswith("pairs-") else "", []).append((term, weight))
         for view, own in sorted(by_view.items()):
-            inputs = _inputs_of(student, batch, view, device)
+            inputs = inputs_of(student, batch, view, device)
             output = self._run(student, inputs, batch, own, None)
             add_task_losses(output.logits, batch, own, self.teachers, counts, result.add)
         return result
@@ -175,7 +175,7 @@ class Objective:
         return output
 
 
-def _inputs_of(
+def inputs_of(
     student: Student, batch: Batch, view: str, device: torch.device
 ) -> Mapping[str, Tensor]:
     """What the student sees: the clean text, or the sentence pairs of a view."""
