@@ -82,6 +82,13 @@ def finetune(
     for override in set_ or []:
         set_value(values, override)
     config = parse_settings(FinetuneConfig, values, "--set")
+    if config.epochs == 0 and seeds != 1:
+        from rekindle.data.errors import InputError
+
+        raise InputError(f"--seeds {seeds}, but with epochs=0 nothing is trained; leave --seeds out")
+    if config.epochs == 0:
+        _score(model, train, dev, out, metric, config, as_json)
+        return
     result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
@@ -89,6 +96,21 @@ def finetune(
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
     typer.echo(f"expert: {out}")
+
+
+def _score(
+    model: str, train: Path, dev: Path, out: Path, metric: str | None, config: Any, as_json: bool
+) -> None:
+    """Score what a model has learned already, and show the ways to merge experts beside it."""
+    from rekindle.train.score_model import baselines_table, score_model
+
+    result = score_model(model, str(train), str(dev), str(out), metric=metric, config=config)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    if result.baselines is not None:
+        typer.echo(baselines_table(result.baselines))
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}")
 
 
 @app.command("cache-teachers")
