@@ -85,7 +85,9 @@ def finetune(
     if config.epochs == 0 and seeds != 1:
         from rekindle.data.errors import InputError
 
-        raise InputError(f"--seeds {seeds}, but with epochs=0 nothing is trained; leave --seeds out")
+        raise InputError(
+            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
+        )
     if config.epochs == 0:
         _score(model, train, dev, out, metric, config, as_json)
         return
