@@ -76,43 +76,22 @@ def finetune(
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
     from rekindle.train.finetune import FinetuneConfig
-    from rekindle.train.finetune import finetune as run
+    from rekindle.train.score_model import baselines_table
+    from rekindle.train.score_model import finetune_or_score as run
 
     values: dict[str, Any] = {}
     for override in set_ or []:
         set_value(values, override)
     config = parse_settings(FinetuneConfig, values, "--set")
-    if config.epochs == 0 and seeds != 1:
-        from rekindle.data.errors import InputError
-
-        raise InputError(
-            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
-        )
-    if config.epochs == 0:
-        _score(model, train, dev, out, metric, config, as_json)
-        return
     result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
-    if as_json:
-        typer.echo(json.dumps(result.as_dict()))
-        return
-    spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
-    typer.echo(f"expert: {out}")
-
-
-def _score(
-    model: str, train: Path, dev: Path, out: Path, metric: str | None, config: Any, as_json: bool
-) -> None:
-    """Score what a model has learned already, and show the ways to merge experts beside it."""
-    from rekindle.train.score_model import baselines_table, score_model
-
-    result = score_model(model, str(train), str(dev), str(out), metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
     if result.baselines is not None:
         typer.echo(baselines_table(result.baselines))
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}")
+    spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
+    typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
 @app.command("cache-teachers")

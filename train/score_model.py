@@ -7,7 +7,7 @@ from typing import Any
 from rekindle.data.errors import InputError
 from rekindle.train.classifier import evaluate
 from rekindle.train.expert_outputs import expert_output, head_of, names_for, student_logits
-from rekindle.train.finetune import FinetuneConfig, FinetuneResult, SeedResult
+from rekindle.train.finetune import FinetuneConfig, FinetuneResult, SeedResult, finetune
 from rekindle.train.merge_baselines import MergeConfig, bare_names, merge_scores, scores_by_name
 from rekindle.train.models import package_versions, quiet_transformers, resolve_model
 from rekindle.train.result_folder import check_out, staging_folder, write_json
@@ -16,6 +16,26 @@ from rekindle.train.student import ABOUT_FILE, Student
 from rekindle.train.task_data import TaskData, read_task
 
 Scores = dict[str, float]
+
+
+def finetune_or_score(
+    model: str,
+    train: str,
+    dev: str,
+    out: str,
+    *,
+    seeds: int = 1,
+    metric: str | None = None,
+    config: FinetuneConfig,
+) -> FinetuneResult:
+    """``finetune``, or with ``epochs: 0``, where nothing is trained, ``score_model``."""
+    if config.epochs:
+        return finetune(model, train, dev, out, seeds=seeds, metric=metric, config=config)
+    if seeds != 1:
+        raise InputError(
+            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
+        )
+    return score_model(model, train, dev, out, metric=metric, config=config)
 
 
 def score_model(

@@ -269,7 +269,7 @@ def test_the_students_union_head_is_scored_beside_its_experts(run_file, cache, t
     command += ["--set", "epochs=0", "--set", f"merge.experts=[{', '.join(experts)}]"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    table = done.stdout.splitlines()[1:-1]
+    table = done.stdout.splitlines()[1:-2]
     assert len(table) == 1 + 3 + 4
     assert table[0].startswith("student, head a+b+c  ")
     assert table[0].split()[-3] == "0.6000"

@@ -261,7 +261,9 @@ def test_the_command_prints_the_table(experts, task, tmp_path):
     assert done.exit_code == 0, done.output
     assert "concatenated logits" in done.stdout
     assert "MUKI, hard" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(f"accuracy on {task}: 0.")
+    *_, score, where = done.stdout.splitlines()
+    assert score.startswith(f"accuracy on {task}: 0.")
+    assert where == f"scores: {tmp_path / 's'}"
     again = CliRunner().invoke(app, [*given, "--json"])
     assert json.loads(again.stdout)["baselines"]["uniform mixture"]["accuracy"] >= 0
     many = CliRunner().invoke(app, [*given, "--seeds", "3"])
