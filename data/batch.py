@@ -169,6 +169,7 @@ class Batch:
     pairs: dict[str, PairInputs]  # by view name
     targets: dict[str, TargetBatch]  # by teacher name
     epoch: int = 0  # for what is drawn anew in every epoch
+    documents: Sequence[str | None] = ()  # [B] ids, where they are known
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:

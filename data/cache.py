@@ -185,13 +185,14 @@ class Cache:
                 )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
-        tokens, digests, domains = [], [], []
+        tokens, digests, domains, documents = [], [], [], []
         for shard, row in where:
             number, local = divmod(row, ROWS_PER_BATCH)
-            lists, digest_column, domain_column = self._record_batch(shard, number)
+            lists, digest_column, domain_column, document_column = self._record_batch(shard, number)
             tokens.append(lists.cut(local))
             digests.append((digest_column, local))
             domains.append((domain_column, local))
+            documents.append((document_column, local))
         lengths = np.array([last - first for _, first, last in tokens], np.int64)
         pad_id = self.corpus.info["tokenizer"]["pad_id"]
         clean = pad_cuts(tokens, lengths, pad_id)
@@ -215,21 +216,24 @@ class Cache:
                 for name in teachers
             },
             epoch=epoch,
+            documents=RowTexts(documents),
         )
 
-    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, Texts, Texts]:
-        """Tokens, digests and domains of a record batch of the corpus."""
+    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, Texts, Texts, Texts]:
+        """Tokens, digests, domains and documents of a record batch of the corpus."""
         found = self._records.get((shard, number))
         if found is None:
             batch = self.corpus.shard(shard).batch(number)
             offsets, ids = list_views(batch["input_ids"], "input_ids")
             lists = RowLists(offsets, {"input_ids": ids})
-            found = lists, Texts(batch["digest"]), Texts(batch["domain"])
+            names = ("digest", "domain", "document")
+            digest, domain, document = (Texts(batch[name]) for name in names)
+            found = lists, digest, domain, document
             self._records[shard, number] = found
         return found
 
     @cached_property
-    def _records(self) -> dict[tuple[int, int], tuple[RowLists, Texts, Texts]]:
+    def _records(self) -> dict[tuple[int, int], tuple[RowLists, Texts, Texts, Texts]]:
         return {}
 
     def _masked_inputs(

@@ -76,7 +76,8 @@ def finetune(
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
     from rekindle.train.finetune import FinetuneConfig
-    from rekindle.train.finetune import finetune as run
+    from rekindle.train.score_model import baselines_table
+    from rekindle.train.score_model import finetune_or_score as run
 
     values: dict[str, Any] = {}
     for override in set_ or []:
@@ -86,9 +87,11 @@ def finetune(
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
+    if result.baselines is not None:
+        typer.echo(baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
-    typer.echo(f"expert: {out}")
+    typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
 @app.command("cache-teachers")

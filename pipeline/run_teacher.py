@@ -244,9 +244,10 @@ def _sequence_unit(
             kinds = [types[r] for r in rows]
             padded = pad(kinds, np.array([len(k) for k in kinds]), 0, width)
             inputs["token_type_ids"] = teacher.tensor(padded)
-        columns = {"logits": _finite(teacher.model(**inputs).logits.float(), teacher).cpu().numpy()}
+        logits = _finite(teacher.model(**inputs).logits.float(), teacher)
+        columns = {"logits": logits.cpu().numpy()}
         if teacher.info.monte_carlo_passes:
-            columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows)
+            columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows, logits)
         return columns
 
     done = list(_run_batches(teacher, lengths, forward))
@@ -283,29 +284,31 @@ def _expert_inputs(
     return [np.array(i, np.int64) for i, _ in encoded], [np.array(t, np.int64) for _, t in encoded]
 
 
-def _monte_carlo(teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: Rows) -> NDArray:
-    """Mean class probabilities over dropout passes; InputError when dropout changes nothing."""
+def _monte_carlo(
+    teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: Rows, logits: Tensor
+) -> NDArray:
+    """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
+
+    ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
+    expert may be so sure that the latter are 0 and 1 whatever dropout does.
+    """
     name = f"{teacher.info.seed}\0{unit.name}\0{rows.tolist()}".encode()
     torch.manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)
     teacher.model.train()  # dropout on; text models have no batch statistics that this would touch
     try:
-        passes = torch.stack(
-            [
-                torch.softmax(teacher.model(**inputs).logits.float(), dim=-1)
-                for _ in range(teacher.info.monte_carlo_passes)
-            ]
-        )
+        count = teacher.info.monte_carlo_passes
+        passes = torch.stack([teacher.model(**inputs).logits.float() for _ in range(count)])
     finally:
         teacher.model.eval()
-    if len(passes) > 1 and not bool((passes.var(dim=0) > 0).any()):
+    # A pass is held against the next, a single one against the pass without dropout.
+    other = passes[1:] if len(passes) > 1 else logits
+    if not bool((passes[0] != other).any()):
         raise InputError(
             f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
-            "the model "
-            "has no dropout to draw uncertainty from. Set hidden_dropout_prob in its config.json, "
-            "or "
-            "monte_carlo.passes to 0"
+            "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
+            "config.json, or monte_carlo.passes to 0"
         )
-    return passes.mean(dim=0).cpu().numpy()
+    return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
 
 
 def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:

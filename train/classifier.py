@@ -174,16 +174,32 @@ def _loaded(loader: Any, model: str, **arguments: Any) -> Any:
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def predict(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.eval()
+    return logits_of(model, encoded, batch_size)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+    """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
     order = np.argsort(encoded.lengths, kind="stable")
     logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         logits[rows] = model(**collate(encoded, rows, model)).logits.float().cpu().numpy()
     return logits
+
+
+def load_trained(model_dir: str, config: Any, tokenizer: Any) -> Any:
+    """A classifier with all its weights; InputError for one without a trained head."""
+    network, unset = _load_weights(model_dir, config, tokenizer)
+    if unset:
+        raise InputError(
+            f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
+            "fine-tune it first"
+        )
+    return network
 
 
 def evaluate(
@@ -197,12 +213,7 @@ def evaluate(
     with quiet_transformers():
         tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
         labels = _labels_for(model_dir, config, data)
-        network, unset = _load_weights(model_dir, config, tokenizer)
-        if unset:
-            raise InputError(
-                f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
-                "fine-tune it first"
-            )
+        network = load_trained(model_dir, config, tokenizer)
         encoded = encode(tokenizer, config, data, max_length)
         logits = predict(network.to(place("fp32").device), encoded, batch_size)
     return all_scores(data.problem, logits, labels), logits

@@ -11,6 +11,7 @@ from rekindle.train.schedules import Schedule
 WeightField = Annotated[float, Field(ge=0)] | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
+MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
 class StudentConfig(Settings):
@@ -51,6 +52,26 @@ class UncertaintyConfig(Settings):
     margin: bool = Field(True, description="weigh examples by how far the best two are apart")
 
 
+class RankingConfig(Settings):
+    """How the scores of a regression expert teach an order: squared errors of scores and of their
+    differences.
+    """
+
+    pointwise: float = Field(1.0, ge=0, description="weight of the squared error of a score")
+    pairwise: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the squared error of a difference of two scores, mean over all "
+        "pairs of a group in a step; micro-batches and processes change nothing but rounding (and "
+        "dropout), at the price of one more forward pass when there are several",
+    )
+    group: Literal["batch", "domain", "document"] = Field(
+        "batch",
+        description="which sequences of a step are compared: all, those of one domain, or of one "
+        "document (of a large corpus a step rarely holds two)",
+    )
+
+
 class DistillTerm(Settings):
     """One distillation term of the loss."""
 
@@ -59,18 +80,21 @@ class DistillTerm(Settings):
     temperature: float = Field(
         1.0, gt=0, description="τ of teacher and student; the loss carries τ²"
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse"] = Field(
-        "forward_kl", description="mse is for task logits"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
+        "forward_kl",
+        description="mse is for task logits; pseudo_label, for classifiers, is the cross-entropy "
+        "on the class the expert finds most likely, where it is sure of it (see confidence)",
     )
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"
     )
     k: int | None = Field(None, gt=0, description="train at a smaller k than cached")
-    combine: Literal["separate", "mixture", "uncertainty", "route"] = Field(
+    combine: Literal["separate", "mixture", "uncertainty", "route", "concatenate"] = Field(
         "separate",
         description="separate: a loss per teacher; mixture: their average is the target; "
         "uncertainty: classifiers weighed by their certainty (MUKI); route: each sequence is "
-        "taught by the first of them that has targets for it",
+        "taught by the first of them that has targets for it; concatenate: the softmax over the "
+        "logits of all classifiers side by side",
     )
     uncertainty: UncertaintyConfig = Field(
         default_factory=UncertaintyConfig, description="settings of combine: uncertainty"
@@ -92,6 +116,16 @@ class DistillTerm(Settings):
     )
     view: Literal["clean", "masked"] = Field(
         "clean", description="what the student sees when it imitates task logits"
+    )
+    ranking: RankingConfig | None = Field(
+        None, description="regression experts: imitate the order of their scores, too"
+    )
+    confidence: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="of pseudo_label: the least probability of the expert's class (of each label's "
+        "answer, if several labels may hold); what lies below has no loss. null: 0.9",
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenTargetBatch
-from rekindle.train.config import DistillTerm
+from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.selection import common_rows, count_rows, taught_per_sequence
-from rekindle.train.terms import MIXED
 
 NAMES = tuple(
     f"{what}_{how}"

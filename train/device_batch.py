@@ -246,6 +246,7 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         pairs=pairs,
         targets={name: _target_rows(t, start, stop) for name, t in batch.targets.items()},
         epoch=batch.epoch,
+        documents=batch.documents[part],
     )
 
 

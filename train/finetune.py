@@ -8,13 +8,9 @@ import copy
 import json
 import logging
 import math
-import os
-import shutil
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,14 +33,15 @@ from rekindle.train.classifier import (
     padded_tokenizer,
     predict,
 )
+from rekindle.train.merge_baselines import MergeConfig
 from rekindle.train.models import package_versions, place, quiet_transformers
+from rekindle.train.result_folder import WRITER, check_out, staging_folder, write_json
 from rekindle.train.scores import all_scores, check_metric, default_metric, predictions_of
 from rekindle.train.task_data import TaskData, read_task
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
-WRITER = "rekindle finetune"  # marks a directory that this command may replace
 
 logger = logging.getLogger("rekindle")
 
@@ -52,7 +49,12 @@ logger = logging.getLogger("rekindle")
 class FinetuneConfig(Settings):
     """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
 
-    epochs: int = Field(3, ge=1, description="passes over the train split")
+    epochs: int = Field(
+        3,
+        ge=0,
+        description="passes over the train split; 0: nothing is trained, the head that the model "
+        "has is scored on dev (train only says what the labels mean)",
+    )
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
     batch_size: int = Field(32, ge=1, description="examples per step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
@@ -73,6 +75,12 @@ class FinetuneConfig(Settings):
         None,
         ge=1,
         description="stop after so many epochs without a better dev score, keep the best",
+    )
+    head: str | None = Field(
+        None, description="epochs: 0, of a student with several task heads: the one to score"
+    )
+    merge: MergeConfig | None = Field(
+        None, description="epochs: 0: also score other experts, and all ways to merge them"
     )
 
 
@@ -105,6 +113,7 @@ class FinetuneResult:
     precision: str
     config: dict[str, Any]
     versions: dict[str, str]
+    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
 
     def as_dict(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
@@ -150,14 +159,20 @@ def finetune(
     started = time.perf_counter()
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
-    _check_out(Path(out))
+    config = config or FinetuneConfig()
+    if config.epochs == 0 or config.head is not None or config.merge is not None:
+        raise InputError(
+            f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
+            "without training, with epochs: 0 (from Python: train.score_model.score_model)"
+        )
+    check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values()), strict=True))
     problem = data["train"].problem
     metric = metric or default_metric(problem)
     check_metric(metric, problem)
-    with _staging(Path(out)) as staging, quiet_transformers(), _progress() as progress:
-        job = _prepare(model, data, metric, config or FinetuneConfig())
+    with staging_folder(Path(out)) as staging, quiet_transformers(), _progress() as progress:
+        job = _prepare(model, data, metric, config)
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):
             network, result, dev_logits = _run_seed(job, seed, progress)
@@ -166,7 +181,7 @@ def finetune(
                 _save_model(network, job, dev_logits, staging)
             del network
         outcome = _outcome(job, files, results, time.perf_counter() - started)
-        _write_json(staging / "metrics.json", outcome.as_dict())
+        write_json(staging / "metrics.json", outcome.as_dict())
     return outcome
 
 
@@ -348,47 +363,6 @@ def _save_model(network: Any, job: _Job, logits: np.ndarray, staging: Path) -> N
             line = {"row": row, "label": name(label), "prediction": name(guess)}
             line["logits"] = logits[row - 1].tolist()
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _check_out(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and (not any(out.iterdir()) or _is_earlier_result(out))):
-        return
-    raise InputError(
-        f"{str(out)!r} exists and is not a result of this command; it is left as it is: give "
-        "another directory, or remove it"
-    )
-
-
-def _is_earlier_result(out: Path) -> bool:
-    try:
-        return json.loads((out / "metrics.json").read_text())["written_by"] == WRITER
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that takes its place at the end, or vanishes on any exception."""
-    out = out.resolve()
-    name = f".{out.name}.{uuid.uuid4().hex[:8]}"
-    staging, replaced = out.parent / f"{name}.new", out.parent / f"{name}.old"
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rename(replaced)
-        staging.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---- what the user sees ------------------------------------------------------------------------

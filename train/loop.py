@@ -31,6 +31,7 @@ from rekindle.train.objective import Objective
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
+from rekindle.train.ranking_pass import with_centres
 from rekindle.train.run_log import RunLog, read_metrics
 from rekindle.train.selection import Counts
 from rekindle.train.student import Student
@@ -199,6 +200,8 @@ def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict
     loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
+    with autocast(config.precision, world.device):
+        counts = with_centres(counts, objective, parts, step, world, training.student.run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):

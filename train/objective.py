@@ -149,7 +149,7 @@ class Objective:
             view = self.teachers[term.teachers[0]].view
             by_view.setdefault(view if view.startswith("pairs-") else "", []).append((term, weight))
         for view, own in sorted(by_view.items()):
-            inputs = _inputs_of(student, batch, view, device)
+            inputs = inputs_of(student, batch, view, device)
             output = self._run(student, inputs, batch, own, None)
             add_task_losses(output.logits, batch, own, self.teachers, counts, result.add)
         for method, weight in self.active_methods(step):
@@ -218,7 +218,7 @@ def _check_shared(terms: Sequence[DistillTerm], methods: Sequence[Method]) -> No
             )
 
 
-def _inputs_of(
+def inputs_of(
     student: Student, batch: Batch, view: str, device: torch.device
 ) -> Mapping[str, Tensor]:
     """What the student sees: the clean text, or the sentence pairs of a view."""

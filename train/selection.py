@@ -5,7 +5,7 @@ world size then change nothing but rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from rekindle.data.batch import (
     TokenLabelBatch,
     TokenTargetBatch,
 )
-from rekindle.train.config import DistillTerm
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.pseudo_labels import confident_only
+from rekindle.train.ranking import Centres
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Counts:
 
     labels: int
     rows: Mapping[str, int]  # by the loss's name, see `names_of`
+    centres: Mapping[str, Centres] = field(default_factory=dict)  # by ranking teacher
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
         """The counts of all processes; ``total`` sums a list over them."""
@@ -49,6 +52,9 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
         for name in term.teachers:
             if term.positions == "masked" or sees_clean_text(targets[name]):
                 targets[name] = _masked_only(targets[name], batch)
+        if term.divergence == "pseudo_label":
+            for name in term.teachers:
+                targets[name] = confident_only(targets[name], term.confidence)
         if term.combine == "route":
             targets |= _routed({name: targets[name] for name in term.teachers}, len(batch.index))
     return replace(batch, targets=targets)
@@ -79,7 +85,7 @@ def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
     rows: dict[str, int] = {}
     for term in terms:
         named = names_of(term)
-        if term.combine in ("mixture", "uncertainty"):
+        if term.combine in MIXED:
             taught = common_rows([batch.targets[name] for name in term.teachers])
             rows[named[term.teachers[0]]] = len(taught)
             continue

@@ -13,12 +13,20 @@ from torch import Tensor
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
 from rekindle.data.targets import TeacherInfo
 from rekindle.kernels.losses import kd_loss
-from rekindle.train.config import DistillTerm
+from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
+from rekindle.train.pseudo_labels import pseudo_label_loss
+from rekindle.train.ranking import group_keys, ranking_loss
 from rekindle.train.selection import Counts, common_rows, names_of
 from rekindle.train.student import HeadConfig
-from rekindle.train.terms import MIXED
-from rekindle.train.union import LabelUnion, certainty, expert_weights, margin, mixed_target
+from rekindle.train.union import (
+    LabelUnion,
+    certainty,
+    concatenated_target,
+    expert_weights,
+    margin,
+    mixed_target,
+)
 
 Add = Callable[[str, Tensor | None, Tensor], None]
 
@@ -54,9 +62,26 @@ def add_task_losses(
             continue
         for name, shown in names_of(term).items():
             own, wanted = _rows(logits[name], batch.targets[name])
+            if term.ranking is not None:
+                loss = _ranked(own.float(), wanted, batch, name, term, counts)
+                add(shown, loss * weight, loss.detach())
+                continue
             scale = 1.0 / max(counts.rows[shown], 1)
             loss, bare = task_loss(own.float(), wanted, teachers[name], term)
             add(shown, loss * (weight * scale), bare * scale)
+
+
+def _ranked(
+    logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
+) -> Tensor:
+    """A regression expert's loss of scores and of their differences; logits and wanted [R,1]."""
+    target = batch.targets[name]
+    assert isinstance(target, SequenceTargetBatch)
+    assert term.ranking is not None
+    keys = group_keys(batch, term.ranking.group)[target.present]
+    rows = counts.rows[names_of(term)[name]]
+    errors = (logits - wanted)[:, 0]
+    return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
 
 
 def _rows(logits: Tensor, target: object) -> tuple[Tensor, Tensor]:
@@ -77,7 +102,10 @@ def _add_mixture(
     counts: Counts,
     add: Add,
 ) -> None:
-    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)); METHODS.md, MUKI."""
+    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)); METHODS.md, MUKI.
+
+    Of ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
+    """
     targets: dict[str, SequenceTargetBatch] = {}
     for name in term.teachers:
         target = batch.targets[name]
@@ -85,14 +113,17 @@ def _add_mixture(
         targets[name] = target
     rows = common_rows(list(targets.values()))
     known = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
+    union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
     weights = logits.new_full((len(rows), len(targets)), 1.0 / len(targets), dtype=torch.float32)
     importance = None
     if term.combine == "uncertainty":
         certainties = torch.stack([_certainty(t, rows, logits.device) for t in targets.values()], 1)
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None
-    union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
-    wanted = mixed_target(union, known, weights, term.temperature)
+    if term.combine == "concatenate":
+        wanted = concatenated_target(union, known, term.temperature)
+    else:
+        wanted = mixed_target(union, known, weights, term.temperature)
     own = logits[send(rows, logits.device)].float()
     shown = names_of(term)[term.teachers[0]]
     scale = 1.0 / max(counts.rows[shown], 1)
@@ -110,12 +141,16 @@ def task_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of a task head's loss [R,C], and of the bare divergence (for show).
 
-    Regression and ``mse``: squared error, mean over outputs. Multi-label: KL of each label's
+    Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
+    expert's class. Multi-label: KL of each label's
     Bernoulli. Classification: the divergence between softmax(teacher/τ) and softmax(student/τ),
     times τ².
     """
     if term.divergence == "mse" or info.problem == "regression":
         loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()
+        return loss, loss.detach()
+    if term.divergence == "pseudo_label":
+        loss = pseudo_label_loss(logits, wanted, info, term.confidence)
         return loss, loss.detach()
     tau = term.temperature
     if info.problem == "multi_label_classification":

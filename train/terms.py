@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from rekindle.data.errors import InputError
 from rekindle.data.targets import SAMPLED, TeacherInfo
-from rekindle.train.config import DistillTerm
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.task_terms import check_pseudo_labels, check_ranking
 from rekindle.train.union import LabelUnion
-
-MIXED = ("mixture", "uncertainty")
 
 
 def check_terms(
@@ -29,6 +28,8 @@ def check_terms(
 def _check_together(where: str, term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> None:
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
+    check_ranking(where, term, infos)
+    check_pseudo_labels(where, term, infos)
     if "vocabulary" in kinds and len(kinds) > 1:
         raise InputError(f"{where}: vocabulary teachers and task experts need a term each")
     if len({i.view for i in infos}) > 1:
@@ -63,6 +64,11 @@ def _check_vocabulary_mixture(where: str, term: DistillTerm, infos: Sequence[Tea
         raise InputError(
             f"{where}: combine: uncertainty weighs classifiers, and {term.teachers[0]} predicts "
             "tokens; use mixture, or route for teachers of different domains"
+        )
+    if term.combine == "concatenate":
+        raise InputError(
+            f"{where}: combine: concatenate puts the logits of classifiers side by side, and "
+            f"{term.teachers[0]} predicts tokens; use mixture"
         )
     if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
         raise InputError(

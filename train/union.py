@@ -47,6 +47,11 @@ class LabelUnion:
             places[expert.name] = tuple(names.setdefault(name, len(names)) for name in own)
         return cls(tuple(names), places)
 
+    @property
+    def places_of_all(self) -> tuple[int, ...]:
+        """The places of all experts' labels, one expert after another [Σ C_j]."""
+        return tuple(place for places in self.places.values() for place in places)
+
     def pad(self, expert: str, probs: Tensor) -> Tensor:
         """An expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it has not."""
         places = torch.tensor(self.places[expert], device=probs.device)
@@ -96,3 +101,15 @@ def mixed_target(
         for j, (name, z) in enumerate(logits.items())
     ]
     return torch.stack(parts).sum(dim=0)
+
+
+def concatenated_target(
+    union: LabelUnion, logits: Mapping[str, Tensor], temperature: float
+) -> Tensor:
+    """The softmax over all experts' logits z_j [B,C_j] side by side, among all labels [B,U].
+
+    Labels that share a place add up. ``logits`` in the order of the union's experts.
+    """
+    probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
+    places = torch.tensor(union.places_of_all, device=probs.device)
+    return probs.new_zeros(len(probs), len(union.names)).index_add_(1, places, probs)

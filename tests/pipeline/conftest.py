@@ -54,3 +54,40 @@ def configure(corpus_file: Path, wordpiece: Path) -> Configure:
         return parse_settings(RunConfig, values)
 
     return make
+
+
+MethodRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def method_run(configure: Configure) -> MethodRun:
+    """method_run(folder, teachers, student, objective, steps=…, …) -> a run file over 12 sequences.
+
+    Every step reads all of them, and the learning rate is too small to change a student: what a
+    step's loss is can be worked out from the student it began with.
+    """
+    import yaml
+
+    from rekindle.pipeline.config import dump_config
+
+    def make(
+        folder: Path,
+        teachers: Sequence[Mapping[str, Any]],
+        student: Mapping[str, Any],
+        objective: Mapping[str, Any],
+        corpus: Mapping[str, Any] | None = None,
+        cache: Mapping[str, Any] | None = None,
+        **train: Any,
+    ) -> Path:
+        config = configure(folder / "cache", teachers, corpus, cache)
+        still = {"learning_rate": 1e-12, "warmup_steps": 0, "held_out": 0.0, "weight_decay": 0.0}
+        whole = {"batch_sequences": 12, "checkpoint_every": 100, "evaluate_every": 100}
+        values = yaml.safe_load(dump_config(config))
+        values["student"] = dict(student)
+        values["train"] = {"steps": 1, **still, **whole, **train, "objective": dict(objective)}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return make

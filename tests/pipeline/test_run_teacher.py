@@ -7,6 +7,7 @@ without padding, and ``torch.log_softmax``; none of our helpers takes part in it
 import functools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -739,11 +741,28 @@ def test_monte_carlo_probabilities(tmp_path, configure, make_model, wordpiece):
     assert np.mean(gaps) < 0.06
 
 
-def test_monte_carlo_without_dropout_is_refused(tmp_path, configure, make_model, wordpiece):
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_monte_carlo_without_dropout_is_refused(tmp_path, configure, make_model, wordpiece, passes):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    teacher = monte_carlo(make_model, wordpiece, 4, **still)
-    with pytest.raises(InputError, match=r"'mc': 4 Monte-Carlo passes are identical.*no dropout"):
+    teacher = monte_carlo(make_model, wordpiece, passes, **still)
+    message = rf"'mc': {passes} Monte-Carlo passes are identical.*no dropout"
+    with pytest.raises(InputError, match=message):
         cache_teachers(configure(tmp_path, [teacher]))
+    assert not (tmp_path / "targets/mc/commits").exists()
+
+
+def test_an_expert_that_is_sure_whatever_dropout_does_is_not_refused(
+    tmp_path, configure, make_model, wordpiece
+):
+    """Its probabilities are 0 and 1 in every pass; that is certainty, not a lack of dropout."""
+    model = Path(shutil.copytree(monte_carlo(make_model, wordpiece, 2)["model"], tmp_path / "sure"))
+    weights = load_file(model / "model.safetensors")
+    weights["classifier.bias"] = torch.tensor([1e4, 0.0, 0.0])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    teacher = monte_carlo(make_model, wordpiece, 2) | {"model": str(model)}
+    cache_teachers(configure(tmp_path / "cache", [teacher]))
+    for example in examples(Cache.open(tmp_path / "cache")):
+        assert example.targets["mc"][0].mc_probs.tolist() == [1.0, 0.0, 0.0]
 
 
 def test_monte_carlo_is_for_classes_that_exclude_each_other(

@@ -22,6 +22,7 @@ EVERYTHING = [
     {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
     {"teachers": ["sense", "tags"], "weight": 0.2},
     {"teachers": ["pair"], "weight": 0.2},
+    {"teachers": ["score"], "ranking": {"group": "domain"}, "weight": 0.05},
 ]
 JOBS = {
     "ddp": {"parallel": "ddp"},

@@ -6,6 +6,7 @@ model for all its logits, and writes the losses down as the papers do.
 
 import math
 import shutil
+import threading
 from dataclasses import replace
 from fractions import Fraction
 
@@ -20,7 +21,9 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.targets import SequenceTargets, TeacherInfo, TokenLabelTargets
 from rekindle.train.config import DistillTerm, ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
+from rekindle.train.distributed import World
 from rekindle.train.objective import Objective
+from rekindle.train.ranking_pass import with_centres
 from rekindle.train.selection import Counts
 from rekindle.train.student import build_student
 from rekindle.train.task_loss import task_loss
@@ -66,7 +69,14 @@ class Setting:
         """(loss, terms, gradients by parameter) of a step, in micro-batches."""
         batch = self.batch(step)
         counts = self.objective.counts(batch, step)
-        return self._sum(split_batch(batch, micro or len(batch.index)), counts, step)
+        parts = split_batch(batch, micro or len(batch.index))
+        return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
+
+    def _centred(self, counts, parts, step, world):
+        def run(work, *arguments):
+            return work(self.student, *arguments)
+
+        return with_centres(counts, self.objective, parts, step, world, run)
 
     def run_apart(self, processes, step=0):
         """The same of a step of which each process reads, selects and counts its own part."""
@@ -82,7 +92,12 @@ class Setting:
             {name: sum(c.rows[name] for c in counted) for name in counted[0].rows},
         )
         assert counts == self.objective.counts(self.batch(step), step)
-        return self._sum(parts, counts, step)
+        found = at_once(
+            processes,
+            lambda world, rank: self._centred(counts, split_batch(parts[rank], 2), step, world),
+        )
+        assert all(one == found[0] for one in found)
+        return self._sum(parts, found[0], step)
 
     def passes(self, batch, step=0):
         """Which forward passes a micro-batch takes, and which parameters get a gradient."""
@@ -97,7 +112,7 @@ class Setting:
         self.student.forward = watch
         try:
             counts = self.objective.counts(batch, step)
-            found = self._sum([batch], counts, step)[2]
+            found = self._sum([batch], self._centred(counts, [batch], step, World.alone()), step)[2]
         finally:
             self.student.forward = forward
         return seen, sorted(found)
@@ -132,6 +147,43 @@ class Setting:
             assert terms[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
         same_gradients(found, expected)
         return terms
+
+
+class Threads(World):
+    """Processes that are threads of one."""
+
+    meeting, table = None, None
+
+    def sum(self, values):
+        self.table[self.rank] = list(values)
+        self.meeting.wait()
+        found = [sum(column) for column in zip(*self.table, strict=True)]
+        self.meeting.wait()
+        return found
+
+
+def at_once(processes, work):
+    """What ``work(world, rank)`` returns in each of some processes."""
+    meeting, table = threading.Barrier(processes), [None] * processes
+    found = [None] * processes
+
+    def run(rank):
+        world = Threads(rank, processes, CPU, CPU)
+        object.__setattr__(world, "meeting", meeting)
+        object.__setattr__(world, "table", table)
+        try:
+            found[rank] = work(world, rank)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in found
+    return found
 
 
 def same_gradients(found, expected, tolerance=2e-5):
@@ -183,13 +235,34 @@ def who_teaches(setting, example, term):
 
 def has_targets(setting, example, name, term):
     target = targets_of(setting, example, name)
-    if target is None or isinstance(target, SequenceTargets):
-        return target is not None
+    if target is None:
+        return False
+    if isinstance(target, SequenceTargets):
+        return is_sure(target.logits, setting.objective.teachers[name], term)
     return len(kept_positions(setting, example, target, term)) > 0
+
+
+def is_sure(logits, info, term):
+    """Whether an expert's answer reaches the confidence of pseudo-labels."""
+    if term.divergence != "pseudo_label":
+        return True
+    least = 0.9 if term.confidence is None else term.confidence
+    logits = torch.as_tensor(logits).double()
+    if info.problem == "multi_label_classification":
+        p = torch.sigmoid(logits)
+        return bool((torch.maximum(p, 1 - p) >= least).any())
+    return bool(torch.softmax(logits, 0).max() >= least)
 
 
 def kept_positions(setting, example, target, term):
     """Which of the target's entries are used."""
+    if isinstance(target, TokenLabelTargets):
+        info = setting.objective.teachers[term.teachers[0]]
+        sure = [i for i, z in enumerate(target.logits) if is_sure(z, info, term)]
+        if term.positions == "all":
+            return sure
+        masked = set(masked_example(setting, example.index)[1].tolist())
+        return [i for i in sure if target.positions[i] in masked]
     if term.positions == "all":
         return list(range(len(target.positions)))
     masked = set(masked_example(setting, example.index)[1].tolist())
@@ -300,15 +373,41 @@ def prefix(target, k):
 def task_sums(setting, terms, sums):
     """What the heads are taught, over all examples."""
     for term in terms:
+        if term.ranking is not None:
+            ranking_sums(setting, term, sums)
+            continue
         for index in setting.index.tolist():
             example = setting.cache.example(index)
             for name, teachers in who_teaches(setting, example, term):
-                if term.combine in ("mixture", "uncertainty"):
+                if term.combine in ("mixture", "uncertainty", "concatenate"):
                     sums[name].add(*mixed_row(setting, example, term))
                     continue
                 info = setting.objective.teachers[teachers[0]]
                 for logits, wanted in task_rows(setting, example, info, term):
                     sums[name].add(*task_row(logits, wanted, info, term))
+
+
+def ranking_sums(setting, term, sums):
+    """Mean error of the scores, and of all differences of two scores of a group."""
+    for name in term.teachers:
+        info, rows = setting.objective.teachers[name], []
+        for index in setting.index.tolist():
+            example = setting.cache.example(index)
+            if targets_of(setting, example, name) is not None:
+                group = {"batch": "", "domain": example.domain, "document": example.document}
+                [(score, wanted)] = task_rows(setting, example, info, term)
+                rows.append((group[term.ranking.group], score[0], wanted[0]))
+        points = [(s - t) ** 2 for _, s, t in rows]
+        pairs = [
+            ((s - z) - (t - u)) ** 2
+            for i, (group, s, t) in enumerate(rows)
+            for other, z, u in rows[:i]
+            if group == other
+        ]
+        loss = term.ranking.pointwise * sum(points) / len(points)
+        if pairs:
+            loss = loss + term.ranking.pairwise * sum(pairs) / len(pairs)
+        sums[f"kd/{name}"].add(loss, loss.detach())
 
 
 def states_of(setting, example, info, term):
@@ -344,6 +443,9 @@ def task_row(logits, wanted, info, term):
     if term.divergence == "mse" or info.problem == "regression":
         error = (logits - wanted).square().mean()
         return error, error.detach()
+    if term.divergence == "pseudo_label":
+        ce = pseudo_label_row(logits, wanted, info, term)
+        return ce, ce.detach()
     tau = term.temperature
     if info.problem == "multi_label_classification":
         q, p = torch.sigmoid(wanted / tau), torch.sigmoid(logits / tau)
@@ -352,6 +454,17 @@ def task_row(logits, wanted, info, term):
         q, p = torch.softmax(wanted / tau, 0), torch.softmax(logits / tau, 0)
         kl = divergence(q, p, term.divergence)
     return tau**2 * kl, kl.detach()
+
+
+def pseudo_label_row(logits, wanted, info, term):
+    """−log p of the expert's class; of its answers, yes or no, that it is sure of."""
+    if info.problem != "multi_label_classification":
+        return -torch.log_softmax(logits, 0)[int(wanted.argmax())]
+    losses = []
+    for own, z in zip(logits, wanted.double(), strict=True):
+        if max(torch.sigmoid(z), torch.sigmoid(-z)) >= (term.confidence or 0.9):
+            losses.append(-torch.log(torch.sigmoid(own if z > 0 else -own)))
+    return sum(losses) / len(logits)
 
 
 def divergence(q, p, kind):
@@ -385,6 +498,9 @@ def mixed_row(setting, example, term):
     if term.combine == "uncertainty":
         weights, v = muki_weights({n: t.mc_probs.tolist() for n, t in found.items()}, term)
     q = dict.fromkeys(union_of(setting, term), 0.0)
+    if term.combine == "concatenate":  # one softmax: each expert weighs as its powers do
+        sums = {n: sum(math.exp(z / tau) for z in t.logits.tolist()) for n, t in found.items()}
+        weights = {n: part / sum(sums.values()) for n, part in sums.items()}
     for teacher, target in found.items():
         powers = [math.exp(z / tau) for z in target.logits.tolist()]
         for label, power in zip(labels_of(setting, teacher, term), powers, strict=True):
@@ -430,6 +546,10 @@ def term(*teachers, **values):
     return {"teachers": list(teachers), **values}
 
 
+def alone(*terms):
+    return {"hard": {"weight": 0}, "distill": list(terms)}
+
+
 FALL = {"schedule": "linear", "from": 1.0, "to": 0.0, "over": 0.5}
 RISE = {"schedule": "linear", "from": 0.0, "to": 1.0, "over": 0.5}
 OBJECTIVES = {
@@ -463,6 +583,29 @@ OBJECTIVES = {
     "classifier, masked": {"distill": [term("sense", view="masked")]},
     "classifier, logits": {"distill": [term("sense", divergence="mse", temperature=2.0)]},
     "regression": {"hard": {"weight": 0}, "distill": [term("score", weight=0.1)]},
+    "ranking": alone(term("score", ranking={})),
+    "ranking, pairs alone": alone(term("score", ranking={"pointwise": 0}, weight=0.3)),
+    "ranking, points alone": alone(term("score", ranking={"pairwise": 0})),
+    "ranking by domain": alone(term("score", ranking={"group": "domain", "pairwise": 0.4})),
+    "ranking by document": {
+        "distill": [term("score", ranking={"group": "document", "pairwise": 2.0}, weight=0.3)]
+    },
+    "ranking, masked": alone(term("score", ranking={"pointwise": 0.5}, view="masked")),
+    "pseudo-labels": alone(term("sense", divergence="pseudo_label", confidence=0.6)),
+    "pseudo-labels, masked": {
+        "distill": [term("sense", divergence="pseudo_label", confidence=0.5, view="masked")]
+    },
+    "pseudo-labels of several": {
+        "distill": [
+            term("topics", divergence="pseudo_label", confidence=0.7, weight=0.7),
+            term("pair", divergence="pseudo_label", confidence=0.6),
+        ]
+    },
+    "pseudo-labels of all": alone(term("sense", divergence="pseudo_label", confidence=0)),
+    "pseudo-labels of tokens": alone(term("tags", divergence="pseudo_label", confidence=0.5)),
+    "pseudo-labels of tokens at masks": alone(
+        term("tags", divergence="pseudo_label", confidence=0.5, positions="masked")
+    ),
     "multi-label": {"hard": {"weight": 0}, "distill": [term("topics", temperature=2.0)]},
     "tokens": {"distill": [term("tags", temperature=2.0, weight=0.4)]},
     "tokens, masked": {"hard": {"weight": 0}, "distill": [term("tags", view="masked")]},
@@ -489,12 +632,6 @@ OBJECTIVES = {
 
 KINDS = ("animals", "pets", "weather")  # animals and pets share two labels of three
 MUKI = {"combine": "uncertainty", "weight": 20.0}
-
-
-def alone(*terms):
-    return {"hard": {"weight": 0}, "distill": list(terms)}
-
-
 MERGED = {
     "route, experts": alone(term("odd.plants", "animals", combine="route", temperature=2.0)),
     "route, experts of two tasks": alone(
@@ -519,6 +656,16 @@ MERGED = {
     ),
     "mixture, jsd": alone(term("animals", "pets", combine="mixture", divergence="jsd")),
     "mixture, tvd": alone(term(*KINDS, combine="mixture", divergence="tvd", temperature=2.0)),
+    "concatenate": alone(term("animals", "weather", combine="concatenate")),
+    "concatenate, merged": alone(term(*KINDS, combine="concatenate", temperature=2.0)),
+    "concatenate, apart": alone(term(*KINDS, combine="concatenate", labels="apart")),
+    "concatenate, one domain": {
+        "distill": [term("odd.plants", "pets", combine="concatenate", divergence="jsd")]
+    },
+    "pseudo-labels, route": alone(
+        term("odd.plants", "animals", combine="route", divergence="pseudo_label", confidence=0.6)
+    ),
+    "ranking, one domain": alone(term("odd.score", ranking={}, weight=0.2)),
     "muki": alone(term(*KINDS, **MUKI)),
     "muki, hot": {"distill": [term(*KINDS, temperature=2.0, **MUKI)]},
     "muki, apart": alone(term("animals", "pets", labels="apart", **MUKI)),
@@ -947,7 +1094,64 @@ REFUSED = [
         term("big", "wide", entropy_fraction=0.3, **MIX),
         "entropy_fraction cannot be used with combine: mixture",
     ),
+    (
+        term("big", "wide", combine="concatenate"),
+        "combine: concatenate puts the logits of classifiers side by side, and big predicts "
+        "tokens; use mixture",
+    ),
+    # scores and their order
+    (
+        term("sense", ranking={}),
+        "ranking is for regression experts, whose score is an order, and 'sense' is a "
+        "single_label_classification expert; leave ranking out",
+    ),
+    (
+        term("big", ranking={}),
+        "ranking is for regression experts, whose score is an order, and 'big' is a masked_lm "
+        "expert; leave ranking out",
+    ),
+    (
+        term("score", ranking={}, combine="route"),
+        "ranking compares the scores of one expert with each other, so combine: route has no "
+        "pairs; use separate",
+    ),
+    (
+        term("score", ranking={"pointwise": 0, "pairwise": 0}),
+        "ranking has the weights 0 and 0; give one of them a weight",
+    ),
+    (
+        term("score", ranking={}, divergence="jsd"),
+        "ranking is a squared error; leave divergence: jsd out",
+    ),
+    # classes as labels
+    (
+        term("sense", confidence=0.8),
+        "confidence is for divergence: pseudo_label, not forward_kl",
+    ),
+    (
+        term("score", divergence="pseudo_label"),
+        "pseudo_label is for classifiers, and 'score' is a regression expert; use mse or "
+        "forward_kl",
+    ),
+    (
+        term("big", divergence="pseudo_label"),
+        "pseudo_label is for classifiers, and 'big' is a masked_lm expert; use mse or forward_kl",
+    ),
+    (
+        term("sense", "mood", divergence="pseudo_label", **MIX),
+        "pseudo_label takes one expert's word for a class; combine: mixture makes a distribution "
+        "of several. Use separate, or route: the first that is sure",
+    ),
+    (
+        term("sense", divergence="pseudo_label", temperature=2.0),
+        "a pseudo-label has no temperature; leave temperature: 2.0 out",
+    ),
     # classifiers together
+    (
+        term("sense", "score", combine="concatenate"),
+        "combine: concatenate merges classifiers of sequences, and 'score' is a regression "
+        "expert; use separate",
+    ),
     (
         term("sense", "topics", **MIX),
         "combine: mixture merges classifiers of sequences, and 'topics' is a "
@@ -1068,6 +1272,10 @@ def test_a_teacher_in_two_places_is_refused(terms):
         term("unnamed", "mood", labels="apart", **MIX),
         term("unnamed", **MIX),
         term("even.sense", "odd.sense", combine="route"),
+        term("score", ranking={"group": "document"}, divergence="mse"),
+        term("sense", "mood", combine="concatenate"),
+        term("sense", "topics", "tags", divergence="pseudo_label", confidence=1.0),
+        term("sense", "mood", divergence="pseudo_label", combine="route"),
     ],
 )
 def test_possible_terms_are_not_refused(given):
