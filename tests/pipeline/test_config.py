@@ -71,7 +71,7 @@ train:
         combine: separate
         view: clean
 """
-LATER_KEYS = {"student.grow": None}  # keys of the example that this version does not have yet
+LATER_KEYS: dict[str, None] = {}  # keys of the example that this version does not have yet
 LATER_VALUES = {  # values the design names beside those of the example
     "student.task": ["replaced_token_detection"],
 }
