@@ -76,7 +76,8 @@ class Shape(NamedTuple):
     def of(cls, config: Any) -> "Shape":
         """The shape of a transformers configuration."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+        # GPT-2's name first: a configuration keeps whatever it was given under other names.
+        inner = config.n_inner if hasattr(config, "n_inner") else config.intermediate_size
         groups = getattr(config, "num_key_value_heads", None) or heads
         return cls(config.num_hidden_layers, hidden, heads, groups, inner or 4 * hidden)
 

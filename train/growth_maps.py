@@ -29,8 +29,8 @@ class Axis:
     """
 
     source: Tensor  # [D] int64
-    write: Tensor  # [D]
-    read: Tensor  # [D]
+    write: Tensor  # [D] float64
+    read: Tensor  # [D] float64
     means: bool = False
     norm_scale: float = 1.0
 
@@ -74,10 +74,13 @@ class Axis:
         """The weight or bias of a norm. ``read``: its output goes into columns that are not divided
         (a tied output matrix), so it is divided here.
         """
-        grown = tensor[self.source] * (self.write if bias else self.norm_scale)
+        factor = self.write if bias else torch.full_like(self.write, self.norm_scale)
+        if read:
+            factor = factor * self.read / self.write
+        grown = tensor[self.source] * factor.to(tensor.dtype)
         if bias and self.means:
             grown[self.old :] = 0.0
-        return grown * (self.read / self.write) if read else grown
+        return grown
 
 
 def _along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
@@ -102,15 +105,15 @@ def in_blocks(source: Tensor, size: int) -> Tensor:
 
 def copied(source: Tensor) -> Axis:
     """Rows copied, columns divided by the multiplicity: ELLE's and Net2Net's rule."""
-    read = 1.0 / torch.bincount(source)[source].float()
-    return Axis(source, torch.ones(len(source)), read)
+    read = 1.0 / torch.bincount(source)[source].double()
+    return Axis(source, torch.ones(len(source), dtype=torch.float64), read)
 
 
 def shared(source: Tensor) -> Axis:
     """Rows and columns divided by √multiplicity: the sum of squares stays, so an RMSNorm over D
     units with eps·d/D finds √(d/D) of what it found, whatever d and D are.
     """
-    share = torch.bincount(source)[source].float().rsqrt()
+    share = torch.bincount(source)[source].double().rsqrt()
     old = int(source.max()) + 1
     return Axis(source, share, share.clone(), norm_scale=math.sqrt(old / len(source)))
 
@@ -119,7 +122,7 @@ def averaged(source: Tensor) -> Axis:
     """The old units as they are, and new ones that hold their mean: the mean stays, and the
     variance over D units is d/D of what it was, which weights and eps of a LayerNorm make good.
     """
-    ones = torch.ones(len(source))
+    ones = torch.ones(len(source), dtype=torch.float64)
     old = int(source.max()) + 1
     return Axis(source, ones, ones.clone(), means=True, norm_scale=math.sqrt(old / len(source)))
 

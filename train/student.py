@@ -21,15 +21,15 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import StudentConfig
-from rekindle.train.language_model import OutputHead, SplitLanguageModel
-from rekindle.train.models import longest_input, quiet_transformers, resolve_model
-from rekindle.train.prompts import (
+from rekindle.train.domain_prompts import (
     DOMAINS,
     DomainPrompts,
     prompted_domains,
     with_prompt,
     without_prompt,
 )
+from rekindle.train.language_model import OutputHead, SplitLanguageModel
+from rekindle.train.models import longest_input, quiet_transformers, resolve_model
 
 log = logging.getLogger("rekindle")
 

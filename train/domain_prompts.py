@@ -35,7 +35,7 @@ class DomainPrompts(nn.Module):
     def numbers(self, domains: Sequence[str | None]) -> list[int]:
         """The rows of ``domains`` [B] in the table."""
         known = {name: number for number, name in enumerate(self.domains, 1)}
-        return [known.get(name or "", 0) for name in domains]
+        return [0 if name is None else known.get(name, 0) for name in domains]
 
     def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
         """``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) as wide.
