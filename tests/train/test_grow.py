@@ -101,6 +101,17 @@ def test_exact_keeps_all_logits_at_any_hidden_size_of_pre_norm_models(name, tied
     assert change(model, **size) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "eps"), [("gpt2", "layer_norm_epsilon"), ("llama", "rms_norm_eps")]
+)
+def test_the_eps_of_the_norms_grows_along(name, eps):
+    model = model_of(name, **{eps: 0.5})
+    assert change(model, hidden_size=12, preserve="exact") < LARGEST
+    for size in (8, 16):  # of which nothing needs another eps
+        grown = grow(model, GrowConfig(hidden_size=size, preserve="exact"))
+        assert getattr(grown.config, eps) == 0.5
+
+
 @pytest.mark.parametrize("name", POST_NORM)
 def test_exact_is_refused_where_a_post_norm_model_cannot(name):
     model = model_of(name)
