@@ -26,7 +26,7 @@ from torch import Tensor
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.seal import damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, like, put, whole
-from rekindle.train.student import HEADS, HEADS_FILE, MODEL, Student
+from rekindle.train.student import MODEL, Student, own_weights
 
 log = logging.getLogger("rekindle")
 
@@ -163,7 +163,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     """Put weights and optimiser state back in place, exactly; in shards where they are."""
     try:
         found = {MODEL + k: v for k, v in load_file(path / "model.safetensors").items()}
-        found |= {HEADS + k: v for k, v in load_file(path / HEADS_FILE).items()}
+        found |= own_weights(path)
         moments = load_file(path / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None

@@ -14,6 +14,38 @@ METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
+class GrowConfig(Settings):
+    """ELLE: a larger student that begins as a copy of ``model``. Null: as it is, or in proportion
+    to what else grows.
+    """
+
+    layers: int | None = Field(None, gt=0, description="layers it grows to")
+    hidden_size: int | None = Field(None, gt=0, description="hidden size it grows to")
+    heads: int | None = Field(
+        None, gt=0, description="attention heads it grows to; the size of a head stays"
+    )
+    intermediate_size: int | None = Field(
+        None, gt=0, description="neurons of each feed-forward layer; null: as the hidden size"
+    )
+    preserve: Literal["approximate", "exact"] = Field(
+        "approximate",
+        description="exact: the logits stay, up to rounding, or an error says why they cannot",
+    )
+    copies: Literal["spread", "last", "first"] = Field(
+        "spread", alias="copy", description="which layers are copied when layers are added"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="how far the columns of copies are moved apart, in standard deviations of "
+        "their matrix; changes no logit, lets the copies learn different things",
+    )
+    seed: int = Field(0, description="of what is copied, and of the noise")
+    measure_sequences: int = Field(
+        64, gt=0, description="held-out sequences on which growth.json compares before and after"
+    )
+
+
 class StudentConfig(Settings):
     """The model that is trained."""
 
@@ -28,6 +60,12 @@ class StudentConfig(Settings):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: SDPA where the model has it; what is used is printed"
+    )
+    grow: GrowConfig | None = Field(
+        None, description="ELLE: make it larger before training; null: as it is"
+    )
+    domain_prompts: bool = Field(
+        False, description="ELLE: a learned vector per corpus domain after the first token"
     )
 
     @property

@@ -130,7 +130,7 @@ def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
     head = student.output_head
-    hidden = student(rows.inputs, rows.select).hidden
+    hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
     nothing = torch.full((len(hidden), 1), -1, device=device)
     ce = linear_kd_loss(
         hidden,
@@ -231,10 +231,11 @@ def _task_logits(
     if isinstance(target, TokenLabelBatch):
         inputs = model_inputs(batch.input_ids, batch.lengths, device)
         flat = torch.from_numpy(target.rows * batch.input_ids.shape[1] + target.positions)
-        logits = student(inputs, token_heads={name: flat.to(device)}).logits[name]
+        shown = student.with_domains(inputs, batch.domains)
+        logits = student(shown, token_heads={name: flat.to(device)}).logits[name]
         return logits.float(), send(target.logits, device)
     keep = torch.from_numpy(target.present).to(device)
-    shown = _expert_inputs(student, batch, target.info, device)
+    shown = student.with_domains(_expert_inputs(student, batch, target.info, device), batch.domains)
     logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
     return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
 

@@ -27,6 +27,7 @@ from rekindle.train.coverage import Coverage
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import best_of, evaluate
+from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective import Objective
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
@@ -144,13 +145,15 @@ def _begin(
 ) -> tuple[Training, dict[str, Any]]:
     """The run in ``out``, begun or gone on with, and the state of its checkpoint, if any."""
     resuming = world.decide(lambda: open_run(out, prepared.about, resume))
+    # While the student is whole and untrained. Of a run that was killed before this, once more.
+    growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
     optimizer = make_optimizer(student.student, config, world.device)
     training = Training(out, cache, config, student, optimizer, prepared)
-    if resuming:
-        return training, restore(out, student, optimizer)
-    world.decide(lambda: start_run(out, prepared.about))
-    return training, {}
+    if not resuming:
+        world.decide(lambda: start_run(out, prepared.about))
+    world.decide(lambda: save_growth(out, growth))
+    return training, restore(out, student, optimizer) if resuming else {}
 
 
 def _save(
@@ -274,6 +277,7 @@ def _finish(
     student.save_pretrained(staged, {"made_by": about}, weights)
     cache.corpus.tokenizer.save(str(staged))
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
+    summary |= saved_growth(result.directory)
     (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for file in staged.iterdir():
         file.replace(result.directory / file.name)

@@ -105,7 +105,7 @@ class ReplacedTokens(Method):
         """The binary cross-entropy, summed over the tokens that are judged."""
         text = self.corrupted(batch, device)
         loss = F.binary_cross_entropy_with_logits(
-            self._logits(student, text), text.replaced.float(), reduction="sum"
+            self._logits(student, batch, text), text.replaced.float(), reduction="sum"
         )
         yield "loss", loss, loss.detach()
 
@@ -114,7 +114,7 @@ class ReplacedTokens(Method):
     ) -> dict[str, tuple[float, int]]:
         """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
         text = self.corrupted(batch, device)
-        logits = self._logits(student, text)
+        logits = self._logits(student, batch, text)
         loss = F.binary_cross_entropy_with_logits(logits, text.replaced.float(), reduction="sum")
         called = logits > 0
         outcomes = torch.stack([called == text.replaced, called & text.replaced, called])
@@ -155,8 +155,9 @@ class ReplacedTokens(Method):
         with_target[self._target(batch).rows] = True
         return np.flatnonzero(judged & with_target[:, None])
 
-    def _logits(self, student: "Student", text: "CorruptedText") -> Tensor:
-        states = student.states(text.inputs).flatten(0, 1)[text.judged]
+    def _logits(self, student: "Student", batch: Batch, text: "CorruptedText") -> Tensor:
+        inputs = student.with_domains(text.inputs, batch.domains)
+        states = student.states(inputs).flatten(0, 1)[text.judged]
         head = getattr(student.model, ELECTRA_HEAD, None)
         if head is None:
             head = student.method_module(self.name)

@@ -201,7 +201,8 @@ class Objective:
                 assert isinstance(target, TokenLabelBatch)
                 flat = target.rows * batch.input_ids.shape[1] + target.positions
                 tokens[name] = send(flat, inputs["input_ids"].device)
-        output: StudentOutput = student(inputs, select, sequence, tokens)
+        shown = student.with_domains(inputs, batch.domains)
+        output: StudentOutput = student(shown, select, sequence, tokens)
         return output
 
 

@@ -1,7 +1,9 @@
 """What is checked and built before the first step: the loss, the student, what the run is."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rekindle.data.cache import Cache
@@ -10,6 +12,7 @@ from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
+from rekindle.train.grow_student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.models import quiet_transformers, resolve_model
 from rekindle.train.objective import Objective
@@ -31,6 +34,7 @@ class Prepared:
     student: Student
     stream: TrainingStream
     held_out: EvaluationData
+    ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
 
 
 def prepare(
@@ -49,7 +53,9 @@ def prepare(
     about = describe_run(cache, student_config, config, view, objective)
     stream, held_out = _data(cache, objective, config, view, world)
     student = _student(cache, student_config, config, objective, world)
-    return Prepared(about, objective, student, stream, held_out)
+    ungrown = partial(_built, cache, student_config, config, objective)
+    grows = student_config.grow is not None
+    return Prepared(about, objective, student, stream, held_out, ungrown if grows else None)
 
 
 def _data(
@@ -142,14 +148,9 @@ def _student(
     world: World,
 ) -> Student:
     """The student on its device, as the configuration wants it run."""
-    info = cache.corpus.info
-    student = build_student(
-        config,
-        objective.heads,
-        info["tokenizer"]["size"],
-        train.seed,
-        info["config"]["sequence_length"],
-    )
+    student = _built(cache, config, train, objective)
+    if config.grow is not None:
+        student = grow_student(student, config.grow)
     for method in objective.methods:
         add_module(type(method), method.settings, student)
     student.to(world.device)
@@ -160,6 +161,21 @@ def _student(
     attention = getattr(student.model.config, "_attn_implementation", None)
     log.info("student: %s attention, %s", attention, _described(train, world))
     return student
+
+
+def _built(
+    cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
+) -> Student:
+    """The student as it is before it grows."""
+    info = cache.corpus.info
+    return build_student(
+        config,
+        objective.heads,
+        info["tokenizer"]["size"],
+        train.seed,
+        info["config"]["sequence_length"],
+        tuple(cache.corpus.domains) if config.domain_prompts else (),
+    )
 
 
 def _described(train: TrainConfig, world: World) -> str:
@@ -210,7 +226,7 @@ def describe_run(
     whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
     train["objective"]["methods"] = whole  # with the defaults of their files
     return {
-        "student": student.model_dump(mode="json"),
+        "student": student.model_dump(mode="json", by_alias=True),
         "train": train,
         "cache": {
             "path": cache.store.location,

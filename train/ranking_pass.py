@@ -88,7 +88,8 @@ def _errors(
         inputs = language_rows(batch, objective.task, device).inputs
     else:
         inputs = dict(inputs_of(student, batch, view if view.startswith("pairs-") else "", device))
-    logits = student(inputs, sequence_heads=[name]).logits[name]
+    shown = student.with_domains(inputs, batch.domains)
+    logits = student(shown, sequence_heads=[name]).logits[name]
     keep = send(np.flatnonzero(target.present), device)
     wanted = send(target.logits[target.present], device)
     return (logits[keep].float() - wanted)[:, 0]

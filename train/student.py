@@ -2,7 +2,8 @@
 logits in training.
 
 Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it)
-with two files beside: ``heads.safetensors`` and ``rekindle_student.json``.
+with files beside: ``heads.safetensors``, ``rekindle_student.json`` and, of a student with domain
+prompts, ``prompts.safetensors``.
 """
 
 import json
@@ -20,6 +21,13 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import StudentConfig
+from rekindle.train.domain_prompts import (
+    DOMAINS,
+    DomainPrompts,
+    prompted_domains,
+    with_prompt,
+    without_prompt,
+)
 from rekindle.train.language_model import OutputHead, SplitLanguageModel
 from rekindle.train.method import add_module
 from rekindle.train.methods import find_method
@@ -28,8 +36,10 @@ from rekindle.train.models import longest_input, quiet_transformers, resolve_mod
 log = logging.getLogger("rekindle")
 
 HEADS_FILE = "heads.safetensors"
+PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
-MODEL, HEADS = "model.", "heads."  # what the names of a student's weights begin with
+# What the names of a student's weights begin with.
+MODEL, HEADS, PROMPTS = "model.", "heads.", "prompts."
 AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 
 
@@ -80,7 +90,8 @@ class Student(nn.Module):
     """A masked or causal LM with task heads.
 
     ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take
-    no part in any loss.
+    no part in any loss. ``domains``: a prompt for each (and for none of them) is put into every
+    sequence; None: no prompts. All positions are those of the sequence without it.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class Student(nn.Module):
         task: Literal["masked_lm", "causal_lm"],
         heads: Mapping[str, HeadConfig] | None = None,
         vocabulary_size: int | None = None,
+        domains: Sequence[str] | None = None,
     ):
         super().__init__()
         self.model: Any = model  # a PreTrainedModel
@@ -102,6 +114,7 @@ class Student(nn.Module):
         except NotImplementedError as error:
             raise InputError(str(error)) from None
         self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
+        self.prompts = None if domains is None else DomainPrompts.of(model, domains)
         self.add_heads(heads or {})
 
     def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
@@ -144,15 +157,13 @@ class Student(nn.Module):
     ) -> StudentOutput:
         """Run the body once.
 
-        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? ``select`` [N]: flat
+        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids?, and what
+        ``with_domains`` adds (without it prompts are those of no domain). ``select`` [N]: flat
         indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
         the pooled state (first token; last token of a causal LM). ``token_heads``: head -> flat
         indices [P].
         """
-        if select is not None:
-            hidden, states = self._split.hidden(inputs, select)
-        else:
-            hidden, states = None, self._split.states(inputs)
+        hidden, states = self._run(inputs, select)
         logits: dict[str, Tensor] = {}
         if sequence_heads:
             pooled = self._pool(states, inputs["attention_mask"])
@@ -163,7 +174,31 @@ class Student(nn.Module):
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The body's final hidden states [B,S,H] of one forward pass."""
-        return self._split.states(inputs)
+        return self._run(inputs, None)[1]
+
+    def _run(
+        self, inputs: Mapping[str, Tensor], select: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Hidden states for the output matrix [N,H] at ``select``, and the body's [B,S,H]."""
+        read = inputs
+        if self.prompts is not None:
+            read = self.prompts.insert(inputs, self.model.get_input_embeddings())
+            select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
+        hidden, states = (
+            (None, self._split.states(read)) if select is None else self._split.hidden(read, select)
+        )
+        return hidden, states if self.prompts is None else without_prompt(states)
+
+    def with_domains(
+        self, inputs: Mapping[str, Tensor], domains: Sequence[str | None]
+    ) -> Mapping[str, Tensor]:
+        """The inputs of a pass over sequences of these ``domains`` [B], told to the prompts, if
+        there are any.
+        """
+        if self.prompts is None:
+            return inputs
+        numbers = torch.tensor(self.prompts.numbers(domains))
+        return {**inputs, DOMAINS: numbers.to(inputs["input_ids"].device)}
 
     @property
     def output_head(self) -> OutputHead:
@@ -182,7 +217,8 @@ class Student(nn.Module):
         about: Mapping[str, Any] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the Hugging Face files, the heads, and what the student is, plus ``about``.
+        """Write the Hugging Face files, the heads and prompts, and what the student is, plus
+        ``about``.
 
         ``tensors``: the whole weights by name, of a student that is held in shards.
         """
@@ -194,12 +230,17 @@ class Student(nn.Module):
         with quiet_transformers():
             self.model.save_pretrained(path, state_dict=None if tensors is None else body)
         save_file(heads, path / HEADS_FILE)
-        described = {
+        if self.prompts is not None:
+            prompts = {k: v.contiguous() for k, v in held.items() if k.startswith(PROMPTS)}
+            save_file({k[len(PROMPTS) :]: v for k, v in prompts.items()}, path / PROMPTS_FILE)
+        described: dict[str, Any] = {
             "task": self.task,
             "vocabulary_size": self.vocabulary_size,
             "heads": {name: head.model_dump() for name, head in self.head_configs.items()},
             "methods": self.methods,
         }
+        if self.prompts is not None:
+            described["domains"] = list(self.prompts.domains)
         content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
@@ -207,18 +248,18 @@ class Student(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, *, vocabulary_size: int | None = None
     ) -> "Student":
-        """Load a directory written by ``save_pretrained``, heads included.
+        """Load a directory written by ``save_pretrained``, heads and prompts included.
 
         Raises InputError when it is none.
         """
         path = Path(directory)
         about = _read_about(path)
         model = _load(path, about["task"])
-        student = cls(
-            model, about["task"], about["heads"], vocabulary_size or about["vocabulary_size"]
-        )
+        size = vocabulary_size or about["vocabulary_size"]
+        student = cls(model, about["task"], about["heads"], size, about.get("domains"))
         student.source = path
         student.take_heads(path)
+        student.take_prompts(path)
         for name, settings in about.get("methods", {}).items():
             kind = find_method(name)
             add_module(kind, parse_settings(kind.Settings, settings, str(path)), student)
@@ -230,6 +271,23 @@ class Student(nn.Module):
         for name, head in self.head_configs.items():
             if earlier.get(name) == head:
                 self.heads[_key(name)].load_state_dict(_below(weights, _key(name)))
+
+    def take_prompts(self, directory: Path) -> None:
+        """Take over the prompts of the student in ``directory``, of domains that are ours, too."""
+        earlier = _read_about(directory).get("domains")
+        if self.prompts is not None and earlier is not None:
+            self.prompts.take(earlier, load_file(directory / PROMPTS_FILE)["vectors.weight"])
+
+
+def own_weights(directory: Path) -> dict[str, Tensor]:
+    """What a student's directory holds beside its model: heads and prompts, by a student's names.
+
+    Raises what safetensors raises for a damaged file.
+    """
+    found = {HEADS + k: v for k, v in load_file(directory / HEADS_FILE).items()}
+    if (directory / PROMPTS_FILE).is_file():
+        found |= {PROMPTS + k: v for k, v in load_file(directory / PROMPTS_FILE).items()}
+    return found
 
 
 def _dropout(config: Any) -> float:
@@ -276,12 +334,14 @@ def build_student(
     vocabulary_size: int,
     seed: int,
     sequence_length: int = 0,
+    domains: Sequence[str] = (),
 ) -> Student:
     """The student of a configuration, from pre-trained weights or scratch; the same for a ``seed``.
 
-    The heads of an earlier student in the directory are taken over where name, shape and labels
-    agree. Raises InputError when the model has fewer tokens than the tokenizer, or takes shorter
-    sequences than ``sequence_length``.
+    The heads and prompts of an earlier student in the directory are taken over where name, shape
+    and labels agree. ``domains``: of the corpus, for domain prompts. Raises InputError when the
+    model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
+    Growth comes after (``rekindle.train.grow_student``).
     """
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
@@ -294,20 +354,29 @@ def build_student(
             f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
             f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
         )
-    longest = longest_input(model.config)
-    if longest is not None and longest < sequence_length:
-        raise InputError(
-            f"student {config.model!r} takes at most {longest:,} tokens, the cache's sequences "
-            f"have up to {sequence_length:,}. Use a student with more positions, or make a cache "
-            "with a smaller corpus.sequence_length"
-        )
-    student = Student(model, config.language_task, heads, vocabulary_size)
+    _check_length(config, model.config, sequence_length)
+    prompted = prompted_domains(domains) if config.domain_prompts else None
+    student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:
         return student
     student.source = directory
     if (directory / HEADS_FILE).is_file():
         student.take_heads(directory)
+        student.take_prompts(directory)
     return student
+
+
+def _check_length(config: StudentConfig, model_config: Any, sequence_length: int) -> None:
+    longest = longest_input(model_config)
+    if longest is None or longest >= sequence_length + config.domain_prompts:
+        return
+    more = " and the domain prompt one more" if config.domain_prompts else ""
+    less = ", or leave out student.domain_prompts" if longest == sequence_length else ""
+    raise InputError(
+        f"student {config.model!r} takes at most {longest:,} tokens, the cache's sequences "
+        f"have up to {sequence_length:,}{more}. Use a student with more positions, or make a cache "
+        f"with a smaller corpus.sequence_length{less}"
+    )
 
 
 def _from_scratch(directory: Path, task: str, attention: str | None = None) -> Any:

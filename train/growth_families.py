@@ -1,0 +1,163 @@
+"""What each parameter of a model family computes and reads: the tables by which models are grown.
+
+A new family of the same kind is one more table. Names are those of transformers' modules, with the
+layer's prefix and number left out within layers.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from rekindle.data.errors import InputError
+
+# hidden: of the residual stream; heads, groups: of all query and key/value heads; ffn: neurons.
+Units = Literal["hidden", "heads", "groups", "ffn"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = Wx + b. ``transposed``: W is kept as [in, out], as GPT-2 does. ``parts``: matrices side
+    by side in one (query, key and value).
+    """
+
+    out: Units
+    into: Units
+    transposed: bool = False
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm or RMSNorm over the hidden size. ``last``: what the output matrix reads."""
+
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A vector of the hidden size per row."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output matrix [V, hidden] and its bias [V]."""
+
+
+Role = Linear | Norm | Embedding | Output
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: the names of its parts."""
+
+    types: tuple[str, ...]  # config.model_type
+    layer: str  # a regular expression of a layer's prefix; its number follows
+    inside: dict[str, Role]  # by a regular expression of a module's name within a layer
+    outside: dict[str, Role]
+    outputs: tuple[str, str]  # the modules in a layer that add to the residual stream
+    eps: str  # the configuration's key
+    rms: bool = False
+    # Post-LN: the norms after attention and at a layer's end; the latter makes the layer's output.
+    norms_after: tuple[str, str] | None = None
+    needs: dict[str, Any] = field(
+        default_factory=dict
+    )  # settings that other values change too much
+
+    def role(self, name: str) -> Role | None:
+        """What the parameter ``name`` (without ``.weight`` and the like) is; None if not known."""
+        number = re.match(rf"{self.layer}\d+\.", name)
+        known = self.outside if number is None else self.inside
+        rest = name if number is None else name[number.end() :]
+        return next((role for form, role in known.items() if re.fullmatch(form, rest)), None)
+
+
+BERT = Family(
+    types=("bert", "roberta"),
+    layer=r"(?:bert|roberta)\.encoder\.layer\.",
+    inside={
+        r"attention\.self\.(query|key|value)": Linear("heads", "hidden"),
+        r"attention\.output\.dense": Linear("hidden", "heads"),
+        r"intermediate\.dense": Linear("ffn", "hidden"),
+        r"output\.dense": Linear("hidden", "ffn"),
+        r"(attention\.)?output\.LayerNorm": Norm(),
+    },
+    outside={
+        r"(bert|roberta)\.embeddings\.(word|position|token_type)_embeddings": Embedding(),
+        r"(bert|roberta)\.embeddings\.LayerNorm": Norm(),
+        r"cls\.predictions\.transform\.dense|lm_head\.dense": Linear("hidden", "hidden"),
+        r"cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm": Norm(last=True),
+        r"cls\.predictions(\.decoder)?|lm_head(\.decoder)?": Output(),
+    },
+    outputs=("attention.output.dense", "output.dense"),
+    norms_after=("attention.output.LayerNorm", "output.LayerNorm"),
+    eps="layer_norm_eps",
+    needs={"add_cross_attention": False},
+)
+GPT2 = Family(
+    types=("gpt2",),
+    layer=r"transformer\.h\.",
+    inside={
+        r"attn\.c_attn": Linear("heads", "hidden", transposed=True, parts=3),
+        r"attn\.c_proj": Linear("hidden", "heads", transposed=True),
+        r"mlp\.c_fc": Linear("ffn", "hidden", transposed=True),
+        r"mlp\.c_proj": Linear("hidden", "ffn", transposed=True),
+        r"ln_[12]": Norm(),
+    },
+    outside={
+        r"transformer\.(wte|wpe)": Embedding(),
+        r"transformer\.ln_f": Norm(last=True),
+        r"lm_head": Output(),
+    },
+    outputs=("attn.c_proj", "mlp.c_proj"),
+    eps="layer_norm_epsilon",
+    # A scale by the layer's number would give a layer's copy another attention.
+    needs={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
+)
+LLAMA = Family(
+    types=("llama", "mistral", "qwen2"),
+    layer=r"model\.layers\.",
+    inside={
+        r"self_attn\.q_proj": Linear("heads", "hidden"),
+        r"self_attn\.[kv]_proj": Linear("groups", "hidden"),
+        r"self_attn\.o_proj": Linear("hidden", "heads"),
+        r"mlp\.(gate|up)_proj": Linear("ffn", "hidden"),
+        r"mlp\.down_proj": Linear("hidden", "ffn"),
+        r"(input|post_attention)_layernorm": Norm(),
+    },
+    outside={
+        r"model\.embed_tokens": Embedding(),
+        r"model\.norm": Norm(last=True),
+        r"lm_head": Output(),
+    },
+    outputs=("self_attn.o_proj", "mlp.down_proj"),
+    eps="rms_norm_eps",
+    rms=True,
+)
+FAMILIES = (BERT, GPT2, LLAMA)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a transformers model. Raises InputError, with what is supported, for others."""
+    config: Any = model.config
+    known = [kind for family in FAMILIES for kind in family.types]
+    found = next((f for f in FAMILIES if config.model_type in f.types), None)
+    if found is None:
+        raise InputError(
+            f"student.grow: {type(model).__name__} ({config.model_type}) cannot be grown; models "
+            f"of the types {', '.join(known)} can"
+        )
+    for key, value in found.needs.items():
+        if getattr(config, key, value) != value:
+            raise InputError(
+                f"student.grow: a {config.model_type} model with {key}: {getattr(config, key)} "
+                f"cannot be grown, only one with {key}: {value}"
+            )
+    strange = [name for name in model.state_dict() if found.role(name.rpartition(".")[0]) is None]
+    if strange:
+        raise InputError(
+            f"student.grow: {type(model).__name__} has parameters that {config.model_type} models "
+            f"do not have ({', '.join(strange[:3])}); it cannot be grown"
+        )
+    return found

@@ -1,0 +1,140 @@
+"""Which old unit each unit of a grown model copies, and with what weights. Pure index arithmetic.
+
+A unit is a hidden dimension, a neuron of a feed-forward layer, or one dimension of an attention
+head. d old units become D; the new unit j copies ``source[j]``. What computes a unit (a row of a
+matrix, an entry of a bias) is copied and multiplied by ``write[j]``; what reads it (a column) is
+copied and multiplied by ``read[j]``. Nothing changes downstream where, for every old unit i,
+
+    Σ_{j: source[j] = i} write[j] · read[j] = 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+Copied = Literal["spread", "last", "first"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one kind of unit grows from d to D.
+
+    ``means``: the units past the d-th copy nothing, but hold the mean of all old ones, so that a
+    LayerNorm finds the old mean and makes them 0; they are read through copied columns.
+    ``norm_scale``: what the weights of a norm over these units are multiplied by; its eps is
+    multiplied by the square.
+    """
+
+    source: Tensor  # [D] int64
+    write: Tensor  # [D] float64
+    read: Tensor  # [D] float64
+    means: bool = False
+    norm_scale: float = 1.0
+
+    @property
+    def old(self) -> int:
+        """d; every old unit has a copy."""
+        return int(self.source.max()) + 1
+
+    def rows(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """What computes the units, grown along ``dim``."""
+        grown = tensor.index_select(dim, self.source) * _along(self.write, tensor, dim)
+        if self.means:
+            new = len(self.source) - self.old
+            mean = tensor.mean(dim, keepdim=True, dtype=torch.float64).to(tensor.dtype)
+            grown.narrow(dim, self.old, new).copy_(mean.expand_as(grown.narrow(dim, 0, new)))
+        return grown
+
+    def columns(
+        self, tensor: Tensor, dim: int, noise: float = 0.0, draw: Generator | None = None
+    ) -> Tensor:
+        """What reads the units, grown along ``dim``.
+
+        ``noise``: the columns of the copies of one unit are moved apart by so many standard
+        deviations of ``tensor``, their sum unchanged: the sum is all that is seen of equal units.
+        """
+        grown = tensor.index_select(dim, self.source) * _along(self.read, tensor, dim)
+        if noise and not self.means:
+            drawn = torch.randn(grown.shape, generator=draw, dtype=grown.dtype)
+            grown += noise * tensor.std(correction=0) * self._centred(drawn, dim)
+        return grown
+
+    def _centred(self, drawn: Tensor, dim: int) -> Tensor:
+        """Less its mean over the copies of each unit; exactly 0 where there is one copy."""
+        shape = list(drawn.shape)
+        shape[dim] = self.old
+        sums = drawn.new_zeros(shape).index_add_(dim, self.source, drawn)
+        counts = torch.bincount(self.source)[self.source].to(drawn.dtype)
+        return drawn - sums.index_select(dim, self.source) / _along(counts, drawn, dim)
+
+    def norm(self, tensor: Tensor, *, bias: bool, read: bool) -> Tensor:
+        """The weight or bias of a norm. ``read``: its output goes into columns that are not divided
+        (a tied output matrix), so it is divided here.
+        """
+        factor = self.write if bias else torch.full_like(self.write, self.norm_scale)
+        if read:
+            factor = factor * self.read / self.write
+        grown = tensor[self.source] * factor.to(tensor.dtype)
+        if bias and self.means:
+            grown[self.old :] = 0.0
+        return grown
+
+
+def _along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """``values`` shaped to multiply ``tensor`` along ``dim``."""
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return values.to(tensor.dtype).reshape(shape)
+
+
+def balanced_sources(old: int, new: int, draw: Generator) -> Tensor:
+    """[new] int64: 0..old-1, then rounds of random order; numbers of copies differ by at most 1."""
+    rounds = [torch.arange(old)]
+    while len(rounds) * old < new:
+        rounds.append(torch.randperm(old, generator=draw))
+    return torch.cat(rounds)[:new]
+
+
+def in_blocks(source: Tensor, size: int) -> Tensor:
+    """[D·size]: blocks of ``size`` consecutive units (a head's dimensions) that grow as one."""
+    return (source[:, None] * size + torch.arange(size)).flatten()
+
+
+def copied(source: Tensor) -> Axis:
+    """Rows copied, columns divided by the multiplicity: ELLE's and Net2Net's rule."""
+    read = 1.0 / torch.bincount(source)[source].double()
+    return Axis(source, torch.ones(len(source), dtype=torch.float64), read)
+
+
+def shared(source: Tensor) -> Axis:
+    """Rows and columns divided by √multiplicity: the sum of squares stays, so an RMSNorm over D
+    units with eps·d/D finds √(d/D) of what it found, whatever d and D are.
+    """
+    share = torch.bincount(source)[source].double().rsqrt()
+    old = int(source.max()) + 1
+    return Axis(source, share, share.clone(), norm_scale=math.sqrt(old / len(source)))
+
+
+def averaged(source: Tensor) -> Axis:
+    """The old units as they are, and new ones that hold their mean: the mean stays, and the
+    variance over D units is d/D of what it was, which weights and eps of a LayerNorm make good.
+    """
+    ones = torch.ones(len(source), dtype=torch.float64)
+    old = int(source.max()) + 1
+    return Axis(source, ones, ones.clone(), means=True, norm_scale=math.sqrt(old / len(source)))
+
+
+def layer_sources(old: int, new: int, which: Copied) -> list[int]:
+    """The old layer of each of ``new`` layers: ascending, so that copies follow their originals.
+
+    Numbers of copies differ by at most 1; who has one more: layers evenly over the depth, the last
+    ones or the first ones.
+    """
+    if which == "spread":
+        return [place * old // new for place in range(new)]
+    each, more = divmod(new, old)
+    extra = range(old - more, old) if which == "last" else range(more)
+    return [layer for layer in range(old) for _ in range(each + (layer in extra))]

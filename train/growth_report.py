@@ -1,0 +1,160 @@
+"""What growth does to a student on held-out text, measured before the first step (ELLE,
+METHODS.md): the largest and mean |Δlogit|, and the loss and perplexity before and after.
+"""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.batch import Batch
+from rekindle.data.errors import CheckpointError
+from rekindle.train.config import GrowConfig
+from rekindle.train.device_batch import language_rows
+from rekindle.train.evaluate import EvaluationData
+from rekindle.train.grow import Shape
+from rekindle.train.prepare import Prepared
+from rekindle.train.student import Student
+
+log = logging.getLogger("rekindle")
+
+GROWTH_FILE = "growth.json"
+ROWS = 512  # positions whose logits over the whole vocabulary are held at once
+
+Report = dict[str, Any]
+
+
+def measure_growth(run: Path, prepared: Prepared, device: torch.device) -> Report | None:
+    """The report of a student that has grown; None where it has not, or its report is there."""
+    if prepared.ungrown is None or (run / GROWTH_FILE).exists():
+        return None
+    config = GrowConfig.model_validate(prepared.about["student"]["grow"])
+    before = prepared.ungrown().to(device)
+    report = compare_students(before, prepared.student, prepared.held_out, config, device)
+    _tell(report)
+    return report
+
+
+def compare_students(
+    before: Student,
+    after: Student,
+    data: EvaluationData,
+    config: GrowConfig,
+    device: torch.device,
+) -> Report:
+    """Both students on at most ``config.measure_sequences`` held-out sequences, evenly taken.
+
+    Logits over the tokenizer's tokens at the positions that have an LM loss (of a masked LM: those
+    masked in replica 0), in float32, without dropout. ``loss`` in nats per position; values are
+    None where nothing is held out.
+    """
+    count = min(config.measure_sequences, len(data.index))
+    index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
+    largest, total, losses, rows = 0.0, 0.0, [0.0, 0.0], 0
+    training = before.training, after.training
+    for student in (before, after):
+        student.eval()
+    for start in range(0, count, data.batch_sequences):
+        part = index[start : start + data.batch_sequences]
+        batch = data.cache.gather(part, (), epoch=0, masked_view=data.masked_view)
+        found = _compare(before, after, batch, device)
+        largest, total, rows = max(largest, found[0]), total + found[1], rows + found[3]
+        losses = [a + b for a, b in zip(losses, found[2], strict=True)]
+    for student, was_training in zip((before, after), training, strict=True):
+        student.train(was_training)
+    return {
+        "preserve": config.preserve,
+        "from": _described(before),
+        "to": _described(after),
+        "sequences": count,
+        "positions": rows,
+        "max_logit_change": largest if rows else None,
+        "mean_logit_change": total / (rows * before.vocabulary_size) if rows else None,
+        "before": _loss(losses[0], rows),
+        "after": _loss(losses[1], rows),
+    }
+
+
+@torch.no_grad()
+def _compare(
+    before: Student, after: Student, batch: Batch, device: torch.device
+) -> tuple[float, float, list[float], int]:
+    """Largest |Δlogit|, the sum of all, both sums of losses, positions."""
+    rows = language_rows(batch, before.task, device)
+    hidden: list[Tensor] = []
+    for student in (before, after):
+        states = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
+        assert states is not None
+        hidden.append(states)
+    largest, total, losses = 0.0, 0.0, [0.0, 0.0]
+    for first in range(0, len(rows.labels), ROWS):
+        part = slice(first, first + ROWS)
+        old, new = (
+            student.output_head.logits(states[part])
+            for student, states in zip((before, after), hidden, strict=True)
+        )
+        change = (new - old).abs()
+        largest = max(largest, float(change.max()))
+        total += float(change.sum(dtype=torch.float64))
+        for place, logits in enumerate((old, new)):
+            loss = torch.nn.functional.cross_entropy(logits, rows.labels[part], reduction="sum")
+            losses[place] += float(loss)
+    return largest, total, losses, len(rows.labels)
+
+
+def _loss(total: float, rows: int) -> dict[str, float | None]:
+    if not rows:
+        return {"loss": None, "perplexity": None}
+    loss = total / rows
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # 700: float64 ends near 709
+
+
+def _described(student: Student) -> dict[str, int]:
+    parameters = sum(p.numel() for p in student.model.parameters())
+    return Shape.of(student.model.config)._asdict() | {"parameters": parameters}
+
+
+def _tell(report: Report) -> None:
+    old, new = report["from"], report["to"]
+    grown = [f"{name} {old[name]:,} to {new[name]:,}" for name in old if old[name] != new[name]]
+    if not report["positions"]:
+        log.info("student grown: %s; nothing is held out to measure it on", ", ".join(grown))
+        return
+    log.info(
+        "student grown: %s; |Δlogit| max %.2g, mean %.2g; perplexity %.2f before, %.2f after "
+        "(%d held-out sequences)",
+        ", ".join(grown) or "nothing",
+        report["max_logit_change"],
+        report["mean_logit_change"],
+        report["before"]["perplexity"],
+        report["after"]["perplexity"],
+        report["sequences"],
+    )
+
+
+def save_growth(run: Path, report: Report | None) -> None:
+    """Write the report into the run's directory."""
+    if report is None:
+        return
+    temporary = run / f".{GROWTH_FILE}.tmp"
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, run / GROWTH_FILE)
+
+
+def saved_growth(run: Path) -> Report:
+    """{"growth": the report} of a run whose student has grown, else nothing."""
+    path = run / GROWTH_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return {"growth": json.loads(path.read_text(encoding="utf-8"))}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); remove it and resume: it is made anew"
+        ) from None
