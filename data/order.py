@@ -69,6 +69,24 @@ def stream_batch(
     strided: rank r reads places r, r + world_size, … of the batch of a single process.
     """
     places = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)[rank::world_size]
+    return _by_epoch(places, size, seed)
+
+
+def stream_part(
+    start: int, stop: int, size: int, *, seed: int, first_epoch: int = 0
+) -> NDArray[np.int64]:
+    """The sequence indices at places ``start`` to ``stop`` of the endless stream of epochs that
+    ``stream_batch`` cuts into equal batches; it begins with epoch ``first_epoch``.
+    """
+    places = np.arange(start, stop, dtype=np.int64) + first_epoch * size
+    parts = _by_epoch(places, size, seed)
+    return np.concatenate([np.zeros(0, np.int64), *(part for _, part in parts)])
+
+
+def _by_epoch(
+    places: NDArray[np.int64], size: int, seed: int
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """[(epoch, sequence indices)] of ascending places of the endless stream."""
     epochs = places // size
     return [
         (int(e), permute(places[epochs == e] % size, size, seed=seed, epoch=int(e)))

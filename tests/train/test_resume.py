@@ -28,7 +28,7 @@ DISTILL = [
     {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
     {"teachers": ["sense", "tags"], "weight": 0.2},
 ]
-TIMES = ("tokens_per_second", "data_wait")
+TIMES = ("tokens_per_second", "data_wait", "seconds")
 STEPS = 12
 
 
