@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from rekindle.data.seal import REPAIR, SEAL, checksum
 from rekindle.data.store import safe_name
 
 ROWS_PER_BATCH = 128  # 128 sequences x 512 positions are a few MB: one checksum, one page-in
+SECONDS = "seconds"  # a fact: see `seconds_of`
 Region = tuple[int, int, str]  # offset, length, xxh3_64
 
 
@@ -82,6 +84,18 @@ class Commit:
                 f"the commit record {where} is damaged ({error}). {REPAIR}"
             ) from None
         return commit
+
+
+def seconds_of(commit: Commit) -> float | None:
+    """The seconds that the unit took to compute, where its record says so.
+
+    A fact of the record alone: neither the data nor any fingerprint depends on it, so that two runs
+    of one unit still give the same bytes of data.
+    """
+    found: Any = commit.facts.get(SECONDS)
+    if type(found) not in (int, float) or not 0 <= found < math.inf:
+        return None
+    return float(found)
 
 
 def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:

@@ -58,24 +58,19 @@ def epoch_batch(
     return permute(places[rank::world_size], size, seed=seed, epoch=epoch)
 
 
-def stream_batch(
-    step: int, size: int, batch: int, *, seed: int, rank: int = 0, world_size: int = 1
-) -> list[tuple[int, NDArray[np.int64]]]:
-    """What training step ``step`` reads: [(epoch, sequence indices)], as one endless stream of
-    epochs.
+def stream_part(
+    start: int, stop: int, size: int, *, seed: int, first_epoch: int = 0
+) -> NDArray[np.int64]:
+    """The sequence indices at places ``start`` to ``stop`` of one endless stream of epochs, the
+    first of them ``first_epoch``.
 
-    Every batch is full; one that reaches past an epoch's end goes on in the next, so that each
-    sequence is read exactly once per epoch whatever the batch size. The ranks' parts of a step are
-    strided: rank r reads places r, r + world_size, … of the batch of a single process.
+    Batches cut from it are all full: one that reaches past an epoch's end goes on in the next, so
+    that each sequence is read exactly once per epoch whatever the batch size.
     """
-    places = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)[rank::world_size]
+    places = np.arange(start, stop, dtype=np.int64)
     epochs = places // size
-    return [
-        (int(e), permute(places[epochs == e] % size, size, seed=seed, epoch=int(e)))
+    parts = [
+        permute(places[epochs == e] % size, size, seed=seed, epoch=first_epoch + int(e))
         for e in np.unique(epochs)
     ]
-
-
-def step_epoch(step: int, size: int, batch: int) -> int:
-    """The epoch in which training step ``step`` begins, the same one for every rank."""
-    return step * batch // size
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rekindle.data.codec import join_ids
 from rekindle.data.codec_compact import from_compact
 from rekindle.data.columns import list_views
+from rekindle.data.commits import seconds_of
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.cuts import RowLists, joined
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
@@ -134,6 +135,16 @@ class TeacherReader:
         """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
         used = [self.main, *self.tails]
         return sum(commit.bytes for part in used for commit in part.commits.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """What the parts that are read took to compute, in seconds of one process each, the loading
+        of models aside. None if not every unit recorded it: older caches did not.
+        """
+        commits = [c for part in (self.main, *self.tails) for c in part.commits.values()]
+        found = [seconds_of(commit) for commit in commits]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if known and len(known) == len(found) else None
 
     @property
     def positions(self) -> int:

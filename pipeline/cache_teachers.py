@@ -11,18 +11,21 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.queues import Queue
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from rekindle.data.cache import write_manifest
+from rekindle.data.commits import SECONDS
 from rekindle.data.corpus import Corpus, build_corpus
 from rekindle.data.errors import InputError
 from rekindle.data.hard_masks import HardMaskedView
@@ -233,9 +236,10 @@ class UnitRunner:
 
     def make(self, unit: Unit) -> Commit:
         """Compute, write and commit a unit."""
+        began = time.perf_counter()
         result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
         self._store_head()
-        return write_unit(self.info, self.corpus, unit, result)
+        return write_unit(self.info, self.corpus, unit, result, began)
 
     def _store_head(self) -> None:
         """The matrix comes after the teacher's description, and before any unit."""
@@ -264,8 +268,16 @@ def run_units(
             report(runner.make(unit))
 
 
-def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult) -> Commit:
-    """Write and commit one unit."""
+def write_unit(
+    info: TeacherInfo,
+    corpus: Corpus,
+    unit: Unit,
+    result: UnitResult,
+    began: float | None = None,
+) -> Commit:
+    """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
+    record then says how many seconds it took until all was encoded.
+    """
     shard = corpus.shard(unit.shard)
     schema = target_schema(info, {"shard": unit.shard, "replica": unit.replica})
     digests = [d for i in range(shard.batch_count) for d in shard.batch(i)["digest"].to_pylist()]
@@ -291,8 +303,13 @@ def write_unit(info: TeacherInfo, corpus: Corpus, unit: Unit, result: UnitResult
     if info.codec == "compact":
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
+
+    def late() -> dict[str, Any]:
+        spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
+        return sums.facts() | spent
+
     return shards.write(
-        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, sums.facts
+        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, late
     )
 
 

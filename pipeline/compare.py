@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.compare_cost import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.compare_domains import DomainMatrix, matrix_of
 from rekindle.pipeline.sweep import read_sweep
 from rekindle.pipeline.sweep_plan import SWEPT_SECTIONS, shortest_tails
 from rekindle.train.run_log import read_metrics
 
 # Where these differ, held-out values are of other positions, or of another loss.
-EVALUATION_KEYS = ("student.task", "train.held_out", "train.evaluate_sequences")
+EVALUATION_KEYS = (
+    *("student.task", "train.held_out", "train.evaluate_sequences"),
+    "train.domains",
+)
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,25 @@ class RunFacts:
     coverage: dict[str, int] = field(default_factory=dict)  # as train/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)  # only those that differ
+    curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
-    ``notes`` say what may not be compared.
+    ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
+    losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
+    not be compared.
     """
 
     corpus: str
     runs: list[RunFacts]
     best: dict[str, list[str]]
     notes: list[str]
+    matched_steps: list[Match]
+    matched_cost: list[Match]
+    domains: DomainMatrix
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON; what is no number is null."""
@@ -82,8 +93,21 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     for number, (one, name) in enumerate(zip(found, names, strict=True)):
         settings = {key: values[number] for key, values in differing.items()}
         runs.append(_read_run(one, name, settings))
-    notes = _notes(found, differing)
-    return Comparison(corpus, runs, _best(runs, evaluations=not notes), notes)
+    positions, teachers = _position_notes(found, differing), _teacher_notes(found)
+    curves = [] if positions else [run.curve for run in runs]
+    return Comparison(
+        corpus,
+        runs,
+        _best(runs, evaluations=not positions + teachers),
+        positions + teachers,
+        match_steps(curves),
+        match_cost(curves),
+        matrix_of(
+            [run.name for run in runs],
+            [run.evaluation for run in runs],
+            [one.settings["train"].get("domains") or [] for one in found],
+        ),
+    )
 
 
 def _find(directories: Sequence[Path]) -> list[_Found]:
@@ -160,7 +184,24 @@ def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
         coverage=summary.get("coverage", {}),
         scores=_task_scores(one.directory),
         settings=settings,
+        curve=_curve(one, steps, evaluations),
     )
+
+
+def _curve(
+    one: _Found, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> Curve:
+    """The held-out loss over steps and seconds, without what is not recorded."""
+    seconds = {record["step"]: record.get("seconds") for record in steps}
+    points = [
+        Point(record["step"], seconds.get(record["step"]), record["loss"])
+        for record in evaluations
+        if "loss" in record
+    ]
+    recorded = one.cache.get("teacher_seconds") or {}
+    costs = [recorded.get(name) for name in one.cache["teachers"]]
+    known = [cost for cost in costs if cost is not None]
+    return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
 
 
 def _task_scores(directory: Path) -> dict[str, float]:
@@ -207,22 +248,29 @@ def differences(settings: Sequence[Any], path: tuple[str, ...] = ()) -> dict[str
     return found
 
 
-def _notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
-    """Why held-out values of these runs are not comparable; nothing where they are."""
+def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
+    """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
-    keys = [key for key in EVALUATION_KEYS if key in differing]
+    keys = [key for key in EVALUATION_KEYS if _differs(key, differing)]
     if keys:
         notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
         notes.append("the runs see different masks: held-out values are not of the same positions")
+    return notes
+
+
+def _differs(key: str, differing: Mapping[str, Any]) -> bool:
+    return any(one == key or one.startswith(f"{key}.") for one in differing)
+
+
+def _teacher_notes(found: Sequence[_Found]) -> list[str]:
+    """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:
         for name, fingerprint in one.cache["teachers"].items():
             prints.setdefault(name, set()).add(str(fingerprint))
     changed = [name for name, known in prints.items() if len(known) > 1]
-    if changed:
-        notes.append(f"not the same teacher in all runs: {', '.join(changed)}")
-    return notes
+    return [f"not the same teacher in all runs: {', '.join(changed)}"] if changed else []
 
 
 def is_higher_better(name: str) -> bool:

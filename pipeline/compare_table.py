@@ -1,8 +1,8 @@
-"""A comparison as a table: the same cells in plain text and on a page without network."""
+"""A comparison as tables: the same cells in plain text and on a page without network."""
 
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from rich.text import Text
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare import Comparison, RunFacts, values_of
+from rekindle.pipeline.compare import Comparison, RunFacts, compare_runs, values_of
+from rekindle.pipeline.compare_cost import Match, lowest, thinned
+from rekindle.pipeline.compare_domains import PREFIX, DomainMatrix
 from rekindle.pipeline.sweep_plan import shortest_tails
 from rekindle.train.config import DistillTerm
 
@@ -24,6 +26,11 @@ TEMPLATE = Path(__file__).parent / "templates" / "compare.html.j2"
 NOTHING = "–"
 _WIDEST = 10_000  # characters: no cell is ever cut
 _WIDEST_CELL = 28  # of a run that is a column: longer ones are folded
+COST = (
+    "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
+    "last evaluation that had cost no more, nothing is interpolated"
+)
+_MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ def columns_of(comparison: Comparison) -> list[Column]:
     shown.append(Column("seconds", [_number(run.seconds, "{:,.1f}") for run in runs]))
     formats = {"tokens_per_second": "{:,.0f}"}
     names = list(dict.fromkeys(name for run in runs for name in values_of(run)))
+    names = [name for name in names if not name.startswith(PREFIX)]  # they have their own table
     names.sort(key=lambda name: name not in formats)  # speed stands beside time
     for name in names:
         cells = [_number(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
@@ -57,6 +65,71 @@ def columns_of(comparison: Comparison) -> list[Column]:
         cells = [_number(_share_with_kd(run, what), "{:.1%}") for run in runs]
         shown.append(Column(f"KD {what}", cells))
     return shown
+
+
+@dataclass(frozen=True)
+class Section:
+    """A further table, with what must be said of it."""
+
+    title: str
+    columns: list[Column]
+    note: str = ""
+
+
+def sections_of(comparison: Comparison) -> list[Section]:
+    """The tables below the first one: losses at equal steps, at equal cost, and by domain."""
+    names = [run.name for run in comparison.runs]
+    sections = []
+    last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
+    if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
+        columns = _matched(names, comparison.matched_steps, "steps", "{:,.0f}")
+        sections.append(Section("held-out loss at equal steps", columns))
+    if comparison.matched_cost:
+        columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
+        note = (
+            "cost: seconds of the run so far and of stage 1 for the teachers it uses; (steps) of "
+        )
+        note += "the last evaluation that had cost no more, nothing is interpolated"
+        unknown = [r.name for r in comparison.runs if r.curve.points and not r.curve.known]
+        note += f"; unknown for {', '.join(unknown)}" if unknown else ""
+        sections.append(Section("held-out loss at equal total cost", columns, note))
+    if comparison.domains.runs:
+        sections.append(_domain_section(comparison.domains))
+    return sections
+
+
+def _matched(
+    names: Sequence[str], matches: Sequence[Match], title: str, form: str, steps: bool = False
+) -> list[Column]:
+    shown = thinned(matches, _MOST_MATCHES)
+    columns = [Column(title, [form.format(match.at) for match in shown])]
+    for number, name in enumerate(names):
+        points = [match.points[number] for match in shown]
+        cells = [
+            NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
+            for p in points
+        ]
+        best = frozenset(row for row, match in enumerate(shown) if number in lowest(match))
+        columns.append(Column(name, cells, best))
+    return columns
+
+
+def _domain_section(matrix: DomainMatrix) -> Section:
+    columns = [Column("run", matrix.runs, words=True)]
+    for number, name in enumerate(matrix.domains):
+        cells = [_number(values[number], "{:,.2f}") for values in matrix.perplexity]
+        columns.append(Column(name, cells))
+    return Section("held-out perplexity by domain, at the last evaluation", columns)
+
+
+def domain_matrix(runs: Sequence[Path]) -> str:
+    """The domains × stages perplexity matrix of the runs in these directories, in their order, as
+    text; empty when none of them evaluated by domain (``train.evaluate_domains``).
+
+    Raises as ``compare_runs`` does.
+    """
+    matrix = compare_runs(runs).domains
+    return "\n".join(_section_lines(_domain_section(matrix), 0)) if matrix.runs else ""
 
 
 def _settings(runs: list[RunFacts]) -> Iterable[Column]:
@@ -104,20 +177,32 @@ def _number(value: float | None, form: str) -> str:
 
 
 def as_text(comparison: Comparison, width: int | None = None) -> str:
-    """The table in plain text; the best of the runs has a star.
+    """The tables in plain text; the best of the runs has a star.
 
     A run is a line; where that does not fit ``width`` characters (the terminal's; 160 without one),
     a run is a column, if that is narrower. Nothing is ever cut.
     """
     columns = columns_of(comparison)
     width = width or shutil.get_terminal_size((160, 24)).columns
-    lines = _drawn(_upright(columns))
-    if _width(lines) > width:
-        lines = min(lines, _drawn(_lying(columns)), key=_width)
+    lines = _fitting(columns, width)
     notes = [f" note: {note}" for note in comparison.notes]
     if any(column.best for column in columns):
         notes.append(" * the best of the runs")
-    return "\n".join([*lines, *notes])
+    below = [line for s in sections_of(comparison) for line in ("", *_section_lines(s, width))]
+    return "\n".join([*lines, *notes, *below])
+
+
+def _section_lines(section: Section, width: int) -> list[str]:
+    """A further table with its title; ``width`` 0: as it stands."""
+    lines = _fitting(section.columns, width or _WIDEST)
+    return [f" {section.title}", *lines, *([f" {section.note}"] if section.note else [])]
+
+
+def _fitting(columns: list[Column], width: int) -> list[str]:
+    lines = _drawn(_upright(columns))
+    if _width(lines) > width:
+        lines = min(lines, _drawn(_lying(columns)), key=_width)
+    return lines
 
 
 def _upright(columns: list[Column]) -> Table:
@@ -161,5 +246,5 @@ def as_html(comparison: Comparison) -> str:
     """The table as one page: nothing is fetched from anywhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    columns = columns_of(comparison)
-    return template.render(comparison=comparison, columns=columns)
+    tables = [Section("", columns_of(comparison)), *sections_of(comparison)]
+    return template.render(comparison=comparison, tables=tables)

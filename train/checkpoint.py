@@ -36,7 +36,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
 # the same); the others decide how the run is made, not what it computes.
 FREE = (
-    *("path", "parallel", "compile", "gradient_checkpointing", "prefetch_threads"),
+    *("path", "teacher_seconds"),
+    *("parallel", "compile", "gradient_checkpointing", "prefetch_threads"),
     *("checkpoint_every", "keep_checkpoints", "keep_best", "explosion_factor"),
 )
 

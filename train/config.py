@@ -207,6 +207,30 @@ class ObjectiveConfig(Settings):
         return (*self.methods, MethodTerm(method=own))
 
 
+class ReplayConfig(Settings):
+    """Memory of earlier domains that is trained on beside the new ones (ELLE)."""
+
+    domains: tuple[str, ...] = Field(min_length=1, description="the earlier domains")
+    fraction: float = Field(0.1, gt=0, lt=1, description="share of all batches' sequences")
+    choose: Literal["uniform", "loss_change"] = Field(
+        "loss_change",
+        description="which domain is replayed how much: all alike, or in proportion to how much "
+        "its held-out loss has changed of late",
+    )
+
+
+class CurriculumConfig(Settings):
+    """The sequences that are trained on at first, by a cached teacher's stored scalars (SALT)."""
+
+    teacher: str = Field(description="a cached vocabulary teacher, complete")
+    score: Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"] = Field(
+        "median_loss", description="median_loss: SALT's, over tokens among the teacher's best ten"
+    )
+    keep: float = Field(0.5, gt=0, le=1, description="share of the training sequences")
+    until: float = Field(0.17, gt=0, le=1, description="fraction of the steps; then all are used")
+    highest: bool = Field(True, description="keep those with the highest score, or the lowest")
+
+
 class TrainConfig(Settings):
     """How the student is trained."""
 
@@ -260,6 +284,23 @@ class TrainConfig(Settings):
         (), description="teachers whose targets may be incomplete; their holes train without KD"
     )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="the loss")
+    domains: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="train and evaluate on sequences of these domains only; null: on all",
+    )
+    replay: ReplayConfig | None = Field(None, description="memory of earlier domains")
+    evaluate_domains: bool = Field(
+        False, description="also report the held-out loss/DOMAIN of every domain of the corpus"
+    )
+    curriculum: CurriculumConfig | None = Field(
+        None, description="begin with a part of the sequences"
+    )
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _one_or_many_domains(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("allow_missing", mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class EvaluationData:
     batch_sequences: int
     allow_missing: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
+    domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
 
     def batches(self) -> list[NDArray[np.int64]]:
         """The sequence numbers of each batch."""
@@ -88,34 +89,41 @@ def evaluate(
     evaluates all of it, and gets the same values.
 
     KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence.
-    Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Empty when
-    nothing is held out.
+    Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Of each of
+    ``data.domains`` the loss is ``loss/DOMAIN``. Empty when nothing is held out.
     """
-    if not len(data.index):
-        return {}
     run = run or partial(_run_alone, student)
     training = student.training
     student.eval()
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
     try:
-        for index in data.batches():
-            batch = data.cache.gather(
-                index,
-                data.teachers,
-                epoch=0,
-                masked_view=data.masked_view,
-                allow_missing=data.allow_missing,
-            )
-            found = run(_batch_sums, batch, device)
-            for method in data.methods:
-                own = run(method.evaluate, batch, device)
-                found |= {f"{method.name}/{name}": value for name, value in own.items()}
-            for name, (total, count) in found.items():
-                sums[name] = sums.get(name, 0.0) + total
-                counts[name] = counts.get(name, 0) + count
+        found = _means(data, device, run)
+        for name, index in data.domains.items():
+            alone = _means(replace(data, index=index, teachers=(), methods=()), device, run)
+            found |= {f"loss/{name}": value for what, value in alone.items() if what == "loss"}
     finally:
         student.train(training)
+    return found
+
+
+def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
+    """Every value, in the mean over what it counts."""
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for index in data.batches():
+        batch = data.cache.gather(
+            index,
+            data.teachers,
+            epoch=0,
+            masked_view=data.masked_view,
+            allow_missing=data.allow_missing,
+        )
+        values = run(_batch_sums, batch, device)
+        for method in data.methods:
+            own = run(method.evaluate, batch, device)
+            values |= {f"{method.name}/{name}": value for name, value in own.items()}
+        for name, (total, count) in values.items():
+            sums[name] = sums.get(name, 0.0) + total
+            counts[name] = counts.get(name, 0) + count
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 

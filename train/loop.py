@@ -99,6 +99,7 @@ def train_student(
     student = training.student
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
+    stream.order.restore(state.get("order"))
     recent = world.decide(lambda: recent_losses(read_metrics(out), first, objective.weights))
     watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
@@ -120,12 +121,14 @@ def train_student(
             done = step + 1
             waited = stream.waited - waited_before
             values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
+            values["seconds"] = earlier + time.monotonic() - started
             run_log.write("train", done, values)
             if world.main:
                 report(done, values)
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
                 evaluation = _evaluate(training, step)
+                stream.order.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             if last or done % config.checkpoint_every == 0 or (best or {}).get("step") == done:
@@ -165,7 +168,8 @@ def _save(
 ) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
     total = coverage.over(training.world.sum)
-    state = {"seconds": seconds, "coverage": total, "best": best}
+    order = training.prepared.stream.order.state
+    state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
     student, keep = training.student, training.config.keep_checkpoints
     about = training.prepared.about
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)

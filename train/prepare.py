@@ -16,7 +16,7 @@ from rekindle.train.grow_student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.models import quiet_transformers, resolve_model
 from rekindle.train.objective import Objective
-from rekindle.train.split import split_corpus
+from rekindle.train.sequences import choose_sequences, evaluated_domains
 from rekindle.train.stream import TrainingStream
 from rekindle.train.student import Student, build_student
 
@@ -49,7 +49,7 @@ def prepare(
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
     check_tokenizer(cache, student_config)
-    _check_best(config, objective)
+    _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)
     stream, held_out = _data(cache, objective, config, view, world)
     student = _student(cache, student_config, config, objective, world)
@@ -62,10 +62,10 @@ def _data(
     cache: Cache, objective: Objective, config: TrainConfig, view: str | None, world: World
 ) -> tuple[TrainingStream, EvaluationData]:
     """What is trained on, and what is held out for evaluation."""
-    split = split_corpus(cache, config.held_out)
+    chosen = choose_sequences(cache, config)
     stream = TrainingStream(
         cache,
-        split.train,
+        chosen.order,
         config.batch_sequences,
         config.seed,
         objective.teachers_at,
@@ -76,8 +76,10 @@ def _data(
         threads=config.prefetch_threads,
     )
     size = config.micro_batch_sequences or config.batch_sequences
-    index = split.held_out.spread(config.evaluate_sequences)
-    return stream, EvaluationData(cache, index, (), view, size, config.allow_missing)
+    held_out = EvaluationData(
+        cache, chosen.held_out, (), view, size, config.allow_missing, chosen.domains
+    )
+    return stream, held_out
 
 
 def prepare_objective(
@@ -111,9 +113,9 @@ def prepare_objective(
     return objective
 
 
-def _check_best(config: TrainConfig, objective: Objective) -> None:
+def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None:
     """That ``keep_best`` names something that an evaluation can measure."""
-    known = ["loss"]
+    known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
     for name in objective.teachers:
         problem = objective.teachers[name].problem
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
@@ -225,6 +227,9 @@ def describe_run(
     train = config.model_dump(mode="json", by_alias=True)
     whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
     train["objective"]["methods"] = whole  # with the defaults of their files
+    names = [*objective.teachers]
+    names += [config.curriculum.teacher] if config.curriculum is not None else []
+    teachers = {name: cache.teacher(name) for name in names}
     return {
         "student": student.model_dump(mode="json", by_alias=True),
         "train": train,
@@ -233,7 +238,8 @@ def describe_run(
             "corpus": cache.corpus.fingerprint,
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
-            "teachers": {name: cache.teacher(name).fingerprint for name in objective.teachers},
+            "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
+            "teacher_seconds": {name: teacher.seconds for name, teacher in teachers.items()},
             **_other_views(cache, objective),
         },
     }

@@ -35,7 +35,12 @@ class RunLog:
         os.replace(temporary, self.path)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One record: ``kind`` is train or evaluate, ``step`` the steps done."""
+        """One record: ``kind`` is train or evaluate, ``step`` the steps done.
+
+        Of training, ``seconds`` are those the run has taken so far, as the clock on the wall goes:
+        its start, waiting and evaluations before included, over all the times it was gone on with
+        (but for what was lost after a checkpoint).
+        """
         if self.silent:
             return
         shown = {name: float(f"{float(value):.9g}") for name, value in values.items()}

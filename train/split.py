@@ -27,12 +27,21 @@ FAR_TOO_MUCH = 0.25  # of a stage: sequences are held out instead of documents a
 class Ranges:
     """Ascending, disjoint ranges of sequence numbers, used like one long index array."""
 
-    def __init__(self, ranges: Iterable[Range]):
-        kept = [(start, stop) for start, stop in ranges if stop > start]
-        if any(stop > after for (_, stop), (after, _) in pairwise(kept)):
-            raise ValueError(f"ranges must ascend and not overlap, got {kept[:8]}")
-        self.bounds: NDArray[np.int64] = np.array(kept, np.int64).reshape(-1, 2)  # [R,2]
-        self._places = np.cumsum([0, *(stop - start for start, stop in kept)], dtype=np.int64)
+    def __init__(self, ranges: Iterable[Range] | NDArray[np.int64]):
+        given = ranges if isinstance(ranges, np.ndarray) else np.array(list(ranges), np.int64)
+        bounds = given.reshape(-1, 2)
+        bounds = bounds[bounds[:, 1] > bounds[:, 0]]
+        if (bounds[:-1, 1] > bounds[1:, 0]).any():
+            raise ValueError(f"ranges must ascend and not overlap, got {bounds[:8].tolist()}")
+        self.bounds: NDArray[np.int64] = bounds  # [R,2]
+        self._places = np.concatenate([[0], np.cumsum(bounds[:, 1] - bounds[:, 0])])
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int64]) -> "Ranges":
+        """The ranges of ascending, distinct sequence numbers [B]."""
+        first = np.diff(numbers, prepend=-2) != 1
+        last = np.append(first[1:], True)[: len(numbers)]
+        return cls(np.stack([numbers[first], numbers[last] + 1], axis=1))
 
     def __len__(self) -> int:
         return int(self._places[-1])
@@ -58,8 +67,20 @@ class Ranges:
 
     def complement(self, size: int) -> "Ranges":
         """What else there is of 0..size-1."""
-        edges = [0, *self.bounds.reshape(-1).tolist(), size]
-        return Ranges(zip(edges[::2], edges[1::2], strict=True))
+        edges = np.concatenate([[0], self.bounds.reshape(-1), [size]])
+        return Ranges(edges.reshape(-1, 2))
+
+    def intersection(self, other: "Ranges") -> "Ranges":
+        """What is in both."""
+        ours, theirs = self.bounds, other.bounds
+        first = np.searchsorted(theirs[:, 1], ours[:, 0], side="right")
+        counts = np.maximum(np.searchsorted(theirs[:, 0], ours[:, 1]) - first, 0)
+        which = np.repeat(np.arange(len(ours)), counts)  # of ours, that meets one of theirs
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        met = np.repeat(first, counts) + np.arange(len(which)) - before
+        start = np.maximum(ours[which, 0], theirs[met, 0])
+        stop = np.minimum(ours[which, 1], theirs[met, 1])
+        return Ranges(np.stack([start, stop], axis=1))
 
 
 @dataclass(frozen=True)

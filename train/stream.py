@@ -1,11 +1,10 @@
 """What each training step reads, in the background: a pure function of (seed, step), whatever ran
-before, and on however many processes and threads.
+before, and on however many processes and threads. Which sequences that are, ``sequences.py`` says.
 """
 
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,42 +12,19 @@ from numpy.typing import NDArray
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.order import step_epoch, stream_batch
+from rekindle.train.sequences import Listed, Order, Sequences
 
 AHEAD = 2  # batches per thread: one is read while one waits
 PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 
 
-class Sequences(Protocol):
-    """Which sequences of a cache are trained on, by place 0..len-1."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequence numbers [B] at ``places`` [B]."""
-
-
-class _Listed:
-    """Sequence numbers that are given one by one."""
-
-    def __init__(self, numbers: NDArray[np.int64]):
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._numbers[places]
-
-
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
-    ``sequences``: what is trained on (``Split.train``, or an array of sequence numbers).
-    ``batch_sequences`` are read per step by all ranks together; this one reads every
-    ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose targets are
-    read: those whose weight is 0 are not touched.
+    ``sequences``: what is trained on (an order; or ``Split.train`` or an array of sequence numbers,
+    for the plain order of them). ``batch_sequences`` are read per step by all ranks together; this
+    one reads every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says
+    whose targets are read: those whose weight is 0 are not touched.
 
     Raises InputError when there is nothing to train on, and when the world does not divide the
     batch.
@@ -57,7 +33,7 @@ class TrainingStream:
     def __init__(
         self,
         cache: Cache,
-        sequences: Sequences | NDArray[np.int64],
+        sequences: Order | Sequences | NDArray[np.int64],
         batch_sequences: int,
         seed: int,
         teachers_at: Callable[[int], list[str]],
@@ -68,10 +44,12 @@ class TrainingStream:
         threads: int = 1,
     ):
         _check_world(len(sequences), batch_sequences, rank, world_size, threads)
-        self.cache, self.batch_sequences, self.seed = cache, batch_sequences, seed
-        self.sequences: Sequences = (
-            _Listed(sequences) if isinstance(sequences, np.ndarray) else sequences
-        )
+        self.cache = cache
+        if isinstance(sequences, np.ndarray):
+            sequences = Listed(sequences)
+        if not isinstance(sequences, Order):
+            sequences = Order(sequences, batch_sequences, seed)
+        self.order = sequences
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
         self.rank, self.world_size, self.threads = rank, world_size, threads
@@ -81,14 +59,7 @@ class TrainingStream:
         """The sequence numbers [batch_sequences] that all ranks together read at ``step``, as a
         single process would. Reads nothing.
         """
-        return self._sequences(step, rank=0, world_size=1)
-
-    def _sequences(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
-        size = len(self.sequences)
-        parts = stream_batch(
-            step, size, self.batch_sequences, seed=self.seed, rank=rank, world_size=world_size
-        )
-        return self.sequences.select(np.concatenate([places for _, places in parts]))
+        return self.order.at(step)
 
     def batch(self, step: int) -> Batch:
         """What this rank reads at ``step``.
@@ -97,9 +68,9 @@ class TrainingStream:
         began in: one step, one replica, on every rank.
         """
         return self.cache.gather(
-            self._sequences(step, self.rank, self.world_size),
+            self.order.at(step)[self.rank :: self.world_size],
             self.teachers_at(step),
-            epoch=step_epoch(step, len(self.sequences), self.batch_sequences),
+            epoch=self.order.epoch(step),
             masked_view=self.masked_view,
             allow_missing=self.allow_missing,
             scalars=False,
@@ -108,10 +79,11 @@ class TrainingStream:
     def steps(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) for every step from ``start`` to ``stop``, in that order.
 
-        Reads no further ahead than AHEAD batches per thread. An error in reading comes after the
-        batches before it. Closing it ends all threads.
+        Reads no further ahead than AHEAD batches per thread, nor than ``order`` knows: an order
+        that follows evaluations is told of each before the next batch is taken. An error in reading
+        comes after the batches before it. Closing it ends all threads.
         """
-        ahead = _ReadAhead(self.batch, start, stop, AHEAD * self.threads)
+        ahead = _ReadAhead(self.batch, self.order.knows, start, stop, AHEAD * self.threads)
         try:
             ahead.begin(min(self.threads, stop - start))
             for step in range(start, stop):
@@ -153,8 +125,15 @@ def _check_world(
 class _ReadAhead:
     """Reads numbered batches on several threads and gives them out in order."""
 
-    def __init__(self, read: Callable[[int], Batch], start: int, stop: int, depth: int):
-        self._read, self._stop, self._depth = read, stop, depth
+    def __init__(
+        self,
+        read: Callable[[int], Batch],
+        may_read: Callable[[int], bool],
+        start: int,
+        stop: int,
+        depth: int,
+    ):
+        self._read, self._may_read, self._stop, self._depth = read, may_read, stop, depth
         self._next = start  # to be read
         self._given = start  # to be given out
         self._ready: dict[int, Batch | BaseException] = {}
@@ -170,6 +149,7 @@ class _ReadAhead:
     def take(self, step: int) -> Batch:
         """The batch of ``step``, or the error of reading it; every step must be taken in turn."""
         with self._changed:
+            self._changed.notify_all()  # there may be more that may be read since the last one
             self._changed.wait_for(lambda: step in self._ready)
             found = self._ready.pop(step)
             self._given = step + 1
@@ -206,10 +186,12 @@ class _ReadAhead:
     def _claim(self) -> int | None:
         """The next step to read, once there is room for it; None when there is none any more."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._next >= self._stop or self._next < self._given + self._depth
-            )
+            # Every batch that is taken wakes it up: what `may_read` says is looked at anew then.
+            self._changed.wait_for(lambda: self._next >= self._stop or self._has_room())
             if self._next >= self._stop:
                 return None
             self._next += 1
             return self._next - 1
+
+    def _has_room(self) -> bool:
+        return self._next < self._given + self._depth and self._may_read(self._next)

@@ -1,14 +1,14 @@
 """The order of training data: a permutation per (seed, epoch), split over ranks without loss."""
 
 import tracemalloc
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.order import epoch_batch, permute, step_epoch, stream_batch
+from rekindle.data.order import epoch_batch, permute, stream_part
 
 
 def epoch_order(size, seed=0, epoch=0):
@@ -70,16 +70,16 @@ def test_memory_does_not_grow_with_the_size():
 def test_the_order_of_a_trillion_sequences_needs_no_memory_of_its_own():
     size, batch = 10**12, 768
     steps = [0, 1, size // batch - 1, size // batch, 3 * size // batch]  # over two epochs' borders
-    stream_batch(0, size, batch, seed=0)
+    stream_part(0, batch, size, seed=0)
     tracemalloc.start()
-    parts = [part for step in steps for part in stream_batch(step, size, batch, seed=0)]
+    parts = [stream_part(step * batch, (step + 1) * batch, size, seed=0) for step in steps]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 200_000
-    borders = [[epoch for epoch, _ in stream_batch(step, size, batch, seed=0)] for step in steps]
-    assert borders == [[0], [0], [0], [0, 1], [3]]
-    assert all(places.min() >= 0 and places.max() < size for _, places in parts)
-    first = np.concatenate([places for epoch, places in parts if epoch == 0])
+    assert all(places.min() >= 0 and places.max() < size for places in parts)
+    epochs = [np.arange(step * batch, (step + 1) * batch) // size for step in steps]
+    assert [np.unique(one).tolist() for one in epochs] == [[0], [0], [0], [0, 1], [3]]
+    first = np.concatenate(parts)[np.concatenate(epochs) == 0]
     assert len(np.unique(first)) == len(first)
 
 
@@ -118,75 +118,36 @@ def check_epoch(size, batch, world):
     assert sorted(seen) == list(range(size))
 
 
-def test_a_stream_reads_every_sequence_once_per_epoch_over_epoch_borders():
-    for size, batch, world in GRID:
-        check_stream(size, batch, world)
-
-
-def check_stream(size, batch, world, epochs=3):
-    steps = -(-size * epochs // batch)
-    seen = {}
-    for step in range(steps):
-        alone = stream_batch(step, size, batch, seed=1)
-        assert sum(len(places) for _, places in alone) == batch
-        joined = {}
-        for rank in range(world):
-            for epoch, places in stream_batch(
-                step, size, batch, seed=1, rank=rank, world_size=world
-            ):
-                joined.setdefault(epoch, []).extend(places.tolist())
-        assert {e: sorted(p) for e, p in joined.items()} == {e: sorted(p) for e, p in alone}
-        for epoch, places in alone:
-            seen.setdefault(epoch, []).extend(places.tolist())
-    for epoch in range(epochs):  # the last one that was begun may be unfinished
-        assert sorted(seen[epoch]) == list(range(size))
-    for places in seen.values():
-        assert len(set(places)) == len(places)
-
-
-# Every index: one, two, around powers of two and four, primes; batches that divide an epoch or
-# not, or hold several; every world that divides the batch.
+# Every index: one, two, around powers of two and four, primes; parts that divide an epoch or not,
+# or hold several.
 SIZES = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 129, 257)
-WORLDS = {1: (1,), 4: (1, 2, 4), 6: (1, 2, 3, 6), 13: (1, 13), 64: (1, 2, 8, 64), 360: (1, 5, 24)}
 
 
-@pytest.mark.parametrize("batch", WORLDS)
-def test_every_index_is_read_once_per_epoch_by_every_world_that_divides_the_batch(batch):
+@pytest.mark.parametrize("first_epoch", [0, 3])
+@pytest.mark.parametrize("batch", [1, 4, 6, 13, 64, 360])
+def test_a_stream_reads_every_index_once_per_epoch_over_epoch_borders(batch, first_epoch):
     epochs = 3
-    for size, world in product(SIZES, WORLDS[batch]):
-        read = []  # (epoch, index) as the ranks' parts of every step are woven together
-        for step in range(-(-size * epochs // batch)):
-            woven = np.full((batch, 2), -1)
-            for rank in range(world):
-                parts = stream_batch(step, size, batch, seed=3, rank=rank, world_size=world)
-                flat = [np.stack([np.full(len(p), e), p], axis=1) for e, p in parts]
-                woven[rank::world] = np.concatenate(flat)
-            assert woven[0, 0] == step_epoch(step, size, batch)
-            read.append(woven)
-        read = np.concatenate(read)
-        assert np.array_equal(read[:, 0], np.arange(len(read)) // size)
+    for size in SIZES:
+        edges = range(0, size * epochs + batch, batch)
+        parts = [
+            stream_part(a, b, size, seed=3, first_epoch=first_epoch) for a, b in pairwise(edges)
+        ]
+        assert all(len(part) == batch for part in parts)
+        read = np.concatenate(parts)
         for epoch in range(epochs):
-            there = read[read[:, 0] == epoch, 1]
+            there = read[epoch * size : (epoch + 1) * size]
             assert np.array_equal(np.sort(there), np.arange(size))
-            assert np.array_equal(there, epoch_order(size, 3, epoch))
+            assert np.array_equal(there, epoch_order(size, 3, first_epoch + epoch))
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    size=st.integers(1, 500),
-    batch=st.integers(1, 700),
-    step=st.integers(0, 10**9),
-    world=st.integers(1, 9),
-)
-def test_a_step_can_be_read_without_those_before_it(size, batch, step, world):
-    """Wherever a run is resumed; and within a step the order is the epoch's."""
-    alone = stream_batch(step, size, batch, seed=9)
-    flat = [(epoch, int(place)) for epoch, places in alone for place in places]
-    first = step * batch
+@given(size=st.integers(1, 500), start=st.integers(0, 10**12), length=st.integers(0, 1500))
+def test_a_part_can_be_read_without_those_before_it(size, start, length):
+    """Wherever a run is resumed; and the order within it is the epochs'."""
+    found = stream_part(start, start + length, size, seed=9)
     expected = [
-        (p // size, int(permute(np.array([p % size]), size, seed=9, epoch=p // size)[0]))
-        for p in range(first, first + min(batch, 20))
+        int(permute(np.array([p % size]), size, seed=9, epoch=p // size)[0])
+        for p in range(start, start + min(length, 20))
     ]
-    assert flat[: len(expected)] == expected
-    epochs = [epoch for epoch, _ in alone]
-    assert epochs == sorted(set(epochs))
+    assert len(found) == length
+    assert found[: len(expected)].tolist() == expected

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare import compare_runs, differences
-from rekindle.pipeline.compare_table import NOTHING, as_html, as_text, columns_of
+from rekindle.pipeline.compare_cost import Curve, Point, match_cost, match_steps
+from rekindle.pipeline.compare_table import NOTHING, as_html, as_text, columns_of, domain_matrix
 from rekindle.train.config import StudentConfig, TrainConfig
 
 LM = {"teachers": ["lm"], "temperature": 2.0}
-KEYS = {"corpus", "runs", "best", "notes"}
+KEYS = {"corpus", "runs", "best", "notes", "matched_steps", "matched_cost", "domains"}
 RUN_KEYS = {
     *("name", "directory", "finished", "steps", "planned_steps", "seconds", "tokens_per_second"),
-    *("data_wait", "evaluation", "coverage", "scores", "settings"),
+    *("data_wait", "evaluation", "coverage", "scores", "settings", "curve"),
 }
 
 
@@ -216,6 +217,180 @@ def test_the_page_stands_alone_and_escapes(write):
     assert page.count('class="best"') == 3
 
 
+# --- equal steps, equal cost ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def curve(write):
+    """curve(name, {step: loss}, per_step=…, teacher=…, **about) -> a run's directory with these
+    evaluations, ``per_step`` seconds a step (None: not recorded), its teacher's pass ``teacher``.
+    """
+
+    def make(name, losses, per_step=1.0, teacher=None, taught=True, **values):
+        values |= {} if taught else {"objective": {"distill": []}}
+        run = write(name, steps=max(losses), **values)
+        recorded = json.loads((run / "run.json").read_text())
+        if not taught:
+            recorded["cache"]["teachers"] = {}
+        recorded["cache"]["teacher_seconds"] = {"lm": teacher} if taught else {}
+        (run / "run.json").write_text(json.dumps(recorded))
+        lines = []
+        for step in range(1, max(losses) + 1):
+            time = {} if per_step is None else {"seconds": per_step * step}
+            lines.append(
+                {"kind": "train", "step": step, "tokens": 1, "tokens_per_second": 1} | time
+            )
+            if step in losses:
+                lines.append({"kind": "evaluate", "step": step, "loss": losses[step]})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / "metrics.jsonl").write_text(text)
+        return run
+
+    return make
+
+
+def matched(rows, what="loss"):
+    return {row.at: [p and getattr(p, what) for p in row.points] for row in rows}
+
+
+def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
+    runs = [
+        curve("a", {2: 5.0, 4: 4.0, 6: 3.0}, taught=False),
+        curve("b", {3: 4.5, 4: 3.9, 6: 3.5}, teacher=1.0, seed=1),
+    ]
+    comparison = compare_runs(runs)
+    assert matched(comparison.matched_steps) == {4: [4.0, 3.9], 6: [3.0, 3.5]}
+    text = as_text(comparison, 999)
+    shown = text[text.index("at equal steps") : text.index(" held-out loss at equal total")]
+    assert rows_of(shown) == {
+        "steps": ["4", "6"],
+        "a": ["4.0000", "3.0000*"],
+        "b": ["3.9000*", "3.5000"],
+    }
+
+
+def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
+    """It has the loss of its last evaluation that had cost no more; nothing in between."""
+    runs = [
+        curve("alone", {2: 5.0, 4: 4.0, 6: 3.8}, taught=False),
+        curve("taught", {2: 4.0, 4: 3.0, 6: 2.5}, per_step=1.5, teacher=2.5, seed=1),
+    ]
+    comparison = compare_runs(runs)
+    # alone: 2, 4, 6 seconds; taught: 5.5, 8.5, 11.5.
+    assert matched(comparison.matched_cost) == {
+        2.0: [5.0, None],
+        4.0: [4.0, None],
+        6.0: [3.8, 4.0],
+    }
+    assert matched(comparison.matched_cost, "step")[6.0] == [6, 2]
+    text = as_text(comparison, 999)
+    table = rows_of(text[text.index("at equal total cost") :])
+    assert table["seconds"] == ["2.0", "4.0", "6.0"]
+    assert table["alone"] == ["5.0000 (2)", "4.0000 (4)", "3.8000 (6)*"]
+    assert table["taught"] == [NOTHING, NOTHING, "4.0000 (2)"]
+    assert "nothing is interpolated" in text
+    page = as_html(comparison)
+    assert "held-out loss at equal total cost" in page
+    assert "4.0000 (2)" in page
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 20), st.dictionaries(st.integers(1, 9), st.floats(0.1, 5), min_size=1)
+        ),
+        min_size=2,
+        max_size=4,
+    )
+)
+def test_matched_rows_hold_for_any_curves(drawn):
+    curves = []
+    for teacher, seconds in drawn:
+        steps, at = sorted(seconds), 0.0
+        points = []
+        for step in steps:
+            at += seconds[step]
+            points.append(Point(step, at, 1.0 / step))
+        curves.append(Curve(teacher, points))
+    for row in match_cost(curves):
+        for one, point in zip(curves, row.points, strict=True):
+            within = [p for p in one.points if one.teacher_seconds + p.seconds <= row.at]
+            assert point == (within[-1] if within else None)
+    ends = [one.teacher_seconds + one.points[-1].seconds for one in curves]
+    assert match_cost(curves)[-1].at == min(ends)
+    common = set.intersection(*({p.step for p in one.points} for one in curves))
+    assert [row.at for row in match_steps(curves)] == sorted(common)
+
+
+@pytest.mark.parametrize("unknown", [{"teacher": None}, {"teacher": 1.0, "per_step": None}])
+def test_a_cost_that_is_not_recorded_is_unknown_never_nothing(curve, unknown):
+    runs = [
+        curve("a", {2: 5.0, 4: 4.0}, taught=False),
+        curve("b", {2: 4.0, 4: 3.0}, seed=1, **unknown),
+    ]
+    assert compare_runs(runs).matched_cost == []
+    assert matched(compare_runs(runs).matched_steps) == {2: [5.0, 4.0], 4: [4.0, 3.0]}
+    comparison = compare_runs([*runs, curve("c", {2: 4.5, 4: 4.2}, taught=False, seed=2)])
+    assert matched(comparison.matched_cost) == {2.0: [5.0, None, 4.5], 4.0: [4.0, None, 4.2]}
+    assert "; unknown for b" in as_text(comparison, 999)
+
+
+def test_long_curves_are_thinned_out_and_end_with_the_last(curve):
+    losses = {step: 5.0 - step / 100 for step in range(1, 31)}
+    comparison = compare_runs([curve("a", losses), curve("b", losses, seed=1)])
+    assert len(comparison.matched_steps) == 30
+    text = as_text(comparison, 999)
+    steps = rows_of(text[text.index("at equal steps") :])["steps"]
+    assert len(steps) == 8
+    assert steps[-1] == "30"
+
+
+def test_losses_of_other_positions_are_not_matched(curve):
+    runs = [curve("a", {2: 5.0, 4: 4.0}), curve("b", {2: 4.0, 4: 3.0}, held_out=0.5)]
+    comparison = compare_runs(runs)
+    assert comparison.matched_steps == comparison.matched_cost == []
+
+
+# --- domains × stages -----------------------------------------------------------------------------
+
+
+def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
+    first = {"loss": 3.0, "loss/old": 3.0, "loss/new": 5.0}
+    second = {"loss": 3.5, "loss/old": 3.25, "loss/new": 3.5}
+    runs = [
+        write("elle/1-old", domains=["old"], evaluation=first),
+        write("elle/2-grow", domains=["old"], evaluation={"loss": 3.1}),
+        write("elle/3-new", domains=["new"], evaluation=second),
+    ]
+    comparison = compare_runs(runs)
+    assert comparison.domains.runs == ["1-old", "3-new"]
+    assert comparison.domains.domains == ["old", "new"]
+    for found, losses in zip(comparison.domains.perplexity, (first, second), strict=True):
+        assert found == pytest.approx([math.exp(losses["loss/old"]), math.exp(losses["loss/new"])])
+    text = domain_matrix(runs)
+    assert rows_of(text) == {
+        "run": ["1-old", "3-new"],
+        "old": ["20.09", "25.79"],
+        "new": ["148.41", "33.12"],
+    }
+    whole = as_text(comparison, 999)
+    assert text in whole
+    assert "loss/old" not in whole
+    assert "148.41" in as_html(comparison)
+    assert comparison.as_dict()["domains"]["runs"] == ["1-old", "3-new"]
+
+
+def test_a_domain_that_a_stage_did_not_evaluate_is_a_hole(write):
+    runs = [
+        write("a", evaluation={"loss": 1.0, "loss/x": 1.0}),
+        write("b", evaluation={"loss": 1.0, "loss/x": math.nan, "loss/y": 800.0}, seed=1),
+    ]
+    found = compare_runs(runs).as_dict()["domains"]
+    assert found["domains"] == ["x", "y"]
+    assert found["perplexity"] == [[pytest.approx(math.e), None], [None, None]]
+    assert domain_matrix([write("c", evaluation={"loss": 1.0})]) == ""
+
+
 # --- sweeps ---------------------------------------------------------------------------------------
 
 
@@ -280,6 +455,7 @@ def test_a_run_without_its_parts_is_damaged(write, change):
         ({"view": "masked-2"}, "different masks"),
         ({"held_out": 0.5}, "train.held_out differ"),
         ({"evaluate_sequences": 3}, "train.evaluate_sequences differ"),
+        ({"domains": ["x"]}, "train.domains differ"),
         ({"student": {"task": "causal_lm"}}, "student.task differ"),
         ({"lm": "f2"}, "not the same teacher in all runs: lm"),
     ],

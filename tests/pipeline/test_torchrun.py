@@ -16,7 +16,7 @@ from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.train.run_log import read_metrics
 
-TIMES = ("tokens_per_second", "data_wait")
+TIMES = ("tokens_per_second", "data_wait", "seconds")
 
 
 @pytest.fixture(scope="module")

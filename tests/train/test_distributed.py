@@ -121,7 +121,7 @@ def assert_same_run(found, expected):
     assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"kind", "step", "tokens_per_second", "data_wait"}:
+        for name in a.keys() - {"kind", "step", "tokens_per_second", "data_wait", "seconds"}:
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (name, a["step"])
     assert_same_weights(weights(found), weights(expected))
 

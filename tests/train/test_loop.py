@@ -43,7 +43,7 @@ ALL = [
     {"teachers": ["sense", "tags"], "weight": 0.2},
     {"teachers": ["pair"], "weight": 0.2},
 ]
-TIMES = ("tokens_per_second", "data_wait")
+TIMES = ("tokens_per_second", "data_wait", "seconds")
 
 
 def train_config(distill=(), **values):

@@ -12,12 +12,16 @@ import signal
 import time
 from contextlib import contextmanager
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.config import RunConfig
 from rekindle.train import checkpoint, loop, run_log
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
@@ -28,7 +32,7 @@ DISTILL = [
     {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
     {"teachers": ["sense", "tags"], "weight": 0.2},
 ]
-TIMES = ("tokens_per_second", "data_wait")
+TIMES = ("tokens_per_second", "data_wait", "seconds")
 STEPS = 12
 
 
@@ -46,6 +50,31 @@ def train(world, out):
         "held_out": 0.1,
         "prefetch_threads": 2,
         "objective": {"distill": DISTILL},
+    }
+    config = parse_settings(TrainConfig, values)
+    student = StudentConfig(model=str(world.student))
+    return lambda report=lambda step, values: None: train_student(
+        world.open(), student, config, out, resume=True, report=report
+    )
+
+
+def replaying(world, out):
+    """The same with replay that follows the held-out losses of two domains, at every second step
+    newly; so many threads that they would read past evaluations.
+    """
+    values = {
+        "steps": STEPS,
+        "batch_sequences": 5,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "checkpoint_every": 3,
+        "evaluate_every": 2,
+        "evaluate_sequences": 9,
+        "evaluate_domains": True,
+        "held_out": 0.2,
+        "prefetch_threads": 3,
+        "domains": ["new"],
+        "replay": {"domains": ["old", "older"], "fraction": 0.5, "choose": "loss_change"},
     }
     config = parse_settings(TrainConfig, values)
     student = StudentConfig(model=str(world.student))
@@ -114,14 +143,14 @@ def whole(masked_world, tmp_path_factory):
 # --- at random moments ---
 
 
-def killed_at_random(world, out, seed) -> int:
+def killed_at_random(world, out, seed, run=train) -> int:
     """Kill, go on, kill … until a child comes to its end. How often it was killed."""
     draw = random.Random(seed)
     for kills in count():
         pipe, end = os.pipe()
 
         def work(end=end):
-            train(world, out)(lambda step, values: os.write(end, b"."))
+            run(world, out)(lambda step, values: os.write(end, b"."))
 
         child = fork(work)
         os.close(end)
@@ -144,6 +173,70 @@ def killed_at_random(world, out, seed) -> int:
 def test_a_run_killed_again_and_again_goes_on_to_the_same_bits(masked_world, whole, tmp_path, seed):
     assert killed_at_random(masked_world, tmp_path / "run", seed) > 1
     assert_same(tmp_path / "run", whole)
+
+
+# --- replay that follows the losses ---
+
+
+@pytest.fixture(scope="module")
+def domains_world(tmp_path_factory, wordpiece, make_model):
+    """Three domains, no teacher."""
+    folder = tmp_path_factory.mktemp("domains")
+    words = ["the old model learns", "a river runs", "new light falls over", "the cache keeps"]
+    names = ("old", "older", "new")
+    lines = [
+        {"text": f"{words[n % 4]} {words[n // 4 % 4]} {n}.", "domain": names[n // 4 % 3]}
+        for n in range(60)
+    ]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    narrow = {"hidden_size": 16, "intermediate_size": 24}
+    student = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **narrow)
+    values = {
+        "corpus": {
+            "source": str(folder / "docs.jsonl"),
+            "domain_field": "domain",
+            "tokenizer": str(wordpiece),
+            "sequence_length": 24,
+        },
+        "cache": {"path": str(folder / "cache"), "sequences_per_shard": 40, "replicas": 2},
+        "student": {"model": str(student)},
+    }
+    config = RunConfig.model_validate(values)
+    cache_teachers(config)
+    return SimpleNamespace(open=lambda: Cache.open(folder / "cache"), student=student)
+
+
+def test_a_killed_run_goes_on_to_replay_the_same(domains_world, tmp_path):
+    whole = tmp_path / "whole"
+    replaying(domains_world, whole)()
+    evaluations = [r for r in read_metrics(whole) if r["kind"] == "evaluate"]
+    assert all({"loss/new", "loss/old", "loss/older"} <= r.keys() for r in evaluations)
+    last = json.loads((whole / f"checkpoints/step-{STEPS:08d}/trainer.json").read_text())
+    assert len(last["order"]) == STEPS // 2
+    for record, learned in zip(evaluations, last["order"], strict=True):
+        assert learned == pytest.approx([record["loss/old"], record["loss/older"]], rel=1e-7)
+    assert killed_at_random(domains_world, tmp_path / "run", 0, replaying) > 1
+    assert_same(tmp_path / "run", whole)
+    again = json.loads((tmp_path / f"run/checkpoints/step-{STEPS:08d}/trainer.json").read_text())
+    assert again["order"] == last["order"]
+
+
+def test_seconds_go_on_counting(domains_world, tmp_path):
+    """After a resume, from those of the checkpoint."""
+    out = tmp_path / "run"
+
+    def stop(step, values):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert not ended(fork(lambda: replaying(domains_world, out)(stop)))
+    checkpoint = json.loads((out / "checkpoints/step-00000006/trainer.json").read_text())
+    replaying(domains_world, out)()
+    seconds = {r["step"]: r["seconds"] for r in read_metrics(out) if r["kind"] == "train"}
+    assert list(seconds) == list(range(1, STEPS + 1))
+    assert sorted(seconds.values()) == list(seconds.values())
+    assert seconds[6] <= checkpoint["seconds"] < seconds[7]
+    assert seconds[STEPS] <= json.loads((out / "summary.json").read_text())["seconds"]
 
 
 # --- around everything that touches the disk ---
