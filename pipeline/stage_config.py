@@ -97,7 +97,9 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
     earlier: list[str] = []
     for stage in stages:
         name = stage.name.casefold()  # some file systems do not tell them apart
-        if name == STAGES_FILE or name in (other.casefold() for other in earlier):
+        if name == STAGES_FILE:
+            raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
+        if name in (other.casefold() for other in earlier):
             raise InputError(f"two stages are called {stage.name!r}; give each its own name")
         if stage.write_prompts is not None:
             prompts = stage.write_prompts
