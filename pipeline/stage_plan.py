@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.store import open_store
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
+    STAGES_FILE,
     PromptsConfig,
     StageConfig,
     references,
@@ -212,6 +213,23 @@ def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if names := settings.get("id2label"):
         words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
+
+
+def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
+    """The records of the stages in ``directory`` by name; None where there are none.
+
+    Raises CheckpointError when the file is damaged.
+    """
+    path = directory / STAGES_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage["name"]): dict(stage) for stage in found["stages"]}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); start again in another --out"
+        ) from None
 
 
 @dataclass(frozen=True)

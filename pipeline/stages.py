@@ -22,7 +22,14 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.prompts import write_prompts
 from rekindle.pipeline.stage_config import STAGES_FILE
-from rekindle.pipeline.stage_plan import Ready, Stage, check_models, plan_stages, ready_parts
+from rekindle.pipeline.stage_plan import (
+    Ready,
+    Stage,
+    check_models,
+    plan_stages,
+    read_stages,
+    ready_parts,
+)
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.checkpoint import FREE
 from rekindle.train.distributed import join_world
@@ -112,23 +119,6 @@ def _open(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, out / STAGES_FILE)
     return missing
-
-
-def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """The records of the stages in ``directory`` by name; None where there are none.
-
-    Raises CheckpointError when the file is damaged.
-    """
-    path = directory / STAGES_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(stage["name"]): dict(stage) for stage in found["stages"]}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); start again in another --out"
-        ) from None
 
 
 def is_finished(directory: Path) -> bool:

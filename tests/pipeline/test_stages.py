@@ -18,6 +18,7 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline import stages as module
 from rekindle.pipeline.audit import audit_cache
 from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.compare import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.inspect import inspect_cache
 from rekindle.pipeline.plan import plan_run
@@ -404,6 +405,12 @@ def test_what_is_about_one_run_says_what_to_do(chain, whole, tmp_path):
             call()
     found = audit_cache(str(whole / "third-cache"), load_config(whole / "out/third/run.yaml"), 2)
     assert found["lm"]["top1"] == 1.0
+
+
+def test_the_stages_of_one_corpus_are_compared(whole):
+    """The three caches hold the same text."""
+    found = compare_runs([whole / "out"])
+    assert [run.name for run in found.runs] == list(NAMES)
 
 
 def test_an_override_is_for_the_file_and_a_stage_goes_before_it(chain, tmp_path):
