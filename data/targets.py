@@ -28,16 +28,17 @@ Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token i
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.codec import high_bytes, high_planes
 from rekindle.data.codec_compact import LARGEST_VOCABULARY, compact_columns, to_compact
 from rekindle.data.columns import list_array, list_type, offsets_of, plain_array
+from rekindle.data.lineage import Ancestor
 from rekindle.data.seal import FORMAT_VERSION
 from rekindle.data.settings import Settings
 from rekindle.data.shards import ROWS_PER_BATCH, describe, rows_in_batches
@@ -84,10 +85,17 @@ class TeacherInfo(Settings):
     fingerprints: dict[str, str | None] = Field(default_factory=dict)  # weights, config, tokenizer
     versions: dict[str, str] = Field(default_factory=dict)  # informative, not enforced
     model: str = ""  # where it was loaded from; informative
+    lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_lineage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As before there were lineages: earlier versions refuse a key that they do not know."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "lineage" or value}
 
     def identity(self) -> dict:
         """What must be equal for two runs to be the same teacher."""
-        return self.model_dump(mode="json", exclude={"versions", "model"})
+        return self.model_dump(mode="json", exclude={"versions", "model", "lineage"})
 
     def identity_of_model(self) -> dict:
         """What a teacher's extensions share with it: all but what is kept of its output."""

@@ -39,6 +39,7 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
     InputError when a teacher is not the one that was cached, and when the configuration has none of
     the cache's teachers.
     """
+    config.check_single()
     cache = Cache.open(path)
     index = np.random.default_rng(seed).permutation(len(cache))[:count]
     configs = {t.name: t for t in config.teachers if t.name in cache.teachers}

@@ -89,6 +89,7 @@ def cache_teachers(
     Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
     this corpus.
     """
+    config.check_single()
     progress = progress or Progress.silent()
     chosen = _chosen(config, only)
     store = open_store(config.cache.path)

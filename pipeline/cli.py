@@ -119,6 +119,13 @@ def cache_teachers(
         from rekindle.pipeline.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.progress import Progress
 
+        if config.stages:
+            from rekindle.pipeline.stages import cache_stages
+
+            with Progress.to_terminal() as progress:
+                cached = cache_stages(config, teacher or (), workers, progress, check)
+            typer.echo("\n".join(text for one in cached if (text := one.as_text())))
+            return
         with Progress.to_terminal() as progress:
             done = stage_one(config, teacher or (), workers, progress, check)
     again = (
@@ -145,6 +152,13 @@ def plan(
     from rekindle.pipeline.config import load_config
 
     config = load_config(run, set_)
+    if config.stages:
+        from rekindle.pipeline.plan_stages import plan_staged_run
+
+        stages = plan_staged_run(config, probe)
+        listed = json.dumps({"stages": [stage.as_dict() for stage in stages]})
+        typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
+        return
     from rekindle.pipeline.plan import plan_run
 
     found = plan_run(config, probe)
@@ -270,13 +284,20 @@ def train_student(
 
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
+        from rekindle.pipeline.stages import run_stages
         from rekindle.pipeline.train_student import train_from_config
 
         silent = nullcontext(Progress.silent())
         with Progress.to_terminal() if is_main() else silent as progress:
-            result = train_from_config(config, target, resume=resume, progress=progress)
+            if config.stages:
+                results = run_stages(config, target, resume=resume, progress=progress)
+            else:
+                results = [train_from_config(config, target, resume=resume, progress=progress)]
     if is_main():
-        _tell_student(result)
+        for result in results:
+            _tell_student(result)
+        if not results:
+            typer.echo(f"{target}: every stage was finished")
     if is_one_of_many():
         leave(0)
 

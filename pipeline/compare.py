@@ -13,6 +13,7 @@ from typing import Any
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare_cost import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.compare_domains import DomainMatrix, matrix_of
+from rekindle.pipeline.stage_plan import read_stages
 from rekindle.pipeline.sweep import read_sweep
 from rekindle.pipeline.sweep_plan import SWEPT_SECTIONS, shortest_tails
 from rekindle.train.run_log import read_metrics
@@ -80,7 +81,7 @@ class _Found:
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
-    """The runs in ``directories``, each a run's own or a sweep's.
+    """The runs in ``directories``, each a run's own, a sweep's, or one of several stages.
 
     Raises InputError for directories that are neither and for runs from different corpora;
     CheckpointError for damaged ones.
@@ -120,6 +121,8 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
                 for run in sweep["runs"]
             ]
+        elif (stages := read_stages(directory)) is not None:
+            ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
         else:
             ones = [one for one in [_open_run(directory)] if one is not None]
             strangers += [] if ones else [str(directory)]

@@ -3,6 +3,7 @@ model.
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
 
@@ -47,6 +49,9 @@ class RunConfig(Settings):
     teachers: tuple[TeacherConfig, ...] = Field((), description="the experts")
     student: StudentConfig | None = Field(None, description="the model that is trained")
     train: TrainConfig = Field(default_factory=TrainConfig, description="how it is trained")
+    stages: tuple[StageConfig, ...] = Field(
+        (), description="runs one after another, each of them this file with some values changed"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> "RunConfig":
@@ -55,6 +60,22 @@ class RunConfig(Settings):
         if doubled:
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
         return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> "RunConfig":
+        check_stages(self.stages)
+        for stage in self.stages:
+            configure_stage(self, stage)
+        return self
+
+    def check_single(self) -> None:
+        """Raise InputError for a file of several stages: what follows is about one of them."""
+        if self.stages:
+            raise InputError(
+                f"the configuration has stages ({', '.join(s.name for s in self.stages)}); this "
+                "takes one configuration. Give it the run.yaml of a stage, which `pipeline "
+                "train-student` leaves in the stage's folder, or a file without `stages`"
+            )
 
     @property
     def needs_masks(self) -> bool:
@@ -84,6 +105,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return parse_settings(RunConfig, values, str(path))
 
 
+def configure_stage(
+    config: RunConfig, stage: StageConfig, directories: Mapping[str, str] | None = None
+) -> RunConfig:
+    """The whole configuration of one stage; ``directories`` by stage name for its references.
+
+    Raises InputError, naming the stage, for an unknown key or a bad value.
+    """
+    # Only what was given: a default may be another one beside what the stage sets.
+    values = config.model_dump(
+        mode="json", by_alias=True, exclude_unset=True, exclude={"stages": True}
+    )
+    where = f"stage {stage.name!r}"
+    try:
+        for path, value in with_directories(stage.set, directories or {}).items():
+            _put_value(values, path, value)
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).removeprefix('--')}") from None
+    return parse_settings(RunConfig, values, where)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which no key can be given twice: PyYAML would take the last without a word."""
 
@@ -109,6 +150,10 @@ def set_value(values: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path.strip():
         raise InputError(f"--set takes key.path=value, got {override!r}")
+    _put_value(values, path, _yaml(text, f"--set {path}"))
+
+
+def _put_value(values: dict[str, Any], path: str, value: Any) -> None:
     here: Any = values
     parts = path.strip().split(".")
     for part in parts[:-1]:
@@ -116,7 +161,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
         if here[key] is None:
             here[key] = {}
         here = here[key]
-    here[_key(here, parts[-1], path)] = _yaml(text, f"--set {path}")
+    here[_key(here, parts[-1], path)] = value
 
 
 def _key(here: Any, part: str, path: str) -> str | int:

@@ -68,6 +68,7 @@ def teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, Any]:
         "estimator": info.estimator,
         "codec": info.codec,
         "parts": [part.info.part for part in teacher.parts],
+        "lineage": [run.model_dump() for run in info.lineage],
     }
     if info.k is not None:
         assert info.vocabulary_size is not None
@@ -168,6 +169,9 @@ def _as_text(facts: dict[str, Any]) -> str:
         )
     console.print(table)
     for name, t in facts["teachers"].items():
+        for number, run in enumerate(t["lineage"]):
+            console.print(_lineage_line(name, number, run), soft_wrap=True)
+    for name, t in facts["teachers"].items():
         if "elsewhere" in t:
             others = ", ".join(f"{there} {size:.0f}" for there, size in t["elsewhere"].items())
             console.print(
@@ -180,6 +184,14 @@ def _as_text(facts: dict[str, Any]) -> str:
             if t.get(key, {}).get("histogram"):
                 console.print(_histogram_line(f"{name} {key.replace('_', ' ')}", t[key], unit))
     return out.getvalue()
+
+
+def _lineage_line(name: str, number: int, run: dict[str, Any]) -> str:
+    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run["teachers"].items())
+    return (
+        f"{name} lineage {number + 1}: {run['student']}, {run['steps']:,} steps on corpus "
+        f"{run['corpus'][:12]}, taught by {taught or 'none'} -> weights {run['weights'][:12]}"
+    )
 
 
 def _histogram_line(title: str, spread: dict[str, Any], unit: str) -> Text:

@@ -90,6 +90,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
     one of the hub) or does not fit the corpus, CacheMismatchError when the cache holds another
     corpus or another teacher of that name.
     """
+    config.check_single()
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder))
         views = build_views(survey.steps, _sampled(config), Progress.silent())

@@ -107,6 +107,11 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
         config = load_config(run, [*overrides, *settings])
     except InputError as error:
         raise InputError(f"--sweep, at {', '.join(settings)}: {error}") from None
+    if config.stages:
+        raise InputError(
+            f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "
+            "Sweep the run.yaml that a stage leaves in its folder, or a file without `stages`"
+        )
     if config.student is None:
         raise InputError("the configuration has no `student` section; add student.model")
     return config

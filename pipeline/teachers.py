@@ -27,6 +27,7 @@ from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokeniz
 from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.language_model import SplitLanguageModel
+from rekindle.train.lineage import lineage_of_model
 from rekindle.train.models import (
     Placement,
     config_fingerprint,
@@ -71,6 +72,7 @@ def plan_teacher(
     """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
     directory = resolve_model(config.model)
     settings = _read_config(directory)
+    weights = weights_fingerprint(directory)
     info: dict[str, Any] = {
         "name": config.name,
         "task": config.task,
@@ -78,12 +80,13 @@ def plan_teacher(
         "precision": _precision(config, corpus),
         "estimator": {"kind": "dense", "bias": "exact"},
         "fingerprints": {
-            "weights": weights_fingerprint(directory),
+            "weights": weights,
             "config": config_fingerprint(directory),
             "tokenizer": _tokenizer_of(directory, settings, corpus, config).digest,
         },
         "versions": package_versions(),
         "model": config.model,
+        "lineage": lineage_of_model(directory, weights),
     }
     if config.domains is not None:
         check_domains(config, corpus)

@@ -20,6 +20,7 @@ def train_from_config(
     """Train the configured student from the configured cache into ``out``; saves the configuration
     there.
     """
+    config.check_single()
     if config.student is None:
         raise InputError("the configuration has no `student` section; add student.model")
     progress = progress or Progress.silent()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ log = logging.getLogger("rekindle")
 
 Answer = TypeVar("Answer")
 Parallel = Literal["ddp", "fsdp"]
+PATIENCE = timedelta(days=30)  # for what the main process does alone
 
 
 class ElsewhereError(RekindleError):
@@ -89,13 +91,15 @@ class World:
             raise error
         raise ElsewhereError(codes[failed] or 1)
 
-    def decide(self, make: Callable[[], Answer]) -> Answer:
+    def decide(self, make: Callable[[], Answer], patient: bool = False) -> Answer:
         """What ``make`` returns in the main process, in every process; its error too.
 
-        The main process raises it; the others raise ElsewhereError with its exit code.
+        The main process raises it; the others raise ElsewhereError with its exit code. They wait
+        for half an hour; ``patient``, for as long as it takes.
         """
         if self.size == 1:
             return make()
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient else None
         found: list[Any] = [None, None]
         error: BaseException | None = None
         if self.main:
@@ -106,7 +110,8 @@ class World:
                 found[1] = getattr(raised, "exit_code", 1)
         try:
             with _meeting():
-                dist.broadcast_object_list(found, src=0, device=self.talk)
+                where = torch.device("cpu") if patient else self.talk
+                dist.broadcast_object_list(found, src=0, group=group, device=where)
         finally:
             if error is not None:  # it says more than that the others are gone
                 raise error

@@ -28,6 +28,7 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
+from rekindle.train.lineage import LINEAGE, lineage_of_run
 from rekindle.train.objective import Objective
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
@@ -62,6 +63,7 @@ class Training:
     student: ParallelStudent
     optimizer: torch.optim.Optimizer
     prepared: Prepared
+    lineage: list[dict[str, Any]]  # of the student, as its files have it
 
     @property
     def objective(self) -> Objective:
@@ -139,7 +141,8 @@ def train_student(
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
-    world.decide(lambda: _finish(result, student.student, weights, cache, prepared.about))
+    about = {"made_by": prepared.about, LINEAGE: training.lineage}
+    world.decide(lambda: _finish(result, student.student, weights, cache, about))
     return result
 
 
@@ -152,7 +155,9 @@ def _begin(
     growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
     optimizer = make_optimizer(student.student, config, world.device)
-    training = Training(out, cache, config, student, optimizer, prepared)
+    made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
+    lineage = [run.model_dump(mode="json") for run in made_by]
+    training = Training(out, cache, config, student, optimizer, prepared, lineage)
     if not resuming:
         world.decide(lambda: start_run(out, prepared.about))
     world.decide(lambda: save_growth(out, growth))
@@ -170,6 +175,7 @@ def _save(
     total = coverage.over(training.world.sum)
     order = training.prepared.stream.order.state
     state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
+    state[LINEAGE] = training.lineage
     student, keep = training.student, training.config.keep_checkpoints
     about = training.prepared.about
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
@@ -278,7 +284,7 @@ def _finish(
     """Make the run's directory a model directory."""
     staged = result.directory / ".final"
     shutil.rmtree(staged, ignore_errors=True)
-    student.save_pretrained(staged, {"made_by": about}, weights)
+    student.save_pretrained(staged, about, weights)
     cache.corpus.tokenizer.save(str(staged))
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     summary |= saved_growth(result.directory)

@@ -12,8 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rekindle.data.cache import Cache
 from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
+from rekindle.train.models import weights_fingerprint
 from rekindle.train.run_log import read_metrics
 
 TIMES = ("tokens_per_second", "data_wait", "seconds")
@@ -105,6 +107,24 @@ def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):
         ours, theirs = load_file(broken / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path):
+    values = yaml.safe_load(run_file.read_text())
+    values["train"] |= {"steps": 4, "evaluate_every": 4, "checkpoint_every": 4}
+    values["cache"]["path"] = str(tmp_path / "cache")
+    second = {"teachers.0.model": "{first}", "cache.path": str(tmp_path / "second-cache")}
+    values["stages"] = [{"name": "first"}, {"name": "second", "set": second}]
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump(values))
+    code, out, err = finish(start(path, tmp_path / "out"))
+    assert code == 0, err
+    assert out.count("4 steps in") == 2
+    assert "another process works on" not in err
+    cached = Cache.open(tmp_path / "second-cache").teacher("lm")
+    assert cached.coverage == 1
+    assert cached.fingerprint == weights_fingerprint(tmp_path / "out" / "first")
+    assert (tmp_path / "out" / "second" / "run.yaml").is_file()
 
 
 @pytest.mark.parametrize(
