@@ -75,6 +75,9 @@ def finetune(
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
+    from rekindle.pipeline.docs_models import resolve_name
+
+    model, train_file, dev_file = (resolve_name(str(name)) for name in (model, train, dev))
     from rekindle.train.finetune import FinetuneConfig
     from rekindle.train.finetune import finetune as run
 
@@ -82,7 +85,7 @@ def finetune(
     for override in set_ or []:
         set_value(values, override)
     config = parse_settings(FinetuneConfig, values, "--set")
-    result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
+    result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
