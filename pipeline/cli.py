@@ -60,6 +60,35 @@ def demo(
 
 
 @app.command()
+def init(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="a method's name; --list shows them")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the new run file")] = Path("run.yaml"),
+    list_: Annotated[
+        bool, typer.Option("--list", help="name every recipe and what it does")
+    ] = False,
+) -> None:
+    """Write a commented run file for a method; it runs as it is, and is there to be edited."""
+    from rekindle.data.errors import InputError
+    from rekindle.pipeline.recipe_files import recipes, write_recipe
+
+    if list_:
+        known = recipes()
+        width = max(map(len, known), default=0)
+        for name, purpose in known.items():
+            typer.echo(f"{name:{width}}  {purpose}")
+        return
+    if recipe is None:
+        raise InputError(f"which recipe? There are: {', '.join(recipes())} (see --list)")
+    following = write_recipe(recipe, out)
+    typer.echo(str(out))
+    typer.echo(f"{out} is the recipe {recipe}: read it, change it. Next:", err=True)
+    for command in following:
+        typer.echo(f"  {command}", err=True)
+
+
+@app.command()
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
     train: Annotated[Path, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],

@@ -160,10 +160,10 @@ def _make(names: list[str]) -> None:
     So that this one keeps its signals and its main module, and needs neither torch nor a GPU for
     it: the models are made on the CPU, where they are the same to the bit every time.
     """
+    log.info("made once from Python's documentation, and kept in %s:", folder())
     for name in names:
         own = name.removeprefix(PREFIX)
-        what = MODELS.get(own) or FILES[own]
-        log.info("%s: %s; made once from Python's documentation, in %s", name, what, folder())
+        log.info("  %s: %s", name, MODELS.get(own) or FILES[own])
     # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.docs_models_make", *names],
