@@ -60,6 +60,35 @@ def demo(
 
 
 @app.command()
+def init(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="a method's name; --list shows them")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the new run file")] = Path("run.yaml"),
+    list_: Annotated[
+        bool, typer.Option("--list", help="name every recipe and what it does")
+    ] = False,
+) -> None:
+    """Write a commented run file for a method; it runs as it is, and is there to be edited."""
+    from rekindle.data.errors import InputError
+    from rekindle.pipeline.recipe_files import recipes, write_recipe
+
+    if list_:
+        known = recipes()
+        width = max(map(len, known), default=0)
+        for name, purpose in known.items():
+            typer.echo(f"{name:{width}}  {purpose}")
+        return
+    if recipe is None:
+        raise InputError(f"which recipe? There are: {', '.join(recipes())} (see --list)")
+    following = write_recipe(recipe, out)
+    typer.echo(str(out))
+    typer.echo(f"{out} is the recipe {recipe}: read it, change it. Next:", err=True)
+    for command in following:
+        typer.echo(f"  {command}", err=True)
+
+
+@app.command()
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
     train: Annotated[Path, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
@@ -75,6 +104,9 @@ def finetune(
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
+    from rekindle.pipeline.docs_models import resolve_name
+
+    model, train_file, dev_file = (resolve_name(str(name)) for name in (model, train, dev))
     from rekindle.train.finetune import FinetuneConfig
     from rekindle.train.score_model import baselines_table
     from rekindle.train.score_model import finetune_or_score as run
@@ -83,7 +115,7 @@ def finetune(
     for override in set_ or []:
         set_value(values, override)
     config = parse_settings(FinetuneConfig, values, "--set")
-    result = run(model, str(train), str(dev), str(out), seeds=seeds, metric=metric, config=config)
+    result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return

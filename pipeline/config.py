@@ -15,6 +15,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
+from rekindle.pipeline.docs_models import resolve_values
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
 
@@ -88,8 +89,9 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a run file, with ``key.path=value`` overrides (values are YAML).
 
-    Raises InputError for a missing file, bad YAML, an unknown key (naming the nearest) or a bad
-    value.
+    Names that begin with ``python-docs/`` become the paths of built-in models, which are made when
+    they are first named. Raises InputError for a missing file, bad YAML, an unknown key (naming
+    the nearest) or a bad value.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -102,7 +104,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
     for override in overrides or []:
         set_value(values, override)
-    return parse_settings(RunConfig, values, str(path))
+    config = parse_settings(RunConfig, values, str(path))
+    return _with_built_in_models(config, values, str(path))
+
+
+def _with_built_in_models(config: RunConfig, values: dict[str, Any], where: str) -> RunConfig:
+    """The configuration with the names of built-in models replaced by their directories.
+
+    Only once all else is known to be right: what is missing of them is made here.
+    """
+    resolved = resolve_values(values)
+    return config if resolved == values else parse_settings(RunConfig, resolved, where)
 
 
 def configure_stage(

@@ -6,7 +6,7 @@ others to train, dev or test. The labels are what is known of a text without any
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -151,14 +151,15 @@ def write_corpus(
         folder = out / TASKS_FOLDER / task.name
         folder.mkdir(parents=True, exist_ok=True)
         for split, examples in labelled_examples(task, pages, sizes).items():
-            _write_lines(folder / f"{split}.jsonl", map(_record, examples))
+            write_lines(folder / f"{split}.jsonl", map(record_of, examples))
     unlabelled = [page for page in pages if split_of(page.id) == "corpus"]
     chosen = {p.id for p in sorted(unlabelled, key=lambda p: _hash("corpus", p.id))[:documents]}
     records = ({"id": p.id, "text": p.text, "domain": p.part} for p in unlabelled if p.id in chosen)
-    _write_lines(out / "corpus.jsonl", records)
+    write_lines(out / "corpus.jsonl", records)
 
 
-def _record(example: Example) -> dict[str, str]:
+def record_of(example: Example) -> dict[str, str]:
+    """The line of a labelled file, as ``pipeline finetune`` reads it."""
     if example.pair is None:
         texts = {"text": example.text}
     else:
@@ -166,7 +167,8 @@ def _record(example: Example) -> dict[str, str]:
     return {"document": example.document, **texts, "label": example.label}
 
 
-def _write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
+def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write ``records`` as JSON lines; the file appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -279,6 +279,7 @@ def test_the_command_line_is_frozen():
     }
     assert options == {
         "demo": ["--out", "--quick"],
+        "init": ["--list", "--out"],
         "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
         "plan": ["--json", "--probe", "--set"],
