@@ -14,8 +14,8 @@ from rekindle.data.corpus_stages import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import Settings, parse_settings
-from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
 from rekindle.pipeline.docs_models import resolve_values
+from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
 

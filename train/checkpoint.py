@@ -25,6 +25,8 @@ from torch import Tensor
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.seal import damage, seal, unseal
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
 from rekindle.train.student import MODEL, Student, own_weights
 
@@ -33,6 +35,7 @@ log = logging.getLogger("rekindle")
 RUN_FILE = "run.json"
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
 # What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
 # the same); the others decide how the run is made, not what it computes.
 FREE = (
@@ -71,6 +74,7 @@ def _check_same(run: Path, about: Mapping[str, Any]) -> None:
             f"{run}/{RUN_FILE} is damaged ({error}); start a new run in another --out"
         ) from None
     for part, (old, new) in parts.items():
+        old = _with_defaults(part, old)
         changed = sorted(k for k in new if k not in FREE and old.get(k) != new[k])
         if changed:
             raise CheckpointError(
@@ -78,6 +82,17 @@ def _check_same(run: Path, about: Mapping[str, Any]) -> None:
                 f"{old.get(changed[0])!r} there, {new[changed[0]]!r} here). Resume it with its own "
                 "configuration, or start a new run in another --out"
             )
+
+
+def _with_defaults(part: str, recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded section with the defaults of keys that are younger than the run."""
+    section = SECTIONS.get(part)
+    if section is None:
+        return recorded
+    try:
+        return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
+    except InputError:
+        return recorded
 
 
 def start_run(run: Path, about: Mapping[str, Any]) -> None:

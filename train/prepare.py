@@ -77,7 +77,7 @@ def _data(
     )
     size = config.micro_batch_sequences or config.batch_sequences
     held_out = EvaluationData(
-        cache, chosen.held_out, (), view, size, config.allow_missing, chosen.domains
+        cache, chosen.held_out, (), view, size, config.allow_missing, domains=chosen.domains
     )
     return stream, held_out
 
