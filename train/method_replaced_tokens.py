@@ -58,8 +58,8 @@ class ReplacedTokens(Method):
     """Sampled replacements, and the student's loss on finding them.
 
     A draw depends on (train.seed, epoch, example, position) alone: batch size, processes and
-    micro-batches change none. (Of ``hidden`` and ``dense`` teachers the probabilities are formed
-    anew for each batch: one in millions of draws may fall on the other side of a rounding.)
+    micro-batches change none. (The probabilities of a ``hidden`` teacher are a matrix product of
+    the batch: a draw at the very edge of an outcome may fall to either side of its rounding.)
     """
 
     Settings = ReplacedTokensSettings
