@@ -84,18 +84,25 @@ def sections_of(comparison: Comparison) -> list[Section]:
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
         columns = _matched(names, comparison.matched_steps, "steps", "{:,.0f}")
         sections.append(Section("held-out loss at equal steps", columns))
-    if comparison.matched_cost:
-        columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
-        note = (
-            "cost: seconds of the run so far and of stage 1 for the teachers it uses; (steps) of "
-        )
-        note += "the last evaluation that had cost no more, nothing is interpolated"
-        unknown = [r.name for r in comparison.runs if r.curve.points and not r.curve.known]
-        note += f"; unknown for {', '.join(unknown)}" if unknown else ""
-        sections.append(Section("held-out loss at equal total cost", columns, note))
+    sections += _cost_section(comparison)
     if comparison.domains.runs:
         sections.append(_domain_section(comparison.domains))
     return sections
+
+
+def _cost_section(comparison: Comparison) -> list[Section]:
+    """Nothing where no cost is known; where one run's alone is, whose are not."""
+    title = "held-out loss at equal total cost"
+    evaluated = [run for run in comparison.runs if run.curve.points]
+    unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
+    if comparison.matched_cost:
+        names = [run.name for run in comparison.runs]
+        columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
+        return [Section(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))]
+    if comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
+        note = "not compared: what it cost is not recorded (by older versions) for "
+        return [Section(title, [], note + unknown)]
+    return []
 
 
 def _matched(
@@ -194,7 +201,7 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
 
 def _section_lines(section: Section, width: int) -> list[str]:
     """A further table with its title; ``width`` 0: as it stands."""
-    lines = _fitting(section.columns, width or _WIDEST)
+    lines = _fitting(section.columns, width or _WIDEST) if section.columns else []
     return [f" {section.title}", *lines, *([f" {section.note}"] if section.note else [])]
 
 

@@ -152,7 +152,7 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     where = domain_ranges(cache.corpus, [*(own or ()), *replayed, *evaluated])
     train, held_out = split.train, split.held_out
     if own is not None:
-        within = _union([where[name] for name in own])
+        within = _union([where[name] for name in dict.fromkeys(own)])
         train, held_out = train.intersection(within), held_out.intersection(within)
     return Chosen(
         _order(cache, config, train, _replay(config, split, where)),

@@ -1,9 +1,11 @@
 """Stage 1 as a whole: the same bytes every time, resumed after any interruption, by domain."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.commits import Commit, seconds_of
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.shards import ShardSet
 from rekindle.data.store import open_store
@@ -74,6 +77,27 @@ def test_a_shard_for_every_unit(whole):
     for name, count in UNITS.items():
         assert len(ShardSet(store, f"targets/{name}").committed()) == count
     assert len(shards(whole)) == 3 + 6 + 3 + 15  # corpus, masks, pairs, targets
+
+
+def test_every_unit_says_how_long_it_took(
+    whole,
+):
+    """Caches of before do not: then it is unknown, also if one unit alone says nothing."""
+    for reader in Cache.open(whole).teachers.values():
+        each = [seconds_of(commit) for commit in reader.commits.values()]
+        assert all(0 < seconds < 600 for seconds in each)
+        assert reader.seconds == pytest.approx(sum(each))
+    cache = Cache.open(whole)
+    reader = next(iter(cache.teachers.values()))
+    next(iter(reader.main.commits.values())).facts.pop("seconds")
+    assert reader.seconds is None
+
+
+@pytest.mark.parametrize("bad", [None, "1", True, -1, math.nan, math.inf])
+def test_seconds_that_are_none_are_unknown(bad):
+    commit = Commit("00000", "data/x.arrow", 1, 1, "", (), {"seconds": bad})
+    assert seconds_of(commit) is None
+    assert seconds_of(replace(commit, facts={"seconds": 2})) == 2.0
 
 
 def test_the_same_configuration_and_seed_give_the_same_bytes(tmp_path, configure, stable, whole):

@@ -329,6 +329,8 @@ def test_a_cost_that_is_not_recorded_is_unknown_never_nothing(curve, unknown):
         curve("b", {2: 4.0, 4: 3.0}, seed=1, **unknown),
     ]
     assert compare_runs(runs).matched_cost == []
+    for shown in (as_text(compare_runs(runs), 999), as_html(compare_runs(runs))):
+        assert "not recorded (by older versions) for b" in shown
     assert matched(compare_runs(runs).matched_steps) == {2: [5.0, 4.0], 4: [4.0, 3.0]}
     comparison = compare_runs([*runs, curve("c", {2: 4.5, 4: 4.2}, taught=False, seed=2)])
     assert matched(comparison.matched_cost) == {2.0: [5.0, None, 4.5], 4.0: [4.0, None, 4.2]}

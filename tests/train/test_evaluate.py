@@ -1,5 +1,7 @@
 """The numbers of an evaluation, computed a second time sequence by sequence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,23 @@ def test_the_loss_is_the_mean_cross_entropy_over_the_held_out_positions(
     found = evaluate(student, data, CPU)
     assert found.keys() == {"loss"}
     assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_the_loss_of_each_domain_is_that_of_its_sequences_alone(kind, masked_world, causal_world):
+    """And the others' values are what they are without domains."""
+    world = masked_world if kind == "masked" else causal_world
+    teacher = "big" if kind == "masked" else "lm"
+    domains = {"a": np.array([1, 7, 30]), "b b": np.array([5, 6])}
+    student = student_of(world, world.student)
+    plain = data_of(world, [teacher], size=2)
+    found = evaluate(student, replace(plain, domains=domains), CPU)
+    for name, index in domains.items():
+        losses = hard_losses(data_of(world, [], index), student)
+        assert found.pop(f"loss/{name}") == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found == evaluate(student, plain, CPU)
+    nothing = replace(plain, index=plain.index[:0], domains=domains)
+    assert evaluate(student, nothing, CPU).keys() == {"loss/a", "loss/b b"}
 
 
 @pytest.mark.parametrize("name", ["big", "wide", "whole"])

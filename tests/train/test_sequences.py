@@ -160,7 +160,7 @@ def test_one_domain_is_trained_on_and_held_out_of_what_is_held_out_anyway(masked
         assert set(numbers_of(found.order.sequences)) == train & own
         assert set(found.held_out.tolist()) == held_out & own
         assert found.domains == {}
-    both = chosen(masked_world, domains=["odd", "even"], evaluate_sequences=10**6)
+    both = chosen(masked_world, domains=["odd", "even", "odd"], evaluate_sequences=10**6)
     assert numbers_of(both.order.sequences) == numbers_of(split.train)
 
 

@@ -64,6 +64,22 @@ def test_a_spread_is_even(lengths, count):
     assert not len(places) or places[0] == 0
 
 
+@given(st.lists(st.integers(0, 9), max_size=20), st.lists(st.integers(0, 9), max_size=20))
+def test_an_intersection_is_what_is_in_both(ours, theirs):
+    one, other = ranges_of(ours[: len(ours) // 2 * 2]), ranges_of(theirs[: len(theirs) // 2 * 2])
+    expected = np.intersect1d(everything(one), everything(other))
+    assert np.array_equal(everything(one.intersection(other)), expected)
+    assert np.array_equal(everything(other.intersection(one)), expected)
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_ranges_of_numbers_are_as_few_as_can_be(numbers):
+    ascending = np.array(sorted(numbers), np.int64)
+    found = Ranges.of(ascending)
+    assert np.array_equal(everything(found), ascending)
+    assert (found.bounds[1:, 0] > found.bounds[:-1, 1]).all()
+
+
 def test_ranges_that_overlap_or_places_outside_are_refused():
     with pytest.raises(ValueError, match="overlap"):
         Ranges([(0, 5), (4, 6)])
