@@ -22,6 +22,7 @@ from rekindle.pipeline.stage_config import (
     references,
     with_directories,
 )
+from rekindle.pipeline.teacher_config import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,27 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
                 f"but not corpus.{key} ({first[key]!r}, then {second[key]!r}). {advice}"
             )
-    models = {t.name: t.model for t in one.config.teachers}
+    if one.config.cache.sequences_per_shard != other.config.cache.sequences_per_shard:
+        raise InputError(
+            f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, but "
+            f"not cache.sequences_per_shard. {advice}"
+        )
+    known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
-        if (model := models.get(teacher.name, teacher.model)) != teacher.model:
+        if teacher.name in known:
+            _check_same_teacher(one, other, known[teacher.name], teacher, advice)
+
+
+def _check_same_teacher(
+    one: Stage, other: Stage, first: TeacherConfig, second: TeacherConfig, advice: str
+) -> None:
+    """Targets of two models never mix under one name."""
+    for key in ("model", "task", "domains", "pairs"):
+        if (before := getattr(first, key)) != (now := getattr(second, key)):
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"in which one name is one teacher; {teacher.name!r} is {model}, then "
-                f"{teacher.model}. Give it another name, or: {advice}"
+                f"in which one name is one teacher; the {key} of {first.name!r} is {before!r}, "
+                f"then {now!r}. Give it another name, or: {advice}"
             )
 
 

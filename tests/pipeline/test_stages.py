@@ -18,6 +18,7 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline import stages as module
 from rekindle.pipeline.audit import audit_cache
 from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.cli import main
 from rekindle.pipeline.compare import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.inspect import inspect_cache
@@ -35,7 +36,7 @@ NAMES = ("first", "second", "third")
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, corpus_file, wordpiece, make_model):
+def chain(corpus_file, wordpiece, make_model):
     """chain(home, **changes) -> a run file of three stages: large -> first -> second -> third."""
     large = make_model("bert", "AutoModelForMaskedLM", wordpiece)
     sizes = {name: {"hidden_size": 16, "intermediate_size": 16 + n} for n, name in enumerate(NAMES)}
@@ -345,6 +346,8 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
         ({"set": {"corpus.sequence_length": 32}}, r"'late' share.*not corpus.sequence_length"),
         ({"set": {"corpus.source": ["python-docs"]}}, r"'late' share.*not corpus.source"),
         ({"set": {"teachers.0.model": "{first}"}}, r"'late' share.*one name is one teacher"),
+        ({"set": {"teachers.lm.domains": ["x"]}}, r"'late' share.*one name is one teacher"),
+        ({"set": {"cache.sequences_per_shard": 5}}, r"'late' share.*not cache.sequences_per_shard"),
         ({"set": {"student.model": "/no/such/model"}}, r"stage 'late': .*no such directory"),
     ],
 )
@@ -430,6 +433,58 @@ def test_references_stand_inside_strings_too(chain, tmp_path):
     assert second.config.teachers[0].model == f"{tmp_path}/out/first/checkpoints/step-00000004"
     assert second.written.teachers[0].model == "{first}/checkpoints/step-00000004"
     assert second.uses == ["first"]
+
+
+def test_the_commands(chain, tmp_path, capsys, monkeypatch):
+    """Every command on a file of stages: what it prints, and how it ends."""
+    path, out = chain(tmp_path), str(tmp_path / "out")
+
+    def pipeline(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    code, said, _ = pipeline("plan", path, "--no-probe", "--json")
+    assert [one["name"] for one in json.loads(said)["stages"]] == list(NAMES)
+    code, said, _ = pipeline("plan", path, "--no-probe")
+    assert (code, said.count("--- stage")) == (0, 3)
+    code, said, _ = pipeline("cache-teachers", path)
+    assert code == 0
+    assert "teacher lm waits for stage second" in said
+    options = ("train-student", path, "--out", out, "--set", "train.steps=1")
+    code, said, _ = pipeline(*options)
+    assert code == 0
+    assert [f"{out}/{name}: 1 steps in" in said for name in NAMES] == [True] * 3
+    code, said, _ = pipeline(*options, "--resume")
+    assert (code, said) == (0, f"{out}: every stage was finished\n")
+    code, said, err = pipeline(*options)
+    assert (code, said) == (2, "")
+    assert "is not empty" in err
+    code, _, err = pipeline("verify", tmp_path / "cache", "--audit", "1", "--config", path)
+    assert code == 2
+    assert "run.yaml" in err
+    code, _, err = pipeline("train-student", path, "--sweep", "train.seed=1,2")
+    assert code == 2
+    assert "not swept" in err
+
+
+def test_a_student_of_a_time_without_lineages(whole, tmp_path):
+    """What it says of its own run is there: that is its lineage."""
+    from rekindle.train.lineage import lineage_of_model
+
+    shutil.copytree(whole / "out" / "second", tmp_path / "old")
+    about = json.loads((tmp_path / "old" / "rekindle_student.json").read_text())
+    del about["lineage"]
+    (tmp_path / "old" / "rekindle_student.json").write_text(json.dumps(about))
+    assert lineage_of_model(tmp_path / "old") == lineage_of_model(whole / "out" / "second")[1:]
+    (tmp_path / "old" / "rekindle_student.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        lineage_of_model(tmp_path / "old")
 
 
 def test_weights_load_with_transformers(whole):
