@@ -330,6 +330,10 @@ def train_student(
             _tell_student(result)
         if not results:
             typer.echo(f"{target}: every stage was finished")
+        if config.stages and config.evaluates_domains:
+            from rekindle.pipeline.compare_table import domain_matrix
+
+            typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
     if is_one_of_many():
         leave(0)
 

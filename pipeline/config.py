@@ -79,6 +79,12 @@ class RunConfig(Settings):
             )
 
     @property
+    def evaluates_domains(self) -> bool:
+        """Whether the run, or one of its stages, evaluates the domains one by one."""
+        key = "train.evaluate_domains"
+        return self.train.evaluate_domains or any(stage.set.get(key) for stage in self.stages)
+
+    @property
     def needs_masks(self) -> bool:
         """Whether a masked view is needed, by a teacher or by the student."""
         student = self.student is not None and self.student.language_task == "masked_lm"
