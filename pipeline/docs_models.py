@@ -50,7 +50,7 @@ MODELS = {
 }
 CORPUS = "corpus"
 FILES = {
-    CORPUS: "1,500 documents of the whole library, none of the labelled ones; domain: the part",
+    CORPUS: "1,500 documents of the whole library, none of them labelled; domain: the part",
     **{
         f"{task}/{split}": f"labelled examples of the task {task}: {split}"
         for task in LABELLED_TASKS

@@ -10,11 +10,11 @@ from rekindle.pipeline.demo_tasks import TaskSizes
 
 
 class BuiltInSettings(Settings):
-    """Sizes and training of the built-in models: those of ``pipeline demo --quick``, and more."""
+    """Sizes and training of the built-in models: near those of ``pipeline demo --quick``."""
 
     vocabulary: int = QUICK.vocabulary
     documents: int | None = QUICK.documents
-    sizes: TaskSizes = QUICK.sizes
+    sizes: TaskSizes = TaskSizes(train=640, dev=160, test=640)
     # Room for what a recipe puts before a sequence, and for longer pairs; trained on 48 tokens.
     positions: int = 64
     sequence_length: int = QUICK.sequence_length
@@ -27,7 +27,7 @@ class BuiltInSettings(Settings):
     gpt2_larger: dict[str, Any]
     pretrain: dict[str, Any] = QUICK.base
     further: dict[str, Any]  # of a domain's model, which starts from bert
-    finetune: dict[str, Any] = QUICK.finetune
+    finetune: dict[str, Any]
 
 
 _LARGER = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -38,4 +38,5 @@ SETTINGS = BuiltInSettings(
     gpt2=_GPT2,
     gpt2_larger=_GPT2 | {"n_embd": 192, "n_layer": 2, "n_head": 3, "n_inner": 384},
     further={"steps": 80, "learning_rate": 1e-3, "warmup_steps": 10, "evaluate_every": 80},
+    finetune={"epochs": 4, "batch_size": 16, "learning_rate": 1.5e-3},
 )

@@ -2,6 +2,7 @@
 model.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,8 @@ def write_documents(
     out: Path, sizes: TaskSizes, documents: int | None, domains: Mapping[str, str]
 ) -> None:
     """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``."""
-    pages = list(python_docs())
+    # In an order without meaning: the first documents of the corpus are then a sample of all of it.
+    pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
     write_corpus(pages, sizes, out, documents)
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]

@@ -1,8 +1,13 @@
 """Run configurations over tiny corpora, and a cache with a teacher of each kind of target."""
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -13,6 +18,35 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def built_in_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the built-in models are made, once for all tests: $REKINDLE_HOME where it is given."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with pytest.MonkeyPatch.context() as patch:
+        if "REKINDLE_HOME" not in os.environ:
+            patch.setenv("REKINDLE_HOME", str(shared / "rekindle-home"))
+        yield Path(os.environ["REKINDLE_HOME"])
+
+
+@pytest.fixture
+def command() -> Callable[..., tuple[int, str, str]]:
+    """command(*arguments): exit code, stdout and stderr of ``pipeline``, run in this process."""
+    from rekindle.pipeline.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        out, errors, code = io.StringIO(), io.StringIO(), 0
+        given = ["pipeline", *map(str, arguments)]
+        with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(errors):
+            try:
+                main()
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+        return code, out.getvalue(), errors.getvalue()
+
+    return run
 
 
 Configure = Callable[..., Any]

@@ -1,0 +1,189 @@
+"""Every recipe: known keys, runs as it is, its commented variations are valid; and what the first
+ones promise.
+"""
+
+import json
+import re
+import shlex
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rekindle.data.cache import Cache
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.config import RunConfig, set_value
+from rekindle.pipeline.docs_models import FILES, MODELS, PREFIX
+from rekindle.pipeline.recipe_files import FOLDER, commands, read_recipe
+from rekindle.pipeline.sweep_plan import parse_axis
+from rekindle.train.schedules import weight_at
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+every_recipe = pytest.mark.parametrize("name", NAMES)
+# Seconds each: enough to go through every part of both stages once.
+SMALL = (
+    *("--set", "corpus.limit_sequences=160", "--set", "train.steps=4"),
+    *("--set", "train.warmup_steps=1", "--set", "train.evaluate_every=4"),
+    *("--set", "train.batch_sequences=8", "--set", "train.evaluate_sequences=16"),
+)
+
+
+def values_of(name: str) -> dict:
+    return yaml.safe_load(read_recipe(name))
+
+
+def config_of(name: str, *overrides: str) -> RunConfig:
+    values = values_of(name)
+    for override in overrides:
+        set_value(values, override)
+    return parse_settings(RunConfig, values, name)
+
+
+# --- every recipe ---------------------------------------------------------------------------------
+
+
+@every_recipe
+def test_its_keys_are_known_and_its_folders_its_own(name):
+    config = config_of(name)
+    assert config.student is not None
+    assert config.cache.path == f"runs/{name}/cache"
+    named = [line for line in commands(read_recipe(name), Path("run.yaml")) if "--out" in line]
+    assert named
+    assert all(f"--out runs/{name}/" in line for line in named)
+
+
+@every_recipe
+def test_it_names_nothing_that_must_be_downloaded(name):
+    config = config_of(name)
+    known = {PREFIX + other for other in (*MODELS, *FILES)}
+    models = [config.corpus.tokenizer, *(t.model for t in config.teachers)]
+    assert known >= {*models, config.student.model}
+    assert known | {"python-docs"} >= {*config.corpus.source}
+
+
+def variations(text: str) -> list[tuple[list[str], list[str]]]:
+    """(--set values, --sweep values) of every comment line that shows some."""
+    found = []
+    for line in text.splitlines():
+        comment = line.partition("#")[2]
+        if start := re.search(r"--(set|sweep) ", comment):
+            options = list(pairwise(shlex.split(comment[start.start() :])))
+            sets, sweeps = (
+                [value for option, value in options if option == name]
+                for name in ("--set", "--sweep")
+            )
+            found.append((sets, sweeps))
+    return found
+
+
+@every_recipe
+def test_the_variations_it_shows_are_valid_and_change_something(name):
+    plain = config_of(name)
+    for sets, sweeps in variations(read_recipe(name)):
+        assert config_of(name, *sets) != plain or not sets
+        for axis in map(parse_axis, sweeps):
+            swept = [config_of(name, *sets, f"{axis.key}={value}") for value in axis.values]
+            assert len({repr(config) for config in swept}) > 1
+
+
+@every_recipe
+def test_it_has_a_section_in_the_book(name):
+    headings = re.findall(r"^## ([\w-]+): ", (ROOT / "RECIPES.md").read_text(), re.MULTILINE)
+    assert name in headings
+
+
+def test_the_book_has_no_section_without_a_recipe():
+    headings = re.findall(r"^## ([\w-]+): ", (ROOT / "RECIPES.md").read_text(), re.MULTILINE)
+    assert sorted(set(headings)) == NAMES
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, built_in_home, command):
+    """run(name, *options): the recipe's own stages, in an empty folder; returns their stdout."""
+    monkeypatch.chdir(tmp_path)
+
+    def both(name: str, *options: str) -> str:
+        Path("run.yaml").write_text(read_recipe(name))
+        said = ""
+        for line in commands(read_recipe(name), Path("run.yaml")):
+            if line.split()[1] in ("cache-teachers", "train-student"):
+                code, out, errors = command(*shlex.split(line)[1:], *options)
+                assert code == 0, errors
+                said += out
+        return said
+
+    return both
+
+
+@every_recipe
+def test_it_runs(name, run):
+    said = run(name, *SMALL)
+    assert "sequences trained" in said
+    assert list(Path("runs", name).glob("**/model.safetensors"))
+
+
+@pytest.mark.slow
+@every_recipe
+def test_it_runs_as_it_is(name, run):
+    assert "sequences trained" in run(name)
+    assert list(Path("runs", name).glob("**/model.safetensors"))
+
+
+# --- what single recipes promise ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ki-mlm", "ki-clm", "ki-domain"])
+def test_the_two_weights_of_knowledge_inheritance_add_up_to_one(name):
+    train = config_of(name).train
+    (term,) = train.objective.distill
+    alphas = []
+    for step in range(train.steps):
+        alpha = weight_at(term.weight, step, train.steps)
+        hard = weight_at(train.objective.hard.weight, step, train.steps)
+        assert alpha + hard == pytest.approx(1.0)
+        assert alpha == pytest.approx(max(1 - step / (0.6 * train.steps), 0.0), abs=1e-9)
+        alphas.append(alpha)
+    assert alphas[0] == 1.0
+    assert alphas[-1] == 0.0
+    assert term.temperature == 2.0
+
+
+def test_each_domain_has_its_own_teacher_and_all_text_has_one(run):
+    run("ki-domain", *SMALL)
+    cache = Cache.open("runs/ki-domain/cache")
+    teachers = {t.name: t.domains for t in config_of("ki-domain").teachers}
+    assert teachers.pop("general") is None
+    for index in range(len(cache.corpus)):
+        example = cache.example(index)
+        own = {name for name, domains in teachers.items() if example.domain in domains}
+        assert set(example.targets) == own | {"general"}
+        assert len(own) <= 1
+
+
+@pytest.mark.parametrize(
+    ("override", "with_kd", "with_ce"),
+    [
+        ("train.objective.hard.weight=0", True, False),
+        ("train.objective.distill=[]", False, True),
+        ("train.seed=0", True, True),
+    ],
+    ids=["KD only", "MLM only", "both"],
+)
+def test_each_ablation_trains_exactly_what_it_names(run, override, with_kd, with_ce):
+    run("uegp", *SMALL, "--set", override)
+    coverage = json.loads(Path("runs/uegp/student/summary.json").read_text())["coverage"]
+    assert (coverage["sequences_with_kd"] > 0) == with_kd
+    assert (coverage["positions_ce_only"] > 0) == with_ce
+
+
+def test_the_union_student_has_the_labels_of_both_experts(run):
+    run("muki", *SMALL)
+    heads = json.loads(Path("runs/muki/student/rekindle_student.json").read_text())["heads"]
+    ((name, head),) = heads.items()
+    assert name == "first+second"
+    cache = Cache.open("runs/muki/cache")
+    both = [cache.teacher(t).info.label_names for t in ("first", "second")]
+    assert list(head["label_names"]) == list(chain(*both))
+    assert len(set(head["label_names"])) == 8
