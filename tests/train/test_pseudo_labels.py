@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
@@ -32,6 +32,7 @@ values = st.floats(-30, 30, width=32)
 rows_of_logits = st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(rows_of_logits, st.sampled_from([0.0, 0.4, 0.9, 0.99]), st.sampled_from([SINGLE, MULTI]))
 def test_the_sure_are_those_whose_probability_reaches_the_confidence(rows, least, problem):
     found = sure_rows(np.array(rows, np.float32), info_of(problem), least).tolist()

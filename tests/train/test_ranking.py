@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.batch import Batch
@@ -31,6 +31,7 @@ def gradient_by_pairs(rows, config):
     return errors.grad
 
 
+@settings(deadline=None)
 @given(steps, st.integers(1, 12), st.sampled_from([(1, 1), (0, 1), (0.5, 2), (1, 0)]))
 def test_a_step_however_split_is_the_mean_over_all_pairs(rows, size, weights):
     config = RankingConfig(pointwise=weights[0], pairwise=weights[1])
