@@ -2,6 +2,8 @@
 
 All of it is arithmetic on the step and on past evaluations, nothing is drawn from a generator: what
 a step replays does not depend on threads, on the number of processes or on where a run was resumed.
+(Weights by loss change are as equal as the losses: these differ in their last bits where another
+number of processes adds gradients in another order.)
 
 *How many.* Of the first n sequences that a run reads, ⌊fraction · n⌋ are replayed, at every step.
 
