@@ -68,8 +68,7 @@ class Replay:
 
     def knows(self, step: int) -> bool:
         """Whether what ``step`` replays can be said yet."""
-        interval = self._interval(step)
-        return interval < 3 or len(self._losses) >= interval - 1
+        return self._interval(step) < len(self._starts)
 
     def at(self, step: int) -> Ints:
         """The sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
@@ -126,8 +125,8 @@ class Replay:
     def _extend(self) -> None:
         """Sum up, for every interval whose weights are known, what each domain has had before it.
 
-        An interval is known to readers only after this: `knows` looks at the losses, and what it
-        says of the next interval rests on the weights of the one before.
+        An interval is known to readers only after this, the last that `learn` does: `knows` asks
+        for these sums.
         """
         known = 0 if self.every is None else max(3, len(self._losses) + 2)
         for interval in range(len(self._starts) - 1, known - 1):
