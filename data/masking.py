@@ -44,8 +44,8 @@ class MaskConfig(Settings):
         0.8,
         ge=0,
         le=1,
-        description="chosen tokens replaced by the mask token; policy hard: all of them, if not "
-        "given",
+        description="chosen tokens replaced by the mask token; policy hard: all that are not "
+        "replaced by a random one, if not given",
     )
     random_token: float = Field(
         0.1,
@@ -82,10 +82,11 @@ class MaskConfig(Settings):
                 "policy hard needs teacher: the name of the masked_lm teacher with view: clean "
                 "whose losses say which tokens are hard"
             )
-        if hard and not {"mask_token", "random_token"} & self.model_fields_set:
-            # Frozen: self-evolution hides every token that it masks.
-            object.__setattr__(self, "mask_token", 1.0)
+        # Frozen: self-evolution hides every token that it masks.
+        if hard and "random_token" not in self.model_fields_set:
             object.__setattr__(self, "random_token", 0.0)
+        if hard and "mask_token" not in self.model_fields_set:
+            object.__setattr__(self, "mask_token", 1.0 - self.random_token)
         return self
 
     @model_validator(mode="after")

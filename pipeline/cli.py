@@ -91,8 +91,9 @@ def init(
 @app.command()
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
-    train: Annotated[Path, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
-    dev: Annotated[Path, typer.Option(help="the split that scores are taken on")],
+    # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
+    train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
+    dev: Annotated[str, typer.Option(help="the split that scores are taken on")],
     out: Annotated[Path, typer.Option(help="the expert's directory")],
     seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
     metric: Annotated[
@@ -109,7 +110,7 @@ def finetune(
     values: dict[str, Any] = {}
     for override in set_ or []:
         set_value(values, override)
-    model, train_file, dev_file = (resolve_name(str(name)) for name in (model, train, dev))
+    model, train_file, dev_file = map(resolve_name, (model, train, dev))
     from rekindle.train.finetune import FinetuneConfig
     from rekindle.train.score_model import baselines_table
     from rekindle.train.score_model import finetune_or_score as run

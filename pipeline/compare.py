@@ -16,13 +16,11 @@ from rekindle.pipeline.compare_domains import DomainMatrix, matrix_of
 from rekindle.pipeline.stage_plan import read_stages
 from rekindle.pipeline.sweep import read_sweep
 from rekindle.pipeline.sweep_plan import SWEPT_SECTIONS, shortest_tails
+from rekindle.train.methods import is_better_upwards
 from rekindle.train.run_log import read_metrics
 
 # Where these differ, held-out values are of other positions, or of another loss.
-EVALUATION_KEYS = (
-    *("student.task", "train.held_out", "train.evaluate_sequences"),
-    "train.domains",
-)
+EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,14 @@ def _not_begun(directory: Path, sweep: Mapping[str, Any], run: Mapping[str, Any]
     return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
+def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
+    """The directories in groups that ``compare_runs`` takes: runs of one corpus, in their order."""
+    groups: dict[str, list[Path]] = {}
+    for one in _find(directories):
+        groups.setdefault(one.cache["corpus"], []).append(one.directory)
+    return list(groups.values())
+
+
 def _one_corpus(found: Sequence[_Found]) -> str:
     groups: dict[str, list[str]] = {}
     for one in found:
@@ -254,7 +260,9 @@ def differences(settings: Sequence[Any], path: tuple[str, ...] = ()) -> dict[str
 def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
-    keys = [key for key in EVALUATION_KEYS if _differs(key, differing)]
+    causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
+    keys = ["student.task"] if len(causal) > 1 else []
+    keys += [key for key in EVALUATION_KEYS if _differs(key, differing)]
     if keys:
         notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
@@ -277,8 +285,12 @@ def _teacher_notes(found: Sequence[_Found]) -> list[str]:
 
 
 def is_higher_better(name: str) -> bool:
-    """Whether the most is the best of a value: speed, agreement and scores; else the least is."""
-    return name == "tokens_per_second" or name.startswith(("agreement/", "scores/"))
+    """Whether the most is the best of a value: speed, scores, agreement and what methods say of
+    their own values; else the least is.
+    """
+    if name == "tokens_per_second" or name.startswith("scores/"):
+        return True
+    return is_better_upwards(name)
 
 
 def values_of(run: RunFacts) -> dict[str, float]:

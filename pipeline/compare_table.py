@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare import Comparison, RunFacts, compare_runs, values_of
+from rekindle.pipeline.compare import Comparison, RunFacts, by_corpus, compare_runs, values_of
 from rekindle.pipeline.compare_cost import Match, lowest, thinned
 from rekindle.pipeline.compare_domains import PREFIX, DomainMatrix
 from rekindle.pipeline.sweep_plan import shortest_tails
@@ -131,12 +131,15 @@ def _domain_section(matrix: DomainMatrix) -> Section:
 
 def domain_matrix(runs: Sequence[Path]) -> str:
     """The domains × stages perplexity matrix of the runs in these directories, in their order, as
-    text; empty when none of them evaluated by domain (``train.evaluate_domains``).
+    text: one for each corpus, empty when none of them evaluated by domain
+    (``train.evaluate_domains``).
 
-    Raises as ``compare_runs`` does.
+    Raises as ``compare_runs`` does, but for different corpora.
     """
-    matrix = compare_runs(runs).domains
-    return "\n".join(_section_lines(_domain_section(matrix), 0)) if matrix.runs else ""
+    matrices = [compare_runs(group).domains for group in by_corpus(runs)]
+    return "\n".join(
+        line for one in matrices if one.runs for line in _section_lines(_domain_section(one), 0)
+    )
 
 
 def _settings(runs: list[RunFacts]) -> Iterable[Column]:

@@ -52,7 +52,8 @@ def _what_is_new(
     """The configuration to plan, or why there is nothing to plan."""
     part, prompts = ready.config, ready.stage.prompts
     if part is None:
-        return None, "not known yet: its text is not there"
+        why = ": its text is not there" if "" in ready.waiting else ""
+        return None, f"not known yet{why}"
     if prompts is not None and not Path(prompts.to).exists():
         return None, f"not known yet: {prompts.to} is written when its turn comes"
     same = [

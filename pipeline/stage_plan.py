@@ -24,6 +24,8 @@ from rekindle.pipeline.stage_config import (
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
 
+_OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -74,6 +76,7 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     stages = [_plan(config, stage, directories, out) for stage in config.stages]
     for number, stage in enumerate(stages):
         with _naming(stage):
+            _check_replaced(stage, directories)
             _check_stage(stage, stages[:number])
     for one, other in itertools.combinations(stages, 2):
         if one.config.cache.path == other.config.cache.path:
@@ -107,6 +110,16 @@ def _naming(stage: Stage) -> Iterator[None]:
         raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
+def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
+    """That no reference stands outside of a stage's ``set``, where it stands for nothing."""
+    values = stage.config.model_dump(mode="json", exclude={"stages": True})
+    if left := [name for name in references(values) if name in directories]:
+        raise InputError(
+            f"'{{{left[0]}}}' stands for a directory only in the `set` of a stage, not in the file "
+            "that they share. Move the key that holds it into `set`"
+        )
+
+
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     config = stage.config
     if config.student is None:
@@ -115,16 +128,29 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     for other in earlier:
         if other.config.cache.path == config.cache.path:
             cached |= {t.name for t in other.config.teachers}
-    for term in config.train.objective.distill:
-        for name in term.teachers:
-            if name not in cached and not _is_cached(config.cache.path, name):
-                known = ", ".join(sorted(cached)) or "none"
-                raise InputError(
-                    f"train.objective names the teacher {name!r}, which nothing puts into "
-                    f"{config.cache.path} (its teachers: {known}). Add it to `teachers`"
-                )
+    for key, name in _teachers_read(config):
+        if name not in cached and not _is_cached(config.cache.path, name):
+            known = ", ".join(sorted(cached)) or "none"
+            raise InputError(
+                f"{key} names the teacher {name!r}, which nothing puts into "
+                f"{config.cache.path} (its teachers: {known}). Add it to `teachers`"
+            )
     if stage.prompts is not None:
         _check_prompts(stage, stage.prompts, earlier)
+
+
+def _teachers_read(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The teachers whose targets or scalars a stage needs, and which key says so."""
+    train = config.train
+    for term in train.objective.distill:
+        yield from (("train.objective", name) for name in term.teachers)
+    for method in train.objective.methods:
+        if isinstance(name := (method.model_extra or {}).get("teacher"), str):
+            yield "train.objective", name
+    if train.curriculum is not None:
+        yield "train.curriculum", train.curriculum.teacher
+    if config.cache.mask.teacher is not None:
+        yield "cache.mask", config.cache.mask.teacher
 
 
 def _is_cached(path: str, teacher: str) -> bool:
@@ -181,14 +207,25 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
 def _check_same_teacher(
     one: Stage, other: Stage, first: TeacherConfig, second: TeacherConfig, advice: str
 ) -> None:
-    """Targets of two models never mix under one name."""
-    for key in ("model", "task", "domains", "pairs"):
-        if (before := getattr(first, key)) != (now := getattr(second, key)):
+    """Targets of two models, or of two inputs, never mix under one name."""
+    pairs = {key: (getattr(first, key), getattr(second, key)) for key in _OF_A_TEACHER}
+    pairs["view"] = tuple("masked" if t.sees_masks else "clean" for t in (first, second))
+    if first.sees_masks and second.sees_masks:
+        pairs["masks"] = (_masks(one), _masks(other))
+    for key, (before, now) in pairs.items():
+        if before != now:
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
                 f"in which one name is one teacher; the {key} of {first.name!r} is {before!r}, "
                 f"then {now!r}. Give it another name, or: {advice}"
             )
+
+
+def _masks(stage: Stage) -> dict[str, Any]:
+    """What decides the masks of a stage."""
+    cache = stage.config.cache
+    found = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
+    return found | ({"replicas": cache.replicas} if cache.mask.policy == "cover" else {})
 
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
@@ -252,7 +289,7 @@ class Ready:
     """What of a stage can be cached before any student is trained."""
 
     stage: Stage
-    config: RunConfig | None  # with the teachers that can; None: not even its text is there
+    config: RunConfig | None  # with the teachers that can; None: not even its text or its masks are
     waiting: dict[str, list[str]]  # teacher ("" for the text) -> the stages it waits for
 
     def waiting_text(self) -> list[str]:
@@ -272,11 +309,14 @@ def ready_parts(stages: Sequence[Stage]) -> list[Ready]:
         text, teachers = stage.text_waits, stage.teachers_wait
         if stage.prompts is not None:
             text = text or blocked.get((stage.prompts.cache or "", stage.prompts.teacher), [])
-        blocked |= {(stage.written.cache.path, name): waits for name, waits in teachers.items()}
-        if text:
-            every = {t.name: text for t in stage.written.teachers}
-            blocked |= {(stage.written.cache.path, name): text for name in every}
-            found.append(Ready(stage, None, {"": text}))
+        cache = stage.written.cache
+        blocked |= {(cache.path, name): waits for name, waits in teachers.items()}
+        hard = cache.mask.teacher  # without it nothing is masked
+        masks = [] if hard is None else blocked.get((cache.path, hard), [])
+        if text or masks:
+            every = {t.name: text or masks for t in stage.written.teachers}
+            blocked |= {(cache.path, name): waits for name, waits in every.items()}
+            found.append(Ready(stage, None, {"": text} if text else {hard or "": masks} | every))
             continue
         chosen = tuple(t for t in stage.written.teachers if t.name not in teachers)
         config = stage.written.model_copy(update={"teachers": chosen})

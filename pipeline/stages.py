@@ -216,10 +216,9 @@ def cache_stages(
     for ready in ready_parts(stages):
         made, part = None, ready.config
         if part is not None:
-            chosen = tuple(t for t in part.teachers if not only or t.name in only)
+            chosen = [t.name for t in part.teachers if t.name in only]
             if chosen or not only:
                 _write_prompts(ready.stage)
-                part = part.model_copy(update={"teachers": chosen})
-                made = cache_teachers(part, (), workers, progress, check)
+                made = cache_teachers(part, chosen, workers, progress, check)
         done.append(CachedStage(ready, made))
     return done

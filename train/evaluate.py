@@ -24,10 +24,9 @@ from rekindle.train.device_batch import (
     sparse_targets,
 )
 from rekindle.train.method import Method
+from rekindle.train.methods import is_better_upwards
 from rekindle.train.selection import at_masked_positions
 from rekindle.train.student import Student
-
-UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,10 @@ def best_of(
     if name is None or not math.isfinite(value):
         return best
     if best is not None and best.get("name") == name:
-        gain = value - best["value"] if _is_better_upwards(name) else best["value"] - value
+        gain = value - best["value"] if is_better_upwards(name) else best["value"] - value
         if gain <= 0:
             return best
     return {"step": step, "name": name, "value": value}
-
-
-def _is_better_upwards(name: str) -> bool:
-    first, _, last = name.partition("/")
-    if first in ("kl", "mse"):  # of a teacher, whatever that is called
-        return False
-    return first == "agreement" or last.rpartition("/")[2] in UPWARDS
 
 
 Run = Callable[..., Any]

@@ -117,7 +117,9 @@ def _student_inputs(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, token types) of each text or pair, as the cache shows them."""
     tokenizer = load_tokenizer(directory)
-    most = min(max_length, longest_input(student.model.config) or max_length)
+    longest = longest_input(student.model.config) or max_length + 1
+    prompted = student.prompts is not None  # that of no domain takes a place, too
+    most = min(max_length, longest - prompted)
     if data.pairs is not None:
         two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)

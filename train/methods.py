@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PREFIX = "method_"  # of the modules
 GROUP = "rekindle.methods"  # of entry points, NAME = package.module:Class
+UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
 
 
 def unknown_method(name: str) -> str | None:
@@ -66,3 +67,11 @@ def find_method(name: str) -> "type[Method]":
             f"{len(classes)}"
         )
     return classes[0]
+
+
+def is_better_upwards(name: str) -> bool:
+    """Whether more is better of a held-out value ``kind/of what``, or ``METHOD/value``."""
+    first, _, last = name.partition("/")
+    if first in ("kl", "mse", "loss"):  # of a teacher or a domain, whatever that is called
+        return False
+    return first == "agreement" or last.rpartition("/")[2] in UPWARDS

@@ -375,6 +375,9 @@ def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
         "old": ["20.09", "25.79"],
         "new": ["148.41", "33.12"],
     }
+    other = write("pcp/prompted", corpus="c2", domains=["old"], evaluation=first)
+    assert domain_matrix([*runs, other]).startswith(text)
+    assert "prompted" in domain_matrix([*runs, other])
     whole = as_text(comparison, 999)
     assert text in whole
     assert "loss/old" not in whole
@@ -468,6 +471,20 @@ def test_values_that_do_not_compare_have_a_note_and_no_best(write, values, words
     assert words in note
     assert f"note: {note}" in as_text(comparison, 999)
     assert comparison.best == {"tokens_per_second": ["a"]}
+
+
+def test_a_task_with_the_same_language_loss_compares(write):
+    student = {"task": "replaced_token_detection"}
+    comparison = compare_runs([write("a", loss=4.0), write("b", student=student)])
+    assert comparison.notes == []
+    assert comparison.best["loss"] == ["a"]
+
+
+def test_what_methods_say_of_their_values_counts(write):
+    better = {"replaced_tokens/f1": 0.5, "replaced_tokens/loss": 1.0, "loss/f1": 1.0}
+    worse = {"replaced_tokens/f1": 0.25, "replaced_tokens/loss": 2.0, "loss/f1": 2.0}
+    best = compare_runs([write("a", evaluation=better), write("b", evaluation=worse)]).best
+    assert {best[name] == ["a"] for name in better} == {True}
 
 
 # --- differences ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.hard_masks import hard_tokens
+from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import parse_settings
 from rekindle.data.shards import ShardSet
 from rekindle.data.store import open_store
@@ -476,6 +477,22 @@ def test_a_dumped_configuration_is_the_same(tmp_path, evolve):
         config = evolve(tmp_path / "c", mask)
         (tmp_path / "run.yaml").write_text(dump_config(config))
         assert load_config(tmp_path / "run.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "shares"),
+    [
+        ({}, (1.0, 0.0)),
+        ({"mask_token": 1.0}, (1.0, 0.0)),
+        ({"mask_token": 0.7}, (0.7, 0.0)),
+        ({"random_token": 0.25}, (0.75, 0.25)),
+        ({"mask_token": 0.8, "random_token": 0.1}, (0.8, 0.1)),
+    ],
+)
+def test_what_is_not_given_of_the_replacements_is_as_described(values, shares):
+    hard = {"policy": "hard", "teacher": "reference"}
+    config = parse_settings(MaskConfig, hard | values)
+    assert (config.mask_token, config.random_token) == shares
 
 
 def test_another_view_under_the_same_name_is_refused(tmp_path, evolve, configure, model):

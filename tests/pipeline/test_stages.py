@@ -347,6 +347,18 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
         ({"set": {"corpus.source": ["python-docs"]}}, r"'late' share.*not corpus.source"),
         ({"set": {"teachers.0.model": "{first}"}}, r"'late' share.*one name is one teacher"),
         ({"set": {"teachers.lm.domains": ["x"]}}, r"'late' share.*one name is one teacher"),
+        ({"set": {"teachers.lm.view": "clean"}}, r"'late' share.*the view of 'lm' is 'masked'"),
+        ({"set": {"cache.seed": 1}}, r"'late' share.*the masks of 'lm' is {'seed': 0"),
+        ({"set": {"cache.mask.probability": 0.2}}, r"'late' share.*the masks of 'lm'"),
+        ({"set": {"train.curriculum": {"teacher": "ml"}}}, r"'late': train.curriculum names.*'ml'"),
+        (
+            {"set": {"train.objective.methods": [{"method": "replaced_tokens", "teacher": "ml"}]}},
+            r"stage 'late': train.objective names the teacher 'ml'",
+        ),
+        (
+            {"set": {"cache.path": "c", "cache.mask": {"policy": "hard", "teacher": "ml"}}},
+            r"stage 'late': cache.mask names the teacher 'ml'",
+        ),
         ({"set": {"cache.sequences_per_shard": 5}}, r"'late' share.*not cache.sequences_per_shard"),
         ({"set": {"student.model": "/no/such/model"}}, r"stage 'late': .*no such directory"),
     ],
@@ -363,6 +375,15 @@ def test_what_is_wrong_in_the_last_stage_is_said_before_the_first_runs(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chain.yaml"]
 
 
+def test_a_reference_outside_of_a_stage_is_said_before_the_first_runs(chain, tmp_path):
+    path = chain(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    values["teachers"][0]["model"] = "{first}"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=r"stage 'first': '{first}' stands for a directory only"):
+        run_stages(load_config(path), tmp_path / "out")
+
+
 # --- other commands -------------------------------------------------------------------------------
 
 
@@ -376,6 +397,30 @@ def test_caching_alone_does_what_it_can_and_says_what_waits(chain, tmp_path):
     assert [one.done and one.done.units_present for one in again] == [4, None, None]
     with pytest.raises(InputError, match="no teacher 'ml' in any stage"):
         cache_stages(load_config(chain(tmp_path)), only=["ml"])
+
+
+@pytest.mark.parametrize("model", ["{first}", None])
+def test_masks_of_a_teacher_that_waits_wait_with_it(chain, tmp_path, model):
+    """Masks from losses: of a model that an earlier stage makes, or of one that is there."""
+    path = chain(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    model = model or values["teachers"][0]["model"]
+    lm, first = values["teachers"][0], values["stages"][0]
+    own = {"name": "own", "model": model, "task": "masked_lm", "view": "clean", "targets": {"k": 4}}
+    changed = {"cache.path": str(tmp_path / "hard"), "teachers": [lm, own]}
+    changed["cache.mask"] = {"policy": "hard", "teacher": "own"}
+    values["stages"] = [first, {"name": "evolved", "set": changed}]
+    path.write_text(yaml.safe_dump(values))
+    waits = {"lm": ["first"], "own": ["first"]}
+    done = cache_stages(load_config(path))
+    assert done[1].ready.waiting == (waits if "{" in model else {})
+    assert (done[1].done and done[1].done.units_done) == (None if "{" in model else 4)
+    if "{" in model:
+        assert "teacher own waits for stage first" in done[1].as_text()
+        assert plan_staged_run(load_config(path), probe=False)[1].note == "not known yet"
+    else:
+        again = cache_stages(load_config(path), only=["lm"])
+        assert again[1].done.units_present == 2
 
 
 def test_a_plan_counts_what_is_known_once(chain, tmp_path):

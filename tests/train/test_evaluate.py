@@ -250,6 +250,8 @@ def test_what_is_best_is_asked_of_one_value_only():
     assert best_of({"loss": float("nan")}, "loss", 6, None) is None
     assert best_of({}, "loss", 6, None) is None
     assert best_of({"loss": 1.0}, None, 6, None) is None
+    domain = best_of({"loss/f1": 2.0}, "loss/f1", 6, None)
+    assert best_of({"loss/f1": 3.0}, "loss/f1", 6, domain) is domain
     agreed = {"step": 6, "name": "agreement/a", "value": 0.1}
     assert best_of({"agreement/a": 0.1}, "agreement/a", 6, best) == agreed  # another keep_best now
     assert best_of({"agreement/a": 0.2}, "agreement/a", 7, agreed) == agreed | {

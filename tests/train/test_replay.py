@@ -171,6 +171,22 @@ def test_what_an_interval_replays_is_known_a_whole_interval_before():
     assert replay(every=None).knows(10**9)
 
 
+def test_what_is_known_can_be_said_while_an_evaluation_is_learned(monkeypatch):
+    """Threads that read ahead ask at any moment, within ``learn``, too."""
+    one, sum_up = replay(every=1), Replay._extend
+
+    def asked_before_and_after(self):
+        for _ in range(2):
+            for step in filter(self.knows, range(12)):
+                self.at(step)
+            sum_up(self)
+
+    monkeypatch.setattr(Replay, "_extend", asked_before_and_after)
+    for done in range(1, 9):
+        one.learn(done, losses_after(done))
+    assert one.knows(9)
+
+
 def test_an_evaluation_within_an_interval_is_not_learned():
     one = replay(every=4)
     one.learn(3, losses_after(3))

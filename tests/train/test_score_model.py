@@ -268,3 +268,31 @@ def test_the_command_prints_the_table(experts, task, tmp_path):
     assert json.loads(again.stdout)["baselines"]["uniform mixture"]["accuracy"] >= 0
     many = CliRunner().invoke(app, [*given, "--seeds", "3"])
     assert isinstance(many.exception, InputError)
+
+
+def test_a_domain_prompt_leaves_room_for_itself(make_model, wordpiece, task, tmp_path):
+    """Texts that fill all the positions a model has are a token shorter beside a prompt."""
+    tiny = make_model(
+        "bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16, max_position_embeddings=8
+    )
+    heads = {"all": head(*LABELS)}
+    config = StudentConfig(model=str(tiny), domain_prompts=True)
+    made = build_student(config, heads, 100, 0, domains=["a", "b"])
+    made.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(str(tiny)).save_pretrained(tmp_path / "student")
+    result = score_model(
+        str(tmp_path / "student"), task, task, str(tmp_path / "s"), config=FinetuneConfig(epochs=0)
+    )
+    assert 0 <= result.mean <= 1
+
+
+def test_a_folder_of_ones_own_may_be_called_as_the_built_in_ones(
+    folder, student, task, tmp_path, monkeypatch
+):
+    (tmp_path / "python-docs").mkdir()
+    shutil.copy(task, tmp_path / "python-docs" / "task.jsonl")
+    monkeypatch.chdir(tmp_path)
+    own = "./python-docs/task.jsonl"
+    command = ["finetune", str(folder / "student"), "--train", own, "--dev", own, "--out", "s"]
+    result = CliRunner().invoke(app, [*command, "--set", "epochs=0", "--set", "head=a+b"])
+    assert result.exit_code == 0, result.output
