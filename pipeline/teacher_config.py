@@ -23,7 +23,7 @@ class TargetsConfig(Settings):
         description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
         "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
         "vocabulary teachers threshold, which taught best at equal bytes (RECIPES.md), or topk "
-        "where several temperatures are listed, which a sample cannot serve",
+        "where temperatures beside 1 are listed, which one sample cannot serve",
     )
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
@@ -55,8 +55,7 @@ class TargetsConfig(Settings):
             )
         if self.kind == "random" and self.k > MOST_DRAWS:
             raise ValueError(f"random targets are of at most {MOST_DRAWS} draws, not {self.k}")
-        sampled = self.kind in SAMPLED or (self.kind is None and len(given or (1.0,)) == 1)
-        if sampled:
+        if self.kind in SAMPLED or (self.kind is None and given in (None, (), (1.0,))):
             temperatures = given or (1.0,)
         else:
             temperatures = tuple(sorted({1.0, *self.temperatures}))
@@ -71,7 +70,7 @@ class TargetsConfig(Settings):
         """What is kept of distributions over the vocabulary."""
         if self.kind is not None:
             return self.kind
-        return "threshold" if len(self.temperatures) == 1 else "topk"
+        return "threshold" if self.temperatures == (1.0,) else "topk"
 
 
 class MonteCarloConfig(Settings):

@@ -82,7 +82,7 @@ def measured(options: argparse.Namespace, task: str, codec: str, k: int) -> dict
                     "name": "teacher",
                     "model": options.model,
                     "task": task,
-                    "targets": {"k": k, "codec": codec},
+                    "targets": {"kind": "topk", "k": k, "codec": codec},
                 }
             ],
         }

@@ -146,7 +146,7 @@ def prepare(bench: Bench, student: str, teacher: str) -> None:
                 "name": "teacher",
                 "model": str(bench.folder / "teacher"),
                 "task": "masked_lm",
-                "targets": {"k": K, "temperatures": list(TEMPERATURES)},
+                "targets": {"kind": "topk", "k": K, "temperatures": list(TEMPERATURES)},
             }
         ],
     }

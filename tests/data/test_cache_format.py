@@ -58,9 +58,15 @@ def made(tmp_path_factory, corpus_file, wordpiece, make_model):
 
     labels = {"num_labels": 3, "hidden_dropout_prob": 0.2}
     teachers = [
-        teacher("mlm", "bert", "MaskedLM", "masked_lm", targets={"k": 9}),
+        teacher("mlm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 9}),
         teacher("dense", "bert", "MaskedLM", "masked_lm", 1, targets={"kind": "dense"}),
-        teacher("clm", "llama", "CausalLM", "causal_lm", targets={"k": 5, "temperatures": [3.0]}),
+        teacher(
+            "clm",
+            "llama",
+            "CausalLM",
+            "causal_lm",
+            targets={"kind": "topk", "k": 5, "temperatures": [3.0]},
+        ),
         teacher(
             "expert",
             "bert",

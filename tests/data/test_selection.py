@@ -59,8 +59,8 @@ def made(tmp_path_factory, corpus_file, wordpiece, make_model):
     }
     teachers = [teacher(name, *causal, targets=targets) for name, targets in kinds.items()]
     teachers += [
-        teacher("odd", *causal, targets={"k": 5}, domains=["odd"]),
-        teacher("masked", "bert", "MaskedLM", "masked_lm", targets={"k": 5}),
+        teacher("odd", *causal, targets={"kind": "topk", "k": 5}, domains=["odd"]),
+        teacher("masked", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 5}),
         teacher("expert", "bert", "SequenceClassification", "sequence_classification"),
     ]
     values = {

@@ -67,7 +67,7 @@ def main(out: Path) -> None:
             model.save_pretrained(work / name)
             tokenizer.save(str(work / name))
         teachers = [
-            {"name": "lm", "model": "lm", "task": "masked_lm", "targets": {"k": 6}},
+            {"name": "lm", "model": "lm", "task": "masked_lm", "targets": {"kind": "topk", "k": 6}},
             {
                 "name": "whole",
                 "model": "lm",
@@ -84,7 +84,12 @@ def main(out: Path) -> None:
             },
             {"name": "tagger", "model": "tagger", "task": "token_classification"},
             *(
-                {"name": name, "model": "lm", "task": "masked_lm", "targets": {"k": 6} | kept}
+                {
+                    "name": name,
+                    "model": "lm",
+                    "task": "masked_lm",
+                    "targets": {"kind": "topk", "k": 6} | kept,
+                }
                 for name, kept in {
                     "precise": {"codec": "precise"},
                     "compact": {"codec": "compact"},

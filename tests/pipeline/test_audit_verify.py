@@ -32,10 +32,17 @@ def teachers(make_model, wordpiece) -> list[dict[str, Any]]:
 
     classes = ("SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"k": 16}),
-        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"k": 16}),
+        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 16}),
+        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"kind": "topk", "k": 16}),
         teacher("dense", "llama", "CausalLM", "causal_lm", targets={"kind": "dense"}),
-        teacher("odd", "bert", "MaskedLM", "masked_lm", targets={"k": 2}, domains=["odd"]),
+        teacher(
+            "odd",
+            "bert",
+            "MaskedLM",
+            "masked_lm",
+            targets={"kind": "topk", "k": 2},
+            domains=["odd"],
+        ),
         teacher("classes", "bert", *classes),
         teacher("score", "bert", "SequenceClassification", "regression", domains=["even"]),
         teacher("words", "bert", "TokenClassification", "token_classification"),

@@ -34,7 +34,7 @@ def stable(make_model, wordpiece) -> Teachers:
 
     classes = ("SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "MaskedLM", "masked_lm", targets={"k": 8}),
+        teacher("lm", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 8}),
         teacher("mc", *classes, monte_carlo={"passes": 2}),
         teacher("words", "TokenClassification", "token_classification"),
         teacher("pairs", *classes, pairs="adjacent"),
@@ -257,7 +257,12 @@ def test_a_teacher_with_domains_has_targets_exactly_for_their_sequences(
     teachers = [t | {"domains": [domain]} for t in stable]
     teachers += [
         {"name": "causal", "model": str(causal), "task": "causal_lm", "domains": [domain]},
-        {"name": "everywhere", "model": str(causal), "task": "causal_lm", "targets": {"k": 2}},
+        {
+            "name": "everywhere",
+            "model": str(causal),
+            "task": "causal_lm",
+            "targets": {"kind": "topk", "k": 2},
+        },
     ]
     cache_teachers(configure(tmp_path, teachers))
     cache = Cache.open(tmp_path)

@@ -46,7 +46,12 @@ def run_file(tmp_path, corpus_file, wordpiece, make_model):
         },
         "cache": {"path": str(tmp_path / "cache"), "sequences_per_shard": 40, "replicas": 2},
         "teachers": [
-            {"name": "lm", "model": str(model), "task": "masked_lm", "targets": {"k": 8}},
+            {
+                "name": "lm",
+                "model": str(model),
+                "task": "masked_lm",
+                "targets": {"kind": "topk", "k": 8},
+            },
             {"name": "expert", "model": str(expert), "task": "sequence_classification"},
         ],
         "student": {"model": str(model), "from_scratch": True},

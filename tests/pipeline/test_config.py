@@ -116,7 +116,7 @@ def test_the_values_of_the_example_are_the_defaults(run_file):
     assert config.cache == short.cache
     assert config.student == short.student
     assert config.teachers[0].targets.k == short.teachers[0].targets.k
-    assert config.teachers[0].targets.temperatures == short.teachers[0].targets.temperatures
+    assert short.teachers[0].targets.vocabulary_kind == "threshold"  # topk serves several at once
     without = {"objective"}
     assert config.train.model_dump(exclude=without) == short.train.model_dump(exclude=without)
 
@@ -322,6 +322,28 @@ def test_one_is_always_among_the_temperatures():
     for given, stored in [([], (1.0,)), ([4, 2, 2], (1.0, 2.0, 4.0)), ([0.5], (0.5, 1.0))]:
         config = config_with(teachers=[teacher | {"targets": {"temperatures": given}}])
         assert config.teachers[0].targets.temperatures == stored
+
+
+def test_what_is_kept_unless_said_otherwise():
+    """Threshold samples, but where other temperatures are asked for: one sample has one."""
+    teacher = {"name": "a", "model": "m", "task": "causal_lm"}
+    expected = {
+        "{}": ("threshold", (1.0,)),
+        "{k: 8}": ("threshold", (1.0,)),
+        "{temperatures: [1]}": ("threshold", (1.0,)),
+        "{codec: compact}": ("threshold", (1.0,)),
+        "{temperatures: [2]}": ("topk", (1.0, 2.0)),
+        "{temperatures: [1, 4]}": ("topk", (1.0, 4.0)),
+        "{kind: topk}": ("topk", (1.0, 2.0, 4.0)),
+        "{kind: topk, temperatures: [1]}": ("topk", (1.0,)),
+        "{kind: threshold, temperatures: [2]}": ("threshold", (2.0,)),
+    }
+    for given, found in expected.items():
+        config = config_with(teachers=[teacher | {"targets": yaml.safe_load(given)}])
+        again = parse_settings(RunConfig, yaml.safe_load(dump_config(config)))
+        for one in (config, again):
+            targets = one.teachers[0].targets
+            assert (targets.vocabulary_kind, targets.temperatures) == found, given
 
 
 def test_masks_are_made_for_whom_they_are_needed():

@@ -35,8 +35,15 @@ def cache(tmp_path_factory, configure, make_model, wordpiece) -> Path:
     dense, whole = {"kind": "dense"}, {"k": 9999}
     path = tmp_path_factory.mktemp("inspected") / "cache"
     teachers = [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"k": 16}),
-        teacher("odd", "bert", "MaskedLM", "masked_lm", targets={"k": 2}, domains=["odd"]),
+        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 16}),
+        teacher(
+            "odd",
+            "bert",
+            "MaskedLM",
+            "masked_lm",
+            targets={"kind": "topk", "k": 2},
+            domains=["odd"],
+        ),
         teacher("dense", "llama", "CausalLM", "causal_lm", targets=dense),
         teacher("whole", "llama", "CausalLM", "causal_lm", targets=whole),
         teacher("classes", "bert", *classes, monte_carlo={"passes": 2}, domains=["even"]),

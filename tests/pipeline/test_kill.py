@@ -62,9 +62,9 @@ def every(make_model, wordpiece) -> Teachers:
     causal = ("llama", "CausalLM", "causal_lm")
     classes = ("bert", "SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"k": 4}),
+        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 4}),
         teacher("hidden", *causal, targets={"kind": "hidden"}),
-        teacher("packed", *causal, targets={"k": 4, "codec": "compact"}),
+        teacher("packed", *causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
         teacher("classes", *classes, monte_carlo={"passes": 2}),
         teacher("words", "bert", "TokenClassification", "token_classification"),
         teacher("pairs", *classes, pairs="adjacent"),

@@ -17,7 +17,7 @@ def teachers(make_model, wordpiece) -> list[dict[str, Any]]:
     masked = str(make_model("bert", "AutoModelForMaskedLM", wordpiece))
     expert = str(make_model("bert", "AutoModelForSequenceClassification", wordpiece, num_labels=3))
     return [
-        {"name": "lm", "model": masked, "task": "masked_lm", "targets": {"k": 5}},
+        {"name": "lm", "model": masked, "task": "masked_lm", "targets": {"kind": "topk", "k": 5}},
         {"name": "states", "model": masked, "task": "masked_lm", "targets": {"kind": "hidden"}},
         {"name": "classes", "model": expert, "task": "sequence_classification"},
     ]
@@ -36,7 +36,10 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
     s3, tmp_path, configure, teachers
 ):
     url = f"{s3}/stage-one"
-    later = [teachers[0] | {"targets": {"k": 5, "temperatures": [1.0, 3.0]}}, *teachers[1:]]
+    later = [
+        teachers[0] | {"targets": {"kind": "topk", "k": 5, "temperatures": [1.0, 3.0]}},
+        *teachers[1:],
+    ]
     for where in (tmp_path / "cache", url):
         cache_teachers(configure(where, teachers))
         cache_teachers(configure(where, later, corpus={"limit_sequences": 13}))

@@ -54,8 +54,8 @@ def teachers(make_model, wordpiece) -> Teachers:
 
     classes = ("SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"k": 64}),
-        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"k": 32}),
+        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 64}),
+        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"kind": "topk", "k": 32}),
         teacher("dense", "llama", "CausalLM", "causal_lm", targets={"kind": "dense"}),
         teacher("classes", "bert", *classes),
         teacher("mc", "bert", *classes, monte_carlo={"passes": 2}),
@@ -125,11 +125,11 @@ def test_other_targets_and_codecs_come_out_as_probed(tmp_path, configure, teache
 def test_more_of_a_teacher_that_is_there(tmp_path, configure, teachers):
     """A larger k and further temperatures are parts of their own."""
     where = {"sequences_per_shard": 64}
-    small = {"targets": {"k": 16, "temperatures": [1.0]}}
+    small = {"targets": {"kind": "topk", "k": 16, "temperatures": [1.0]}}
     cache_teachers(configure(tmp_path, [teachers[0] | small], corpus=WHOLE, cache=where))
     there = len(Cache.open(tmp_path).teachers["lm"].commits)
     for k, temperatures, units in ((8, [1], 0), (16, [1, 3], there), (32, [1, 3], there)):
-        more = teachers[0] | {"targets": {"k": k, "temperatures": temperatures}}
+        more = teachers[0] | {"targets": {"kind": "topk", "k": k, "temperatures": temperatures}}
         config = configure(tmp_path, [more], corpus=WHOLE, cache=where)
         before = sum(p.stat().st_size for p in tmp_path.rglob("*.arrow"))
         found = plan_run(config, probe=False).teachers[0]

@@ -34,8 +34,14 @@ def teachers(make_model, wordpiece) -> Teachers:
     causal = ("llama", "CausalLM", "causal_lm")
     classes = ("bert", "SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"k": 4, "temperatures": [2, 3]}),
-        teacher("packed", *causal, targets={"k": 4, "codec": "compact"}),
+        teacher(
+            "lm",
+            "bert",
+            "MaskedLM",
+            "masked_lm",
+            targets={"kind": "topk", "k": 4, "temperatures": [2, 3]},
+        ),
+        teacher("packed", *causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
         teacher("hidden", *causal, targets={"kind": "hidden"}),
         teacher("classes", *classes, monte_carlo={"passes": 2}),
         teacher("words", "bert", "TokenClassification", "token_classification"),
@@ -47,7 +53,7 @@ def teachers(make_model, wordpiece) -> Teachers:
 def whole(tmp_path_factory, configure, teachers) -> Iterator[Path]:
     """A finished cache; its masked teacher was extended by a temperature."""
     path = tmp_path_factory.mktemp("whole") / "cache"
-    fewer = teachers[0] | {"targets": {"k": 4, "temperatures": [2]}}
+    fewer = teachers[0] | {"targets": {"kind": "topk", "k": 4, "temperatures": [2]}}
     cache_teachers(configure(path, [fewer], CORPUS))
     cache_teachers(configure(path, teachers, CORPUS))
     before = files(path)
@@ -59,8 +65,8 @@ def whole(tmp_path_factory, configure, teachers) -> Iterator[Path]:
 def larger(tmp_path_factory, configure, teachers) -> tuple[Path, Teachers]:
     """A cache whose teacher was extended by a larger k, and the configuration that did so."""
     path = tmp_path_factory.mktemp("larger") / "cache"
-    first = teachers[1] | {"name": "grown", "targets": {"k": 2}}
-    second = first | {"targets": {"k": 6}}
+    first = teachers[1] | {"name": "grown", "targets": {"kind": "topk", "k": 2}}
+    second = first | {"targets": {"kind": "topk", "k": 6}}
     cache_teachers(configure(path, [first], CORPUS))
     cache_teachers(configure(path, [second], CORPUS))
     return path, [second]

@@ -539,7 +539,7 @@ def test_padded_rows_of_the_head_get_no_probability(
 
 def test_shards_of_several_record_batches(tmp_path, configure, masked_models):
     teacher = {"name": "lm", "model": str(masked_models["bert"]), "task": "masked_lm"}
-    expert = {"targets": {"k": 4}}
+    expert = {"targets": {"kind": "topk", "k": 4}}
     corpus = {"sequence_length": 8, "limit_sequences": 270}
     cache = {"sequences_per_shard": 260, "replicas": 1, "mask": {"policy": "random"}}
     cache_teachers(configure(tmp_path, [teacher | expert], corpus=corpus, cache=cache))
@@ -605,7 +605,7 @@ def teachers_of_all_kinds(make_model, wordpiece) -> list[dict[str, str]]:
         ("bert", "AutoModelForTokenClassification", "token_classification"),
     ]
     # The precise codec: a step of the default one is wider than float32 noise that crosses it.
-    precise = {"targets": {"codec": "precise"}}
+    precise = {"targets": {"kind": "topk", "codec": "precise"}}
     return [
         {"name": task, "model": str(make_model(family, auto, wordpiece)), "task": task}
         | (precise if task in ("masked_lm", "causal_lm") else {})

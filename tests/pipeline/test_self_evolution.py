@@ -107,7 +107,7 @@ def evolve(configure, model):
     """evolve(path, mask={…}, teachers=[…], …) -> the configuration of a cache."""
 
     def make(path: Path, mask: Any = None, teachers: Any = (), corpus: Any = None, **first: Any):
-        targets = {"targets": {"k": 12}}
+        targets = {"targets": {"kind": "topk", "k": 12}}
         reference = {"name": "reference", "model": str(model), "task": "masked_lm", "view": "clean"}
         chosen = {"policy": "hard", "teacher": "reference"} | (mask or {})
         return configure(path, [reference | targets | first, *teachers], corpus, {"mask": chosen})
@@ -190,7 +190,7 @@ def test_the_audit_knows_another_view(made):
 
 def test_a_compact_cache_gives_the_same_masks(tmp_path, evolve, made):
     """Its record batches are of other sizes than the corpus's."""
-    config = evolve(tmp_path, targets={"k": 12, "codec": "compact"})
+    config = evolve(tmp_path, targets={"kind": "topk", "k": 12, "codec": "compact"})
     cache_teachers(config)
     found = Cache.open(tmp_path)
     assert found.teacher("reference").info.rows_per_batch == 128
@@ -369,8 +369,10 @@ def test_a_growing_corpus_extends_the_masks(tmp_path, evolve, made):
 
 
 def test_masks_of_a_teacher_whose_k_has_grown(tmp_path, evolve):
-    cache_teachers(evolve(tmp_path, corpus={"limit_sequences": 5}, targets={"k": 4}))
-    cache_teachers(evolve(tmp_path, targets={"k": 8}))
+    cache_teachers(
+        evolve(tmp_path, corpus={"limit_sequences": 5}, targets={"kind": "topk", "k": 4})
+    )
+    cache_teachers(evolve(tmp_path, targets={"kind": "topk", "k": 8}))
     cache = Cache.open(tmp_path)
     assert cache.teacher("reference").info.k == 8
     assert len(masked_rows(cache)) == 12
@@ -390,7 +392,12 @@ def test_a_lost_shard_of_masks_is_made_again(tmp_path, evolve, made):
 
 
 def test_masked_teachers_see_the_hard_masks(tmp_path, evolve, model):
-    second = {"name": "second", "model": str(model), "task": "masked_lm", "targets": {"k": 5}}
+    second = {
+        "name": "second",
+        "model": str(model),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 5},
+    }
     config = evolve(tmp_path, teachers=[second])
     # Whatever their order in the file: masks are made in between.
     config = config.model_copy(update={"teachers": config.teachers[::-1]})
@@ -410,7 +417,12 @@ def test_masked_teachers_see_the_hard_masks(tmp_path, evolve, model):
 
 
 def test_masked_teachers_wait_for_the_masks(tmp_path, evolve, model):
-    second = {"name": "second", "model": str(model), "task": "masked_lm", "targets": {"k": 5}}
+    second = {
+        "name": "second",
+        "model": str(model),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 5},
+    }
     config = evolve(tmp_path, teachers=[second])
     with pytest.raises(InputError, match="--teacher reference first"):
         cache_teachers(config, only=["second"])
@@ -497,7 +509,12 @@ def test_what_is_not_given_of_the_replacements_is_as_described(values, shares):
 
 def test_another_view_under_the_same_name_is_refused(tmp_path, evolve, configure, model):
     cache_teachers(evolve(tmp_path))
-    masked = {"name": "reference", "model": str(model), "task": "masked_lm", "targets": {"k": 12}}
+    masked = {
+        "name": "reference",
+        "model": str(model),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 12},
+    }
     with pytest.raises(CacheMismatchError, match="view: 'clean' there"):
         cache_teachers(configure(tmp_path, [masked]))
 
@@ -506,7 +523,12 @@ def test_another_view_under_the_same_name_is_refused(tmp_path, evolve, configure
 
 
 def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, model):
-    second = {"name": "second", "model": str(model), "task": "masked_lm", "targets": {"k": 5}}
+    second = {
+        "name": "second",
+        "model": str(model),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 5},
+    }
     config = evolve(tmp_path, {"limit": 0.5}, teachers=[second])
     before = plan_run(config, probe=True)
     work = {teacher.name: teacher for teacher in before.teachers}
@@ -830,7 +852,12 @@ BAD_TERMS = [
 
 @pytest.mark.parametrize(("terms", "message"), BAD_TERMS)
 def test_lessons_that_make_no_sense_are_refused(tmp_path, evolve, model, student, terms, message):
-    second = {"name": "second", "model": str(model), "task": "masked_lm", "targets": {"k": 5}}
+    second = {
+        "name": "second",
+        "model": str(model),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 5},
+    }
     config = evolve(tmp_path, teachers=[second], corpus={"limit_sequences": 2})
     cache_teachers(config)
     with pytest.raises(InputError, match=message):

@@ -59,7 +59,12 @@ def chain(corpus_file, wordpiece, make_model):
             },
             "cache": {"path": str(home / "cache"), "sequences_per_shard": 6, "replicas": 2},
             "teachers": [
-                {"name": "lm", "model": str(large), "task": "masked_lm", "targets": {"k": 4}}
+                {
+                    "name": "lm",
+                    "model": str(large),
+                    "task": "masked_lm",
+                    "targets": {"kind": "topk", "k": 4},
+                }
             ],
             "student": {"model": student["first"], "from_scratch": True},
             "train": {
@@ -406,7 +411,13 @@ def test_masks_of_a_teacher_that_waits_wait_with_it(chain, tmp_path, model):
     values = yaml.safe_load(path.read_text())
     model = model or values["teachers"][0]["model"]
     lm, first = values["teachers"][0], values["stages"][0]
-    own = {"name": "own", "model": model, "task": "masked_lm", "view": "clean", "targets": {"k": 4}}
+    own = {
+        "name": "own",
+        "model": model,
+        "task": "masked_lm",
+        "view": "clean",
+        "targets": {"kind": "topk", "k": 4},
+    }
     changed = {"cache.path": str(tmp_path / "hard"), "teachers": [lm, own]}
     changed["cache.mask"] = {"policy": "hard", "teacher": "own"}
     values["stages"] = [first, {"name": "evolved", "set": changed}]

@@ -223,7 +223,7 @@ def test_a_wrong_teacher_stops_the_run_before_any_other_runs(tmp_path, configure
 def test_the_same_name_for_another_teacher_says_what_differs(
     tmp_path, configure, make_model, wordpiece, bert
 ):
-    first = masked(bert, targets={"k": 8})
+    first = masked(bert, targets={"kind": "topk", "k": 8})
     cache_teachers(configure(tmp_path, [first]))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     retrained = make_model("bert", MASKED, wordpiece, seed=9)
@@ -231,7 +231,10 @@ def test_the_same_name_for_another_teacher_says_what_differs(
     for teacher, told in [
         (first | {"model": str(retrained)}, "other weights"),
         (first | {"model": str(dropout)}, "other config"),
-        (first | {"targets": {"k": 8, "codec": "precise"}}, "codec: 'default' there"),
+        (
+            first | {"targets": {"kind": "topk", "k": 8, "codec": "precise"}},
+            "codec: 'default' there",
+        ),
         (first | {"targets": {"kind": "dense"}}, "kind: 'topk' there, 'dense' here"),
         (first | {"domains": ["even"]}, r"domains: None there, \['even'\] here"),
         (first | {"precision": "bf16"}, "precision: 'fp32' there, 'bf16' here"),
@@ -279,7 +282,7 @@ def test_what_the_cache_records_of_a_teacher(tmp_path, configure, make_model, wo
     labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     expert = make_model("bert", CLASSES, wordpiece, **labels)
     teachers = [
-        masked(bert, targets={"k": 5, "temperatures": [3]}),
+        masked(bert, targets={"kind": "topk", "k": 5, "temperatures": [3]}),
         masked(expert, name="yes-or-no", task="sequence_classification"),
     ]
     cache_teachers(configure(tmp_path, teachers))

@@ -29,7 +29,7 @@ def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
         "name": "lm",
         "model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece)),
         "task": "masked_lm",
-        "targets": {"k": 8, "temperatures": [2.0]},
+        "targets": {"kind": "topk", "k": 8, "temperatures": [2.0]},
     }
     source = {"source": [str(corpus_file)], "tokenizer": str(wordpiece), "sequence_length": 24}
     train = {

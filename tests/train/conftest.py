@@ -126,7 +126,12 @@ def experts_world(
     odd = {"domains": ["odd"]}
     score = bert("SequenceClassification", 7, num_labels=1)
     taggers = [bert("TokenClassification", seed, num_labels=5) for seed in (5, 25)]
-    lm = {"name": "lm", "model": bert("MaskedLM", 1), "task": "masked_lm", "targets": {"k": 8}}
+    lm = {
+        "name": "lm",
+        "model": bert("MaskedLM", 1),
+        "task": "masked_lm",
+        "targets": {"kind": "topk", "k": 8},
+    }
     teachers = [
         lm,
         classifier("animals", 21, "cat", "dog", "fish"),
@@ -163,13 +168,13 @@ def causal_world(
             "name": "lm",
             "model": gpt("CausalLM", 1),
             "task": "causal_lm",
-            "targets": {"k": 8, "temperatures": [1.0, 2.0]},
+            "targets": {"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]},
         },
         {
             "name": "odd",
             "model": gpt("CausalLM", 2),
             "task": "causal_lm",
-            "targets": {"k": 8, "temperatures": [1.0, 2.0]},
+            "targets": {"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]},
             "domains": ["odd"],
         },
         {
