@@ -40,11 +40,11 @@ FAMILY = {"masked_lm": "bert", "causal_lm": "llama"}
 
 # What each kind of target is asked for as; those with a codec are cached with each of the three.
 TARGETS: dict[str, dict[str, Any]] = {
-    "topk": {"k": K, "temperatures": list(TAUS)},
+    "topk": {"kind": "topk", "k": K, "temperatures": list(TAUS)},
     "threshold": {"kind": "threshold", "k": K},
     "threshold-2": {"kind": "threshold", "k": K, "temperatures": [2.0]},
     "whole": {"kind": "threshold", "k": 100_000},
-    "every": {"k": 100_000, "temperatures": [1.0]},
+    "every": {"kind": "topk", "k": 100_000, "temperatures": [1.0]},
     "random": {"kind": "random", "k": DRAWS},
     "random-2": {"kind": "random", "k": DRAWS, "temperatures": [2.0]},
     "dense": {"kind": "dense"},

@@ -84,7 +84,7 @@ def make(configure, texts, models) -> Make:
     ) -> Any:
         where = folder or texts
         source = [str(where / f"{name}.jsonl") for name in files]
-        wanted = {"k": k, "temperatures": list(taus), "codec": codec}
+        wanted = {"kind": "topk", "k": k, "temperatures": list(taus), "codec": codec}
         teacher = {"name": "lm", "model": str(model or models[task]), "task": task}
         return configure(
             path,

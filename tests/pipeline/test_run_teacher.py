@@ -95,7 +95,7 @@ def examples(cache: Cache) -> Iterator[Any]:
 MASKED = ["bert", "roberta", "electra", "deberta", "modernbert"]
 LIMIT = {"document": 12, "contiguous": 7}
 VOCABULARY_TARGETS = {
-    "topk": {"k": 16, "temperatures": TEMPERATURES},
+    "topk": {"kind": "topk", "k": 16, "temperatures": TEMPERATURES},
     "one": {"k": 1},
     "whole": {"k": 10_000},
     "dense": {"kind": "dense"},
