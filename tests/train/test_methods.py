@@ -213,9 +213,11 @@ def test_one_teacher_of_a_method_and_a_term_is_read_once(masked_world, certainty
     for term in (
         {"teachers": ["odd.lm", "big"], "combine": "route"},
         {"teachers": ["big"], "positions": "masked"},
+        {"teachers": ["sense"], "divergence": "pseudo_label"},
     ):
-        with pytest.raises(InputError, match="'certainty' reads teacher 'big'"):
-            objective_of(masked_world, config_of([certainty], [term]))
+        read = certainty | {"teacher": term["teachers"][-1]}
+        with pytest.raises(InputError, match=f"'certainty' reads teacher '{read['teacher']}'"):
+            objective_of(masked_world, config_of([read], [term]))
 
 
 @pytest.mark.parametrize(
