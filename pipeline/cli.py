@@ -105,17 +105,17 @@ def finetune(
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.config import set_value
-    from rekindle.pipeline.docs_models import resolve_name
+    from rekindle.pipeline.docs_models import resolve_name, resolve_values
 
+    values: dict[str, Any] = {}
+    for override in set_ or []:
+        set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     from rekindle.train.finetune import FinetuneConfig
     from rekindle.train.score_model import baselines_table
     from rekindle.train.score_model import finetune_or_score as run
 
-    values: dict[str, Any] = {}
-    for override in set_ or []:
-        set_value(values, override)
-    config = parse_settings(FinetuneConfig, values, "--set")
+    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))

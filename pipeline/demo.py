@@ -124,7 +124,7 @@ def _teachers(home: Path, settings: DemoSettings) -> list[dict[str, Any]]:
         }
         for task in TASKS
     ]
-    kept = {"k": settings.lm_targets, "temperatures": [1.0]}
+    kept = {"kind": "topk", "k": settings.lm_targets, "temperatures": [1.0]}
     base = {"name": LM, "model": str(home / "base"), "task": "masked_lm", "targets": kept}
     return [*experts, base]
 

@@ -5,12 +5,14 @@ named and kept in the user's cache folder. Nothing heavy is imported here: what 
 found in milliseconds, and what is not is made by a process of its own (docs_models_make).
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -90,6 +92,9 @@ def resolve(names: Iterable[str]) -> dict[str, Path]:
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         _make(missing)
+    for name in missing:
+        if not paths[name].exists():
+            raise RekindleError(f"{paths[name]} was not made; remove {folder()} and try again")
     return paths
 
 
@@ -181,8 +186,10 @@ def _make(names: list[str]) -> None:
     try:
         complaint, _ = process.communicate()
     except BaseException:
-        process.terminate()
+        process.terminate()  # it clears away what it had begun
         process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers have nothing to clear away
         raise
     if process.returncode:
         reason = complaint.strip() or f"its process ended with exit code {process.returncode}"

@@ -31,6 +31,7 @@ from rekindle.pipeline.docs_models import (
 )
 from rekindle.pipeline.docs_models_settings import SETTINGS
 from rekindle.pipeline.docs_models_tasks import write_documents
+from rekindle.pipeline.ending import leave
 from rekindle.pipeline.progress import Progress
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -257,4 +258,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())  # whoever waits for it has no use for an orderly end of the interpreter

@@ -177,7 +177,7 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     targets = teacher.targets
     size = survey.reference.info["tokenizer"]["size"]
     masked = views.masked if teacher.sees_masks else None
-    about |= {"kind": targets.kind or "topk", "view": masked.name if masked else "clean"}
+    about |= {"kind": targets.vocabulary_kind, "view": masked.name if masked else "clean"}
     about |= {"vocabulary_size": size, "hidden_size": known and known.hidden_size}
     about |= {"k": targets.k if targets.kind == "random" else min(targets.k, size)}
     return TeacherInfo(**about, temperatures=targets.temperatures, codec=targets.codec)

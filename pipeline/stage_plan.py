@@ -209,7 +209,8 @@ def _check_same_teacher(
 ) -> None:
     """Targets of two models, or of two inputs, never mix under one name."""
     pairs = {key: (getattr(first, key), getattr(second, key)) for key in _OF_A_TEACHER}
-    pairs["view"] = tuple("masked" if t.sees_masks else "clean" for t in (first, second))
+    before, now = ("masked" if t.sees_masks else "clean" for t in (first, second))
+    pairs["view"] = (before, now)
     if first.sees_masks and second.sees_masks:
         pairs["masks"] = (_masks(one), _masks(other))
     for key, (before, now) in pairs.items():

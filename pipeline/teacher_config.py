@@ -20,16 +20,18 @@ class TargetsConfig(Settings):
 
     kind: Literal["topk", "threshold", "random", "dense", "hidden"] | None = Field(
         None,
-        description="topk (the default of vocabulary teachers), threshold or random (samples of k, "
-        "unbiased), dense (of task heads; or the whole vocabulary), hidden (final hidden states)",
+        description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
+        "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
+        "vocabulary teachers threshold, which taught best at equal bytes (RECIPES.md), or topk "
+        "where several temperatures are listed, which a sample cannot serve",
     )
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
     )
     temperatures: tuple[float, ...] = Field(
         (1.0, 2.0, 4.0),
-        description="temperatures a student may train at; 1 is always stored. Samples are drawn at "
-        "one",
+        description="temperatures a student may train at. topk: 1 is always stored, and 2 and 4 if "
+        "none are listed. Samples are drawn at one, 1 if none is listed",
     )
     codec: Literal["default", "precise", "compact"] = Field(
         "default",
@@ -46,16 +48,16 @@ class TargetsConfig(Settings):
 
     @model_validator(mode="after")
     def _one_temperature_of_samples(self) -> "TargetsConfig":
-        given = "temperatures" in self.model_fields_set
-        if self.kind in SAMPLED:
-            if given and len(self.temperatures) != 1:
-                raise ValueError(
-                    f"{self.kind} targets are a sample of the distribution at one temperature; "
-                    "list one"
-                )
-            if self.kind == "random" and self.k > MOST_DRAWS:
-                raise ValueError(f"random targets are of at most {MOST_DRAWS} draws, not {self.k}")
-            temperatures = self.temperatures if given else (1.0,)
+        given = self.temperatures if "temperatures" in self.model_fields_set else None
+        if self.kind in SAMPLED and given is not None and len(given) != 1:
+            raise ValueError(
+                f"{self.kind} targets are a sample of the distribution at one temperature; list one"
+            )
+        if self.kind == "random" and self.k > MOST_DRAWS:
+            raise ValueError(f"random targets are of at most {MOST_DRAWS} draws, not {self.k}")
+        sampled = self.kind in SAMPLED or (self.kind is None and len(given or (1.0,)) == 1)
+        if sampled:
+            temperatures = given or (1.0,)
         else:
             temperatures = tuple(sorted({1.0, *self.temperatures}))
         if self.codec != "default" and self.kind not in (None, *SPARSE):
@@ -63,6 +65,13 @@ class TargetsConfig(Settings):
         # Frozen: the same section with its temperatures in order.
         object.__setattr__(self, "temperatures", temperatures)
         return self
+
+    @property
+    def vocabulary_kind(self) -> Literal["topk", "threshold", "random", "dense", "hidden"]:
+        """What is kept of distributions over the vocabulary."""
+        if self.kind is not None:
+            return self.kind
+        return "threshold" if len(self.temperatures) == 1 else "topk"
 
 
 class MonteCarloConfig(Settings):

@@ -201,7 +201,7 @@ def _vocabulary_info(
 
 def _estimator_info(config: TeacherConfig, settings: Any, size: int) -> dict[str, Any]:
     """What is kept of a distribution, and how it relates to the whole."""
-    kind = config.targets.kind or "topk"
+    kind = config.targets.vocabulary_kind
     if kind == "dense":
         return {"kind": kind}
     if kind == "hidden":

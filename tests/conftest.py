@@ -16,6 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A loaded machine is no fault of an example's.
+settings.register_profile("rekindle", deadline=None)
+settings.load_profile("rekindle")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.

@@ -103,9 +103,9 @@ class ReplacedTokens(Method):
         self, student: "Student", batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
         """The binary cross-entropy, summed over the tokens that are judged."""
-        text = self.corrupted(batch, device)
+        text = self._shown(student, batch, device)
         loss = F.binary_cross_entropy_with_logits(
-            self._logits(student, batch, text), text.replaced.float(), reduction="sum"
+            self._logits(student, text), text.replaced.float(), reduction="sum"
         )
         yield "loss", loss, loss.detach()
 
@@ -113,8 +113,8 @@ class ReplacedTokens(Method):
         self, student: "Student", batch: Batch, device: torch.device
     ) -> dict[str, tuple[float, int]]:
         """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
-        text = self.corrupted(batch, device)
-        logits = self._logits(student, batch, text)
+        text = self._shown(student, batch, device)
+        logits = self._logits(student, text)
         loss = F.binary_cross_entropy_with_logits(logits, text.replaced.float(), reduction="sum")
         called = logits > 0
         outcomes = torch.stack([called == text.replaced, called & text.replaced, called])
@@ -155,9 +155,13 @@ class ReplacedTokens(Method):
         with_target[self._target(batch).rows] = True
         return np.flatnonzero(judged & with_target[:, None])
 
-    def _logits(self, student: "Student", batch: Batch, text: "CorruptedText") -> Tensor:
-        inputs = student.with_domains(text.inputs, batch.domains)
-        states = student.states(inputs).flatten(0, 1)[text.judged]
+    def _shown(self, student: "Student", batch: Batch, device: torch.device) -> "CorruptedText":
+        """The corrupted text, with what the student's domain prompts need of it."""
+        text = self.corrupted(batch, device)
+        return text._replace(inputs=student.with_domains(text.inputs, batch.domains))
+
+    def _logits(self, student: "Student", text: "CorruptedText") -> Tensor:
+        states = student.states(text.inputs).flatten(0, 1)[text.judged]
         head = getattr(student.model, ELECTRA_HEAD, None)
         if head is None:
             head = student.method_module(self.name)
@@ -185,7 +189,7 @@ class ReplacedTokens(Method):
 class CorruptedText(NamedTuple):
     """What the student judges."""
 
-    inputs: dict[str, Tensor]  # input_ids and attention_mask [B,S]
+    inputs: Mapping[str, Tensor]  # input_ids and attention_mask [B,S]
     judged: Tensor  # [N] flat indices into [B·S]
     replaced: Tensor  # [N] bool: the token is not the original
 

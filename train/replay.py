@@ -2,6 +2,8 @@
 
 All of it is arithmetic on the step and on past evaluations, nothing is drawn from a generator: what
 a step replays does not depend on threads, on the number of processes or on where a run was resumed.
+(Weights by loss change are as equal as the losses: these differ in their last bits where another
+number of processes adds gradients in another order.)
 
 *How many.* Of the first n sequences that a run reads, ⌊fraction · n⌋ are replayed, at every step.
 
@@ -68,6 +70,7 @@ class Replay:
 
     def knows(self, step: int) -> bool:
         """Whether what ``step`` replays can be said yet."""
+        # Not by the losses: they are noted a moment before what follows from them is summed up.
         return self._interval(step) < len(self._starts)
 
     def at(self, step: int) -> Ints:
@@ -125,8 +128,7 @@ class Replay:
     def _extend(self) -> None:
         """Sum up, for every interval whose weights are known, what each domain has had before it.
 
-        An interval is known to readers only after this, the last that `learn` does: `knows` asks
-        for these sums.
+        An interval is known to readers only after this (see `knows`).
         """
         known = 0 if self.every is None else max(3, len(self._losses) + 2)
         for interval in range(len(self._starts) - 1, known - 1):

@@ -343,6 +343,13 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
         resolve(["python-docs/corpus"])
 
 
+def test_a_folder_that_lacks_a_file_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
+    (folder() / "documents").mkdir(parents=True)
+    with pytest.raises(RekindleError, match=r"corpus\.jsonl was not made; remove"):
+        resolve(["python-docs/corpus"])
+
+
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -368,7 +375,7 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() - began < 300
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)  # also that nobody is left who holds its stderr
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     (made,) = (tmp_path / "home").iterdir()

@@ -29,6 +29,9 @@ SMALL = (
     *("--set", "train.batch_sequences=8", "--set", "train.evaluate_sequences=16"),
 )
 
+# The stages of elle hold documents of every domain out: that takes more than 160 sequences.
+OF_ITS_OWN = {"elle": ("--set", "corpus.limit_sequences=null")}
+
 
 def values_of(name: str) -> dict:
     return yaml.safe_load(read_recipe(name))
@@ -119,7 +122,7 @@ def run(tmp_path, monkeypatch, built_in_home, command):
 
 @every_recipe
 def test_it_runs(name, run):
-    said = run(name, *SMALL)
+    said = run(name, *SMALL, *OF_ITS_OWN.get(name, ()))
     assert "sequences trained" in said
     assert list(Path("runs", name).glob("**/model.safetensors"))
 
@@ -158,7 +161,12 @@ def test_each_domain_has_its_own_teacher_and_all_text_has_one(run):
     for index in range(len(cache.corpus)):
         example = cache.example(index)
         own = {name for name, domains in teachers.items() if example.domain in domains}
-        assert set(example.targets) == own | {"general"}
+        taught = {
+            teacher
+            for teacher, replicas in example.targets.items()
+            if any(len(target.positions) for target in replicas)
+        }
+        assert taught == own | {"general"}
         assert len(own) <= 1
 
 

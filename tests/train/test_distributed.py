@@ -64,6 +64,15 @@ GROWN = {
     "domain_prompts": True,
     "grow": {"layers": 4, "preserve": "exact"},
 }
+# What is replayed follows evaluations: every process must learn the same of them.
+REPLAY = {
+    "domains": ["odd"],
+    "replay": {"domains": ["even"], "fraction": 0.3, "choose": "loss_change"},
+    "evaluate_domains": True,
+    "evaluate_every": 1,
+    "held_out": 0.2,
+    "objective": {"distill": []},
+}
 
 
 def train_config(**values):
@@ -118,6 +127,7 @@ def runs(masked_world, student, tmp_path_factory):
     trains = {name: train_config(**values) for name, values in JOBS.items()}
     trains |= {"sparse-ddp": train_config(**SPARSE)}
     trains |= {"sparse-fsdp": train_config(**SPARSE, parallel="fsdp")}
+    trains |= {"replay-ddp": train_config(**REPLAY)}
     jobs = [
         {"student": student, "train": train, "out": str(folder / name)}
         for name, train in trains.items()
@@ -135,6 +145,7 @@ def runs(masked_world, student, tmp_path_factory):
     alone(masked_world, rtd, train_config(**REPLACED), folder / "rtd-alone")
     alone(masked_world, student, trains["ddp"], folder / "alone")
     alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
+    alone(masked_world, student, trains["replay-ddp"], folder / "replay-alone")
     return folder
 
 
@@ -196,6 +207,10 @@ def test_processes_without_any_row_take_part(runs, name):
     steps = [r for r in read_metrics(runs / "sparse-alone") if r["kind"] == "train"]
     assert len({"kd/odd.lm" in r for r in steps}) == 2  # some steps had no row at all
     assert_same_run(runs / name, runs / "sparse-alone")
+
+
+def test_processes_replay_what_one_does(runs):
+    assert_same_run(runs / "replay-ddp", runs / "replay-alone")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -87,7 +87,8 @@ def test_no_row_has_no_loss():
 def batch_of(domains, documents=()):
     count, nothing = len(domains), np.zeros((len(domains), 1), np.int32)
     index = np.arange(count)
-    return Batch(index, ["d"] * count, domains, nothing, index, None, {}, {}, documents)
+    digests = ["d"] * count
+    return Batch(index, digests, domains, nothing, index, None, {}, {}, documents=documents)
 
 
 def test_groups_are_the_batch_its_domains_or_its_documents():
