@@ -50,6 +50,11 @@ MODELS = {
         for name, part in DOMAINS.items()
     },
 }
+# What the variables that torchrun sets begin with.
+_TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_", "TORCHELASTIC_"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
 CORPUS = "corpus"
 FILES = {
     CORPUS: "1,500 documents of the whole library, none of them labelled; domain: the part",
@@ -172,7 +177,7 @@ def _make(names: list[str]) -> None:
     # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.docs_models_make", *names],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -190,3 +195,12 @@ def _make(names: list[str]) -> None:
         reason = complaint.strip() or f"its process ended with exit code {process.returncode}"
         error = InputError if process.returncode == InputError.exit_code else RekindleError
         raise error(f"{', '.join(names)} could not be made in {folder()}: {reason}")
+
+
+def _environment() -> dict[str, str]:
+    """Of the process that makes models: one by itself, also where torchrun has started this one.
+
+    It would wait for the other processes' to join it, and those for the lock that it holds.
+    """
+    own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+    return own | {"CUDA_VISIBLE_DEVICES": ""}

@@ -28,6 +28,7 @@ from rekindle.data.seal import damage, seal, unseal
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
+from rekindle.train.methods import find_method
 from rekindle.train.student import MODEL, Student, own_weights
 
 log = logging.getLogger("rekindle")
@@ -90,9 +91,18 @@ def _with_defaults(part: str, recorded: dict[str, Any]) -> dict[str, Any]:
     if section is None:
         return recorded
     try:
-        return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
+        values = parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
+        if part == "train":
+            terms = values["objective"]["methods"]
+            values["objective"]["methods"] = [_method_with_defaults(term) for term in terms]
+        return values
     except InputError:
         return recorded
+
+
+def _method_with_defaults(term: dict[str, Any]) -> dict[str, Any]:
+    settings = find_method(term["method"]).Settings
+    return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
 
 
 def start_run(run: Path, about: Mapping[str, Any]) -> None:

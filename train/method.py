@@ -87,6 +87,7 @@ class Method:
         """(name, loss, shown) of a micro-batch: sums over its rows. ``shown`` is what is logged:
         the loss itself, or without a factor that the loss carries.
 
+        What a pass of the student is given is ``student.with_domains(inputs, batch.domains)``.
         A random draw must depend on the example (``batch.digests``) and ``batch.epoch`` or
         ``step``, never on the example's place in the batch.
         """

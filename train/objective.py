@@ -58,7 +58,7 @@ class Objective:
         self.config, self.teachers, self.task, self.steps = config, teachers, task, steps
         self.methods = methods
         check_terms(config.distill, teachers, task)
-        _check_shared(config.distill, methods)
+        _check_shared(config.distill, methods, teachers)
         if not any(self.weights(steps - 1)):
             raise InputError(
                 "train.objective: at the end of the run every weight is 0, so nothing is trained. "
@@ -206,16 +206,26 @@ class Objective:
         return output
 
 
-def _check_shared(terms: Sequence[DistillTerm], methods: Sequence[Method]) -> None:
+def _check_shared(
+    terms: Sequence[DistillTerm], methods: Sequence[Method], teachers: Mapping[str, TeacherInfo]
+) -> None:
     """That no method reads targets of which a distill term takes some away."""
-    picked = {t for term in terms if term.combine == "route" for t in term.teachers}
-    picked |= {t for term in terms if term.positions == "masked" for t in term.teachers}
+    picked = {
+        name
+        for term in terms
+        for name in term.teachers
+        if term.combine == "route"
+        or term.positions == "masked"
+        or term.divergence == "pseudo_label"
+        or teachers[name].sees_clean_text
+    }
     for method in methods:
         for name in sorted(picked & set(method.teachers)):
             raise InputError(
                 f"train.objective: the method {method.name!r} reads teacher {name!r}, of whose "
-                "targets a distill term takes a part (combine: route or positions: masked). Cache "
-                "the teacher again under another name, or leave one of the two out"
+                "targets a distill term takes a part (combine: route, positions: masked, what a "
+                "pseudo-label is sure of, or what is masked of a view: clean). Cache the teacher "
+                "again under another name, or leave one of the two out"
             )
 
 

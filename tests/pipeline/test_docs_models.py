@@ -316,6 +316,26 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         resolve(["python-docs/corpus"])
 
 
+def test_models_are_made_by_a_process_that_torchrun_does_not_know(tmp_path, monkeypatch):
+    """It would wait for the others to join it, and they for its lock."""
+    launched = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
+    started, popen = [], subprocess.Popen
+
+    def start(command, env, **arguments):
+        started.append(env)
+        return popen([sys.executable, "-c", ""], env=env, **arguments)
+
+    monkeypatch.setattr(docs_models.subprocess, "Popen", start)
+    resolve([PREFIX + "bert"])
+    (env,) = started
+    assert not launched.keys() & env.keys()
+    assert env["REKINDLE_HOME"] == str(tmp_path)
+
+
 def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "executable", "/bin/false")

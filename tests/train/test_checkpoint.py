@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import parse_settings
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.train import checkpoint as module
 from rekindle.train.checkpoint import latest_checkpoint, load_checkpoint, open_run, start_run
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World
+from rekindle.train.method_replaced_tokens import ReplacedTokensSettings
 from rekindle.train.optimizer import make_optimizer
 from rekindle.train.student import HeadConfig, Student, build_student
 
@@ -291,6 +293,33 @@ def test_another_configuration_is_refused_by_its_key(tmp_path, part, key, value)
     start_run(tmp_path, ABOUT)
     with pytest.raises(CheckpointError, match=rf"\({part}\.{key}: "):
         open_run(tmp_path, changed(part, key, value), resume=True)
+
+
+def about_of(**train):
+    """Whole sections, as a run has them, with the settings of a method."""
+    values = {"steps": 9, "objective": {"distill": [{"teachers": ["big"], "temperature": 2}]}}
+    config = parse_settings(TrainConfig, values | train).model_dump(mode="json", by_alias=True)
+    method = parse_settings(ReplacedTokensSettings, {"method": "replaced_tokens", "teacher": "big"})
+    config["objective"]["methods"] = [method.model_dump(mode="json", by_alias=True)]
+    student = StudentConfig(model="m").model_dump(mode="json", by_alias=True)
+    return {"student": student, "train": config, "cache": ABOUT["cache"]}
+
+
+def test_a_run_goes_on_although_it_is_older_than_some_keys(tmp_path):
+    """Keys that had not been there have their defaults; any other value of them is another run."""
+    older = about_of()
+    del older["student"]["grow"], older["train"]["curriculum"]
+    (term,), (method,) = (older["train"]["objective"][name] for name in ("distill", "methods"))
+    del term["ranking"], method["temperature"]
+    start_run(tmp_path, older)
+    assert open_run(tmp_path, about_of(), resume=True)
+    for key, value in {"curriculum": {"teacher": "big"}, "steps": 10, "seed": 1}.items():
+        with pytest.raises(CheckpointError, match=rf"\(train\.{key}: "):
+            open_run(tmp_path, about_of(**{key: value}), resume=True)
+    other = about_of()
+    other["train"]["objective"]["methods"][0]["temperature"] = 2.0
+    with pytest.raises(CheckpointError, match=r"train\.objective"):
+        open_run(tmp_path, other, resume=True)
 
 
 def test_a_cache_that_moved_is_the_same_cache(tmp_path):

@@ -41,6 +41,29 @@ REPLACED = {
     "batch_sequences": 2,
     "objective": {"methods": [{"method": "replaced_tokens", "teacher": "odd.lm"}]},
 }
+# What methods bring, all in one run: a grown student with domain prompts, choice of sequences.
+TOGETHER = {
+    "evaluate_every": 2,
+    "held_out": 0.4,
+    "evaluate_domains": True,
+    "domains": ["even"],
+    "replay": {"domains": ["odd"], "fraction": 0.5},
+    "curriculum": {"teacher": "big", "until": 0.4},
+    "micro_batch_sequences": 1,
+    "objective": {
+        "distill": [
+            {"teachers": ["score"], "ranking": {"group": "domain"}, "weight": 0.05},
+            {"teachers": ["pair"], "weight": 0.2},
+            {"teachers": ["sense"], "divergence": "pseudo_label", "confidence": 0.4},
+        ],
+        "methods": [{"method": "replaced_tokens", "teacher": "big"}],
+    },
+}
+GROWN = {
+    "task": "replaced_token_detection",
+    "domain_prompts": True,
+    "grow": {"layers": 4, "preserve": "exact"},
+}
 # What is replayed follows evaluations: every process must learn the same of them.
 REPLAY = {
     "domains": ["odd"],
@@ -113,7 +136,12 @@ def runs(masked_world, student, tmp_path_factory):
     for parallel in ("ddp", "fsdp"):
         train, out = train_config(**REPLACED, parallel=parallel), str(folder / f"rtd-{parallel}")
         jobs.append({"student": rtd, "train": train, "out": out})
+    grown = student | GROWN
+    for parallel in ("ddp", "fsdp"):
+        train, out = train_config(**TOGETHER, parallel=parallel), str(folder / f"all-{parallel}")
+        jobs.append({"student": grown, "train": train, "out": out})
     torchrun(folder, masked_world.path, jobs)
+    alone(masked_world, grown, train_config(**TOGETHER), folder / "all-alone")
     alone(masked_world, rtd, train_config(**REPLACED), folder / "rtd-alone")
     alone(masked_world, student, trains["ddp"], folder / "alone")
     alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
@@ -123,7 +151,10 @@ def runs(masked_world, student, tmp_path_factory):
 
 def weights(out):
     found = load_file(out / "model.safetensors")
-    return found | {f"heads.{k}": v for k, v in load_file(out / "heads.safetensors").items()}
+    for own in ("heads", "prompts"):
+        if (file := out / f"{own}.safetensors").is_file():
+            found |= {f"{own}.{k}": v for k, v in load_file(file).items()}
+    return found
 
 
 def assert_same_run(found, expected):
@@ -162,6 +193,13 @@ def test_a_method_does_not_see_the_processes(runs, name):
     assert len({"replaced_tokens/loss" in r for r in steps}) == 2
     assert any(key.startswith("heads.method:") for key in weights(runs / name))
     assert_same_run(runs / name, runs / "rtd-alone")
+
+
+@pytest.mark.parametrize("name", ["all-ddp", "all-fsdp"])
+def test_all_that_methods_bring_does_not_see_the_processes(runs, name):
+    assert "prompts.vectors.weight" in weights(runs / name)
+    assert (runs / name / "growth.json").is_file()
+    assert_same_run(runs / name, runs / "all-alone")
 
 
 @pytest.mark.parametrize("name", ["sparse-ddp", "sparse-fsdp"])

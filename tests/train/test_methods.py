@@ -30,13 +30,11 @@ from rekindle.train.student import Student
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "CONTRIBUTING.md", ROOT / "sections" / "CONTRIBUTING-method.md")
 
 
 def example():
     """The name and the text of the file in the documentation."""
-    texts = [path.read_text("utf-8") for path in DOCUMENTS if path.is_file()]
-    text = next(text for text in texts if "train/method_certainty.py" in text)
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     code = text.split("train/method_certainty.py", 1)[1].split("```python\n", 1)[1]
     return "certainty", code.split("```", 1)[0]
 
@@ -213,9 +211,11 @@ def test_one_teacher_of_a_method_and_a_term_is_read_once(masked_world, certainty
     for term in (
         {"teachers": ["odd.lm", "big"], "combine": "route"},
         {"teachers": ["big"], "positions": "masked"},
+        {"teachers": ["sense"], "divergence": "pseudo_label"},
     ):
-        with pytest.raises(InputError, match="'certainty' reads teacher 'big'"):
-            objective_of(masked_world, config_of([certainty], [term]))
+        read = certainty | {"teacher": term["teachers"][-1]}
+        with pytest.raises(InputError, match=f"'certainty' reads teacher '{read['teacher']}'"):
+            objective_of(masked_world, config_of([read], [term]))
 
 
 @pytest.mark.parametrize(
