@@ -7,7 +7,6 @@ prompts, ``prompts.safetensors``.
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,15 +31,13 @@ from rekindle.train.language_model import OutputHead, SplitLanguageModel
 from rekindle.train.method import add_module
 from rekindle.train.methods import find_method
 from rekindle.train.models import longest_input, quiet_transformers, resolve_model
-
-log = logging.getLogger("rekindle")
+from rekindle.train.student_model import load_language_model, new_language_model
 
 HEADS_FILE = "heads.safetensors"
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
 # What the names of a student's weights begin with.
 MODEL, HEADS, PROMPTS = "model.", "heads.", "prompts."
-AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 
 
 class HeadConfig(Settings):
@@ -254,7 +251,7 @@ class Student(nn.Module):
         """
         path = Path(directory)
         about = _read_about(path)
-        model = _load(path, about["task"])
+        model = load_language_model(path, about["task"])
         size = vocabulary_size or about["vocabulary_size"]
         student = cls(model, about["task"], about["heads"], size, about.get("domains"))
         student.source = path
@@ -345,7 +342,7 @@ def build_student(
     """
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
-    build = _from_scratch if config.from_scratch else _load
+    build = new_language_model if config.from_scratch else load_language_model
     attention = None if config.attention == "auto" else config.attention
     model = build(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
@@ -377,51 +374,3 @@ def _check_length(config: StudentConfig, model_config: Any, sequence_length: int
         f"have up to {sequence_length:,}{more}. Use a student with more positions, or make a cache "
         f"with a smaller corpus.sequence_length{less}"
     )
-
-
-def _from_scratch(directory: Path, task: str, attention: str | None = None) -> Any:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    try:
-        # The configuration may say bfloat16, as large models' do: weights are trained in float32.
-        return getattr(transformers, AUTO_CLASSES[task]).from_config(
-            config, dtype=torch.float32, attn_implementation=attention
-        )
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"student {directory} cannot be made as {AUTO_CLASSES[task]}: {reason}"
-        ) from None
-
-
-def _load(directory: Path, task: str, attention: str | None = None) -> Any:
-    """Pre-trained weights in float32; a body without LM head gets a fresh one, and that is said."""
-    import transformers
-
-    factory = getattr(transformers, AUTO_CLASSES[task])
-    with quiet_transformers():
-        try:
-            model, info = factory.from_pretrained(
-                str(directory),
-                dtype=torch.float32,
-                attn_implementation=attention,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}: {reason}. To "
-                "start from its configuration alone, set student.from_scratch"
-            ) from None
-    body = sorted(k for k in info["missing_keys"] if k.startswith(model.base_model_prefix + "."))
-    if body:
-        raise InputError(
-            f"student {directory} lacks weights of its body ({', '.join(body[:3])} …); "
-            "to start from random weights, set student.from_scratch"
-        )
-    if info["missing_keys"]:
-        log.info("student: fresh LM head, %s has none", directory)
-    return model
