@@ -32,7 +32,7 @@ def cache(tmp_path_factory, configure, make_model, wordpiece) -> Path:
         return {"name": name, "model": str(model), "task": task} | more
 
     classes = ("SequenceClassification", "sequence_classification")
-    dense, whole = {"kind": "dense"}, {"k": 9999}
+    dense, whole = {"kind": "dense"}, {"kind": "topk", "k": 9999}
     path = tmp_path_factory.mktemp("inspected") / "cache"
     teachers = [
         teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 16}),
