@@ -236,7 +236,7 @@ def _task_logits(
         logits = student(shown, token_heads={name: flat.to(device)}).logits[name]
         return logits.float(), send(target.logits, device)
     keep = torch.from_numpy(target.present).to(device)
-    inputs = inputs_of(student, batch, target.info.view, device)
-    shown = student.with_domains(inputs, batch.domains)
+    seen = inputs_of(student, batch, target.info.view, device)
+    shown = student.with_domains(seen, batch.domains)
     logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
     return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
