@@ -25,6 +25,7 @@ from rekindle.train.device_batch import (
 )
 from rekindle.train.method import Method
 from rekindle.train.methods import is_better_upwards
+from rekindle.train.objective import inputs_of
 from rekindle.train.selection import at_masked_positions
 from rekindle.train.student import Student
 
@@ -235,17 +236,7 @@ def _task_logits(
         logits = student(shown, token_heads={name: flat.to(device)}).logits[name]
         return logits.float(), send(target.logits, device)
     keep = torch.from_numpy(target.present).to(device)
-    shown = student.with_domains(_expert_inputs(student, batch, target.info, device), batch.domains)
+    seen = inputs_of(student, batch, target.info.view, device)
+    shown = student.with_domains(seen, batch.domains)
     logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
     return logits.float(), torch.from_numpy(target.logits).to(device)[keep]
-
-
-def _expert_inputs(
-    student: Student, batch: Batch, info: TeacherInfo, device: torch.device
-) -> Mapping[str, Tensor]:
-    if not info.view.startswith("pairs-"):
-        return model_inputs(batch.input_ids, batch.lengths, device)
-    pairs = batch.pairs[info.view]
-    types = getattr(student.model.config, "type_vocab_size", 0) >= 2
-    lengths = np.maximum(pairs.lengths, 1)
-    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)

@@ -232,8 +232,10 @@ def _check_shared(
 def inputs_of(
     student: Student, batch: Batch, view: str, device: torch.device
 ) -> Mapping[str, Tensor]:
-    """What the student sees: the clean text, or the sentence pairs of a view."""
-    if not view:
+    """What the student sees beside an expert that saw ``view``: the sentence pairs of that view,
+    or the clean text.
+    """
+    if not view.startswith("pairs-"):
         return model_inputs(batch.input_ids, batch.lengths, device)
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.

@@ -83,11 +83,10 @@ def _errors(
     """The student's score less the expert's [R], of the sequences that have a target."""
     target = batch.targets[name]
     assert isinstance(target, SequenceTargetBatch)
-    view = target.info.view
     if term.view == "masked":
         inputs = language_rows(batch, objective.task, device).inputs
     else:
-        inputs = dict(inputs_of(student, batch, view if view.startswith("pairs-") else "", device))
+        inputs = dict(inputs_of(student, batch, target.info.view, device))
     shown = student.with_domains(inputs, batch.domains)
     logits = student(shown, sequence_heads=[name]).logits[name]
     keep = send(np.flatnonzero(target.present), device)

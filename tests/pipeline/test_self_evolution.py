@@ -33,10 +33,12 @@ from rekindle.pipeline.inspect import inspect_cache, inspect_example
 from rekindle.pipeline.plan import plan_run
 from rekindle.pipeline.train_student import student_view, train_from_config
 from rekindle.pipeline.verify import verify_cache
-from rekindle.train.config import ObjectiveConfig, StudentConfig
+from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.evaluate import EvaluationData, evaluate
+from rekindle.train.loop import train_student
 from rekindle.train.objective import Objective
+from rekindle.train.run_log import read_metrics
 from rekindle.train.student import build_student
 
 CPU = torch.device("cpu")
@@ -903,3 +905,43 @@ def test_the_recipe_masks_and_teaches_as_published(tmp_path, corpus_file, wordpi
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["coverage"]["positions_with_kd"] > 0
     assert summary["coverage"]["positions_ce_only"] == 0
+
+
+# --- with other methods ---------------------------------------------------------------------------
+
+
+def test_hard_masks_and_clean_targets_serve_other_methods(tmp_path, evolve, model):
+    """Routing, the least certain positions, a curriculum by the clean teacher's losses, and
+    replacements by a teacher that was shown the hard masks: in one run, in micro-batches as whole.
+    """
+    masked_lm = {"model": str(model), "task": "masked_lm", "targets": {"k": 12}}
+    teachers = [masked_lm | {"name": "again", "view": "clean"}, masked_lm | {"name": "masked"}]
+    config = evolve(tmp_path / "cache", {"limit": 0.3}, teachers)
+    cache_teachers(config)
+    quiet = shutil.copytree(model, tmp_path / "without-dropout")
+    about = json.loads((quiet / "config.json").read_text())
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (quiet / "config.json").write_text(json.dumps(about | dropout))
+    student = StudentConfig(model=str(quiet), task="replaced_token_detection")
+    cache = Cache.open(config.cache.path)
+    view = student_view(cache, config.model_copy(update={"student": student}))
+    term = {"teachers": ["reference", "again"], "combine": "route", "entropy_fraction": 0.5}
+    values = {
+        **{"steps": 4, "batch_sequences": 4, "warmup_steps": 1, "held_out": 0.2},
+        **{"evaluate_every": 2, "checkpoint_every": 4},
+        "curriculum": {"teacher": "reference", "score": "hard_share", "until": 0.5},
+        "objective": {
+            "hard": {"weight": 0.9},
+            "distill": [term | {"weight": 0.1}],
+            "methods": [{"method": "replaced_tokens", "teacher": "masked"}],
+        },
+    }
+    losses = []
+    for size in (None, 1):
+        train = parse_settings(TrainConfig, values | {"micro_batch_sequences": size})
+        out = tmp_path / f"run-{size}"
+        result = train_student(cache, student, train, out, masked_view=view)
+        assert {"kl/reference", "kl/again", "replaced_tokens/f1"} <= result.evaluation.keys()
+        steps = [r for r in read_metrics(out) if r["kind"] == "train"]
+        losses.append([(r["kd/reference+again"], r["replaced_tokens/loss"]) for r in steps])
+    assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), rel=1e-3)
