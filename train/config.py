@@ -218,6 +218,11 @@ class ReplayConfig(Settings):
         "its held-out loss has changed of late",
     )
 
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
 
 class CurriculumConfig(Settings):
     """The sequences that are trained on at first, by a cached teacher's stored scalars (SALT)."""

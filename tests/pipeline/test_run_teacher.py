@@ -96,8 +96,8 @@ MASKED = ["bert", "roberta", "electra", "deberta", "modernbert"]
 LIMIT = {"document": 12, "contiguous": 7}
 VOCABULARY_TARGETS = {
     "topk": {"kind": "topk", "k": 16, "temperatures": TEMPERATURES},
-    "one": {"k": 1},
-    "whole": {"k": 10_000},
+    "one": {"kind": "topk", "k": 1},
+    "whole": {"kind": "topk", "k": 10_000},
     "dense": {"kind": "dense"},
 }
 
