@@ -3,6 +3,7 @@ family.
 """
 
 import json
+import logging
 import os
 import random
 import signal
@@ -88,6 +89,16 @@ def shared() -> Path:
     if path is None:
         pytest.skip("the shared corpora are not on this machine (set REKINDLE_SHARED)")
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers():
+    """The command line logs to the stderr of the moment; that of a test is closed after it."""
+    log = logging.getLogger("rekindle")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers = handlers
+    log.setLevel(level)
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -81,7 +81,9 @@ def evaluate(
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
 
-    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence.
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. To a
+    sample (threshold, random) it is larger than to the teacher, by what the sample's entropy is
+    smaller: in the mean a constant, whatever the student.
     Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Of each of
     ``data.domains`` the loss is ``loss/DOMAIN``. Empty when nothing is held out.
     """

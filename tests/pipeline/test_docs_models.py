@@ -330,7 +330,8 @@ def test_models_are_made_by_a_process_that_torchrun_does_not_know(tmp_path, monk
         return popen([sys.executable, "-c", ""], env=env, **arguments)
 
     monkeypatch.setattr(docs_models.subprocess, "Popen", start)
-    resolve([PREFIX + "bert"])
+    with pytest.raises(RekindleError, match="was not made"):  # by a process that does nothing
+        resolve([PREFIX + "bert"])
     (env,) = started
     assert not launched.keys() & env.keys()
     assert env["REKINDLE_HOME"] == str(tmp_path)
