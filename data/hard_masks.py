@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.columns import list_array, list_views, offsets_of
+from rekindle.data.columns import list_views
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import InputError
-from rekindle.data.masking import Mask, MaskConfig, MaskingVocabulary, replace_tokens
+from rekindle.data.masking import Mask, MaskConfig, replace_tokens
 from rekindle.data.seal import seal
 from rekindle.data.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.targets import TeacherInfo
 from rekindle.data.teacher_files import read_parts
 from rekindle.data.teacher_reader import TeacherReader
-from rekindle.data.views import MaskedView, view_fingerprint
+from rekindle.data.views import MaskedView, masked_batch, masking_vocabulary, view_fingerprint
 
 ALGORITHM = 1  # raise it when masks would come out differently
 
@@ -53,13 +53,12 @@ class HardMaskedView:
 
     def __init__(self, corpus: Corpus, config: MaskConfig, seed: int, teacher: TeacherInfo):
         _check_teacher(teacher)
-        tokenizer = corpus.info["tokenizer"]
         self.corpus, self.config, self.seed, self.teacher = corpus, config, seed, teacher
         self.identity: dict[str, Any] = {
             "algorithm": ALGORITHM,
             "mask": config.identity(),
             "seed": seed,
-            "tokenizer": tokenizer["digest"],
+            "tokenizer": corpus.info["tokenizer"]["digest"],
             "teacher": {
                 "weights": teacher.fingerprints.get("weights"),
                 "config": teacher.fingerprints.get("config"),
@@ -67,9 +66,7 @@ class HardMaskedView:
             },
         }
         self.name = f"masked-{view_fingerprint(self.identity)}"
-        self.vocabulary = MaskingVocabulary.of(
-            tokenizer["size"], tokenizer["mask_id"], frozenset(tokenizer["special_ids"])
-        )
+        self.vocabulary = masking_vocabulary(corpus)
         self.shards = ShardSet(corpus.store, f"views/{self.name}")
 
     @property
@@ -105,13 +102,7 @@ class HardMaskedView:
             batch = shard.batch(index)
             first = index * ROWS_PER_BATCH
             masks = self._masks(batch, hard[first : first + len(batch)])
-            lists = offsets_of([len(mask.positions) for mask in masks])
-            columns = [
-                batch["digest"],
-                list_array(lists, np.concatenate([mask.positions for mask in masks])),
-                list_array(lists, np.concatenate([mask.input_ids for mask in masks])),
-            ]
-            yield pa.record_batch(columns, schema=schema)
+            yield masked_batch(batch["digest"], masks, schema)
 
     def _masks(self, batch: pa.RecordBatch, hard: list[NDArray[np.int64]]) -> list[Mask]:
         offsets, ids = list_views(batch["input_ids"], "input_ids")

@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from rekindle.data.columns import list_array, list_type, list_views, offsets_of
 from rekindle.data.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
-from rekindle.data.masking import MaskConfig, MaskingVocabulary, generator, mask_sequence
+from rekindle.data.masking import (
+    Mask,
+    MaskConfig,
+    MaskingVocabulary,
+    generator,
+    mask_sequence,
+)
 from rekindle.data.seal import seal
 from rekindle.data.sentences import split_sentences
 from rekindle.data.shards import (
@@ -64,9 +70,7 @@ class MaskedView:
             "replicas": replicas if config.policy == "cover" else None,
         }
         self.name = f"masked-{view_fingerprint(self.identity)}"
-        self.vocabulary = MaskingVocabulary.of(
-            tokenizer["size"], tokenizer["mask_id"], frozenset(tokenizer["special_ids"])
-        )
+        self.vocabulary = masking_vocabulary(corpus)
         self.shards = ShardSet(corpus.store, f"views/{self.name}")
 
     @property
@@ -111,13 +115,23 @@ class MaskedView:
                 )
                 for digest, a, b in zip(digests, offsets, offsets[1:], strict=False)
             ]
-            lists = offsets_of([len(mask.positions) for mask in masks])
-            columns = [
-                batch["digest"],
-                list_array(lists, np.concatenate([mask.positions for mask in masks])),
-                list_array(lists, np.concatenate([mask.input_ids for mask in masks])),
-            ]
-            yield pa.record_batch(columns, schema=schema)
+            yield masked_batch(batch["digest"], masks, schema)
+
+
+def masking_vocabulary(corpus: Corpus) -> MaskingVocabulary:
+    """What masks need of the corpus's tokenizer."""
+    tokenizer = corpus.info["tokenizer"]
+    special = frozenset(tokenizer["special_ids"])
+    return MaskingVocabulary.of(tokenizer["size"], tokenizer["mask_id"], special)
+
+
+def masked_batch(digests: pa.Array, masks: list[Mask], schema: pa.Schema) -> pa.RecordBatch:
+    """A masked view's record batch: the ``masks`` of the sequences with these ``digests``."""
+    lists = offsets_of([len(mask.positions) for mask in masks])
+    positions = np.concatenate([mask.positions for mask in masks])
+    input_ids = np.concatenate([mask.input_ids for mask in masks])
+    columns = [digests, list_array(lists, positions), list_array(lists, input_ids)]
+    return pa.record_batch(columns, schema=schema)
 
 
 class PairView:

@@ -30,6 +30,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.models import quiet_transformers
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 BINS = 15  # of the calibration error
@@ -95,25 +96,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--csv", action="store_true")
     args = parser.parse_args()
-    from rekindle.train.models import quiet_transformers
+    with quiet_transformers():
+        run(args.work / args.size, args.size, args.seeds, args.csv)
 
-    quiet_transformers().__enter__()
-    work, size = args.work / args.size, SIZES[args.size]
+
+def run(work: Path, name: str, seeds: int, write: bool) -> None:
+    """Everything of one size, in the folder ``work``."""
+    size = SIZES[name]
     work.mkdir(parents=True, exist_ok=True)
     make_models(work, size)
     train_teacher(work, size)
     draws = equal_draws(work, size)
     bytes_of = cache_targets(work, size, draws)
-    for seed in range(args.seeds):
+    for seed in range(seeds):
         for mix in MIXES:
             for variant in VARIANTS:
                 run_student(work, size, variant, mix, seed)
-    rows = table(work, args.seeds)
+    rows = table(work, seeds)
     print(json.dumps({"bytes per token": bytes_of, "draws": draws, "teacher": judged(work)}))
     for row in rows:
         print(row)
-    if args.csv:
-        write_csv(work, rows, bytes_of, args.size)
+    if write:
+        write_csv(rows, bytes_of, name)
 
 
 def make_models(work: Path, size: Size) -> None:
@@ -324,9 +328,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
     return {name: round(statistics.fmean(values), 4), f"{name} ±": round(spread, 4)}
 
 
-def write_csv(
-    work: Path, rows: list[dict[str, Any]], bytes_of: dict[str, float], size: str
-) -> None:
+def write_csv(rows: list[dict[str, Any]], bytes_of: dict[str, float], size: str) -> None:
     """Append the table to results.csv."""
     import csv
     from importlib.metadata import version
