@@ -22,7 +22,8 @@ from rekindle.pipeline.plan_work import (
     work_of_part,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.pipeline.teachers import TeacherPlan, check_domains, is_described, plan_teacher
+from rekindle.pipeline.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.train.domains import check_domains
 from rekindle.train.models import HUB_ID, resolve_model
 
 
@@ -131,7 +132,7 @@ def _described(
     if folder is None:
         return None, f"its model {teacher.model} is not on this machine"
     if not survey.estimated:
-        check_domains(teacher, survey.reference)
+        check_domains(survey.reference, teacher.domains or (), f"teacher {teacher.name!r}: domains")
     # While the corpus is only estimated, its domains are not known.
     here = teacher.model_copy(update={"model": str(folder), "domains": None})
     pairs = views.pairs.get(teacher.pairs or "")

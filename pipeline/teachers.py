@@ -26,6 +26,7 @@ from rekindle.data.teacher_files import read_teacher
 from rekindle.data.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.views import MaskedView, PairView
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.domains import check_domains
 from rekindle.train.language_model import SplitLanguageModel
 from rekindle.train.lineage import lineage_of_model
 from rekindle.train.models import (
@@ -89,7 +90,7 @@ def plan_teacher(
         "lineage": lineage_of_model(directory, weights),
     }
     if config.domains is not None:
-        check_domains(config, corpus)
+        check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
     if config.vocabulary:
         info |= _vocabulary_info(config, settings, corpus, masked)
         info |= {"seed": seed} if info["kind"] in SAMPLED else {}
@@ -153,16 +154,6 @@ def _tokenizer_of(
             "share corpus.tokenizer; sequence experts may have their own"
         )
     return tokenizer
-
-
-def check_domains(config: TeacherConfig, corpus: Corpus) -> None:
-    """Raise InputError for a domain of the configuration that the corpus does not have."""
-    unknown = sorted(set(config.domains or ()) - corpus.domains.keys())
-    if unknown:
-        known = ", ".join(sorted(corpus.domains)) or "none; set corpus.domain_field"
-        raise InputError(
-            f"teacher {config.name!r}: the corpus has no domain {unknown[0]!r} (it has: {known})"
-        )
 
 
 def _vocabulary_info(

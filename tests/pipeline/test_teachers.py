@@ -204,7 +204,7 @@ def test_a_tokenizer_without_a_mask_token(tmp_path, configure, make_model, bytel
 
 def test_an_unknown_domain(tmp_path, configure, bert):
     teacher = masked(bert, domains=["even", "uneven"])
-    refused(configure, tmp_path / "c", teacher, "'lm'", "'uneven'", "even, odd")
+    refused(configure, tmp_path / "c", teacher, "'lm'", "'uneven'", "even (", "odd (")
     nameless = {"domain_field": None}
     teacher = masked(bert, domains=["even"])
     refused(configure, tmp_path / "d", teacher, "domain_field", corpus=nameless)
