@@ -111,7 +111,7 @@ def finetune(
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
-    from rekindle.train.finetune import FinetuneConfig
+    from rekindle.train.finetune_config import FinetuneConfig
     from rekindle.train.score_model import baselines_table
     from rekindle.train.score_model import finetune_or_score as run
 

@@ -1,6 +1,6 @@
 """The demo command: the knowledge-rekindle cycle on Python's documentation, as a list of jobs.
 
-Nothing of the method itself is here: what a job does is in demo_stages, what came out is told by
+Nothing of the method itself is here: what a job does is in job_stages, what came out is told by
 demo_results. A finished job is recognised by what it leaves, so the same command again goes on
 where it stopped.
 """
@@ -14,12 +14,12 @@ from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import demo_stages as stages
+from rekindle.pipeline import job_stages as stages
 from rekindle.pipeline.config import RunConfig, dump_config
-from rekindle.pipeline.demo_jobs import Job, run_jobs, warm_up
 from rekindle.pipeline.demo_results import collect, fine_tuned, write_results
 from rekindle.pipeline.demo_settings import FULL, LM, QUICK, STUDENTS, WITH, WITHOUT, DemoSettings
 from rekindle.pipeline.demo_tasks import TASKS, TASKS_FOLDER, write_corpus
+from rekindle.pipeline.jobs import Job, run_jobs, warm_up
 from rekindle.pipeline.progress import Progress
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one

@@ -17,9 +17,8 @@ from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import demo_stages
+from rekindle.pipeline import job_stages
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.demo_jobs import Job, Report, StepReports, run_jobs, warm_up
 from rekindle.pipeline.docs_models import (
     CORPUS,
     DOMAINS,
@@ -32,6 +31,7 @@ from rekindle.pipeline.docs_models import (
 from rekindle.pipeline.docs_models_settings import SETTINGS
 from rekindle.pipeline.docs_models_tasks import write_documents
 from rekindle.pipeline.ending import leave
+from rekindle.pipeline.jobs import Job, Report, StepReports, run_jobs, warm_up
 from rekindle.pipeline.progress import Progress
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -157,7 +157,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, 
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    demo_stages.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    job_stages.make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(
@@ -228,7 +228,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    demo_stages.fine_tune(model, task, out, 1, values, report)
+    job_stages.fine_tune(model, task, out, 1, values, report)
 
 
 # --- the process ----------------------------------------------------------------------------------

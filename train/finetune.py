@@ -13,17 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
 
 from rekindle.data.errors import InputError
-from rekindle.data.settings import Settings
 from rekindle.train.classifier import (
     Encoded,
     collate,
@@ -33,7 +31,7 @@ from rekindle.train.classifier import (
     padded_tokenizer,
     predict,
 )
-from rekindle.train.merge_baselines import MergeConfig
+from rekindle.train.finetune_config import FinetuneConfig
 from rekindle.train.models import package_versions, place, quiet_transformers
 from rekindle.train.result_folder import WRITER, check_out, staging_folder, write_json
 from rekindle.train.scores import all_scores, check_metric, default_metric, predictions_of
@@ -44,44 +42,6 @@ BUCKET_BATCHES = 32  # batches that are sorted by length together: little paddin
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
-
-
-class FinetuneConfig(Settings):
-    """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
-
-    epochs: int = Field(
-        3,
-        ge=0,
-        description="passes over the train split; 0: nothing is trained, the head that the model "
-        "has is scored on dev (train only says what the labels mean)",
-    )
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
-    batch_size: int = Field(32, ge=1, description="examples per step")
-    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["linear", "constant"] = Field(
-        "linear", description="after the warm-up: falls to 0 (linear), or stays (constant)"
-    )
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
-    weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
-    max_length: int = Field(
-        128,
-        ge=4,
-        description="tokens per example; longer ones are cut, also to what the model takes",
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
-    )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="stop after so many epochs without a better dev score, keep the best",
-    )
-    head: str | None = Field(
-        None, description="epochs: 0, of a student with several task heads: the one to score"
-    )
-    merge: MergeConfig | None = Field(
-        None, description="epochs: 0: also score other experts, and all ways to merge them"
-    )
 
 
 @dataclass(frozen=True)
@@ -326,7 +286,9 @@ def _adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    # The fused one: on a CPU the others take a multiple of its time, as in stage 2.
+    fused = decayed[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
 
 
 def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:

@@ -8,11 +8,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rekindle.data.errors import InputError
-from rekindle.data.settings import Settings
 from rekindle.data.targets import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.scores import all_scores
@@ -24,21 +22,6 @@ from rekindle.train.union import (
     expert_weights,
     mixed_target,
 )
-
-
-class MergeConfig(Settings):
-    """Which experts are merged for comparison, and how."""
-
-    experts: tuple[str, ...] = Field(min_length=1, description="directories of classifiers")
-    oracle: str | None = Field(
-        None, description="a classifier that was fine-tuned on true labels of all kinds"
-    )
-    labels: Literal["merge", "apart"] = Field(
-        "merge", description="label names that several experts share: one label, or one each"
-    )
-    passes: int = Field(16, ge=0, description="Monte-Carlo passes; 0: without MUKI's merges")
-    sharpness: float = Field(0.2, gt=0, description="temperature of MUKI's soft selection")
-    seed: int = Field(0, description="of the Monte-Carlo passes")
 
 
 def merged_probabilities(

@@ -7,8 +7,9 @@ from typing import Any
 from rekindle.data.errors import InputError
 from rekindle.train.classifier import evaluate
 from rekindle.train.expert_outputs import expert_output, head_of, names_for, student_logits
-from rekindle.train.finetune import FinetuneConfig, FinetuneResult, SeedResult, finetune
-from rekindle.train.merge_baselines import MergeConfig, bare_names, merge_scores, scores_by_name
+from rekindle.train.finetune import FinetuneResult, SeedResult, finetune
+from rekindle.train.finetune_config import FinetuneConfig, MergeConfig
+from rekindle.train.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.models import package_versions, quiet_transformers, resolve_model
 from rekindle.train.result_folder import check_out, staging_folder, write_json
 from rekindle.train.scores import all_scores, check_metric, default_metric

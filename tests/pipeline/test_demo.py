@@ -14,8 +14,8 @@ import pytest
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.demo import configs, plan_jobs, run_demo, write_configs
-from rekindle.pipeline.demo_jobs import Job, run_jobs
 from rekindle.pipeline.demo_settings import FULL, QUICK, DemoSettings
+from rekindle.pipeline.jobs import Job, run_jobs
 from rekindle.pipeline.progress import Progress
 
 both = pytest.mark.parametrize("settings", [QUICK, FULL], ids=["quick", "full"])

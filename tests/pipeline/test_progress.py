@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from rekindle.pipeline import progress as module
-from rekindle.pipeline.demo_jobs import StepReports
+from rekindle.pipeline.jobs import StepReports
 from rekindle.pipeline.progress import Progress
 
 

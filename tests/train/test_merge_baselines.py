@@ -7,8 +7,8 @@ import torch
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.data.targets import TeacherInfo
+from rekindle.train.finetune_config import MergeConfig
 from rekindle.train.merge_baselines import (
-    MergeConfig,
     bare_names,
     merge_scores,
     merged_probabilities,

@@ -15,7 +15,7 @@ from rekindle.pipeline.cli import app
 from rekindle.train.config import StudentConfig
 from rekindle.train.expert_outputs import expert_output, names_for
 from rekindle.train.finetune import FinetuneConfig, finetune
-from rekindle.train.merge_baselines import MergeConfig
+from rekindle.train.finetune_config import MergeConfig
 from rekindle.train.score_model import baselines_table, score_model
 from rekindle.train.student import HeadConfig, build_student
 from rekindle.train.task_data import read_task

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.pipeline.config import RunConfig, load_config
-from rekindle.pipeline.demo_jobs import Report, StepReports
 from rekindle.pipeline.demo_model import write_model
+from rekindle.pipeline.jobs import Report, StepReports
 
 
 def make_model(
@@ -43,7 +43,8 @@ def fine_tune(
     model: Path, task: Path, out: Path, seeds: int, values: dict[str, Any], report: Report
 ) -> None:
     """``pipeline finetune`` on the files of a task, with the test split scored for every seed."""
-    from rekindle.train.finetune import FinetuneConfig, finetune
+    from rekindle.train.finetune import finetune
+    from rekindle.train.finetune_config import FinetuneConfig
 
     train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     finetune(

@@ -1,0 +1,60 @@
+"""What the configuration says of fine-tuning and scoring. Torch is not imported here."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rekindle.data.settings import Settings
+
+
+class MergeConfig(Settings):
+    """Which experts are merged for comparison, and how."""
+
+    experts: tuple[str, ...] = Field(min_length=1, description="directories of classifiers")
+    oracle: str | None = Field(
+        None, description="a classifier that was fine-tuned on true labels of all kinds"
+    )
+    labels: Literal["merge", "apart"] = Field(
+        "merge", description="label names that several experts share: one label, or one each"
+    )
+    passes: int = Field(16, ge=0, description="Monte-Carlo passes; 0: without MUKI's merges")
+    sharpness: float = Field(0.2, gt=0, description="temperature of MUKI's soft selection")
+    seed: int = Field(0, description="of the Monte-Carlo passes")
+
+
+class FinetuneConfig(Settings):
+    """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
+
+    epochs: int = Field(
+        3,
+        ge=0,
+        description="passes over the train split; 0: nothing is trained, the head that the model "
+        "has is scored on dev (train only says what the labels mean)",
+    )
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
+    batch_size: int = Field(32, ge=1, description="examples per step")
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="after the warm-up: falls to 0 (linear), or stays (constant)"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
+    weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
+    max_length: int = Field(
+        128,
+        ge=4,
+        description="tokens per example; longer ones are cut, also to what the model takes",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many epochs without a better dev score, keep the best",
+    )
+    head: str | None = Field(
+        None, description="epochs: 0, of a student with several task heads: the one to score"
+    )
+    merge: MergeConfig | None = Field(
+        None, description="epochs: 0: also score other experts, and all ways to merge them"
+    )
