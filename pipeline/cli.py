@@ -388,6 +388,37 @@ def _train_again(
 
 
 @app.command()
+def rekindle(
+    run: Annotated[
+        Path, typer.Argument(metavar="CYCLE.yaml", help="the cycle: text, model, tasks (`init`)")
+    ],
+    out: Annotated[Path | None, typer.Option(help="where everything goes")] = None,
+    set_: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="jobs at a time; default: one per CUDA device, or per core (≤ 4)"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Knowledge rekindle, whole: experts, cache, guided students, experts again, compared.
+
+    Resumes by itself: what is finished is left as it is.
+    """
+    target = out or Path("runs") / run.stem
+    options = [part for value in set_ or [] for part in ("--set", value)]
+    again = shlex.join(["pipeline", "rekindle", str(run), "--out", str(target), *options])
+    with resumable(again):
+        from rekindle.pipeline.cycle_config import load_cycle
+
+        config = load_cycle(run, set_)
+        from rekindle.pipeline.cycle import run_cycle
+        from rekindle.pipeline.progress import Progress
+
+        with Progress.to_terminal() as progress:
+            run_cycle(config, target, workers=workers, progress=progress)
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")

@@ -99,6 +99,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     they are first named. Raises InputError for a missing file, bad YAML, an unknown key (naming
     the nearest) or a bad value.
     """
+    values = read_values(path, overrides)
+    config = parse_settings(RunConfig, values, str(path))
+    return _with_built_in_models(config, values, str(path))
+
+
+def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The plain values of a configuration's file, with ``key.path=value`` overrides."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -110,8 +117,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
     for override in overrides or []:
         set_value(values, override)
-    config = parse_settings(RunConfig, values, str(path))
-    return _with_built_in_models(config, values, str(path))
+    return values
 
 
 def _with_built_in_models(config: RunConfig, values: dict[str, Any], where: str) -> RunConfig:

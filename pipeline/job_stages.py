@@ -1,10 +1,12 @@
-"""What the jobs of the demo do. Each calls what a command of the pipeline calls, and nothing else.
+"""What jobs do, of the demo and of a cycle. Each calls what a command of the pipeline calls.
 
-torch is imported within the jobs only: the demo's own process has no use for it.
+torch is imported within the jobs only: the process that starts them has no use for it.
 """
 
 import json
+import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,17 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
     train(config_file, out, report)
 
 
+def cache_corpus(config_file: Path, marker: Path, report: Report) -> None:
+    """``pipeline cache-teachers`` without teachers, for corpus and masks; ``marker`` says it is
+    done, and how long it took.
+    """
+    from rekindle.pipeline.cache_teachers import cache_teachers
+
+    began = time.perf_counter()
+    cache_teachers(load_config(config_file), progress=StepReports(report))
+    _write_json(marker, {"once": time.perf_counter() - began})
+
+
 def fine_tune(
     model: Path, task: Path, out: Path, seeds: int, values: dict[str, Any], report: Report
 ) -> None:
@@ -50,6 +63,60 @@ def fine_tune(
     finetune(
         str(model), train, dev, str(out), seeds=seeds, test=test, config=FinetuneConfig(**values)
     )
+    report(1)
+
+
+def search(
+    model: str,
+    task: Path,
+    out: Path,
+    seeds: range,
+    metric: str,
+    values: dict[str, Any],
+    report: Report,
+) -> None:
+    """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
+    from rekindle.train.finetune import finetune
+    from rekindle.train.finetune_config import FinetuneConfig
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        finetune(
+            model,
+            str(task / "train.jsonl"),
+            str(task / "dev.jsonl"),
+            str(Path(folder) / "model"),
+            seeds=len(seeds),
+            first_seed=seeds.start,
+            metric=metric,
+            config=FinetuneConfig(**values),
+        )
+        os.replace(Path(folder) / "model" / "metrics.json", out / "metrics.json")
+    report(1)
+
+
+def fine_tune_best(
+    model: str,
+    task: Path,
+    out: Path,
+    seeds: int,
+    metric: str,
+    tried: list[tuple[dict[str, Any], Path]],
+    report: Report,
+) -> None:
+    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev was best
+    (the first of equals), test scored for every seed.
+    """
+    from rekindle.train.finetune import finetune
+    from rekindle.train.finetune_config import FinetuneConfig
+
+    train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
+    values = tried[0][0]
+    if len(tried) > 1:
+        means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
+        values = tried[means.index(max(means))][0]
+    config = FinetuneConfig(**values)
+    finetune(model, train, dev, str(out), seeds=seeds, metric=metric, test=test, config=config)
     report(1)
 
 
@@ -67,10 +134,14 @@ def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report)
     cache_teachers(config, [name], progress=StepReports(report))
     cost = {"once": time.perf_counter() - began}
     cost["live_per_sequence"] = _forward_seconds(config, name)
-    cost_file.parent.mkdir(exist_ok=True)
-    temporary = cost_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(cost) + "\n", encoding="utf-8")
-    temporary.replace(cost_file)
+    _write_json(cost_file, cost)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _forward_seconds(config: RunConfig, name: str) -> float:

@@ -1,7 +1,7 @@
-"""Runs the demo's jobs side by side, each in a process of its own on one thread. Knows no model.
+"""Runs jobs that wait for each other, side by side, each in a process of its own. Knows no model.
 
-One thread per job because models this small do not gain from more, and because sums are then formed
-in the same order whatever the number of cores: the demo's scores do not depend on it.
+Unless told otherwise each has one thread: models as small as the demo's do not gain from more, and
+sums are then formed in the same order whatever the number of cores, so that no score depends on it.
 """
 
 import logging
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import RekindleError
+from rekindle.pipeline.places import Place, cores
 from rekindle.pipeline.progress import Progress, Task
 
 MOST_WORKERS = 4
@@ -52,6 +53,7 @@ class Job:
 @dataclass(frozen=True)
 class _Running:
     job: Job
+    place: Place
     process: multiprocessing.process.BaseProcess
     messages: Connection
     task: Task
@@ -64,43 +66,45 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
-def run_jobs(jobs: Sequence[Job], log_file: Path, progress: Progress) -> None:
-    """Run those of ``jobs`` whose output is not there, as many at a time as there are cores (or 4).
+def run_jobs(
+    jobs: Sequence[Job], log_file: Path, progress: Progress, places: Sequence[Place] = ()
+) -> None:
+    """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time.
 
-    Among those that can start, the first in the list does. What they print or log goes to
-    ``log_file``. A RekindleError of a job is raised here, anything else as RuntimeError with the
-    job's traceback; the other jobs are then stopped, as they are on Ctrl-C.
+    Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
+    those that can start, the first in the list does. What they print or log goes to ``log_file``.
+    A RekindleError of a job is raised here, anything else as RuntimeError with the job's traceback;
+    the other jobs are then stopped, as they are on Ctrl-C.
     """
     waiting, running = [job for job in jobs if not job.output.exists()], list[_Running]()
+    free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
     try:
         while waiting or running:
             unfinished = {job.name for job in waiting} | {one.job.name for one in running}
             ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
-            for job in ready[: min(_cores(), MOST_WORKERS) - len(running)]:
+            for job in ready[: len(free)]:
                 waiting.remove(job)
-                running.append(_start(job, log_file, progress))
+                running.append(_start(job, log_file, progress, free.pop(0)))
             heard = wait([one.messages for one in running])
-            running = [one for one in running if one.messages not in heard or not _is_done(one)]
+            for one in [one for one in running if one.messages in heard]:
+                if _is_done(one):
+                    running.remove(one)
+                    free.append(one.place)
     finally:
         for one in running:
             one.process.terminate()
             one.process.join()
 
 
-def _cores() -> int:
-    # As train.models.cpu_count, which costs an import of torch.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start(job: Job, log_file: Path, progress: Progress) -> _Running:
+def _start(job: Job, log_file: Path, progress: Progress, place: Place) -> _Running:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, theirs, str(log_file)), daemon=True)
+    process = context.Process(target=_work, args=(job, place, theirs, str(log_file)), daemon=True)
     process.start()
     theirs.close()
     shown = ExitStack()
     task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
-    return _Running(job, process, ours, task, shown)
+    return _Running(job, place, process, ours, task, shown)
 
 
 def _is_done(one: _Running) -> bool:
@@ -123,10 +127,8 @@ def _is_done(one: _Running) -> bool:
     return True
 
 
-def _work(job: Job, messages: Connection, log_file: str) -> None:
+def _work(job: Job, place: Place, messages: Connection, log_file: str) -> None:
     """The life of a job's process."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the jobs stops them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log_file, "ab", buffering=0) as log:
@@ -134,7 +136,7 @@ def _work(job: Job, messages: Connection, log_file: str) -> None:
         os.dup2(log.fileno(), 2)
     logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
     logging.getLogger("rekindle").setLevel(logging.INFO)
-    torch.set_num_threads(1)
+    place.take()
     try:
         job.function(*job.arguments, messages.send)
     except RekindleError as error:

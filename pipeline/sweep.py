@@ -152,7 +152,8 @@ def run_sweep(
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     if not missing:
         return []
-    from rekindle.pipeline.sweep_workers import train_in_processes, visible_devices
+    from rekindle.pipeline.places import visible_devices
+    from rekindle.pipeline.sweep_workers import train_in_processes
 
     workers = min(workers or max(1, len(visible_devices())), len(missing))
     if workers > 1:

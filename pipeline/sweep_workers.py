@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.places import Place, places_for
 from rekindle.pipeline.progress import Progress, Task
 from rekindle.pipeline.sweep import Failure, train_one
 from rekindle.pipeline.sweep_plan import SweepRun
@@ -31,30 +32,13 @@ _PRELOADED = [
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one worker's students are trained: its device (None: the CPU), on how many threads."""
-
-    device: str | None
-    threads: int
-
-
-@dataclass(frozen=True)
 class _Running:
     run: SweepRun
-    place: _Place
+    place: Place
     process: multiprocessing.process.BaseProcess
     messages: Connection
     task: Task
     shown: ExitStack
-
-
-def visible_devices() -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def train_in_processes(
@@ -83,18 +67,14 @@ def train_in_processes(
     return [failures[run.name] for run in runs if run.name in failures]
 
 
-def _places(workers: int) -> list[_Place]:
-    import torch
-
-    threads = max(1, torch.get_num_threads() // workers)
-    devices = visible_devices()
-    if not devices:
+def _places(workers: int) -> list[Place]:
+    places = places_for(workers)
+    if places[0].device is None:
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-        return [_Place(None, threads)] * workers
-    return [_Place(devices[number % len(devices)], threads) for number in range(workers)]
+    return places
 
 
-def _start(run: SweepRun, out: Path, place: _Place, progress: Progress) -> _Running:
+def _start(run: SweepRun, out: Path, place: Place, progress: Progress) -> _Running:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(run, out, place, theirs), daemon=True)
@@ -179,17 +159,13 @@ class _ToldTask(Task):
         self.messages.send(text)
 
 
-def _work(run: SweepRun, out: Path, place: _Place, messages: Connection) -> None:
+def _work(run: SweepRun, out: Path, place: Place, messages: Connection) -> None:
     """The life of a student's process; its last message is None, or a Failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if place.device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.device
     logging.basicConfig(level=logging.WARNING, format=f"{run.name}: %(message)s")
     logging.getLogger("rekindle").setLevel(logging.INFO)
-    import torch
-
-    torch.set_num_threads(place.threads)
+    place.take()
     messages.send(train_one(run, out, _Told(messages)))
 
 

@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
+from rekindle.pipeline import places, sweep_workers
 from rekindle.pipeline import sweep as module
-from rekindle.pipeline import sweep_workers
 from rekindle.pipeline.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.progress import Progress, Task
@@ -408,12 +408,12 @@ def test_torchrun_is_refused(run_file, tmp_path, monkeypatch):
 def test_devices_are_those_that_are_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweep_workers.visible_devices() == ["0", "1"]
+    assert places.visible_devices() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert sweep_workers.visible_devices() == ["5", "3"]
+    assert places.visible_devices() == ["5", "3"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert sweep_workers.visible_devices() == []
+    assert places.visible_devices() == []
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_one_student_per_place_at_a_time(run_file, tmp_path, monkeypatch, device
     original = sweep_workers._take
     monkeypatch.setattr(sweep_workers, "_start", start)
     monkeypatch.setattr(sweep_workers, "_take", take)
-    monkeypatch.setattr(sweep_workers, "visible_devices", lambda: devices)
+    monkeypatch.setattr(places, "visible_devices", lambda: devices)
     runs = plan_sweep(run_file, ["train.seed=0,1,2,3,4"])
     assert run_sweep(runs, tmp_path, workers=workers) == []
     assert [name for name, _ in seen] == [run.name for run in runs]

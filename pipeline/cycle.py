@@ -1,0 +1,161 @@
+"""Knowledge rekindle as one resumable command: experts, cache, students, experts again, compared.
+
+    OUT/cycle.json                  what the cycle is; OUT/run.yaml: its configuration
+    OUT/tasks/TASK/                 the splits as every arm uses them
+    OUT/experts/TASK/               the start model, fine-tuned: the arm ``expert``
+    OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
+    OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture
+    OUT/fine-tuned/ARM/TASK/        each of them fine-tuned again with the same budget
+    OUT/search/ARM/TASK/POINT/      scores of the search, the same for every arm
+    OUT/results.json, report.html   what came out
+
+Each of these is what the command of that stage leaves, and can be used alone. A finished job is
+recognised by what it leaves, so the same command again goes on where it stopped.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.config import RunConfig, dump_config
+from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
+from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
+from rekindle.pipeline.jobs import MOST_WORKERS, run_jobs
+from rekindle.pipeline.places import cores, places_for, visible_devices
+from rekindle.pipeline.progress import Progress
+
+CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
+WRITER = "rekindle cycle"
+
+
+def run_cycle(
+    config: CycleConfig, out: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> None:
+    """Run what is not finished of the cycle in ``out``.
+
+    ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
+    cores, at most 4. Raises InputError for wrong files and settings before anything is run, and for
+    an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    """
+    home = Path(os.path.abspath(out))
+    config = _with_cache(config, home)
+    tasks = read_tasks(config)
+    runs = configs(home, config, tasks)
+    _claim(home, config, tasks)
+    write_tasks(tasks, home)
+    _write(home / "run.yaml", dump_cycle(config))
+    for name, run in runs.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(home / name, dump_config(run))
+    jobs = list(plan_jobs(home, config, tasks))
+    places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+    run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
+
+
+def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
+    if config.cache.path:
+        return config
+    path = str(home / "cache")
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+def _claim(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
+    """Make the directory ours, or make sure that it is and that the cycle in it is this one."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    about = {
+        "written_by": WRITER,
+        "arms": list(config.arms),
+        "tasks": {one.task.name: one.facts for one in tasks},
+        "search": settings["search"],
+        "seeds": config.seeds,
+        "finetune": settings["finetune"],
+        "settings": settings,
+    }
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+        _check_same(home, about)
+    home.mkdir(parents=True, exist_ok=True)
+    _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
+
+
+def _check_same(home: Path, about: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("written_by") != WRITER:
+        raise InputError(f"{home} holds something else; give another --out, or remove it")
+    before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+    for key in now:
+        if key != "arms" and before.get(key) != now[key]:
+            raise CheckpointError(
+                f"{home} was begun with another configuration ({_difference(key, before, now)}). "
+                "Go on with its own (run.yaml in it), or give another --out"
+            )
+    gone = [arm for arm in found["arms"] if arm not in about["arms"]]
+    if gone:
+        raise CheckpointError(
+            f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
+            "taken away: name it again, or give another --out"
+        )
+
+
+def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks as settings and as what was read of their files."""
+    settings = {task["name"]: task for task in about["settings"]["tasks"]}
+    return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """Where two nested values first differ, and how."""
+    here, there = before.get(key), now.get(key)
+    while isinstance(here, dict) and isinstance(there, dict):
+        step = next(k for k in [*here, *there] if here.get(k) != there.get(k))
+        key, here, there = f"{key}.{step}", here.get(step), there.get(step)
+    return f"{key}: {here!r} there, {there!r} here"
+
+
+# --- the configurations of its runs ---------------------------------------------------------------
+
+
+def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict[str, RunConfig]:
+    """The run of every stage by the name of its file: what one can run by hand."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    shared = {name: settings[name] for name in ("corpus", "cache")}
+    teachers = [
+        {
+            "name": one.task.name,
+            "model": str(home / "experts" / one.task.name),
+            "task": "regression" if one.regression else "sequence_classification",
+            "pairs": one.pairs,
+        }
+        for one in tasks
+    ]
+    corpus = shared | {"student": settings["student"]}
+    found = {"corpus.yaml": corpus, CACHE_FILE: shared | {"teachers": teachers}}
+    for name, (taught, masked) in student_names(config).items():
+        terms = [
+            config.term_of(one.task, one.regression).model_dump(
+                mode="json", by_alias=True, exclude_unset=True
+            )
+            for one in tasks
+            if one.task.name in taught
+        ]
+        train = dict(settings["train"])
+        hard = train["objective"]["hard"] if masked else {"weight": 0.0}
+        train["objective"] = {"hard": hard, "distill": terms}
+        found[f"students/{name}.yaml"] = corpus | {"train": train}
+    return {name: parse_settings(RunConfig, values, name) for name, values in found.items()}
