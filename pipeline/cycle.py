@@ -25,7 +25,7 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.jobs import MOST_WORKERS, run_jobs
+from rekindle.pipeline.jobs import MOST_WORKERS, run_jobs, warm_up
 from rekindle.pipeline.places import cores, places_for, visible_devices
 from rekindle.pipeline.progress import Progress
 
@@ -54,6 +54,8 @@ def run_cycle(
         _write(home / name, dump_config(run))
     jobs = list(plan_jobs(home, config, tasks))
     places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+    if places[0].device is None:  # nothing may look at a device before a fork
+        warm_up()
     run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
 
 
