@@ -100,6 +100,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     the nearest) or a bad value.
     """
     values = read_values(path, overrides)
+    if "tasks" in values:
+        raise InputError(f"{path} is of a whole cycle (it has tasks): `pipeline rekindle {path}`")
     config = parse_settings(RunConfig, values, str(path))
     return _with_built_in_models(config, values, str(path))
 

@@ -13,9 +13,12 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.jobs import MOST_WORKERS, run_jobs, warm_up
+from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
 from rekindle.pipeline.places import cores, places_for, visible_devices
 from rekindle.pipeline.progress import Progress
 
@@ -47,16 +50,20 @@ def run_cycle(
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
     _claim(home, config, tasks)
-    write_tasks(tasks, home)
-    _write(home / "run.yaml", dump_cycle(config))
-    for name, run in runs.items():
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        _write(home / name, dump_config(run))
-    jobs = list(plan_jobs(home, config, tasks))
+    with _alone_in(home):
+        write_tasks(tasks, home)
+        _write(home / "run.yaml", dump_cycle(config))
+        for name, run in runs.items():
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(home / name, dump_config(run))
+        _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
+
+
+def _run(jobs: Sequence[Job], home: Path, workers: int | None, progress: Progress) -> None:
     places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
     if places[0].device is None:  # nothing may look at a device before a fork
         warm_up()
-    run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
+    run_jobs(jobs, home / "cycle.log", progress, places)
 
 
 def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
@@ -91,6 +98,21 @@ def _claim(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
         _check_same(home, about)
     home.mkdir(parents=True, exist_ok=True)
     _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
+
+
+@contextmanager
+def _alone_in(home: Path) -> Iterator[None]:
+    """The only process that works on this cycle; what killed ones left half-made is removed."""
+    with open(home / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process works on {home}; wait for it, or give another --out"
+            ) from None
+        for folder in (*home.glob("**/.*.new"), *home.glob("search/**/tmp*")):
+            shutil.rmtree(folder)
+        yield
 
 
 def _check_same(home: Path, about: Mapping[str, Any]) -> None:

@@ -185,6 +185,11 @@ class CycleConfig(Settings):
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:
     """Read and validate a cycle's file; as ``config.load_config`` does a run's."""
     values = read_values(path, overrides)
+    if "tasks" not in values:
+        raise InputError(
+            f"{path} has no tasks, so it is not of a whole cycle; `pipeline init rekindle` writes "
+            "an example. Runs of one student are for `pipeline train-student`"
+        )
     config = parse_settings(CycleConfig, values, str(path))
     resolved = resolve_values(values)
     return config if resolved == values else parse_settings(CycleConfig, resolved, str(path))

@@ -80,7 +80,7 @@ def search(
     from rekindle.train.finetune_config import FinetuneConfig
 
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix="tmp") as folder:
         finetune(
             model,
             str(task / "train.jsonl"),

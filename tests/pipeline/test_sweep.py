@@ -405,17 +405,6 @@ def test_torchrun_is_refused(run_file, tmp_path, monkeypatch):
 # --- devices --------------------------------------------------------------------------------------
 
 
-def test_devices_are_those_that_are_visible(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert places.visible_devices() == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert places.visible_devices() == ["5", "3"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert places.visible_devices() == []
-
-
 @pytest.mark.parametrize(
     ("devices", "workers", "shared"),
     [(["5", "3"], None, 1), (["5", "3"], 4, 2), (["5", "3", "1"], 2, 1), ([], 2, 2)],
