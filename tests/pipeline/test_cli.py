@@ -292,6 +292,7 @@ def test_the_command_line_is_frozen():
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
+        "rekindle": ["--json", "--out", "--set", "--workers"],
         "compare": ["--json", "--out"],
         "doctor": [],
     }

@@ -18,7 +18,8 @@ def test_a_recipe_is_written_byte_by_byte(name, tmp_path, command):
     assert code == 0
     assert out.read_bytes() == (FOLDER / f"{name}.yaml").read_bytes()
     assert said == f"{out}\n"
-    for stage in ("cache-teachers", "train-student"):
+    stages = ("rekindle",) if name == "rekindle" else ("cache-teachers", "train-student")
+    for stage in stages:
         assert f"  pipeline {stage} {out}" in told
 
 

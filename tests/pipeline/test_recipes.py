@@ -14,6 +14,7 @@ import yaml
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig, set_value
+from rekindle.pipeline.cycle_config import CycleConfig
 from rekindle.pipeline.docs_models import FILES, MODELS, PREFIX
 from rekindle.pipeline.recipe_files import FOLDER, commands, read_recipe
 from rekindle.pipeline.sweep_plan import parse_axis
@@ -21,7 +22,8 @@ from rekindle.train.schedules import weight_at
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-every_recipe = pytest.mark.parametrize("name", NAMES)
+CYCLES = ["rekindle"]  # files of whole cycles
+every_recipe = pytest.mark.parametrize("name", sorted(set(NAMES) - set(CYCLES)))
 # Seconds each: enough to go through every part of both stages once.
 SMALL = (
     *("--set", "corpus.limit_sequences=160", "--set", "train.steps=4"),
@@ -91,7 +93,18 @@ def test_the_variations_it_shows_are_valid_and_change_something(name):
             assert len({repr(config) for config in swept}) > 1
 
 
-@every_recipe
+@pytest.mark.parametrize("name", CYCLES)
+def test_a_cycle_is_read_by_its_command_and_names_nothing_to_download(name):
+    config = parse_settings(CycleConfig, values_of(name), name)
+    assert commands(read_recipe(name), Path("run.yaml")) == [
+        f"pipeline rekindle run.yaml --out runs/{name}"
+    ]
+    known = {PREFIX + other for other in (*MODELS, *FILES)}
+    files = [path for task in config.tasks for path in (task.train, task.dev, task.test)]
+    assert known >= {*config.corpus.source, config.corpus.tokenizer, config.student.model, *files}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_has_a_section_in_the_book(name):
     headings = re.findall(r"^## ([\w-]+): ", (ROOT / "RECIPES.md").read_text(), re.MULTILINE)
     assert name in headings
