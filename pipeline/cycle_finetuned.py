@@ -1,7 +1,7 @@
 """What `pipeline finetune` left for the arms of a cycle, and whether it may be compared.
 
 An arm has had the same budget as another if every setting is the same, but for those that were
-searched on dev; in the arm ``longer`` the epochs, and the steps where they are limited, are doubled.
+searched on dev; the arm ``longer`` has twice the epochs, and twice the steps if those are limited.
 """
 
 import json
@@ -18,6 +18,7 @@ LONGER = "longer"  # the start model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 TAUGHT = ("both", "mixture")  # students of experts and of the text
 _WRITER = "rekindle finetune"
+_AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
 
@@ -76,11 +77,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); remove its folder and resume"
-        ) from None
+        raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged (no object); remove its folder and resume")
+        raise CheckpointError(f"{path} is damaged (it is no object); {_AGAIN}")
     return values
 
 
@@ -99,7 +98,7 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{path} is not what `pipeline finetune` leaves ({told}); remove its folder and resume"
+            f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
         ) from None
 
 

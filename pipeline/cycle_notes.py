@@ -1,4 +1,4 @@
-"""What must be said beside the tables of a cycle: what the numbers are of, and what they are not."""
+"""What must be said beside the tables of a cycle: what its numbers are of, and what not."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -97,8 +97,8 @@ def _selected(told: Told) -> list[str]:
     if not any(arm == SELECTED for arm, _ in main):
         return []
     notes = [
-        "the expert that teaches is the best of its seeds on dev, so that its students start from a "
-        f"selected one: a gain over the mean of {EXPERT} includes that selection. "
+        "the expert that teaches is the best of its seeds on dev, so that its students start from "
+        f"a selected one: a gain over the mean of {EXPERT} includes that selection. "
         f"`{SELECTED}` is the test score of that one, without an interval"
     ]
     arms = dict.fromkeys(one.arm for one in told.scores if one.arm != SELECTED)

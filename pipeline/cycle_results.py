@@ -136,8 +136,8 @@ def _read_plan(out: Path) -> _Plan:
     values = read_json(out / ABOUT)
     if values is None or values.get("written_by") != _WRITER:
         raise InputError(
-            f"{out} is no directory of `pipeline rekindle`: there is no {ABOUT} of it. Give the one "
-            "that its --out named"
+            f"{out} is no directory of `pipeline rekindle`: there is no {ABOUT} of it. Give "
+            "the one that its --out named"
         )
     try:
         tasks = [
