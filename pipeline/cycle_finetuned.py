@@ -165,6 +165,7 @@ def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, tw
 
 def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
     """Everything that must be the same in all arms."""
-    names = ("problem", "label_names", "metric", "precision", "seeds", "files")
+    names = ("problem", "label_names", "metric", "seeds", "files")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
-    return {name: getattr(one, name) for name in names} | settings
+    precision = {"precision in use": one.precision}  # the setting may be "auto"
+    return {name: getattr(one, name) for name in names} | precision | settings
