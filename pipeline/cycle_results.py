@@ -157,7 +157,7 @@ def _read_plan(out: Path) -> _Plan:
 
 def _name(name: Any) -> str:
     """A name of an arm or a task is one of a folder, and the mean over tasks is no task."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("..", MEAN):
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..", MEAN):
         raise ValueError(f"{name!r} is no name")
     return name
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -599,12 +600,12 @@ def test_every_line_of_a_markdown_table_has_as_many_cells(results):
         assert len({line.count("|") for line in lines}) == 1
 
 
-@pytest.mark.parametrize("width", [60, 110])
-def test_where_the_scores_do_not_fit_an_arm_is_a_column(results, width):
-    lines = as_text(results, width).splitlines()
-    heads = [line.split() for line in lines[:2]]
-    assert heads[1][:2] == ["arm", "expert"]
-    assert as_text(results, 400).splitlines()[1].split()[:2] == ["arm", "seeds"]
+def test_where_the_scores_do_not_fit_an_arm_is_a_column(results):
+    few = replace(results, scores=[one for one in results.scores if one.arm in ARMS[:2]])
+    assert as_text(few, 400).splitlines()[1].split()[:2] == ["arm", "seeds"]
+    lines = as_text(few, 70).splitlines()
+    assert lines[1].split() == ["arm", *ARMS[:2]]
+    assert any(line.split()[:2] == ["mrpc", "accuracy"] for line in lines)
 
 
 def test_what_must_be_said_is_said(results):
