@@ -1,0 +1,101 @@
+"""Intervals of means, paired t-tests and Holm's adjustment (scipy). Knows no file and no task.
+
+What is equal to all digits that float64 has left is taken as equal: scores such as 0.9 − 0.8 and
+0.7 − 0.6 differ by rounding alone, and a t-test would take that for a spread.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from scipy import stats
+
+_ROUNDING = 1e-12  # of the largest value: spreads below are none
+
+
+@dataclass(frozen=True)
+class Paired:
+    """``second`` − ``first``, pair by pair: mean, interval of the mean, two-sided p, pairs.
+
+    ``low`` and ``high`` are None for a single pair. ``p`` is None where no test can be made: for a
+    single pair, and where all differences are equal but not 0 (a t of infinity, which says that
+    nothing varied rather than how sure the difference is).
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean; None for fewer than two values.
+
+    Raises ValueError for values that are not finite, or a ``level`` outside (0, 1).
+    """
+    _check(values, level)
+    if len(values) < 2:
+        return None
+    mean = fmean(values)
+    half = _half_width(values, level)
+    return mean - half, mean + half
+
+
+def paired(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Paired:
+    """The difference ``second`` − ``first`` of runs that belong together, such as by seed.
+
+    ``p`` is that of the paired t-test (two-sided; H0: the mean difference is 0), the interval the
+    one that this test inverts. All differences equal: the interval is the point, and ``p`` is 1.0
+    where they are 0, else None.
+
+    Raises ValueError for sequences of unequal length, or none, or values that are not finite.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
+    _check([*first, *second], level)
+    n = len(first)
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    rounding = _ROUNDING * max(map(abs, [*first, *second]))
+    mean = fmean(differences)
+    if n == 1:
+        return Paired(mean, None, None, None, n)
+    if max(differences) - min(differences) <= rounding:
+        nothing = abs(mean) <= rounding
+        mean = 0.0 if nothing else mean
+        return Paired(mean, mean, mean, 1.0 if nothing else None, n)
+    half = _half_width(differences, level)
+    t = mean / (stdev(differences) / math.sqrt(n))
+    return Paired(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(t), n - 1)), n)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
+
+    The i-th smallest of m is multiplied by m − i + 1, is at least as large as the one before it,
+    and at most 1. None, for a test that could not be made, stays None and does not count.
+
+    Raises ValueError for what is not in [0, 1].
+    """
+    tests = [(p, place) for place, p in enumerate(p_values) if p is not None]
+    if not all(0 <= p <= 1 for p, _ in tests):
+        raise ValueError(f"p values are in [0, 1]: {[p for p, _ in tests]}")
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(sorted(tests)):
+        largest = max(largest, min(1.0, p * (len(tests) - rank)))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _half_width(values: Sequence[float], level: float) -> float:
+    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    return quantile * stdev(values) / math.sqrt(len(values))
+
+
+def _check(values: Sequence[float], level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it is between 0 and 1, as in 0.95")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"not all values are finite: {list(values)}")
