@@ -7,7 +7,6 @@ mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 import json
 import logging
 import os
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from rekindle.pipeline.ending import (
+    command_again,
     errors_as_exit_codes,
     is_main,
     is_one_of_many,
@@ -303,7 +303,9 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    again = _train_again(run, target, set_ or [], sweep or [], workers)
+    again = command_again(
+        ["train-student", str(run)], target, set_, sweep, workers, ending=["--resume"]
+    )
     if sweep:
         with resumable(again):
             _train_sweep(run, target, set_, sweep, workers, resume)
@@ -318,7 +320,7 @@ def train_student(
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.stages import run_stages
-        from rekindle.pipeline.train_student import train_from_config
+        from rekindle.pipeline.train_student import told_of, train_from_config
 
         silent = nullcontext(Progress.silent())
         with Progress.to_terminal() if is_main() else silent as progress:
@@ -328,7 +330,7 @@ def train_student(
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
     if is_main():
         for result in results:
-            _tell_student(result)
+            typer.echo(told_of(result))
         if not results:
             typer.echo(f"{target}: every stage was finished")
         if config.stages and config.evaluates_domains:
@@ -337,18 +339,6 @@ def train_student(
             typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
     if is_one_of_many():
         leave(0)
-
-
-def _tell_student(result: Any) -> None:
-    """What a finished run was: its time, its held-out values, what it was trained with."""
-    values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    typer.echo(f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}")
-    for what in ("sequences", "positions"):
-        kd, ce_only, neither = (
-            result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
-        )
-        rest = f", {neither:,} with neither" if neither else ""
-        typer.echo(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
 
 
 def _train_sweep(
@@ -375,18 +365,6 @@ def _train_sweep(
         raise SweepError(failures, len(students))
 
 
-def _train_again(
-    run: Path, out: Path, set_: list[str], sweep: list[str], workers: int | None
-) -> str:
-    """The command line that goes on with a run or a sweep."""
-    options = [part for value in set_ for part in ("--set", value)]
-    options += [part for value in sweep for part in ("--sweep", value)]
-    options += ["--workers", str(workers)] if workers else []
-    return shlex.join(
-        ["pipeline", "train-student", str(run), "--out", str(out), *options, "--resume"]
-    )
-
-
 @app.command()
 def rekindle(
     run: Annotated[
@@ -405,9 +383,7 @@ def rekindle(
     Resumes by itself: what is finished is left as it is.
     """
     target = out or Path("runs") / run.stem
-    options = [part for value in set_ or [] for part in ("--set", value)]
-    again = shlex.join(["pipeline", "rekindle", str(run), "--out", str(target), *options])
-    with resumable(again):
+    with resumable(command_again(["rekindle", str(run)], target, set_, workers=workers)):
         from rekindle.pipeline.cycle_config import load_cycle
 
         config = load_cycle(run, set_)
@@ -415,7 +391,10 @@ def rekindle(
         from rekindle.pipeline.progress import Progress
 
         with Progress.to_terminal() as progress:
-            run_cycle(config, target, workers=workers, progress=progress)
+            results = run_cycle(config, target, workers=workers, progress=progress)
+    from rekindle.pipeline.cycle_results_table import as_text
+
+    typer.echo(json.dumps(results.as_dict()) if as_json else as_text(results))
 
 
 @app.command()

@@ -27,6 +27,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
+from rekindle.pipeline.cycle_results import CycleResults, read_results
 from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
 from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
 from rekindle.pipeline.places import cores, places_for, visible_devices
@@ -38,8 +39,8 @@ WRITER = "rekindle cycle"
 
 def run_cycle(
     config: CycleConfig, out: Path, *, workers: int | None = None, progress: Progress | None = None
-) -> None:
-    """Run what is not finished of the cycle in ``out``.
+) -> CycleResults:
+    """Run what is not finished of the cycle in ``out``; returns what came out.
 
     ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
     cores, at most 4. Raises InputError for wrong files and settings before anything is run, and for
@@ -57,6 +58,9 @@ def run_cycle(
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             _write(home / name, dump_config(run))
         _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
+        results = read_results(home)
+        _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
+    return results
 
 
 def _run(jobs: Sequence[Job], home: Path, workers: int | None, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from rekindle.data.errors import CheckpointError
 EXPERT = "expert"
 LONGER = "longer"  # the start model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
-TAUGHT = ("both", "mixture")  # students of experts and of the text
+TAUGHT = ("kd", "both", "mixture")  # students of experts
 _WRITER = "rekindle finetune"
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")

@@ -126,7 +126,7 @@ def _searched(searched: Sequence[Searched]) -> list[str]:
     points = max(len(one.tried) for one in searched)
     notes = [
         f"{', '.join(keys)}: chosen on dev for each arm and task among the same {points} settings, "
-        "with the same seeds; test scores have chosen nothing"
+        "with the same seeds, none of which is compared; test scores have chosen nothing"
     ]
     edges = [f"{one.arm} on {one.task}" for one in searched if _at_edge(one)]
     if edges:

@@ -188,10 +188,10 @@ def _check(
         check_together(out, list(final.values()), list(plan.grid))
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
         check_search(out, plan.grid, searches, final)
-    first, *others = found.values() or [None]
-    for one in others:
-        if first and one and one.seeds != first.seeds:
-            refuse(out, first, one, "seeds", first.seeds, one.seeds)
+    ones = list(found.values())
+    for other in ones[1:]:
+        if other.seeds != ones[0].seeds:
+            refuse(out, ones[0], other, "seeds", ones[0].seeds, other.seeds)
 
 
 # --- what it cost ---------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ interpreter's own end would abort.
 
 import errno
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from rekindle.data.errors import RekindleError
@@ -53,6 +55,21 @@ def resumable(line: str) -> Iterator[None]:
         for process in multiprocessing.active_children():
             process.kill()
         leave(130)
+
+
+def command_again(
+    command: list[str],
+    out: Path,
+    set_: list[str] | None = None,
+    sweep: list[str] | None = None,
+    workers: int | None = None,
+    ending: Sequence[str] = (),
+) -> str:
+    """The line that goes on with a command, as it would be typed."""
+    options = [part for value in set_ or [] for part in ("--set", value)]
+    options += [part for value in sweep or [] for part in ("--sweep", value)]
+    options += ["--workers", str(workers)] if workers else []
+    return shlex.join(["pipeline", *command, "--out", str(out), *options, *ending])
 
 
 @contextmanager

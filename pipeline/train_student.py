@@ -56,6 +56,19 @@ def train_from_config(
     return result
 
 
+def told_of(result: TrainResult) -> str:
+    """What a finished run was: its time, its held-out values, what it was trained with."""
+    values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
+    lines = [f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}"]
+    for what in ("sequences", "positions"):
+        kd, ce_only, neither = (
+            result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
+        )
+        rest = f", {neither:,} with neither" if neither else ""
+        lines.append(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
+    return "\n".join(lines)
+
+
 def student_view(cache: Cache, config: RunConfig) -> str | None:
     """The masked view that the configured student sees: a cache may hold views of several masks."""
     if config.student is None or config.student.language_task != "masked_lm":

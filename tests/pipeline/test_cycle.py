@@ -317,28 +317,32 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
     assert one == other
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, file, folder):
-    out = folder / "broken"
+def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, folder):
+    """With two of the arms; scores of a cell depend on nothing of the other arms."""
+    out, file = folder / "broken", folder / "two-arms.yaml"
+    file.write_text(dump_cycle(config.model_copy(update={"arms": ("expert", "mixture")})))
     moments = [
-        out / "experts" / "colour",
-        out / "costs" / "colour.json",
-        out / "students" / "mixture" / "metrics.jsonl",
-        out / "fine-tuned" / "kd",
+        (out / "experts" / "colour", signal.SIGKILL),
+        (out / "costs" / "colour.json", signal.SIGINT),
+        (out / "students" / "mixture" / "metrics.jsonl", signal.SIGKILL),
+        (out / "search" / "mixture" / "colour" / "learning_rate=0.003", signal.SIGKILL),
     ]
-    for number, moment in enumerate(moments):
+    for moment, how in moments:
         process = start(file, out)
         began = time.monotonic()
         while not moment.exists():
             time.sleep(0.05)
             assert process.poll() is None, process.communicate()
             assert time.monotonic() - began < 300
-        os.killpg(process.pid, signal.SIGINT if number == 1 else signal.SIGKILL)
+        os.killpg(process.pid, how)
         process.communicate(timeout=60)
-        assert process.returncode == (130 if number == 1 else -signal.SIGKILL)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
     process = start(file, out)
     text, errors = process.communicate(timeout=560)
     assert process.returncode == 0, errors
-    assert scores(out) == scores(whole[0])
+    found, expected = scores(out), scores(whole[0])
+    assert len(found) == 12  # two arms on two tasks, and two points of a search for each
+    assert found == {cell: expected[cell] for cell in found}
     process = start(file, out)
     assert process.communicate(timeout=120)[0] == text  # nothing is left to do
 
