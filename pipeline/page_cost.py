@@ -5,7 +5,7 @@ student. Nothing is guessed: a cost that was not recorded is unknown, and so is 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -67,7 +67,7 @@ class StudentCost:
 
 
 def typical_cost(
-    teachers: dict[str, float | None], students: Sequence[StudentCost]
+    teachers: Mapping[str, float | None], students: Sequence[StudentCost]
 ) -> tuple[Cost | None, str]:
     """Of any number of students that are, on average, like those of them that are taught and of
     known cost; and a sentence that names them and the others. None where there are none.
@@ -98,20 +98,22 @@ def typical_cost(
 
 
 def cost_section(
-    teachers: dict[str, float | None],
+    teachers: Mapping[str, float | None],
     students: Sequence[StudentCost],
     cost: Cost | None,
     notes: Sequence[str],
     more: Sequence[Block] = (),
+    samples: Sequence[int] | None = None,
 ) -> Section:
     """Each teacher once, each student, and their sums over the number of students.
 
-    ``notes`` say what they are of, where the cost of live teachers is from, or why it is unknown.
+    ``notes`` say what they are of, where the cost of live teachers is from, or why it is unknown;
+    ``samples`` are the numbers of the students' lines in other pictures, if not 0, 1, 2….
     """
     blocks: list[Block] = []
     if teachers:
         blocks.append(_teacher_table(teachers))
-    blocks.append(_student_table(students))
+    blocks.append(_student_table(students, samples))
     if cost is not None:
         blocks += [Figures([_picture(cost)]), Facts(cost_lines(cost))]
     return Section("Cost", [*blocks, *map(Note, notes), *more])
@@ -129,14 +131,14 @@ def cost_lines(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
-def _teacher_table(teachers: dict[str, float | None]) -> Table:
+def _teacher_table(teachers: Mapping[str, float | None]) -> Table:
     cells = ["unknown" if value is None else f"{value:,.1f}" for value in teachers.values()]
     columns = [Column("teacher", list(teachers)), Column("seconds, once", cells)]
     note = "Of one process each, without loading. Unknown: older versions did not record it."
     return Table("Each teacher, run over the corpus", columns, note if "unknown" in cells else "")
 
 
-def _student_table(students: Sequence[StudentCost]) -> Table:
+def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | None) -> Table:
     live = [
         formatted(one.live, "{:,.1f}") if one.live is not None else "unknown" for one in students
     ]
@@ -148,7 +150,9 @@ def _student_table(students: Sequence[StudentCost]) -> Table:
         ),
         Column("its teachers live", live),
     ]
-    return Table("Each student", columns, samples=range(len(students)))
+    return Table(
+        "Each student", columns, samples=range(len(students)) if samples is None else samples
+    )
 
 
 def _picture(cost: Cost) -> Any:
@@ -181,8 +185,8 @@ def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
     most = _most_runs(cost)
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
-        "teachers live beside each": [cost.with_live_teachers(n) / size for n in runs],
-        "teachers cached once": [cost.cached(n) / size for n in runs],
+        "live teachers": [cost.with_live_teachers(n) / size for n in runs],
+        "cached teachers": [cost.cached(n) / size for n in runs],
     }
     for style, (label, values) in enumerate(lines.items()):
         axes.plot(runs, plottable(values), label=label, **line_style(style))
@@ -191,4 +195,4 @@ def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
     axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

@@ -12,7 +12,9 @@ from rekindle.pipeline.page import Block, Figure, Figures, Legend, Note, Section
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
+MOST_PALE = 4  # runs whose single points can be shown behind their means
 LOSS = "loss"
+SMOOTH = " Lines are running means over a twentieth of the steps."
 # What held-out values are; the others are shown under their names alone.
 MEANINGS = {
     "kl/": "KL divergence from teacher {} to the student, in nats",
@@ -64,12 +66,13 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
     count = min(most, len(points))
     edges = [n * len(points) // count for n in range(count + 1)] if count else []
     groups = [points[first:end] for first, end in pairwise(edges)]
-    return [(g[-1][0], math.fsum(value for _, value in g) / len(g)) for g in map(_finite, groups)]
+    return [(group[-1][0], _mean(group)) for group in groups]
 
 
-def _finite(group: Points) -> Points:
-    """The points that are numbers; where there are none, the last one alone: a gap in the line."""
-    return [point for point in group if math.isfinite(point[1])] or [(group[-1][0], math.nan)]
+def _mean(group: Points) -> float:
+    """Of the values that are finite numbers; NaN, a gap in the line, where none is."""
+    known = [value for _, value in group if math.isfinite(value)]
+    return sum(value / len(known) for value in known) if known else math.nan
 
 
 # --- the section ----------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ def losses_section(
     small = [_picture(_meaning(name), runs, name, small=True) for name in names]
     blocks += [Figures(small, small=True)] if small else []
     blocks += [Note(f"{len(left)} more values are in the table of runs alone.")] if left else []
-    blocks += [Note(note) for note in _notes(runs)]
+    blocks += [Note(note) for note in _notes(drawn)]
     return Section("Losses", [*blocks, *more])
 
 
@@ -102,14 +105,14 @@ def _large(runs: Sequence[RunCurves]) -> list[Figure]:
         caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
         figures.append(_picture(caption, runs, LOSS))
     objective = [(number, run.objective) for number, run in enumerate(runs)]
-    caption = "Training: the whole objective, in nats. Runs with other terms have other sums."
+    caption = "Training: the whole objective, in nats. Other terms have other sums." + SMOOTH
     if any(points for _, points in objective):
-        figures.append(figure(caption, lambda axes: _lines(axes, objective)))
+        figures.append(figure(caption, lambda axes: _training_lines(axes, objective)))
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
         hard = [(number, run.cross_entropy) for number, run in enumerate(runs)]
-        caption = "Training: the cross-entropy on the labels alone, in nats."
-        figures.append(figure(caption, lambda axes: _lines(axes, hard)))
+        caption = "Training: the cross-entropy on the labels alone, in nats." + SMOOTH
+        figures.append(figure(caption, lambda axes: _training_lines(axes, hard)))
     return figures
 
 
@@ -139,6 +142,24 @@ def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = F
 
     lines = [(number, run.held_out.get(name, [])) for number, run in enumerate(runs)]
     return figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
+
+
+def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
+    """Batches differ more than steps do: running means, before the points themselves in pale."""
+    from rekindle.pipeline.page_svg import colour, plottable
+
+    lines = [(number, points) for number, points in lines if points]
+    for number, points in lines if len(lines) <= MOST_PALE else []:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, plottable(values), color=colour(number), alpha=0.28, lw=0.7)
+    _lines(axes, [(number, running_means(points)) for number, points in lines])
+
+
+def running_means(points: Points) -> Points:
+    """Each value's mean with those before it, over a twentieth of all points."""
+    width = max(1, len(points) // 20)
+    windows = [points[max(0, n - width + 1) : n + 1] for n in range(len(points))]
+    return [(window[-1][0], _mean(window)) for window in windows]
 
 
 def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rekindle.pipeline.page import Figure
 
-WIDE, SMALL = (4.6, 2.9), (3.5, 2.3)  # inches; small, so that a telephone shows legible letters
+WIDE, SMALL = (4.2, 2.8), (3.5, 2.3)  # inches; small, so that a telephone shows legible letters
 INK, PANEL = "#010203", "#010204"  # stand for the page's own inks
 # In each mode at least 4.5:1 against panel and ground; blue, orange, green, purple, ochre, rose.
 PALETTE = {
