@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -105,7 +105,11 @@ def figure(caption: str, draw: Callable[[Any], None], size: tuple[float, float] 
     return Figure(caption, Markup(svg.replace("<svg", '<svg role="img"', 1)))
 
 
-def _drawn(draw: Callable[[Any], None], size: tuple[float, float], layout: str | None) -> str:
+def _drawn(
+    draw: Callable[[Any], None],
+    size: tuple[float, float],
+    layout: Literal["constrained"] | None,
+) -> str:
     with rc_context(_STYLE), warnings.catch_warnings():
         # Letters that matplotlib's font lacks are measured wrongly, but the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -47,15 +47,20 @@ def recorded(cache, *teachers: str, **more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, configure):
-    """A cache with a masked LM (two replicas) and a hidden-state fake of a classifier."""
+def cache(tmp_path_factory, configure, make_model, wordpiece):
+    """A cache with a masked LM (two replicas) and a classifier."""
     from rekindle.data.cache import Cache
     from rekindle.pipeline.cache_teachers import cache_teachers
 
     path = tmp_path_factory.mktemp("page") / "cache"
+    lm, topics = (
+        str(make_model("bert", f"AutoModelFor{auto}", wordpiece))
+        for auto in ("MaskedLM", "SequenceClassification")
+    )
+    kept = {"kind": "topk", "k": 4}
     teachers = [
-        {"name": "lm", "model": "fake", "task": "masked_lm", "targets": {"k": 4}},
-        {"name": "topics", "model": "fake:3", "task": "sequence_classification"},
+        {"name": "lm", "model": lm, "task": "masked_lm", "targets": kept},
+        {"name": "topics", "model": topics, "task": "sequence_classification"},
     ]
     cache_teachers(configure(path, teachers))
     return Cache.open(path)
