@@ -402,18 +402,20 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")
     ],
-    out: Annotated[Path | None, typer.Option(help="also write the table as an HTML page")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the report as one HTML page")] = None,
     as_json: Json = False,
 ) -> None:
     """Show runs of one corpus beside each other: what differs, time, speed, held-out values."""
     from rekindle.pipeline.compare import compare_runs
 
     found = compare_runs(runs)
-    from rekindle.pipeline.compare_table import as_html, as_text
+    from rekindle.pipeline.compare_table import as_text
 
     if out is not None:
+        from rekindle.pipeline.compare_page import comparison_html
+
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(as_html(found), encoding="utf-8")
+        out.write_text(comparison_html(found), encoding="utf-8")
     typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 

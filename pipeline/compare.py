@@ -19,6 +19,8 @@ from rekindle.pipeline.sweep_plan import SWEPT_SECTIONS, shortest_tails
 from rekindle.train.methods import is_better_upwards
 from rekindle.train.run_log import read_metrics
 
+CYCLE_FILE = "cycle.json"  # marks the directory of `pipeline rekindle`; its runs are in students/
+SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 # Where these differ, held-out values are of other positions, or of another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
@@ -79,7 +81,8 @@ class _Found:
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
-    """The runs in ``directories``, each a run's own, a sweep's, or one of several stages.
+    """The runs in ``directories``, each a run's own, a sweep's, one of several stages, or a
+    cycle's.
 
     Raises InputError for directories that are neither and for runs from different corpora;
     CheckpointError for damaged ones.
@@ -119,6 +122,8 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
                 for run in sweep["runs"]
             ]
+        elif (directory / CYCLE_FILE).is_file():
+            ones = [one for one in map(_open_run, sorted(directory.glob("students/*"))) if one]
         elif (stages := read_stages(directory)) is not None:
             ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
         else:
@@ -174,7 +179,7 @@ def _one_corpus(found: Sequence[_Found]) -> str:
 
 
 def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
-    summary = _json(one.directory / "summary.json") or {}
+    summary = read_json(one.directory / "summary.json") or {}
     records = read_metrics(one.directory) if (one.directory / "metrics.jsonl").is_file() else []
     steps = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluate"]
@@ -217,14 +222,15 @@ def _task_scores(directory: Path) -> dict[str, float]:
     """The scores of what was fine-tuned into folders below the run, by folder and metric."""
     scores = {}
     for path in sorted(directory.glob("**/metrics.json")):
-        found = _json(path) or {}
+        found = read_json(path) or {}
         if isinstance(found.get("mean"), float) and "metric" in found:
             task = "/".join(path.parent.relative_to(directory).parts)
             scores[f"{task} {found['metric']}".strip()] = found["mean"]
     return scores
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file that a command has left; None where there is none. Raises CheckpointError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -288,14 +294,14 @@ def is_higher_better(name: str) -> bool:
     """Whether the most is the best of a value: speed, scores, agreement and what methods say of
     their own values; else the least is.
     """
-    if name == "tokens_per_second" or name.startswith("scores/"):
+    if name == "tokens_per_second" or name.startswith(SCORES):
         return True
     return is_better_upwards(name)
 
 
 def values_of(run: RunFacts) -> dict[str, float]:
     """What a run is judged by, under the names that ``Comparison.best`` has."""
-    values = dict(run.evaluation) | {f"scores/{name}": v for name, v in run.scores.items()}
+    values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
     if run.tokens_per_second is not None:
         values["tokens_per_second"] = run.tokens_per_second
     return values

@@ -1,29 +1,33 @@
-"""A comparison as tables: the same cells in plain text and on a page without network."""
+"""A comparison as tables of finished cells, and these in plain text."""
 
 import io
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import yaml
-from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare import Comparison, RunFacts, by_corpus, compare_runs, values_of
+from rekindle.pipeline.compare import (
+    SCORES,
+    Comparison,
+    RunFacts,
+    by_corpus,
+    compare_runs,
+    values_of,
+)
 from rekindle.pipeline.compare_cost import Match, lowest, thinned
 from rekindle.pipeline.compare_domains import PREFIX, DomainMatrix
 from rekindle.pipeline.sweep_plan import shortest_tails
+from rekindle.pipeline.table import NOTHING, Column, Table, formatted
 from rekindle.train.config import DistillTerm
 
-TEMPLATE = Path(__file__).parent / "templates" / "compare.html.j2"
-NOTHING = "–"
 _WIDEST = 10_000  # characters: no cell is ever cut
 _WIDEST_CELL = 28  # of a run that is a column: longer ones are folded
 COST = (
@@ -33,64 +37,55 @@ COST = (
 _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table. ``best`` are the rows that have the best value."""
-
-    title: str
-    cells: list[str]
-    best: frozenset[int] = frozenset()
-    words: bool = False
-
-
 def columns_of(comparison: Comparison) -> list[Column]:
     """What is shown: the runs, the settings that differ, time and speed, values, coverage."""
     runs = comparison.runs
-    shown = [Column("run", [run.name for run in runs], words=True), *_settings(runs)]
-    shown.append(Column("steps", [_steps(run) for run in runs]))
-    shown.append(Column("seconds", [_number(run.seconds, "{:,.1f}") for run in runs]))
+    names = Column("run", [run.name for run in runs], words=True)
+    return [names, *_settings(runs), *result_columns(comparison)]
+
+
+def result_columns(comparison: Comparison, scores: bool = True) -> list[Column]:
+    """What came out of each run: steps, time and speed, values (with task ``scores``, or without),
+    coverage.
+    """
+    runs = comparison.runs
+    shown = [Column("steps", [_steps(run) for run in runs])]
+    shown.append(Column("seconds", [formatted(run.seconds, "{:,.1f}") for run in runs]))
     formats = {"tokens_per_second": "{:,.0f}"}
     names = list(dict.fromkeys(name for run in runs for name in values_of(run)))
     names = [name for name in names if not name.startswith(PREFIX)]  # they have their own table
+    names = [name for name in names if scores or not name.startswith(SCORES)]
     names.sort(key=lambda name: name not in formats)  # speed stands beside time
     for name in names:
-        cells = [_number(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
+        cells = [formatted(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
         best = comparison.best.get(name, [])
         rows = frozenset(number for number, run in enumerate(runs) if run.name in best)
-        title = name.replace("tokens_per_second", "tokens/s").removeprefix("scores/")
+        title = name.replace("tokens_per_second", "tokens/s").removeprefix(SCORES)
         shown.append(Column(title, cells, rows))
         if name == "tokens_per_second":
-            shown.append(Column("data wait", [_number(run.data_wait, "{:.1%}") for run in runs]))
+            shown.append(Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs]))
     for what in ("sequences", "positions"):
-        cells = [_number(_share_with_kd(run, what), "{:.1%}") for run in runs]
+        cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
         shown.append(Column(f"KD {what}", cells))
     return shown
 
 
-@dataclass(frozen=True)
-class Section:
-    """A further table, with what must be said of it."""
-
-    title: str
-    columns: list[Column]
-    note: str = ""
-
-
-def sections_of(comparison: Comparison) -> list[Section]:
+def sections_of(comparison: Comparison) -> list[Table]:
     """The tables below the first one: losses at equal steps, at equal cost, and by domain."""
+    return [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison)]
+
+
+def step_tables(comparison: Comparison) -> list[Table]:
+    """Losses at equal steps, where the last evaluations are not all there is to compare."""
     names = [run.name for run in comparison.runs]
-    sections = []
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
         columns = _matched(names, comparison.matched_steps, "steps", "{:,.0f}")
-        sections.append(Section("held-out loss at equal steps", columns))
-    sections += _cost_section(comparison)
-    if comparison.domains.runs:
-        sections.append(_domain_section(comparison.domains))
-    return sections
+        return [Table("held-out loss at equal steps", columns)]
+    return []
 
 
-def _cost_section(comparison: Comparison) -> list[Section]:
+def cost_tables(comparison: Comparison) -> list[Table]:
     """Nothing where no cost is known; where one run's alone is, whose are not."""
     title = "held-out loss at equal total cost"
     evaluated = [run for run in comparison.runs if run.curve.points]
@@ -98,10 +93,10 @@ def _cost_section(comparison: Comparison) -> list[Section]:
     if comparison.matched_cost:
         names = [run.name for run in comparison.runs]
         columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
-        return [Section(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))]
+        return [Table(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))]
     if comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
         note = "not compared: what it cost is not recorded (by older versions) for "
-        return [Section(title, [], note + unknown)]
+        return [Table(title, [], note + unknown)]
     return []
 
 
@@ -121,12 +116,17 @@ def _matched(
     return columns
 
 
-def _domain_section(matrix: DomainMatrix) -> Section:
+def _domain_table(matrix: DomainMatrix) -> Table:
     columns = [Column("run", matrix.runs, words=True)]
     for number, name in enumerate(matrix.domains):
-        cells = [_number(values[number], "{:,.2f}") for values in matrix.perplexity]
+        cells = [formatted(values[number], "{:,.2f}") for values in matrix.perplexity]
         columns.append(Column(name, cells))
-    return Section("held-out perplexity by domain, at the last evaluation", columns)
+    return Table("held-out perplexity by domain, at the last evaluation", columns)
+
+
+def domain_tables(comparison: Comparison) -> list[Table]:
+    """Perplexity by domain, where runs have evaluated it."""
+    return [_domain_table(comparison.domains)] if comparison.domains.runs else []
 
 
 def domain_matrix(runs: Sequence[Path]) -> str:
@@ -138,7 +138,7 @@ def domain_matrix(runs: Sequence[Path]) -> str:
     """
     matrices = [compare_runs(group).domains for group in by_corpus(runs)]
     return "\n".join(
-        line for one in matrices if one.runs for line in _section_lines(_domain_section(one), 0)
+        line for one in matrices if one.runs for line in _table_lines(_domain_table(one), 0)
     )
 
 
@@ -148,10 +148,11 @@ def _settings(runs: list[RunFacts]) -> Iterable[Column]:
     for key, tail in zip(keys, tails, strict=True):
         values = [run.settings[key] for run in runs]
         words = any(isinstance(value, str | dict | list) for value in values)
-        yield Column(tail, [_setting(key, value) for value in values], words=words)
+        yield Column(tail, [setting_words(key, value) for value in values], words=words)
 
 
-def _setting(key: str, value: Any) -> str:
+def setting_words(key: str, value: Any) -> str:
+    """A setting's value in one line, without the defaults of terms."""
     if value is None:
         return NOTHING
     if key == "train.objective.distill":
@@ -182,10 +183,6 @@ def _share_with_kd(run: RunFacts, what: str) -> float | None:
     return counts.get(f"{what}_with_kd", 0) / total if total else None
 
 
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else form.format(value)
-
-
 def as_text(comparison: Comparison, width: int | None = None) -> str:
     """The tables in plain text; the best of the runs has a star.
 
@@ -198,14 +195,14 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     notes = [f" note: {note}" for note in comparison.notes]
     if any(column.best for column in columns):
         notes.append(" * the best of the runs")
-    below = [line for s in sections_of(comparison) for line in ("", *_section_lines(s, width))]
+    below = [line for s in sections_of(comparison) for line in ("", *_table_lines(s, width))]
     return "\n".join([*lines, *notes, *below])
 
 
-def _section_lines(section: Section, width: int) -> list[str]:
+def _table_lines(table: Table, width: int) -> list[str]:
     """A further table with its title; ``width`` 0: as it stands."""
-    lines = _fitting(section.columns, width or _WIDEST) if section.columns else []
-    return [f" {section.title}", *lines, *([f" {section.note}"] if section.note else [])]
+    lines = _fitting(table.columns, width or _WIDEST) if table.columns else []
+    return [f" {table.title}", *lines, *([f" {table.note}"] if table.note else [])]
 
 
 def _fitting(columns: list[Column], width: int) -> list[str]:
@@ -215,8 +212,8 @@ def _fitting(columns: list[Column], width: int) -> list[str]:
     return lines
 
 
-def _upright(columns: list[Column]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+def _upright(columns: list[Column]) -> rich.table.Table:
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
     for row in range(len(columns[0].cells)):
@@ -224,9 +221,9 @@ def _upright(columns: list[Column]) -> Table:
     return table
 
 
-def _lying(columns: list[Column]) -> Table:
+def _lying(columns: list[Column]) -> rich.table.Table:
     names, *others = columns
-    table = Table(box=box.SIMPLE_HEAD)
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
     table.add_column(names.title, no_wrap=True)
     for name in names.cells:
         table.add_column(name, justify="right", overflow="fold", max_width=_WIDEST_CELL)
@@ -235,7 +232,7 @@ def _lying(columns: list[Column]) -> Table:
     return table
 
 
-def _drawn(table: Table) -> list[str]:
+def _drawn(table: rich.table.Table) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=_WIDEST, color_system=None).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
@@ -250,11 +247,3 @@ def _cell(column: Column, row: int) -> Text:
     # The others get a blank for the star, so that digits stand below digits.
     star = ("*" if row in column.best else " ") if column.best else ""
     return Text(column.cells[row] + star)
-
-
-def as_html(comparison: Comparison) -> str:
-    """The table as one page: nothing is fetched from anywhere."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    tables = [Section("", columns_of(comparison)), *sections_of(comparison)]
-    return template.render(comparison=comparison, tables=tables)

@@ -4,21 +4,23 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rekindle.pipeline.demo_settings import STUDENTS, WITH, WITHOUT, DemoSettings
-from rekindle.pipeline.demo_tasks import TASKS, TASKS_FOLDER, Task
-from rekindle.pipeline.report import (
-    CacheFacts,
-    Cost,
+from rekindle.pipeline.demo_report import (
+    DemoTask,
     Report,
     Run,
-    TaskScores,
-    as_html,
+    as_page,
     as_text,
-    read_cache,
     read_run,
     read_test_scores,
 )
+from rekindle.pipeline.demo_settings import STUDENTS, WITH, WITHOUT, DemoSettings
+from rekindle.pipeline.demo_tasks import TASKS, TASKS_FOLDER, Task
+from rekindle.pipeline.page import as_html
+from rekindle.pipeline.page_cache import CacheFacts, read_cache
+from rekindle.pipeline.page_cost import Cost
+from rekindle.pipeline.page_scores import TaskScores
 
 LEAD = (
     "Experts are fine-tuned from a small language model, run once over unlabelled text, and teach "
@@ -42,6 +44,7 @@ def collect(home: Path, settings: DemoSettings) -> Report:
     return Report(
         title="Knowledge rekindle on Python's own documentation",
         lead=LEAD,
+        models=list(HEADINGS.values()),
         tasks=[_task_scores(home, task) for task in TASKS],
         runs=runs,
         cache=cache,
@@ -51,20 +54,18 @@ def collect(home: Path, settings: DemoSettings) -> Report:
     )
 
 
-def _task_scores(home: Path, task: Task) -> TaskScores:
+def _task_scores(home: Path, task: Task) -> DemoTask:
     folder = home / TASKS_FOLDER / task.name
     labels = [json.loads(line)["label"] for line in _lines(folder / "test.jsonl")]
-    return TaskScores(
-        task=task.name,
-        about=task.question,
-        train_examples=len(_lines(folder / "train.jsonl")),
-        test_examples=len(labels),
-        chance=1 / len(set(labels)),
-        scores={
-            heading: read_test_scores(fine_tuned(home, model, task.name))
-            for model, heading in HEADINGS.items()
-        },
-    )
+    examples = len(_lines(folder / "train.jsonl"))
+    scores = {
+        heading: read_test_scores(fine_tuned(home, model, task.name))
+        for model, heading in HEADINGS.items()
+    }
+    about = f"{task.question} {examples:,} examples to train on, {len(labels):,} to test"
+    chance = 1 / len(set(labels))
+    scored = TaskScores(task.name, "accuracy", "test", scores, chance, about)
+    return DemoTask(task.question, examples, len(labels), scored)
 
 
 def _lines(path: Path) -> list[str]:
@@ -149,8 +150,8 @@ def _commands(shown: Path, settings: DemoSettings) -> list[tuple[str, str]]:
 
 def write_results(report: Report, home: Path) -> str:
     """Write ``report.html`` and ``results.json``; returns the text to print, with the paths."""
-    (home / "report.html").write_text(as_html(report), encoding="utf-8")
-    results = json.dumps(asdict(report), indent=1) + "\n"
+    (home / "report.html").write_text(as_html(as_page(report)), encoding="utf-8")
+    results = json.dumps(_results(report), indent=1) + "\n"
     (home / "results.json").write_text(results, encoding="utf-8")
     shown = _shown(home)
     paths = [
@@ -165,6 +166,15 @@ def write_results(report: Report, home: Path) -> str:
     ]
     lines = [f"{what + ':':15}{shown}/{path}" for what, path in paths]
     return "\n".join([as_text(report), "", *lines])
+
+
+def _results(report: Report) -> dict[str, Any]:
+    """All numbers, but for every single step of the students: their own directories have those."""
+    results = asdict(report)
+    for run in results["runs"]:
+        records = run.pop("records")
+        run["evaluations"] = [record for record in records if record["kind"] == "evaluate"]
+    return results
 
 
 def _shown(home: Path) -> Path:

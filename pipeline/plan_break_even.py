@@ -68,6 +68,20 @@ def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm]
     return sum(any(weight_at(w, step, train.steps) > 0 for w in weights) for step in steps)
 
 
+def taught_sequences(train: TrainConfig, teacher: str) -> int:
+    """Sequences that a live ``teacher`` would be run on beside a run that was trained like this,
+    replicas counted one by one: those of the steps at which the objective reads it.
+
+    Methods that name no teacher are taken to read those that no other term names.
+    """
+    methods = train.objective.methods
+    naming = [term for term in methods if teacher in _words(term)]
+    distilled = any(teacher in term.teachers for term in train.objective.distill)
+    chooses = train.curriculum is not None and train.curriculum.teacher == teacher
+    reading = naming if naming or distilled or chooses else list(methods)
+    return active_steps(train, teacher, reading) * train.batch_sequences
+
+
 def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
     """Methods that name the teacher among their settings, as far as that is known unloaded.
 

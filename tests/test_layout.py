@@ -30,7 +30,7 @@ HOMES = {
     "sklearn": "train/scores.py",
 }
 LONGEST_FILE = 450
-ONLY_IN_TESTS = ("pytest", "hypothesis", "moto", "polars", "duckdb")
+ONLY_IN_TESTS = ("pytest", "hypothesis", "moto", "polars", "duckdb", "playwright")
 
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("**/*.py"))]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]

@@ -13,7 +13,8 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare import compare_runs, differences
 from rekindle.pipeline.compare_cost import Curve, Point, match_cost, match_steps
-from rekindle.pipeline.compare_table import NOTHING, as_html, as_text, columns_of, domain_matrix
+from rekindle.pipeline.compare_page import comparison_html
+from rekindle.pipeline.compare_table import NOTHING, as_text, columns_of, domain_matrix
 from rekindle.train.config import StudentConfig, TrainConfig
 
 LM = {"teachers": ["lm"], "temperature": 2.0}
@@ -208,12 +209,13 @@ def test_names_are_the_ends_that_tell_directories_apart(write, monkeypatch, tmp_
 def test_the_page_stands_alone_and_escapes(write):
     runs = [write("a", loss=4.0), write("<b>&", student={"model": "<script>"})]
     comparison = compare_runs(runs)
-    page = as_html(comparison)
+    page = comparison_html(comparison)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "http" not in page
     for column in columns_of(comparison):
-        assert f">{column.title}</th>" in page
+        title = "student.model" if column.title == "model" else column.title
+        assert f">{title}</div>" in page
     assert page.count('class="best"') == 3
 
 
@@ -289,7 +291,7 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     assert table["alone"] == ["5.0000 (2)", "4.0000 (4)", "3.8000 (6)*"]
     assert table["taught"] == [NOTHING, NOTHING, "4.0000 (2)"]
     assert "nothing is interpolated" in text
-    page = as_html(comparison)
+    page = comparison_html(comparison)
     assert "held-out loss at equal total cost" in page
     assert "4.0000 (2)" in page
 
@@ -329,7 +331,7 @@ def test_a_cost_that_is_not_recorded_is_unknown_never_nothing(curve, unknown):
         curve("b", {2: 4.0, 4: 3.0}, seed=1, **unknown),
     ]
     assert compare_runs(runs).matched_cost == []
-    for shown in (as_text(compare_runs(runs), 999), as_html(compare_runs(runs))):
+    for shown in (as_text(compare_runs(runs), 999), comparison_html(compare_runs(runs))):
         assert "not recorded (by older versions) for b" in shown
     assert matched(compare_runs(runs).matched_steps) == {2: [5.0, 4.0], 4: [4.0, 3.0]}
     comparison = compare_runs([*runs, curve("c", {2: 4.5, 4: 4.2}, taught=False, seed=2)])
@@ -381,7 +383,7 @@ def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
     whole = as_text(comparison, 999)
     assert text in whole
     assert "loss/old" not in whole
-    assert "148.41" in as_html(comparison)
+    assert "148.41" in comparison_html(comparison)
     assert comparison.as_dict()["domains"]["runs"] == ["1-old", "3-new"]
 
 

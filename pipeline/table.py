@@ -1,0 +1,40 @@
+"""A table as columns of finished cells: what text and page both draw. Knows no run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+NOTHING = "–"  # for what is not there
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column. ``best`` are the rows that have the best value, ``unlike`` those whose value is not
+    the usual one; ``below`` has a second, quieter line for each cell.
+    """
+
+    title: str
+    cells: list[str]
+    best: frozenset[int] = frozenset()
+    words: bool = False
+    unlike: frozenset[int] = frozenset()
+    below: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of one length below a title; without columns, only ``note`` is said.
+
+    ``samples`` has, for each row that stands for a run, the number of its line in all pictures.
+    """
+
+    kind: ClassVar[str] = "table"
+    title: str
+    columns: list[Column]
+    note: str = ""
+    samples: Sequence[int] = ()
+
+
+def formatted(value: float | None, form: str) -> str:
+    """The value in a format such as ``{:.1f}``; a dash where there is none."""
+    return NOTHING if value is None else form.format(value)
