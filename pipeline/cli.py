@@ -412,10 +412,10 @@ def compare(
     from rekindle.pipeline.compare_table import as_text
 
     if out is not None:
-        from rekindle.pipeline.compare_page import comparison_html
+        from rekindle.pipeline.cycle_page import report_html
 
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(comparison_html(found), encoding="utf-8")
+        out.write_text(report_html(runs, found), encoding="utf-8")
     typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 

@@ -19,7 +19,6 @@ from rekindle.pipeline.sweep_plan import SWEPT_SECTIONS, shortest_tails
 from rekindle.train.methods import is_better_upwards
 from rekindle.train.run_log import read_metrics
 
-CYCLE_FILE = "cycle.json"  # marks the directory of `pipeline rekindle`; its runs are in students/
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 # Where these differ, held-out values are of other positions, or of another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
@@ -122,7 +121,7 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
                 for run in sweep["runs"]
             ]
-        elif (directory / CYCLE_FILE).is_file():
+        elif is_cycle(directory):
             ones = [one for one in map(_open_run, sorted(directory.glob("students/*"))) if one]
         elif (stages := read_stages(directory)) is not None:
             ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
@@ -137,6 +136,11 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
             "run.json and no sweep.json). Give directories that its --out named"
         )
     return list(found.values())
+
+
+def is_cycle(directory: Path) -> bool:
+    """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
+    return (read_json(directory / "cycle.json") or {}).get("written_by") == "rekindle cycle"
 
 
 def _open_run(directory: Path) -> _Found | None:

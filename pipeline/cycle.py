@@ -24,8 +24,10 @@ from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare import compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle_page import cycle_html
 from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle_results import CycleResults, read_results
 from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
@@ -60,6 +62,7 @@ def run_cycle(
         _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
         results = read_results(home)
         _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
+        _write(home / "report.html", cycle_html(compare_runs([home]), results))
     return results
 
 

@@ -14,6 +14,7 @@ from rekindle.pipeline.cycle_scores import (
 )
 from rekindle.pipeline.cycle_searched import Searched
 
+UNFINISHED = "unfinished"  # how the note begins that says what is not there
 FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 
 
@@ -32,7 +33,7 @@ class Told:
 def notes_of(told: Told) -> list[str]:
     """The notes, those first that say what is not there."""
     if not told.found:
-        return [*_missing(told), "nothing is fine-tuned yet"]
+        return [*_missing(told), f"{UNFINISHED}: nothing is fine-tuned yet"]
     return [
         *_missing(told),
         *_tests(told.differences),
@@ -53,7 +54,7 @@ def _missing(told: Told) -> list[str]:
         arms.setdefault(arm, []).append(task)
     listed = "; ".join(f"{arm} on {', '.join(tasks)}" for arm, tasks in arms.items())
     means = ": these arms have no mean over tasks" if len(told.metrics) > 1 else ""
-    return [f"unfinished, not there yet: {listed}{means}"]
+    return [f"{UNFINISHED}, not there yet: {listed}{means}"]
 
 
 def _tests(differences: Sequence[Difference]) -> list[str]:

@@ -317,6 +317,29 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
     assert one == other
 
 
+def test_the_report_shows_every_arm_and_student(whole, command, tmp_path):
+    out, text = whole
+    results = json.loads((out / "results.json").read_text())
+    assert {(s["arm"], s["task"]) for s in results["scores"]} >= {
+        (arm, task) for arm in ARMS for task in ("colour", "alike", "mean")
+    }
+    assert len(results["searched"]) == 2 * len(ARMS)
+    page = (out / "report.html").read_text()
+    for name in (*ARMS, *student_names(config_in(out))):
+        assert f">{name}<" in page
+    assert "http" not in page
+    code, said, errors = command("compare", out, "--out", tmp_path / "page.html")
+    assert code == 0, errors
+    assert "both-colour" in said
+    assert (tmp_path / "page.html").read_text() == page
+    for arm in ARMS:
+        assert arm in text
+
+
+def config_in(out: Path) -> CycleConfig:
+    return load_cycle(out / "run.yaml")
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, folder):
     """With two of the arms; scores of a cell depend on nothing of the other arms."""
     out, file = folder / "broken", folder / "two-arms.yaml"
