@@ -99,7 +99,7 @@ def test_live_teachers_are_estimated_from_recorded_seconds(cache, tmp_path):
 
 def test_sequences_that_a_teacher_teaches():
     values = {"steps": 4, "batch_sequences": 3}
-    named = {"distill": [{"teachers": ["a"]}], "methods": [{"method": "m"}]}
+    named = {"distill": [{"teachers": ["a"]}], "methods": [{"method": "replaced_tokens"}]}
     train = parse_settings(TrainConfig, values | {"objective": named})
     assert taught_sequences(train, "a") == 12
     assert taught_sequences(train, "of the method") == 12
