@@ -31,7 +31,9 @@ def photograph(
     view = browser.new_page(viewport=size, color_scheme="light")
     view.goto(page.resolve().as_uri())
     taken = view.locator(whole).screenshot() if whole else view.screenshot()
-    Image.open(io.BytesIO(taken)).convert("RGB").quantize(192).save(picture, optimize=True)
+    Image.open(io.BytesIO(taken)).convert("RGB").quantize(192, Image.Quantize.MAXCOVERAGE).save(
+        picture, optimize=True
+    )
     view.close()
     assert picture.stat().st_size < MOST_BYTES, f"{picture} has {picture.stat().st_size} bytes"
 
