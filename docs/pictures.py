@@ -27,11 +27,13 @@ MOST_BYTES = 150_000
 def photograph(
     browser: Browser, page: Path, picture: Path, size: dict[str, int], whole: str = ""
 ) -> None:
-    """A picture of the top of ``page``, or of its element ``whole``; 64 colours keep it small."""
+    """A picture of the top of ``page``, or of its element ``whole``; few colours keep it small."""
     view = browser.new_page(viewport=size, color_scheme="light")
     view.goto(page.resolve().as_uri())
     taken = view.locator(whole).screenshot() if whole else view.screenshot()
-    Image.open(io.BytesIO(taken)).convert("RGB").quantize(64).save(picture, optimize=True)
+    Image.open(io.BytesIO(taken)).convert("RGB").quantize(192, Image.Quantize.MAXCOVERAGE).save(
+        picture, optimize=True
+    )
     view.close()
     assert picture.stat().st_size < MOST_BYTES, f"{picture} has {picture.stat().st_size} bytes"
 

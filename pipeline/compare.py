@@ -127,7 +127,7 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
             ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
         else:
             ones = [one for one in [_open_run(directory)] if one is not None]
-            strangers += [] if ones else [str(directory)]
+        strangers += [] if ones else [str(directory)]
         for one in ones:
             found.setdefault(one.directory.resolve(), one)
     if strangers:

@@ -98,6 +98,13 @@ def as_html(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = breakable
     environment.globals |= {"sample": sample, "palette": palette}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return _CONTROLS.sub("\ufffd", template.render(page=page))
+
+
+def breakable(text: str) -> Markup:
+    """The text, escaped, that may be broken where names of runs and settings have their joints."""
+    joints = re.compile(r"(?<=[,=])|(?<=[a-z][./])(?=[a-z])")
+    return Markup("<wbr>").join(joints.split(text))

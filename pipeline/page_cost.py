@@ -18,7 +18,7 @@ ESTIMATED = (
     "each sequence that a teacher was run on, times the sequences of the steps at which the run "
     "learnt from it. That leaves out that a student's batches are shuffled, not sorted by length "
     "as in stage 1, that teachers and student then share one memory, and the loading of teachers; "
-    "it counts encoding and writing of what they say, which live teachers would not need."
+    "it counts the encoding of what they say, which live teachers would not need."
 )
 _UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0))
 

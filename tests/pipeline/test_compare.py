@@ -215,7 +215,7 @@ def test_the_page_stands_alone_and_escapes(write):
     assert "http" not in page
     for column in columns_of(comparison):
         title = "student.model" if column.title == "model" else column.title
-        assert f">{title}</div>" in page
+        assert f">{title}</div>" in page.replace("<wbr>", "")
     assert page.count('class="best"') == 3
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare import compare_runs
 from rekindle.pipeline.compare_page import comparison_html, comparison_page, read_scores
@@ -99,7 +100,7 @@ def test_live_teachers_are_estimated_from_recorded_seconds(cache, tmp_path):
 
 def test_sequences_that_a_teacher_teaches():
     values = {"steps": 4, "batch_sequences": 3}
-    named = {"distill": [{"teachers": ["a"]}], "methods": [{"method": "m"}]}
+    named = {"distill": [{"teachers": ["a"]}], "methods": [{"method": "replaced_tokens"}]}
     train = parse_settings(TrainConfig, values | {"objective": named})
     assert taught_sequences(train, "a") == 12
     assert taught_sequences(train, "of the method") == 12
@@ -162,6 +163,10 @@ def test_scores_are_those_on_test_where_there_are_such(cache, tmp_path):
 
 
 def test_a_cycle_is_its_students(cache, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "cycle.json").write_text("{}")
+    with pytest.raises(InputError, match="empty"):
+        compare_runs([tmp_path / "empty"])
     for name in ("mlm", "mixture"):
         write_run(tmp_path / "students" / name, recorded(cache), [])
     (tmp_path / "students" / "mlm.yaml").write_text("")

@@ -181,8 +181,8 @@ def test_a_student_has_one_line_on_the_whole_page(report: Report) -> None:
 def test_the_page_says_what_sets_the_students_apart(report: Report) -> None:
     page = as_html(as_page(report))
     part = page[page.index("What sets the students apart") :]
-    assert "train.distill" in part
-    assert "≠ [part, kind]" in part
+    assert "train.<wbr>distill" in part
+    assert "≠ [part,<wbr> kind]" in part
 
 
 def test_results_have_all_but_single_steps(report: Report, tmp_path: Path) -> None:
