@@ -140,7 +140,8 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
 
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
-    return (read_json(directory / "cycle.json") or {}).get("written_by") == "rekindle cycle"
+    path = directory / "cycle.json"
+    return path.is_file() and (read_json(path) or {}).get("written_by") == "rekindle cycle"
 
 
 def _open_run(directory: Path) -> _Found | None:

@@ -164,13 +164,13 @@ def test_scores_are_those_on_test_where_there_are_such(cache, tmp_path):
 
 def test_a_cycle_is_its_students(cache, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "cycle.json").write_text("{}")
+    (tmp_path / "empty" / "cycle.json").write_text('{"written_by": "rekindle cycle"}')
     with pytest.raises(InputError, match="empty"):
         compare_runs([tmp_path / "empty"])
     for name in ("mlm", "mixture"):
         write_run(tmp_path / "students" / name, recorded(cache), [])
     (tmp_path / "students" / "mlm.yaml").write_text("")
-    (tmp_path / "cycle.json").write_text("{}")
+    (tmp_path / "cycle.json").write_text('{"written_by": "rekindle cycle"}')
     assert [run.name for run in compare_runs([tmp_path]).runs] == ["mixture", "mlm"]
 
 
