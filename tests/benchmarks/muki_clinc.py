@@ -13,22 +13,35 @@ Data: ``clinc150_{train,val,test}.jsonl`` (text, label, domain). Every stage is 
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import random
 import shutil
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 import torch
+from muki_clinc_tables import (
+    GROUPS,
+    MUKI,
+    ORACLE,
+    ORACLE_EXPERTS,
+    UNIFORM,
+    Row,
+    differences,
+    domains_of,
+    judge,
+    judged_runs,
+    markdown,
+    processor,
+    read_rows,
+    rows_of,
+    write_csv,
+)
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
@@ -46,9 +59,7 @@ from rekindle.train.task_data import TaskData, read_task
 from rekindle.train.union import LabelUnion
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
-GROUPS = {"group-1": slice(0, 3), "group-2": slice(3, 6), "group-3": slice(6, None)}
 LENGTH = 40  # tokens; the longest text has 33
-Row = dict[str, str]
 
 
 class Size(NamedTuple):
@@ -88,8 +99,6 @@ def _muki(**settings: Any) -> dict[str, Any]:
     return {"combine": "uncertainty", "uncertainty": settings}
 
 
-MUKI, UNIFORM, ORACLE = "MUKI, soft, margin", "uniform mixture", "oracle, the same texts"
-ORACLE_EXPERTS = "oracle, the experts' texts"
 VARIANTS = (
     Variant(MUKI, _muki(), headline=True),
     Variant(UNIFORM, {"combine": "mixture"}, headline=True),
@@ -107,56 +116,70 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "cls")
     parser.add_argument("--model", required=True, help="the start model: a directory or a hub id")
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--tables", action="store_true", help="only of what is there")
     parser.add_argument("--csv", action="store_true")
     args = parser.parse_args()
-    with quiet_transformers():
-        found = run(args.work / args.size, args.data, args.model, args.size)
-    text = markdown(found)
-    (args.work / args.size / "table.md").write_text(text)
-    print(text)
+    work = args.work / args.size
+    if not args.tables:
+        with quiet_transformers():
+            run(work, args.data, args.model, SIZES[args.size])
+    found = results(work, args.model, args.size)
+    (work / "table.md").write_text(markdown(found))
+    print(markdown(found))
     if args.csv:
         write_csv(found, args.size)
 
 
-def run(work: Path, data: Path, model: str, name: str) -> dict[str, Any]:
-    """Everything of one size, in the folder ``work``; returns what ``results.json`` holds."""
-    size = SIZES[name]
+def run(work: Path, data: Path, model: str, size: Size) -> None:
+    """Everything of one size, in the folder ``work``: what answers the question first, so that a
+    run that is ended early is a smaller experiment.
+    """
     write_splits(data, work / "data", size)
     experts = {group: train_expert(work, model, size, group) for group in GROUPS}
     cache_teachers(configuration(work, model, size))
     merged_from_cache(work, model, size)
     merged(work, size, experts)
+    for variant, seed in schedule(size):
+        if isinstance(variant, Variant):
+            student(work, model, size, variant, seed)
+        else:
+            oracle(work, model, size, variant, seed)
+
+
+def schedule(size: Size) -> list[tuple[Variant | str, int]]:
+    """Students (by variant) and oracles (by name) with their seeds: the ones with most seeds
+    beside the oracle as far as it goes, then the others, then further seeds.
+    """
+    headline: list[tuple[Variant | str, int]] = []
     for seed in range(size.seeds):
-        for variant in VARIANTS:
-            if seed < (size.seeds if variant.headline else size.fewer):
-                student(work, model, size, variant, seed)
-        if seed < size.oracles:
-            oracle(work, model, size, ORACLE, "seen", seed)
-        if seed < size.fewer:
-            oracle(work, model, size, ORACLE_EXPERTS, "experts", seed)
+        headline += [(variant, seed) for variant in VARIANTS if variant.headline]
+        headline += [(ORACLE, seed)] if seed < size.oracles else []
+    others: list[Variant | str] = [variant for variant in VARIANTS if not variant.headline]
+    rest = [(one, seed) for seed in range(size.fewer) for one in (*others, ORACLE_EXPERTS)]
+    paired = [(one, seed) for one, seed in headline if seed < size.oracles]
+    return paired + rest + headline[len(paired) :]
+
+
+def results(work: Path, model: str, name: str) -> dict[str, Any]:
+    """What ``results.json`` holds, which it writes: of the runs that are there."""
+    files = sorted((work / "data").glob("*.jsonl"))
+    runs = judged_runs(work, [*(v.name for v in VARIANTS), ORACLE, ORACLE_EXPERTS])
     found = {
-        "size": name, **size._asdict(), "model": model, "versions": package_versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "texts": {file.stem: len(_rows(file)) for file in sorted((work / "data").glob("*.jsonl"))},
-        "domains": domains_of(_rows(data / "clinc150_train.jsonl")),
-        "rows": rows_of(work, size), "differences": differences(work),
-    }  # fmt: skip
+        "size": name,
+        **SIZES[name]._asdict(),
+        "model": model,
+        "versions": package_versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "texts": {file.stem: len(read_rows(file)) for file in files},
+        "domains": domains_of(read_rows(work / "data" / "test.jsonl")),
+        "rows": rows_of(work, runs),
+        "differences": differences(runs),
+    }
     (work / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
 # ---- texts -------------------------------------------------------------------------------------
-
-
-def _rows(file: Path) -> list[Row]:
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def domains_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The domains of each group, in alphabetical order: nothing was chosen."""
-    names = sorted({row["domain"] for row in rows})
-    return {group: names[part] for group, part in GROUPS.items()}
 
 
 def splits(train: Sequence[Row], dev: Sequence[Row], size: Size) -> dict[str, list[Row]]:
@@ -194,8 +217,8 @@ def write_splits(data: Path, out: Path, size: Size) -> None:
     if (out / "corpus.jsonl").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    train, dev = (_rows(data / f"clinc150_{name}.jsonl") for name in ("train", "val"))
-    made = splits(train, dev, size) | {"test": _rows(data / "clinc150_test.jsonl")}
+    train, dev = (read_rows(data / f"clinc150_{name}.jsonl") for name in ("train", "val"))
+    made = splits(train, dev, size) | {"test": read_rows(data / "clinc150_test.jsonl")}
     for name, rows in made.items():
         _write(out / f"{name}.jsonl", rows)
     _write(out / "corpus.jsonl", [{"text": row["text"]} for row in made["seen"]])
@@ -234,7 +257,7 @@ def train_expert(work: Path, model: str, size: Size, group: str) -> Path:
 
 def student_steps(work: Path, size: Size) -> int:
     """Steps of every student and oracle."""
-    return size.epochs * -(-len(_rows(work / "data" / "seen.jsonl")) // size.batch)
+    return size.epochs * -(-len(read_rows(work / "data" / "seen.jsonl")) // size.batch)
 
 
 def configuration(
@@ -285,8 +308,9 @@ def student(work: Path, model: str, size: Size, variant: Variant, seed: int) -> 
     _judge_once(work, variant.name, seed, answers)
 
 
-def oracle(work: Path, model: str, size: Size, name: str, texts: str, seed: int) -> None:
+def oracle(work: Path, model: str, size: Size, name: str, seed: int) -> None:
     """The start model on true labels, in as many steps as a student."""
+    texts = {ORACLE: "seen", ORACLE_EXPERTS: "experts"}[name]
     out = work / "oracles" / f"{texts}-{seed}"
 
     def answers() -> tuple[np.ndarray, Sequence[str]]:
@@ -319,7 +343,7 @@ def _judge_once(
         return
     began = time.monotonic()
     values, labels = answers()
-    found = judge(values, labels, _rows(work / "data" / "test.jsonl"))
+    found = judge(values, labels, read_rows(work / "data" / "test.jsonl"))
     found |= {"name": name, "seed": seed, "seconds": time.monotonic() - began}
     _save(file, found)
     print(f"{name}, seed {seed}: {found['accuracy']:.4f} in {found['seconds']:.0f} s", flush=True)
@@ -330,24 +354,6 @@ def _save(file: Path, found: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(found) + "\n")
 
 
-def judge(values: np.ndarray, labels: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """Accuracy of logits or probabilities [N,U] of ``labels`` [U] among all labels; by group; and
-    within each group, where only the labels of the text's own group can be answered.
-    """
-    groups = domains_of(rows)
-    number = {label: place for place, label in enumerate(labels)}
-    gold = np.array([number[row["label"]] for row in rows])
-    right = values.argmax(axis=1) == gold
-    found: dict[str, Any] = {"accuracy": float(right.mean()), "by group": {}, "within group": {}}
-    for group, domains in groups.items():
-        own = np.array([row["domain"] in domains for row in rows])
-        places = np.unique(gold[own])
-        inside = places[values[own][:, places].argmax(axis=1)] == gold[own]
-        found["by group"][group] = float(right[own].mean())
-        found["within group"][group] = float(inside.mean())
-    return found
-
-
 def merged(work: Path, size: Size, experts: Mapping[str, Path]) -> None:
     """What the experts say of the test texts, alone and together, without a student."""
     if (work / "scores" / "merged.json").exists():
@@ -356,7 +362,9 @@ def merged(work: Path, size: Size, experts: Mapping[str, Path]) -> None:
         expert_output(group, str(path), _test(work), size.test_passes, 0, LENGTH, 64)
         for group, path in experts.items()
     ]
-    _save(work / "scores" / "merged.json", _merges(outputs, _rows(work / "data" / "test.jsonl")))
+    _save(
+        work / "scores" / "merged.json", _merges(outputs, read_rows(work / "data" / "test.jsonl"))
+    )
 
 
 def merged_from_cache(work: Path, model: str, size: Size) -> None:
@@ -367,7 +375,9 @@ def merged_from_cache(work: Path, model: str, size: Size) -> None:
         ExpertOutput(cache.teacher(g).info, batch.targets[g].logits, batch.targets[g].mc_probs)
         for g in GROUPS
     ]
-    _save(work / "scores" / "targets.json", _merges(outputs, _rows(work / "data" / "seen.jsonl")))
+    _save(
+        work / "scores" / "targets.json", _merges(outputs, read_rows(work / "data" / "seen.jsonl"))
+    )
 
 
 def _merges(outputs: Sequence[ExpertOutput], rows: Sequence[Row]) -> dict[str, Any]:
@@ -376,135 +386,6 @@ def _merges(outputs: Sequence[ExpertOutput], rows: Sequence[Row]) -> dict[str, A
     means = {o.info.name: torch.from_numpy(np.array(o.mc_probs)).float() for o in outputs}
     found = merged_probabilities(union, logits, means)
     return {name: judge(probs.numpy(), union.names, rows) for name, probs in found.items()}
-
-
-# ---- tables ------------------------------------------------------------------------------------
-
-
-def _runs(work: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Judged runs by name and seed, in the order of the variants."""
-    found: dict[str, dict[int, dict[str, Any]]] = {
-        name: {} for name in (*(v.name for v in VARIANTS), ORACLE, ORACLE_EXPERTS)
-    }
-    for file in sorted((work / "scores").glob("*.json")):
-        one = json.loads(file.read_text())
-        if "seed" in one:
-            found.setdefault(one["name"], {})[one["seed"]] = one
-    return {name: runs for name, runs in found.items() if runs}
-
-
-def rows_of(work: Path, size: Size) -> list[dict[str, Any]]:
-    """One row per merge, kind of student and oracle."""
-    on_test, on_seen = (
-        json.loads((work / "scores" / f"{name}.json").read_text()) for name in ("merged", "targets")
-    )
-    rows = [
-        {"kind": "experts", "name": name, "seeds": 1, "targets": on_seen[name]["accuracy"]} | one
-        for name, one in on_test.items()
-    ]
-    for name, runs in _runs(work).items():
-        each = list(runs.values())
-        row = {"kind": "oracle" if "oracle" in name else "student", "name": name}
-        row |= {"seeds": len(each), "seconds": statistics.fmean(r["seconds"] for r in each)}
-        for key in ("by group", "within group"):
-            row[key] = {g: statistics.fmean(r[key][g] for r in each) for g in GROUPS}
-        rows.append(row | spread([one["accuracy"] for one in each]))
-    return rows
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample deviation and 95 % t-interval of the mean; the latter two of two or more."""
-    found: dict[str, Any] = {"accuracy": statistics.fmean(values), "sd": None, "interval": None}
-    if len(values) > 1:
-        found["sd"] = statistics.stdev(values)
-        half = scipy.stats.t.ppf(0.975, len(values) - 1) * found["sd"] / len(values) ** 0.5
-        found["interval"] = [found["accuracy"] - half, found["accuracy"] + half]
-    return found
-
-
-def differences(work: Path) -> list[dict[str, Any]]:
-    """Paired by seed: every other run minus the uniform mixture, and MUKI minus the oracle."""
-    runs = _runs(work)
-    pairs = [(name, UNIFORM) for name in runs if name != UNIFORM] + [(MUKI, ORACLE)]
-    found = []
-    for one, other in pairs:
-        common = sorted(runs[one].keys() & runs[other].keys())
-        each = [runs[one][s]["accuracy"] - runs[other][s]["accuracy"] for s in common]
-        p = None
-        if len(each) > 1:
-            p = float(scipy.stats.ttest_1samp(each, 0.0).pvalue)
-        found.append({"of": one, "minus": other, "seeds": len(each), "p": p, **spread(each)})
-    return found
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The tables, in per cent."""
-    lines = [
-        "| what answers | seeds | 150-way | 95 % interval | groups 1 / 2 / 3, 150-way | within the "
-        "group | on the students' texts |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [_line(row) for row in found["rows"]]
-    lines += ["", "| paired by seed | seeds | difference, points | 95 % interval | p |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in found["differences"]:
-        p = "–" if row["p"] is None else f"{row['p']:.2g}"
-        name = f"{row['of']} − {row['minus']}"
-        lines.append(f"| {name} | {row['seeds']} | {_value(row, '+')} | {_interval(row, '+')} | {p} |")
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    by_group = " / ".join(f"{100 * v:.1f}" for v in row["by group"].values())
-    inside = {g: v for g, v in row["within group"].items() if row["name"] == f"{g} alone"}
-    inside = inside or (row["within group"] if "alone" not in row["name"] else {})
-    within = " / ".join(f"{100 * v:.1f}" for v in inside.values())
-    targets = f"{100 * row['targets']:.1f}" if "targets" in row else "–"
-    name = row["name"] if row["kind"] == "experts" else f"{row['kind']}: {row['name']}"
-    cells = (name, row["seeds"], _value(row), _interval(row), by_group, within, targets)
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _value(row: Mapping[str, Any], sign: str = "") -> str:
-    deviation = f" ± {100 * row['sd']:.2f}" if row.get("sd") is not None else ""
-    return f"{100 * row['accuracy']:{sign}.2f}{deviation}"
-
-
-def _interval(row: Mapping[str, Any], sign: str = "") -> str:
-    if row.get("interval") is None:
-        return "–"
-    low, high = row["interval"]
-    return f"{100 * low:{sign}.2f} … {100 * high:{sign}.2f}"
-
-
-def write_csv(found: Mapping[str, Any], size: str) -> None:
-    """Append the tables to results.csv."""
-    packages = ("torch", "transformers")
-    versions = "; ".join(f"{name} {found['versions'][name]}" for name in packages)
-    start = (datetime.date.today().isoformat(), "muki-clinc", found["device"], versions)
-    with open(Path(__file__).with_name("results.csv"), "a", newline="") as file:
-        writer = csv.writer(file)
-        for case, name, metric, value in _csv_values(found):
-            writer.writerow((*start, f"{size}, {case}", name, metric, round(value, 5), ""))
-
-
-def _csv_values(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    for row in found["rows"]:
-        for metric in ("accuracy", "sd", "seeds", "targets"):
-            if row.get(metric) is not None:
-                yield row["kind"], row["name"], metric, row[metric]
-    for row in found["differences"]:
-        name = f"{row['of']} - {row['minus']}"
-        for metric, key in (("difference", "accuracy"), ("sd", "sd"), ("p", "p")):
-            if row[key] is not None:
-                yield "paired", name, metric, row[key]
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = [line for line in lines if line.startswith("model name")]
-    name = found[0].partition(":")[2].strip() if found else "CPU"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":
