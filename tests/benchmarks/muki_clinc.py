@@ -15,10 +15,8 @@ Data: ``clinc150_{train,val,test}.jsonl`` (text, label, domain). Every stage is 
 import argparse
 import json
 import os
-import random
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,22 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from muki_clinc_tables import (
-    GROUPS,
     MUKI,
     ORACLE,
-    ORACLE_EXPERTS,
     UNIFORM,
-    Row,
     differences,
-    domains_of,
     judge,
     judged_runs,
     markdown,
     processor,
-    read_rows,
     rows_of,
     write_csv,
 )
+from muki_clinc_texts import GROUPS, Counts, Row, domains_of, read_rows, write_splits
+from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
@@ -53,7 +48,7 @@ from rekindle.train.expert_outputs import ExpertOutput, expert_output, student_l
 from rekindle.train.finetune import finetune
 from rekindle.train.finetune_config import FinetuneConfig
 from rekindle.train.merge_baselines import merged_probabilities
-from rekindle.train.models import package_versions, quiet_transformers
+from rekindle.train.models import package_versions, quiet_transformers, resolve_model
 from rekindle.train.student import Student
 from rekindle.train.task_data import TaskData, read_task
 from rekindle.train.union import LabelUnion
@@ -63,11 +58,9 @@ LENGTH = 40  # tokens; the longest text has 33
 
 
 class Size(NamedTuple):
-    """How large the experiment is; texts are counted per intent."""
+    """How large the experiment is."""
 
-    expert_texts: int  # with labels, for the expert that knows the intent
-    seen_texts: int  # without labels, for all experts and all students
-    dev_texts: int
+    texts: Counts
     expert_epochs: int
     epochs: int  # of students and oracles over the texts they see
     batch: int
@@ -81,9 +74,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "toy": Size(4, 4, 2, 1, 1, 8, 1e-3, 2, 2, "fp32", 2, 2, 1),
-    "cpu": Size(50, 20, 5, 4, 3, 32, 5e-4, 16, 4, "bf16", 5, 3, 2),
-    "gpu": Size(50, 50, 20, 10, 10, 32, 3e-4, 16, 16, "bf16", 10, 10, 5),
+    "toy": Size(Counts(4, 4, 2), 1, 1, 8, 1e-3, 2, 2, "fp32", 2, 2, 1),
+    "cpu": Size(Counts(50, 20, 5), 4, 3, 32, 5e-4, 16, 4, "bf16", 5, 3, 2),
+    "gpu": Size(Counts(50, 50, 20), 10, 10, 32, 3e-4, 16, 16, "bf16", 10, 10, 5),
 }
 
 
@@ -92,21 +85,38 @@ class Variant(NamedTuple):
 
     name: str
     term: dict[str, Any]
-    headline: bool = False  # as many seeds as there are
+    longer: int = 1  # times the steps
+
+
+class Oracle(NamedTuple):
+    """The start model, fine-tuned on true labels."""
+
+    name: str
+    texts: str
+    longer: int = 1
+    fresh: bool = False  # without the start model's pooler, which no student has either
 
 
 def _muki(**settings: Any) -> dict[str, Any]:
     return {"combine": "uncertainty", "uncertainty": settings}
 
 
-VARIANTS = (
-    Variant(MUKI, _muki(), headline=True),
-    Variant(UNIFORM, {"combine": "mixture"}, headline=True),
+# The first answer the question; the others follow in this order, with fewer seeds.
+STUDENTS = (Variant(MUKI, _muki()), Variant(UNIFORM, {"combine": "mixture"}))
+SUPERVISED = Oracle(ORACLE, "seen")
+OTHERS = (
     Variant("MUKI, soft, no margin", _muki(margin=False)),
-    Variant("MUKI, hard, margin", _muki(selection="hard")),
-    Variant("MUKI, hard, no margin", _muki(selection="hard", margin=False)),
+    Variant(f"{UNIFORM}, twice the steps", {"combine": "mixture"}, longer=2),
+    Variant(f"{MUKI}, twice the steps", _muki(), longer=2),
+    Oracle(f"{ORACLE}, fresh pooler", "seen", fresh=True),
     Variant("concatenated logits", {"combine": "concatenate"}),
+    Variant("MUKI, hard, margin", _muki(selection="hard")),
+    Variant("MUKI, soft, margin, sharpness 0.05", _muki(sharpness=0.05)),
+    Oracle(f"{ORACLE}, twice the steps", "seen", longer=2),
+    Oracle("oracle, the experts' texts", "experts"),
+    Variant("MUKI, hard, no margin", _muki(selection="hard", margin=False)),
 )
+Job = tuple[Variant | Oracle, int]  # and its seed
 
 
 def main() -> None:
@@ -134,36 +144,36 @@ def run(work: Path, data: Path, model: str, size: Size) -> None:
     """Everything of one size, in the folder ``work``: what answers the question first, so that a
     run that is ended early is a smaller experiment.
     """
-    write_splits(data, work / "data", size)
+    write_splits(data, work / "data", size.texts)
     experts = {group: train_expert(work, model, size, group) for group in GROUPS}
     cache_teachers(configuration(work, model, size))
     merged_from_cache(work, model, size)
     merged(work, size, experts)
-    for variant, seed in schedule(size):
-        if isinstance(variant, Variant):
-            student(work, model, size, variant, seed)
+    for job, seed in schedule(size):
+        if isinstance(job, Variant):
+            student(work, model, size, job, seed)
         else:
-            oracle(work, model, size, variant, seed)
+            oracle(work, model, size, job, seed)
 
 
-def schedule(size: Size) -> list[tuple[Variant | str, int]]:
-    """Students (by variant) and oracles (by name) with their seeds: the ones with most seeds
-    beside the oracle as far as it goes, then the others, then further seeds.
+def schedule(size: Size) -> list[Job]:
+    """The headline's students beside their oracle as far as it has seeds; the others once; the
+    headline's further seeds; the others' further seeds.
     """
-    headline: list[tuple[Variant | str, int]] = []
-    for seed in range(size.seeds):
-        headline += [(variant, seed) for variant in VARIANTS if variant.headline]
-        headline += [(ORACLE, seed)] if seed < size.oracles else []
-    others: list[Variant | str] = [variant for variant in VARIANTS if not variant.headline]
-    rest = [(one, seed) for seed in range(size.fewer) for one in (*others, ORACLE_EXPERTS)]
-    paired = [(one, seed) for one, seed in headline if seed < size.oracles]
-    return paired + rest + headline[len(paired) :]
+    paired: list[Job] = [
+        (job, seed) for seed in range(size.oracles) for job in (*STUDENTS, SUPERVISED)
+    ]
+    further: list[Job] = [
+        (job, seed) for seed in range(size.oracles, size.seeds) for job in STUDENTS
+    ]
+    rest: list[Job] = [(job, seed) for seed in range(size.fewer) for job in OTHERS]
+    return paired + rest[: len(OTHERS)] + further + rest[len(OTHERS) :]
 
 
 def results(work: Path, model: str, name: str) -> dict[str, Any]:
     """What ``results.json`` holds, which it writes: of the runs that are there."""
     files = sorted((work / "data").glob("*.jsonl"))
-    runs = judged_runs(work, [*(v.name for v in VARIANTS), ORACLE, ORACLE_EXPERTS])
+    runs = judged_runs(work, [job.name for job in (*STUDENTS, *OTHERS, SUPERVISED)])
     found = {
         "size": name,
         **SIZES[name]._asdict(),
@@ -177,55 +187,6 @@ def results(work: Path, model: str, name: str) -> dict[str, Any]:
     }
     (work / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
-
-
-# ---- texts -------------------------------------------------------------------------------------
-
-
-def splits(train: Sequence[Row], dev: Sequence[Row], size: Size) -> dict[str, list[Row]]:
-    """``experts`` and ``seen`` halves of the training texts, ``dev``; each also by group.
-
-    Of every intent the first texts in a fixed random order go to its expert, texts of the second
-    half to the students. No text stands in both.
-    """
-    half: dict[str, list[Row]] = {"experts": [], "seen": [], "dev": []}
-    for rows in _by_intent(train).values():
-        random.Random(0).shuffle(rows)
-        middle = len(rows) // 2
-        half["experts"] += rows[: min(size.expert_texts, middle)]
-        half["seen"] += rows[middle : middle + size.seen_texts]
-    for rows in _by_intent(dev).values():
-        half["dev"] += rows[: size.dev_texts]
-    found = {}
-    for name, rows in half.items():
-        random.Random(1).shuffle(rows)
-        found[name] = rows
-        for group, domains in domains_of(train).items():
-            found[f"{name}-{group}"] = [row for row in rows if row["domain"] in domains]
-    return found
-
-
-def _by_intent(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found = defaultdict(list)
-    for row in rows:
-        found[row["label"]].append(row)
-    return dict(sorted(found.items()))
-
-
-def write_splits(data: Path, out: Path, size: Size) -> None:
-    """The splits as files; ``corpus.jsonl`` holds the texts of ``seen`` and nothing else."""
-    if (out / "corpus.jsonl").exists():
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    train, dev = (read_rows(data / f"clinc150_{name}.jsonl") for name in ("train", "val"))
-    made = splits(train, dev, size) | {"test": read_rows(data / "clinc150_test.jsonl")}
-    for name, rows in made.items():
-        _write(out / f"{name}.jsonl", rows)
-    _write(out / "corpus.jsonl", [{"text": row["text"]} for row in made["seen"]])
-
-
-def _write(file: Path, rows: Sequence[Row]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -255,13 +216,13 @@ def train_expert(work: Path, model: str, size: Size, group: str) -> Path:
     return out
 
 
-def student_steps(work: Path, size: Size) -> int:
-    """Steps of every student and oracle."""
+def steps_of(work: Path, size: Size) -> int:
+    """Steps of students and oracles, unless they train longer."""
     return size.epochs * -(-len(read_rows(work / "data" / "seen.jsonl")) // size.batch)
 
 
 def configuration(
-    work: Path, model: str, size: Size, term: Mapping[str, Any] | None = None, seed: int = 0
+    work: Path, model: str, size: Size, variant: Variant = STUDENTS[0], seed: int = 0
 ) -> RunConfig:
     """The run file of the cache and of one student; every text is a sequence of its own."""
     experts = [
@@ -272,13 +233,13 @@ def configuration(
         }
         for group in GROUPS
     ]  # fmt: skip
-    steps = student_steps(work, size)
+    steps = variant.longer * steps_of(work, size)
     train = {
         "steps": steps, "batch_sequences": size.batch, "learning_rate": size.learning_rate,
         "warmup_steps": -(-steps // 10), "precision": size.precision, "seed": seed,
         "held_out": 0.0, "keep_best": None, "evaluate_every": steps, "checkpoint_every": steps,
         "objective": {
-            "hard": {"weight": 0.0}, "distill": [{"teachers": list(GROUPS), **(term or _muki())}]
+            "hard": {"weight": 0.0}, "distill": [{"teachers": list(GROUPS), **variant.term}]
         },
     }  # fmt: skip
     values = {
@@ -297,7 +258,7 @@ def student(work: Path, model: str, size: Size, variant: Variant, seed: int) -> 
     out = work / "students" / f"{_slug(variant.name)}-{seed}"
 
     def answers() -> tuple[np.ndarray, Sequence[str]]:
-        config = configuration(work, model, size, variant.term, seed)
+        config = configuration(work, model, size, variant, seed)
         if not (out / "summary.json").exists():
             train_from_config(config, out, resume=out.exists())
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -308,20 +269,32 @@ def student(work: Path, model: str, size: Size, variant: Variant, seed: int) -> 
     _judge_once(work, variant.name, seed, answers)
 
 
-def oracle(work: Path, model: str, size: Size, name: str, seed: int) -> None:
-    """The start model on true labels, in as many steps as a student."""
-    texts = {ORACLE: "seen", ORACLE_EXPERTS: "experts"}[name]
-    out = work / "oracles" / f"{texts}-{seed}"
+def oracle(work: Path, model: str, size: Size, job: Oracle, seed: int) -> None:
+    """Fine-tune and judge one supervised model, in as many steps as a student."""
+    out = work / "oracles" / f"{_slug(job.name)}-{seed}"
 
     def answers() -> tuple[np.ndarray, Sequence[str]]:
-        steps = student_steps(work, size)
-        config = {"max_steps": steps, "epochs": size.epochs}
-        _fine_tuned(work, model, size, texts, out, first_seed=seed, config=config)
+        start = without_pooler(model, work / "start") if job.fresh else model
+        config = {
+            "max_steps": job.longer * steps_of(work, size),
+            "epochs": job.longer * size.epochs,
+        }
+        _fine_tuned(work, start, size, job.texts, out, first_seed=seed, config=config)
         labels = load_config(str(out)).id2label
         logits = evaluate(str(out), _test(work), max_length=LENGTH)[1]
         return logits, [labels[number] for number in range(len(labels))]
 
-    _judge_once(work, name, seed, answers)
+    _judge_once(work, job.name, seed, answers)
+
+
+def without_pooler(model: str, out: Path) -> str:
+    """A copy of ``model`` whose pooler starts fresh, as the dense layer of a student's head."""
+    if not (out / "model.safetensors").exists():
+        shutil.copytree(resolve_model(model), out, dirs_exist_ok=True)
+        weights = load_file(out / "model.safetensors")
+        left = {name: value for name, value in weights.items() if "pooler." not in name}
+        save_file(left, out / "model.safetensors", {"format": "pt"})
+    return str(out)
 
 
 # ---- judging -----------------------------------------------------------------------------------

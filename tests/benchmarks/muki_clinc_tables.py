@@ -14,24 +14,11 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
+from muki_clinc_texts import GROUPS, Row, domains_of
 
-GROUPS = {"group-1": slice(0, 3), "group-2": slice(3, 6), "group-3": slice(6, None)}
 MUKI, UNIFORM = "MUKI, soft, margin", "uniform mixture"
-ORACLE, ORACLE_EXPERTS = "oracle, the same texts", "oracle, the experts' texts"
-Row = dict[str, str]
+ORACLE = "oracle, the same texts"
 Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a jsonl file."""
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def domains_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The domains of each group, in alphabetical order: nothing was chosen."""
-    names = sorted({row["domain"] for row in rows})
-    return {group: names[part] for group, part in GROUPS.items()}
 
 
 def judge(values: np.ndarray, labels: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:

@@ -52,13 +52,13 @@ def texts_of(rows: list[dict[str, str]]) -> list[str]:
 
 
 def check_splits(bench: ModuleType, train: list, dev: list, size: object) -> None:
-    made = bench.splits(train, dev, size)
+    made = sys.modules["muki_clinc_texts"].splits(train, dev, size.texts)
     assert not set(texts_of(made["experts"])) & set(texts_of(made["seen"]))
     intents = {row["label"] for row in train}
     for name, count in (
-        ("experts", size.expert_texts),
-        ("seen", size.seen_texts),
-        ("dev", size.dev_texts),
+        ("experts", size.texts.expert),
+        ("seen", size.texts.seen),
+        ("dev", size.texts.dev),
     ):
         labels = [row["label"] for row in made[name]]
         assert {label: labels.count(label) for label in intents} == dict.fromkeys(intents, count)
@@ -147,12 +147,12 @@ def toy(bench, make_model, wordpiece, tmp_path_factory):
         (data / f"clinc150_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     small = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.1}
     model = str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 0, **small))
-    kept = bench.VARIANTS
-    bench.VARIANTS = kept[:2]
+    kept = bench.OTHERS
+    bench.OTHERS = kept[:1] + kept[3:4]  # one student more, and the oracle without a pooler
     size = bench.SIZES["toy"]._replace(seeds=1, oracles=1)
     bench.run(work, data, model, size)
     yield work, data, model, size
-    bench.VARIANTS = kept
+    bench.OTHERS = kept
 
 
 def test_students_see_every_text_by_itself_and_no_label(bench, toy) -> None:
@@ -176,8 +176,10 @@ def test_a_student_is_judged_as_the_command_scores_it(bench, tables, toy, tmp_pa
         )
         assert runs[name][0]["accuracy"] == pytest.approx(scored.mean)
     steps = json.loads((work / "students" / "uniform-mixture-0" / "summary.json").read_text())
-    supervised = json.loads((work / "oracles" / "seen-0" / "metrics.json").read_text())
-    assert steps["steps"] == supervised["per_seed"][0]["epochs"][-1]["steps"] == 10
+    for name in ("", "-fresh-pooler"):
+        made = work / "oracles" / f"oracle-the-same-texts{name}-0"
+        supervised = json.loads((made / "metrics.json").read_text())
+        assert steps["steps"] == supervised["per_seed"][0]["epochs"][-1]["steps"] == 10
 
 
 def test_a_finished_run_is_not_done_again(bench, toy, monkeypatch) -> None:
