@@ -24,9 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from muki_clinc_tables import (
-    MUKI,
-    ORACLE,
-    UNIFORM,
     differences,
     judge,
     judged_runs,
@@ -101,22 +98,39 @@ def _muki(**settings: Any) -> dict[str, Any]:
     return {"combine": "uncertainty", "uncertainty": settings}
 
 
+MUKI, PLAIN, HARD = "MUKI, soft, margin", "MUKI, soft, no margin", "MUKI, hard, margin"
+UNIFORM, CONCATENATED = "uniform mixture", "concatenated logits"
+ORACLE = "oracle, the same texts"
+FRESH, LONGER = f"{ORACLE}, fresh pooler", "twice the steps"
 # The first answer the question; the others follow in this order, with fewer seeds.
 STUDENTS = (Variant(MUKI, _muki()), Variant(UNIFORM, {"combine": "mixture"}))
 SUPERVISED = Oracle(ORACLE, "seen")
 OTHERS = (
-    Variant("MUKI, soft, no margin", _muki(margin=False)),
-    Variant(f"{UNIFORM}, twice the steps", {"combine": "mixture"}, longer=2),
-    Variant(f"{MUKI}, twice the steps", _muki(), longer=2),
-    Oracle(f"{ORACLE}, fresh pooler", "seen", fresh=True),
-    Variant("concatenated logits", {"combine": "concatenate"}),
-    Variant("MUKI, hard, margin", _muki(selection="hard")),
+    Variant(PLAIN, _muki(margin=False)),
+    Variant(HARD, _muki(selection="hard")),
+    Variant(f"{UNIFORM}, {LONGER}", {"combine": "mixture"}, longer=2),
+    Variant(f"{MUKI}, {LONGER}", _muki(), longer=2),
+    Oracle(FRESH, "seen", fresh=True),
+    Variant(CONCATENATED, {"combine": "concatenate"}),
     Variant("MUKI, soft, margin, sharpness 0.05", _muki(sharpness=0.05)),
-    Oracle(f"{ORACLE}, twice the steps", "seen", longer=2),
+    Oracle(f"{ORACLE}, {LONGER}", "seen", longer=2),
     Oracle("oracle, the experts' texts", "experts"),
     Variant("MUKI, hard, no margin", _muki(selection="hard", margin=False)),
 )
 Job = tuple[Variant | Oracle, int]  # and its seed
+COMPARED = (
+    (MUKI, UNIFORM),
+    (MUKI, ORACLE),
+    (MUKI, FRESH),
+    (PLAIN, UNIFORM),
+    (PLAIN, MUKI),
+    (PLAIN, ORACLE),
+    (HARD, MUKI),
+    (CONCATENATED, UNIFORM),
+    (f"{UNIFORM}, {LONGER}", UNIFORM),
+    (f"{MUKI}, {LONGER}", MUKI),
+    (f"{MUKI}, {LONGER}", f"{UNIFORM}, {LONGER}"),
+)
 
 
 def main() -> None:
@@ -183,7 +197,7 @@ def results(work: Path, model: str, name: str) -> dict[str, Any]:
         "texts": {file.stem: len(read_rows(file)) for file in files},
         "domains": domains_of(read_rows(work / "data" / "test.jsonl")),
         "rows": rows_of(work, runs),
-        "differences": differences(runs),
+        "differences": differences(runs, COMPARED),
     }
     (work / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     return found

@@ -16,8 +16,6 @@ import numpy as np
 import scipy.stats
 from muki_clinc_texts import GROUPS, Row, domains_of
 
-MUKI, UNIFORM = "MUKI, soft, margin", "uniform mixture"
-ORACLE = "oracle, the same texts"
 Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
 
@@ -78,14 +76,11 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return found
 
 
-def differences(runs: Runs) -> list[dict[str, Any]]:
-    """Paired by seed: every other run minus the uniform mixture, and MUKI minus the oracle."""
-    pairs = [(name, UNIFORM) for name in runs if name != UNIFORM] + [(MUKI, ORACLE)] * (
-        ORACLE in runs
-    )
+def differences(runs: Runs, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """One minus the other, paired by seed, of those pairs that have a seed in common."""
     found = []
     for one, other in pairs:
-        common = sorted(runs[one].keys() & runs[other].keys())
+        common = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
         each = [runs[one][s]["accuracy"] - runs[other][s]["accuracy"] for s in common]
         if not each:
             continue
