@@ -44,7 +44,7 @@ def result_folder(home: Path, arm: Arm, task: str) -> Path:
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
     corpus = home / "costs" / "corpus" / "done.json"
-    yield Job("corpus", stages.cache_corpus, (home / "corpus.yaml", corpus), output=corpus)
+    yield Job("corpus", stages.cache, (home / "corpus.yaml", (), corpus), output=corpus)
     for one in tasks:
         yield from _fine_tuning(home, config, one, "expert")
     # One after another: a teacher's time is then its own.
@@ -54,8 +54,8 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
         name = f"cache {one.task.name}"
         yield Job(
             name,
-            stages.cache_teacher,
-            (home / CACHE_FILE, one.task.name, cost),
+            stages.cache,
+            (home / CACHE_FILE, (one.task.name,), cost),
             output=cost,
             after=(*before, f"expert on {one.task.name}"),
         )
@@ -91,15 +91,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"search {point_name(point)} {arm} on {name}",
                 stages.search,
-                # Of seeds of its own: those that are compared have selected nothing.
-                (
-                    start,
-                    files,
-                    folder,
-                    range(config.seeds, config.seeds + config.search_seeds),
-                    one.metric,
-                    values,
-                ),
+                (start, files, folder, config.seeds_of_search, one.metric, values),
                 output=folder / "metrics.json",
                 after=after,
             )
