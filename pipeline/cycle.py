@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.documents import source_files
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare import compare_runs
@@ -56,6 +57,8 @@ def run_cycle(
     runs = configs(home, config, tasks)
     about = _about(config, tasks, check_start(config))
     _check_ours(home, about)
+    if not (home / CYCLE_FILE).exists():  # later on the text may be gone: it is in the cache
+        source_files(config.corpus.source)
     with _alone_in(home):
         _check_ours(home, about)  # another process may have begun a cycle here meanwhile
         _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")

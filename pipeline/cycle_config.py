@@ -152,6 +152,11 @@ class CycleConfig(Settings):
                 "its expert was fine-tuned from, and the comparison would be of models; leave them "
                 "out"
             )
+        if self.student.domain_prompts:
+            raise ValueError(
+                "student.domain_prompts puts a token into every text that fine-tuning does not "
+                "have; leave it out"
+            )
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
         if self.train.objective.distill or self.train.objective.methods:

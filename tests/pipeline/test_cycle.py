@@ -304,6 +304,20 @@ def test_weights_that_only_the_experts_begin_with_are_written_down(
         assert sorted({name.split(".")[0] for name in found}) == left
 
 
+def test_a_missing_text_is_said_before_the_directory_is_made(config, tmp_path, nothing_runs):
+    """And not later on, when the cache has it."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    corpus = config.corpus.model_copy(update={"source": (str(text),)})
+    config = config.model_copy(update={"corpus": corpus})
+    with pytest.raises(InputError, match=r"text\.jsonl"):
+        run_cycle(config, out)
+    assert not out.exists()
+    text.write_text('{"text": "a"}\n')
+    run_cycle(config, out)
+    text.unlink()
+    run_cycle(config, out)
+
+
 @pytest.mark.parametrize(
     ("student", "tokenizer", "words"),
     [
