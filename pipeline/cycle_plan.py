@@ -6,6 +6,7 @@ from typing import Any
 
 from rekindle.pipeline import job_stages as stages
 from rekindle.pipeline.cycle_config import Arm, CycleConfig, point_name
+from rekindle.pipeline.cycle_finetuned import folder_of
 from rekindle.pipeline.cycle_tasks import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.jobs import Job
 
@@ -38,7 +39,7 @@ def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]
 
 def result_folder(home: Path, arm: Arm, task: str) -> Path:
     """What ``arm`` leaves of ``task``."""
-    return home / "experts" / task if arm == "expert" else home / "fine-tuned" / arm / task
+    return home / folder_of(arm, task)
 
 
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:

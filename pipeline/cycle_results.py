@@ -148,8 +148,10 @@ def _read_plan(out: Path) -> _Plan:
             TaskFacts(
                 _name(name),
                 task["metric"],
-                *(int(task[split]) for split in ("train", "dev", "test")),
-                int(task.get("test_in_train", 0)),
+                train=int(task["train"]),
+                dev=int(task["dev"]),
+                test=int(task["test"]),
+                test_in_train=int(task.get("test_in_train", 0)),
             )
             for name, task in values["tasks"].items()
         ]
