@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.documents import source_files
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare import compare_runs
@@ -30,12 +31,14 @@ from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle_page import cycle_html
 from rekindle.pipeline.cycle_plan import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle_results import CycleResults, read_results
+from rekindle.pipeline.cycle_start import check_start
 from rekindle.pipeline.cycle_tasks import TaskFiles, read_tasks, write_tasks
 from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
 from rekindle.pipeline.places import cores, places_for, visible_devices
 from rekindle.pipeline.progress import Progress
 
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
+LOCK_FILE = ".lock"
 WRITER = "rekindle cycle"
 
 
@@ -45,15 +48,21 @@ def run_cycle(
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
     ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
-    cores, at most 4. Raises InputError for wrong files and settings before anything is run, and for
-    an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    cores, at most 4. Raises InputError for wrong files, models and settings before anything is run,
+    and for an ``out`` that holds something else; CheckpointError for one that holds another cycle.
     """
     home = Path(os.path.abspath(out))
     config = _with_cache(config, home)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
-    _claim(home, config, tasks)
+    about = _about(config, tasks, check_start(config))
+    _check_ours(home, about)
+    if not (home / CYCLE_FILE).exists():  # later on the text may be gone: it is in the cache
+        source_files(config.corpus.source)
     with _alone_in(home):
+        _check_ours(home, about)  # another process may have begun a cycle here meanwhile
+        _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
+        _remove_half_made(home)
         write_tasks(tasks, home)
         _write(home / "run.yaml", dump_cycle(config))
         for name, run in runs.items():
@@ -62,7 +71,8 @@ def run_cycle(
         _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
         results = read_results(home)
         _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
-        _write(home / "report.html", cycle_html(compare_runs([home]), results))
+        students = compare_runs([home]) if any(home.glob("students/*/run.json")) else None
+        _write(home / "report.html", cycle_html(students, results))
     return results
 
 
@@ -89,10 +99,12 @@ def _write(path: Path, text: str) -> None:
 # --- the directory --------------------------------------------------------------------------------
 
 
-def _claim(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
-    """Make the directory ours, or make sure that it is and that the cycle in it is this one."""
+def _about(
+    config: CycleConfig, tasks: Sequence[TaskFiles], start: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``cycle.json`` says."""
     settings = config.model_dump(mode="json", by_alias=True)
-    about = {
+    return {
         "written_by": WRITER,
         "arms": list(config.arms),
         "tasks": {one.task.name: one.facts for one in tasks},
@@ -100,26 +112,35 @@ def _claim(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
         "seeds": config.seeds,
         "finetune": settings["finetune"],
         "settings": settings,
+        "start": start,
     }
-    if home.exists() and (not home.is_dir() or any(home.iterdir())):
+
+
+def _check_ours(home: Path, about: Mapping[str, Any]) -> None:
+    """Make sure that the directory is free, or holds this very cycle. Nothing is written."""
+    unborn = {LOCK_FILE, f".{CYCLE_FILE}.tmp"}  # what a kill at the very beginning leaves
+    if home.exists() and (not home.is_dir() or {p.name for p in home.iterdir()} - unborn):
         _check_same(home, about)
-    home.mkdir(parents=True, exist_ok=True)
-    _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
 
 
 @contextmanager
 def _alone_in(home: Path) -> Iterator[None]:
-    """The only process that works on this cycle; what killed ones left half-made is removed."""
-    with open(home / ".lock", "w") as lock:
+    """The only process that works on this cycle."""
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / LOCK_FILE, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another process works on {home}; wait for it, or give another --out"
             ) from None
-        for folder in (*home.glob("**/.*.new"), *home.glob("search/**/tmp*")):
-            shutil.rmtree(folder)
         yield
+
+
+def _remove_half_made(home: Path) -> None:
+    """Remove what killed processes have left. A task may be called tmp…: that is no such folder."""
+    for folder in (*home.glob("**/.*.new"), *home.glob("search/*/*/*/tmp*")):
+        shutil.rmtree(folder)
 
 
 def _check_same(home: Path, about: Mapping[str, Any]) -> None:
@@ -136,6 +157,13 @@ def _check_same(home: Path, about: Mapping[str, Any]) -> None:
                 f"{home} was begun with another configuration ({_difference(key, before, now)}). "
                 "Go on with its own (run.yaml in it), or give another --out"
             )
+    start = found.get("start", about["start"])  # of older versions: it was not recorded
+    if start != about["start"]:
+        raise CheckpointError(
+            f"{home} was begun with other weights of {about['settings']['student']['model']}: its "
+            "experts and students would not begin as the same model. Put those back, or give "
+            "another --out"
+        )
     gone = [arm for arm in found["arms"] if arm not in about["arms"]]
     if gone:
         raise CheckpointError(

@@ -126,6 +126,18 @@ class CycleConfig(Settings):
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
             if not values:
                 raise ValueError(f"{key} has no values")
+        # As they are used: YAML reads 1e-5 as a string, and what was tried is found by its values.
+        found = {key: tuple(_setting(key, one) for one in ones) for key, ones in value.items()}
+        for key, ones in found.items():
+            if len(set(ones)) < len(ones):
+                raise ValueError(f"{key} has a value twice; every arm tries each of them once")
+        return found
+
+    @field_validator("tasks")
+    @classmethod
+    def _not_the_mean(cls, value: tuple[CycleTask, ...]) -> tuple[CycleTask, ...]:
+        if any(task.name == "mean" for task in value):
+            raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
         return value
 
     @model_validator(mode="after")
@@ -140,6 +152,11 @@ class CycleConfig(Settings):
                 "its expert was fine-tuned from, and the comparison would be of models; leave them "
                 "out"
             )
+        if self.student.domain_prompts:
+            raise ValueError(
+                "student.domain_prompts puts a token into every text that fine-tuning does not "
+                "have; leave it out"
+            )
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
         if self.train.objective.distill or self.train.objective.methods:
@@ -147,13 +164,35 @@ class CycleConfig(Settings):
                 "train.objective.distill and methods are what the arms set; give distill (for all "
                 "experts) or tasks.….distill"
             )
-        if self.finetune.epochs == 0:
-            raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
+        if self.train.curriculum is not None:
+            raise ValueError(
+                "train.curriculum chooses the text by a teacher, also for the arms that see none; "
+                "leave it out"
+            )
+        if not (self.train.keep_best or "loss").startswith("loss"):
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
+                "loss, or null for none"
+            )
+        if self.train.objective.hard.weight == 0 and {"mlm", "both", "mixture"} & {*self.arms}:
+            raise ValueError(
+                "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
+                "masked LM; the arm kd is without it, leave the others out of arms"
+            )
         for task in self.tasks:
             for point in self.search_points():
-                self.finetune_of(task, point)
-            self.term_of(task, regression=False)
+                _check_finetune(self.finetune_of(task, point))
+            self._check_term(task)
         return self
+
+    def _check_term(self, task: CycleTask) -> None:
+        if {"teachers"} & {*self.distill, *task.distill}:
+            raise ValueError("distill.teachers is what the arms set; leave it out")
+        if self.term_of(task, regression=False).weight == 0:
+            raise ValueError(
+                f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; the "
+                "arm mlm is without experts"
+            )
 
     @property
     def seeds_of_search(self) -> range:
@@ -180,6 +219,18 @@ class CycleConfig(Settings):
         usual = {"divergence": "mse"} if regression else {}
         values = usual | self.distill | task.distill | {"teachers": [task.name]}
         return parse_settings(DistillTerm, values, f"distill of task {task.name!r}")
+
+
+def _check_finetune(config: FinetuneConfig) -> None:
+    if config.epochs == 0:
+        raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
+    if config.head is not None or config.merge is not None:
+        raise ValueError("finetune.head and merge are for scoring without training; leave them out")
+
+
+def _setting(key: str, value: Any) -> Any:
+    """A value of fine-tuning as it is understood: of its own type, not of the file's."""
+    return getattr(parse_settings(FinetuneConfig, {key: value}), key)
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:

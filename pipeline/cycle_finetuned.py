@@ -167,5 +167,6 @@ def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
     """Everything that must be the same in all arms."""
     names = ("problem", "label_names", "metric", "seeds", "files")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
-    precision = {"precision in use": one.precision}  # the setting may be "auto"
+    # The setting may be "auto"; where it was searched, arms may have chosen differently.
+    precision = {} if "precision" in searched else {"precision in use": one.precision}
     return {name: getattr(one, name) for name in names} | precision | settings

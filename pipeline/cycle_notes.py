@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rekindle.pipeline.cycle_finetuned import EXPERT, LONGER, FineTuned
 from rekindle.pipeline.cycle_scores import (
@@ -20,7 +20,10 @@ FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 
 @dataclass(frozen=True)
 class Told:
-    """What the notes are made from. ``metrics``: by task; ``missing``: arms and tasks."""
+    """What the notes are made from. ``metrics``: by task; ``missing``: arms and tasks;
+    ``overlaps``: examples of test that train has, by task; ``left``: weights of the start model
+    that students do not take over.
+    """
 
     metrics: Mapping[str, str]
     found: Mapping[tuple[str, str], FineTuned]
@@ -28,6 +31,8 @@ class Told:
     scores: Sequence[ArmScores]
     differences: Sequence[Difference]
     searched: Sequence[Searched]
+    overlaps: Mapping[str, int] = field(default_factory=dict)
+    left: Sequence[str] = ()
 
 
 def notes_of(told: Told) -> list[str]:
@@ -41,6 +46,8 @@ def notes_of(told: Told) -> list[str]:
         *_seeds(told),
         *_selected(told),
         *_longer(told),
+        *_overlaps(told.overlaps),
+        *_left(told.left),
         *_searched(told.searched),
         *_versions(list(told.found.values())),
     ]
@@ -118,6 +125,21 @@ def _longer(told: Told) -> list[str]:
     if not any(arm == LONGER for arm, _ in told.found):
         return []
     return [f"{LONGER}: fine-tuned with twice the epochs; all other arms had the same budget"]
+
+
+def _overlaps(overlaps: Mapping[str, int]) -> list[str]:
+    listed = ", ".join(f"{count:,} of {task}" for task, count in overlaps.items())
+    return [f"test examples whose text is also in train: {listed}"] if listed else []
+
+
+def _left(left: Sequence[str]) -> list[str]:
+    if not left:
+        return []
+    shown = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
+    return [
+        f"the start model has weights that a masked LM has not ({shown}): where its classifier "
+        f"uses them, {EXPERT} and {LONGER} begin with them, and students with fresh ones"
+    ]
 
 
 def _searched(searched: Sequence[Searched]) -> list[str]:

@@ -10,7 +10,7 @@ from rekindle.pipeline.cycle_notes import UNFINISHED
 from rekindle.pipeline.cycle_results import CycleResults, read_results
 from rekindle.pipeline.cycle_results_table import tables_of
 from rekindle.pipeline.cycle_scores import MEAN
-from rekindle.pipeline.page import Block, Facts, Note, Section, as_html
+from rekindle.pipeline.page import Block, Facts, Note, Page, Section, as_html
 from rekindle.pipeline.page_scores import ScoreDifference, TaskScores, scores_section
 from rekindle.pipeline.table import Column, Table
 
@@ -25,18 +25,20 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     return cycle_html(comparison, read_results(cycle))
 
 
-def cycle_html(comparison: Comparison, results: CycleResults) -> str:
-    """The page of a cycle whose students are ``comparison``, whole."""
+def cycle_html(comparison: Comparison | None, results: CycleResults) -> str:
+    """The page of a cycle whose students are ``comparison``, whole; None: it has no students."""
     scores = cycle_section(results)
-    page = comparison_page(comparison, scores)
-    # What the cycle is about comes first; how the students were trained comes after it.
-    others = [section for section in page.sections if section is not scores]
     lead = (
         "Experts are fine-tuned from one model and run once over unlabelled text; students begin "
         "as that model, are guided on that text, and are fine-tuned again with the same budget. "
-        f"{len(results.tasks)} tasks, {len(results.arms)} arms; {page.lead}"
+        f"{len(results.tasks)} tasks, {len(results.arms)} arms"
     )
-    return as_html(type(page)(TITLE, lead, [scores, *others]))
+    if comparison is None:
+        return as_html(Page(TITLE, f"{lead}.", [scores]))
+    page = comparison_page(comparison, scores)
+    # What the cycle is about comes first; how the students were trained comes after it.
+    others = [section for section in page.sections if section is not scores]
+    return as_html(Page(TITLE, f"{lead}; {page.lead}", [scores, *others]))
 
 
 def cycle_section(results: CycleResults) -> Section:

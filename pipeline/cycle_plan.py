@@ -6,6 +6,7 @@ from typing import Any
 
 from rekindle.pipeline import job_stages as stages
 from rekindle.pipeline.cycle_config import Arm, CycleConfig, point_name
+from rekindle.pipeline.cycle_finetuned import folder_of
 from rekindle.pipeline.cycle_tasks import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.jobs import Job
 
@@ -38,13 +39,13 @@ def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]
 
 def result_folder(home: Path, arm: Arm, task: str) -> Path:
     """What ``arm`` leaves of ``task``."""
-    return home / "experts" / task if arm == "expert" else home / "fine-tuned" / arm / task
+    return home / folder_of(arm, task)
 
 
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
     corpus = home / "costs" / "corpus" / "done.json"
-    yield Job("corpus", stages.cache_corpus, (home / "corpus.yaml", corpus), output=corpus)
+    yield Job("corpus", stages.cache, (home / "corpus.yaml", (), corpus), output=corpus)
     for one in tasks:
         yield from _fine_tuning(home, config, one, "expert")
     # One after another: a teacher's time is then its own.
@@ -54,8 +55,8 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
         name = f"cache {one.task.name}"
         yield Job(
             name,
-            stages.cache_teacher,
-            (home / CACHE_FILE, one.task.name, cost),
+            stages.cache,
+            (home / CACHE_FILE, (one.task.name,), cost),
             output=cost,
             after=(*before, f"expert on {one.task.name}"),
         )
@@ -91,15 +92,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"search {point_name(point)} {arm} on {name}",
                 stages.search,
-                # Of seeds of its own: those that are compared have selected nothing.
-                (
-                    start,
-                    files,
-                    folder,
-                    range(config.seeds, config.seeds + config.search_seeds),
-                    one.metric,
-                    values,
-                ),
+                (start, files, folder, config.seeds_of_search, one.metric, values),
                 output=folder / "metrics.json",
                 after=after,
             )

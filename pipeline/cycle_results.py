@@ -35,13 +35,14 @@ _WRITER = "rekindle cycle"
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task: its main metric, and the examples in each split."""
+    """A task: its main metric, the examples in each split, and those of test that train has."""
 
     name: str
     metric: str
     train: int
     dev: int
     test: int
+    test_in_train: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ def read_results(out: Path) -> CycleResults:
     searched = [
         searched_of(*cell, plan.grid, tried[cell], found.get(cell)) for cell in cells if tried[cell]
     ]
-    told = Told(metrics, found, [c for c in cells if c not in found], scores, differences, searched)
+    missing = [cell for cell in cells if cell not in found]
+    overlaps = {one.name: one.test_in_train for one in plan.tasks if one.test_in_train}
+    left = (plan.settings.get("start") or {}).get("not_in_students") or []
+    told = Told(metrics, found, missing, scores, differences, searched, overlaps, left)
     return CycleResults(
         arms=plan.arms,
         tasks=plan.tasks,
@@ -142,7 +146,12 @@ def _read_plan(out: Path) -> _Plan:
     try:
         tasks = [
             TaskFacts(
-                _name(name), task["metric"], *(int(task[s]) for s in ("train", "dev", "test"))
+                _name(name),
+                task["metric"],
+                train=int(task["train"]),
+                dev=int(task["dev"]),
+                test=int(task["test"]),
+                test_in_train=int(task.get("test_in_train", 0)),
             )
             for name, task in values["tasks"].items()
         ]

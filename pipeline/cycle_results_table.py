@@ -16,8 +16,8 @@ from rich.text import Text
 from rekindle.pipeline.cycle_results import CycleResults
 from rekindle.pipeline.cycle_scores import MEAN, SELECTED, ArmScores, Difference
 from rekindle.pipeline.cycle_searched import Searched, Tried
+from rekindle.pipeline.table import NOTHING
 
-NOTHING = "–"
 _WIDEST = 10_000  # characters: no cell is ever cut
 _SMALLEST_P = 0.001
 

@@ -107,7 +107,7 @@ def main_scores(
 def differences_of(
     arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
 ) -> list[Difference]:
-    """Every arm against ``expert``; ``both`` and ``mixture`` also against ``mlm`` and ``longer``.
+    """Every arm against ``expert``; those that experts taught also against ``mlm`` and ``longer``.
 
     ``metrics``: each task's main one. The last two comparisons are the ones that decide whether it
     is the experts that help, and not the text or the longer training.

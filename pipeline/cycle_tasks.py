@@ -142,5 +142,15 @@ def _label(data: TaskData, row: int) -> float | int | str:
     if not data.label_names:
         return float(data.labels[row])
     name = data.label_names[data.labels[row]]
-    numbers = all(n.lstrip("-").isdecimal() for n in data.label_names)
-    return int(name) if numbers else name
+    return int(name) if _are_numbers(data.label_names) else name
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Whether names of classes, in their order, are those of numbers: "07" is a word, and so are
+    "10" and "9" in this order.
+    """
+    try:
+        numbers = [int(name) for name in names]
+    except ValueError:
+        return False
+    return [str(number) for number in sorted(numbers)] == [*names]

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,15 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
     train(config_file, out, report)
 
 
-def cache_corpus(config_file: Path, marker: Path, report: Report) -> None:
-    """``pipeline cache-teachers`` without teachers, for corpus and masks; ``marker`` says it is
-    done, and how long it took.
+def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) -> None:
+    """``pipeline cache-teachers`` of the teachers ``only`` (none named: all of the file): what
+    is missing of them, so that an interrupted one goes on. ``marker`` says that it is done.
     """
     from rekindle.pipeline.cache_teachers import cache_teachers
 
     began = time.perf_counter()
-    cache_teachers(load_config(config_file), progress=StepReports(report))
-    _write_json(marker, {"once": time.perf_counter() - began})
+    cache_teachers(load_config(config_file), only, progress=StepReports(report))
+    _write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
 
 
 def fine_tune(

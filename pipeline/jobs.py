@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import RekindleError
+from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.places import Place, cores
 from rekindle.pipeline.progress import Progress, Task
 
@@ -73,8 +73,9 @@ def run_jobs(
 
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``.
-    A RekindleError of a job is raised here, anything else as RuntimeError with the job's traceback;
-    the other jobs are then stopped, as they are on Ctrl-C.
+    A RekindleError of a job is raised here (InputError for one whose process was killed), anything
+    else as RuntimeError with the job's traceback; the other jobs are then stopped, as they are on
+    Ctrl-C.
     """
     waiting, running = [job for job in jobs if not job.output.exists()], list[_Running]()
     free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
@@ -113,7 +114,7 @@ def _is_done(one: _Running) -> bool:
         message = one.messages.recv()
     except EOFError:
         one.process.join()
-        raise RekindleError(
+        raise InputError(
             f"{one.job.name}: its process was killed (exit code {one.process.exitcode}; out of "
             "memory?). What is finished is kept; run the same command again to go on"
         ) from None

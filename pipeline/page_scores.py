@@ -158,7 +158,8 @@ def _difference_table(differences: Sequence[ScoreDifference]) -> Table:
             column("p", lambda one: _p(one.p)),
             column("p, adjusted", lambda one: _p(one.p_adjusted)),
         ],
-        "Model less the other, × 100, seed by seed. The adjusted p allows for all comparisons.",
+        "Model less the other, × 100, seed by seed. The adjusted p allows for all comparisons "
+        "against the same model.",
     )
 
 

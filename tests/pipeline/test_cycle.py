@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline import job_stages as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle import _alone_in, configs, run_cycle
 from rekindle.pipeline.cycle_config import ARMS, CycleConfig, dump_cycle, load_cycle
@@ -232,11 +234,115 @@ def test_what_a_kill_left_half_made_is_removed(config, tmp_path, nothing_runs):
         tmp_path / "experts" / ".colour.0a1b2c3d.new",
         tmp_path / "search" / "mlm" / "colour" / "x" / "tmpabc",
     ]
+    done = tmp_path / "search" / "mlm" / "tmp-task" / "x" / "metrics.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
     for one in left:
         one.mkdir(parents=True)
         (one / "model.safetensors").write_text("half")
     run_cycle(config, tmp_path)
     assert not any(one.exists() for one in left)
+    assert done.exists()
+
+
+def test_a_cycle_without_students_has_a_report(config, tmp_path, nothing_runs):
+    run_cycle(config.model_copy(update={"arms": ("expert", "longer")}), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert ">longer<" in page
+    assert "2 tasks, 2 arms." in page
+
+
+def test_a_kill_at_the_very_beginning_leaves_nothing_in_the_way(config, tmp_path, nothing_runs):
+    for name in (".lock", ".cycle.json.tmp"):
+        (tmp_path / name).write_text("{")
+    run_cycle(config, tmp_path)
+
+
+def test_of_two_that_begin_at_once_one_is_refused(config, tmp_path, nothing_runs, monkeypatch):
+    """The other one is between its look at the empty directory and its lock."""
+    other, alone = config.model_copy(update={"seeds": 3}), _alone_in
+
+    def meanwhile(home):
+        monkeypatch.setattr("rekindle.pipeline.cycle._alone_in", alone)
+        run_cycle(other, home)
+        return alone(home)
+
+    monkeypatch.setattr("rekindle.pipeline.cycle._alone_in", meanwhile)
+    with pytest.raises(CheckpointError, match="seeds: 3 there, 2 here"):
+        run_cycle(config, tmp_path)
+    assert json.loads((tmp_path / "cycle.json").read_text())["seeds"] == 3
+
+
+def test_a_start_model_that_has_changed_is_refused(
+    config, tmp_path, nothing_runs, make_model, wordpiece
+):
+    out, weights = tmp_path / "out", "model.safetensors"
+    model = Path(shutil.copytree(config.student.model, tmp_path / "model"))
+    student = config.student.model_copy(update={"model": str(model)})
+    config = config.model_copy(update={"student": student})
+    run_cycle(config, out)
+    other = make_model("bert", "AutoModelForMaskedLM", wordpiece, 4, **SMALL)
+    shutil.copy(other / weights, model / weights)
+    with pytest.raises(CheckpointError, match="other weights"):
+        run_cycle(config, out)
+    about = json.loads((out / "cycle.json").read_text())
+    del about["start"]  # as before it was recorded
+    (out / "cycle.json").write_text(json.dumps(about))
+    run_cycle(config, out)
+
+
+def test_weights_that_only_the_experts_begin_with_are_written_down(
+    config, tmp_path, nothing_runs, make_model, wordpiece
+):
+    """A masked LM has no pooler: what pre-training left in one, students lose."""
+    model = make_model("bert", "AutoModel", wordpiece, 3, **SMALL)
+    student = config.student.model_copy(update={"model": str(model)})
+    for one, left in ((config, []), (config.model_copy(update={"student": student}), ["pooler"])):
+        out = tmp_path / f"out-{len(left)}"
+        run_cycle(one, out)
+        found = json.loads((out / "cycle.json").read_text())["start"]["not_in_students"]
+        assert sorted({name.split(".")[0] for name in found}) == left
+
+
+def test_a_missing_text_is_said_before_the_directory_is_made(config, tmp_path, nothing_runs):
+    """And not later on, when the cache has it."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    corpus = config.corpus.model_copy(update={"source": (str(text),)})
+    config = config.model_copy(update={"corpus": corpus})
+    with pytest.raises(InputError, match=r"text\.jsonl"):
+        run_cycle(config, out)
+    assert not out.exists()
+    text.write_text('{"text": "a"}\n')
+    run_cycle(config, out)
+    text.unlink()
+    run_cycle(config, out)
+
+
+@pytest.mark.parametrize(
+    ("student", "tokenizer", "words"),
+    [
+        ("/nowhere/model", None, "no such directory"),
+        (None, "other", "has another tokenizer"),
+        ("config alone", None, "safetensors"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_anything_runs(
+    config, tmp_path, student, tokenizer, words, wordpiece
+):
+    if student == "config alone":
+        student = str(shutil.copytree(config.student.model, tmp_path / "model"))
+        (tmp_path / "model" / "model.safetensors").unlink()
+    if tokenizer:
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        *some, one, two = (wordpiece / "vocab.txt").read_text().split()
+        (tokenizer / "vocab.txt").write_text("\n".join([*some, two, one]))
+    values = config.model_dump(mode="json", by_alias=True)
+    values["student"]["model"] = student or values["student"]["model"]
+    values["corpus"]["tokenizer"] = str(tokenizer or wordpiece)
+    with pytest.raises(InputError, match=words):
+        run_cycle(parse_settings(CycleConfig, values), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- the whole of it ------------------------------------------------------------------------------
@@ -315,6 +421,44 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
         for folder in (again, out / "students" / "both-colour")
     )
     assert one == other
+
+
+def cache_of(whole: Path, folder: Path, **teacher) -> Path:
+    """A run file of the one teacher, on a copy of the finished cache."""
+    shutil.copytree(whole / "cache", folder / "cache")
+    values = yaml.safe_load((whole / "stage1.yaml").read_text())
+    values["cache"]["path"] = str(folder / "cache")
+    values["teachers"] = [values["teachers"][0] | teacher]
+    (folder / "stage1.yaml").write_text(yaml.safe_dump(values))
+    return folder / "stage1.yaml"
+
+
+def files_of(teacher: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in teacher.glob("**/*") if p.is_file()}
+
+
+def test_an_interrupted_teacher_goes_on(whole, tmp_path):
+    file = cache_of(whole[0], tmp_path)
+    teacher, marker = tmp_path / "cache" / "targets" / "colour", tmp_path / "done.json"
+    (teacher / "commits" / "00001.json").unlink()
+    left = {p.name: p.stat().st_ino for p in (teacher / "data").iterdir() if "00000-" in p.name}
+    assert left
+    stages.cache(file, ("colour",), marker, lambda _: None)
+    assert marker.exists()
+    assert {p.name for p in (teacher / "commits").iterdir()} >= {"00000.json", "00001.json"}
+    assert {name: (teacher / "data" / name).stat().st_ino for name in left} == left
+
+
+def test_another_cycles_expert_of_the_same_name_is_refused_and_left(whole, tmp_path):
+    """``cache.path`` may name a cache that is there already."""
+    other = str(result_folder(whole[0], "mlm", "colour"))
+    file = cache_of(whole[0], tmp_path, model=other)
+    teacher, marker = tmp_path / "cache" / "targets" / "colour", tmp_path / "done.json"
+    before = files_of(teacher)
+    with pytest.raises(CacheMismatchError, match="colour"):
+        stages.cache(file, ("colour",), marker, lambda _: None)
+    assert files_of(teacher) == before
+    assert not marker.exists()
 
 
 def test_the_report_shows_every_arm_and_student(whole, command, tmp_path):

@@ -52,6 +52,19 @@ def test_every_point_is_tried_with_seeds_that_are_not_compared():
     assert not set(config.seeds_of_search) & set(range(config.seeds))
 
 
+def test_a_searched_value_is_the_one_that_is_used():
+    """YAML reads 1e-5 as a string: the results look for the number that metrics.json has."""
+    config = config_of("search.learning_rate=[1e-5,2.0e-5]", "search.batch_size=['16',32]")
+    assert config.search == {"learning_rate": (1e-5, 2e-5), "batch_size": (16, 32)}
+    for point in config.search_points():
+        used = config.finetune_of(config.tasks[0], point).model_dump()
+        assert {key: used[key] for key in point} == point
+
+
+def test_masked_lm_may_be_off_where_no_arm_has_it():
+    assert config_of("train.objective.hard.weight=0", "arms=[kd]").arms == ("expert", "kd")
+
+
 def test_every_arm_has_the_same_budget_but_longer_which_has_twice_it():
     config = config_of("finetune.max_steps=30", "finetune.learning_rate=1e-5")
     for task, epochs in zip(config.tasks, (3, 5), strict=True):
@@ -86,11 +99,22 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("student.from_scratch=true", "the comparison would be of models"),
         ("student.grow={layers: 3}", "the comparison would be of models"),
         ("student.task=causal_lm", "masked_lm students"),
+        ("student.domain_prompts=true", "fine-tuning does not have"),
         ("train.objective.distill=[{teachers: [a]}]", "what the arms set"),
         ("distill.temprature=2", "did you mean 'temperature'"),
         ("tasks.a.distill={wieght: 2}", "did you mean 'weight'"),
         ("tasks.a.finetune={epoch: 2}", "did you mean 'epochs'"),
         ("seeds=0", "seeds"),
+        ("tasks.a.name=mean", "the mean over the tasks"),
+        ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),
+        ("search.learning_rate=[1e-5, 0.00001]", "a value twice"),
+        ("tasks.a.finetune={epochs: 0}", "nothing would be fine-tuned"),
+        ("finetune.head=a", "scoring without training"),
+        ("train.curriculum={teacher: a}", "the arms that see none"),
+        ("train.keep_best=kl/a", "not all students have"),
+        ("train.objective.hard.weight=0", "mlm would learn nothing"),
+        ("distill.teachers=[b]", "what the arms set"),
+        ("tasks.b.distill={weight: 0}", "teach nothing"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(override, words):

@@ -419,6 +419,46 @@ def test_longer_has_twice_the_steps_where_they_are_limited(tmp_path):
         read_results(out)
 
 
+def test_what_test_shares_with_train_is_told(out):
+    assert not any("also in train" in note for note in read_results(out).notes)
+    edit(out / "cycle.json", lambda m: m["tasks"]["mrpc"].update(test_in_train=1234))
+    results = read_results(out)
+    assert "test examples whose text is also in train: 1,234 of mrpc" in results.notes
+    assert CycleResults.from_dict(json.loads(json.dumps(results.as_dict()))) == results
+
+
+def test_what_students_do_not_take_over_of_the_start_model_is_told(out):
+    edit(out / "cycle.json", lambda m: m.update(start={"weights": "0a", "not_in_students": []}))
+    assert not any("masked LM has not" in note for note in read_results(out).notes)
+    names = [f"bert.pooler.{n}" for n in range(5)]
+    edit(out / "cycle.json", lambda m: m["start"].update(not_in_students=names))
+    (note,) = [note for note in read_results(out).notes if "masked LM has not" in note]
+    assert "(bert.pooler.0, bert.pooler.1, bert.pooler.2, bert.pooler.3, …)" in note
+
+
+def test_a_precision_that_was_searched_may_differ_between_arms(tmp_path):
+    for name, search in (("searched", {"precision": ["fp32", "bf16"]}), ("not", {})):
+        out = cycle(tmp_path / name, ARMS[:2], ["cola"], search={})
+        for arm, precision in zip(ARMS[:2], ("fp32", "bf16"), strict=True):
+            path = out / folder_of(arm, "cola") / "metrics.json"
+            edit(path, lambda m, p=precision: m.update(precision=p))
+            edit(path, lambda m, p=precision: m["config"].update(precision=p))
+            for value, dev in (("fp32", 0.5), ("bf16", 0.5)) if search else ():
+                tried = metrics_of(
+                    out, arm, "cola", seeds=1, test=False, dev=[dev], config={"precision": value}
+                )
+                write(out / f"search/{arm}/cola/{value}/metrics.json", tried | {"precision": value})
+        edit(out / "cycle.json", lambda m, search=search: m.update(search=search))
+        if search:
+            assert {one.chosen["precision"] for one in read_results(out).searched} == {
+                "fp32",
+                "bf16",
+            }
+        else:
+            with pytest.raises(CheckpointError, match="precision"):
+                read_results(out)
+
+
 def test_a_setting_that_only_one_has_is_refused(out):
     edit(out / "fine-tuned/kd/cola/metrics.json", lambda m: m["config"].pop("warmup"))
     with pytest.raises(CheckpointError, match="warmup"):

@@ -83,6 +83,10 @@ LABELS = {
     "words": ["spam", "ham", "10"],
     "numbers": [0, 1, 2],
     "wide numbers": [3, 10, 200],
+    "numbers below 0": [-1, 1, 0],
+    "words of digits": ["10", "9", "200"],
+    "words with zeros": ["007", "08", "1"],
+    "words of signs": ["--1", "-", "+1"],
     "booleans": [True, False, True],
     "scores": [0.25, 3.8, 5.0],
 }

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.errors import InputError
 from rekindle.pipeline.jobs import Job, run_jobs
 from rekindle.pipeline.places import Place
 from rekindle.pipeline.progress import Progress
@@ -99,7 +99,7 @@ def test_a_job_has_one_thread(work: ModuleType, tmp_path: Path) -> None:
     [
         ("refuse", InputError, "^not like this$"),
         ("fail", RuntimeError, r"(?s)bad failed:.*KeyError: 'a bug'"),
-        ("die", RekindleError, r"bad: its process was killed \(exit code 9"),
+        ("die", InputError, r"bad: its process was killed \(exit code 9"),
     ],
 )
 def test_a_job_that_fails_stops_the_others(
