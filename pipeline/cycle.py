@@ -2,6 +2,7 @@
 
     OUT/cycle.json                  what the cycle is; OUT/run.yaml: its configuration
     OUT/tasks/TASK/                 the splits as every arm uses them
+    OUT/start/                      the start model as students take it over, and so experts
     OUT/experts/TASK/               the start model, fine-tuned: the arm ``expert``
     OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
     OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture

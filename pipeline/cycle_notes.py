@@ -21,8 +21,7 @@ FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 @dataclass(frozen=True)
 class Told:
     """What the notes are made from. ``metrics``: by task; ``missing``: arms and tasks;
-    ``overlaps``: examples of test that train has, by task; ``left``: weights of the start model
-    that students do not take over.
+    ``overlaps``: examples of test that train has, by task.
     """
 
     metrics: Mapping[str, str]
@@ -32,7 +31,6 @@ class Told:
     differences: Sequence[Difference]
     searched: Sequence[Searched]
     overlaps: Mapping[str, int] = field(default_factory=dict)
-    left: Sequence[str] = ()
 
 
 def notes_of(told: Told) -> list[str]:
@@ -47,7 +45,6 @@ def notes_of(told: Told) -> list[str]:
         *_selected(told),
         *_longer(told),
         *_overlaps(told.overlaps),
-        *_left(told.left),
         *_searched(told.searched),
         *_versions(list(told.found.values())),
     ]
@@ -130,16 +127,6 @@ def _longer(told: Told) -> list[str]:
 def _overlaps(overlaps: Mapping[str, int]) -> list[str]:
     listed = ", ".join(f"{count:,} of {task}" for task, count in overlaps.items())
     return [f"test examples whose text is also in train: {listed}"] if listed else []
-
-
-def _left(left: Sequence[str]) -> list[str]:
-    if not left:
-        return []
-    shown = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
-    return [
-        f"the start model has weights that a masked LM has not ({shown}): where its classifier "
-        f"uses them, {EXPERT} and {LONGER} begin with them, and students with fresh ones"
-    ]
 
 
 def _searched(searched: Sequence[Searched]) -> list[str]:

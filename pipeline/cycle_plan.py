@@ -11,6 +11,7 @@ from rekindle.pipeline.cycle_tasks import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
+START_FOLDER = "start"  # the start model as students take it over, and so experts as well
 # Arms whose students have one expert each, and so a student for every task.
 _OF_ONE_EXPERT: tuple[Arm, ...] = ("kd", "both")
 # The longest chain first: what else there is fills the places that wait for it.
@@ -44,7 +45,8 @@ def result_folder(home: Path, arm: Arm, task: str) -> Path:
 
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
-    corpus = home / "costs" / "corpus" / "done.json"
+    start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
+    yield Job("start", stages.save_start, (config.student.model, start), output=start)
     yield Job("corpus", stages.cache, (home / "corpus.yaml", (), corpus), output=corpus)
     for one in tasks:
         yield from _fine_tuning(home, config, one, "expert")
@@ -80,8 +82,8 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     """The search, and the fine-tunings that are compared, with what it has chosen."""
     name, points = one.task.name, config.search_points()
     student = student_of(arm, name)
-    start = str(home / "students" / student) if student else config.student.model
-    after = (f"student {student}",) if student else ()
+    start = str(home / "students" / student if student else home / START_FOLDER)
+    after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
     tried: list[tuple[dict[str, Any], Path]] = []
     for point in points:

@@ -122,8 +122,7 @@ def read_results(out: Path) -> CycleResults:
     ]
     missing = [cell for cell in cells if cell not in found]
     overlaps = {one.name: one.test_in_train for one in plan.tasks if one.test_in_train}
-    left = (plan.settings.get("start") or {}).get("not_in_students") or []
-    told = Told(metrics, found, missing, scores, differences, searched, overlaps, left)
+    told = Told(metrics, found, missing, scores, differences, searched, overlaps)
     return CycleResults(
         arms=plan.arms,
         tasks=plan.tasks,

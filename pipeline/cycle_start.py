@@ -6,19 +6,13 @@ from rekindle.data.errors import InputError
 from rekindle.data.tokenizer import load_tokenizer
 from rekindle.pipeline.cycle_config import CycleConfig
 
-# What is in front of a classifier's logits, and no masked LM has: students begin without it.
-_HEADS = ("pooler.", "classifier.")
-
 
 def check_start(config: CycleConfig) -> dict[str, Any]:
-    """What ``cycle.json`` says of the start model: the fingerprint of its weights, and the names of
-    those that students do not take over.
+    """What ``cycle.json`` says of the start model: the fingerprint of its weights.
 
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
     corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
     """
-    from safetensors import SafetensorError, safe_open
-
     from rekindle.train.models import resolve_model, weights_fingerprint
 
     directory = resolve_model(config.student.model)
@@ -29,13 +23,4 @@ def check_start(config: CycleConfig) -> dict[str, Any]:
             f"{config.corpus.tokenizer!r} ({own.size:,} tokens against {theirs.size:,}, or other "
             "tokens under the same ids): the student would read other words. Name the model's own"
         )
-    weights = weights_fingerprint(directory)
-    names: set[str] = set()
-    for file in directory.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                names.update(tensors.keys())
-        except SafetensorError as error:
-            raise InputError(f"{file} cannot be read ({error}); save the model again") from None
-    left = sorted(name for name in names if any(part in name for part in _HEADS))
-    return {"weights": weights, "not_in_students": left}
+    return {"weights": weights_fingerprint(directory)}

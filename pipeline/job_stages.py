@@ -53,6 +53,25 @@ def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) 
     _write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
 
 
+def save_start(model: str, out: Path, report: Report) -> None:
+    """``model`` as a masked LM, which is how students take it over: without a pooler or a
+    classifier's head that it may have, so that no arm has a better start than another.
+    """
+    import torch
+
+    from rekindle.data.tokenizer import load_tokenizer
+    from rekindle.train.models import resolve_model
+    from rekindle.train.result_folder import staging_folder
+    from rekindle.train.student_model import load_language_model
+
+    directory = resolve_model(model)
+    with staging_folder(out) as staging:
+        torch.manual_seed(0)  # of a missing LM head, which no classifier uses
+        load_language_model(directory, "masked_lm").save_pretrained(staging)
+        load_tokenizer(str(directory)).save(staging)
+    report(1)
+
+
 def fine_tune(
     model: Path, task: Path, out: Path, seeds: int, values: dict[str, Any], report: Report
 ) -> None:

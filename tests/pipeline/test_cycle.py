@@ -11,17 +11,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.tokenizer import load_tokenizer
 from rekindle.pipeline import job_stages as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle import _alone_in, configs, run_cycle
 from rekindle.pipeline.cycle_config import ARMS, CycleConfig, dump_cycle, load_cycle
 from rekindle.pipeline.cycle_plan import plan_jobs, result_folder, student_names
 from rekindle.pipeline.cycle_tasks import read_tasks
+from rekindle.pipeline.job_stages import save_start
 from rekindle.train.run_log import read_metrics
+from rekindle.train.student_model import load_language_model
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24}
 COLOURS = ["red", "green", "blue"]
@@ -291,17 +296,24 @@ def test_a_start_model_that_has_changed_is_refused(
     run_cycle(config, out)
 
 
-def test_weights_that_only_the_experts_begin_with_are_written_down(
-    config, tmp_path, nothing_runs, make_model, wordpiece
-):
-    """A masked LM has no pooler: what pre-training left in one, students lose."""
-    model = make_model("bert", "AutoModel", wordpiece, 3, **SMALL)
-    student = config.student.model_copy(update={"model": str(model)})
-    for one, left in ((config, []), (config.model_copy(update={"student": student}), ["pooler"])):
-        out = tmp_path / f"out-{len(left)}"
-        run_cycle(one, out)
-        found = json.loads((out / "cycle.json").read_text())["start"]["not_in_students"]
-        assert sorted({name.split(".")[0] for name in found}) == left
+def test_experts_and_students_begin_with_the_same_weights(tmp_path, make_model, wordpiece):
+    """A masked LM has no pooler, and a classifier's head is another model's: no arm keeps either.
+
+    What both begin with is, bit by bit, that of the model; its tokenizer gives the same ids.
+    """
+    for number, kind in enumerate(("AutoModel", "AutoModelForSequenceClassification")):
+        model, out = make_model("bert", kind, wordpiece, 3, **SMALL), tmp_path / f"start-{number}"
+        save_start(str(model), out, lambda steps: None)
+        own, saved = (
+            {k.removeprefix("bert."): v for k, v in load_file(d / "model.safetensors").items()}
+            for d in (model, out)
+        )
+        body = {k for k in own if k.startswith(("embeddings.", "encoder."))}
+        assert body == {k for k in saved if not k.startswith("cls.")}
+        assert all(torch.equal(own[key], saved[key]) for key in body)
+        assert load_tokenizer(str(out)).digest == load_tokenizer(str(model)).digest
+        student = load_language_model(model, "masked_lm").state_dict()
+        assert all(torch.equal(saved[key], student[f"bert.{key}"]) for key in body)
 
 
 def test_a_missing_text_is_said_before_the_directory_is_made(config, tmp_path, nothing_runs):
@@ -397,7 +409,7 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
             assert all(one["test_scores"] for one in metrics["per_seed"])
             assert metrics["config"]["epochs"] == (2 if arm == "longer" else 1)
             start_model = metrics["model"]
-            expected = config.student.model if arm in ("expert", "longer") else "students/"
+            expected = str(out / "start") if arm in ("expert", "longer") else "students/"
             assert expected in start_model
             searched = sorted((out / "search" / arm / task).iterdir())
             assert [p.name for p in searched] == ["learning_rate=0.001", "learning_rate=0.003"]

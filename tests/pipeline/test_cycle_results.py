@@ -427,15 +427,6 @@ def test_what_test_shares_with_train_is_told(out):
     assert CycleResults.from_dict(json.loads(json.dumps(results.as_dict()))) == results
 
 
-def test_what_students_do_not_take_over_of_the_start_model_is_told(out):
-    edit(out / "cycle.json", lambda m: m.update(start={"weights": "0a", "not_in_students": []}))
-    assert not any("masked LM has not" in note for note in read_results(out).notes)
-    names = [f"bert.pooler.{n}" for n in range(5)]
-    edit(out / "cycle.json", lambda m: m["start"].update(not_in_students=names))
-    (note,) = [note for note in read_results(out).notes if "masked LM has not" in note]
-    assert "(bert.pooler.0, bert.pooler.1, bert.pooler.2, bert.pooler.3, …)" in note
-
-
 def test_a_precision_that_was_searched_may_differ_between_arms(tmp_path):
     for name, search in (("searched", {"precision": ["fp32", "bf16"]}), ("not", {})):
         out = cycle(tmp_path / name, ARMS[:2], ["cola"], search={})
