@@ -104,6 +104,19 @@ def test_a_cycle_is_read_by_its_command_and_names_nothing_to_download(name):
     assert known >= {*config.corpus.source, config.corpus.tokenizer, config.student.model, *files}
 
 
+@pytest.mark.parametrize("name", CYCLES)
+def test_a_cycle_runs(name, tmp_path, monkeypatch, built_in_home, command):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(read_recipe(name))
+    small = ("seeds=1", "search={}", "arms=[both]", "finetune.max_steps=2", "cache.replicas=1")
+    sets = [part for value in small for part in ("--set", value)]
+    code, said, errors = command("rekindle", "run.yaml", "--out", "out", *sets, *SMALL)
+    assert code == 0, errors
+    for word in ("expert", "both", "part accuracy", "next accuracy", "fewer than 5 seeds"):
+        assert word in said
+    assert Path("out/report.html").is_file()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_has_a_section_in_the_book(name):
     headings = re.findall(r"^## ([\w-]+): ", (ROOT / "RECIPES.md").read_text(), re.MULTILINE)
