@@ -20,6 +20,8 @@ from rekindle.train.methods import is_better_upwards
 from rekindle.train.run_log import read_metrics
 
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
+CYCLE_WRITER = "rekindle cycle"
 # Where these differ, held-out values are of other positions, or of another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
@@ -140,8 +142,8 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
 
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
-    path = directory / "cycle.json"
-    return path.is_file() and (read_json(path) or {}).get("written_by") == "rekindle cycle"
+    path = directory / CYCLE_FILE
+    return path.is_file() and (read_json(path) or {}).get("written_by") == CYCLE_WRITER
 
 
 def _open_run(directory: Path) -> _Found | None:

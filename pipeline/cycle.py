@@ -26,7 +26,7 @@ from typing import Any
 from rekindle.data.documents import source_files
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare import compare_runs
+from rekindle.pipeline.compare import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle_config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle_page import cycle_html
@@ -38,9 +38,7 @@ from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
 from rekindle.pipeline.places import cores, places_for, visible_devices
 from rekindle.pipeline.progress import Progress
 
-CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 LOCK_FILE = ".lock"
-WRITER = "rekindle cycle"
 
 
 def run_cycle(
@@ -106,7 +104,7 @@ def _about(
     """What ``cycle.json`` says."""
     settings = config.model_dump(mode="json", by_alias=True)
     return {
-        "written_by": WRITER,
+        "written_by": CYCLE_WRITER,
         "arms": list(config.arms),
         "tasks": {one.task.name: one.facts for one in tasks},
         "search": settings["search"],
@@ -149,7 +147,7 @@ def _check_same(home: Path, about: Mapping[str, Any]) -> None:
         found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or found.get("written_by") != WRITER:
+    if not isinstance(found, dict) or found.get("written_by") != CYCLE_WRITER:
         raise InputError(f"{home} holds something else; give another --out, or remove it")
     before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
     for key in now:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError
+from rekindle.train.result_folder import WRITER
 
 EXPERT = "expert"
 LONGER = "longer"  # the start model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 TAUGHT = ("kd", "both", "mixture")  # students of experts
-_WRITER = "rekindle finetune"
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
@@ -103,7 +103,7 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
 
 
 def _parsed(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
-    if values["written_by"] != _WRITER:
+    if values["written_by"] != WRITER:
         raise ValueError(f"written by {values['written_by']!r}")
     runs = values["per_seed"]
     tests = [run["test_scores"] for run in runs]

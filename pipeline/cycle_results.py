@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.compare import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle_finetuned import (
     FineTuned,
     check_together,
@@ -28,9 +29,6 @@ from rekindle.pipeline.cycle_searched import (
     read_search,
     searched_of,
 )
-
-ABOUT = "cycle.json"
-_WRITER = "rekindle cycle"
 
 
 @dataclass(frozen=True)
@@ -136,10 +134,10 @@ def read_results(out: Path) -> CycleResults:
 
 
 def _read_plan(out: Path) -> _Plan:
-    values = read_json(out / ABOUT)
-    if values is None or values.get("written_by") != _WRITER:
+    values = read_json(out / CYCLE_FILE)
+    if values is None or values.get("written_by") != CYCLE_WRITER:
         raise InputError(
-            f"{out} is no directory of `pipeline rekindle`: there is no {ABOUT} of it. Give "
+            f"{out} is no directory of `pipeline rekindle`: there is no {CYCLE_FILE} of it. Give "
             "the one that its --out named"
         )
     try:
@@ -157,7 +155,7 @@ def _read_plan(out: Path) -> _Plan:
         arms = [_name(arm) for arm in values["arms"]]
         grid = {key: list(tries) for key, tries in (values.get("search") or {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{out / ABOUT} is damaged ({error!r})") from None
+        raise CheckpointError(f"{out / CYCLE_FILE} is damaged ({error!r})") from None
     settings = {k: v for k, v in values.items() if k not in ("written_by", "arms", "tasks")}
     seeds = values.get("seeds")
     return _Plan(arms, tasks, grid, seeds if isinstance(seeds, int) else None, settings)
@@ -182,15 +180,15 @@ def _check(
             raise CheckpointError(f"{out / one.folder} has no test scores; remove it and resume")
         if plan.seeds is not None and len(one.seeds) != plan.seeds:
             raise CheckpointError(
-                f"{out / one.folder} has {len(one.seeds)} seeds, and {ABOUT} says {plan.seeds}; "
-                "remove it and resume"
+                f"{out / one.folder} has {len(one.seeds)} seeds, and {CYCLE_FILE} says "
+                f"{plan.seeds}; remove it and resume"
             )
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
         for one in final.values():
             if one.metric != task.metric:
                 raise CheckpointError(
-                    f"{out / one.folder} has the metric {one.metric}, and {ABOUT} says "
+                    f"{out / one.folder} has the metric {one.metric}, and {CYCLE_FILE} says "
                     f"{task.metric}; remove it and resume"
                 )
         check_together(out, list(final.values()), list(plan.grid))
