@@ -197,7 +197,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     import torch
     import transformers
 
-    from rekindle.data.tokenizer import load_tokenizer
+    from rekindle.data.corpus.tokenizer import load_tokenizer
 
     made: dict[str, Path] = {}
 

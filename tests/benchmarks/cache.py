@@ -53,20 +53,20 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import pad
 from rekindle.data.cache import Cache, write_manifest
-from rekindle.data.codec import encode, fixed_point
-from rekindle.data.codec_precise import encode_precise
-from rekindle.data.corpus import Corpus, CorpusConfig, build_corpus
-from rekindle.data.manifest import begin_manifest
-from rekindle.data.masking import MaskConfig
-from rekindle.data.shards import ROWS_PER_BATCH
-from rekindle.data.store import open_store
-from rekindle.data.targets import Columns, TeacherInfo
-from rekindle.data.views import MaskedView, ViewReader
-from rekindle.pipeline.batching import length_buckets
-from rekindle.pipeline.cache_teachers import write_unit
-from rekindle.pipeline.run_teacher import Unit, UnitResult, run_unit, split_lists
+from rekindle.data.corpus.corpus import Corpus, CorpusConfig, build_corpus
+from rekindle.data.storage.manifest import begin_manifest
+from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.data.storage.store import open_store
+from rekindle.data.targets.codec import encode, fixed_point
+from rekindle.data.targets.codec_precise import encode_precise
+from rekindle.data.targets.schema import Columns, TeacherInfo
+from rekindle.data.views.masking import MaskConfig
+from rekindle.data.views.views import MaskedView, ViewReader
+from rekindle.pipeline.caching.batching import length_buckets
+from rekindle.pipeline.caching.cache_teachers import write_unit
+from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit, split_lists
+from rekindle.pipeline.caching.teachers import Teacher, compact_rows, plan_teacher
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.pipeline.teachers import Teacher, compact_rows, plan_teacher
 
 RESULTS = Path(__file__).with_name("results.csv")
 FIELDS = ("date", "benchmark", "device", "versions", "case", "provider", "metric", "value", "unit")

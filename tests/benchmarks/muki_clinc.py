@@ -37,18 +37,18 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
-from rekindle.train.classifier import evaluate, load_config
-from rekindle.train.expert_outputs import ExpertOutput, expert_output, student_logits
-from rekindle.train.finetune import finetune
-from rekindle.train.finetune_config import FinetuneConfig
-from rekindle.train.merge_baselines import merged_probabilities
-from rekindle.train.models import package_versions, quiet_transformers, resolve_model
+from rekindle.train.finetune.classifier import evaluate, load_config
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.expert_outputs import ExpertOutput, expert_output, student_logits
+from rekindle.train.finetune.merge_baselines import merged_probabilities
+from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
+from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.student import Student
-from rekindle.train.task_data import TaskData, read_task
-from rekindle.train.union import LabelUnion
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 LENGTH = 40  # tokens; the longest text has 33

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 import transformers
 
 from rekindle.data.batch import TokenTargetBatch
-from rekindle.data.codec import encode
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.targets.codec import encode
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import sparse_targets
 from rekindle.train.student import Student

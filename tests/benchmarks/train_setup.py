@@ -22,12 +22,12 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.python_docs import python_docs
+from rekindle.data.corpus.python_docs import python_docs
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import StudentConfig
-from rekindle.train.models import quiet_transformers
+from rekindle.train.model.files import quiet_transformers
 from rekindle.train.student import Student, build_student
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared"))

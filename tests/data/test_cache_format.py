@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.codec import encode
-from rekindle.data.columns import list_array, list_type, offsets_of
-from rekindle.data.corpus import unit_of
+from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.seal import SEAL, seal
-from rekindle.data.shards import ShardSet, describe
-from rekindle.data.store import LocalStore
-from rekindle.data.targets import (
+from rekindle.data.storage.columns import list_array, list_type, offsets_of
+from rekindle.data.storage.seal import SEAL, seal
+from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.store import LocalStore
+from rekindle.data.targets.codec import encode
+from rekindle.data.targets.schema import (
     SequenceTargets,
     TeacherInfo,
     TokenLabelTargets,
@@ -44,7 +44,7 @@ def made(tmp_path_factory, corpus_file, wordpiece, make_model):
     """A finished cache with a teacher of every kind of target; no test writes into it."""
     import torch
 
-    from rekindle.pipeline.cache_teachers import cache_teachers
+    from rekindle.pipeline.caching.cache_teachers import cache_teachers
     from rekindle.pipeline.config import RunConfig
 
     threads = torch.get_num_threads()
@@ -221,7 +221,7 @@ def test_several_shards_are_one_data_set(cache, tmp_path):
 
 
 def decoded(row, teacher, temperature):
-    """Ids, log-probs and log tail of a row by the table in data/codec.py, in plain Python."""
+    """Ids, log-probs and log tail of a row by data/targets/codec.py, in plain Python."""
     k, slot = teacher["k"], teacher["temperatures"].index(temperature)
     planes = max(0, (teacher["vocabulary_size"] - 1).bit_length() - 16)
     out = []

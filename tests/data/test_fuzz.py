@@ -30,32 +30,32 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from rekindle.data import shards
 from rekindle.data.batch import SequenceTargetBatch, TokenTargetBatch
 from rekindle.data.cache import Cache, write_manifest
-from rekindle.data.codec import encode
-from rekindle.data.codec_precise import encode_precise
-from rekindle.data.columns import list_views
-from rekindle.data.corpus import build_corpus, unit_of
-from rekindle.data.corpus_stages import CorpusConfig
-from rekindle.data.cuts import RowTexts
+from rekindle.data.corpus.corpus import build_corpus, unit_of
+from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import CacheError, RekindleError
-from rekindle.data.head import StoredHead, encode_hidden, write_head
-from rekindle.data.masking import MaskConfig
-from rekindle.data.scalars import ScalarSums
-from rekindle.data.seal import SEAL, VERSION, checksum, seal
-from rekindle.data.shards import ShardSet
-from rekindle.data.store import LocalStore
-from rekindle.data.targets import (
+from rekindle.data.storage import shards
+from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.cuts import RowTexts
+from rekindle.data.storage.seal import SEAL, VERSION, checksum, seal
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import LocalStore
+from rekindle.data.targets.codec import encode
+from rekindle.data.targets.codec_precise import encode_precise
+from rekindle.data.targets.head import StoredHead, encode_hidden, write_head
+from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.schema import (
     TeacherInfo,
     position_batches,
     rank_dtype,
     sequence_batches,
     target_schema,
 )
-from rekindle.data.views import MaskedView, PairView, ViewReader
-from rekindle.pipeline.verify import verify_cache
-from rekindle.train.split import split_corpus
+from rekindle.data.views.masking import MaskConfig
+from rekindle.data.views.views import MaskedView, PairView, ViewReader
+from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.train.order.split import split_corpus
 
 GOLDEN = sorted(p for p in (Path(__file__).parents[1] / "golden").glob("cache-v*") if p.is_dir())
 CASES_PER_CHILD = 300

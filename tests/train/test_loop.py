@@ -19,21 +19,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.masking import MaskConfig
-from rekindle.data.seal import SEAL, seal
 from rekindle.data.settings import parse_settings
-from rekindle.data.tokenizer import load_tokenizer
-from rekindle.data.views import MaskedView
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.data.storage.seal import SEAL, seal
+from rekindle.data.views.masking import MaskConfig
+from rekindle.data.views.views import MaskedView
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.train import loop as module
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast, train_student
-from rekindle.train.objective import Objective, StepLoss
-from rekindle.train.run_log import read_metrics
-from rekindle.train.split import split_corpus
-from rekindle.train.stream import TrainingStream
+from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.order.split import split_corpus
+from rekindle.train.order.stream import TrainingStream
+from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
