@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rekindle.kernels import chunked, losses, whole_ops
+from rekindle.kernels import chunked, losses, ops
 from rekindle.kernels.closed_form import Coefficients
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, row_entropy
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LOG_OF_ZERO, Objective, SparseTargets
+from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings, SparseTargets
 from rekindle.kernels.whole_vocabulary import whole_buffers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -310,7 +310,7 @@ def test_blocks_of_any_size_give_the_same(
 ) -> None:
     options: dict[str, Any] = {"divergence": kind, "temperature": 2.0, "labels": labels()}
     options |= {"ce_weight": 0.3, "softcap": 6.0, "impl": "torch"}
-    buffers = whole_buffers(Objective(softcap=6.0, divergence=kind), True)
+    buffers = whole_buffers(LossSettings(softcap=6.0, divergence=kind), True)
     seen = []
     inner = chunked.whole_loss_block
     monkeypatch.setattr(
@@ -363,18 +363,18 @@ def test_no_more_than_blocks_of_logits_are_ever_made(
     teachers', gradients included.
     """
     rows, block = 24, 4
-    objective = Objective(divergence=kind, temperature=tau, ce_weight=0.5 * labelled)
+    objective = LossSettings(divergence=kind, temperature=tau, ce_weight=0.5 * labelled)
     buffers = whole_buffers(objective, labelled)
     monkeypatch.setitem(chunked.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
     x, w, b = head(torch.float32, rows=rows)
     mode = Largest((block, VOCABULARY))
-    inner = whole_ops._run
+    inner = ops._run
 
     def watched(*arguments: Any) -> Any:
         with mode:  # inside the operator, which no mode sees into
             return inner(*arguments)
 
-    monkeypatch.setattr(whole_ops, "_run", watched)
+    monkeypatch.setattr(ops, "_run", watched)
     targets: Any = teacher(rows=rows)
     if form == "dense":
         targets = DenseTargets(teacher_logits(targets).float())
@@ -431,26 +431,28 @@ def test_no_rows_and_no_rows_that_count(reduction: str) -> None:
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def call(targets: Any, reduction: str) -> tuple[Any, ...]:
+def call(targets: Any, reduction: str) -> list[object]:
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.5], device=DEVICE)
-    objective = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction)
-    fields = (*targets[:4], labels(), weight, targets.softcap, targets.logit_scale)
-    return (*fields, *vars(objective).values(), torch.float32)
+    none = torch.empty(ROWS, 0, dtype=torch.int64, device=DEVICE)
+    rows = SparseTargets(none, none, None, labels(), weight)
+    settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
+    computation = ops.Computation("torch", torch.float32)
+    return ops.Call(rows, ops.WholeTeacher.of(targets), settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction: str) -> None:
     x, w, b = (t.requires_grad_() for t in head(torch.float32))
-    arguments = (*call(teacher(softcap=9.0), reduction), [True] * 3)
-    torch.library.opcheck(whole_ops._kd_whole, (x, w, b, *arguments))
+    arguments = ([True] * 3, *call(teacher(softcap=9.0), reduction))
+    torch.library.opcheck(ops._kd_loss, (x, w, b, *arguments))
     logits = F.linear(x, w, b).detach().requires_grad_()
-    dense = HiddenTargets(teacher_logits(teacher()).float(), None, None)
-    only = (*call(dense, reduction), [True, False, False])
-    torch.library.opcheck(whole_ops._kd_whole, (logits, None, None, *only))
+    dense = DenseTargets(teacher_logits(teacher()).float())
+    only = ([True, False, False], *call(dense, reduction))
+    torch.library.opcheck(ops._kd_loss, (logits, None, None, *only))
     if reduction == "none":
         upstream = torch.rand(ROWS, device=DEVICE)
         detached = (upstream, x.detach(), w.detach(), b.detach())
-        torch.library.opcheck(whole_ops._kd_whole_backward, (*detached, *arguments))
+        torch.library.opcheck(ops._kd_loss_backward, (*detached, *arguments))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -488,7 +490,7 @@ def test_autocast_changes_nothing_of_float32_inputs_on_cpu(path: Any) -> None:
 def test_products_may_be_of_sixteen_bits(kind: str) -> None:
     """As on a GPU under autocast: factors are rounded, and nothing else is."""
     x, w, b = head(torch.float32, rows=64)
-    targets, objective = teacher(rows=64), Objective(divergence=kind)
+    targets, objective = teacher(rows=64), LossSettings(divergence=kind)
     none = torch.empty(64, 0, dtype=torch.long, device=DEVICE)
     rows = SparseTargets(none, none, None, None, None)
     ones = torch.full((64,), 1 / 64, device=DEVICE)

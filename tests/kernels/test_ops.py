@@ -1,6 +1,5 @@
 """The registered operators: schema and fakes, autograd, torch.compile, autocast, accumulation."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from rekindle.kernels import ops
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import Objective
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,10 +36,11 @@ def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tens
     return {name: t.to(DEVICE) for name, t in case.items()}
 
 
-def call(case: dict, impl: str, reduction: str, **objective: Any) -> tuple[Any, ...]:
-    settings = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction, **objective)
-    targets = (case["ids"], case["probs"], None, case["labels"], case["row_weight"], None)
-    return (*targets, *dataclasses.astuple(settings), impl)
+def call(case: dict, impl: str, reduction: str) -> list[object]:
+    settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
+    targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
+    computation = ops.Computation(impl, torch.float32)
+    return ops.Call(targets, ops.WholeTeacher(), settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -49,15 +49,14 @@ def test_opcheck(impl: str, reduction: str) -> None:
     case = make()
     arguments = call(case, impl, reduction)
     x, w, b = (case[n].clone().requires_grad_() for n in ("hidden", "weight", "bias"))
-    flags = (torch.float32, [True, True, True])
-    torch.library.opcheck(ops._kd_linear, (x, w, b, *arguments, *flags))
     logits = (case["hidden"] @ case["weight"].t()).requires_grad_()
-    torch.library.opcheck(ops._kd_logits, (logits, *arguments, True))
-    if reduction == "none":
-        upstream = torch.rand(5, device=DEVICE)
-        detached = (x.detach(), w.detach(), b.detach())
-        torch.library.opcheck(ops._kd_linear_backward, (upstream, *detached, *arguments, *flags))
-        torch.library.opcheck(ops._kd_logits_backward, (upstream, logits.detach(), *arguments))
+    for student, wanted in (((x, w, b), [True] * 3), ((logits, None, None), [True, False, False])):
+        torch.library.opcheck(ops._kd_loss, (*student, wanted, *arguments))
+        if reduction == "none":
+            detached = (None if t is None else t.detach() for t in student)
+            upstream = torch.rand(5, device=DEVICE)
+            everything = (upstream, *detached, wanted, *arguments)
+            torch.library.opcheck(ops._kd_loss_backward, everything)
 
 
 def gradients(case: dict, function: Any, factor: float = 1.0) -> list[Tensor]:
