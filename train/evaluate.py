@@ -14,19 +14,12 @@ from torch import Tensor
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.targets.schema import SAMPLED, TeacherInfo
-from rekindle.kernels.losses import linear_kd_loss
-from rekindle.train.device_batch import (
-    as_arguments,
-    kd_targets,
-    language_rows,
-    model_inputs,
-    send,
-    sparse_targets,
-)
+from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.objective.objective import inputs_of
+from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.selection import at_masked_positions
+from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
 from rekindle.train.student import Student
 
 
@@ -68,7 +61,8 @@ def best_of(
     return {"step": step, "name": name, "value": value}
 
 
-Run = Callable[..., Any]
+Sums = dict[str, tuple[float, int]]
+Run = Callable[..., Sums]
 
 
 @torch.no_grad()
@@ -122,32 +116,15 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 
-def _run_alone(student: Student, work: Run, *arguments: Any) -> Any:
+def _run_alone(student: Student, work: Run, *arguments: object) -> Sums:
     return work(student, *arguments)
-
-
-Sums = dict[str, tuple[float, int]]
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
-    head = student.output_head
     hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
-    nothing = torch.full((len(hidden), 1), -1, device=device)
-    ce = linear_kd_loss(
-        hidden,
-        head.weight,
-        nothing,
-        torch.zeros(nothing.shape, device=device),
-        bias=head.bias,
-        labels=rows.labels,
-        ce_weight=1.0,
-        kd_weight=0.0,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    ).ce
+    ce = head_loss(hidden, student.output_head, None, labels=rows.labels, ce_weight=1.0).ce
     sums: Sums = {"loss": (float(ce), len(hidden))}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
@@ -166,16 +143,8 @@ def _vocabulary_sums(
     head = student.output_head
     # A sample is of the one temperature it was drawn at.
     temperature = target.info.temperatures[0] if target.info.kind in SAMPLED else 1.0
-    kd = linear_kd_loss(
-        hidden,
-        head.weight,
-        **as_arguments(kd_targets(target, temperature, None, device)),
-        bias=head.bias,
-        temperature=temperature,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    ).kd
+    targets = kd_targets(target, temperature, None, device)
+    kd = head_loss(hidden, head, targets, temperature=temperature).kd
     whole = target.info.kind in ("dense", "hidden")
     sparse = sparse_targets(target, temperature, 1 if whole else None, device)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
@@ -194,7 +163,11 @@ def _task_sums(
     head = _head_of(name, student, target.info)
     if head is None:
         return {}
-    logits, wanted = _task_logits(*head, student, batch, target, device)
+    name_of_head, places = head
+    inputs = inputs_of(student, batch, target.info.view, device)
+    found = run_heads(student, inputs, batch, {name_of_head: target})
+    logits, wanted = taught_rows(found.logits[name_of_head], target)
+    logits = logits.float()[:, places]
     count = len(logits)
     if not count:
         return {}
@@ -221,24 +194,3 @@ def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[
             wanted = [f"{name}/{n}" if apart else n for n in info.label_names]
             return head, [names.index(n) for n in wanted]
     return None
-
-
-def _task_logits(
-    name: str,
-    places: list[int],
-    student: Student,
-    batch: Batch,
-    target: SequenceTargetBatch | TokenLabelBatch,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    if isinstance(target, TokenLabelBatch):
-        inputs = model_inputs(batch.input_ids, batch.lengths, device)
-        flat = torch.from_numpy(target.rows * batch.input_ids.shape[1] + target.positions)
-        shown = student.with_domains(inputs, batch.domains)
-        logits = student(shown, token_heads={name: flat.to(device)}).logits[name]
-        return logits.float(), send(target.logits, device)
-    keep = torch.from_numpy(target.present).to(device)
-    seen = inputs_of(student, batch, target.info.view, device)
-    shown = student.with_domains(seen, batch.domains)
-    logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
-    return logits.float(), torch.from_numpy(target.logits).to(device)[keep]

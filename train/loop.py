@@ -29,6 +29,7 @@ from rekindle.train.growth_report import measure_growth, save_growth, saved_grow
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking_pass import with_centres
 from rekindle.train.objective.selection import Counts
+from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
@@ -42,7 +43,7 @@ from rekindle.train.record.checkpoint import (
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.watch import LossWatch, recent_losses, save_suspect
+from rekindle.train.record.watch import LossWatch, Weights, recent_losses, save_suspect
 from rekindle.train.student import Student
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -108,7 +109,7 @@ def train_student(
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
     stream.order.restore(state.get("order"))
-    recent = world.decide(lambda: recent_losses(read_metrics(out), first, objective.weights))
+    recent = world.decide(lambda: _recent_losses(out, first, objective))
     watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
     student.student.train()
@@ -121,11 +122,10 @@ def train_student(
         for step, read in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
-            batch = objective.select(read, step)
-            values = _step(training, batch, step, watch)
-            coverage.count(
-                batch, objective.task, objective.users(step), objective.hard_weight(step)
-            )
+            plan = objective.plan(step)
+            batch = objective.select(read, plan)
+            values = _step(training, batch, plan, watch)
+            coverage.count(batch, objective.task, plan)
             done = step + 1
             waited = stream.waited - waited_before
             values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
@@ -135,7 +135,7 @@ def train_student(
                 report(done, values)
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
-                evaluation = _evaluate(training, step)
+                evaluation = _evaluate(training, plan)
                 stream.order.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
@@ -143,7 +143,7 @@ def train_student(
                 run_log.sync()
                 _save(training, done, coverage, best, earlier + time.monotonic() - started)
     if first == config.steps:
-        evaluation = _evaluate(training, first - 1)
+        evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
@@ -187,56 +187,56 @@ def _save(
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
 
 
-def _evaluate(training: Training, step: int) -> dict[str, float]:
-    """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more.
+def _recent_losses(out: Path, step: int, objective: Objective) -> list[tuple[float, Weights]]:
+    """Return the last losses of the first ``step`` steps, each with its step's weights."""
+    return recent_losses(read_metrics(out), step, lambda done: objective.plan(done).weights)
+
+
+def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
+    """Evaluate against the teachers of the step alone: one of weight 0 is not read any more.
 
     The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
     them save a checkpoint that the others do not.
     """
-    objective = training.objective
-    data = replace(
-        training.prepared.held_out,
-        teachers=tuple(objective.teachers_at(step)),
-        methods=tuple(method for method, _ in objective.active_methods(step)),
-    )
+    methods = tuple(method for method, _ in plan.methods)
+    data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
     student, world = training.student, training.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)
     return world.decide(lambda: found)
 
 
-def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict[str, float]:
+def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) -> dict[str, float]:
     """One optimiser step on this process's share of a batch. Returns what is shown and logged.
 
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
     began = time.perf_counter()
     config, world, objective = training.config, training.world, training.objective
+    step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
     rate = set_learning_rate(training.optimizer, config, step)
-    counts = objective.counts(batch, step).over(world.sum)
+    counts = objective.counts(batch, plan).over(world.sum)
     loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
     with autocast(config.precision, world.device):
-        counts = with_centres(counts, objective, parts, step, world, training.student.run)
+        counts = with_centres(counts, objective.task, parts, plan, world, run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
-                total, shown = training.student.run(
-                    _attached_loss, objective, part, counts, step, world.device
-                )
+                total, shown = run(_attached_loss, objective, part, counts, plan, world.device)
             (total * world.size).backward()
         loss = loss + total.detach()
         for name, value in shown.items():
             terms[name] = terms.get(name, nothing) + value
     norm_here = training.student.clip(config.max_grad_norm or math.inf)
-    names = objective.shown(counts, step)
+    names = objective.shown(counts, plan)
     shown_here = [norm_here, loss, *(terms.get(name, nothing) for name in names)]
     norm, *own = torch.stack([value.float() for value in shown_here]).tolist()  # waits for the GPU
     summed, *values, tokens = world.sum([*own, int(batch.lengths.sum())])
-    complaint = watch.complaint(summed, norm, objective.weights(step))
+    complaint = watch.complaint(summed, norm, plan.weights)
     if complaint is not None:
         world.decide(lambda: _stop(training, step, complaint))
     training.optimizer.step()
@@ -254,13 +254,13 @@ def _attached_loss(
     objective: Objective,
     part: Batch,
     counts: Counts,
-    step: int,
+    plan: StepPlan,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro-batch, always with a gradient: where this process's rows have no loss,
     another's may have one, and all must take part in its backward pass.
     """
-    result = objective.loss(student, part, counts, step, device)
+    result = objective.loss(student, part, counts, plan, device)
     if not result.total.requires_grad:
         used_always = student.model.get_input_embeddings().weight
         result.total = result.total + 0.0 * used_always[0].sum()

@@ -68,7 +68,7 @@ def _data(
         chosen.order,
         config.batch_sequences,
         config.seed,
-        objective.teachers_at,
+        lambda step: objective.plan(step).teachers,
         view,
         config.allow_missing,
         rank=world.rank,

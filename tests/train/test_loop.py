@@ -403,9 +403,11 @@ def test_a_step_is_adamw_on_the_clipped_gradient(masked_world, make_model, wordp
     student = build_student(StudentConfig(model=str(model)), {}, infos["big"].vocabulary_size, 0)
     view = cache.masked_view().name
     train = split_corpus(cache, 0.1).train
-    batch = TrainingStream(cache, train, 6, 0, objective.teachers_at, view).batch(0)
-    counts = objective.counts(batch, 0)
-    objective.loss(student.train(), batch, counts, 0, CPU).total.backward()
+    batch = TrainingStream(
+        cache, train, 6, 0, lambda step: objective.plan(step).teachers, view
+    ).batch(0)
+    counts = objective.counts(batch, objective.plan(0))
+    objective.loss(student.train(), batch, counts, objective.plan(0), CPU).total.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
     assert read_metrics(out)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert norm > 0.02
@@ -564,9 +566,9 @@ def test_held_out_sequences_are_never_trained_on(masked_world, tmp_path, monkeyp
 def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeypatch, clip):
     loss = Objective.loss
 
-    def broken(self, student, batch, counts, step, device):
-        result = loss(self, student, batch, counts, step, device)
-        return replace(result, total=result.total * torch.nan) if step == 5 else result
+    def broken(self, student, batch, counts, plan, device):
+        result = loss(self, student, batch, counts, plan, device)
+        return replace(result, total=result.total * torch.nan) if plan.step == 5 else result
 
     monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(InputError, match=r"the loss is nan at step 6\. Its 6 examples are named"):
@@ -587,10 +589,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(masked_world, tmp_path, mon
     """A finite loss with an infinite gradient would poison the weights and the next checkpoint."""
     loss = Objective.loss
 
-    def broken(self, student, batch, counts, step, device):
-        result = loss(self, student, batch, counts, step, device)
+    def broken(self, student, batch, counts, plan, device):
+        result = loss(self, student, batch, counts, plan, device)
         weight = next(student.parameters())
-        spike = (weight.sum() * 0).sqrt() if step == 3 else 0.0
+        spike = (weight.sum() * 0).sqrt() if plan.step == 3 else 0.0
         return StepLoss(result.total + spike, result.terms)
 
     monkeypatch.setattr(Objective, "loss", broken)

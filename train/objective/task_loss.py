@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
+from rekindle.data.batch import Batch, SequenceTargetBatch
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
@@ -26,6 +26,7 @@ from rekindle.train.objective.label_union import (
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of
+from rekindle.train.objective.task_pass import taught_rows
 from rekindle.train.student import HeadConfig
 
 Add = Callable[[str, Tensor | None, Tensor], None]
@@ -61,7 +62,7 @@ def add_task_losses(
             _add_mixture(logits[union_head(term)], batch, term, weight, teachers, counts, add)
             continue
         for name, shown in names_of(term).items():
-            own, wanted = _rows(logits[name], batch.targets[name])
+            own, wanted = taught_rows(logits[name], batch.targets[name])
             if term.ranking is not None:
                 loss = _ranked(own.float(), wanted, batch, name, term, counts)
                 add(shown, loss * weight, loss.detach())
@@ -82,15 +83,6 @@ def _ranked(
     rows = counts.rows[names_of(term)[name]]
     errors = (logits - wanted)[:, 0]
     return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
-
-
-def _rows(logits: Tensor, target: object) -> tuple[Tensor, Tensor]:
-    """The student's and the expert's logits [R,C] at the rows that have a target."""
-    if isinstance(target, SequenceTargetBatch):
-        keep = send(np.flatnonzero(target.present), logits.device)
-        return logits[keep], send(target.logits[target.present], logits.device)
-    assert isinstance(target, TokenLabelBatch)
-    return logits, send(target.logits, logits.device)
 
 
 def _add_mixture(

@@ -4,7 +4,7 @@ before, and on however many processes and threads. Which sequences that are, ``s
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class TrainingStream:
         sequences: Order | Sequences | NDArray[np.int64],
         batch_sequences: int,
         seed: int,
-        teachers_at: Callable[[int], list[str]],
+        teachers_at: Callable[[int], Sequence[str]],
         masked_view: str | None,
         allow_missing: tuple[str, ...] = (),
         rank: int = 0,

@@ -58,17 +58,17 @@ class Setting:
     def batch(self, step):
         found = self.cache.gather(
             self.index,
-            self.objective.teachers_at(step),
+            self.objective.plan(step).teachers,
             epoch=EPOCH,
             masked_view=self.view,
             allow_missing=self.missing,
         )
-        return self.objective.select(found, step)
+        return self.objective.select(found, self.objective.plan(step))
 
     def run(self, step=0, micro=None):
         """(loss, terms, gradients by parameter) of a step, in micro-batches."""
         batch = self.batch(step)
-        counts = self.objective.counts(batch, step)
+        counts = self.objective.counts(batch, self.objective.plan(step))
         parts = split_batch(batch, micro or len(batch.index))
         return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
 
@@ -76,7 +76,7 @@ class Setting:
         def run(work, *arguments):
             return work(self.student, *arguments)
 
-        return with_centres(counts, self.objective, parts, step, world, run)
+        return with_centres(counts, self.task, parts, self.objective.plan(step), world, run)
 
     def run_apart(self, processes, step=0):
         """The same of a step of which each process reads, selects and counts its own part."""
@@ -85,13 +85,13 @@ class Setting:
         for rank in range(processes):
             self.index = index[rank::processes]
             parts.append(self.batch(step))
-            counted.append(self.objective.counts(parts[-1], step))
+            counted.append(self.objective.counts(parts[-1], self.objective.plan(step)))
         self.index = index
         counts = Counts(
             sum(c.labels for c in counted),
             {name: sum(c.rows[name] for c in counted) for name in counted[0].rows},
         )
-        assert counts == self.objective.counts(self.batch(step), step)
+        assert counts == self.objective.counts(self.batch(step), self.objective.plan(step))
         found = at_once(
             processes,
             lambda world, rank: self._centred(counts, split_batch(parts[rank], 2), step, world),
@@ -111,7 +111,7 @@ class Setting:
 
         self.student.forward = watch
         try:
-            counts = self.objective.counts(batch, step)
+            counts = self.objective.counts(batch, self.objective.plan(step))
             found = self._sum([batch], self._centred(counts, [batch], step, World.alone()), step)[2]
         finally:
             self.student.forward = forward
@@ -121,7 +121,7 @@ class Setting:
         self.student.zero_grad(set_to_none=True)
         loss, terms = 0.0, {}
         for part in parts:
-            result = self.objective.loss(self.student, part, counts, step, CPU)
+            result = self.objective.loss(self.student, part, counts, self.objective.plan(step), CPU)
             result.total.backward()
             loss += float(result.total.detach())
             for name, value in result.terms.items():
@@ -529,10 +529,10 @@ def muki_weights(means, term):
 def reference(setting, step):
     """(loss, shown terms): hard·CE + Σ weight·τ²·D, each a mean over the rows it has."""
     objective = setting.objective
-    active = objective.active(step)
+    active = objective.plan(step).terms
     weights = {name: weight for term, weight in active for name in all_names(term)}
-    if objective.hard_weight(step) > 0:
-        weights["ce"] = objective.hard_weight(step)
+    if objective.plan(step).hard > 0:
+        weights["ce"] = objective.plan(step).hard
     sums = {name: Sums() for name in ["ce", *weights]}
     terms = [term for term, _ in active]
     words = [t for t in terms if objective.teachers[t.teachers[0]].kind in ("topk", "dense")]
@@ -729,8 +729,8 @@ def test_knowledge_inheritance_weighs_as_published(masked_world, step):
     distill = [term("big", temperature=2.0, weight=FALL)]
     setting = Setting(masked_world, {"hard": {"weight": RISE}, "distill": distill})
     alpha = max(1 - step / 5, 0)
-    assert setting.objective.hard_weight(step) == pytest.approx(1 - alpha)
-    assert setting.objective.teachers_at(step) == (["big"] if alpha > 0 else [])
+    assert setting.objective.plan(step).hard == pytest.approx(1 - alpha)
+    assert setting.objective.plan(step).teachers == (("big",) if alpha > 0 else ())
     terms = setting.check(step)
     loss = setting.run(step)[0]
     both = (1 - alpha) * terms.get("ce", 0) + alpha * 4 * terms.get("kd/big", 0)
@@ -888,7 +888,9 @@ def test_routed_rows_share_one_mean(masked_world):
     sums = {}
     for name in ("odd.lm", "even.lm"):
         setting = Setting(masked_world, alone(term(name)))
-        rows = setting.objective.counts(setting.batch(0), 0).rows[f"kd/{name}"]
+        rows = setting.objective.counts(setting.batch(0), setting.objective.plan(0)).rows[
+            f"kd/{name}"
+        ]
         sums[name] = (rows * setting.run()[0], rows)
     (a, n), (b, m) = sums.values()
     assert n != m
@@ -954,13 +956,16 @@ def test_the_experts_of_the_tests_differ_in_certainty(experts_world):
 def test_losses_are_shown_in_a_fixed_order(experts_world):
     """Only those that the step has rows for."""
     setting = Setting(experts_world, MERGED["all of it"])
-    counts = setting.objective.counts(setting.batch(0), 0)
+    counts = setting.objective.counts(setting.batch(0), setting.objective.plan(0))
     names = ["ce", "kd/animals+pets+weather", "kd/lm", "kd/odd.plants", "kd/odd.score"]
     names += ["kd/odd.tags+tags", "kd/pair.a+pair.b"]
-    assert setting.objective.shown(counts, 0) == names
-    assert setting.objective.shown(Counts(0, dict.fromkeys(counts.rows, 0)), 0) == []
+    assert setting.objective.shown(counts, setting.objective.plan(0)) == names
+    assert (
+        setting.objective.shown(Counts(0, dict.fromkeys(counts.rows, 0)), setting.objective.plan(0))
+        == []
+    )
     some = Counts(3, dict.fromkeys(counts.rows, 0) | {"kd/lm": 1})
-    assert setting.objective.shown(some, 0) == ["ce", "kd/lm"]
+    assert setting.objective.shown(some, setting.objective.plan(0)) == ["ce", "kd/lm"]
 
 
 def test_absent_pairs_weigh_nothing(masked_world):
@@ -979,7 +984,7 @@ def test_absent_pairs_weigh_nothing(masked_world):
 def test_counts_are_the_rows_of_the_whole_batch(masked_world, causal_world):
     setting = Setting(masked_world, OBJECTIVES["everything"])
     batch = setting.batch(0)
-    counts = setting.objective.counts(batch, 0)
+    counts = setting.objective.counts(batch, setting.objective.plan(0))
     examples = [setting.cache.example(i) for i in setting.index]
     assert counts.labels == len(batch.masked.labels) > 0
     assert counts.rows["kd/big+wide"] == counts.labels
@@ -991,7 +996,7 @@ def test_counts_are_the_rows_of_the_whole_batch(masked_world, causal_world):
     assert counts.rows["kd/tags"] == sum(len(e.targets["tags"][0].positions) for e in examples)
     lengths = [len(e.input_ids) for e in map(causal_world.open().example, range(3, 20))]
     plain = Setting(causal_world, {})
-    causal = plain.objective.counts(plain.batch(0), 0)
+    causal = plain.objective.counts(plain.batch(0), plain.objective.plan(0))
     assert causal.labels == sum(n - 1 for n in lengths)
 
 
@@ -1000,10 +1005,10 @@ def test_schedules_decide_who_is_read(masked_world):
     rise = {"schedule": "step", "from": 0.0, "to": 1.0, "over": 0.2}
     distill = [term("big", weight=fall), term("sense", "topics", weight=rise), term("wide")]
     objective = Setting(masked_world, {"distill": distill}).objective
-    read = [objective.teachers_at(step) for step in range(10)]
-    assert read[:2] == [["big", "wide"]] * 2
-    assert read[2:5] == [["big", "sense", "topics", "wide"]] * 3
-    assert read[5:] == [["sense", "topics", "wide"]] * 5
+    read = [objective.plan(step).teachers for step in range(10)]
+    assert read[:2] == [("big", "wide")] * 2
+    assert read[2:5] == [("big", "sense", "topics", "wide")] * 3
+    assert read[5:] == [("sense", "topics", "wide")] * 5
     assert objective.heads.keys() == {"sense", "topics"}
 
 
@@ -1320,7 +1325,7 @@ def test_a_weight_that_falls_to_zero_at_the_very_end_is_no_such_objective(masked
     fall = {"from": 1.0, "to": 0.0, "over": 1.0}
     distill = [term("big", weight=fall)]
     objective = Setting(masked_world, {"hard": {"weight": 0}, "distill": distill}).objective
-    assert objective.teachers_at(9) == ["big"]
+    assert objective.plan(9).teachers == ("big",)
 
 
 # --- task losses by themselves ---
