@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -42,19 +42,26 @@ class EvaluationData:
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
 
+class Best(TypedDict):
+    """The best value of an evaluation so far, and after how many steps it was measured."""
+
+    step: int
+    name: str
+    value: float
+
+
 def best_of(
-    evaluation: Mapping[str, float], name: str | None, step: int, best: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
-    """The better of ``best``, {"step", "name", "value"}, and of what was measured at ``step``.
+    evaluation: Mapping[str, float], name: str | None, step: int, best: Best | None
+) -> Best | None:
+    """Return the better of ``best`` and of what was measured at ``step``.
 
     Agreement is better upwards, all else downwards, but for a method's values as ``Method.values``
-    says. Any value beats one of another name; one that
-    is not finite beats none.
+    says. A value beats any of another name; one that is not finite beats none.
     """
     value = evaluation.get(name or "", math.nan)
     if name is None or not math.isfinite(value):
         return best
-    if best is not None and best.get("name") == name:
+    if best is not None and best["name"] == name:
         gain = value - best["value"] if is_better_upwards(name) else best["value"] - value
         if gain <= 0:
             return best

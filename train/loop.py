@@ -24,13 +24,13 @@ from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import best_of, evaluate
+from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking_pass import with_centres
 from rekindle.train.objective.selection import Counts
 from rekindle.train.objective.step_plan import StepPlan
-from rekindle.train.optimizer import make_optimizer, set_learning_rate
+from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
 from rekindle.train.record.checkpoint import (
@@ -70,7 +70,7 @@ class Training:
     student: ParallelStudent
     optimizer: torch.optim.Optimizer
     prepared: Prepared
-    lineage: list[dict[str, Any]]  # of the student, as its files have it
+    lineage: list[dict[str, object]]  # of the student, as its files have it
 
     @property
     def objective(self) -> Objective:
@@ -139,7 +139,8 @@ def train_student(
                 stream.order.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
-            if last or done % config.checkpoint_every == 0 or (best or {}).get("step") == done:
+            is_best = best is not None and best["step"] == done
+            if last or done % config.checkpoint_every == 0 or is_best:
                 run_log.sync()
                 _save(training, done, coverage, best, earlier + time.monotonic() - started)
     if first == config.steps:
@@ -160,7 +161,7 @@ def _begin(
     # While the student is whole and untrained. Of a run that was killed before this, once more.
     growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
-    optimizer = make_optimizer(student.student, config, world.device)
+    optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
     made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
     lineage = [run.model_dump(mode="json") for run in made_by]
     training = Training(out, cache, config, student, optimizer, prepared, lineage)
@@ -174,14 +175,14 @@ def _save(
     training: Training,
     done: int,
     coverage: Coverage,
-    best: Mapping[str, Any] | None,
+    best: Best | None,
     seconds: float,
 ) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
     total = coverage.over(training.world.sum)
     order = training.prepared.stream.order.state
     state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
-    state[LINEAGE] = training.lineage
+    state |= {LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
     about = training.prepared.about
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
@@ -285,7 +286,7 @@ def _finish(
     student: Student,
     weights: Mapping[str, Tensor] | None,
     cache: Cache,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
 ) -> None:
     """Make the run's directory a model directory."""
     staged = result.directory / ".final"

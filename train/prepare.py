@@ -22,6 +22,7 @@ from rekindle.train.student import Student, build_student
 
 log = logging.getLogger("rekindle")
 
+About = dict[str, Any]  # what a run is, as JSON: see ``describe_run``
 DATA_ORDER = 2  # rises when the same seed would mean another split or another order
 
 
@@ -29,7 +30,7 @@ DATA_ORDER = 2  # rises when the same seed would mean another split or another o
 class Prepared:
     """What a run needs before its processes are joined to one."""
 
-    about: dict[str, Any]  # what the run is
+    about: About
     objective: Objective
     student: Student
     stream: TrainingStream
@@ -220,8 +221,8 @@ def describe_run(
     config: TrainConfig,
     masked_view: str | None,
     objective: Objective,
-) -> dict[str, Any]:
-    """What a run is: enough to refuse to resume it as another, and to make its model a teacher
+) -> About:
+    """Describe a run: enough to refuse to resume it as another, and to make its model a teacher
     later.
     """
     train = config.model_dump(mode="json", by_alias=True)
@@ -245,7 +246,7 @@ def describe_run(
     }
 
 
-def _other_views(cache: Cache, objective: Objective) -> dict[str, Any]:
+def _other_views(cache: Cache, objective: Objective) -> dict[str, dict[str, str]]:
     """The view of each masked LM that saw other inputs than the student, where there are some."""
     infos = {name: cache.teacher(name).info for name in objective.teachers}
     views = {name: info.view for name, info in infos.items() if info.sees_clean_text}

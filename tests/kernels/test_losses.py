@@ -440,13 +440,13 @@ def test_gradients_only_where_needed_and_none_under_no_grad(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[bool, ...]] = []
-    original = ops._run_linear
+    original = ops._run
 
     def spy(*args: Any) -> Any:
         asked.append(tuple(args[-2]))
         return original(*args)
 
-    monkeypatch.setattr(ops, "_run_linear", spy)
+    monkeypatch.setattr(ops, "_run", spy)
     case = make()
     x, w, b = head(case)
     args = (case["ids"], case["probs"])
