@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import Gradients, row_blocks
+from rekindle.kernels.chunked import Gradients, product_, row_blocks
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.fused import losses_of_rows
 from rekindle.kernels.targets import LossSettings, SparseTargets
@@ -61,7 +61,7 @@ def linear_fused(
         if dx is not None:
             torch.mm(z, w, out=dx[block])
         if dw is not None:
-            dw = _plus_product(dw, z.t(), x[block])
+            product_(dw, z.t(), x[block], plus=True)
         if db is not None:
             db += z.sum(0, dtype=torch.float32)
     if lift != 1.0:
@@ -97,12 +97,3 @@ def _rows_to_keep(targets: SparseTargets) -> Tensor | None:
 def _lift(rows: int, dtype: torch.dtype) -> float:
     """A power of two near the row count, so that gradients of a mean stay normal in float16."""
     return 2.0 ** math.ceil(math.log2(max(rows, 1))) if dtype == torch.float16 else 1.0
-
-
-def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """float32 total + a @ b, the product of sixteen-bit matrices too summed in float32."""
-    if a.dtype == torch.float32:
-        return total.addmm_(a, b)
-    if a.device.type == "cuda":
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())

@@ -256,7 +256,7 @@ def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: s
         computation = Computation(chosen, rounded)
     elif chosen == "triton":
         computation = Computation(chosen, product_dtype)
-    return KDLoss(*losses(student, Call(targets, teacher, settings, computation)))
+    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
 
 
 def _product_dtype(student: StudentLogits) -> torch.dtype:

@@ -20,6 +20,9 @@ from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
 # ---- what the operator is told ------------------------------------------------------------------
 
 
+Wanted = Sequence[bool]  # of the student's inputs, weight and bias
+
+
 class StudentLogits(NamedTuple):
     """The student's logits [N,V]: `inputs`, or inputs [N,H] @ weight.T + bias."""
 
@@ -71,11 +74,13 @@ class Computation(NamedTuple):
 
     impl: str  # triton | torch
     product_dtype: torch.dtype | None = None  # of a head's products; None: that of the arithmetic
+    wanted: Wanted = (False, False, False)  # gradients
 
 
 class Call(NamedTuple):
-    """What the operator is told beside the student's logits."""
+    """What the operator is told."""
 
+    student: StudentLogits
     targets: SparseTargets  # of a whole teacher: labels and weights, no ids
     teacher: WholeTeacher
     settings: LossSettings
@@ -93,7 +98,7 @@ class Call(NamedTuple):
 
 _TYPES: dict[object, str] = {
     **{Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype | None: "ScalarType?"},
-    **{int: "int", float: "float", float | None: "float?", str: "str"},
+    **{int: "int", float: "float", float | None: "float?", str: "str", Wanted: "bool[]"},
 }
 _ARGUMENTS: list[str] = []  # of the schema, one per field of a part of Call
 _PARTS: list[tuple[type[NamedTuple], slice]] = []  # of Call, with their places in `Call.flat`
@@ -101,16 +106,16 @@ for _name, _part in get_type_hints(Call).items():
     _fields = [f"{_TYPES[kind]} {_name}_{f}" for f, kind in get_type_hints(_part).items()]
     _PARTS.append((_part, slice(len(_ARGUMENTS), len(_ARGUMENTS) + len(_fields))))
     _ARGUMENTS += _fields
-_STUDENT = "Tensor inputs, Tensor? weight, Tensor? bias, bool[] wanted"
-_SCHEMA = ", ".join([_STUDENT, *_ARGUMENTS])
+_SCHEMA = ", ".join(_ARGUMENTS)
 TENSORS = sum(argument.startswith("Tensor") for argument in _ARGUMENTS)  # at the head of them
 
 
-def losses(student: StudentLogits, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
     enabled = torch.is_grad_enabled()
-    wanted = [enabled and t is not None and t.requires_grad for t in student]
-    loss, ce, kd, *_ = _kd_loss(*student, wanted, *call.flat())
+    wanted = [enabled and t is not None and t.requires_grad for t in call.student]
+    call = call._replace(computation=call.computation._replace(wanted=wanted))
+    loss, ce, kd, *_ = _kd_loss(*call.flat())
     return loss, ce.detach(), kd.detach()
 
 
@@ -118,11 +123,11 @@ def losses(student: StudentLogits, call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run(
-    student: StudentLogits, call: Call, wanted: Sequence[bool], upstream: Tensor | None
+    call: Call, wanted: Wanted, upstream: Tensor | None
 ) -> tuple[BlockLosses, tuple[Tensor, Tensor, Tensor]]:
     """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
-    (inputs, weight, bias), (targets, whole, settings, computation) = student, call
-    dtype = student.compute_dtype
+    (inputs, weight, bias), targets, whole, settings, computation = call
+    dtype = call.student.compute_dtype
     factors = _loss_factors(targets, settings, dtype, upstream) if any(wanted) else None
     teacher = whole.blocks(dtype, computation.product_dtype)
     gradients: Gradients
@@ -181,12 +186,12 @@ def _like(logits: Tensor) -> Tensor:
     )
 
 
-def _at_once(call: Call, wanted: Sequence[bool]) -> Sequence[bool]:
+def _at_once(call: Call) -> Wanted:
     """Which gradients the forward pass forms: none where the upstream differs from row to row."""
-    return wanted if call.settings.reduction != "none" else [False] * 3
+    return call.computation.wanted if call.settings.reduction != "none" else [False] * 3
 
 
-def _fake_gradients(student: StudentLogits, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...]:
     """The gradients as the compiler sees them; empty where not wanted."""
     inputs = student.inputs
     if student.weight is None:
@@ -205,22 +210,19 @@ _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 @torch.library.custom_op(
     "rekindle::kd_loss", mutates_args=(), schema=f"({_SCHEMA}) -> ({_LOSSES}, {_GRADIENTS})"
 )
-def _kd_loss(
-    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool], *flat: object
-) -> tuple[Tensor, ...]:
-    student, call = StudentLogits(inputs, weight, bias), Call.of(flat)
-    found, gradients = _run(student, call, _at_once(call, wanted), None)
+def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    found, gradients = _run(call, _at_once(call), None)
     return *_reduced(found, call.targets, call.settings), *gradients
 
 
 @_kd_loss.register_fake
-def _(
-    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool], *flat: object
-) -> tuple[Tensor, ...]:
-    student, call = StudentLogits(inputs, weight, bias), Call.of(flat)
+def _(*flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    inputs, dtype = call.student.inputs, call.student.compute_dtype
     shape = inputs.shape[:1] if call.settings.reduction == "none" else ()
-    fakes = [inputs.new_empty(shape, dtype=student.compute_dtype) for _ in range(3)]
-    return *fakes, *_fake_gradients(student, _at_once(call, wanted))
+    fakes = [inputs.new_empty(shape, dtype=dtype) for _ in range(3)]
+    return *fakes, *_fake_gradients(call.student, _at_once(call))
 
 
 @torch.library.custom_op(
@@ -228,35 +230,23 @@ def _(
     mutates_args=(),
     schema=f"(Tensor upstream, {_SCHEMA}) -> ({_GRADIENTS})",
 )
-def _kd_loss_backward(
-    upstream: Tensor,
-    inputs: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: list[bool],
-    *flat: object,
-) -> tuple[Tensor, ...]:
-    return _run(StudentLogits(inputs, weight, bias), Call.of(flat), wanted, upstream)[1]
+def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    return _run(call, call.computation.wanted, upstream)[1]
 
 
 @_kd_loss_backward.register_fake
-def _(
-    upstream: Tensor,
-    inputs: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: list[bool],
-    *flat: object,
-) -> tuple[Tensor, ...]:
-    return _fake_gradients(StudentLogits(inputs, weight, bias), wanted)
+def _(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    return _fake_gradients(call.student, call.computation.wanted)
 
 
 class _Context(Protocol):
     """What is kept from the forward pass for the backward one."""
 
-    saved_tensors: tuple[Tensor | None, ...]  # the student's, and those of the call
+    saved_tensors: tuple[Tensor | None, ...]  # at the head of the call
     rest: tuple[object, ...]  # of the call
-    wanted: tuple[bool, ...]
+    wanted: Wanted
     gradients: list[Tensor] | None  # formed in the forward pass, and not handed over yet
 
     def save_for_backward(self, *tensors: object) -> None:
@@ -264,12 +254,9 @@ class _Context(Protocol):
 
 
 def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    *student, wanted = inputs[:4]
-    assert isinstance(wanted, Sequence)
-    flat = inputs[4:]
-    ctx.wanted, ctx.rest = tuple(wanted), flat[TENSORS:]
-    ctx.save_for_backward(*student, *flat[:TENSORS])
-    formed = any(wanted) and output[0].dim() == 0  # one loss of all rows, not one of each
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.rest, ctx.wanted = inputs[TENSORS:], Computation._make(inputs[-3:]).wanted
+    formed = any(ctx.wanted) and output[0].dim() == 0  # one loss of all rows, not one of each
     # detached: an output that is kept on its own graph node would keep that node alive
     ctx.gradients = [g.detach() for g in output[3:]] if formed else None
 
@@ -277,12 +264,9 @@ def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...])
 def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     gradients = _formed(context, upstream)
     if gradients is None:
-        student, tensors = context.saved_tensors[:3], context.saved_tensors[3:]
-        gradients = _kd_loss_backward(
-            upstream, *student, list(context.wanted), *tensors, *context.rest
-        )
+        gradients = _kd_loss_backward(upstream, *context.saved_tensors, *context.rest)
     kept = [g if w else None for g, w in zip(gradients, context.wanted, strict=True)]
-    return (*kept, *[None] * (1 + len(_ARGUMENTS)))
+    return (*kept, *[None] * (len(_ARGUMENTS) - len(kept)))
 
 
 def _formed(context: _Context, upstream: Tensor) -> list[Tensor] | None:

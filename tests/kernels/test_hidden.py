@@ -431,28 +431,29 @@ def test_no_rows_and_no_rows_that_count(reduction: str) -> None:
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def call(targets: Any, reduction: str) -> list[object]:
+def call(student: ops.StudentLogits, targets: Any, reduction: str) -> list[object]:
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.5], device=DEVICE)
     none = torch.empty(ROWS, 0, dtype=torch.int64, device=DEVICE)
     rows = SparseTargets(none, none, None, labels(), weight)
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
-    computation = ops.Computation("torch", torch.float32)
-    return ops.Call(rows, ops.WholeTeacher.of(targets), settings, computation).flat()
+    computation = ops.Computation("torch", torch.float32, [t is not None for t in student])
+    teacher = ops.WholeTeacher.of(targets)
+    return ops.Call(student, rows, teacher, settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction: str) -> None:
-    x, w, b = (t.requires_grad_() for t in head(torch.float32))
-    arguments = ([True] * 3, *call(teacher(softcap=9.0), reduction))
-    torch.library.opcheck(ops._kd_loss, (x, w, b, *arguments))
-    logits = F.linear(x, w, b).detach().requires_grad_()
+    plain = ops.StudentLogits(*head(torch.float32))
+    leaves = ops.StudentLogits(*(t.requires_grad_() for t in head(torch.float32)))
+    targets = teacher(softcap=9.0)
+    torch.library.opcheck(ops._kd_loss, call(leaves, targets, reduction))
+    logits = ops.StudentLogits(F.linear(*plain).requires_grad_())
     dense = DenseTargets(teacher_logits(teacher()).float())
-    only = ([True, False, False], *call(dense, reduction))
-    torch.library.opcheck(ops._kd_loss, (logits, None, None, *only))
+    torch.library.opcheck(ops._kd_loss, call(logits, dense, reduction))
     if reduction == "none":
         upstream = torch.rand(ROWS, device=DEVICE)
-        detached = (upstream, x.detach(), w.detach(), b.detach())
-        torch.library.opcheck(ops._kd_loss_backward, (*detached, *arguments))
+        arguments = (upstream, *call(plain, targets, reduction))
+        torch.library.opcheck(ops._kd_loss_backward, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

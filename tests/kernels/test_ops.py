@@ -36,27 +36,26 @@ def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tens
     return {name: t.to(DEVICE) for name, t in case.items()}
 
 
-def call(case: dict, impl: str, reduction: str) -> list[object]:
+def call(case: dict, student: ops.StudentLogits, impl: str, reduction: str) -> list[object]:
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
     targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
-    computation = ops.Computation(impl, torch.float32)
-    return ops.Call(targets, ops.WholeTeacher(), settings, computation).flat()
+    computation = ops.Computation(impl, torch.float32, [t is not None for t in student])
+    return ops.Call(student, targets, ops.WholeTeacher(), settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(impl: str, reduction: str) -> None:
     """Schemas, fakes, autograd registration and ahead-of-time tracing with dynamic shapes."""
     case = make()
-    arguments = call(case, impl, reduction)
-    x, w, b = (case[n].clone().requires_grad_() for n in ("hidden", "weight", "bias"))
-    logits = (case["hidden"] @ case["weight"].t()).requires_grad_()
-    for student, wanted in (((x, w, b), [True] * 3), ((logits, None, None), [True, False, False])):
-        torch.library.opcheck(ops._kd_loss, (*student, wanted, *arguments))
+    head = ops.StudentLogits(*(case[n] for n in ("hidden", "weight", "bias")))
+    for student in (head, ops.StudentLogits(case["hidden"] @ case["weight"].t())):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in student]
+        arguments = call(case, ops.StudentLogits._make(leaves), impl, reduction)
+        torch.library.opcheck(ops._kd_loss, arguments)
         if reduction == "none":
-            detached = (None if t is None else t.detach() for t in student)
             upstream = torch.rand(5, device=DEVICE)
-            everything = (upstream, *detached, wanted, *arguments)
-            torch.library.opcheck(ops._kd_loss_backward, everything)
+            arguments = call(case, student, impl, reduction)
+            torch.library.opcheck(ops._kd_loss_backward, (upstream, *arguments))
 
 
 def gradients(case: dict, function: Any, factor: float = 1.0) -> list[Tensor]:

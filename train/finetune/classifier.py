@@ -4,6 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -197,14 +198,26 @@ def predict(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.n
     return logits_of(model, encoded, batch_size)
 
 
-@torch.inference_mode()
 def logits_of(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
     """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
-    order = np.argsort(encoded.lengths, kind="stable")
-    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logits[rows] = model(**collate(encoded, rows, model)).logits.float().cpu().numpy()
+
+    def run(rows: np.ndarray) -> torch.Tensor:
+        logits: torch.Tensor = model(**collate(encoded, rows, model)).logits
+        return logits
+
+    return by_length(encoded.lengths, batch_size, run)
+
+
+@torch.inference_mode()
+def by_length(
+    lengths: np.ndarray, batch_size: int, run: Callable[[np.ndarray], torch.Tensor]
+) -> np.ndarray:
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order."""
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = np.concatenate([run(rows).float().cpu().numpy() for rows in batches])
+    logits = np.empty_like(found)
+    logits[order] = found
     return logits
 
 

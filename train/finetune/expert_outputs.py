@@ -16,6 +16,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.classifier import (
+    by_length,
     encode,
     load_config,
     load_trained,
@@ -91,7 +92,6 @@ def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, 
     return wanted, heads[wanted]
 
 
-@torch.inference_mode()
 def student_logits(
     student: Student, head: str, directory: str, data: TaskData, max_length: int, batch: int
 ) -> np.ndarray:
@@ -99,17 +99,15 @@ def student_logits(
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
     shown = _student_inputs(student, directory, data, max_length)
-    order = np.argsort([len(ids) for ids, _ in shown], kind="stable")
-    logits = np.empty((len(shown), student.head_configs[head].num_labels), np.float32)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
+
+    def run(rows: np.ndarray) -> torch.Tensor:
         lengths = np.array([len(shown[row][0]) for row in rows], np.int64)
-        ids = pad([shown[row][0] for row in rows], lengths, 0)
-        types = pad([shown[row][1] for row in rows], lengths, 0)
+        ids, types = (pad([shown[row][part] for row in rows], lengths, 0) for part in (0, 1))
         inputs = model_inputs(ids, lengths, device, types if data.pairs is not None else None)
-        found = student(inputs, sequence_heads=[head]).logits[head]
-        logits[rows] = found.float().cpu().numpy()
-    return logits
+        logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
+        return logits
+
+    return by_length(np.array([len(ids) for ids, _ in shown]), batch, run)
 
 
 def _student_inputs(
