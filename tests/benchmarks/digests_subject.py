@@ -1,0 +1,292 @@
+"""Runs inside the commit under test: does a plan's commands and writes the digests of what they made.
+
+    PYTHONPATH=CHECKOUT/.ns python digests_subject.py CHECKOUT PLAN.json DIGESTS.json
+
+The current folder is the work folder. Nothing of Rekindle is imported but the public paths
+``rekindle.pipeline.cli`` (run as a module), ``rekindle.data.cache``, ``rekindle.kernels.losses``
+and ``rekindle.train.student``. Every command runs in a fork of this process, which has imported
+torch and transformers but nothing of ours: so a command costs its own seconds only.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pyarrow as pa
+
+LIBRARIES = (
+    "torch.utils.tensorboard",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.auto.modeling_auto",
+    "sklearn.metrics",
+    "scipy.stats",
+    "datasets",
+    "typer",
+    "pydantic",
+    "rich.progress",
+)
+FOLDERS = ("pipeline", "train", "kernels", "data")
+# Of JSON files: how long it took, names drawn for one attempt, checksums over the two.
+VOLATILE = {"seconds", "tokens_per_second", "data_wait", "record", "path", "bytes_per_second"}
+LONGEST_WAIT = 300  # seconds for one command
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message that ``digests.py`` shows."""
+    sys.exit(f"digests: {message}")
+
+
+# --- whose code runs ------------------------------------------------------------------------------
+
+
+def leave_only(checkout: Path) -> None:
+    """Make the packages of ``checkout`` the only ones: an editable install would still serve a
+    module which this commit does not have.
+    """
+    sys.meta_path[:] = [
+        finder
+        for finder in sys.meta_path
+        if "__editable___rekindle" not in getattr(finder, "__module__", type(finder).__module__)
+    ]
+    sys.path[:] = [entry for entry in sys.path if "__editable__.rekindle" not in entry]
+    for name in FOLDERS:
+        package = importlib.import_module(f"rekindle.{name}")
+        where = [str(Path(entry).resolve()) for entry in package.__path__]
+        if where != [str(checkout / name)]:
+            fail(f"rekindle.{name} would be taken from {where}, not from {checkout}")
+        del sys.modules[f"rekindle.{name}"]
+    del sys.modules["rekindle"]
+
+
+def check_modules(checkout: Path) -> None:
+    """Fail unless everything of ours that is imported lies in ``checkout``."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) if name.startswith("rekindle.") else None
+        if file and not Path(file).resolve().is_relative_to(checkout):
+            fail(f"{name} was imported from {file}, not from {checkout}")
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def command(arguments: list[str], log: Path, checkout: Path, environment: dict[str, str]) -> int:
+    """Start ``python -m rekindle.pipeline.cli ARGUMENTS`` in a fork; its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code: object = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(environment)
+        sys.argv = ["pipeline", *arguments]
+        runpy.run_module("rekindle.pipeline.cli", run_name="__main__", alter_sys=True)
+        check_modules(checkout)
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def world(processes: int) -> list[dict[str, str]]:
+    """The environment of each process, as torchrun gives it."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def wait(child: int, ready: Callable[[], bool] | None, deadline: float) -> int:
+    """Wait for a child's exit code; kill it as soon as ``ready``. The code is −9 then."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline or (ready is not None and ready()):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def run_step(step: dict, log: Path, checkout: Path) -> None:
+    """Run one command, whole or until it is to be killed; fail where it ends otherwise."""
+    before = time.monotonic()
+    stop, lines = step.get("stop"), step.get("lines", 0)
+    ready = (lambda: _lines(Path(stop)) >= lines) if stop else None
+    world_ = world(step.get("processes", 1))
+    children = [command(step["arguments"], log, checkout, about) for about in world_]
+    codes = [wait(child, ready, before + LONGEST_WAIT) for child in children]
+    if any(code != (-signal.SIGKILL if stop else 0) for code in codes):
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        fail(f"pipeline {' '.join(step['arguments'])} ended with {codes}:\n{last}")
+    print(f"{time.monotonic() - before:6.1f} s  pipeline {' '.join(step['arguments'])}", flush=True)
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# --- digests --------------------------------------------------------------------------------------
+
+
+def digest(parts: Iterable[object]) -> str:
+    """The first 128 bits of the sha256 of bytes, arrays, plain values and dataclasses of them."""
+    found = hashlib.sha256()
+    for part in parts:
+        _feed(found, part)
+    return found.hexdigest()[:32]
+
+
+def _feed(found: "hashlib._Hash", part: object) -> None:
+    if isinstance(part, bytes | memoryview):
+        found.update(part)
+    elif isinstance(part, np.ndarray):
+        found.update(f"{part.dtype}{part.shape}".encode())
+        found.update(np.ascontiguousarray(part).tobytes())
+    elif isinstance(part, dict):
+        for key in sorted(part, key=str):
+            _feed(found, [str(key), part[key]])
+    elif isinstance(part, list | tuple):
+        found.update(f"{len(part)}".encode())
+        for item in part:
+            _feed(found, item)
+    elif is_dataclass(part):
+        _feed(found, {field.name: getattr(part, field.name) for field in fields(part)})
+    else:
+        found.update(repr(part).encode())
+
+
+def settled(value: object) -> object:
+    """A JSON value without what differs between two equal runs."""
+    if isinstance(value, dict):
+        return {key: settled(item) for key, item in value.items() if key not in VOLATILE}
+    return [settled(item) for item in value] if isinstance(value, list) else value
+
+
+def json_digest(path: Path) -> str:
+    """Of one JSON document, or of JSON lines."""
+    lines = path.read_text(encoding="utf-8")
+    values = map(json.loads, lines.splitlines() if path.suffix == ".jsonl" else [lines])
+    return digest(json.dumps(settled(value), sort_keys=True).encode() for value in values)
+
+
+def columns_digest(path: Path) -> str:
+    """Of an Arrow file's fields and values, whatever its metadata and record batches."""
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    plain = table.replace_schema_metadata(None).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, plain.schema) as writer:
+        writer.write_table(plain)
+    return digest([memoryview(sink.getvalue())])
+
+
+def cache_digests(name: str) -> dict[str, str]:
+    """Of each unit the file and its columns; of each other file; of what is decoded."""
+    root = Path("caches") / name
+    found, data = {}, set()
+    for path in sorted(root.rglob("*.json")):
+        key = f"cache {name}/{path.relative_to(root).with_suffix('')}"
+        if path.parent.name == "commits":
+            record = json.loads(path.read_text())
+            file = path.parent.parent / record["path"]
+            data.add(file)
+            found[f"{key} file"] = digest([file.read_bytes()])
+            found[f"{key} columns"] = columns_digest(file)
+            body = settled(record)
+            found[f"{key} record"] = digest([json.dumps(body, sort_keys=True).encode()])
+        else:
+            found[f"{key}.json"] = json_digest(path)
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.suffix != ".json" and path not in data:
+            key = f"cache {name}/{path.relative_to(root)}"
+            found[key] = digest([path.read_bytes()])
+    return found | decoded_digests(name)
+
+
+def decoded_digests(name: str) -> dict[str, str]:
+    """Of what ``Cache`` gives: sequences, every teacher's targets, the order of an epoch."""
+    from rekindle.data.cache import Cache
+
+    cache = Cache.open(f"caches/{name}")
+    examples = [cache.example(index) for index in range(len(cache))]
+    found = {
+        f"cache {name} sequences": digest([e.digest, e.text, e.input_ids] for e in examples),
+        f"cache {name} order": digest(
+            [batch.index, batch.input_ids] for batch in cache.batches([], 4, seed=1, epoch=2)
+        ),
+    }
+    for teacher in cache.teachers:
+        targets = [e.targets.get(teacher) for e in examples]
+        found[f"cache {name} decoded {teacher}"] = digest(targets)
+    return found
+
+
+def tensors_digest(path: Path) -> str:
+    """Of the tensors of a safetensors file, by name."""
+    from safetensors.numpy import load_file
+
+    return digest([load_file(path)])
+
+
+def student_digests(folder: str) -> dict[str, str]:
+    """Of weights, metrics and JSON files below a folder, but for checkpoints."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder)
+        if any("checkpoint" in part or part == "board" for part in name.parts[:-1]):
+            continue
+        if path.suffix == ".safetensors":
+            found[f"{folder}/{name}"] = tensors_digest(path)
+        elif path.suffix in (".json", ".jsonl"):
+            found[f"{folder}/{name}"] = json_digest(path)
+    return found
+
+
+def main(checkout: Path, plan_file: Path, result: Path) -> None:
+    leave_only(checkout)
+    plan = json.loads(plan_file.read_text())
+    before = time.monotonic()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    print(f"{time.monotonic() - before:6.1f} s  libraries", flush=True)
+    for number, step in enumerate(plan["steps"]):
+        run_step(step, Path("logs") / f"{number:02}.log", checkout)
+    before = time.monotonic()
+    found: dict[str, str] = {}
+    for name in plan["caches"]:
+        found |= cache_digests(name)
+    for folder in plan["students"]:
+        found |= student_digests(folder)
+    for file in plan["files"]:
+        found[file] = digest([Path(file).read_bytes()])
+    check_modules(checkout)
+    print(f"{time.monotonic() - before:6.1f} s  digests", flush=True)
+    result.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]), Path(sys.argv[3]))
