@@ -3,13 +3,13 @@
     python tests/benchmarks/digests.py record [--commit REV] --out FILE.json
     python tests/benchmarks/digests.py compare BASE [REV]
 
-``record`` does all runs of ``digests_cases.py`` with the code of a commit (or of the working tree)
+``record`` does all runs of ``digest_runs/`` with the code of a commit (or of the working tree)
 and writes their digests. ``compare`` holds two commits against each other; BASE may be a file that
 was recorded on this machine, and REV left out is the working tree. It exits with 0 where all is
 equal, with 1 and a line per digest that is not, with 2 where there is nothing to compare: another
 processor, another torch, another number of threads. A run of everything takes a few minutes. A
 commit's code is used through the command line and DESIGN's public paths only, in a process of its
-own (``digests_subject.py``), so that its modules may lie anywhere.
+own (``digest_runs/subject.py``), so that its modules may lie anywhere.
 
 ``tests/golden/digests.json`` is such a file; ``tests/golden/test_digests.py`` compares the present
 code with it. Whoever changes numbers on purpose records it anew, and says in the commit's message
@@ -31,7 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from digests_cases import GROUPS, plan_of, write_material
+from digest_runs.material import write_material
+from digest_runs.students import GROUPS, run_files, steps_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -85,15 +86,15 @@ def checkout_of(revision: str | None, folder: Path) -> Iterator[Path]:
 
 def digests_of(checkout: Path, work: Path, groups: Sequence[str]) -> dict[str, str]:
     """Do the runs with the code in ``checkout``, in the folder ``work``; the digests."""
-    plan = work / "plan.json"
-    plan.write_text(json.dumps(plan_of(groups)))
+    steps = work / "steps.json"
+    steps.write_text(json.dumps(steps_of(groups)))
     (work / "logs").mkdir()
     alone = {f"{name}_NUM_THREADS": THREADS for name in ("OMP", "MKL", "OPENBLAS")}
     environment = os.environ | alone
     environment |= {"PYTHONPATH": str(checkout / ".ns"), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = work / "digests.json"
-    command = [sys.executable, str(HERE / "digests_subject.py"), str(checkout), str(plan)]
+    command = [sys.executable, str(HERE / "digest_runs/subject.py"), str(checkout), str(steps)]
     done = subprocess.run([*command, str(result)], cwd=work, env=environment, stdout=sys.stderr)
     if done.returncode:
         raise DigestsError(f"the runs of {checkout} ended with exit code {done.returncode}")
@@ -107,7 +108,7 @@ def record(revision: str | None, groups: Sequence[str], keep: Path | None = None
     with tempfile.TemporaryDirectory(prefix="digests-") as temporary:
         work = Path(temporary) / "work"
         work.mkdir()
-        write_material(work, groups)
+        write_material(work, run_files(groups))
         with checkout_of(revision, Path(temporary) / "checkout") as checkout:
             found = digests_of(checkout.resolve(), work, groups)
         if keep is not None:

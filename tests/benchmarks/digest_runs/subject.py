@@ -1,6 +1,6 @@
-"""Runs inside the commit under test: does a plan's commands and writes the digests of what they made.
+"""Runs inside the commit under test: runs commands and writes the digests of what they made.
 
-    PYTHONPATH=CHECKOUT/.ns python digests_subject.py CHECKOUT PLAN.json DIGESTS.json
+    PYTHONPATH=CHECKOUT/.ns python subject.py CHECKOUT STEPS.json DIGESTS.json
 
 The current folder is the work folder. Nothing of Rekindle is imported but the public paths
 ``rekindle.pipeline.cli`` (run as a module), ``rekindle.data.cache``, ``rekindle.kernels.losses``
@@ -16,6 +16,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
@@ -252,37 +253,80 @@ def tensors_digest(path: Path) -> str:
     return digest([load_file(path)])
 
 
-def student_digests(folder: str) -> dict[str, str]:
-    """Of weights, metrics and JSON files below a folder, but for checkpoints."""
+def student_digests() -> dict[str, str]:
+    """Of all weights, metrics and JSON files below ``students``, checkpoints included."""
     found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        name = path.relative_to(folder)
-        if any("checkpoint" in part or part == "board" for part in name.parts[:-1]):
-            continue
+    for path in sorted(Path("students").rglob("*")):
         if path.suffix == ".safetensors":
-            found[f"{folder}/{name}"] = tensors_digest(path)
-        elif path.suffix in (".json", ".jsonl"):
-            found[f"{folder}/{name}"] = json_digest(path)
+            found[str(path)] = tensors_digest(path)
+        elif path.suffix in (".json", ".jsonl", ".yaml"):
+            found[str(path)] = (
+                json_digest(path) if path.suffix != ".yaml" else digest([path.read_bytes()])
+            )
+        if path.name == "rekindle_student.json" and "checkpoints" not in path.parts:
+            found[f"{path.parent} reloaded"] = reloaded_digest(path.parent)
     return found
 
 
-def main(checkout: Path, plan_file: Path, result: Path) -> None:
+def reloaded_digest(folder: Path) -> str:
+    """Of a student that is loaded and saved again by the public ``Student``."""
+    from rekindle.train.student import Student
+
+    with tempfile.TemporaryDirectory() as temporary:
+        Student.from_pretrained(folder).save_pretrained(temporary)
+        return digest(tensors_digest(path) for path in sorted(Path(temporary).glob("*.safe*")))
+
+
+def loss_digests() -> dict[str, str]:
+    """Of the losses and gradients of ``rekindle.kernels.losses`` on drawn rows."""
+    import torch
+
+    from rekindle.kernels.losses import kd_loss, linear_kd_loss, merge_targets
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 16), torch.randn(50, 16)
+    bias, labels = torch.randn(50), torch.randint(0, 50, (7,))
+    ids = torch.stack([torch.randperm(50)[:5] for _ in range(7)])
+    ids[2, 3:] = -1
+    probs = torch.rand(7, 5) / 6
+    found = {}
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
+        for tail in ("bucket", "renormalise", "none"):
+            settings = {"divergence": divergence, "tail": tail, "temperature": 2.0}
+            settings |= {"labels": labels, "ce_weight": 0.5}
+            leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+            loss = linear_kd_loss(*leaves[:2], ids, probs, bias=leaves[2], **settings)
+            loss.loss.backward()
+            logits = (hidden @ weight.T + bias).requires_grad_()
+            whole = kd_loss(logits, ids, probs, reduction="sum", **settings)
+            whole.loss.backward()
+            tensors = [*loss, *whole, logits.grad, *(leaf.grad for leaf in leaves)]
+            arrays = [tensor.detach().numpy() for tensor in tensors]
+            found[f"losses {divergence} {tail}"] = digest(arrays)
+    merged = merge_targets([(ids, probs, None), (ids.flip(0), probs, None)], [0.3, 0.7])
+    return found | {"losses merge_targets": digest([tensor.numpy() for tensor in merged])}
+
+
+def every_digest() -> dict[str, str]:
+    """Of all that lies in the work folder, and of the losses."""
+    found = loss_digests()
+    for cache in sorted(Path("caches").iterdir()):
+        found |= cache_digests(cache.name)
+    found |= student_digests()
+    prompts = Path("prompts.jsonl")
+    return found | ({prompts.name: json_digest(prompts)} if prompts.exists() else {})
+
+
+def main(checkout: Path, steps: Path, result: Path) -> None:
     leave_only(checkout)
-    plan = json.loads(plan_file.read_text())
     before = time.monotonic()
     for name in LIBRARIES:
         importlib.import_module(name)
     print(f"{time.monotonic() - before:6.1f} s  libraries", flush=True)
-    for number, step in enumerate(plan["steps"]):
+    for number, step in enumerate(json.loads(steps.read_text())):
         run_step(step, Path("logs") / f"{number:02}.log", checkout)
     before = time.monotonic()
-    found: dict[str, str] = {}
-    for name in plan["caches"]:
-        found |= cache_digests(name)
-    for folder in plan["students"]:
-        found |= student_digests(folder)
-    for file in plan["files"]:
-        found[file] = digest([Path(file).read_bytes()])
+    found = every_digest()
     check_modules(checkout)
     print(f"{time.monotonic() - before:6.1f} s  digests", flush=True)
     result.write_text(json.dumps(found, indent=1) + "\n")
