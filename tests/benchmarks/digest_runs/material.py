@@ -62,9 +62,14 @@ def write_text(work: Path) -> None:
 # --- tokenizers and models ------------------------------------------------------------------------
 
 
-def write_tokenizers(work: Path) -> None:
-    """Written, not trained: the trainers break ties anew in every process."""
-    from transformers import BertTokenizerFast, GPT2TokenizerFast
+def write_tokenizer(work: Path, name: str) -> None:
+    """Write a tokenizer. It is not trained: the trainers break ties anew in every process."""
+    folder = work / name
+    folder.mkdir()
+    if name == "bytelevel":
+        _write_byte_level(folder)
+        return
+    from transformers import BertTokenizerFast
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     begin = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *letters]
@@ -75,28 +80,29 @@ def write_tokenizers(work: Path) -> None:
         "foreign": [*begin, *WORDS],
         "large": [*begin, *(f"unused{number}" for number in range(LARGE)), *WORDS],
     }
-    for name, tokens in vocabularies.items():
-        (work / name).mkdir()
-        (work / name / "vocab.txt").write_text("\n".join(dict.fromkeys(tokens)) + "\n")
-        fast = BertTokenizerFast(vocab=str(work / name / "vocab.txt"), model_max_length=64)
-        fast.save_pretrained(work / name)
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabularies[name])) + "\n")
+    fast = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    fast.save_pretrained(folder)
+
+
+def _write_byte_level(folder: Path) -> None:
+    from transformers import GPT2TokenizerFast
+
     merges = [
-        (left, right)
+        pair
         for word in WORDS[::2]
         if len(word) > 2
-        for left, right in (("Ġ", word[0]), *((word[:end], word[end]) for end in (1, 2)))
+        for pair in (("Ġ", word[0]), (word[0], word[1]), (word[:2], word[2]))
     ]
     merges = list(dict.fromkeys(merges))
     alphabet = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
     tokens = ["<|endoftext|>", *alphabet, *(left + right for left, right in merges)]
-    (work / "bytelevel").mkdir()
     numbers = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    (work / "bytelevel/vocab.json").write_text(json.dumps(numbers))
+    (folder / "vocab.json").write_text(json.dumps(numbers))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (work / "bytelevel/merges.txt").write_text("\n".join(lines) + "\n")
-    files = {"vocab": "vocab.json", "merges": "merges.txt"}
-    paths = {key: str(work / "bytelevel" / file) for key, file in files.items()}
-    GPT2TokenizerFast(**paths, model_max_length=64).save_pretrained(work / "bytelevel")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+    GPT2TokenizerFast(**files, model_max_length=64).save_pretrained(folder)
 
 
 BERT = {
@@ -143,31 +149,34 @@ MODELS: dict[str, tuple[str, str, Values]] = {
 }
 
 
-def write_models(work: Path, names: list[str]) -> None:
-    """Save the models with random weights, each from a seed of its own, with their tokenizers."""
+def write_model(work: Path, name: str) -> None:
+    """Write a model with random weights, from a seed of its own, and its tokenizer."""
     import torch
     import transformers
 
-    for number, (name, (tokenizer, auto, given)) in enumerate(MODELS.items()):
-        if name not in names:
-            continue
-        fast = transformers.AutoTokenizer.from_pretrained(work / tokenizer)
-        extra = dict(given)
-        ids = {"vocab_size": len(fast) + int(str(extra.pop("padding", 0))), "pad_token_id": 0}
-        gpt = "gpt" in name
-        config_class = transformers.GPT2Config if gpt else transformers.BertConfig
-        config = config_class(**((GPT if gpt else BERT) | ids | extra))
-        torch.manual_seed(number)
-        getattr(transformers, auto).from_config(config).save_pretrained(work / "models" / name)
-        fast.save_pretrained(work / "models" / name)
+    tokenizer, auto, given = MODELS[name]
+    fast = transformers.AutoTokenizer.from_pretrained(work / tokenizer)
+    extra = dict(given)
+    ids = {"vocab_size": len(fast) + int(str(extra.pop("padding", 0))), "pad_token_id": 0}
+    gpt = "gpt" in name
+    config_class = transformers.GPT2Config if gpt else transformers.BertConfig
+    config = config_class(**((GPT if gpt else BERT) | ids | extra))
+    torch.manual_seed(list(MODELS).index(name))
+    getattr(transformers, auto).from_config(config).save_pretrained(work / "models" / name)
+    fast.save_pretrained(work / "models" / name)
 
 
 def write_material(work: Path, run_files: dict[str, Values]) -> None:
     """Write the run files, and everything that commands read."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     write_text(work)
-    write_tokenizers(work)
     used = json.dumps(run_files)
-    names = [name for name in MODELS if f'"models/{name}"' in used or name == "student"]
-    write_models(work, names)
+    models = [name for name in MODELS if f'"models/{name}"' in used or name == "student"]
+    for name in sorted({MODELS[model][0] for model in models}):
+        write_tokenizer(work, name)
+    for name in models:
+        write_model(work, name)
     for name, values in run_files.items():
         (work / f"{name}.yaml").write_text(json.dumps(values, indent=1) + "\n")  # YAML, too

@@ -41,8 +41,9 @@ LIBRARIES = (
     "rich.progress",
 )
 FOLDERS = ("pipeline", "train", "kernels", "data")
-# Of JSON files: how long it took, names drawn for one attempt, checksums over the two.
-VOLATILE = {"seconds", "tokens_per_second", "data_wait", "record", "path", "bytes_per_second"}
+# Keys of JSON files beside all that name seconds: waiting; a file's checksum over such keys; in a
+# checkpoint's list of checksums, a file that holds such keys.
+VOLATILE = {"data_wait", "record", "rekindle_student.json"}
 LONGEST_WAIT = 300  # seconds for one command
 
 
@@ -65,7 +66,10 @@ def leave_only(checkout: Path) -> None:
     ]
     sys.path[:] = [entry for entry in sys.path if "__editable__.rekindle" not in entry]
     for name in FOLDERS:
-        package = importlib.import_module(f"rekindle.{name}")
+        try:
+            package = importlib.import_module(f"rekindle.{name}")
+        except ImportError as error:
+            fail(f"{checkout} gives no rekindle.{name} ({error}); is its .ns on PYTHONPATH?")
         where = [str(Path(entry).resolve()) for entry in package.__path__]
         if where != [str(checkout / name)]:
             fail(f"rekindle.{name} would be taken from {where}, not from {checkout}")
@@ -183,7 +187,11 @@ def _feed(found: "hashlib._Hash", part: object) -> None:
 def settled(value: object) -> object:
     """A JSON value without what differs between two equal runs."""
     if isinstance(value, dict):
-        return {key: settled(item) for key, item in value.items() if key not in VOLATILE}
+        return {
+            key: settled(item)
+            for key, item in value.items()
+            if key not in VOLATILE and "second" not in key
+        }
     return [settled(item) for item in value] if isinstance(value, list) else value
 
 
@@ -213,7 +221,7 @@ def cache_digests(name: str) -> dict[str, str]:
         key = f"cache {name}/{path.relative_to(root).with_suffix('')}"
         if path.parent.name == "commits":
             record = json.loads(path.read_text())
-            file = path.parent.parent / record["path"]
+            file = path.parent.parent / record.pop("path")  # its name is drawn
             data.add(file)
             found[f"{key} file"] = digest([file.read_bytes()])
             found[f"{key} columns"] = columns_digest(file)
