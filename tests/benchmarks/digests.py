@@ -205,11 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DigestsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(different[:SHOWN]))
-    if len(different) > SHOWN:
-        print(f"… and {len(different) - SHOWN} more")
-    if not different:
-        print("equal")
+    hidden = len(different) - SHOWN
+    shown = different[:SHOWN] + ([f"… and {hidden} more"] if hidden > 0 else [])
+    print("\n".join(shown or ["equal"]))
     return 1 if different else 0
 
 
