@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("testlib")
+
 # A loaded machine is no fault of an example's.
 settings.register_profile("rekindle", deadline=None)
 settings.load_profile("rekindle")
@@ -89,6 +91,15 @@ def shared() -> Path:
     if path is None:
         pytest.skip("the shared corpora are not on this machine (set REKINDLE_SHARED)")
     return path
+
+
+@pytest.fixture(scope="module")
+def quick_disk():
+    """For modules in which no test pulls the plug."""
+    from testlib.disk import without_fsync
+
+    with without_fsync():
+        yield
 
 
 @pytest.fixture(autouse=True)
