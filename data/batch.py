@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.codec import EncodedTargets, decode_log_probs, join_ids
-from rekindle.data.codec_precise import decode_precise
 from rekindle.data.errors import CacheFormatError, InputError
-from rekindle.data.head import StoredHead, decode_hidden
-from rekindle.data.targets import SAMPLED, SPARSE, Columns, TeacherInfo
+from rekindle.data.targets.codec import EncodedTargets, decode_log_probs, join_ids
+from rekindle.data.targets.codec_precise import decode_precise
+from rekindle.data.targets.head import StoredHead, decode_hidden
+from rekindle.data.targets.schema import SAMPLED, SPARSE, Columns, TeacherInfo
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -47,7 +47,7 @@ class TokenTargetBatch:
     info: TeacherInfo
     rows: Ints  # [P]
     positions: Ints  # [P]
-    columns: Columns  # flat [P,…], see data/targets.py
+    columns: Columns  # flat [P,…], see data/targets/schema.py
     head: StoredHead | None = None  # of a teacher whose hidden states are kept
 
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:

@@ -24,26 +24,26 @@ from rekindle.data.batch import (
     TokenTargetBatch,
     pad,
 )
-from rekindle.data.columns import list_views
-from rekindle.data.corpus import Corpus
-from rekindle.data.cuts import RowLists, RowTexts, Texts, joined, pad_cuts
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.example import Example, Target, decode_target
-from rekindle.data.manifest import MANIFEST, read_manifest
 from rekindle.data.order import epoch_batch
-from rekindle.data.seal import seal
-from rekindle.data.selection import (
+from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.cuts import RowLists, RowTexts, Texts, joined, pad_cuts
+from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.data.storage.store import Store, open_store
+from rekindle.data.targets.files import read_parts
+from rekindle.data.targets.ranking import (
     HARD,
     HardPositions,
     Score,
     hard_positions,
     sequence_scores,
 )
-from rekindle.data.shards import ROWS_PER_BATCH
-from rekindle.data.store import Store, open_store
-from rekindle.data.teacher_files import read_parts
-from rekindle.data.teacher_reader import TeacherReader
-from rekindle.data.views import ViewReader
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.views.views import ViewReader
 
 
 class Cache:

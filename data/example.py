@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.batch import SequenceTargetBatch, TargetBatch, TokenLabelBatch
-from rekindle.data.codec import STEP
-from rekindle.data.targets import SAMPLED, SequenceTargets, TokenLabelTargets, TokenTargets
+from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.schema import SAMPLED, SequenceTargets, TokenLabelTargets, TokenTargets
 
 Target = TokenTargets | SequenceTargets | TokenLabelTargets
 

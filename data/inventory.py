@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rekindle.data.corpus import TOKENIZER, TOKENIZER_FILES, damaged_tokenizer_files
+from rekindle.data.corpus.corpus import TOKENIZER, TOKENIZER_FILES, damaged_tokenizer_files
 from rekindle.data.errors import CacheFormatError, CacheVersionError
-from rekindle.data.head import HEAD_FILES, read_head
-from rekindle.data.manifest import MANIFEST, read_manifest
-from rekindle.data.seal import REPAIR, VERSION, read_sealed
-from rekindle.data.shards import ShardSet
-from rekindle.data.store import Store
+from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.seal import REPAIR, VERSION, read_sealed
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import Store
+from rekindle.data.targets.head import HEAD_FILES, read_head
 
 NEEDED = {
     "corpus": {"corpus.json", "tokenizer.json"},

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from rekindle.pipeline.inspect import inspect_example
+from rekindle.pipeline.checks.inspect import inspect_example
 
 HERE = Path(__file__).parent
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")

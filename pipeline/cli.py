@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rekindle.pipeline.ending import (
+from rekindle.pipeline.exits import (
     command_again,
     errors_as_exit_codes,
     is_main,
@@ -51,7 +51,7 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    from rekindle.pipeline.demo import run_demo
+    from rekindle.pipeline.demo.run import run_demo
     from rekindle.pipeline.progress import Progress
 
     with Progress.to_terminal() as progress:
@@ -71,7 +71,7 @@ def init(
 ) -> None:
     """Write a commented run file for a method; it runs as it is, and is there to be edited."""
     from rekindle.data.errors import InputError
-    from rekindle.pipeline.recipe_files import recipes, write_recipe
+    from rekindle.pipeline.init import recipes, write_recipe
 
     if list_:
         known = recipes()
@@ -104,16 +104,16 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
+    from rekindle.pipeline.builtin.names import resolve_name, resolve_values
     from rekindle.pipeline.config import set_value
-    from rekindle.pipeline.docs_models import resolve_name, resolve_values
 
     values: dict[str, Any] = {}
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
-    from rekindle.train.finetune_config import FinetuneConfig
-    from rekindle.train.score_model import baselines_table
-    from rekindle.train.score_model import finetune_or_score as run
+    from rekindle.train.finetune.config import FinetuneConfig
+    from rekindle.train.finetune.score import baselines_table
+    from rekindle.train.finetune.score import finetune_or_score as run
 
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
@@ -149,11 +149,11 @@ def cache_teachers(
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
-        from rekindle.pipeline.cache_teachers import cache_teachers as stage_one
+        from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.progress import Progress
 
         if config.stages:
-            from rekindle.pipeline.stages import cache_stages
+            from rekindle.pipeline.stages.run import cache_stages
 
             with Progress.to_terminal() as progress:
                 cached = cache_stages(config, teacher or (), workers, progress, check)
@@ -186,13 +186,13 @@ def plan(
 
     config = load_config(run, set_)
     if config.stages:
-        from rekindle.pipeline.plan_stages import plan_staged_run
+        from rekindle.pipeline.plan.staged import plan_staged_run
 
         stages = plan_staged_run(config, probe)
         listed = json.dumps({"stages": [stage.as_dict() for stage in stages]})
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
-    from rekindle.pipeline.plan import plan_run
+    from rekindle.pipeline.plan.run import plan_run
 
     found = plan_run(config, probe)
     typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
@@ -209,8 +209,8 @@ def gc(
 ) -> None:
     """Remove what killed runs left in a cache: data files that no commit record names."""
     from rekindle.data.inventory import collect_garbage
-    from rekindle.data.manifest import read_manifest
-    from rekindle.data.store import open_store
+    from rekindle.data.storage.manifest import read_manifest
+    from rekindle.data.storage.store import open_store
 
     store = open_store(cache)
     read_manifest(store)
@@ -237,7 +237,7 @@ def verify(
 ) -> None:
     """Check every checksum and invariant of a cache."""
     from rekindle.data.errors import CacheFormatError, InputError
-    from rekindle.pipeline.verify import verify_cache
+    from rekindle.pipeline.checks.verify import verify_cache
 
     if audit and config is None:
         raise InputError(
@@ -246,7 +246,7 @@ def verify(
     report = verify_cache(cache)
     audits: dict[str, Any] = {}
     if audit and config is not None and not report.problems:
-        from rekindle.pipeline.audit import audit_cache
+        from rekindle.pipeline.checks.audit import audit_cache
         from rekindle.pipeline.config import load_config
 
         audits = audit_cache(cache, load_config(config), audit)
@@ -272,7 +272,7 @@ def inspect_(
     as_json: Json = False,
 ) -> None:
     """Show what is in a cache: teachers, sizes, kept mass, entropy; or one example."""
-    from rekindle.pipeline.inspect import inspect_cache, inspect_example
+    from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
 
     if example is not None:
         typer.echo(inspect_example(cache, example, teacher, as_json), nl=False)
@@ -319,7 +319,7 @@ def train_student(
 
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
-        from rekindle.pipeline.stages import run_stages
+        from rekindle.pipeline.stages.run import run_stages
         from rekindle.pipeline.train_student import told_of, train_from_config
 
         silent = nullcontext(Progress.silent())
@@ -334,7 +334,7 @@ def train_student(
         if not results:
             typer.echo(f"{target}: every stage was finished")
         if config.stages and config.evaluates_domains:
-            from rekindle.pipeline.compare_table import domain_matrix
+            from rekindle.pipeline.compare.tables import domain_matrix
 
             typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
     if is_one_of_many():
@@ -350,13 +350,13 @@ def _train_sweep(
     resume: bool,
 ) -> None:
     """Every student of a sweep, then all of them in a table."""
-    from rekindle.pipeline.sweep_plan import plan_sweep
+    from rekindle.pipeline.sweep.grid import plan_sweep
 
     students = plan_sweep(run, sweep, set_)
-    from rekindle.pipeline.compare import compare_runs
-    from rekindle.pipeline.compare_table import as_text
+    from rekindle.pipeline.compare.runs import compare_runs
+    from rekindle.pipeline.compare.tables import as_text
     from rekindle.pipeline.progress import Progress
-    from rekindle.pipeline.sweep import SweepError, run_sweep
+    from rekindle.pipeline.sweep.run import SweepError, run_sweep
 
     with Progress.to_terminal() as progress:
         failures = run_sweep(students, out, resume=resume, workers=workers, progress=progress)
@@ -384,15 +384,15 @@ def rekindle(
     """
     target = out or Path("runs") / run.stem
     with resumable(command_again(["rekindle", str(run)], target, set_, workers=workers)):
-        from rekindle.pipeline.cycle_config import load_cycle
+        from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)
-        from rekindle.pipeline.cycle import run_cycle
+        from rekindle.pipeline.cycle.run import run_cycle
         from rekindle.pipeline.progress import Progress
 
         with Progress.to_terminal() as progress:
             results = run_cycle(config, target, workers=workers, progress=progress)
-    from rekindle.pipeline.cycle_results_table import as_text
+    from rekindle.pipeline.cycle.tables import as_text
 
     typer.echo(json.dumps(results.as_dict()) if as_json else as_text(results))
 
@@ -406,13 +406,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Show runs of one corpus beside each other: what differs, time, speed, held-out values."""
-    from rekindle.pipeline.compare import compare_runs
+    from rekindle.pipeline.compare.runs import compare_runs
 
     found = compare_runs(runs)
-    from rekindle.pipeline.compare_table import as_text
+    from rekindle.pipeline.compare.tables import as_text
 
     if out is not None:
-        from rekindle.pipeline.cycle_page import report_html
+        from rekindle.pipeline.cycle.page import report_html
 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report_html(runs, found), encoding="utf-8")

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from rekindle.data.corpus_stages import CorpusConfig
+from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import InputError
-from rekindle.data.masking import MaskConfig
 from rekindle.data.settings import Settings, parse_settings
-from rekindle.pipeline.docs_models import resolve_values
+from rekindle.data.views.masking import MaskConfig
+from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig

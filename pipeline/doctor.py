@@ -3,7 +3,7 @@
 import torch
 
 from rekindle.kernels.losses import TRITON_INSTALLED
-from rekindle.train.models import cpu_count, package_versions, place
+from rekindle.train.model.files import cpu_count, package_versions, place
 
 
 def diagnose() -> dict[str, str]:

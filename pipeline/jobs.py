@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.places import Place, cores
+from rekindle.pipeline.devices import Place, cores
 from rekindle.pipeline.progress import Progress, Task
 
 MOST_WORKERS = 4
 # What jobs import, seconds of work: done once, by the server that they are forked from.
 _PRELOADED = [
-    "rekindle.pipeline.cache_teachers",
+    "rekindle.pipeline.caching.cache_teachers",
     "rekindle.pipeline.train_student",
-    "rekindle.train.finetune",
+    "rekindle.train.finetune.run",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",
 ]

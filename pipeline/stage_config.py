@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
-from rekindle.data.targets import TEACHER_NAME
+from rekindle.data.targets.schema import TEACHER_NAME
 
 STAGES_FILE = "stages.json"  # in the output directory, beside the folders of the stages
 _REFERENCE = re.compile(r"\{([^{}]*)\}")

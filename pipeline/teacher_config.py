@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
-from rekindle.data.targets import (
+from rekindle.data.targets.schema import (
     MOST_DRAWS,
     SAMPLED,
     SPARSE,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.hard_masks import HardMaskedView
-from rekindle.data.views import MaskedView
+from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.views.views import MaskedView
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
 from rekindle.train.distributed import join_world

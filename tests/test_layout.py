@@ -26,14 +26,23 @@ HOMES = {
     "typer": "pipeline/cli.py",
     "triton": "kernels/*.py",
     "ray": "pipeline/*.py",
-    "fsspec": "data/store.py",
-    "sklearn": "train/scores.py",
+    "fsspec": "data/storage/store.py",
+    "sklearn": "train/finetune/metrics.py",
 }
 LONGEST_FILE = 450
 ONLY_IN_TESTS = ("pytest", "hypothesis", "moto", "polars", "duckdb", "playwright")
 
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("**/*.py"))]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
+# The sub-packages of each folder, as dotted names.
+ROOMS = {
+    folder: sorted(
+        f"{folder}.{path.name}"
+        for path in (ROOT / folder).iterdir()
+        if path.is_dir() and any(path.glob("*.py"))
+    )
+    for folder in FOLDERS
+}
 
 
 def tree_of(path):
@@ -78,14 +87,15 @@ def test_no_folder_is_a_regular_package():
     for it by every process that is started here, and a flat package of that name would overwrite
     its files on installation. `data`, `train` and `pipeline` are names that others use as well.
     """
-    for folder in (*FOLDERS, "tests"):
-        assert not list((ROOT / folder).rglob("__init__.py")), folder
+    assert not [folder for folder in FOLDERS if (ROOT / folder / "__init__.py").exists()]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
 def test_the_distribution_has_the_four_namespaced_packages():
     with open(ROOT / "pyproject.toml", "rb") as file:
         setuptools = tomllib.load(file)["tool"]["setuptools"]
-    assert setuptools["packages"] == [f"rekindle.{folder}" for folder in FOLDERS]
+    packages = [name for folder in FOLDERS for name in (folder, *ROOMS[folder])]
+    assert setuptools["packages"] == [f"rekindle.{name}" for name in packages]
     assert setuptools["package-dir"] == {f"rekindle.{folder}": folder for folder in FOLDERS}
     for folder in FOLDERS:
         assert list(find_spec(f"rekindle.{folder}").submodule_search_locations)
@@ -133,6 +143,16 @@ def test_an_installation_gives_no_bare_names(tmp_path):
         "    print([] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])])"
     )
     assert str(ROOT) not in python(code, cwd=tmp_path)
+
+
+def test_every_room_says_in_one_sentence_what_it_is():
+    """Its __init__.py holds that sentence and nothing else: a name is imported from its module."""
+    wrong = []
+    for room in (name for rooms in ROOMS.values() for name in rooms):
+        path = ROOT / room.replace(".", "/") / "__init__.py"
+        if not path.exists() or len(path.read_text("utf-8").splitlines()) != 1:
+            wrong.append(room)
+    assert not wrong
 
 
 @pytest.mark.slow

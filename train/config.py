@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from rekindle.data.settings import Settings
-from rekindle.train.methods import unknown_method
+from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import Schedule
 
 WeightField = Annotated[float, Field(ge=0)] | Schedule
@@ -175,7 +175,7 @@ class MethodSettings(Settings):
 
 
 class MethodTerm(Settings):
-    """A term that is no built-in one: ``train/method_NAME.py``, or an installed entry point.
+    """A term that is no built-in one: ``train/methods/NAME.py``, or an installed entry point.
 
     All its other keys are that file's settings, which are checked when the method is loaded.
     """

@@ -1,7 +1,7 @@
 """A batch on the training device: the cache's integers are sent as they are and decoded there.
 
-The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.codec``; a test holds
-them equal.
+The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targets.codec``; a test
+holds them equal.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from rekindle.data.batch import (
     TokenLabelBatch,
     TokenTargetBatch,
 )
-from rekindle.data.codec import high_planes
 from rekindle.data.errors import InputError
-from rekindle.data.head import StoredHead
+from rekindle.data.targets.codec import high_planes
+from rekindle.data.targets.head import StoredHead
 from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
 from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
-from rekindle.train.language_model import OutputHead
+from rekindle.train.model.split_model import OutputHead
 
 
 class SparseTargets(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.targets import SAMPLED, TeacherInfo
+from rekindle.data.targets.schema import SAMPLED, TeacherInfo
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import (
     as_arguments,
@@ -24,9 +24,9 @@ from rekindle.train.device_batch import (
     sparse_targets,
 )
 from rekindle.train.method import Method
-from rekindle.train.methods import is_better_upwards
-from rekindle.train.objective import inputs_of
-from rekindle.train.selection import at_masked_positions
+from rekindle.train.method_names import is_better_upwards
+from rekindle.train.objective.objective import inputs_of
+from rekindle.train.objective.selection import at_masked_positions
 from rekindle.train.student import Student
 
 

@@ -18,7 +18,7 @@ from rekindle.data.errors import CheckpointError
 from rekindle.train.config import GrowConfig
 from rekindle.train.device_batch import language_rows
 from rekindle.train.evaluate import EvaluationData
-from rekindle.train.grow import Shape
+from rekindle.train.growth.grow import Shape
 from rekindle.train.prepare import Prepared
 from rekindle.train.student import Student
 

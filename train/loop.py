@@ -21,23 +21,29 @@ from torch import Tensor
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.train.checkpoint import gather_weights, open_run, restore, save_checkpoint, start_run
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.coverage import Coverage
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
-from rekindle.train.lineage import LINEAGE, lineage_of_run
-from rekindle.train.objective import Objective
+from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.ranking_pass import with_centres
+from rekindle.train.objective.selection import Counts
 from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
-from rekindle.train.ranking_pass import with_centres
-from rekindle.train.run_log import RunLog, read_metrics
-from rekindle.train.selection import Counts
+from rekindle.train.record.checkpoint import (
+    gather_weights,
+    open_run,
+    restore,
+    save_checkpoint,
+    start_run,
+)
+from rekindle.train.record.coverage import Coverage
+from rekindle.train.record.lineage import LINEAGE, lineage_of_run
+from rekindle.train.record.run_log import RunLog, read_metrics
+from rekindle.train.record.watch import LossWatch, recent_losses, save_suspect
 from rekindle.train.student import Student
-from rekindle.train.watch import LossWatch, recent_losses, save_suspect
 
 Report = Callable[[int, Mapping[str, float]], None]
 

@@ -1,4 +1,4 @@
-"""What a method is to the training loop: one class in a file of its own, ``method_NAME.py``.
+"""What a method is to the training loop: one class in a file of its own, ``methods/NAME.py``.
 
 The loop asks it which teachers it reads, how many rows its losses are over, and for its losses as
 sums over the rows of a micro-batch. Weights, means, processes and micro-batches are not its
@@ -17,7 +17,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import MethodSettings, MethodTerm
-from rekindle.train.methods import find_method
+from rekindle.train.method_names import find_method
 
 if TYPE_CHECKING:
     from rekindle.train.student import Student
@@ -35,7 +35,7 @@ class MethodRun:
 
 
 class Method:
-    """An objective of one's own: subclass it once in ``train/method_NAME.py``.
+    """An objective of one's own: subclass it once in ``train/methods/NAME.py``.
 
     What every process does must depend on the step alone, never on the rows it has: the same
     forward passes in all of them, the same names. Only ``count`` and ``losses`` must be written.

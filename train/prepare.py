@@ -7,17 +7,17 @@ from functools import partial
 from typing import Any
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
-from rekindle.data.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
-from rekindle.train.grow_student import grow_student
+from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
-from rekindle.train.models import quiet_transformers, resolve_model
-from rekindle.train.objective import Objective
-from rekindle.train.sequences import choose_sequences, evaluated_domains
-from rekindle.train.stream import TrainingStream
+from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.objective.objective import Objective
+from rekindle.train.order.sequences import choose_sequences, evaluated_domains
+from rekindle.train.order.stream import TrainingStream
 from rekindle.train.student import Student, build_student
 
 log = logging.getLogger("rekindle")

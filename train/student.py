@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig
-from rekindle.train.domain_prompts import (
+from rekindle.train.method import add_module
+from rekindle.train.method_names import find_method
+from rekindle.train.model.domain_prompts import (
     DOMAINS,
     DomainPrompts,
     prompted_domains,
     with_prompt,
     without_prompt,
 )
-from rekindle.train.language_model import OutputHead, SplitLanguageModel
-from rekindle.train.method import add_module
-from rekindle.train.methods import find_method
-from rekindle.train.models import longest_input, quiet_transformers, resolve_model
-from rekindle.train.student_model import load_language_model, new_language_model
+from rekindle.train.model.files import longest_input, quiet_transformers, resolve_model
+from rekindle.train.model.load import load_language_model, new_language_model
+from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
 HEADS_FILE = "heads.safetensors"
 PROMPTS_FILE = "prompts.safetensors"
@@ -338,7 +338,7 @@ def build_student(
     The heads and prompts of an earlier student in the directory are taken over where name, shape
     and labels agree. ``domains``: of the corpus, for domain prompts. Raises InputError when the
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
-    Growth comes after (``rekindle.train.grow_student``).
+    Growth comes after (``rekindle.train.growth.student``).
     """
     directory = resolve_model(config.model)
     torch.manual_seed(seed)

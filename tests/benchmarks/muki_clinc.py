@@ -28,27 +28,27 @@ from muki_clinc_tables import (
     judge,
     judged_runs,
     markdown,
-    processor,
     rows_of,
     write_csv,
 )
 from muki_clinc_texts import GROUPS, Counts, Row, domains_of, read_rows, write_splits
+from results_csv import hardware
 from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
-from rekindle.train.classifier import evaluate, load_config
-from rekindle.train.expert_outputs import ExpertOutput, expert_output, student_logits
-from rekindle.train.finetune import finetune
-from rekindle.train.finetune_config import FinetuneConfig
-from rekindle.train.merge_baselines import merged_probabilities
-from rekindle.train.models import package_versions, quiet_transformers, resolve_model
+from rekindle.train.finetune.classifier import evaluate, load_config
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.expert_outputs import ExpertOutput, expert_output, student_logits
+from rekindle.train.finetune.merge_baselines import merged_probabilities
+from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
+from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.student import Student
-from rekindle.train.task_data import TaskData, read_task
-from rekindle.train.union import LabelUnion
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 LENGTH = 40  # tokens; the longest text has 33
@@ -193,7 +193,7 @@ def results(work: Path, model: str, name: str) -> dict[str, Any]:
         **SIZES[name]._asdict(),
         "model": model,
         "versions": package_versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": hardware(),
         "texts": {file.stem: len(read_rows(file)) for file in files},
         "domains": domains_of(read_rows(work / "data" / "test.jsonl")),
         "rows": rows_of(work, runs),

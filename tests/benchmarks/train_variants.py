@@ -24,9 +24,9 @@ from train_setup import Bench, K, Prepared
 from rekindle.data.settings import parse_settings
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.language_model import OutputHead
 from rekindle.train.loop import train_student
-from rekindle.train.models import quiet_transformers
+from rekindle.train.model.files import quiet_transformers
+from rekindle.train.model.split_model import OutputHead
 from rekindle.train.student import Student
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0

@@ -15,10 +15,10 @@ from rekindle.data.inventory import (
     shard_sets,
     target_folders,
 )
-from rekindle.data.manifest import MANIFEST, begin_manifest
-from rekindle.data.seal import seal
-from rekindle.data.shards import ShardSet
-from rekindle.data.store import LocalStore, Store
+from rekindle.data.storage.manifest import MANIFEST, begin_manifest
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import LocalStore, Store
 
 SETS = [
     "corpus",

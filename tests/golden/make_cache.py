@@ -16,9 +16,9 @@ import transformers
 from tokenizers import BertWordPieceTokenizer
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.settings import parse_settings
-from rekindle.data.tokenizer import load_tokenizer
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 
 TEXTS = [

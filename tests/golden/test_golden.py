@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.pipeline.verify import verify_cache
+from rekindle.pipeline.checks.verify import verify_cache
 
 HERE = Path(__file__).parent
 CACHES = sorted(path for path in HERE.glob("cache-v*") if path.is_dir())

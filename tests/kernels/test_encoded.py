@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rekindle.data import codec
+from rekindle.data.targets import codec
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.reference import reference_losses

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline import recipe_files
-from rekindle.pipeline.recipe_files import FOLDER, commands, read_recipe, recipes, write_recipe
+from rekindle.pipeline import init as recipe_files
+from rekindle.pipeline.init import FOLDER, commands, read_recipe, recipes, write_recipe
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 

@@ -13,11 +13,11 @@ import yaml
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.builtin.names import FILES, MODELS, PREFIX
 from rekindle.pipeline.config import RunConfig, set_value
-from rekindle.pipeline.cycle_config import CycleConfig
-from rekindle.pipeline.docs_models import FILES, MODELS, PREFIX
-from rekindle.pipeline.recipe_files import FOLDER, commands, read_recipe
-from rekindle.pipeline.sweep_plan import parse_axis
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.init import FOLDER, commands, read_recipe
+from rekindle.pipeline.sweep.grid import parse_axis
 from rekindle.train.schedules import weight_at
 
 ROOT = Path(__file__).parents[2]

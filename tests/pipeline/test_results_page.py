@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from rekindle.pipeline.cycle_results import CycleResults
-from rekindle.pipeline.cycle_results_table import as_markdown
+from rekindle.pipeline.cycle.results import CycleResults
+from rekindle.pipeline.cycle.tables import as_markdown
 
 ROOT = Path(__file__).parents[2]
 

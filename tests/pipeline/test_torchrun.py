@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from rekindle.data.cache import Cache
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
-from rekindle.train.models import weights_fingerprint
-from rekindle.train.run_log import read_metrics
+from rekindle.train.model.files import weights_fingerprint
+from rekindle.train.record.run_log import read_metrics
 
 TIMES = ("tokens_per_second", "data_wait", "seconds")
 

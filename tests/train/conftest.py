@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rekindle.data.cache import Cache
-from rekindle.pipeline.cache_teachers import cache_teachers
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 
 PADDING_ROWS = 7  # rows of a student's output matrix that are no tokens
@@ -189,6 +189,6 @@ def causal_world(
 
 
 def _size(tokenizer: Path) -> int:
-    from rekindle.data.tokenizer import load_tokenizer
+    from rekindle.data.corpus.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tokenizer)).size

@@ -16,10 +16,10 @@ from rekindle.data.batch import (
     TokenLabelBatch,
     TokenTargetBatch,
 )
-from rekindle.data.codec import encode
-from rekindle.data.cuts import RowTexts
 from rekindle.data.errors import InputError
-from rekindle.data.targets import TeacherInfo
+from rekindle.data.storage.cuts import RowTexts
+from rekindle.data.targets.codec import encode
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import (
     language_rows,
     model_inputs,

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from rekindle.train.run_log import read_metrics
+from rekindle.train.record.run_log import read_metrics
 
 SCRIPT = Path(__file__).with_name("torchrun_jobs.py")
 EVERYTHING = [

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from rekindle.train.config import DistillTerm, StudentConfig
 from rekindle.train.evaluate import EvaluationData, best_of, evaluate
+from rekindle.train.objective.task_loss import heads_of
 from rekindle.train.student import HeadConfig, build_student
-from rekindle.train.task_loss import heads_of
 
 CPU = torch.device("cpu")
 EXPERTS = ("sense", "score", "topics", "pair", "tags")

@@ -12,7 +12,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World
 from rekindle.train.loop import train_student
-from rekindle.train.run_log import read_metrics
+from rekindle.train.record.run_log import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train import growth_report as module
 from rekindle.train.config import GrowConfig, StudentConfig, TrainConfig
-from rekindle.train.grow import grow
+from rekindle.train.growth.grow import grow
 from rekindle.train.growth_report import saved_growth
 from rekindle.train.loop import train_student
-from rekindle.train.split import split_corpus
+from rekindle.train.order.split import split_corpus
 from rekindle.train.student import Student
 
 QUICK = {

@@ -10,7 +10,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import blocks
 from rekindle.train.loop import train_student
-from rekindle.train.run_log import read_metrics
+from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
 
 DISTILL = [{"teachers": ["big"], "temperature": 2.0}, {"teachers": ["sense", "tags"]}]

@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
-from rekindle.data.targets import TeacherInfo
-from rekindle.data.tokenizer import load_tokenizer
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig
-from rekindle.train.models import longest_input
+from rekindle.train.model.files import longest_input
 from rekindle.train.student import HeadConfig, Student, TaskHead, build_student
 
 SENSE = HeadConfig(kind="sequence", num_labels=3, label_names=("a", "b", "c"), problem="x")

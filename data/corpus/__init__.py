@@ -1,0 +1,1 @@
+"""Turn documents into packed sequences of tokens, aligned with their text."""

@@ -1,0 +1,399 @@
+"""The corpus of a cache: text read once, tokenised for the student, packed into sequences.
+
+Stored as shards under ``corpus/`` with the tokenizer beside them. One row per packed sequence; a
+row's digest is a hash of its content and is what masks and targets are keyed by. Knows nothing of
+teachers and views.
+"""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count as count_from
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.documents import read_documents
+from rekindle.data.corpus.growth import (
+    CorpusConfig,
+    Stage,
+    claim_stage,
+    complete_stage,
+    describe_corpus,
+    describe_stage,
+    file_states,
+    info_name,
+    read_stages,
+    tokenizer_facts,
+)
+from rekindle.data.corpus.packing import Position, pack
+from rekindle.data.corpus.packing import Sequence as PackedSequence
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet, describe
+from rekindle.data.storage.store import Store
+
+BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
+TOKENIZER = "corpus/tokenizer"
+TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
+
+FIELDS = [
+    pa.field("digest", pa.string()),
+    pa.field("input_ids", list_type(pa.int32())),
+    pa.field("char_starts", list_type(pa.int32())),
+    pa.field("word_starts", list_type(pa.bool_())),
+    pa.field("document_starts", list_type(pa.int32())),
+    pa.field("document", pa.string()),
+    pa.field("domain", pa.string()),
+    pa.field("span_start", pa.int64()),
+    pa.field("span_end", pa.int64()),
+    pa.field("text", pa.string()),
+    pa.field("bucket", pa.uint16()),
+]
+
+
+def digest_of(sequence: PackedSequence) -> str:
+    """The identity of an example: 128 bits over its token ids and its text, as 32 hex digits."""
+    state = xxhash.xxh3_128(sequence.input_ids.astype("<i4").tobytes())
+    state.update(sequence.text.encode("utf-8", "surrogatepass"))
+    return str(state.hexdigest())
+
+
+def unit_of(shard: int, replica: int | None = None) -> str:
+    """The name of a unit of work: a corpus shard, or one masked replica of it."""
+    return f"{shard:05d}" if replica is None else f"{shard:05d}-r{replica:03d}"
+
+
+class Corpus:
+    """The sequences of a cache, by global number 0..len-1 in corpus order."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.shards = ShardSet(store, "corpus")
+        self.stages, tokenizer = read_stages(store)
+        if not self.stages:
+            raise CacheFormatError(
+                f"{store.location} holds no corpus ({info_name(0)} is missing): it is not a "
+                "Rekindle cache, or `pipeline cache-teachers` was never started on it"
+            )
+        self.info: dict[str, Any] = {"config": self.stages[-1].config, "tokenizer": tokenizer}
+        committed = self.shards.committed()
+        missing = first_missing(committed)
+        if missing < max(len(committed), self.stages[-1].shards or 0):
+            raise CacheFormatError(
+                f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
+                "have it made again"
+            )
+        self.commits: list[Commit] = [committed[unit_of(i)] for i in range(missing)]
+        self._firsts = np.cumsum([0] + [c.rows for c in self.commits])
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the source was read to its end (or to ``limit_sequences``)."""
+        return self.stages[-1].shards is not None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all sequences, special tokens included."""
+        return sum(c.count("tokens") for c in self.commits)
+
+    @cached_property
+    def domains(self) -> dict[str, int]:
+        """Sequences per domain."""
+        found: Counter[str] = Counter()
+        for commit in self.commits:
+            counts = commit.facts.get("domains")
+            if not isinstance(counts, dict) or {type(n) for n in counts.values()} - {int}:
+                raise CacheFormatError(
+                    f"the commit record of {commit.path} does not count its domains. {REPAIR}"
+                )
+            found.update(counts)
+        return dict(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the content: over every shard's sha256."""
+        return self.fingerprint_of(len(self.commits))
+
+    def fingerprint_of(self, shards: int) -> str:
+        """Identity of the first shards alone: what a corpus that has grown since was."""
+        digests = "".join(commit.sha256 for commit in self.commits[:shards])
+        return hashlib.sha256(digests.encode()).hexdigest()
+
+    def shard(self, index: int) -> Shard:
+        """Corpus shard ``index``, memory-mapped."""
+        if index not in self._open:
+            stage = [s for s in self.stages if s.first_shard <= index][-1]
+            about = about_shard(index, stage, self.info["tokenizer"])
+            commit = self.commits[index]
+            self._open[index] = self.shards.open(commit, about, FIELDS, self._check_batch)
+        return self._open[index]
+
+    def _check_batch(self, batch: pa.RecordBatch) -> None:
+        """CacheFormatError for what no writer of ours would have written."""
+        required = ("digest", "document", "span_start", "span_end", "text", "bucket")
+        lists = {n: list_views(batch[n], n) for n in ("input_ids", "char_starts", "word_starts")}
+        offsets, ids = lists["input_ids"]
+        same = all(np.array_equal(offsets, there) for there, _ in lists.values())
+        ids = ids[offsets[0] : offsets[-1]]
+        size = self.info["tokenizer"]["size"]
+        inside = not len(ids) or (ids.min() >= 0 and ids.max() < size)
+        if any(batch[name].null_count for name in required) or not same or not inside:
+            raise CacheFormatError(
+                f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
+                "columns of different lengths: it was not written by Rekindle"
+            )
+
+    def rows(self, shard: int, first: int, count: int) -> pa.RecordBatch:
+        """``count`` rows of a shard, fewer at its end; they must lie in one record batch."""
+        index, local = divmod(first, ROWS_PER_BATCH)
+        return self.shard(shard).batch(index).slice(local, count)
+
+    def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:
+        """Tokens of each of those rows."""
+        tokens = self.rows(shard, first, count)["input_ids"]
+        return np.diff(tokens.offsets.to_numpy()).astype(np.int64)
+
+    def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shard number and row within it of global sequence numbers; IndexError outside."""
+        if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"sequence numbers lie in 0..{len(self) - 1}")
+        shards = np.searchsorted(self._firsts, indices, side="right") - 1
+        return shards, indices - self._firsts[shards]
+
+    def shards_of(self, sequences: int) -> int | None:
+        """How many of the first shards have so many sequences, None where no number has."""
+        found = np.flatnonzero(self._firsts == sequences)
+        return int(found[-1]) if len(found) else None
+
+    def first(self, shard: int) -> int:
+        """The global number of a shard's first row."""
+        return int(self._firsts[shard])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer stored in the cache."""
+        for error in damaged_tokenizer_files(self.store).values():
+            raise error
+        with tempfile.TemporaryDirectory() as folder:
+            for name in self.store.names(TOKENIZER):
+                (Path(folder) / name).write_bytes(self.store.read_bytes(f"{TOKENIZER}/{name}"))
+            tokenizer = load_tokenizer(folder)
+        if tokenizer.digest != self.info["tokenizer"]["digest"]:
+            raise CacheMismatchError(
+                f"{self.store.location}/{TOKENIZER} is not the tokenizer the corpus was made with"
+            )
+        return tokenizer
+
+
+def build_corpus(
+    store: Store,
+    config: CorpusConfig,
+    sequences_per_shard: int,
+    progress: Callable[[int, int], None] = lambda sequences, tokens: None,
+) -> Corpus:
+    """Make the corpus, or what is missing of it: after an interruption, a shard taken away, a
+    larger limit or appended source files.
+
+    ``progress(sequences, tokens)`` is called with what each finished shard added. Raises InputError
+    for a source without text, CacheMismatchError when the cache holds a corpus of another
+    configuration or when the source was changed since.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    info = describe_corpus(config, tokenizer, sequences_per_shard)
+    shards = ShardSet(store, "corpus")
+    committed = shards.committed()
+    last = claim_stage(store, info, config, lambda: _grown(store, committed))
+    recorded = read_stages(store)[0]
+    stages = [*recorded[: last.number], last]
+    if committed:  # what a repair took away
+        _describe(store, stages[: max(1, len(recorded))], tokenizer)
+    # A new stage not before it has text: a mistake in the source must not claim the cache.
+    described = False
+    for number, stage in enumerate(stages):
+        count = max(first_missing(committed), stage.first_shard)
+        if stage.shards is not None and count >= stage.shards:
+            continue
+        following = stages[number + 1 :]
+        source = _source(stage, config) if following else config.source
+        work = _Work(tokenizer, stage, stage.ends_at(following), source)
+        for shard, rows, where in _shards_after(committed, work):
+            count = shard + 1
+            if unit_of(shard) in committed:
+                continue
+            if not described:
+                _describe(store, stages, tokenizer)
+                described = True
+            facts = _facts(rows, where)
+            schema = describe(FIELDS, about_shard(shard, stage, info["tokenizer"]))
+            written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
+            committed[unit_of(shard)] = written
+            progress(len(rows), facts["tokens"])
+        if not count and not following:
+            raise InputError(
+                f"the corpus is empty: no text in {', '.join(config.source)} (field "
+                f"{config.text_field!r}); give a source with at least one non-blank document"
+            )
+        if not described:
+            _describe(store, stages, tokenizer)
+            described = True
+        complete_stage(store, stage, count)
+    return Corpus(store)
+
+
+def _describe(store: Store, stages: Sequence[Stage], tokenizer: Tokenizer) -> None:
+    """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
+    for stage in stages:
+        describe_stage(store, stage, tokenizer_facts(tokenizer))
+    _save_tokenizer(store, tokenizer)
+
+
+def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
+    """Shards and sequences after which a corpus may grow."""
+    count = first_missing(committed)
+    if count < len(committed):
+        raise CacheMismatchError(
+            f"{store.location}/corpus lacks shard {count}: run `pipeline cache-teachers` with the "
+            "configuration the cache was made with, then with the longer corpus"
+        )
+    return count, sum(commit.rows for commit in committed.values())
+
+
+def about_shard(shard: int, stage: Stage, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a shard of the corpus says of itself."""
+    about = {"kind": "corpus", "shard": shard, "config": stage.config}
+    about |= {"tokenizer": dict(tokenizer)}
+    return about | ({"stage": stage.number} if stage.number else {})
+
+
+def _source(stage: Stage, config: CorpusConfig) -> tuple[str, ...]:
+    """The files of a stage alone: those appended later must not run into its last shard."""
+    if not stage.sources:
+        return config.source
+    return tuple(path for path in file_states(config.source) if path in stage.sources)
+
+
+def first_missing(committed: Mapping[str, Commit]) -> int:
+    """The number of the first shard that is not there."""
+    return next(n for n in count_from(0) if unit_of(n) not in committed)
+
+
+def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
+    """What is wrong with the stored tokenizer's files, by name. Format 1 has no checksums."""
+    try:
+        stated = read_sealed(store, TOKENIZER_FILES)
+    except FileNotFoundError:
+        return {}
+    except CacheFormatError as error:
+        return {TOKENIZER_FILES: error}
+    damaged = {}
+    for name, sha256 in stated.items():
+        path = f"{TOKENIZER}/{name}"
+        try:
+            sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
+        except (OSError, CacheFormatError):  # a folder, or a name that is none
+            sound = False
+        if not sound:
+            damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
+    return damaged
+
+
+def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
+    if store.exists(TOKENIZER_FILES) and not damaged_tokenizer_files(store):
+        return
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for file in sorted(f for f in Path(folder).iterdir() if f.is_file()):
+            store.create(f"{TOKENIZER}/{file.name}", file.read_bytes())
+            stored = store.read_bytes(f"{TOKENIZER}/{file.name}")
+            files[file.name] = hashlib.sha256(stored).hexdigest()
+    content = seal(files)
+    if not store.create(TOKENIZER_FILES, content) and store.read_bytes(TOKENIZER_FILES) != content:
+        store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How the shards of one stage are made."""
+
+    tokenizer: Tokenizer
+    stage: Stage
+    ends_at: int | None  # sequences in the corpus at its end
+    source: tuple[str, ...]
+
+
+def _shards_after(
+    committed: Mapping[str, Commit], work: _Work
+) -> Iterator[tuple[int, list[PackedSequence], Position]]:
+    """(shard number, its sequences, where the next begins) from the first missing shard on."""
+    shard = max(first_missing(committed), work.stage.first_shard)
+    start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
+    config = work.stage.config
+    documents = read_documents(work.source, config["text_field"], config["domain_field"])
+    sequences = pack(
+        work.tokenizer.encode_documents(islice(documents, start.document_index, None)),
+        sequence_length=config["sequence_length"],
+        packing=config["packing"],
+        tokenizer=work.tokenizer,
+        start=start,
+    )
+    remaining = None
+    if work.ends_at is not None:
+        remaining = work.ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
+    limited = islice(sequences, remaining)
+    while taken := list(islice(limited, config["sequences_per_shard"])):
+        yield shard, [sequence for sequence, _ in taken], taken[-1][1]
+        shard += 1
+
+
+def _facts(rows: Sequence[PackedSequence], where: Position) -> dict[str, Any]:
+    return {
+        "tokens": sum(len(r.input_ids) for r in rows),
+        "next": list(where),
+        "domains": dict(sorted(Counter(r.domain for r in rows if r.domain is not None).items())),
+    }
+
+
+def _batches(rows: Sequence[PackedSequence], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for first in range(0, len(rows), ROWS_PER_BATCH):
+        yield _batch(rows[first : first + ROWS_PER_BATCH], schema)
+
+
+def _batch(rows: Sequence[PackedSequence], schema: pa.Schema) -> pa.RecordBatch:
+    offsets = offsets_of([len(r.input_ids) for r in rows])
+    columns = [
+        pa.array([digest_of(r) for r in rows], pa.string()),
+        list_array(offsets, np.concatenate([r.input_ids for r in rows])),
+        list_array(offsets, np.concatenate([r.char_starts for r in rows])),
+        list_array(offsets, np.concatenate([r.word_starts for r in rows])),
+        list_array(
+            offsets_of([len(r.document_starts) for r in rows]),
+            np.concatenate([r.document_starts for r in rows]),
+        ),
+        pa.array([r.document for r in rows], pa.string()),
+        pa.array([r.domain for r in rows], pa.string()),
+        pa.array([r.span[0] for r in rows], pa.int64()),
+        pa.array([r.span[1] for r in rows], pa.int64()),
+        pa.array([r.text for r in rows], pa.string()),
+        pa.array([_bucket(r.document) for r in rows], pa.uint16()),
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _bucket(document: str) -> int:
+    return int(xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass"))) % BUCKETS

@@ -1,0 +1,233 @@
+"""Cuts or joins documents into sequences: pure index arithmetic, no input or output.
+
+Two packings. "document": no sequence crosses a document. "contiguous": documents follow each other
+and fill every sequence but the last. Packing can begin at any Position it has yielded and then
+gives exactly the remaining sequences.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.documents import Document
+from rekindle.data.corpus.tokenizer import Encoded
+
+PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
+
+
+class SpecialTokens(Protocol):
+    """What packing needs of a tokenizer."""
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What stands before the text of every sequence."""
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """What stands after the text of every sequence."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end-of-sequence token, None where there is none."""
+
+
+class Sequence(NamedTuple):
+    """L tokens for the model, special ones included, L ≤ sequence_length.
+
+    input_ids [L] int32. char_starts [L] int32: where the token's text starts in ``text``, −1 for
+    special tokens. word_starts [L] bool: False for special tokens, and for a first token that goes
+    on with a word of the sequence before. document, domain: of the first token's document; span:
+    the characters of that document. text: the sequence's own text, the documents' parts joined by
+    a blank line. document_starts [D] int32: positions where a document begins or is resumed.
+    """
+
+    input_ids: NDArray[np.int32]
+    char_starts: NDArray[np.int32]
+    word_starts: NDArray[np.bool_]
+    document: str
+    domain: str | None
+    span: tuple[int, int]
+    text: str
+    document_starts: NDArray[np.int32]
+
+
+class Position(NamedTuple):
+    """Where the next sequence begins: a token of the document_index-th document of the corpus."""
+
+    document_index: int
+    token: int
+
+
+BEGINNING = Position(0, 0)
+
+
+class _Piece(NamedTuple):
+    """Tokens begin:end of one document, and the special tokens just before and after them."""
+
+    document: Document
+    encoded: Encoded
+    begin: int
+    end: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+
+_Planned = tuple[list[_Piece], Position]
+
+
+def pack(
+    documents: Iterable[tuple[Document, Encoded]],
+    *,
+    sequence_length: int,
+    packing: Literal["document", "contiguous"],
+    tokenizer: SpecialTokens,
+    start: Position = BEGINNING,
+) -> Iterator[tuple[Sequence, Position]]:
+    """Each sequence of ``documents``, and the Position from which packing would go on after it.
+
+    ``documents`` begins with the document of index start.document_index. No token of a document is
+    dropped; a document without tokens gives nothing.
+
+    document: every document is cut into pieces of sequence_length − |prefix| − |suffix| tokens, the
+    last as short as it comes. A tokenizer that puts nothing around a text (GPT-2) but has an
+    end-of-sequence token gets it after each document.
+    contiguous: documents are joined with the end-of-sequence token after each, or, where the suffix
+    ends with that token or there is none, with the suffix's last token between two of them.
+    In both an end-of-sequence token that would be the first of a sequence is left out: nothing
+    stands before it there.
+
+    Raises ValueError for an unknown packing, a sequence_length without room for content, and a
+    start inside a document that is not that long.
+    """
+    room = sequence_length - len(tokenizer.prefix) - len(tokenizer.suffix)
+    if room < 1:
+        raise ValueError(
+            f"sequence_length {sequence_length} leaves no room for text beside the "
+            f"{len(tokenizer.prefix) + len(tokenizer.suffix)} special tokens of each sequence"
+        )
+    if packing == "document":
+        planned = _cut(documents, room, _document_end(tokenizer), start)
+    elif packing == "contiguous":
+        planned = _fill(documents, room, *_separators(tokenizer), start)
+    else:
+        raise ValueError(f"packing must be 'document' or 'contiguous', not {packing!r}")
+    return ((_sequence(pieces, tokenizer), position) for pieces, position in planned)
+
+
+def _document_end(tokenizer: SpecialTokens) -> tuple[int, ...]:
+    bare = not tokenizer.prefix and not tokenizer.suffix
+    return (tokenizer.eos_id,) if bare and tokenizer.eos_id is not None else ()
+
+
+def _separators(tokenizer: SpecialTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens between two documents of one sequence, and those after each document."""
+    last_of_suffix = tokenizer.suffix[-1:]
+    if tokenizer.eos_id is None or (tokenizer.eos_id,) == last_of_suffix:
+        return last_of_suffix, ()
+    return (), (tokenizer.eos_id,)
+
+
+def _from_start(
+    documents: Iterable[tuple[Document, Encoded]], start: Position
+) -> Iterator[tuple[int, int, Document, Encoded]]:
+    """(index, first token, document, encoded) of every document that has tokens left."""
+    for index, (document, encoded) in enumerate(documents, start.document_index):
+        first = start.token if index == start.document_index else 0
+        if first and first >= len(encoded.ids):
+            raise ValueError(
+                f"packing cannot start at token {first} of document {index} ({document.id}), "
+                f"which has {len(encoded.ids)} tokens: the corpus or the tokenizer was changed"
+            )
+        if len(encoded.ids):
+            yield index, first, document, encoded
+
+
+def _cut(
+    documents: Iterable[tuple[Document, Encoded]], room: int, end: tuple[int, ...], start: Position
+) -> Iterator[_Planned]:
+    for index, first, document, encoded in _from_start(documents, start):
+        length = len(encoded.ids)
+        for begin in range(first, length, room):
+            stop = min(begin + room, length)
+            after = end if stop - begin < room else ()
+            position = Position(index, stop) if stop < length else Position(index + 1, 0)
+            yield [_Piece(document, encoded, begin, stop, after=after)], position
+
+
+def _fill(
+    documents: Iterable[tuple[Document, Encoded]],
+    room: int,
+    between: tuple[int, ...],
+    end: tuple[int, ...],
+    start: Position,
+) -> Iterator[_Planned]:
+    pieces: list[_Piece] = []
+    left = room
+    position = start
+    for index, token, document, encoded in _from_start(documents, start):
+        length = len(encoded.ids)
+        while token < length:
+            before = between if pieces else ()
+            if left <= len(before):  # no room for a separator and a token after it
+                yield pieces, Position(index, token)
+                pieces, left, before = [], room, ()
+            left -= len(before)
+            stop = min(token + left, length)
+            left -= stop - token
+            after = end if left else ()
+            left -= len(after)
+            pieces.append(_Piece(document, encoded, token, stop, before, after))
+            token = stop
+            position = Position(index, token) if token < length else Position(index + 1, 0)
+            if not left:
+                yield pieces, position
+                pieces, left = [], room
+    if pieces:
+        yield pieces, position
+
+
+def _sequence(pieces: list[_Piece], tokenizer: SpecialTokens) -> Sequence:
+    content = sum(p.end - p.begin + len(p.before) + len(p.after) for p in pieces)
+    length = len(tokenizer.prefix) + content + len(tokenizer.suffix)
+    input_ids = np.empty(length, np.int32)
+    char_starts = np.full(length, -1, np.int32)
+    word_starts = np.zeros(length, np.bool_)
+    document_starts = np.empty(len(pieces), np.int32)
+    texts: list[str] = []
+    characters = 0
+    at = _put(input_ids, 0, tokenizer.prefix)
+    for number, piece in enumerate(pieces):
+        at = _put(input_ids, at, piece.before)
+        document_starts[number] = at
+        tokens = slice(piece.begin, piece.end)
+        here = slice(at, at + piece.end - piece.begin)
+        begin, end = _span(piece)
+        input_ids[here] = piece.encoded.ids[tokens]
+        char_starts[here] = piece.encoded.starts[tokens] + (characters - begin)
+        word_starts[here] = piece.encoded.word_starts[tokens]
+        texts.append(piece.document.text[begin:end])
+        characters += end - begin + len(PIECE_SEPARATOR)
+        at = _put(input_ids, here.stop, piece.after)
+    _put(input_ids, at, tokenizer.suffix)
+    first = pieces[0]
+    return Sequence(
+        input_ids=input_ids,
+        char_starts=char_starts,
+        word_starts=word_starts,
+        document=first.document.id,
+        domain=first.document.domain,
+        span=_span(first),
+        text=PIECE_SEPARATOR.join(texts),
+        document_starts=document_starts,
+    )
+
+
+def _put(input_ids: NDArray[np.int32], at: int, special: tuple[int, ...]) -> int:
+    input_ids[at : at + len(special)] = special
+    return at + len(special)
+
+
+def _span(piece: _Piece) -> tuple[int, int]:
+    return int(piece.encoded.starts[piece.begin]), int(piece.encoded.ends[piece.end - 1])

@@ -1,0 +1,331 @@
+"""A tokenizer with the facts that packing, masks and fingerprints need, and fast encoding.
+
+The one place of ``data`` that meets transformers, and only inside functions: importing this module
+imports neither transformers nor torch. It knows nothing of sequences and files of text.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.documents import Document
+from rekindle.data.errors import InputError
+
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_AUTO_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_HIGHEST_SPACE = 0x3000  # no character above it is white space
+
+
+class Encoded(NamedTuple):
+    """One text's L tokens, without special tokens.
+
+    ids [L] int32; starts, ends [L] int32: the characters text[start:end] that a token stands for,
+    as the tokenizer counts them (byte-level ones include the space before a word, and the tokens of
+    one emoji all span that emoji); neither ever decreases. word_starts [L] bool: the token begins
+    a new word.
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    word_starts: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A fast Hugging Face tokenizer and what we need to know of it.
+
+    size: number of tokens, added ones included. digest: sha256 over the sorted (id, token) pairs,
+    the identity of the vocabulary. special_ids: every special token, the unknown token included.
+    prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS alone for Llama; nothing for
+    GPT-2). pad_id is 0 for a tokenizer that has no padding token.
+    """
+
+    hf: Any
+    name: str
+    size: int
+    digest: str
+    mask_id: int | None
+    pad_id: int
+    eos_id: int | None
+    special_ids: frozenset[int]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    _backend: Any = field(repr=False)
+
+    def encode(self, texts: list[str]) -> list[Encoded]:
+        """Each text's tokens: no special tokens, no truncation, all cores.
+
+        A special token's name within a text ("[MASK]", "</s>") is text like any other, except to a
+        Unigram model that has it among its pieces.
+        """
+        return [_encoded(*pair) for pair in zip(texts, self._encodings(texts), strict=True)]
+
+    def encode_documents(
+        self, documents: Iterable[Document], batch_characters: int = 1 << 20
+    ) -> Iterator[tuple[Document, Encoded]]:
+        """``documents`` in their order, each with its tokens.
+
+        Works in batches of about ``batch_characters``; while one is handed out the next is already
+        being encoded.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = None
+            for batch in chain(_batches(documents, batch_characters), [[]]):
+                running = pool.submit(self._encodings, [document.text for document in batch])
+                if waiting:
+                    yield from _with_tokens(*waiting)
+                waiting = (batch, running)
+
+    def encode_pair(
+        self, a: str, b: str, max_length: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Two texts as the tokenizer joins a pair: (input_ids [L], token_type_ids [L]), both int32.
+
+        Special tokens included, L ≤ max_length; the longer text is shortened first. Raises
+        ValueError when ``max_length`` leaves no room for a token of each.
+        """
+        room = max_length - self._backend.num_special_tokens_to_add(is_pair=True)
+        if room < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
+        first, second = self._encodings([a, b])
+        keep_first, keep_second = _longest_first(len(first), len(second), room)
+        first.truncate(keep_first)
+        second.truncate(keep_second)
+        joined = self._backend.post_process(first, second, True)
+        return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+
+    def save(self, directory: str | Path) -> None:
+        """Write it so that ``load_tokenizer(directory)`` and transformers read it back."""
+        self.hf.save_pretrained(str(directory))
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The backend's own pickle forgets encode_special_tokens.
+        return wrap_tokenizer, (self.hf, self.name)
+
+
+def wrap_tokenizer(hf: Any, name: str) -> Tokenizer:
+    """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
+    # Our own copy: padding, truncation and special tokens written in a text are settings of the
+    # backend, and some tokenizer.json files come with them switched on.
+    backend = deepcopy(hf.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    added = hf.added_tokens_decoder
+    special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
+    prefix, suffix = _affixes(backend)
+    return Tokenizer(
+        hf=hf,
+        name=name,
+        size=len(hf),
+        digest=_vocabulary_digest(hf.get_vocab()),
+        mask_id=hf.mask_token_id,
+        pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,
+        eos_id=hf.eos_token_id,
+        special_ids=frozenset(special),
+        prefix=prefix,
+        suffix=suffix,
+        _backend=backend,
+    )
+
+
+def _vocabulary_digest(vocabulary: dict[str, int]) -> str:
+    pairs = sorted((id, token) for token, id in vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
+
+
+def _affixes(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    probe = backend.encode("a")
+    content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
+    if not content:
+        return tuple(probe.ids), ()
+    return tuple(probe.ids[: content[0]]), tuple(probe.ids[content[-1] + 1 :])
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+def _encoded(text: str, encoding: Any) -> Encoded:
+    length = len(encoding)
+    spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * length)
+    # Tokenizers that trim white space off the spans move some of them back (a lone "▁", say).
+    starts, ends = np.maximum.accumulate(spans[0::2]), np.maximum.accumulate(spans[1::2])
+    word_starts = _word_starts(np.array(encoding.word_ids, np.int64), _words(text)[starts])
+    return Encoded(np.array(encoding.ids, np.int32), starts, ends, word_starts)
+
+
+def _word_starts(word_ids: NDArray[np.int64], words: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[L]: the pre-tokenizer's word changes, or white space lies between.
+
+    The second rule alone decides for tokenizers that take the whole text for one word (Llama's
+    Metaspace), and sees line breaks inside a word of those that split at "▁" only.
+    """
+    starts = np.ones(len(word_ids), np.bool_)
+    starts[1:] = (word_ids[1:] != word_ids[:-1]) | (words[1:] != words[:-1])
+    return starts
+
+
+def _words(text: str) -> NDArray[np.int32]:
+    """[characters + 1]: the number of a character's word; white space belongs to the word after."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    space = _space_table()[np.minimum(codes, _HIGHEST_SPACE + 1)]
+    begins = np.zeros(len(codes) + 1, np.bool_)
+    begins[1:-1] = space[1:] & ~space[:-1]
+    return np.cumsum(begins, dtype=np.int32)
+
+
+@lru_cache(maxsize=1)
+def _space_table() -> NDArray[np.bool_]:
+    return np.array([chr(code).isspace() for code in range(_HIGHEST_SPACE + 2)])
+
+
+def _with_tokens(batch: list[Document], running: Any) -> Iterator[tuple[Document, Encoded]]:
+    for document, encoding in zip(batch, running.result(), strict=True):
+        yield document, _encoded(document.text, encoding)
+
+
+def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= batch_characters:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of each text stay: tokens leave the longer text until both fit."""
+    half = room // 2
+    if first + second <= room:
+        return first, second
+    if first <= half:
+        return first, room - first
+    if second <= half:
+        return room - second, second
+    return room - half, half
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def has_tokenizer_files(path: str | Path) -> bool:
+    """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
+    directory = Path(path)
+    names = (*_AUTO_FILES, "vocab.txt")
+    return any((directory / name).is_file() for name in names) or _gpt2_files(directory) is not None
+
+
+def _gpt2_files(directory: Path) -> tuple[Path, Path] | None:
+    for vocabulary, merges in _GPT2_FILES:
+        if (directory / vocabulary).is_file() and (directory / merges).is_file():
+            return directory / vocabulary, directory / merges
+    return None
+
+
+def load_tokenizer(path_or_id: str) -> Tokenizer:
+    """The tokenizer of a local directory or of a Hugging Face id; no remote code is run.
+
+    Beside what transformers' AutoTokenizer reads, a directory may hold vocabulary files alone:
+    ``vocab.txt`` is BERT WordPiece, which lower-cases exactly when no token but the bracketed ones
+    has an ASCII capital; ``encoder.json`` + ``vocab.bpe`` or ``vocab.json`` + ``merges.txt`` is
+    GPT-2's byte-level BPE, ended by <|endoftext|>.
+
+    Raises InputError: no such directory, no tokenizer files in it, an id that cannot be loaded, a
+    tokenizer without a fast (Rust) implementation.
+    """
+    directory = Path(path_or_id).expanduser()
+    if directory.is_dir():
+        return wrap_tokenizer(_load_directory(directory), path_or_id)
+    if directory.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
+        raise InputError(
+            f"tokenizer {path_or_id!r}: no such directory; give the directory that holds the "
+            f"tokenizer's files, or a Hugging Face id"
+        )
+    return wrap_tokenizer(_load_auto(path_or_id), path_or_id)
+
+
+def _load_directory(directory: Path) -> Any:
+    if not has_tokenizer_files(directory):
+        raise InputError(
+            f"tokenizer directory {directory} has no tokenizer files; it must hold tokenizer.json "
+            f"(or what else AutoTokenizer reads), vocab.txt, encoder.json + vocab.bpe, or "
+            f"vocab.json + merges.txt"
+        )
+    if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
+        return _load_auto(str(directory))
+    if (directory / "vocab.txt").is_file():
+        return _load_wordpiece(directory / "vocab.txt")
+    files = _gpt2_files(directory)
+    assert files is not None  # has_tokenizer_files said so
+    return _load_byte_level(*files)
+
+
+def _load_auto(path_or_id: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path_or_id, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # the library's errors share no base; all mean: not to be had
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"tokenizer {path_or_id!r} cannot be loaded: {reason}; give a directory with the "
+            f"tokenizer's files, or an id that is on the hub or in the local cache"
+        ) from error
+    if not hf.is_fast:
+        raise InputError(
+            f"tokenizer {path_or_id!r} has no fast implementation ({type(hf).__name__} gives no "
+            f"character offsets); convert it to tokenizer.json with the tokenizers library"
+        )
+    return hf
+
+
+def _load_wordpiece(path: Path) -> Any:
+    from transformers import BertTokenizerFast
+
+    tokens = path.read_text(encoding="utf-8").split("\n")
+    missing = [token for token in _BERT_SPECIALS if token not in tokens]
+    if missing:  # transformers would add them at the end and change the vocabulary's size
+        raise InputError(
+            f"{path} is no BERT vocabulary: it lacks {', '.join(missing)}; "
+            f"give the directory with tokenizer.json instead"
+        )
+    words = (token for token in tokens if not re.fullmatch(r"\[.+\]", token))
+    cased = any(re.search("[A-Z]", word) for word in words)
+    return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
+
+
+def _load_byte_level(vocabulary: Path, merges: Path) -> Any:
+    from transformers import GPT2TokenizerFast
+
+    if "<|endoftext|>" not in json.loads(vocabulary.read_text(encoding="utf-8")):
+        raise InputError(
+            f"{vocabulary} is no GPT-2 vocabulary: it lacks <|endoftext|>; "
+            f"give the directory with tokenizer.json instead"
+        )
+    return GPT2TokenizerFast(vocab=str(vocabulary), merges=str(merges))

@@ -1,0 +1,109 @@
+"""Commit records: the small files whose existence is the only proof that a unit is done."""
+
+import builtins
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.seal import REPAIR, SEAL, checksum
+from rekindle.data.storage.store import safe_name
+
+ROWS_PER_BATCH = 128  # 128 sequences x 512 positions are a few MB: one checksum, one page-in
+SECONDS = "seconds"  # a fact: see `seconds_of`
+Region = tuple[int, int, str]  # offset, length, xxh3_64
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a commit record says of one unit."""
+
+    unit: str
+    path: str  # relative to the set's folder
+    rows: int
+    bytes: int
+    sha256: str
+    regions: tuple[Region, ...]  # covering the whole file
+    facts: dict[str, Any] = field(default_factory=dict)  # what the owner of the set wants to know
+    rows_per_batch: int = ROWS_PER_BATCH  # of every record batch but the last
+
+    def to_bytes(self) -> builtins.bytes:
+        """The record as JSON, with its own checksum last."""
+        body = {
+            "unit": self.unit,
+            "path": self.path,
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "regions": [list(region) for region in self.regions],
+            "facts": self.facts,
+        }
+        if self.rows_per_batch != ROWS_PER_BATCH:
+            body["rows_per_batch"] = self.rows_per_batch
+        return (json.dumps(body | {SEAL: checksum(body)}, indent=1) + "\n").encode()
+
+    def count(self, fact: str) -> int:
+        """A number in the facts; CacheFormatError where there is none."""
+        found = self.facts.get(fact)
+        if type(found) is not int or found < 0:
+            raise CacheFormatError(
+                f"the commit record of {self.path} does not say how many {fact} it has. {REPAIR}"
+            )
+        return found
+
+    @classmethod
+    def from_json(cls, body: Any, where: str) -> "Commit":
+        """Parse and check a record read from ``where``; CacheFormatError when it is damaged."""
+        try:
+            stated = body.pop(SEAL)
+            if stated != checksum(body):
+                raise ValueError("its checksum does not match")
+            regions = tuple((int(o), int(n), str(x)) for o, n, x in body["regions"])
+            _check_regions(regions, int(body["bytes"]))
+            commit = cls(
+                unit=str(body["unit"]),
+                path=safe_name(body["path"]),
+                rows=int(body["rows"]),
+                bytes=int(body["bytes"]),
+                sha256=str(body["sha256"]),
+                regions=regions,
+                facts=dict(body["facts"]),
+                rows_per_batch=int(body.get("rows_per_batch", ROWS_PER_BATCH)),
+            )
+            if not 0 < commit.rows_per_batch <= ROWS_PER_BATCH or ROWS_PER_BATCH % (
+                commit.rows_per_batch
+            ):
+                raise ValueError(f"{commit.rows_per_batch} rows a record batch")
+            # Rows are counted out below: first they must be as many as the regions can hold.
+            batches = -(-commit.rows // commit.rows_per_batch)
+            if commit.rows < 0 or len(regions) - 1 - batches not in (0, 1):
+                raise ValueError(f"{commit.rows} rows in {len(regions)} regions")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CacheFormatError(
+                f"the commit record {where} is damaged ({error}). {REPAIR}"
+            ) from None
+        return commit
+
+
+def seconds_of(commit: Commit) -> float | None:
+    """The seconds that the unit took to compute, where its record says so.
+
+    A fact of the record alone: neither the data nor any fingerprint depends on it, so that two runs
+    of one unit still give the same bytes of data.
+    """
+    found: Any = commit.facts.get(SECONDS)
+    if type(found) not in (int, float) or not 0 <= found < math.inf:
+        return None
+    return float(found)
+
+
+def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:
+    """ValueError unless the regions follow each other from the file's first byte to its last."""
+    at = 0
+    for offset, length, _ in regions:
+        if offset != at or length <= 0:
+            raise ValueError("its regions do not follow each other")
+        at += length
+    if at != size or not regions:
+        raise ValueError("its regions do not cover the file")

@@ -1,0 +1,374 @@
+"""Sets of Arrow shards with commit records: how anything in a cache is written and believed.
+
+A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
+not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
+is durable; its existence is the only proof that a unit is done. It carries the file's name, size,
+sha256 and an xxh3 checksum per region (the schema, each record batch, the
+footer), and a checksum of itself.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import xxhash
+
+from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.storage.arrow_sizes import unpacked_bytes
+from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Region
+from rekindle.data.storage.seal import REPAIR
+from rekindle.data.storage.store import Store, new_attempt
+
+MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
+
+MAGIC = b"ARROW1\0\0"  # what the file begins with, before the schema
+
+
+class ShardSet:
+    """One folder of shards: the corpus, a view, or one teacher's targets."""
+
+    def __init__(self, store: Store, folder: str):
+        self.store = store
+        self.folder = folder
+
+    def committed(self) -> dict[str, Commit]:
+        """The finished units by name, from one listing of the commit records.
+
+        Raises CacheFormatError when one of them is damaged.
+        """
+        commits, damaged = self.survey()
+        for error in damaged.values():
+            raise error
+        return commits
+
+    def survey(self) -> tuple[dict[str, Commit], dict[str, CacheFormatError]]:
+        """The finished units by name, and what is wrong with those whose record is damaged."""
+        names = [n for n in self.store.names(f"{self.folder}/commits") if n.endswith(".json")]
+        contents = self.store.read_many([f"{self.folder}/commits/{name}" for name in names])
+        commits: dict[str, Commit] = {}
+        damaged: dict[str, CacheFormatError] = {}
+        for unit, content in zip((n.removesuffix(".json") for n in names), contents, strict=True):
+            try:
+                commits[unit] = self._parse(unit, content)
+            except CacheFormatError as error:
+                damaged[unit] = error
+        return commits, damaged
+
+    def forget(self, unit: str) -> None:
+        """Take back a unit that is damaged, so that it is made again: first its record."""
+        try:
+            path = self.commit(unit).path
+        except (CacheFormatError, FileNotFoundError):
+            path = None  # `gc` finds what it named
+        self.store.discard(f"{self.folder}/commits/{unit}.json")
+        if path is not None:
+            self.store.discard(f"{self.folder}/{path}")
+
+    def has(self, unit: str) -> bool:
+        """Whether the unit is committed by now."""
+        return self.store.exists(f"{self.folder}/commits/{unit}.json")
+
+    def commit(self, unit: str) -> Commit:
+        """The record of one finished unit."""
+        return self._parse(unit, self.store.read_bytes(f"{self.folder}/commits/{unit}.json"))
+
+    def _parse(self, unit: str, content: bytes) -> Commit:
+        name = f"{self.folder}/commits/{unit}.json"
+        body = self.store.parse_json(name, content)
+        commit = Commit.from_json(body, f"{self.store.location}/{name}")
+        if commit.unit != unit:
+            raise CacheFormatError(f"the commit record {name} speaks of unit {commit.unit!r}")
+        return commit
+
+    def write(
+        self,
+        unit: str,
+        schema: pa.Schema,
+        batches: Iterable[pa.RecordBatch],
+        facts: Mapping[str, Any] | None = None,
+        write_options: pa.ipc.IpcWriteOptions | None = None,
+        rows_per_batch: int = ROWS_PER_BATCH,
+        late_facts: Callable[[], Mapping[str, Any]] = dict,
+    ) -> Commit:
+        """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
+
+        Every batch but the last must have ``rows_per_batch`` rows, a divisor of ROWS_PER_BATCH.
+        Raises InputError when the disk is full or may not be written. ``facts`` go into the commit
+        record, with those of ``late_facts``, which is called when all batches are written. If
+        another process committed the unit meanwhile, its record is returned and this attempt's data
+        is removed: both were complete.
+        """
+        path = f"data/{unit}-{new_attempt()}.arrow"
+        name = f"{self.folder}/{path}"
+        try:
+            with self.store.writing(name):
+                local = self.store.begin(name)
+                written = _write_file(local, schema, batches, write_options)
+                about = dict(facts or {}) | dict(late_facts())
+                commit = Commit(unit, path, *written, about, rows_per_batch)
+                self.store.finish(name)
+        except BaseException:
+            with suppress(OSError):  # of a disk that may not be written: the first error counts
+                self.store.discard(name)
+            raise
+        # From here on an error must leave the data: whether the record was created is not known.
+        if self.store.create(f"{self.folder}/commits/{unit}.json", commit.to_bytes()):
+            return commit
+        winner = self.commit(unit)
+        if winner.path != path:  # a put repeated after a lost answer finds its own record
+            self.store.discard(name)
+        return winner
+
+    def check(self, commit: Commit) -> None:
+        """Hold every byte of a unit against its checksums; CacheFormatError when one differs."""
+        self.open(commit).check()
+
+    def open(
+        self,
+        commit: Commit,
+        about: Mapping[str, Any] | None = None,
+        fields: Sequence[pa.Field] | None = None,
+        hold: Callable[[pa.RecordBatch], None] | None = None,
+    ) -> "Shard":
+        """The committed shard, memory-mapped; checksums are verified as its parts are touched.
+
+        Raises CacheMismatchError when the shard does not say of itself what ``about`` says,
+        CacheFormatError when its columns are not ``fields``. Every record batch is given to
+        ``hold`` when it is read, to raise when its owner cannot use it.
+        """
+        name = f"{self.folder}/{commit.path}"
+        try:
+            path = self.store.local_file(name)
+        except FileNotFoundError:
+            raise CacheFormatError(
+                f"{self.store.location}/{name} is missing although it was committed. {REPAIR}"
+            ) from None
+        shard = Shard(path, commit, hold)
+        described = shard.metadata
+        different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
+        if different:
+            raise CacheMismatchError(
+                f"{path} was not made for {self.folder} as it is now: its {', '.join(different)} "
+                "differ. Shards cannot be exchanged, nor the descriptions beside them edited"
+            )
+        if fields is not None and not shard.schema.equals(pa.schema(fields), check_metadata=False):
+            raise CacheFormatError(f"{path} has not the columns that {self.folder} consists of")
+        return shard
+
+
+class _HashingFile:
+    """A file that hashes what passes through it, as a whole and region by region."""
+
+    def __init__(self, file: BinaryIO, schema_end: int):
+        self._file = file
+        self._schema_end = schema_end
+        self.closed = False
+        self.position = 0
+        self.sha256 = hashlib.sha256()
+        self.regions: list[Region] = []
+        self._start = 0
+        self._region = xxhash.xxh3_64()
+
+    def write(self, data: Any) -> int:
+        # Arrow writes the schema together with the first batch; it gets a region of its own.
+        if self.position < self._schema_end < self.position + len(data):
+            cut = self._schema_end - self.position
+            return self.write(data[:cut]) + self.write(data[cut:])
+        self._file.write(data)
+        self.sha256.update(data)
+        self._region.update(data)
+        self.position += len(data)
+        if self.position == self._schema_end:
+            self.end_region()
+        return len(data)
+
+    def end_region(self) -> None:
+        self.regions.append((self._start, self.position - self._start, self._region.hexdigest()))
+        self._start, self._region = self.position, xxhash.xxh3_64()
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_file(
+    path: Path,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    options: pa.ipc.IpcWriteOptions | None,
+) -> tuple[int, int, str, tuple[Region, ...]]:
+    rows = 0
+    with open(path, "xb") as raw:
+        file = _HashingFile(raw, len(MAGIC) + schema.serialize().size)
+        sink = pa.PythonFile(file, mode="w")
+        # Not a `with`: leaving it by an exception would write a footer and make a partial file
+        # valid.
+        writer = pa.ipc.new_file(sink, schema, options=options)
+        for batch in batches:
+            writer.write_batch(batch)
+            file.end_region()
+            rows += batch.num_rows
+        writer.close()
+        file.end_region()
+        raw.flush()
+    return rows, file.position, file.sha256.hexdigest(), tuple(file.regions)
+
+
+class Shard:
+    """One committed Arrow file. Record batches are checked when they are first touched.
+
+    The file is mapped, not held open: a process reads thousands of shards at a time.
+    """
+
+    def __init__(
+        self, path: Path, commit: Commit, hold: Callable[[pa.RecordBatch], None] | None = None
+    ):
+        self.path = path
+        self.commit = commit
+        self._hold = hold
+        self._checked: set[int] = set()
+        self._batches: dict[int, pa.RecordBatch] = {}
+        if path.stat().st_size != commit.bytes:
+            raise CacheFormatError(
+                f"{path} has {path.stat().st_size:,} bytes, {commit.bytes:,} were committed: it "
+                f"was cut short or changed. {REPAIR}"
+            )
+        with pa.memory_map(str(path)) as file:
+            self._buffer = file.read_buffer()  # the mapping outlives the file's descriptor
+        self._bytes = memoryview(self._buffer)
+        self._check(0)  # the schema
+        self._check(len(commit.regions) - 1)  # the footer
+        try:
+            self._reader = pa.ipc.open_file(self._buffer)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{path} is not an Arrow IPC file: {error}") from None
+        self._rows = rows_in_batches(commit.rows, commit.rows_per_batch)
+        # In format 1 the schema shared its region with the first batch.
+        self._first_region = len(commit.regions) - 1 - self.batch_count
+        if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
+            raise CacheFormatError(f"{path} does not have the record batches that were committed")
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The shard's schema, with its self-description in the metadata."""
+        return self._reader.schema
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The self-description that the writer put into the schema."""
+        raw = (self.schema.metadata or {}).get(b"rekindle", b"")
+        try:
+            described: dict[str, Any] = dict(json.loads(raw))
+        except (ValueError, TypeError, RecursionError):
+            raise CacheFormatError(f"{self.path} does not describe itself: not a shard") from None
+        return described
+
+    @cached_property
+    def batch_count(self) -> int:
+        """Record batches in the file."""
+        count: int = self._reader.num_record_batches
+        return count
+
+    def batch(self, index: int, keep: bool = True) -> pa.RecordBatch:
+        """Record batch ``index``, verified; rows ``index * rows_per_batch`` and on.
+
+        ``keep`` is for batches that are views of the mapped file: compressed ones would fill the
+        memory.
+        """
+        found = self._batches.get(index)
+        if found is None:
+            if index >= self.batch_count:
+                raise CacheFormatError(f"{self.path} has no record batch {index}: it lacks rows")
+            self._check(self._first_region + index)
+            found = self._read(index)
+            if self._hold is not None:
+                self._hold(found)
+            if keep:
+                self._batches[index] = found
+        return found
+
+    def _read(self, index: int) -> pa.RecordBatch:
+        """A batch whose bytes are those committed may still come from a stranger's writer."""
+        start, stop = self._rows[index]
+        rows = stop - start
+        region = self._first_region + index
+        offset, length, _ = self.commit.regions[region]
+        part = self._buffer.slice(offset, length)
+        try:
+            unpacked = unpacked_bytes(part, after_schema=region == 0)
+        except (struct.error, IndexError, ValueError):
+            raise CacheFormatError(
+                f"{self.path}: no record batch {index} where it must be"
+            ) from None
+        if unpacked > MOST_UNPACKED:
+            raise CacheFormatError(
+                f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
+                f"{MOST_UNPACKED:,}: it was not written by Rekindle"
+            )
+        try:
+            batch = self._reader.get_batch(index)
+            batch.validate(full=True)  # offsets that point outside would crash the process
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path}: record batch {index}: {error}") from None
+        if batch.num_rows != rows:
+            raise CacheFormatError(
+                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {rows}"
+            )
+        return batch
+
+    def columns(self, names: list[str]) -> list[pa.RecordBatch]:
+        """Some columns of all record batches, NOT verified: the bytes of the others are not read.
+
+        For callers that hold the columns against a checksum of their own.
+        """
+        included = [self.schema.get_field_index(name) for name in names]
+        options = pa.ipc.IpcReadOptions(included_fields=included)
+        try:
+            reader = pa.ipc.open_file(self._buffer, options=options)
+            batches = [reader.get_batch(index) for index in range(self.batch_count)]
+            for batch in batches:
+                batch.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path}: {error}") from None
+        sizes = [stop - start for start, stop in self._rows]
+        if [batch.num_rows for batch in batches] != sizes:
+            raise CacheFormatError(f"{self.path} does not have the rows that were committed")
+        return [batch.select(names) for batch in batches]
+
+    def table(self) -> pa.Table:
+        """The whole shard, verified."""
+        return pa.Table.from_batches([self.batch(i) for i in range(self.batch_count)], self.schema)
+
+    def check(self) -> None:
+        """Hold the whole file against its checksums."""
+        for region in range(len(self.commit.regions)):
+            self._check(region)
+
+    def _check(self, region: int) -> None:
+        if region in self._checked:
+            return
+        offset, length, expected = self.commit.regions[region]
+        if xxhash.xxh3_64_hexdigest(self._bytes[offset : offset + length]) != expected:
+            raise CacheFormatError(
+                f"{self.path}: bytes {offset:,}–{offset + length:,} are not what was committed "
+                f"(checksum mismatch). {REPAIR}"
+            )
+        self._checked.add(region)
+
+
+def describe(fields: list[pa.Field], metadata: dict[str, Any]) -> pa.Schema:
+    """A schema whose metadata says, in JSON under the key ``rekindle``, what the shard holds."""
+    return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
+
+
+def rows_in_batches(rows: int, size: int = ROWS_PER_BATCH) -> list[tuple[int, int]]:
+    """The row ranges of a shard's record batches: all full but the last."""
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

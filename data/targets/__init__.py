@@ -1,0 +1,1 @@
+"""What teachers said: the columns of each kind of target, their codecs, and how they are read."""

@@ -1,0 +1,46 @@
+"""A teacher's descriptions in a cache, ``teacher.json`` of each of its parts, read and checked."""
+
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.seal import REPAIR, read_sealed
+from rekindle.data.storage.store import Store
+from rekindle.data.targets.schema import SPARSE, TeacherInfo, contradiction
+
+
+def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
+    """The description of a teacher, or of one of its extensions, validated."""
+    folder = f"targets/{name}/extensions/{part}" if part else f"targets/{name}"
+    path = f"{folder}/teacher.json"
+    try:
+        info = parse_settings(TeacherInfo, read_sealed(store, path), path)
+    except FileNotFoundError:
+        raise CacheFormatError(f"{store.location}/{path} is missing. {REPAIR}") from None
+    except InputError as error:
+        raise CacheFormatError(f"{store.location}: {error}") from None
+    if wrong := contradiction(info):
+        raise CacheFormatError(f"{store.location}/{path} is of no teacher: {wrong}")
+    if (info.name, info.part) != (name, part):
+        shown = f"{info.name!r}, part {info.part!r}" if info.part or part else repr(info.name)
+        raise CacheFormatError(f"{store.location}/{path} describes teacher {shown}")
+    return info
+
+
+def read_parts(store: Store, name: str) -> list[TeacherInfo]:
+    """A teacher's description and those of its extensions, all of the same teacher."""
+    base = read_teacher(store, name)
+    folder = f"targets/{name}/extensions"
+    begun = [p for p in store.folders(folder) if "teacher.json" in store.names(f"{folder}/{p}")]
+    extensions = [read_teacher(store, name, part) for part in begun]
+    for info in extensions:
+        if info.identity_of_model() != base.identity_of_model():
+            raise CacheMismatchError(
+                f"{store.location}/{info.folder} extends another teacher than targets/{name} "
+                "describes: targets were exchanged, or the description was edited"
+            )
+    sparse = {info.part for info in [base, *extensions] if info.kind in SPARSE}
+    for info in extensions:
+        if info.kind == "tails" and info.extends not in sparse:
+            raise CacheFormatError(
+                f"{store.location}/{info.folder} extends {info.extends!r}, which is not there"
+            )
+    return [base, *extensions]

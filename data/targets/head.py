@@ -1,0 +1,108 @@
+"""A teacher's output matrix in the cache, beside the hidden states that it is multiplied with.
+
+``head.safetensors`` (float32 ``weight`` [V,H], ``bias`` [V] if there is one) and ``head.json``,
+which is sealed: the file's sha256, the factor on the logits and their soft cap. Stored before any
+unit of the teacher, so that no states are left without it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.store import Store
+
+HEAD_FILES = ("head.json", "head.safetensors")
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredHead:
+    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None is none."""
+
+    weight: Floats  # [V,H]
+    bias: Floats | None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+    sha256: str = ""  # of the file it was read from
+
+    def log_probs(self, hidden: Floats) -> Floats:
+        """Log-probabilities [P,V] at τ = 1 of ``hidden`` [P,H]."""
+        logits = hidden @ self.weight.T
+        if self.bias is not None:
+            logits += self.bias
+        logits *= np.float32(self.scale)
+        if self.softcap is not None:
+            logits = self.softcap * np.tanh(logits / self.softcap)
+        logits -= logits.max(axis=1, keepdims=True)
+        return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def write_head(store: Store, folder: str, head: StoredHead) -> None:
+    """Store the matrix, unless it is there already. Raises CacheFormatError when another one is."""
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+    sha256 = hashlib.sha256(content).hexdigest()
+    store.create(f"{folder}/head.safetensors", content)
+    store.create(
+        f"{folder}/head.json",
+        seal({"sha256": sha256, "scale": head.scale, "softcap": head.softcap}),
+    )
+    stored = read_head(store, folder)
+    same = (stored.scale, stored.softcap) == (head.scale, head.softcap)
+    if not same or stored.sha256 != sha256:
+        raise CacheFormatError(
+            f"{store.location}/{folder} already holds the output matrix of another model. Delete "
+            f"{folder} to make this teacher anew"
+        )
+
+
+def read_head(store: Store, folder: str) -> StoredHead:
+    """The matrix in a teacher's folder; CacheFormatError when it is missing or damaged."""
+    name = f"{folder}/head.safetensors"
+    try:
+        about = read_sealed(store, f"{folder}/head.json")
+        content = store.read_bytes(name)
+    except FileNotFoundError as error:
+        raise CacheFormatError(f"{store.location}/{name} is missing ({error}). {REPAIR}") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != about.get("sha256"):
+        raise CacheFormatError(f"{store.location}/{name} is damaged. {REPAIR}")
+    try:
+        tensors = load(content)
+        scale, softcap = float(about["scale"]), about["softcap"]
+        head = StoredHead(tensors["weight"], tensors.get("bias"), scale, softcap, sha256)
+        _check_head(head)
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise CacheFormatError(f"{store.location}/{name} is no output matrix: {error}") from None
+    return head
+
+
+def _check_head(head: StoredHead) -> None:
+    """ValueError or TypeError for shapes that do not fit, and what is no number."""
+    tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
+    if head.weight.ndim != 2 or {t.dtype for t in tensors} != {np.dtype(np.float32)}:
+        raise ValueError("it must be float32 [V,H]")
+    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+        raise ValueError("its bias must be [V]")
+    # A sum of float32 in float64 cannot overflow: it is finite if, and only if, its terms are.
+    numbers = [t.sum(dtype=np.float64) for t in tensors] + [head.scale, head.softcap or 1.0]
+    if not np.isfinite(numbers).all() or (head.softcap is not None and not head.softcap > 0):
+        raise ValueError("it has NaN or infinity")
+
+
+def encode_hidden(hidden: Floats) -> tuple[NDArray[np.int16], Floats]:
+    """States [P,H] as int16 and a scale [P] each: |error| ≤ largest of the row / 65,534."""
+    scale = np.abs(hidden).max(axis=1, initial=0.0) / 32767
+    safe = np.where(scale > 0, scale, 1.0)
+    return np.rint(hidden / safe[:, None]).astype(np.int16), scale.astype(np.float32)
+
+
+def decode_hidden(stored: NDArray[np.int16], scale: Floats) -> Floats:
+    """The states [P,H]."""
+    return stored.astype(np.float32) * scale[:, None]

@@ -1,0 +1,128 @@
+"""Which sequences and positions are worth training on, by a teacher's stored scalars alone.
+
+SALT ("small-LM guided training", 2024) takes the sequences a small LM finds hardest among those it
+can predict at all; self-evolution (Vega v2, 2022) masks the tokens a model finds hard. Targets are
+not read for it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import InputError
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.scalars import PositionScalars
+
+Score = Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"]
+HARD = 0.1  # nats of −log p of the true token above which a position is hard (Vega v2)
+PREDICTABLE = 10  # SALT's median is over tokens whose rank is below this
+
+
+@dataclass(frozen=True)
+class HardPositions:
+    """Positions of one sequence at which the teacher finds the true token hard."""
+
+    index: int  # of the sequence
+    positions: NDArray[np.int64]  # [P]; of a causal teacher, t stands for the prediction of t + 1
+    losses: NDArray[np.float32]  # [P] −log p of the true token, nats
+
+
+def sequence_scores(
+    corpus: Corpus,
+    teacher: TeacherReader,
+    score: Score = "median_loss",
+    replica: int | None = None,
+    *,
+    predictable: int = PREDICTABLE,
+    threshold: float = HARD,
+) -> NDArray[np.float64]:
+    """A score [N] of every sequence; NaN where the teacher has no position that counts.
+
+    ``median_loss``: median of −log p of the true token over positions at which its rank is below
+    ``predictable`` (SALT); ``mean_loss``: mean of it over all positions; ``mean_entropy``: mean
+    entropy of the teacher; ``hard_share``: share of positions with a loss above ``threshold``.
+    Masked teachers are scored in ``replica``, in the mean over all replicas if it is None.
+    Raises InputError for a teacher without scalars or an unknown score, CacheMismatchError for one
+    that is not complete.
+    """
+    if score not in Score.__args__:  # type: ignore[attr-defined]
+        raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
+    each: list[int | None] = [replica]
+    if teacher.masked and replica is None:
+        each = list(range(teacher.replicas))
+    total, count = np.zeros(len(corpus)), np.zeros(len(corpus))
+    for number in each:
+        found = np.full(len(corpus), np.nan)
+        for first, scalars in _blocks(corpus, teacher, number):
+            values = _scores(scalars, score, predictable, threshold)
+            found[first : first + len(values)] = values
+        there = ~np.isnan(found)
+        total[there] += found[there]
+        count += there
+    return np.divide(total, count, out=np.full(len(corpus), np.nan), where=count > 0)
+
+
+def hard_positions(
+    corpus: Corpus, teacher: TeacherReader, threshold: float = HARD, replica: int | None = None
+) -> Iterator[HardPositions]:
+    """For every sequence, in order, the positions with −log p of the true token > ``threshold``.
+
+    Masked teachers: of one ``replica`` (the first, if None). Raises as ``sequence_scores`` does.
+    """
+    number = (replica or 0) if teacher.masked else None
+    for first, scalars in _blocks(corpus, teacher, number):
+        for row, (start, stop) in enumerate(
+            zip(scalars.offsets, scalars.offsets[1:], strict=False)
+        ):
+            losses = -scalars.gold_log_prob[start:stop]
+            hard = losses > threshold
+            yield HardPositions(first + row, scalars.positions[start:stop][hard], losses[hard])
+
+
+def _blocks(
+    corpus: Corpus, teacher: TeacherReader, replica: int | None
+) -> Iterator[tuple[int, PositionScalars]]:
+    """The number of the first sequence of each record batch, and its scalars."""
+    for shard in range(len(corpus.commits)):
+        first = corpus.first(shard)
+        for scalars in teacher.scalars(shard, replica):
+            yield first, scalars
+            first += len(scalars.offsets) - 1
+
+
+def _scores(
+    scalars: PositionScalars, score: Score, predictable: int, threshold: float
+) -> NDArray[np.float64]:
+    rows = np.repeat(np.arange(len(scalars.offsets) - 1), np.diff(scalars.offsets))
+    losses = -scalars.gold_log_prob.astype(np.float64)
+    size = len(scalars.offsets) - 1
+    if score == "median_loss":
+        counted = scalars.gold_rank < predictable
+        return _medians(losses[counted], rows[counted], size)
+    values = {
+        "mean_loss": losses,
+        "mean_entropy": scalars.entropy.astype(np.float64),
+        "hard_share": (losses > threshold).astype(np.float64),
+    }[score]
+    counts = np.bincount(rows, minlength=size)
+    sums = np.bincount(rows, values, minlength=size)
+    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
+
+
+def _medians(
+    values: NDArray[np.float64], rows: NDArray[np.int64], size: int
+) -> NDArray[np.float64]:
+    """The median of each row's values, NaN of none."""
+    order = np.lexsort((values, rows))
+    ordered = values[order]
+    counts = np.bincount(rows, minlength=size)
+    starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    low, high = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
+    out = np.full(size, np.nan)
+    some = counts > 0
+    out[some] = (ordered[low[some]] + ordered[high[some]]) / 2
+    return out

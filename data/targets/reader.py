@@ -1,0 +1,448 @@
+"""Reads one teacher's targets by corpus shard and row; checks what it reads before it is used.
+
+A teacher's targets lie in one part, or in several: what it was first cached with, and extensions by
+a larger k or further temperatures. A reader shows them as one, by the parts that are finished.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.commits import seconds_of
+from rekindle.data.storage.cuts import RowLists, joined
+from rekindle.data.storage.shards import Commit, Shard, ShardSet
+from rekindle.data.storage.store import Store
+from rekindle.data.targets.codec import join_ids
+from rekindle.data.targets.codec_compact import from_compact
+from rekindle.data.targets.head import StoredHead, read_head
+from rekindle.data.targets.scalars import (
+    PositionScalars,
+    decode_scalars,
+    flat_scalars,
+    read_scalars,
+)
+from rekindle.data.targets.schema import (
+    SCALARS,
+    Columns,
+    TeacherInfo,
+    drawn_columns,
+    entry_columns,
+    no_positions,
+    target_schema,
+)
+from rekindle.data.views.views import ViewReader, check_aligned
+
+FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
+DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of a teacher's shards."""
+
+    info: TeacherInfo
+    shards: ShardSet
+    commits: dict[str, Commit]
+    finished: bool  # whether it once covered all there was
+
+    def covers(self, other: "Part") -> bool:
+        """Whether it has all the units of ``other``, or had before new text came."""
+        return self.finished or other.commits.keys() <= self.commits.keys()
+
+
+class TeacherReader:
+    """One teacher of a cache: ``info`` and its committed units.
+
+    ``infos`` describes its parts, the first of them what it was begun with. The part with the
+    largest k that is finished is read (as far as the first one goes), with all finished tails of
+    its ids.
+    """
+
+    def __init__(self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None):
+        self.corpus, self.view = corpus, view
+        self.parts = [_part(corpus.store, info) for info in infos]
+        base = self.parts[0]
+        larger = [p for p in self.parts if p.info.kind == "topk" and p.covers(base)]
+        self.main = max([base, *larger], key=lambda p: p.info.k or 0)
+        self.tails = [
+            p
+            for p in self.parts
+            if p.info.kind == "tails" and p.info.extends == self.main.info.part
+            if p.covers(self.main)
+        ]
+        temperatures = self.main.info.temperatures
+        for part in self.tails:
+            temperatures += part.info.temperatures
+        self.info = self.main.info.model_copy(update={"temperatures": temperatures})
+        # Units whose tails are still to come are not there yet.
+        tails = [part.commits.keys() for part in self.tails]
+        self.commits = {
+            unit: commit
+            for unit, commit in self.main.commits.items()
+            if all(unit in there for there in tails)
+        }
+        self._open: dict[tuple[str, str], Shard] = {}
+        self._views: dict[tuple[int, int, int | None], RowLists] = {}
+        self._evicting = threading.Lock()  # several threads may read ahead
+
+    def __getattr__(self, name: str) -> object:
+        # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
+        if name in TeacherInfo.model_fields:
+            return getattr(self.info, name)
+        raise AttributeError(f"a cached teacher has no attribute {name!r}")
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the teacher's weights."""
+        return self.info.fingerprints.get("weights") or ""
+
+    @property
+    def shards(self) -> ShardSet:
+        """Its files: of the part with the candidates."""
+        return self.main.shards
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are: of the part with the candidates."""
+        return self.info.folder
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is one unit per masked replica."""
+        return self.info.view.startswith("masked-")
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is shown text pairs."""
+        return self.info.view.startswith("pairs-")
+
+    @cached_property
+    def replicas(self) -> int:
+        """Replicas of the view; 1 for a teacher without a masked view."""
+        return self.view.replicas if self.masked and self.view else 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all committed shards, of every part."""
+        return sum(commit.bytes for part in self.parts for commit in part.commits.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
+        used = [self.main, *self.tails]
+        return sum(commit.bytes for part in used for commit in part.commits.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """What the parts that are read took to compute, in seconds of one process each, the loading
+        of models aside. None if not every unit recorded it: older caches did not.
+        """
+        commits = [c for part in (self.main, *self.tails) for c in part.commits.values()]
+        found = [seconds_of(commit) for commit in commits]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if known and len(known) == len(found) else None
+
+    @property
+    def positions(self) -> int:
+        """Positions (or, for sequence teachers, sequences) that have a target."""
+        return sum(commit.count("positions") for commit in self.commits.values())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the planned units (corpus shards × replicas) that are committed, by rows."""
+        planned = len(self.corpus) * self.replicas
+        return sum(commit.rows for commit in self.commits.values()) / planned if planned else 0.0
+
+    def has(self, shard: int, replica: int | None) -> bool:
+        """Whether the unit is committed."""
+        return unit_of(shard, replica if self.masked else None) in self.commits
+
+    def position_rows(
+        self, shard: int, rows: Iterable[int], replica: int | None
+    ) -> list[tuple[slice, Columns]]:
+        """For each row: the slice of its positions in the flat columns of its record batch."""
+        out = []
+        for row in rows:
+            index, local = divmod(int(row), self.info.rows_per_batch)
+            offsets, columns = self.batch_columns(shard, index, replica)
+            out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
+        return out
+
+    def sequence_rows(self, shard: int, rows: Iterable[int]) -> tuple[NDArray[np.bool_], Columns]:
+        """Presence [R] and the fixed-width columns [R,C] of the rows (zeros where absent)."""
+        wanted = [divmod(int(row), self.info.rows_per_batch) for row in rows]
+        if not wanted:
+            return np.zeros(0, bool), {}
+        parts = [self.batch_columns(shard, index, None)[1] for index, _ in wanted]
+        columns = {
+            name: np.stack([p[name][local] for p, (_, local) in zip(parts, wanted, strict=True)])
+            for name in parts[0]
+        }
+        return columns.pop("present"), columns
+
+    def batch_columns(
+        self, shard: int, index: int, replica: int | None
+    ) -> tuple[NDArray[np.int32], Columns]:
+        """List offsets [R+1] and the flat columns, as they are used, of one record batch.
+
+        Checked when first touched: checksums, alignment with the corpus, ranges.
+        """
+        lists = self._row_lists(shard, index, replica)
+        return lists.offsets, lists.columns
+
+    def gather(
+        self,
+        where: Sequence[tuple[int, int]],
+        replica: int | None,
+        allow_missing: bool = False,
+        scalars: bool = True,
+    ) -> tuple[NDArray[np.int64], Columns]:
+        """How many positions each row (shard, row of it) has [B], and the columns of them all.
+
+        One row after another, copied; the scalars, which no loss needs, if they are asked for. A
+        row whose unit is not committed has no positions when that is allowed, else it is
+        CacheMismatchError.
+        """
+        size = self.info.rows_per_batch
+        counts = np.zeros(len(where), np.int64)
+        cuts = []
+        for number, (shard, row) in enumerate(where):
+            if allow_missing and not self.has(shard, replica):
+                continue
+            index, local = divmod(row, size)
+            cut = self._row_lists(shard, index, replica).cut(local)
+            counts[number] = cut[2] - cut[1]
+            cuts.append(cut)
+        if not cuts:
+            return counts, self.no_positions()
+        return counts, joined(cuts, () if scalars else SCALARS[1:])
+
+    def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
+        found = self._views.get((shard, index, replica))
+        if found is None:
+            unit = unit_of(shard, replica if self.masked else None)
+            found = RowLists(*self._read_columns(unit, shard, index, replica))
+            with self._evicting:
+                while self._decoded and len(self._views) >= DECODED_BATCHES:
+                    del self._views[next(iter(self._views))]
+                self._views[shard, index, replica] = found
+        return found
+
+    @property
+    def _decoded(self) -> bool:
+        """Whether columns are copied when they are read, not views of the file."""
+        return self.info.codec == "compact" or self.info.kind in ("random", "sequence")
+
+    def _read_columns(
+        self, unit: str, shard: int, index: int, replica: int | None
+    ) -> tuple[NDArray[np.int32], Columns]:
+        what = f"{self.main.info.folder}/{unit}"
+        batch = self._batch(self.main, unit, shard, index, replica)
+        if self.info.kind == "sequence":
+            return np.zeros(0, np.int32), _sequence_columns(batch)
+        offsets, columns = _flat_columns(batch, self.main.info)
+        odds = [columns["tail_log_odds"]] if self.tails else []
+        for part in self.tails:
+            there, more = _flat_columns(self._batch(part, unit, shard, index, replica), part.info)
+            same = np.array_equal(there, offsets)
+            if not same or not np.array_equal(more["positions"], columns["positions"]):
+                raise CacheMismatchError(
+                    f"{part.info.folder}/{unit}: record batch {index} has other positions than "
+                    f"{what}, which it extends"
+                )
+            odds.append(more["tail_log_odds"])
+        if odds:
+            columns["tail_log_odds"] = np.concatenate(odds, axis=1)
+        self._validate(offsets, columns, shard, index, what)
+        return offsets, columns
+
+    def _batch(
+        self, part: Part, unit: str, shard: int, index: int, replica: int | None
+    ) -> pa.RecordBatch:
+        keep = part.info.codec != "compact"
+        batch = self._shard(part, unit, shard, replica).batch(index, keep)
+        what = f"{part.info.folder}/{unit}"
+        check_aligned(batch, self.corpus, shard, index, what, part.info.rows_per_batch)
+        if part.info.kind != "sequence":  # before columns of any size are decoded
+            counts = np.diff(list_views(batch["positions" if keep else "ids_class"], what)[0])
+            tokens = self.corpus.lengths(shard, index * part.info.rows_per_batch, len(batch))
+            if (counts > tokens).any():
+                raise CacheFormatError(
+                    f"{what}: record batch {index} has positions outside its sequences"
+                )
+        return batch
+
+    def shard_of(self, shard: int, replica: int | None) -> Shard:
+        """The unit's own file, its description checked."""
+        unit = unit_of(shard, replica if self.masked else None)
+        return self._shard(self.main, unit, shard, replica)
+
+    def _shard(self, part: Part, unit: str, shard_number: int, replica: int | None) -> Shard:
+        key = (part.info.part, unit)
+        if key not in self._open:
+            if unit not in part.commits:
+                raise CacheMismatchError(
+                    f"teacher {self.info.name!r} has no targets for unit {unit}: the cache is "
+                    "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
+                )
+            replica = replica if self.masked else None
+            about = {"kind": "targets", "shard": shard_number, "replica": replica}
+            shard = part.shards.open(part.commits[unit], about)
+            if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
+                raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
+            expected = target_schema(part.info, {})
+            if not shard.schema.equals(expected, check_metadata=False):
+                raise CacheFormatError(
+                    f"{shard.path} does not have the columns that teacher.json announces"
+                )
+            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), str(shard.path))
+            if stated.identity() != part.info.identity():
+                raise CacheMismatchError(
+                    f"{shard.path} was made by another teacher than teacher.json describes: "
+                    "targets were exchanged, or the description was edited"
+                )
+            self._open[key] = shard
+        return self._open[key]
+
+    def scalars(self, shard: int, replica: int | None) -> list[PositionScalars]:
+        """The scalars of a unit, a record batch each; the targets beside them are not read."""
+        if not self.is_vocabulary:
+            raise InputError(
+                f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
+                "scores and hard positions need a masked_lm or causal_lm teacher"
+            )
+        file = self.shard_of(shard, replica)
+        if self.info.codec == "compact":
+            count = range(file.batch_count)
+            return [decode_scalars(*self.batch_columns(shard, i, replica)) for i in count]
+        found = []
+        for index, batch in enumerate(read_scalars(file)):
+            what = f"{self.main.info.folder}/{unit_of(shard, replica if self.masked else None)}"
+            check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
+            found.append(decode_scalars(*flat_scalars(batch)))
+        return found
+
+    @cached_property
+    def head(self) -> StoredHead:
+        """The output matrix of a teacher whose hidden states are kept."""
+        head = read_head(self.corpus.store, self.info.folder)
+        if head.weight.shape != (self.info.vocabulary_size, self.info.hidden_size):
+            raise CacheFormatError(
+                f"{self.info.folder}/head.safetensors has another shape than teacher.json announces"
+            )
+        return head
+
+    def _validate(
+        self,
+        offsets: NDArray[np.int32],
+        columns: Columns,
+        shard: int,
+        index: int,
+        what: str,
+    ) -> None:
+        """Positions ascend within their sequence; ids lie within the vocabulary."""
+        positions = columns["positions"].astype(np.int64)
+        counts = np.diff(offsets)
+        tokens = self.corpus.lengths(shard, index * self.info.rows_per_batch, len(counts))
+        # A causal target is the distribution of the next token: the last one has none.
+        lengths = tokens - (self.info.task == "causal_lm")
+        limit = np.repeat(lengths, counts)
+        within = positions[offsets[0] : offsets[-1]]
+        row = np.repeat(np.arange(len(counts)), counts)
+        ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
+        if (within >= limit).any() or not ascending.all():
+            raise CacheFormatError(
+                f"{what}: record batch {index} has positions outside its sequences"
+            )
+        for problem in _wrong_values(columns, self.info):
+            raise CacheFormatError(f"{what}: record batch {index} has {problem}")
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether the targets are distributions over the vocabulary."""
+        return self.info.is_vocabulary
+
+    def column_names(self) -> list[str]:
+        """The per-position columns, as they are used."""
+        return list(self.no_positions())
+
+    def no_positions(self) -> Columns:
+        """The per-position columns with no position in them."""
+        return no_positions(self.info)
+
+
+def _part(store: Store, info: TeacherInfo) -> Part:
+    shards = ShardSet(store, info.folder)
+    finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
+    return Part(info, shards, shards.committed(), finished)
+
+
+def _wrong_values(columns: Columns, info: TeacherInfo) -> Iterator[str]:
+    """What no writer of ours would have written."""
+    size = info.vocabulary_size or 0
+    if info.kind == "random":
+        ids, counts = columns["ids"], columns["counts"].astype(np.int64)
+        if ids.max(initial=0) >= size:
+            yield "ids outside the vocabulary"
+        if (counts.sum(axis=1) != info.k).any() or (counts.min(initial=1) < 0):
+            yield f"positions whose counts are not {info.k} draws"
+    elif "ids" in columns:
+        ids = join_ids(columns["ids"], columns.get("ids_high"), size)
+        if ids.max(initial=0) >= size:
+            yield "ids outside the vocabulary"
+        if "log_prob_min" in columns and (columns["log_prob_min"] < columns["log_prob_max"]).any():
+            yield "rising probabilities"
+    for name in ("logits", "hidden_scale"):
+        if name in columns and not np.isfinite(columns[name]).all():
+            yield f"NaN or infinity in {name!r}"
+    if "log_probs" in columns:  # −inf is a probability of zero, but not all of a row can be
+        best = columns["log_probs"].max(axis=1, initial=-np.inf)
+        if not ((best > -np.inf) & (best < 1e-3)).all():  # also for a row with NaN
+            yield "log-probabilities that are none"
+
+
+def _flat_columns(batch: pa.RecordBatch, info: TeacherInfo) -> tuple[NDArray[np.int32], Columns]:
+    columns: Columns = {}
+    entries = entry_columns(info)
+    reference: dict[bool, NDArray[np.int32]] = {}
+    for name in batch.schema.names[1:]:
+        offsets, flat = list_views(batch[name], name)
+        expected = reference.setdefault(name in entries, offsets)
+        if not np.array_equal(offsets, expected):
+            raise CacheFormatError(f"column {name!r} has other list lengths than the others")
+        columns[name] = flat[offsets[0] : offsets[-1]]
+    offsets = reference[False] - reference[False][0]
+    if entries:
+        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        drawn = np.bincount(rows, columns["distinct"], minlength=len(offsets) - 1)
+        if not np.array_equal(drawn, np.diff(reference[True])) or (
+            columns["distinct"].max(initial=0) > (info.k or 0)
+        ):
+            raise CacheFormatError("the drawn ids are not as many as their positions say")
+        return offsets, drawn_columns(columns, info.k or 0)
+    if info.codec == "compact":
+        columns = from_compact(columns, info.vocabulary_size or 0)
+    return offsets, columns
+
+
+def _sequence_columns(batch: pa.RecordBatch) -> Columns:
+    present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
+    columns: Columns = {"present": present}
+    for name in batch.schema.names[1:]:
+        array = batch[name]
+        flat = array.values.to_numpy(zero_copy_only=False)
+        start = array.offset * array.type.list_size
+        values = flat[start : start + len(array) * array.type.list_size]
+        columns[name] = np.where(present[:, None], values.reshape(len(array), -1), 0)
+        if not np.isfinite(columns[name]).all() or array.null_count != batch["logits"].null_count:
+            raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
+    return columns

@@ -1,0 +1,105 @@
+"""The scalars of a unit read alone: gold log-probability, gold rank and entropy of every position.
+
+A commit record carries a checksum over the columns digest, positions and these, so that they can be
+trusted without the targets' bytes being read: the rest of a record batch is never touched.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.shards import Shard
+from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.schema import SCALARS, Columns
+
+FACT = "scalars"  # the checksum's key in the facts of a commit record
+
+
+@dataclass(frozen=True)
+class PositionScalars:
+    """Scalars of the positions of some rows. R rows, P positions."""
+
+    offsets: NDArray[np.int64]  # [R+1] into the others
+    positions: NDArray[np.int64]  # [P]
+    gold_log_prob: NDArray[np.float32]  # [P] nats
+    gold_rank: NDArray[np.int64]  # [P]
+    entropy: NDArray[np.float32]  # [P] nats
+
+
+class ScalarSums:
+    """Sums up the scalar columns of the batches that pass through."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+        self._seen = False
+
+    def over(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """The same batches."""
+        for batch in batches:
+            self.add(batch)
+            yield batch
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take in a batch, if it has the columns."""
+        if not {*SCALARS} <= {*batch.schema.names}:
+            return
+        self._seen = True
+        self._state.update("".join(batch["digest"].to_pylist()).encode())
+        for name in SCALARS:
+            offsets, flat = list_views(batch[name], name)
+            self._state.update((offsets - offsets[0]).tobytes())
+            self._state.update(flat[offsets[0] : offsets[-1]].tobytes())
+
+    def facts(self) -> dict[str, Any]:
+        """For the commit record; nothing for units without scalars."""
+        return {FACT: self._state.hexdigest()} if self._seen else {}
+
+
+def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
+    """The columns digest, positions and the scalars of a unit's record batches, verified.
+
+    Of units that cannot prove them alone (format 1, the compact codec) everything is read.
+    """
+    names = ["digest", *SCALARS]
+    stated = shard.commit.facts.get(FACT)
+    if stated is None:
+        return [shard.batch(index).select(names) for index in range(shard.batch_count)]
+    batches = shard.columns(names)
+    sums = ScalarSums()
+    for batch in batches:
+        sums.add(batch)
+    if sums.facts().get(FACT) != stated:
+        raise CacheFormatError(f"{shard.path}: its scalars are not those that were committed")
+    return batches
+
+
+def flat_scalars(batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+    """List offsets [R+1] and the columns [P] of a batch from ``read_scalars``."""
+    columns: Columns = {}
+    reference: NDArray[np.int32] | None = None
+    for name in SCALARS:
+        offsets, flat = list_views(batch[name], name)
+        if reference is not None and not np.array_equal(offsets, reference):
+            raise CacheFormatError(f"column {name!r} has other list lengths than 'positions'")
+        reference = offsets
+        columns[name] = flat[offsets[0] : offsets[-1]]
+    assert reference is not None
+    return reference - reference[0], columns
+
+
+def decode_scalars(offsets: NDArray[np.int32], columns: Columns) -> PositionScalars:
+    """The scalars in nats and numbers."""
+    return PositionScalars(
+        offsets.astype(np.int64),
+        columns["positions"].astype(np.int64),
+        -columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
+        columns["gold_rank"].astype(np.int64),
+        columns["entropy"].astype(np.float32) / np.float32(STEP),
+    )

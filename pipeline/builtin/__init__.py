@@ -1,0 +1,1 @@
+"""Tiny models and labelled text made from Python's documentation, named python-docs/…."""

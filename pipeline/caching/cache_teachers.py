@@ -1,0 +1,387 @@
+"""Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits
+them.
+
+Resume is plan − commits: the same command again does only what is missing.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing.queues import Queue
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from rekindle.data.cache import write_manifest
+from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.errors import InputError
+from rekindle.data.storage.commits import SECONDS
+from rekindle.data.storage.manifest import begin_manifest
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.storage.store import Store, open_store
+from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.targets.head import HEAD_FILES, write_head
+from rekindle.data.targets.reader import FINISHED, TeacherReader
+from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.schema import (
+    TeacherInfo,
+    no_positions,
+    position_batches,
+    sequence_batches,
+    target_schema,
+)
+from rekindle.data.views.views import MaskedView, PairView
+from rekindle.pipeline.caching.extensions import plan_parts, view_of
+from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
+from rekindle.pipeline.caching.repair import repair_cache
+from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
+from rekindle.pipeline.caching.teachers import (
+    Teacher,
+    TeacherPlan,
+    claim_teacher,
+    is_described,
+    plan_teacher,
+)
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.model.files import cpu_count
+
+log = logging.getLogger("rekindle")
+
+ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """What a run of stage 1 did."""
+
+    corpus_sequences: int
+    units_done: int
+    units_present: int
+    repaired: int = 0  # damaged files that were made again
+
+
+def cache_teachers(
+    config: RunConfig,
+    only: Sequence[str] = (),
+    workers: int = 1,
+    progress: Progress | None = None,
+    check: bool | None = None,
+) -> StageOne:
+    """Make the cache of ``config``, or what is missing of it, or damaged.
+
+    ``only`` limits the work to teachers of those names; ``check`` as ``repair_cache`` has it.
+    Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
+    this corpus.
+    """
+    config.check_single()
+    progress = progress or Progress.silent()
+    chosen = _chosen(config, only)
+    store = open_store(config.cache.path)
+    with store.working() as alone:
+        # What is damaged is for the first process to find: the others see it work.
+        repaired = 0
+        if alone is False:
+            log.info("another process works on %s: its units are shared out", store.location)
+        else:
+            repaired = repair_cache(store, [t.name for t in chosen], check, progress)
+        begin_manifest(store)
+        corpus = _build_corpus(store, config, progress)
+        views = build_views(corpus, config, progress)
+        hard = hard_view(corpus, config)
+        views = replace(views, masked=hard or views.masked)
+        parts = _plan_parts(corpus, views, chosen, config.cache.seed)
+        before, after = masks_last(parts, hard)
+        done = present = 0
+        for part in [*before, *after]:
+            if hard and part in after:
+                build_hard_masks(hard, True, progress)
+            missing, finished = missing_units(corpus, part.info, config.cache.masked_replicas)
+            present += finished
+            done += len(missing)
+            if not alone:  # in step with another process, both would make every unit
+                random.shuffle(missing)
+            if missing or _lacks_head(store, part.info):
+                _run(part, corpus, missing, workers, progress)
+            if part.info.part:
+                store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+        if hard:
+            build_hard_masks(hard, False, progress)
+        write_manifest(store)
+    return StageOne(len(corpus), done, present, repaired)
+
+
+def _plan_parts(
+    corpus: Corpus, views: "Views", chosen: Sequence[TeacherConfig], seed: int
+) -> list[TeacherPlan]:
+    """All that is wanted, described before any teacher runs."""
+    pairs = views.pairs
+    plans = [plan_teacher(t, corpus, views.masked, pairs.get(t.pairs or ""), seed) for t in chosen]
+    return [part for plan in plans for part in plan_parts(corpus, plan)]
+
+
+def _lacks_head(store: Store, info: TeacherInfo) -> bool:
+    return info.kind == "hidden" and not {*HEAD_FILES} <= {*store.names(info.folder)}
+
+
+def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
+    known = {t.name: t for t in config.teachers}
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise InputError(
+            f"no teacher {unknown[0]!r} in the configuration (it has: {', '.join(known) or 'none'})"
+        )
+    return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
+
+
+def _build_corpus(store: Store, config: RunConfig, progress: Progress) -> Corpus:
+    with progress.task("corpus", unit="sequences") as task:
+        return build_corpus(
+            store,
+            config.corpus,
+            config.cache.sequences_per_shard,
+            lambda sequences, tokens: task.advance(sequences, tokens=tokens),
+        )
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views that the configured teachers and student need."""
+
+    masked: MaskedView | HardMaskedView | None
+    pairs: dict[str, PairView]
+
+
+def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
+    """Write the views the configuration asks for, or what is missing of them.
+
+    Masks of policy hard come later: from what a teacher says of the text.
+    """
+    masked = None
+    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
+        raise InputError(
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
+            "teacher or student needs a tokenizer with one"
+        )
+    if config.needs_masks and config.cache.mask.policy != "hard":
+        masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
+        with progress.task("masks", unit="sequences"):
+            masked.build()
+    kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
+    pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
+    for view in pairs.values():
+        with progress.task(f"pairs ({view.kind})", unit="sequences"):
+            view.build()
+    return Views(masked, pairs)
+
+
+def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
+    """The units of a teacher that are not committed, in order, and how many are."""
+    masked = info.view.startswith("masked-")
+    each: Sequence[int | None] = range(replicas) if masked else [None]
+    planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
+    done = ShardSet(corpus.store, info.folder).committed()
+    missing = [unit for unit in planned if unit.name not in done]
+    return missing, len(planned) - len(missing)
+
+
+def _run(
+    plan: TeacherPlan, corpus: Corpus, units: list[Unit], workers: int, progress: Progress
+) -> None:
+    rows = sum(corpus.commits[unit.shard].rows for unit in units)
+    name = f"{plan.info.name} {plan.info.part}".strip()
+    with progress.task(name, unit="sequences", total=rows) as task:
+
+        def report(commit: Commit) -> None:
+            task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
+
+        if workers == 1 or not units:
+            run_units(plan, corpus, units, report)
+        else:
+            _run_in_processes(plan, corpus, units, workers, report)
+
+
+class UnitRunner:
+    """A loaded teacher and all that it needs to make units of one part of its targets."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+        self.corpus, self.info = corpus, plan.info
+        self.teacher = Teacher(plan, corpus, worker)
+        self.view = view_of(plan.info, corpus)
+        self.head = self.teacher.output_matrix() if plan.info.kind == "hidden" else None
+        if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
+            self._store_head()
+
+    @cached_property
+    def kept(self) -> TeacherReader | None:
+        """Reads the part whose ids tails are taken of."""
+        if self.info.kind != "tails":
+            return None
+        main = read_teacher(self.corpus.store, self.info.name, self.info.extends or "")
+        return TeacherReader(self.corpus, [main], self.view)
+
+    def make(self, unit: Unit) -> Commit:
+        """Compute, write and commit a unit."""
+        began = time.perf_counter()
+        result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
+        self._store_head()
+        return write_unit(self.info, self.corpus, unit, result, began)
+
+    def _store_head(self) -> None:
+        """The matrix comes after the teacher's description, and before any unit."""
+        if self.head is not None:
+            claim_teacher(self.corpus, self.info)
+            write_head(self.corpus.store, self.info.folder, self.head)
+            self.head = None
+
+    def is_there(self, unit: Unit) -> bool:
+        """Whether another process has made the unit meanwhile."""
+        return ShardSet(self.corpus.store, self.info.folder).has(unit.name)
+
+
+def run_units(
+    plan: TeacherPlan, corpus: Corpus, units: list[Unit], report: Callable[[Commit], None]
+) -> None:
+    """Run units one after another; each is committed before the next is begun, so that a kill costs
+    no more than one.
+
+    Units that another process made meanwhile are left out: two that were started on one cache share
+    the work.
+    """
+    runner = UnitRunner(plan, corpus)
+    for unit in units:
+        if not runner.is_there(unit):
+            report(runner.make(unit))
+
+
+def write_unit(
+    info: TeacherInfo,
+    corpus: Corpus,
+    unit: Unit,
+    result: UnitResult,
+    began: float | None = None,
+) -> Commit:
+    """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
+    record then says how many seconds it took until all was encoded.
+    """
+    shard = corpus.shard(unit.shard)
+    schema = target_schema(info, {"shard": unit.shard, "replica": unit.replica})
+    digests = [d for i in range(shard.batch_count) for d in shard.batch(i)["digest"].to_pylist()]
+    if info.kind == "sequence":
+        present = np.zeros(len(digests), bool)
+        present[result.rows] = True
+        batches = sequence_batches(schema, digests, present, result.columns)
+    else:
+        columns = result.columns if len(result.rows) else no_positions(info)
+        batches = position_batches(schema, info, digests, result.rows, columns)
+    facts = {
+        "positions": len(result.rows),
+        "tokens": corpus.commits[unit.shard].facts["tokens"],
+        "shard": unit.shard,
+        "replica": unit.replica,
+        "corpus_sha256": corpus.commits[unit.shard].sha256,
+    }
+    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # its name free for the corrected configuration.
+    claim_teacher(corpus, info)
+    shards = ShardSet(corpus.store, info.folder)
+    options = None
+    if info.codec == "compact":
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
+    sums = ScalarSums()
+
+    def late() -> dict[str, Any]:
+        spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
+        return sums.facts() | spent
+
+    return shards.write(
+        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, late
+    )
+
+
+# --- several processes on one machine: one per device, or as many as asked for on CPUs ---
+
+WorkerArguments = tuple[TeacherPlan, str, int, int]  # plan, cache, workers, number of this one
+
+_arguments: WorkerArguments | None = None
+
+
+def _start_worker(plan: TeacherPlan, location: str, workers: int, numbers: "Queue[int]") -> None:
+    # Nothing that can fail: an exception here would only be known as "a process was killed".
+    global _arguments
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
+    _arguments = (plan, location, workers, numbers.get())
+
+
+def _outlive_nobody(parent: multiprocessing.process.BaseProcess) -> None:
+    """End with the parent, even if that was killed: a worker would wait for work for ever."""
+    parent.join()
+    os._exit(1)
+
+
+@functools.cache
+def _worker() -> UnitRunner:
+    """The process's teacher, loaded at its first unit."""
+    assert _arguments is not None
+    plan, location, workers, number = _arguments
+    torch.set_num_threads(max(1, cpu_count() // workers))
+    return UnitRunner(plan, Corpus(open_store(location)), number)
+
+
+def _work(unit: Unit) -> Commit | None:
+    runner = _worker()
+    return None if runner.is_there(unit) else runner.make(unit)
+
+
+def _run_in_processes(
+    plan: TeacherPlan,
+    corpus: Corpus,
+    units: list[Unit],
+    workers: int,
+    report: Callable[[Commit], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(plan, corpus.store.location, workers, numbers),
+    )
+    try:
+        for future in as_completed([pool.submit(_work, unit) for unit in units]):
+            commit = future.result()
+            if commit is not None:
+                report(commit)
+    except KeyboardInterrupt:
+        # Nothing waits for a unit to end: what is not committed is made again.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker process of teacher {plan.info.name!r} was killed (out of memory?). Finished "
+            "shards are kept; run the same command again to go on, with fewer --workers if need be"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,79 @@
+"""Which parts of a teacher's targets a configuration asks for: what is there is never made again.
+
+A larger k is a further part beside what there is, for top-k lists at another k cannot be added to.
+Further temperatures are a part with tail masses alone, of the ids that are stored already.
+"""
+
+from dataclasses import replace
+
+import xxhash
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.targets.files import read_parts
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
+from rekindle.data.views.views import ViewReader
+from rekindle.pipeline.caching.teachers import TeacherPlan, check_same, is_described
+
+
+def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
+    """The parts that hold what ``plan`` wants of its teacher, in the order to make them.
+
+    Fewer candidates and temperatures than are cached ask for nothing more. Raises
+    CacheMismatchError when the cache holds another teacher of that name.
+    """
+    wanted = plan.info
+    if not is_described(corpus, wanted.name):
+        return [plan]
+    infos = read_parts(corpus.store, wanted.name)
+    base = infos[0]
+    if base.kind != "topk" or wanted.kind != "topk":
+        check_same(corpus, base, wanted)
+        return [replace(plan, info=base)]
+    as_begun = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
+    check_same(corpus, base, wanted.model_copy(update=as_begun))
+    main = _main_part(corpus, infos, wanted)
+    tails = _tails(infos, main, wanted)
+    return [replace(plan, info=info) for info in (main, *tails)]
+
+
+def view_of(info: TeacherInfo, corpus: Corpus) -> ViewReader | None:
+    """The view the teacher is shown, if it is not the corpus itself."""
+    stored = info.view.startswith(("masked-", "pairs-"))
+    return ViewReader(corpus, info.view) if stored else None
+
+
+def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) -> TeacherInfo:
+    """The part with the candidates: the one that readers use, if it has enough of them."""
+    assert wanted.k is not None
+    used = TeacherReader(corpus, infos, view_of(wanted, corpus)).main.info
+    if (used.k or 0) >= wanted.k:
+        return used
+    enough = [i for i in infos if i.kind == "topk" and (i.k or 0) >= wanted.k]
+    if enough:
+        return min(enough, key=lambda info: info.k or 0)
+    temperatures = {t for info in infos for t in info.temperatures} | {*wanted.temperatures}
+    changed = {"part": f"k{wanted.k}", "temperatures": tuple(sorted(temperatures))}
+    return wanted.model_copy(update=changed)
+
+
+def _tails(infos: list[TeacherInfo], main: TeacherInfo, wanted: TeacherInfo) -> list[TeacherInfo]:
+    """The parts with the wanted temperatures that ``main`` lacks: those begun, and a new one."""
+    lacking = {*wanted.temperatures} - {*main.temperatures}
+    begun = [info for info in infos if info.kind == "tails" and info.extends == main.part]
+    for info in begun:
+        lacking -= {*info.temperatures}
+    if not lacking:
+        return begun
+    temperatures = tuple(sorted(lacking))
+    name = f"k{main.k}-tau-" + "-".join(repr(t).removesuffix(".0") for t in temperatures)
+    if len(name) > LONGEST_PART:
+        name = f"k{main.k}-tau-" + xxhash.xxh3_64_hexdigest(repr(temperatures).encode())
+    changed = {
+        "kind": "tails",
+        "part": name,
+        "extends": main.part,
+        "temperatures": temperatures,
+        "codec": "default",
+    }
+    return [*begun, main.model_copy(update=changed)]

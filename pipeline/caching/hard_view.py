@@ -1,0 +1,88 @@
+"""Masks from a teacher's losses, within stage 1: whose they are, and when they can be made.
+
+The view is named from the teacher's files alone, so that teachers which will see it are described
+before any teacher runs; it is written once that teacher has seen all of the corpus.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import InputError
+from rekindle.data.targets.files import read_parts, read_teacher
+from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import Progress
+
+log = logging.getLogger("rekindle")
+
+
+def hard_view(corpus: Corpus, config: RunConfig) -> HardMaskedView | None:
+    """The view of ``cache.mask.policy: hard``, not written yet; None under another policy.
+
+    Raises InputError when no such teacher is in the file or in the cache, or when it cannot say
+    which tokens are hard.
+    """
+    if config.cache.mask.policy != "hard":
+        return None
+    info = mask_teacher(corpus, config)
+    return HardMaskedView(corpus, config.cache.mask, config.cache.seed, info)
+
+
+def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
+    """The teacher of the masks: as the cache has it, else as the file describes it."""
+    name = config.cache.mask.teacher
+    assert name is not None
+    if is_described(corpus, name):
+        return read_teacher(corpus.store, name)
+    known = {teacher.name: teacher for teacher in config.teachers}
+    if name not in known:
+        raise InputError(
+            f"cache.mask.teacher: there is no teacher {name!r} in the cache {corpus.store.location}"
+            f", and none in the configuration (it has: {', '.join(known) or 'none'}). Add it to "
+            "teachers, as a masked_lm with view: clean"
+        )
+    if known[name].sees_masks:
+        raise InputError(
+            f"cache.mask.teacher: {name!r} would see the masks that are to be made from its "
+            "losses; give it view: clean"
+        )
+    return plan_teacher(known[name], corpus, None, None, config.cache.seed).info
+
+
+def masks_last(
+    parts: Sequence[TeacherPlan], masks: HardMaskedView | None
+) -> tuple[list[TeacherPlan], list[TeacherPlan]]:
+    """The parts that can be made before ``masks`` are there, and those that are shown them."""
+    shown = [part for part in parts if masks is not None and part.info.view == masks.name]
+    return [part for part in parts if part not in shown], shown
+
+
+def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) -> None:
+    """Write what is missing of the view, if its teacher has seen all of the corpus.
+
+    Otherwise says so; raises InputError if the masks are ``needed`` now.
+    """
+    corpus, name = masks.corpus, masks.teacher.name
+    if not _complete(corpus, name):
+        if needed:
+            raise InputError(
+                f"teachers with view: masked see what teacher {name!r} finds hard, and it has not "
+                f"seen all of the corpus; run `pipeline cache-teachers` without --teacher, or with "
+                f"--teacher {name} first"
+            )
+        log.info("teacher %s is not complete: masks from its losses are not made yet", name)
+        return
+    with progress.task(f"masks by {name}", unit="sequences"):
+        masks.build()
+
+
+def _complete(corpus: Corpus, name: str) -> bool:
+    """Whether the part of the teacher's targets that is read has every shard."""
+    if not is_described(corpus, name):
+        return False
+    reader = TeacherReader(corpus, read_parts(corpus.store, name), None)
+    return {unit_of(shard) for shard in range(len(corpus.commits))} <= reader.main.commits.keys()

@@ -1,0 +1,103 @@
+"""Takes what is damaged out of a cache, so that stage 1 makes exactly that again. Runs no teacher.
+
+A shard whose bytes are not those committed loses its commit record; a small file that is damaged is
+removed. What each shard says of itself restores its teacher's description.
+"""
+
+import logging
+from collections.abc import Collection
+
+from rekindle.data.corpus.corpus import unit_of
+from rekindle.data.corpus.growth import Stage, describe_stage, file_states, info_name
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
+from rekindle.data.storage.seal import damage, seal
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import LocalStore, Store
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.progress import Progress
+
+log = logging.getLogger("rekindle")
+
+
+def repair_cache(
+    store: Store, teachers: Collection[str], check: bool | None, progress: Progress
+) -> int:
+    """Remove what is damaged and say so; returns how many files that were.
+
+    Of the teachers, only those that this run can make again. ``check`` holds every byte of every
+    shard against its checksum first; None does so for a local cache alone: from an object store all
+    of it would have to be fetched. Without it only damaged descriptions and commit records are
+    found.
+    """
+    removed = 0
+    for name, error in damaged_descriptions(store).items():
+        if not _can_be_made(name, teachers):
+            continue
+        log.warning("%s: made anew", damage(error).rstrip("."))
+        store.discard(name)
+        if name.endswith("head.safetensors"):
+            store.discard(name.replace("head.safetensors", "head.json"))
+        removed += 1
+    whole = isinstance(store, LocalStore) if check is None else check
+    with progress.task("check", unit="shards") as task:
+        for shards in shard_sets(store):
+            if not _can_be_made(shards.folder, teachers):
+                continue
+            commits, damaged = shards.survey()
+            for commit in commits.values() if whole else ():
+                try:
+                    shards.check(commit)
+                except CacheFormatError as error:
+                    damaged[commit.unit] = error
+                task.advance(1, bytes=commit.bytes)
+            for unit, problem in damaged.items():
+                log.warning("%s: made anew", damage(problem).rstrip("."))
+                shards.forget(unit)
+            removed += len(damaged)
+    _restore_stages(store)
+    for folder in target_folders(store):
+        _restore_description(store, folder)
+    return removed
+
+
+def _can_be_made(name: str, teachers: Collection[str]) -> bool:
+    kind, _, rest = name.partition("/")
+    return kind != "targets" or rest.partition("/")[0] in teachers
+
+
+def _restore_stages(store: Store) -> None:
+    """Write missing descriptions of the corpus from what its shards say of themselves."""
+    shards = ShardSet(store, "corpus")
+    commits = shards.survey()[0]
+    if not commits:
+        return
+    last = shards.open(commits[max(commits)]).metadata.get("stage", 0)
+    if all(store.exists(info_name(number)) for number in range(last + 1)):
+        return
+    said = {int(unit): shards.open(commit).metadata for unit, commit in commits.items()}
+    for number in sorted({about.get("stage", 0) for about in said.values()}):
+        if store.exists(info_name(number)):
+            continue
+        first = min(n for n, about in said.items() if about.get("stage", 0) == number)
+        if not {*range(first)} <= said.keys():
+            raise CacheFormatError(
+                f"{store.location}/{info_name(number)} and corpus shards before {first} are both "
+                "damaged: where that part of the corpus begins is lost. Take the cache from a copy"
+            )
+        before = sum(commits[unit_of(n)].rows for n in range(first))
+        config = said[first]["config"]
+        states = file_states(config["source"])
+        stage = Stage(number, config, states, first, before)
+        describe_stage(store, stage, said[first]["tokenizer"])
+
+
+def _restore_description(store: Store, folder: str) -> None:
+    """Write a missing ``teacher.json`` from what a sound shard of it says of its teacher."""
+    if "teacher.json" in store.names(folder):
+        return
+    shards = ShardSet(store, folder)
+    for commit in shards.survey()[0].values():
+        info = TeacherInfo.model_validate(shards.open(commit).metadata["teacher"])
+        store.create(f"{folder}/teacher.json", seal(info.model_dump(mode="json")))
+        return

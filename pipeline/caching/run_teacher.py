@@ -1,0 +1,428 @@
+"""Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its
+columns.
+
+No files are written here. Batches are bucketed by length; one that does not fit into memory is
+halved and the run carries on with the smaller size.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import pad
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import InputError
+from rekindle.data.storage.columns import list_views
+from rekindle.data.targets.codec import join_ids
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import SAMPLED, Columns, TeacherInfo
+from rekindle.data.views.views import ViewReader
+from rekindle.pipeline.caching.batching import length_buckets
+from rekindle.pipeline.caching.sampling import row_keys
+from rekindle.pipeline.caching.scoring import NO_EXTRAS, Extras, score_hidden
+from rekindle.pipeline.caching.teachers import Teacher
+
+log = logging.getLogger("rekindle")
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit's columns in corpus order: flat per position, or one row per sequence."""
+
+    rows: Rows  # [P] the row of each position; for sequence teachers the rows with a target
+    columns: Columns
+
+
+class ShardRows:
+    """The rows of one corpus shard, as a teacher needs them."""
+
+    def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
+        self.corpus, self.info, self.shard = corpus, info, shard
+        self.batches = [
+            corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)
+        ]
+
+    def column(self, name: str) -> list:
+        """A column of the corpus shard as Python values."""
+        return [value for batch in self.batches for value in batch[name].to_pylist()]
+
+    def lists(self, name: str) -> list[NDArray]:
+        """A list column of the corpus shard as NumPy arrays."""
+        return split_lists(self.batches, name)
+
+    def content_positions(self) -> list[Rows]:
+        """The positions of each row that are no special token: what masks choose from."""
+        return [np.flatnonzero(starts >= 0) for starts in self.lists("char_starts")]
+
+    @cached_property
+    def wanted(self) -> NDArray[np.bool_]:
+        """Rows of the domains the teacher is for."""
+        domains = self.column("domain")
+        if self.info.domains is None:
+            return np.ones(len(domains), bool)
+        return np.array([d in self.info.domains for d in domains], bool)
+
+
+def split_lists(batches: list, name: str) -> list[NDArray]:
+    """The lists of a list column over several record batches, as views."""
+    out: list[NDArray] = []
+    for batch in batches:
+        offsets, flat = list_views(batch[name], name)
+        out += [flat[a:b] for a, b in pairwise(offsets)]
+    return out
+
+
+def run_unit(
+    teacher: Teacher,
+    corpus: Corpus,
+    view: ViewReader | None,
+    unit: "Unit",
+    only: Rows | None = None,
+    kept: TeacherReader | None = None,
+) -> UnitResult:
+    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
+
+    ``kept`` reads the ids that tails at further temperatures are taken of.
+    """
+    rows = ShardRows(corpus, teacher.info, unit.shard)
+    if only is not None:
+        rows.wanted = rows.wanted & np.isin(np.arange(len(rows.wanted)), only)
+    with torch.inference_mode():
+        if teacher.config.vocabulary:
+            return _vocabulary_unit(teacher, rows, view, unit, kept)
+        if teacher.info.kind == "token":
+            return _token_label_unit(teacher, rows)
+        return _sequence_unit(teacher, rows, view, unit)
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One unit of work of a teacher."""
+
+    shard: int
+    replica: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return unit_of(self.shard, self.replica)
+
+
+def _vocabulary_unit(
+    teacher: Teacher,
+    shard: ShardRows,
+    view: ViewReader | None,
+    unit: Unit,
+    kept: TeacherReader | None,
+) -> UnitResult:
+    ids = shard.lists("input_ids")
+    if unit.replica is not None:
+        assert view is not None
+        parts = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
+        positions = [p.astype(np.int64) for p in split_lists(parts, "positions")]
+        seen = [
+            _replaced(*row)
+            for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)
+        ]
+        gold = [row[p] for row, p in zip(ids, positions, strict=True)]
+    elif teacher.info.sees_clean_text:
+        # Position t holds the distribution of token t, which the teacher sees.
+        positions = shard.content_positions()
+        seen, gold = ids, [row[p] for row, p in zip(ids, positions, strict=True)]
+    else:
+        # Position t holds the distribution of token t+1; the last position has no next token.
+        positions = [np.arange(max(0, len(row) - 1)) for row in ids]
+        seen, gold = ids, [row[1:] for row in ids]
+    counts = np.array([len(p) for p in positions])
+    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+    digests = shard.column("digest") if teacher.info.kind in SAMPLED else []
+
+    def extras(rows: Rows) -> Extras:
+        if teacher.info.kind == "tails":
+            assert kept is not None
+            return Extras(kept=teacher.tensor(_kept_ids(kept, unit, rows)))
+        if not digests:
+            return NO_EXTRAS
+        names = [digests[r] for r in rows for _ in positions[r]]
+        places = np.concatenate([positions[r] for r in rows])
+        seed = xxhash.xxh3_64_intdigest(f"{teacher.info.seed}\0{teacher.info.name}".encode())
+        return Extras(teacher.tensor(row_keys(seed, names, unit.replica, places)))
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
+        truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
+        model = teacher.language_model
+        hidden, _ = model.hidden(inputs, teacher.tensor(select))
+        return concatenate(
+            list(score_hidden(hidden, model.head, truth, teacher.info, extras(rows)))
+        )
+
+    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
+
+
+def _kept_ids(kept: TeacherReader, unit: Unit, rows: Rows) -> NDArray[np.int64]:
+    """The stored ids [P,K] of the positions of ``rows``, in that order."""
+    assert kept.info.vocabulary_size is not None
+    found = kept.position_rows(unit.shard, rows, unit.replica)
+    low = np.concatenate([columns["ids"][part] for part, columns in found])
+    high = None
+    if "ids_high" in found[0][1]:
+        high = np.concatenate([columns["ids_high"][part] for part, columns in found])
+    return join_ids(low, high, kept.info.vocabulary_size)
+
+
+def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
+    """Logits of the teacher's first token of each word, at the corpus position that begins it."""
+    texts = shard.column("text")
+    prefix, suffix = teacher.tokenizer.prefix, teacher.tokenizer.suffix
+    room = teacher.max_length - len(prefix) - len(suffix)
+    seen, positions, sources = [], [], []
+    for text, encoded, starts, words in zip(
+        texts,
+        teacher.tokenizer.encode(texts),
+        shard.lists("char_starts"),
+        shard.lists("word_starts"),
+        strict=True,
+    ):
+        seen.append(np.concatenate([prefix, encoded.ids[:room], suffix]).astype(np.int64))
+        places, characters = _word_characters(text, starts, words)
+        token = np.searchsorted(encoded.ends[:room], characters, side="right")
+        begins = np.append(encoded.starts[:room], len(text) + 1)  # none covers what was cut off
+        covered = begins[token] <= characters
+        positions.append(places[covered])
+        sources.append(token[covered] + len(prefix))
+    counts = np.array([len(p) for p in positions])
+    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        select = np.concatenate([i * width + sources[r] for i, r in enumerate(rows)])
+        logits = teacher.model(**inputs).logits.float().flatten(0, 1)[teacher.tensor(select)]
+        return {"logits": _finite(logits, teacher).cpu().numpy()}
+
+    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
+
+
+def _word_characters(
+    text: str, starts: NDArray[np.int32], words: NDArray[np.bool_]
+) -> tuple[Rows, Rows]:
+    """Positions that begin a word, and the first character of each that is no white space.
+
+    Byte-level tokens start at the space before their word, where another tokenizer's token ends.
+    """
+    blank = np.array([*map(str.isspace, text), False])
+    solid = np.where(blank, len(text), np.arange(len(text) + 1))
+    solid = np.minimum.accumulate(solid[::-1])[::-1]
+    places = np.flatnonzero(words & (starts >= 0))
+    characters = solid[starts[places]]
+    following = np.append(starts[places], len(text))[1:]
+    inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
+    return places[inside], characters[inside]
+
+
+def _sequence_unit(
+    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+) -> UnitResult:
+    seen, types = _expert_inputs(teacher, shard, view, unit)
+    lengths = np.array([len(row) for row in seen]) * shard.wanted
+
+    def forward(rows: Rows) -> Columns:
+        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        if types is not None and teacher.token_types:
+            kinds = [types[r] for r in rows]
+            padded = pad(kinds, np.array([len(k) for k in kinds]), 0, width)
+            inputs["token_type_ids"] = teacher.tensor(padded)
+        logits = _finite(teacher.model(**inputs).logits.float(), teacher)
+        columns = {"logits": logits.cpu().numpy()}
+        if teacher.info.monte_carlo_passes:
+            columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows, logits)
+        return columns
+
+    done = list(_run_batches(teacher, lengths, forward))
+    names = ["logits"] + (["mc_probs"] if teacher.info.monte_carlo_passes else [])
+    assert teacher.info.num_labels is not None
+    shape = (len(seen), teacher.info.num_labels)
+    columns = {name: np.zeros(shape, np.float32) for name in names}
+    for rows, found in done:
+        for name in names:
+            columns[name][rows] = found[name]
+    return UnitResult(np.flatnonzero(lengths), columns)
+
+
+def _expert_inputs(
+    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
+) -> tuple[list[NDArray], list[NDArray] | None]:
+    """The expert's own encoding of each row's text or pair; empty where there is no pair."""
+    tokenizer, longest = teacher.tokenizer, teacher.max_length
+    if not teacher.config.pair_expert:
+        room = longest - len(tokenizer.prefix) - len(tokenizer.suffix)
+        texts = tokenizer.encode(shard.column("text"))
+        wrapped = [
+            np.concatenate([tokenizer.prefix, t.ids[:room], tokenizer.suffix]) for t in texts
+        ]
+        return [w.astype(np.int64) for w in wrapped], None
+    assert view is not None
+    batches = [view.batch(unit.shard, i) for i in range(len(shard.batches))]
+    first = [value for b in batches for value in b["text_a"].to_pylist()]
+    second = [value for b in batches for value in b["text_b"].to_pylist()]
+    encoded = [
+        tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+        for a, b in zip(first, second, strict=True)
+    ]
+    return [np.array(i, np.int64) for i, _ in encoded], [np.array(t, np.int64) for _, t in encoded]
+
+
+def _monte_carlo(
+    teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: Rows, logits: Tensor
+) -> NDArray:
+    """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
+
+    ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
+    expert may be so sure that the latter are 0 and 1 whatever dropout does.
+    """
+    name = f"{teacher.info.seed}\0{unit.name}\0{rows.tolist()}".encode()
+    torch.manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)
+    teacher.model.train()  # dropout on; text models have no batch statistics that this would touch
+    try:
+        count = teacher.info.monte_carlo_passes
+        passes = torch.stack([teacher.model(**inputs).logits.float() for _ in range(count)])
+    finally:
+        teacher.model.eval()
+    # A pass is held against the next, a single one against the pass without dropout.
+    other = passes[1:] if len(passes) > 1 else logits
+    if not bool((passes[0] != other).any()):
+        raise InputError(
+            f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
+            "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
+            "config.json, or monte_carlo.passes to 0"
+        )
+    return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
+
+
+def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
+    lengths = np.array([len(s) for s in sequences])
+    ids = pad(sequences, lengths, _padding_id(teacher, sequences))
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    return {
+        "input_ids": teacher.tensor(ids),
+        "attention_mask": teacher.tensor(mask),
+    }, ids.shape[1]
+
+
+def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
+    """The model's own padding token, or else a token that none of the sequences ends with.
+
+    Classifiers on causal models read the last token that is not padding.
+    """
+    if teacher.pad_id is not None:
+        return teacher.pad_id
+    last = {int(sequence[-1]) for sequence in sequences}
+    config: Any = teacher.model.config
+    config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
+    return int(config.pad_token_id)
+
+
+def _run_batches(
+    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Columns]
+) -> Iterator[tuple[Rows, Columns]]:
+    """Run the rows with a length > 0. A batch that is out of memory is halved, and with it the
+    teacher's ``batch_tokens``: what is left of this unit and later ones start from there.
+    """
+    waiting = length_buckets(lengths, teacher.batch_tokens)
+    while waiting:
+        rows, waiting = waiting[0], waiting[1:]
+        columns = _in_memory(teacher, forward, rows)
+        if columns is not None:
+            yield rows, columns
+            continue
+        if len(rows) == 1:
+            raise InputError(
+                f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "
+                "does not fit into memory. Use a smaller teacher, a shorter "
+                "corpus.sequence_length, or a lower precision"
+            )
+        teacher.batch_tokens = len(rows) * int(lengths[rows].max()) // 2
+        log.warning(
+            "teacher %s: out of memory with %d sequences; going on with batches of %d tokens",
+            teacher.info.name,
+            len(rows),
+            teacher.batch_tokens,
+        )
+        left = np.zeros_like(lengths)
+        for batch in (rows, *waiting):
+            left[batch] = lengths[batch]
+        waiting = length_buckets(left, teacher.batch_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
+    """What ``forward`` gives, or None when it is out of memory (and what it held is free again).
+
+    Raises InputError for a model that fails on this batch: our own bugs do not come as
+    RuntimeErrors of torch, nor do indices that a model's tables lack.
+    """
+    try:
+        return forward(rows)
+    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
+        if not _out_of_memory(error):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
+                f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
+                "Finished shards are kept; when the model is mended, the same command goes on"
+            ) from error
+        return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def _in_corpus_order(
+    done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]]
+) -> UnitResult:
+    """Flat columns sorted by corpus row; positions ascend within a row already."""
+    finished = list(done)
+    if not finished:
+        return UnitResult(np.zeros(0, np.int64), {"positions": np.zeros(0, np.uint16)})
+    rows = np.concatenate([np.repeat(r, [len(positions[i]) for i in r]) for r, _ in finished])
+    where = np.concatenate([positions[i] for r, _ in finished for i in r])
+    columns = concatenate([c for _, c in finished]) | {"positions": where.astype(np.uint16)}
+    order = np.argsort(rows, kind="stable")
+    return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
+
+
+def concatenate(parts: list[Columns]) -> Columns:
+    """Columns one after another."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _finite(logits: Tensor, teacher: Teacher) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            f"teacher {teacher.info.name!r} produced logits that are not finite in "
+            f"{teacher.info.precision}; try `precision: fp32` for it, and check the model"
+        )
+    return logits
+
+
+def _replaced(ids: NDArray, positions: NDArray[np.int64], values: NDArray) -> NDArray:
+    out = ids.copy()
+    out[positions] = values
+    return out

@@ -1,0 +1,355 @@
+"""Teachers: what the configuration says of one, what the cache records of it, and the loaded model.
+
+A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so
+that a finished cache is recognised in seconds.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.data.targets.codec_compact import LARGEST_VOCABULARY
+from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.schema import SAMPLED, TeacherInfo
+from rekindle.data.views.views import MaskedView, PairView
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.model.files import (
+    Placement,
+    config_fingerprint,
+    load_model,
+    longest_input,
+    package_versions,
+    place,
+    resolve_model,
+    weights_fingerprint,
+)
+from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.order.domains import check_domains
+from rekindle.train.record.lineage import lineage_of_model
+
+log = logging.getLogger("rekindle")
+
+AUTO_CLASSES = {
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+COMPACT_POSITIONS = 4096
+SMALL_HEAD = 1000  # heads up to this many classes are kept whole
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher before it is loaded: configuration, directory, description for the cache."""
+
+    config: TeacherConfig
+    directory: Path
+    info: TeacherInfo
+
+
+def plan_teacher(
+    config: TeacherConfig,
+    corpus: Corpus,
+    masked: MaskedView | HardMaskedView | None,
+    pairs: PairView | None,
+    seed: int,
+) -> TeacherPlan:
+    """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
+    directory = resolve_model(config.model)
+    settings = _read_config(directory)
+    weights = weights_fingerprint(directory)
+    info: dict[str, Any] = {
+        "name": config.name,
+        "task": config.task,
+        "domains": config.domains and tuple(sorted(set(config.domains))),
+        "precision": _precision(config, corpus),
+        "estimator": {"kind": "dense", "bias": "exact"},
+        "fingerprints": {
+            "weights": weights,
+            "config": config_fingerprint(directory),
+            "tokenizer": _tokenizer_of(directory, settings, corpus, config).digest,
+        },
+        "versions": package_versions(),
+        "model": config.model,
+        "lineage": lineage_of_model(directory, weights),
+    }
+    if config.domains is not None:
+        check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
+    if config.vocabulary:
+        info |= _vocabulary_info(config, settings, corpus, masked)
+        info |= {"seed": seed} if info["kind"] in SAMPLED else {}
+    else:
+        info |= _head_info(config, settings)
+        info["view"] = pairs.name if config.pair_expert and pairs else "text"
+        info |= {"monte_carlo_passes": config.monte_carlo.passes}
+        info |= {"seed": seed} if config.monte_carlo.passes else {}
+    return TeacherPlan(config, directory, TeacherInfo(**info))
+
+
+def _precision(config: TeacherConfig, corpus: Corpus) -> str:
+    """``auto`` is what the teacher's targets in the cache have, else what suits the device.
+
+    A cache made on a GPU is finished on a machine without one, too.
+    """
+    if config.precision == "auto" and is_described(corpus, config.name):
+        return read_teacher(corpus.store, config.name).precision
+    return place(config.precision).precision
+
+
+def _read_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{directory}/config.json cannot be used: {reason}") from None
+
+
+def _tokenizer_of(
+    directory: Path, settings: Any, corpus: Corpus, config: TeacherConfig
+) -> Tokenizer:
+    """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
+    if not has_tokenizer_files(directory):
+        ours = corpus.info["tokenizer"]["size"]
+        if settings.get_text_config().vocab_size != ours:
+            raise InputError(
+                f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
+                f"({settings.get_text_config().vocab_size:,}) is not the corpus tokenizer's "
+                f"({ours:,}). "
+                "Save the teacher's tokenizer into its directory"
+            )
+        log.info(
+            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, "
+            "so the "
+            "corpus tokenizer is used for it",
+            config.name,
+        )
+        return corpus.tokenizer
+    tokenizer = load_tokenizer(str(directory))
+    if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
+        raise InputError(
+            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} "
+            "against "
+            f"{corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same ids): "
+            "its "
+            "distributions over the vocabulary would be misread. A masked_lm or causal_lm teacher "
+            "must "
+            "share corpus.tokenizer; sequence experts may have their own"
+        )
+    return tokenizer
+
+
+def _vocabulary_info(
+    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | HardMaskedView | None
+) -> dict[str, Any]:
+    size = corpus.info["tokenizer"]["size"]
+    if settings.get_text_config().vocab_size < size:
+        raise InputError(
+            f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, "
+            "the "
+            f"tokenizer has {size:,}: it was not trained with it"
+        )
+    _check_length(config, settings, corpus.info["config"]["sequence_length"])
+    saved_as = (settings.architectures or [""])[0]
+    if config.task == "causal_lm" and saved_as.endswith("Classification"):
+        # Its output matrix is the embedding's, so no weight would be missed.
+        raise InputError(
+            f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
+            "model was trained away; say `task: sequence_classification` or token_classification"
+        )
+    info = {"vocabulary_size": size} | _estimator_info(config, settings, size)
+    if config.targets.codec == "compact":
+        share = 1.0 if masked is None or config.view == "clean" else masked.share
+        if size > LARGEST_VOCABULARY:
+            raise InputError(
+                f"teacher {config.name!r}: the compact codec takes vocabularies up to "
+                f"{LARGEST_VOCABULARY:,} tokens, not {size:,}; use targets.codec: default"
+            )
+        per_sequence = corpus.info["config"]["sequence_length"] * share
+        info["rows_per_batch"] = compact_rows(per_sequence)
+    if config.sees_masks:
+        assert masked is not None
+        return info | {"view": masked.name}
+    return info | {"view": "clean"}
+
+
+def _estimator_info(config: TeacherConfig, settings: Any, size: int) -> dict[str, Any]:
+    """What is kept of a distribution, and how it relates to the whole."""
+    kind = config.targets.vocabulary_kind
+    if kind == "dense":
+        return {"kind": kind}
+    if kind == "hidden":
+        width = getattr(settings, "embedding_size", None) or settings.get_text_config().hidden_size
+        return {"kind": kind, "hidden_size": int(width)}
+    k = min(config.targets.k, size) if kind != "random" else config.targets.k
+    bias = "unbiased" if kind in SAMPLED else "biased"
+    return {
+        "kind": kind,
+        "k": k,
+        "temperatures": config.targets.temperatures,
+        "codec": config.targets.codec,
+        "estimator": {"kind": kind, "bias": "exact" if k == size and kind != "random" else bias},
+    }
+
+
+def compact_rows(positions_per_sequence: float) -> int:
+    """Sequences per record batch of the compact codec: about COMPACT_POSITIONS, a power of two.
+
+    Smaller ones compress worse, from larger ones a shuffled reader uses little.
+    """
+    rows = 1
+    while rows < ROWS_PER_BATCH and 2 * rows * positions_per_sequence <= COMPACT_POSITIONS:
+        rows *= 2
+    return rows
+
+
+def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) -> None:
+    limit = longest_input(settings)
+    if limit is not None and sequence_length > limit:
+        raise InputError(
+            f"teacher {config.name!r} takes at most {limit} tokens; "
+            f"corpus.sequence_length is {sequence_length}"
+        )
+
+
+def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
+    labels = int(settings.num_labels)
+    if labels > SMALL_HEAD:
+        log.warning(
+            "teacher %s has %d classes; all logits are kept (%d bytes a row)",
+            config.name,
+            labels,
+            4 * labels,
+        )
+    if config.task == "regression" and labels != 1:
+        raise InputError(
+            f"teacher {config.name!r} has {labels} outputs; task regression needs 1. "
+            "Use sequence_classification for a classifier"
+        )
+    names = tuple(str(settings.id2label[i]) for i in range(labels))
+    if config.task == "token_classification":
+        return {"kind": "token", "num_labels": labels, "label_names": names, "view": "text"}
+    problem = settings.problem_type or ("regression" if labels == 1 else None)
+    if config.monte_carlo.passes and problem == "multi_label_classification":
+        raise InputError(
+            f"teacher {config.name!r} has {labels} labels that do not exclude each other; "
+            "monte_carlo passes give the probabilities of classes that do. Set "
+            "monte_carlo.passes to 0"
+        )
+    if config.task == "sequence_classification" and problem == "regression":
+        raise InputError(f"teacher {config.name!r} is a regression model; say `task: regression`")
+    return {
+        "kind": "sequence",
+        "num_labels": labels,
+        "label_names": names,
+        "problem": "regression"
+        if config.task == "regression"
+        else problem or "single_label_classification",
+    }
+
+
+def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
+    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
+
+    Raises CacheMismatchError as ``check_same`` does.
+    """
+    content = seal(info.model_dump(mode="json"))
+    if not corpus.store.create(f"{info.folder}/teacher.json", content):
+        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
+
+
+def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
+    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
+
+    Targets of two models never mix under one name.
+    """
+    old, new = present.identity(), info.identity()
+    changed = [key for key in new if old[key] != new[key]]
+    if changed:
+        details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
+        raise CacheMismatchError(
+            f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
+            f"this one ({details}). Give this one another name, or delete targets/{info.name} to "
+            "make it anew"
+        )
+
+
+def is_described(corpus: Corpus, name: str) -> bool:
+    """Whether the cache has a teacher of that name."""
+    return "teacher.json" in corpus.store.names(f"targets/{name}")
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if key == "fingerprints":
+        return "other " + " and ".join(k for k in new if old.get(k) != new[k])
+    return f"{key}: {old!r} there, {new!r} here"
+
+
+class Teacher:
+    """A loaded teacher, on its device, ready to be run."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+        self.info, self.config = plan.info, plan.config
+        self.placement: Placement = place(plan.info.precision, worker)
+        model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
+        self.model: nn.Module = model.to(self.placement.device).eval()
+        settings = _read_config(plan.directory)
+        self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
+        self.max_length = _longest_text(settings, self.tokenizer)
+        # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
+        told = "token_type_ids" in self.tokenizer.hf.model_input_names
+        self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2
+        pad_id = settings.get_text_config().pad_token_id
+        self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
+        given = plan.config.batch_tokens
+        kind = "cpu" if self.placement.device == "cpu" else "cuda"
+        # Tokens per forward pass, padding included; halved when the device runs out of memory.
+        self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
+
+    @cached_property
+    def language_model(self) -> SplitLanguageModel:
+        """Body and head of a vocabulary teacher."""
+        try:
+            return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+        except NotImplementedError as error:
+            raise InputError(f"teacher {self.info.name!r}: {error}") from None
+
+    def output_matrix(self) -> StoredHead:
+        """What hidden states are multiplied with; InputError if it does not fit them."""
+        assert self.info.vocabulary_size is not None
+        head = self.language_model.head.cut(self.info.vocabulary_size)
+        if head.weight.shape[1] != self.info.hidden_size:
+            raise InputError(
+                f"teacher {self.info.name!r}: its output matrix takes {head.weight.shape[1]} "
+                f"values, not the hidden size {self.info.hidden_size}; use targets.kind topk"
+            )
+        weight = head.weight.detach().float().cpu().numpy()
+        bias = None if head.bias is None else head.bias.detach().float().cpu().numpy()
+        return StoredHead(weight, bias, head.logit_scale, head.softcap)
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """An integer array on the teacher's device as int64."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
+
+
+def _longest_text(settings: Any, tokenizer: Tokenizer) -> int:
+    longest = int(tokenizer.hf.model_max_length)
+    limit = longest_input(settings)
+    return longest if limit is None else min(longest, limit)

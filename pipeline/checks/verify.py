@@ -1,0 +1,231 @@
+"""Checks a whole cache: every byte against its checksum, every row against the corpus. Changes
+nothing.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import CacheError, CacheFormatError
+from rekindle.data.inventory import (
+    damaged_descriptions,
+    lost_descriptions,
+    orphans,
+    shard_sets,
+)
+from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.seal import REPAIR, damage
+from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.storage.store import open_store
+from rekindle.data.targets.codec import join_ids
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import SPARSE, Columns
+from rekindle.data.views.views import ViewReader
+
+UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
+Reader = ViewReader | TeacherReader
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what was wrong."""
+
+    shards: int = 0
+    bytes: int = 0
+    orphans: int = 0
+    coverage: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return dict(vars(self)) | {"sound": not self.problems}
+
+    def as_text(self, name: str) -> str:
+        """For people."""
+        lines = [f"{name}: {self.shards} shards, {self.bytes:,} bytes checked"]
+        lines += [f"  {teacher}: coverage {share:.1%}" for teacher, share in self.coverage.items()]
+        if self.orphans:
+            lines.append(
+                f"  {self.orphans} data files of attempts that were never committed (`pipeline gc` "
+                "removes them)"
+            )
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join(lines if self.problems else [*lines, "sound"])
+
+
+def verify_cache(path: str) -> VerifyReport:
+    """Check the cache at ``path``: every file's bytes, then what the rows say.
+
+    Raises CacheError only when there is no cache, or one of another format version.
+    """
+    report = VerifyReport()
+    store = open_store(path)
+    if not store.exists(MANIFEST):
+        read_manifest(store)  # says that there is none
+    wrong = damaged_descriptions(store)
+    if MANIFEST not in wrong:
+        wrong |= lost_descriptions(store)
+    report.problems += [damage(error) for error in wrong.values()]
+    for shards in shard_sets(store):
+        _check_files(shards, report)
+    if not report.problems:  # rows are only worth reading when the bytes are right
+        _check_rows(path, report)
+    return report
+
+
+def _check_files(shards: ShardSet, report: VerifyReport) -> None:
+    commits, damaged = shards.survey()
+    report.problems += [damage(error) for error in damaged.values()]
+    for commit in commits.values():
+        try:
+            _check_bytes(shards, commit)
+        except CacheFormatError as error:
+            report.problems.append(damage(error))
+            continue
+        report.shards += 1
+        report.bytes += commit.bytes
+    if not damaged:
+        report.orphans += len(orphans(shards))
+
+
+def _check_bytes(shards: ShardSet, commit: Commit) -> None:
+    shard = shards.open(commit)
+    shard.check()
+    if _sha256(shard.path) != commit.sha256:
+        raise CacheFormatError(
+            f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
+        )
+    rows = sum(shard.batch(i).num_rows for i in range(shard.batch_count))
+    if rows != commit.rows:
+        raise CacheFormatError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_rows(path: str, report: VerifyReport) -> None:
+    try:
+        cache = Cache.open(path)
+    except CacheError as error:
+        report.problems.append(str(error))
+        return
+    for view in cache.views.values():
+        _check_units(cache, view, report, _check_view_unit)
+    for teacher in cache.teachers.values():
+        report.coverage[teacher.info.name] = teacher.coverage
+        for reader in [teacher, *_unused_parts(cache, teacher)]:
+            _check_units(cache, reader, report, _check_teacher_unit)
+
+
+def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
+    """Readers of the parts that ``teacher`` does not show: smaller k, extensions under way."""
+    used = {teacher.main.info.part, *(part.info.part for part in teacher.tails)}
+    by_name = {part.info.part: part.info for part in teacher.parts}
+    for name, info in by_name.items():
+        if name not in used:
+            infos = [by_name[info.extends], info] if info.extends is not None else [info]
+            yield TeacherReader(cache.corpus, infos, teacher.view)
+
+
+def _check_units(
+    cache: Cache,
+    reader: Reader,
+    report: VerifyReport,
+    check: Callable[[Cache, Any, int, int | None], Iterator[str]],
+) -> None:
+    """Every committed unit, of complete replicas or not; all that is wrong is named at once."""
+    name = reader.info.view if isinstance(reader, TeacherReader) else reader.name
+    for unit in reader.commits:
+        place = _place(unit, len(cache.corpus.commits))
+        if place is None or (place[1] is None) == name.startswith("masked-"):
+            report.problems.append(f"{reader.folder}: unit {unit} is of no corpus shard")
+            continue
+        try:
+            for problem in check(cache, reader, *place):
+                report.problems.append(f"{reader.folder}: unit {unit}: {problem}")
+        except CacheError as error:
+            report.problems.append(str(error))
+
+
+def _place(unit: str, shards: int) -> tuple[int, int | None] | None:
+    """The corpus shard and replica that a unit's name stands for, if there is such a shard."""
+    found = UNIT.fullmatch(unit)
+    if found is None or int(found[1]) >= shards:
+        return None
+    return int(found[1]), None if found[2] is None else int(found[2])
+
+
+def _check_view_unit(
+    cache: Cache, view: ViewReader, shard: int, replica: int | None
+) -> Iterator[str]:
+    """Alignment with the corpus, over every record batch (the reader raises)."""
+    for index in range(cache.corpus.shard(shard).batch_count):
+        view.batch(shard, index, replica)
+    yield from ()
+
+
+def _check_teacher_unit(
+    cache: Cache, teacher: TeacherReader, shard: int, replica: int | None
+) -> Iterator[str]:
+    """Alignment and ranges, and that it is all there and was made from this corpus and mask."""
+    commit, corpus = teacher.commits[unit_of(shard, replica)], cache.corpus
+    if commit.facts.get("corpus_sha256") != corpus.commits[shard].sha256:
+        yield "it was made from another corpus shard"
+    rows = range(corpus.commits[shard].rows)
+    domains = corpus.shard(shard).table()["domain"].to_pylist()
+    chosen = teacher.info.domains
+    wanted = [chosen is None or domain in chosen for domain in domains]
+    if teacher.info.kind == "sequence":
+        present, _ = teacher.sequence_rows(shard, rows)
+        if (present & ~np.array(wanted, bool)).any():
+            yield "it has targets of domains that the teacher is not for"
+        return
+    found = teacher.position_rows(shard, rows, replica)
+    if teacher.info.kind in (*SPARSE, "random"):
+        yield from _doubled_ids(teacher, found)
+    if teacher.is_vocabulary:
+        for row, expected in enumerate(_positions(corpus, teacher, shard, replica)):
+            part, columns = found[row]
+            if columns["positions"][part].tolist() != (expected if wanted[row] else []):
+                yield f"row {row} has targets at other positions than it should"
+
+
+def _doubled_ids(teacher: TeacherReader, found: list[tuple[slice, Columns]]) -> Iterator[str]:
+    """An id twice in one position's candidates would count its mass twice."""
+    batches = {id(columns): columns for _, columns in found}
+    for columns in batches.values():
+        ids = join_ids(columns["ids"], columns.get("ids_high"), teacher.info.vocabulary_size or 0)
+        ordered = np.sort(ids, axis=1)
+        doubled = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if doubled.any():
+            yield f"{int(doubled.any(axis=1).sum())} positions have a candidate twice"
+
+
+def _positions(
+    corpus: Corpus, teacher: TeacherReader, shard: int, replica: int | None
+) -> Iterator[list[int]]:
+    """The positions a vocabulary teacher predicts, row by row."""
+    for index in range(corpus.shard(shard).batch_count):
+        if teacher.view is not None:
+            batch = teacher.view.batch(shard, index, replica)
+            offsets, flat = list_views(batch["positions"], "positions")
+            yield from (flat[a:b].tolist() for a, b in pairwise(offsets))
+        elif teacher.info.sees_clean_text:
+            offsets, starts = list_views(
+                corpus.shard(shard).batch(index)["char_starts"], "char_starts"
+            )
+            yield from (np.flatnonzero(starts[a:b] >= 0).tolist() for a, b in pairwise(offsets))
+        else:
+            offsets, _ = list_views(corpus.shard(shard).batch(index)["input_ids"], "input_ids")
+            yield from (list(range(length - 1)) for length in np.diff(offsets).tolist())

@@ -1,0 +1,1 @@
+"""Compare finished runs: which may stand in one table, the table, and the page."""

@@ -1,0 +1,202 @@
+"""A comparison of runs as the report page: curves, scores, cost, caches and configuration.
+
+Beside the comparison it reads what its pictures need from the runs' directories, and the caches
+that they name, as far as they are still there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare.runs import Comparison, RunFacts, read_json
+from rekindle.pipeline.compare.tables import (
+    cost_tables,
+    domain_tables,
+    result_columns,
+    setting_words,
+    step_tables,
+)
+from rekindle.pipeline.plan.break_even import taught_sequences
+from rekindle.pipeline.report.cache import KnownCache, cache_section, find_cache
+from rekindle.pipeline.report.cost import ESTIMATED, StudentCost, cost_section, typical_cost
+from rekindle.pipeline.report.losses import curves_of, losses_section
+from rekindle.pipeline.report.page import Page, Section, as_html
+from rekindle.pipeline.report.scores import TaskScores, scores_section
+from rekindle.pipeline.report.settings import settings_section
+from rekindle.pipeline.report.table import Column, Table
+from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.config import TrainConfig
+from rekindle.train.record.run_log import read_metrics
+
+BEST = "The best of a column stands out; held-out values are those of the last evaluation."
+
+
+def comparison_html(comparison: Comparison, scores: Section | None = None) -> str:
+    """The page of ``comparison``, whole; ``scores`` where they are not those below the runs."""
+    return as_html(comparison_page(comparison, scores))
+
+
+def comparison_page(comparison: Comparison, scores: Section | None = None) -> Page:
+    """Its parts: the runs, their losses, scores, cost and caches, and what sets them apart."""
+    runs = [_read(run) for run in comparison.runs]
+    names = [run.name for run in comparison.runs]
+    curves = [curves_of(run.name, run.records) for run in runs]
+    caches = _caches(runs)
+    differing = {
+        key: [setting_words(key, run.settings[key]) for run in comparison.runs]
+        for key in comparison.runs[0].settings
+    }
+    own_scores = scores_section(names, read_scores(comparison.runs))
+    more = [*step_tables(comparison), *domain_tables(comparison)]
+    return Page(
+        title="Students of one corpus",
+        lead=_lead(comparison),
+        sections=[
+            Section("Runs", [_runs_table(comparison)]),
+            settings_section(names, differing),
+            losses_section(curves, more, _capital(comparison.notes)),
+            scores or own_scores,
+            _costs(runs, caches, cost_tables(comparison)),
+            cache_section(list(caches.values())),
+        ],
+    )
+
+
+def _lead(comparison: Comparison) -> str:
+    runs = comparison.runs
+    finished = sum(run.finished for run in runs)
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    done = "finished" if finished == len(runs) else f"of which {finished} finished"
+    return f"{count}, {done}. The corpus has the fingerprint {comparison.corpus[:12]}."
+
+
+def _capital(notes: Sequence[str]) -> list[str]:
+    return [note[:1].upper() + note[1:] for note in notes]
+
+
+def _runs_table(comparison: Comparison) -> Table:
+    names = Column("run", [run.name for run in comparison.runs])
+    columns = [names, *result_columns(comparison, scores=False)]
+    marked = any(column.best for column in columns)
+    return Table("", columns, BEST if marked else "", samples=range(len(comparison.runs)))
+
+
+# --- what the pictures need -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A run's own words: ``run.json`` (empty where it has not begun) and its records."""
+
+    name: str
+    seconds: float | None
+    about: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        return {"path": "", "corpus": "", "teachers": {}} | self.about.get("cache", {})
+
+
+def _read(run: RunFacts) -> _Read:
+    directory = Path(run.directory)
+    about = read_json(directory / "run.json") or {}
+    return _Read(run.name, run.seconds, about, read_metrics(directory))
+
+
+def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
+    """What ``pipeline finetune`` left in folders below the runs: of each seed the score on test,
+    where all seeds have one, else on dev. A task is called by its folder.
+    """
+    found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
+    for run in runs:
+        directory = Path(run.directory)
+        for path in sorted(directory.glob("**/metrics.json")):
+            for metric, split, scores in _seeds(read_json(path) or {}):
+                folder = path.parent.relative_to(directory).parts
+                found.setdefault((folder, metric, split), {})[run.name] = scores
+    folders = sorted({folder for folder, _, _ in found})
+    tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
+    return [
+        TaskScores(tails[folder], metric, split, scores)
+        for (folder, metric, split), scores in sorted(found.items())
+    ]
+
+
+def _seeds(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[float]]]:
+    """Metric, split and scores of a fine-tuning; nothing where the file is of something else."""
+    metric = metrics.get("metric")
+    seeds = metrics.get("per_seed")
+    if not isinstance(metric, str) or not isinstance(seeds, list) or not seeds:
+        return []
+    for split, key in (("test", "test_scores"), ("dev", "scores")):
+        scores = [(seed.get(key) or {}).get(metric) for seed in seeds if isinstance(seed, dict)]
+        known = [float(score) for score in scores if isinstance(score, int | float)]
+        if len(known) == len(seeds):
+            return [(metric, split, known)]
+    return []
+
+
+# --- caches and costs -----------------------------------------------------------------------------
+
+
+def _caches(runs: Sequence[_Read]) -> dict[str, KnownCache]:
+    """Every cache that a run has read, by its path."""
+    teachers: dict[str, dict[str, str]] = {}
+    corpora: dict[str, str] = {}
+    for run in runs:
+        if path := run.cache["path"]:
+            teachers.setdefault(path, {}).update(run.cache["teachers"])
+            corpora[path] = run.cache["corpus"]
+    return {path: find_cache(path, corpora[path], teachers[path]) for path in corpora}
+
+
+def _costs(
+    runs: Sequence[_Read], caches: Mapping[str, KnownCache], tables: Sequence[Table]
+) -> Section:
+    once: dict[str, float | None] = {}
+    students = []
+    for run in runs:
+        seconds = run.cache.get("teacher_seconds") or {}
+        labels = {name: _label(name, run, caches) for name in run.cache["teachers"]}
+        once |= {label: seconds.get(name) for name, label in labels.items()}
+        live = _live_seconds(run, caches)
+        students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
+    cost, note = typical_cost(once, students)
+    notes = [note, ESTIMATED] if cost is not None else [note]
+    return cost_section(once, students, cost, notes, tables)
+
+
+def _label(teacher: str, run: _Read, caches: Mapping[str, KnownCache]) -> str:
+    """A teacher's name, with its cache's where there are several."""
+    if len(caches) < 2:
+        return teacher
+    return f"{teacher} ({Path(run.cache['path']).name})"
+
+
+def _live_seconds(run: _Read, caches: Mapping[str, KnownCache]) -> float | None:
+    """The estimate of what the run's teachers would take live beside it; None where unknown."""
+    cache = caches.get(run.cache["path"])
+    names = list(run.cache["teachers"])
+    if not names:
+        return 0.0
+    if cache is None or cache.facts is None:
+        return None
+    try:
+        train = parse_settings(TrainConfig, run.about["train"], "train")
+        sequences = {name: taught_sequences(train, name) for name in names}
+    except InputError:  # of another version
+        return None
+    rates = {teacher.name: teacher.seconds_per_view for teacher in cache.facts.teachers}
+    total = 0.0
+    for name in names:
+        rate = None if f"teacher {name}" in cache.changed else rates.get(name)
+        if rate is None:
+            return None
+        total += rate * sequences[name]
+        if train.curriculum is not None and train.curriculum.teacher == name:
+            total += rate * cache.facts.sequences  # it has to see all of the text to choose from it
+    return total

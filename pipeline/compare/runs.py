@@ -1,0 +1,339 @@
+"""Runs of ``pipeline train-student`` beside each other: what sets them apart, and how they did.
+
+It reads what runs leave in their directories, finished or not, and opens no cache and no model.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
+from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.stages.resolve import read_stages
+from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
+from rekindle.pipeline.sweep.run import read_sweep
+from rekindle.train.method_names import is_better_upwards
+from rekindle.train.record.run_log import read_metrics
+
+SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
+CYCLE_WRITER = "rekindle cycle"
+# Where these differ, held-out values are of other positions, or of another loss.
+EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run. Times are in seconds; ``scores`` are those of ``pipeline finetune`` below its
+    directory: the mean over seeds on dev.
+    """
+
+    name: str
+    directory: str
+    finished: bool
+    steps: int  # done so far
+    planned_steps: int
+    seconds: float | None = None
+    tokens_per_second: float | None = None  # mean over the steps, without evaluations
+    data_wait: float | None = None  # share of the time that steps waited for data
+    evaluation: dict[str, float] = field(default_factory=dict)
+    coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
+    scores: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # only those that differ
+    curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
+
+    ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
+    losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
+    not be compared.
+    """
+
+    corpus: str
+    runs: list[RunFacts]
+    best: dict[str, list[str]]
+    notes: list[str]
+    matched_steps: list[Match]
+    matched_cost: list[Match]
+    domains: DomainMatrix
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON; what is no number is null."""
+        return dict(_finite(asdict(self)))
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run's directory, and what it is: its student and train sections, and the cache it reads."""
+
+    directory: Path
+    settings: dict[str, Any]
+    cache: dict[str, Any]
+
+
+def compare_runs(directories: Sequence[Path]) -> Comparison:
+    """The runs in ``directories``, each a run's own, a sweep's, one of several stages, or a
+    cycle's.
+
+    Raises InputError for directories that are neither and for runs from different corpora;
+    CheckpointError for damaged ones.
+    """
+    found = _find(directories)
+    corpus = _one_corpus(found)
+    names = shortest_tails([one.directory.resolve().parts for one in found], "/")
+    differing = differences([one.settings for one in found])
+    runs = []
+    for number, (one, name) in enumerate(zip(found, names, strict=True)):
+        settings = {key: values[number] for key, values in differing.items()}
+        runs.append(_read_run(one, name, settings))
+    positions, teachers = _position_notes(found, differing), _teacher_notes(found)
+    curves = [] if positions else [run.curve for run in runs]
+    return Comparison(
+        corpus,
+        runs,
+        _best(runs, evaluations=not positions + teachers),
+        positions + teachers,
+        match_steps(curves),
+        match_cost(curves),
+        matrix_of(
+            [run.name for run in runs],
+            [run.evaluation for run in runs],
+            [one.settings["train"].get("domains") or [] for one in found],
+        ),
+    )
+
+
+def _find(directories: Sequence[Path]) -> list[_Found]:
+    found: dict[Path, _Found] = {}
+    strangers = []
+    for directory in directories:
+        sweep = read_sweep(directory)
+        if sweep is not None:
+            ones = [
+                _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
+                for run in sweep["runs"]
+            ]
+        elif is_cycle(directory):
+            ones = [one for one in map(_open_run, sorted(directory.glob("students/*"))) if one]
+        elif (stages := read_stages(directory)) is not None:
+            ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
+        else:
+            ones = [one for one in [_open_run(directory)] if one is not None]
+        strangers += [] if ones else [str(directory)]
+        for one in ones:
+            found.setdefault(one.directory.resolve(), one)
+    if strangers:
+        raise InputError(
+            f"no run and no sweep of `pipeline train-student`: {', '.join(strangers)} (there is no "
+            "run.json and no sweep.json). Give directories that its --out named"
+        )
+    return list(found.values())
+
+
+def is_cycle(directory: Path) -> bool:
+    """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
+    path = directory / CYCLE_FILE
+    return path.is_file() and (read_json(path) or {}).get("written_by") == CYCLE_WRITER
+
+
+def _open_run(directory: Path) -> _Found | None:
+    path = directory / "run.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
+        cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    return _Found(directory, settings, cache)
+
+
+def _not_begun(directory: Path, sweep: Mapping[str, Any], run: Mapping[str, Any]) -> _Found:
+    settings = {section: run[section] for section in SWEPT_SECTIONS}
+    return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
+
+
+def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
+    """The directories in groups that ``compare_runs`` takes: runs of one corpus, in their order."""
+    groups: dict[str, list[Path]] = {}
+    for one in _find(directories):
+        groups.setdefault(one.cache["corpus"], []).append(one.directory)
+    return list(groups.values())
+
+
+def _one_corpus(found: Sequence[_Found]) -> str:
+    groups: dict[str, list[str]] = {}
+    for one in found:
+        groups.setdefault(one.cache["corpus"], []).append(str(one.directory))
+    if len(groups) > 1:
+        told = "; ".join(f"{', '.join(g)} (corpus {name[:12]})" for name, g in groups.items())
+        raise InputError(
+            "these runs are from caches of different corpora, so their held-out values are of "
+            f"different texts: {told}. Compare runs of one corpus at a time"
+        )
+    return next(iter(groups))
+
+
+def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
+    summary = read_json(one.directory / "summary.json") or {}
+    records = read_metrics(one.directory) if (one.directory / "metrics.jsonl").is_file() else []
+    steps = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "evaluate"]
+    last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
+    spent = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    return RunFacts(
+        name=name,
+        directory=str(one.directory),
+        finished=bool(summary),
+        steps=summary.get("steps", steps[-1]["step"] if steps else 0),
+        planned_steps=one.settings["train"]["steps"],
+        seconds=summary.get("seconds"),
+        tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
+        data_wait=steps[-1].get("data_wait") if steps else None,
+        evaluation=summary.get("evaluation", last),
+        coverage=summary.get("coverage", {}),
+        scores=_task_scores(one.directory),
+        settings=settings,
+        curve=_curve(one, steps, evaluations),
+    )
+
+
+def _curve(
+    one: _Found, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> Curve:
+    """The held-out loss over steps and seconds, without what is not recorded."""
+    seconds = {record["step"]: record.get("seconds") for record in steps}
+    points = [
+        Point(record["step"], seconds.get(record["step"]), record["loss"])
+        for record in evaluations
+        if "loss" in record
+    ]
+    recorded = one.cache.get("teacher_seconds") or {}
+    costs = [recorded.get(name) for name in one.cache["teachers"]]
+    known = [cost for cost in costs if cost is not None]
+    return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
+
+
+def _task_scores(directory: Path) -> dict[str, float]:
+    """The scores of what was fine-tuned into folders below the run, by folder and metric."""
+    scores = {}
+    for path in sorted(directory.glob("**/metrics.json")):
+        found = read_json(path) or {}
+        if isinstance(found.get("mean"), float) and "metric" in found:
+            task = "/".join(path.parent.relative_to(directory).parts)
+            scores[f"{task} {found['metric']}".strip()] = found["mean"]
+    return scores
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file that a command has left; None where there is none. Raises CheckpointError."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def differences(settings: Sequence[Any], path: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+    """The keys of nested settings at which not all are the same, with the value of each.
+
+    Lists of one length are compared item by item; others are different as a whole.
+    """
+    if all(one == settings[0] for one in settings):
+        return {}
+    if all(isinstance(one, Mapping) for one in settings):
+        keys: Sequence[Any] = list(dict.fromkeys(key for one in settings for key in one))
+        below = [[one.get(key) for one in settings] for key in keys]
+    elif all(isinstance(one, list) and len(one) == len(settings[0]) for one in settings):
+        keys = range(len(settings[0]))
+        below = [[one[key] for one in settings] for key in keys]
+    else:
+        return {".".join(path): list(settings)}
+    found: dict[str, list[Any]] = {}
+    for key, values in zip(keys, below, strict=True):
+        found |= differences(values, (*path, str(key)))
+    return found
+
+
+def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
+    """Why held-out losses of these runs are not comparable; nothing where they are."""
+    notes = []
+    causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
+    keys = ["student.task"] if len(causal) > 1 else []
+    keys += [key for key in EVALUATION_KEYS if _differs(key, differing)]
+    if keys:
+        notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
+    if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
+        notes.append("the runs see different masks: held-out values are not of the same positions")
+    return notes
+
+
+def _differs(key: str, differing: Mapping[str, Any]) -> bool:
+    return any(one == key or one.startswith(f"{key}.") for one in differing)
+
+
+def _teacher_notes(found: Sequence[_Found]) -> list[str]:
+    """That values of a teacher are of several teachers under one name."""
+    prints: dict[str, set[str]] = {}
+    for one in found:
+        for name, fingerprint in one.cache["teachers"].items():
+            prints.setdefault(name, set()).add(str(fingerprint))
+    changed = [name for name, known in prints.items() if len(known) > 1]
+    return [f"not the same teacher in all runs: {', '.join(changed)}"] if changed else []
+
+
+def is_higher_better(name: str) -> bool:
+    """Whether the most is the best of a value: speed, scores, agreement and what methods say of
+    their own values; else the least is.
+    """
+    if name == "tokens_per_second" or name.startswith(SCORES):
+        return True
+    return is_better_upwards(name)
+
+
+def values_of(run: RunFacts) -> dict[str, float]:
+    """What a run is judged by, under the names that ``Comparison.best`` has."""
+    values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
+    if run.tokens_per_second is not None:
+        values["tokens_per_second"] = run.tokens_per_second
+    return values
+
+
+def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
+    """The best finished runs for each value that several have, and not all the same."""
+    columns: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for name, value in values_of(run).items():
+            judged = evaluations or name not in run.evaluation
+            if run.finished and judged and math.isfinite(value):
+                columns.setdefault(name, {})[run.name] = value
+    best = {}
+    for name, values in columns.items():
+        choose: Callable[..., float] = max if is_higher_better(name) else min
+        if len(set(values.values())) > 1:
+            top = choose(values.values())
+            best[name] = [run for run, value in values.items() if value == top]
+    return best
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

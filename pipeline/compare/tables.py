@@ -1,0 +1,249 @@
+"""A comparison as tables of finished cells, and these in plain text."""
+
+import io
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.table
+import yaml
+from rich import box
+from rich.console import Console
+from rich.text import Text
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
+from rekindle.pipeline.compare.matching import Match, lowest, thinned
+from rekindle.pipeline.compare.runs import (
+    SCORES,
+    Comparison,
+    RunFacts,
+    by_corpus,
+    compare_runs,
+    values_of,
+)
+from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.config import DistillTerm
+
+_WIDEST = 10_000  # characters: no cell is ever cut
+_WIDEST_CELL = 28  # of a run that is a column: longer ones are folded
+COST = (
+    "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
+    "last evaluation that had cost no more, nothing is interpolated"
+)
+_MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
+
+
+def columns_of(comparison: Comparison) -> list[Column]:
+    """What is shown: the runs, the settings that differ, time and speed, values, coverage."""
+    runs = comparison.runs
+    names = Column("run", [run.name for run in runs], words=True)
+    return [names, *_settings(runs), *result_columns(comparison)]
+
+
+def result_columns(comparison: Comparison, scores: bool = True) -> list[Column]:
+    """What came out of each run: steps, time and speed, values (with task ``scores``, or without),
+    coverage.
+    """
+    runs = comparison.runs
+    shown = [Column("steps", [_steps(run) for run in runs])]
+    shown.append(Column("seconds", [formatted(run.seconds, "{:,.1f}") for run in runs]))
+    formats = {"tokens_per_second": "{:,.0f}"}
+    names = list(dict.fromkeys(name for run in runs for name in values_of(run)))
+    names = [name for name in names if not name.startswith(PREFIX)]  # they have their own table
+    names = [name for name in names if scores or not name.startswith(SCORES)]
+    names.sort(key=lambda name: name not in formats)  # speed stands beside time
+    for name in names:
+        cells = [formatted(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
+        best = comparison.best.get(name, [])
+        rows = frozenset(number for number, run in enumerate(runs) if run.name in best)
+        title = name.replace("tokens_per_second", "tokens/s").removeprefix(SCORES)
+        shown.append(Column(title, cells, rows))
+        if name == "tokens_per_second":
+            shown.append(Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs]))
+    for what in ("sequences", "positions"):
+        cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
+        shown.append(Column(f"KD {what}", cells))
+    return shown
+
+
+def sections_of(comparison: Comparison) -> list[Table]:
+    """The tables below the first one: losses at equal steps, at equal cost, and by domain."""
+    return [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison)]
+
+
+def step_tables(comparison: Comparison) -> list[Table]:
+    """Losses at equal steps, where the last evaluations are not all there is to compare."""
+    names = [run.name for run in comparison.runs]
+    last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
+    if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
+        columns = _matched(names, comparison.matched_steps, "steps", "{:,.0f}")
+        return [Table("held-out loss at equal steps", columns)]
+    return []
+
+
+def cost_tables(comparison: Comparison) -> list[Table]:
+    """Nothing where no cost is known; where one run's alone is, whose are not."""
+    title = "held-out loss at equal total cost"
+    evaluated = [run for run in comparison.runs if run.curve.points]
+    unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
+    if comparison.matched_cost:
+        names = [run.name for run in comparison.runs]
+        columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
+        return [Table(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))]
+    if comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
+        note = "not compared: what it cost is not recorded (by older versions) for "
+        return [Table(title, [], note + unknown)]
+    return []
+
+
+def _matched(
+    names: Sequence[str], matches: Sequence[Match], title: str, form: str, steps: bool = False
+) -> list[Column]:
+    shown = thinned(matches, _MOST_MATCHES)
+    columns = [Column(title, [form.format(match.at) for match in shown])]
+    for number, name in enumerate(names):
+        points = [match.points[number] for match in shown]
+        cells = [
+            NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
+            for p in points
+        ]
+        best = frozenset(row for row, match in enumerate(shown) if number in lowest(match))
+        columns.append(Column(name, cells, best))
+    return columns
+
+
+def _domain_table(matrix: DomainMatrix) -> Table:
+    columns = [Column("run", matrix.runs, words=True)]
+    for number, name in enumerate(matrix.domains):
+        cells = [formatted(values[number], "{:,.2f}") for values in matrix.perplexity]
+        columns.append(Column(name, cells))
+    return Table("held-out perplexity by domain, at the last evaluation", columns)
+
+
+def domain_tables(comparison: Comparison) -> list[Table]:
+    """Perplexity by domain, where runs have evaluated it."""
+    return [_domain_table(comparison.domains)] if comparison.domains.runs else []
+
+
+def domain_matrix(runs: Sequence[Path]) -> str:
+    """The domains × stages perplexity matrix of the runs in these directories, in their order, as
+    text: one for each corpus, empty when none of them evaluated by domain
+    (``train.evaluate_domains``).
+
+    Raises as ``compare_runs`` does, but for different corpora.
+    """
+    matrices = [compare_runs(group).domains for group in by_corpus(runs)]
+    return "\n".join(
+        line for one in matrices if one.runs for line in _table_lines(_domain_table(one), 0)
+    )
+
+
+def _settings(runs: list[RunFacts]) -> Iterable[Column]:
+    keys = [key for key in runs[0].settings if key != "train.steps"]  # it has a column anyway
+    tails = shortest_tails([key.split(".") for key in keys])
+    for key, tail in zip(keys, tails, strict=True):
+        values = [run.settings[key] for run in runs]
+        words = any(isinstance(value, str | dict | list) for value in values)
+        yield Column(tail, [setting_words(key, value) for value in values], words=words)
+
+
+def setting_words(key: str, value: Any) -> str:
+    """A setting's value in one line, without the defaults of terms."""
+    if value is None:
+        return NOTHING
+    if key == "train.objective.distill":
+        value = [_without_defaults(term) for term in value]
+    if isinstance(value, dict | list):
+        return yaml.safe_dump(value, default_flow_style=True, width=_WIDEST, sort_keys=False)[:-1]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _without_defaults(term: Any) -> Any:
+    try:
+        parsed = parse_settings(DistillTerm, term)
+    except InputError:  # of another version
+        return term
+    return parsed.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def _steps(run: RunFacts) -> str:
+    if run.finished:
+        return f"{run.steps:,}"
+    return f"unfinished at {run.steps:,} of {run.planned_steps:,}"
+
+
+def _share_with_kd(run: RunFacts, what: str) -> float | None:
+    """Of the sequences, or of the positions with an LM loss: those that a teacher taught."""
+    counts = {name: n for name, n in run.coverage.items() if name.startswith(what)}
+    total = sum(counts.values())
+    return counts.get(f"{what}_with_kd", 0) / total if total else None
+
+
+def as_text(comparison: Comparison, width: int | None = None) -> str:
+    """The tables in plain text; the best of the runs has a star.
+
+    A run is a line; where that does not fit ``width`` characters (the terminal's; 160 without one),
+    a run is a column, if that is narrower. Nothing is ever cut.
+    """
+    columns = columns_of(comparison)
+    width = width or shutil.get_terminal_size((160, 24)).columns
+    lines = _fitting(columns, width)
+    notes = [f" note: {note}" for note in comparison.notes]
+    if any(column.best for column in columns):
+        notes.append(" * the best of the runs")
+    below = [line for s in sections_of(comparison) for line in ("", *_table_lines(s, width))]
+    return "\n".join([*lines, *notes, *below])
+
+
+def _table_lines(table: Table, width: int) -> list[str]:
+    """A further table with its title; ``width`` 0: as it stands."""
+    lines = _fitting(table.columns, width or _WIDEST) if table.columns else []
+    return [f" {table.title}", *lines, *([f" {table.note}"] if table.note else [])]
+
+
+def _fitting(columns: list[Column], width: int) -> list[str]:
+    lines = _drawn(_upright(columns))
+    if _width(lines) > width:
+        lines = min(lines, _drawn(_lying(columns)), key=_width)
+    return lines
+
+
+def _upright(columns: list[Column]) -> rich.table.Table:
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
+    for row in range(len(columns[0].cells)):
+        table.add_row(*(_cell(column, row) for column in columns))
+    return table
+
+
+def _lying(columns: list[Column]) -> rich.table.Table:
+    names, *others = columns
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
+    table.add_column(names.title, no_wrap=True)
+    for name in names.cells:
+        table.add_column(name, justify="right", overflow="fold", max_width=_WIDEST_CELL)
+    for column in others:
+        table.add_row(column.title, *(_cell(column, row) for row in range(len(column.cells))))
+    return table
+
+
+def _drawn(table: rich.table.Table) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDEST, color_system=None).print(table)
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return [line for line in lines if line]
+
+
+def _width(lines: list[str]) -> int:
+    return max(map(len, lines))
+
+
+def _cell(column: Column, row: int) -> Text:
+    # The others get a blank for the star, so that digits stand below digits.
+    star = ("*" if row in column.best else " ") if column.best else ""
+    return Text(column.cells[row] + star)

@@ -1,0 +1,109 @@
+"""The jobs of a cycle and what they wait for. Nothing is run here, and no file is opened."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rekindle.pipeline import work as stages
+from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
+from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.tasks import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.jobs import Job
+
+CACHE_FILE = "stage1.yaml"
+START_FOLDER = "start"  # the start model as students take it over, and so experts as well
+# Arms whose students have one expert each, and so a student for every task.
+_OF_ONE_EXPERT: tuple[Arm, ...] = ("kd", "both")
+# The longest chain first: what else there is fills the places that wait for it.
+_ORDER: tuple[Arm, ...] = ("mixture", "both", "kd", "mlm", "longer")
+
+
+def student_of(arm: Arm, task: str) -> str:
+    """The name of the student that ``arm`` fine-tunes on ``task``; empty for the start model."""
+    if arm in ("expert", "longer"):
+        return ""
+    return f"{arm}-{task}" if arm in _OF_ONE_EXPERT else arm
+
+
+def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """For each student the experts that teach it, and whether it learns masked LM."""
+    names = tuple(task.name for task in config.tasks)
+    found: dict[str, tuple[tuple[str, ...], bool]] = {}
+    for arm in [arm for arm in _ORDER if arm in config.arms]:
+        for name in names:
+            student = student_of(arm, name)
+            taught = {"mlm": (), "mixture": names}.get(arm, (name,))
+            if student:
+                found[student] = (taught, arm != "kd")
+    return found
+
+
+def result_folder(home: Path, arm: Arm, task: str) -> Path:
+    """What ``arm`` leaves of ``task``."""
+    return home / folder_of(arm, task)
+
+
+def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
+    """Every job; of those that can start, the first does."""
+    start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
+    yield Job("start", stages.save_start, (config.student.model, start), output=start)
+    yield Job("corpus", stages.cache, (home / "corpus.yaml", (), corpus), output=corpus)
+    for one in tasks:
+        yield from _fine_tuning(home, config, one, "expert")
+    # One after another: a teacher's time is then its own.
+    before: tuple[str, ...] = ("corpus",)
+    for one in tasks:
+        cost = home / "costs" / f"{one.task.name}.json"
+        name = f"cache {one.task.name}"
+        yield Job(
+            name,
+            stages.cache,
+            (home / CACHE_FILE, (one.task.name,), cost),
+            output=cost,
+            after=(*before, f"expert on {one.task.name}"),
+        )
+        before = (name,)
+    for student, (taught, _) in student_names(config).items():
+        run = home / "students" / student
+        yield Job(
+            f"student {student}",
+            stages.train,
+            (home / "students" / f"{student}.yaml", run),
+            output=run / "run.yaml",
+            after=("corpus", *(f"cache {name}" for name in taught)),
+            steps=config.train.steps,
+        )
+    for arm in [arm for arm in _ORDER if arm in config.arms]:
+        for one in tasks:
+            yield from _fine_tuning(home, config, one, arm)
+
+
+def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
+    """The search, and the fine-tunings that are compared, with what it has chosen."""
+    name, points = one.task.name, config.search_points()
+    student = student_of(arm, name)
+    start = str(home / "students" / student if student else home / START_FOLDER)
+    after = (f"student {student}",) if student else ("start",)
+    files = home / TASKS_FOLDER / name
+    tried: list[tuple[dict[str, Any], Path]] = []
+    for point in points:
+        values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
+        folder = home / "search" / arm / name / point_name(point)
+        tried.append((values, folder / "metrics.json"))
+        if len(points) > 1:
+            yield Job(
+                f"search {point_name(point)} {arm} on {name}",
+                stages.search,
+                (start, files, folder, config.seeds_of_search, one.metric, values),
+                output=folder / "metrics.json",
+                after=after,
+            )
+    searched = tuple(f"search {point_name(p)} {arm} on {name}" for p in points)
+    out = result_folder(home, arm, name)
+    yield Job(
+        f"{arm} on {name}",
+        stages.fine_tune_best,
+        (start, files, out, config.seeds, one.metric, tried),
+        output=out / "metrics.json",
+        after=(*after, *(searched if len(points) > 1 else ())),
+    )

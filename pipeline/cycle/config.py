@@ -1,0 +1,260 @@
+"""The configuration of a whole cycle: one YAML file, with the sections of a run and the tasks.
+
+Reading it imports no torch and touches no model. What a single run needs of it, ``RunConfig``, is
+made by ``cycle.configs``.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from rekindle.data.corpus.growth import CorpusConfig
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.pipeline.builtin.names import resolve_values
+from rekindle.pipeline.config import CacheConfig, read_values
+from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.metrics import METRICS
+
+Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
+ARMS: dict[Arm, str] = {
+    "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
+    "longer": "the start model, fine-tuned for twice the epochs",
+    "mlm": "pre-trained further on the text with masked LM alone, fine-tuned",
+    "kd": "on the same text with the task's expert alone, fine-tuned",
+    "both": "with masked LM and the task's expert (UEGP), fine-tuned",
+    "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
+}
+# What a search may not change: the budget is the same for all.
+_BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
+
+
+class CycleCacheConfig(CacheConfig):
+    """Where the experts' outputs go; as in a run, but for the path's default."""
+
+    path: str = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+
+
+class CycleTask(Settings):
+    """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
+
+    name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
+    train: str = Field(description="labelled examples: jsonl, csv, tsv or parquet")
+    test: str = Field(description="scored once for each fine-tuning; selects nothing")
+    dev: str | None = Field(
+        None, description="what selects; null: dev_examples are taken out of train, at random"
+    )
+    dev_examples: int = Field(
+        500, gt=0, description="so many, where dev is null; at most a fifth of train"
+    )
+    train_examples: int | None = Field(
+        None, gt=0, description="at most so many, chosen at random after dev; null: all"
+    )
+    metric: str | None = Field(
+        None, description="accuracy, f1, matthews, pearson, spearman; null: accuracy, or pearson"
+    )
+    pairs: Literal["adjacent", "same-document", "random"] | None = Field(
+        None,
+        description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
+        "task has sentence2",
+    )
+    distill: dict[str, Any] = Field(
+        default_factory=dict, description="of its expert's term, over the file's distill"
+    )
+    finetune: dict[str, Any] = Field(
+        default_factory=dict, description="over the file's finetune, for every arm alike"
+    )
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None) -> str | None:
+        known = [name for names in METRICS.values() for name in names]
+        if value is not None and value not in known:
+            raise ValueError(f"use one of: {', '.join(known)}")
+        return value
+
+
+class CycleConfig(Settings):
+    """The whole file."""
+
+    corpus: CorpusConfig = Field(description="the unlabelled text")
+    cache: CycleCacheConfig = Field(
+        default_factory=lambda: CycleCacheConfig(), description="where the cache is"
+    )
+    student: StudentConfig = Field(
+        description="the model that experts are fine-tuned from, and students begin as"
+    )
+    train: TrainConfig = Field(
+        default_factory=TrainConfig,
+        description="how students are trained, all alike; objective.hard is μ of masked LM",
+    )
+    tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
+    distill: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of every expert's term (weight is λ, temperature, view, …); regressions "
+        "have divergence mse unless told",
+    )
+    arms: tuple[Arm, ...] = Field(
+        tuple(ARMS), description="what is compared; expert is always among them"
+    )
+    finetune: FinetuneConfig = Field(
+        default_factory=FinetuneConfig, description="how every model is fine-tuned"
+    )
+    search: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="values of finetune to try for every arm and task; the best on dev is taken",
+    )
+    search_seeds: int = Field(1, gt=0, description="fine-tunings for each point of the search")
+    seeds: int = Field(5, gt=0, description="fine-tunings of every arm on every task, scored")
+    seed: int = Field(0, ge=0, description="of what is taken out of train")
+
+    @field_validator("arms")
+    @classmethod
+    def _with_experts(cls, value: tuple[Arm, ...]) -> tuple[Arm, ...]:
+        return tuple(arm for arm in ARMS if arm == "expert" or arm in value)
+
+    @field_validator("search")
+    @classmethod
+    def _searched(cls, value: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for key, values in value.items():
+            if key in _BUDGET:
+                raise ValueError(f"{key} is the budget, which is the same for every arm")
+            if not values:
+                raise ValueError(f"{key} has no values")
+        # As they are used: YAML reads 1e-5 as a string, and what was tried is found by its values.
+        found = {key: tuple(_setting(key, one) for one in ones) for key, ones in value.items()}
+        for key, ones in found.items():
+            if len(set(ones)) < len(ones):
+                raise ValueError(f"{key} has a value twice; every arm tries each of them once")
+        return found
+
+    @field_validator("tasks")
+    @classmethod
+    def _not_the_mean(cls, value: tuple[CycleTask, ...]) -> tuple[CycleTask, ...]:
+        if any(task.name == "mean" for task in value):
+            raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CycleConfig":
+        names = [task.name for task in self.tasks]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
+        if self.student.from_scratch or self.student.grow is not None:
+            raise ValueError(
+                "student.from_scratch and student.grow make a student that is not the model which "
+                "its expert was fine-tuned from, and the comparison would be of models; leave them "
+                "out"
+            )
+        if self.student.domain_prompts:
+            raise ValueError(
+                "student.domain_prompts puts a token into every text that fine-tuning does not "
+                "have; leave it out"
+            )
+        if self.student.task != "masked_lm":
+            raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
+        if self.train.objective.distill or self.train.objective.methods:
+            raise ValueError(
+                "train.objective.distill and methods are what the arms set; give distill (for all "
+                "experts) or tasks.….distill"
+            )
+        if self.train.curriculum is not None:
+            raise ValueError(
+                "train.curriculum chooses the text by a teacher, also for the arms that see none; "
+                "leave it out"
+            )
+        if not (self.train.keep_best or "loss").startswith("loss"):
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
+                "loss, or null for none"
+            )
+        if self.train.objective.hard.weight == 0 and {"mlm", "both", "mixture"} & {*self.arms}:
+            raise ValueError(
+                "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
+                "masked LM; the arm kd is without it, leave the others out of arms"
+            )
+        for task in self.tasks:
+            for point in self.search_points():
+                _check_finetune(self.finetune_of(task, point))
+            self._check_term(task)
+        return self
+
+    def _check_term(self, task: CycleTask) -> None:
+        if {"teachers"} & {*self.distill, *task.distill}:
+            raise ValueError("distill.teachers is what the arms set; leave it out")
+        if self.term_of(task, regression=False).weight == 0:
+            raise ValueError(
+                f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; the "
+                "arm mlm is without experts"
+            )
+
+    @property
+    def seeds_of_search(self) -> range:
+        """None of those that are compared: these have selected nothing."""
+        return range(self.seeds, self.seeds + self.search_seeds)
+
+    def search_points(self) -> list[dict[str, Any]]:
+        """Every combination of the searched values; [{}] where nothing is searched."""
+        keys = list(self.search)
+        return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
+
+    def finetune_of(
+        self, task: CycleTask, point: dict[str, Any], longer: bool = False
+    ) -> FinetuneConfig:
+        """How a model is fine-tuned on ``task``; ``longer``: for twice the epochs and steps."""
+        values = self.finetune.model_dump() | task.finetune | point
+        if longer:
+            values["epochs"] *= 2
+            values["max_steps"] = values["max_steps"] and 2 * values["max_steps"]
+        return parse_settings(FinetuneConfig, values, f"finetune of task {task.name!r}")
+
+    def term_of(self, task: CycleTask, regression: bool) -> DistillTerm:
+        """The distillation term of the expert on ``task``."""
+        usual = {"divergence": "mse"} if regression else {}
+        values = usual | self.distill | task.distill | {"teachers": [task.name]}
+        return parse_settings(DistillTerm, values, f"distill of task {task.name!r}")
+
+
+def _check_finetune(config: FinetuneConfig) -> None:
+    if config.epochs == 0:
+        raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
+    if config.head is not None or config.merge is not None:
+        raise ValueError("finetune.head and merge are for scoring without training; leave them out")
+
+
+def _setting(key: str, value: Any) -> Any:
+    """A value of fine-tuning as it is understood: of its own type, not of the file's."""
+    return getattr(parse_settings(FinetuneConfig, {key: value}), key)
+
+
+def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:
+    """Read and validate a cycle's file; as ``config.load_config`` does a run's."""
+    values = read_values(path, overrides)
+    if "tasks" not in values:
+        raise InputError(
+            f"{path} has no tasks, so it is not of a whole cycle; `pipeline init rekindle` writes "
+            "an example. Runs of one student are for `pipeline train-student`"
+        )
+    config = parse_settings(CycleConfig, values, str(path))
+    resolved = resolve_values(values)
+    return config if resolved == values else parse_settings(CycleConfig, resolved, str(path))
+
+
+def dump_cycle(config: CycleConfig) -> str:
+    """The resolved configuration as YAML, loadable again."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def point_name(point: dict[str, Any]) -> str:
+    """A point of the search as the name of a folder."""
+    name = ",".join(f"{key}={value}" for key, value in point.items())
+    if "/" in name:
+        raise InputError(f"search: {name!r} cannot be the name of a folder")
+    return name

@@ -1,0 +1,172 @@
+"""What `pipeline finetune` left for the arms of a cycle, and whether it may be compared.
+
+An arm has had the same budget as another if every setting is the same, but for those that were
+searched on dev; the arm ``longer`` has twice the epochs, and twice the steps if those are limited.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import CheckpointError
+from rekindle.train.finetune.result_folder import WRITER
+
+EXPERT = "expert"
+LONGER = "longer"  # the start model, fine-tuned with twice the epochs
+MLM = "mlm"  # a student of the text alone
+TAUGHT = ("kd", "both", "mixture")  # students of experts
+_AGAIN = "restore it, or remove what its stage has left and resume the cycle"
+_DOUBLED = ("epochs", "max_steps")
+_SECOND = {"pearson": "spearman", "spearman": "pearson"}
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """One metrics.json. ``dev`` and ``test`` have the scores by metric, in the order of ``seeds``.
+
+    ``folder`` is relative to the cycle; ``files`` are the last three parts of the paths of the
+    splits, for the cycle's directory may have been moved, or named from elsewhere.
+    """
+
+    folder: str
+    arm: str
+    task: str
+    model: str
+    files: dict[str, str]
+    problem: str
+    label_names: list[str]
+    metric: str
+    seeds: list[int]
+    dev: list[dict[str, float]]
+    test: list[dict[str, float]]  # empty where there was no test split
+    best_seed: int
+    seconds: float
+    precision: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def shown(self) -> list[str]:
+        """The main metric first, and the second one that GLUE reports for such a task."""
+        if self.problem == "regression":
+            return [self.metric, _SECOND[self.metric]]
+        two_classes = len(self.label_names) == 2
+        return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The settings; in the arm ``longer`` those that it would have at the common length."""
+        if self.arm != LONGER:
+            return self.config
+        halved = {key: self.config.get(key) for key in _DOUBLED}
+        return self.config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
+
+
+def folder_of(arm: str, task: str) -> str:
+    """Where an arm's fine-tuned model of a task is, in the cycle's directory."""
+    return f"experts/{task}" if arm == EXPERT else f"fine-tuned/{arm}/{task}"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None without a file. CheckpointError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged (it is no object); {_AGAIN}")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a finite number")
+
+
+def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | None:
+    """The result in ``out / folder``; None where there is none yet. CheckpointError if damaged."""
+    path = out / folder / "metrics.json"
+    values = read_json(path)
+    if values is None:
+        return None
+    try:
+        return _checked(_parsed(values, folder, arm, task))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
+        ) from None
+
+
+def _parsed(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
+    if values["written_by"] != WRITER:
+        raise ValueError(f"written by {values['written_by']!r}")
+    runs = values["per_seed"]
+    tests = [run["test_scores"] for run in runs]
+    return FineTuned(
+        folder=folder,
+        arm=arm,
+        task=task,
+        model=values["model"],
+        files={split: "/".join(Path(f).parts[-3:]) for split, f in values["files"].items()},
+        problem=values["problem"],
+        label_names=list(values["label_names"]),
+        metric=values["metric"],
+        seeds=[run["seed"] for run in runs],
+        dev=[run["scores"] for run in runs],
+        test=[] if None in tests else tests,
+        best_seed=values["best_seed"],
+        seconds=float(values["seconds"]),
+        precision=values["precision"],
+        config=dict(values["config"]),
+        versions=dict(values["versions"]),
+    )
+
+
+def _checked(one: FineTuned) -> FineTuned:
+    """What can be seen of one result alone: each seed once, each with all scores, the best kept."""
+    if not one.seeds or len(set(one.seeds)) != len(one.seeds):
+        raise ValueError(f"seeds {one.seeds}")
+    for scores in [*one.dev, *one.test]:
+        for metric in one.shown:
+            if not math.isfinite(scores[metric]):
+                raise ValueError(f"{metric} is {scores[metric]}")
+    dev = dict(zip(one.seeds, (scores[one.metric] for scores in one.dev), strict=True))
+    if dev[one.best_seed] < max(dev.values()):
+        raise ValueError(f"seed {one.best_seed} is kept, and is not the best on dev")
+    return one
+
+
+def check_together(out: Path, found: Sequence[FineTuned], searched: Sequence[str] = ()) -> None:
+    """Raise CheckpointError where results of one task may not be compared, naming two of them."""
+    for other in found[1:]:
+        first = _terms(found[0], searched)
+        for key, value in _terms(other, searched).items():
+            if value != first.get(key):
+                refuse(out, found[0], other, key, first.get(key), value)
+        if missing := set(first) - set(_terms(other, searched)):
+            key = min(missing)
+            refuse(out, found[0], other, key, first[key], None)
+
+
+def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, two: Any) -> None:
+    """Raise the CheckpointError of two results that had not the same ``key``."""
+    doubled = " (longer: halved)" if LONGER in (first.arm, other.arm) and key in _DOUBLED else ""
+    raise CheckpointError(
+        f"{out / first.folder} and {out / other.folder} cannot be compared: {key}{doubled} is "
+        f"{one!r} in the first, {two!r} in the second. All arms of a task need the same data, "
+        "seeds and budget: remove the one that is wrong and resume"
+    )
+
+
+def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
+    """Everything that must be the same in all arms."""
+    names = ("problem", "label_names", "metric", "seeds", "files")
+    settings = {key: value for key, value in one.budget.items() if key not in searched}
+    # The setting may be "auto"; where it was searched, arms may have chosen differently.
+    precision = {} if "precision" in searched else {"precision in use": one.precision}
+    return {name: getattr(one, name) for name in names} | precision | settings

@@ -1,0 +1,168 @@
+"""What must be said beside the tables of a cycle: what its numbers are of, and what not."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, FineTuned
+from rekindle.pipeline.cycle.scores import (
+    MEAN,
+    SELECTED,
+    ArmScores,
+    Difference,
+    main_scores,
+)
+from rekindle.pipeline.cycle.searched import Searched
+
+UNFINISHED = "unfinished"  # how the note begins that says what is not there
+FEWEST_SEEDS = 5  # below, an interval is little more than a guess
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the notes are made from. ``metrics``: by task; ``missing``: arms and tasks;
+    ``overlaps``: examples of test that train has, by task.
+    """
+
+    metrics: Mapping[str, str]
+    found: Mapping[tuple[str, str], FineTuned]
+    missing: Sequence[tuple[str, str]]
+    scores: Sequence[ArmScores]
+    differences: Sequence[Difference]
+    searched: Sequence[Searched]
+    overlaps: Mapping[str, int] = field(default_factory=dict)
+
+
+def notes_of(told: Told) -> list[str]:
+    """The notes, those first that say what is not there."""
+    if not told.found:
+        return [*_missing(told), f"{UNFINISHED}: nothing is fine-tuned yet"]
+    return [
+        *_missing(told),
+        *_tests(told.differences),
+        *_without_test(told.differences),
+        *_seeds(told),
+        *_selected(told),
+        *_longer(told),
+        *_overlaps(told.overlaps),
+        *_searched(told.searched),
+        *_versions(list(told.found.values())),
+    ]
+
+
+def _missing(told: Told) -> list[str]:
+    if not told.missing:
+        return []
+    arms: dict[str, list[str]] = {}
+    for arm, task in told.missing:
+        arms.setdefault(arm, []).append(task)
+    listed = "; ".join(f"{arm} on {', '.join(tasks)}" for arm, tasks in arms.items())
+    means = ": these arms have no mean over tasks" if len(told.metrics) > 1 else ""
+    return [f"{UNFINISHED}, not there yet: {listed}{means}"]
+
+
+def _tests(differences: Sequence[Difference]) -> list[str]:
+    counts = Counter(one.against for one in differences if one.p is not None)
+    if not counts:
+        return []
+    listed = ", ".join(f"{count} against {against}" for against, count in counts.items())
+    means = " and on the mean over tasks" if any(o.task == MEAN for o in differences) else ""
+    across = ", not across these groups" if len(counts) > 1 else ""
+    return [
+        f"{counts.total()} paired t-tests were made (two-sided, by seed, on each task's main "
+        f"metric{means}): {listed}; p is adjusted by Holm's method over all tests against the same "
+        f"arm{across}; the intervals are not adjusted"
+    ]
+
+
+def _without_test(differences: Sequence[Difference]) -> list[str]:
+    equal = [one for one in differences if one.p is None and one.n > 1]
+    if not equal:
+        return []
+    listed = ", ".join(f"{one.arm} − {one.against} on {one.task}" for one in equal)
+    return [f"the same difference with every seed, so that no test can be made: {listed}"]
+
+
+def _seeds(told: Told) -> list[str]:
+    seeds = len(next(iter(told.found.values())).seeds)
+    few = f"fewer than {FEWEST_SEEDS} seeds: " if seeds < FEWEST_SEEDS else ""
+    if seeds == 1:
+        return [f"{few}one fine-tuning of each arm; nothing is known of their spread"]
+    return [
+        f"{few}intervals (95 %, Student's t) and tests are over {seeds} fine-tunings, which differ "
+        "in their seed (order of the data, dropout, the weights of a new head), on one test split",
+        "one student per arm was pre-trained: how much another seed of pre-training, or another "
+        "test split, would change is not in the intervals",
+    ]
+
+
+def _selected(told: Told) -> list[str]:
+    """Students of a selected teacher start from more than the mean expert has."""
+    main = main_scores(told.scores, told.metrics)
+    if not any(arm == SELECTED for arm, _ in main):
+        return []
+    notes = [
+        "the expert that teaches is the best of its seeds on dev, so that its students start from "
+        f"a selected one: a gain over the mean of {EXPERT} includes that selection. "
+        f"`{SELECTED}` is the test score of that one, without an interval"
+    ]
+    arms = dict.fromkeys(one.arm for one in told.scores if one.arm != SELECTED)
+    for arm in arms:
+        gains = [
+            f"{100 * (main[arm, task].mean - main[SELECTED, task].mean):+.2f} on {task}"
+            for task in (*told.metrics, MEAN)
+            if (arm, task) in main and (SELECTED, task) in main
+        ]
+        if gains:
+            notes.append(f"mean of {arm} − {SELECTED}, in points: {', '.join(gains)}")
+    return notes
+
+
+def _longer(told: Told) -> list[str]:
+    if not any(arm == LONGER for arm, _ in told.found):
+        return []
+    return [f"{LONGER}: fine-tuned with twice the epochs; all other arms had the same budget"]
+
+
+def _overlaps(overlaps: Mapping[str, int]) -> list[str]:
+    listed = ", ".join(f"{count:,} of {task}" for task, count in overlaps.items())
+    return [f"test examples whose text is also in train: {listed}"] if listed else []
+
+
+def _searched(searched: Sequence[Searched]) -> list[str]:
+    if not searched:
+        return []
+    keys = list(searched[0].tried[0].settings)
+    points = max(len(one.tried) for one in searched)
+    notes = [
+        f"{', '.join(keys)}: chosen on dev for each arm and task among the same {points} settings, "
+        "with the same seeds, none of which is compared; test scores have chosen nothing"
+    ]
+    edges = [f"{one.arm} on {one.task}" for one in searched if _at_edge(one)]
+    if edges:
+        notes.append(
+            f"the choice is at an edge of what was tried, and more may help: {'; '.join(edges)}"
+        )
+    return notes
+
+
+def _at_edge(one: Searched) -> bool:
+    """Whether a number that was chosen is the smallest or largest of three or more."""
+    for key, value in (one.chosen or {}).items():
+        tried = {point.settings[key] for point in one.tried if _is_number(point.settings[key])}
+        if len(tried) > 2 and value in (min(tried), max(tried)):
+            return True
+    return False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _versions(found: Sequence[FineTuned]) -> list[str]:
+    differing = sorted(
+        name
+        for name in {name for one in found for name in one.versions}
+        if len({one.versions.get(name) for one in found}) > 1
+    )
+    return [f"not all fine-tuned with the same {', '.join(differing)}"] if differing else []

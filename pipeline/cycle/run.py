@@ -1,0 +1,219 @@
+"""Knowledge rekindle as one resumable command: experts, cache, students, experts again, compared.
+
+    OUT/cycle.json                  what the cycle is; OUT/run.yaml: its configuration
+    OUT/tasks/TASK/                 the splits as every arm uses them
+    OUT/start/                      the start model as students take it over, and so experts
+    OUT/experts/TASK/               the start model, fine-tuned: the arm ``expert``
+    OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
+    OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture
+    OUT/fine-tuned/ARM/TASK/        each of them fine-tuned again with the same budget
+    OUT/search/ARM/TASK/POINT/      scores of the search, the same for every arm
+    OUT/results.json, report.html   what came out
+
+Each of these is what the command of that stage leaves, and can be used alone. A finished job is
+recognised by what it leaves, so the same command again goes on where it stopped.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.corpus.documents import source_files
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
+from rekindle.pipeline.config import RunConfig, dump_config
+from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
+from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle.page import cycle_html
+from rekindle.pipeline.cycle.results import CycleResults, read_results
+from rekindle.pipeline.cycle.start import check_start
+from rekindle.pipeline.cycle.tasks import TaskFiles, read_tasks, write_tasks
+from rekindle.pipeline.devices import cores, places_for, visible_devices
+from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
+from rekindle.pipeline.progress import Progress
+
+LOCK_FILE = ".lock"
+
+
+def run_cycle(
+    config: CycleConfig, out: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> CycleResults:
+    """Run what is not finished of the cycle in ``out``; returns what came out.
+
+    ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
+    cores, at most 4. Raises InputError for wrong files, models and settings before anything is run,
+    and for an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    """
+    home = Path(os.path.abspath(out))
+    config = _with_cache(config, home)
+    tasks = read_tasks(config)
+    runs = configs(home, config, tasks)
+    about = _about(config, tasks, check_start(config))
+    _check_ours(home, about)
+    if not (home / CYCLE_FILE).exists():  # later on the text may be gone: it is in the cache
+        source_files(config.corpus.source)
+    with _alone_in(home):
+        _check_ours(home, about)  # another process may have begun a cycle here meanwhile
+        _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
+        _remove_half_made(home)
+        write_tasks(tasks, home)
+        _write(home / "run.yaml", dump_cycle(config))
+        for name, run in runs.items():
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(home / name, dump_config(run))
+        _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
+        results = read_results(home)
+        _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
+        students = compare_runs([home]) if any(home.glob("students/*/run.json")) else None
+        _write(home / "report.html", cycle_html(students, results))
+    return results
+
+
+def _run(jobs: Sequence[Job], home: Path, workers: int | None, progress: Progress) -> None:
+    places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+    if places[0].device is None:  # nothing may look at a device before a fork
+        warm_up()
+    run_jobs(jobs, home / "cycle.log", progress, places)
+
+
+def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
+    if config.cache.path:
+        return config
+    path = str(home / "cache")
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+def _about(
+    config: CycleConfig, tasks: Sequence[TaskFiles], start: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``cycle.json`` says."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    return {
+        "written_by": CYCLE_WRITER,
+        "arms": list(config.arms),
+        "tasks": {one.task.name: one.facts for one in tasks},
+        "search": settings["search"],
+        "seeds": config.seeds,
+        "finetune": settings["finetune"],
+        "settings": settings,
+        "start": start,
+    }
+
+
+def _check_ours(home: Path, about: Mapping[str, Any]) -> None:
+    """Make sure that the directory is free, or holds this very cycle. Nothing is written."""
+    unborn = {LOCK_FILE, f".{CYCLE_FILE}.tmp"}  # what a kill at the very beginning leaves
+    if home.exists() and (not home.is_dir() or {p.name for p in home.iterdir()} - unborn):
+        _check_same(home, about)
+
+
+@contextmanager
+def _alone_in(home: Path) -> Iterator[None]:
+    """The only process that works on this cycle."""
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / LOCK_FILE, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process works on {home}; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def _remove_half_made(home: Path) -> None:
+    """Remove what killed processes have left. A task may be called tmp…: that is no such folder."""
+    for folder in (*home.glob("**/.*.new"), *home.glob("search/*/*/*/tmp*")):
+        shutil.rmtree(folder)
+
+
+def _check_same(home: Path, about: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("written_by") != CYCLE_WRITER:
+        raise InputError(f"{home} holds something else; give another --out, or remove it")
+    before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+    for key in now:
+        if key != "arms" and before.get(key) != now[key]:
+            raise CheckpointError(
+                f"{home} was begun with another configuration ({_difference(key, before, now)}). "
+                "Go on with its own (run.yaml in it), or give another --out"
+            )
+    start = found.get("start", about["start"])  # of older versions: it was not recorded
+    if start != about["start"]:
+        raise CheckpointError(
+            f"{home} was begun with other weights of {about['settings']['student']['model']}: its "
+            "experts and students would not begin as the same model. Put those back, or give "
+            "another --out"
+        )
+    gone = [arm for arm in found["arms"] if arm not in about["arms"]]
+    if gone:
+        raise CheckpointError(
+            f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
+            "taken away: name it again, or give another --out"
+        )
+
+
+def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks as settings and as what was read of their files."""
+    settings = {task["name"]: task for task in about["settings"]["tasks"]}
+    return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """Where two nested values first differ, and how."""
+    here, there = before.get(key), now.get(key)
+    while isinstance(here, dict) and isinstance(there, dict):
+        step = next(k for k in [*here, *there] if here.get(k) != there.get(k))
+        key, here, there = f"{key}.{step}", here.get(step), there.get(step)
+    return f"{key}: {here!r} there, {there!r} here"
+
+
+# --- the configurations of its runs ---------------------------------------------------------------
+
+
+def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict[str, RunConfig]:
+    """The run of every stage by the name of its file: what one can run by hand."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    shared = {name: settings[name] for name in ("corpus", "cache")}
+    teachers = [
+        {
+            "name": one.task.name,
+            "model": str(home / "experts" / one.task.name),
+            "task": "regression" if one.regression else "sequence_classification",
+            "pairs": one.pairs,
+        }
+        for one in tasks
+    ]
+    corpus = shared | {"student": settings["student"]}
+    found = {"corpus.yaml": corpus, CACHE_FILE: shared | {"teachers": teachers}}
+    for name, (taught, masked) in student_names(config).items():
+        terms = [
+            config.term_of(one.task, one.regression).model_dump(
+                mode="json", by_alias=True, exclude_unset=True
+            )
+            for one in tasks
+            if one.task.name in taught
+        ]
+        train = dict(settings["train"])
+        hard = train["objective"]["hard"] if masked else {"weight": 0.0}
+        train["objective"] = {"hard": hard, "distill": terms}
+        found[f"students/{name}.yaml"] = corpus | {"train": train}
+    return {name: parse_settings(RunConfig, values, name) for name, values in found.items()}

@@ -1,0 +1,136 @@
+"""The arms' test scores and the differences between them. Pure arithmetic on what was read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from rekindle.pipeline.report.significance import holm, mean_interval, paired
+
+SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
+MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' main metrics
+LEVEL = 0.95  # of all intervals
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """An arm's test scores, as fractions, by seed in the order of ``seeds``.
+
+    ``std`` is the sample deviation, ``low`` to ``high`` the 95 % interval of the mean; None for a
+    single seed. ``task`` and ``metric`` are "mean" for the mean of the tasks' main metrics. The arm
+    "expert (selected)" has the one seed of the expert that teaches; its ``seeds`` are empty in the
+    mean over tasks, whose experts are of several seeds.
+    """
+
+    arm: str
+    task: str
+    metric: str
+    seeds: list[int]
+    scores: list[float]
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``arm`` − ``against`` on a task's main metric, paired by seed; see ``significance.Paired``.
+
+    ``p_adjusted``: Holm's, over all tests with the same ``against``: every arm on every task, and
+    on the mean over tasks.
+    """
+
+    arm: str
+    against: str
+    task: str
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_adjusted: float | None
+    n: int
+
+
+def scores_of(
+    arms: Sequence[str], tasks: Sequence[str], found: Mapping[tuple[str, str], FineTuned]
+) -> list[ArmScores]:
+    """Arm by arm: each task's main metric and the second one, and the mean over tasks.
+
+    There is a mean where there are several tasks, and the arm has them all. The selected expert
+    stands behind the arm ``expert``. ``found``: by arm and task; the seeds are the same in all.
+    """
+    scores = []
+    for arm in arms:
+        ones = [found[arm, task] for task in tasks if (arm, task) in found]
+        whole = len(ones) == len(tasks) > 1
+        for one in ones:
+            for metric in one.shown:
+                values = [test[metric] for test in one.test]
+                scores.append(_summary(arm, one.task, metric, one.seeds, values))
+        if whole:
+            columns = zip(*([test[one.metric] for test in one.test] for one in ones), strict=True)
+            scores.append(_summary(arm, MEAN, MEAN, ones[0].seeds, [fmean(c) for c in columns]))
+        if arm == EXPERT:
+            scores += _selected(ones, whole)
+    return scores
+
+
+def _selected(experts: Sequence[FineTuned], whole: bool) -> list[ArmScores]:
+    scores, main = [], []
+    for one in experts:
+        test = one.test[one.seeds.index(one.best_seed)]
+        main.append(test[one.metric])
+        for metric in one.shown:
+            scores.append(_summary(SELECTED, one.task, metric, [one.best_seed], [test[metric]]))
+    if whole:
+        scores.append(_summary(SELECTED, MEAN, MEAN, [], [fmean(main)]))
+    return scores
+
+
+def _summary(
+    arm: str, task: str, metric: str, seeds: Sequence[int], values: Sequence[float]
+) -> ArmScores:
+    low, high = mean_interval(values, LEVEL) or (None, None)
+    std = stdev(values) if len(values) > 1 else None
+    return ArmScores(arm, task, metric, list(seeds), list(values), fmean(values), std, low, high)
+
+
+def main_scores(
+    scores: Sequence[ArmScores], metrics: Mapping[str, str]
+) -> dict[tuple[str, str], ArmScores]:
+    """By arm and task, those on the tasks' main ``metrics``, and the means over tasks."""
+    main = {**metrics, MEAN: MEAN}
+    return {(one.arm, one.task): one for one in scores if main[one.task] == one.metric}
+
+
+def differences_of(
+    arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
+) -> list[Difference]:
+    """Every arm against ``expert``; those that experts taught also against ``mlm`` and ``longer``.
+
+    ``metrics``: each task's main one. The last two comparisons are the ones that decide whether it
+    is the experts that help, and not the text or the longer training.
+    """
+    main = main_scores(scores, metrics)
+    found = []
+    for against in (EXPERT, MLM, LONGER):
+        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
+        pairs = [
+            (main[arm, task], main[against, task])
+            for arm in others
+            for task in (*metrics, MEAN)
+            if (arm, task) in main and (against, task) in main
+        ]
+        found += _family(against, pairs)
+    return found
+
+
+def _family(against: str, pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
+    """The tests that are adjusted together."""
+    results = [paired(second.scores, first.scores, LEVEL) for first, second in pairs]
+    adjusted = holm([result.p for result in results])
+    return [
+        Difference(one.arm, against, one.task, r.mean, r.low, r.high, r.p, p_adjusted, r.n)
+        for (one, _), r, p_adjusted in zip(pairs, results, adjusted, strict=True)
+    ]

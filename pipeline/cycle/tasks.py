@@ -1,0 +1,156 @@
+"""The tasks of a cycle as files: which examples train, which select, which are scored. No model.
+
+    OUT/tasks/TASK/{train,dev,test}.jsonl
+
+Every arm is fine-tuned on these very files. They are written once, and whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
+from rekindle.train.finetune.metrics import check_metric, default_metric
+from rekindle.train.finetune.task_data import TaskData, read_task
+
+TASKS_FOLDER = "tasks"
+_MOST_DEV = 5  # dev is at most one of so many parts of train
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """A task as it is used: the rows of its files that train, select and are scored."""
+
+    task: CycleTask
+    regression: bool
+    metric: str
+    pairs: str | None  # how pairs are made of the unlabelled text; None: single texts
+    splits: dict[str, TaskData]
+    rows: dict[str, np.ndarray]  # of each split, ascending
+    digests: dict[str, str]  # sha256 of the files it comes from
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``cycle.json`` says of it."""
+        counts = {name: len(rows) for name, rows in self.rows.items()}
+        seen = set(_examples(self.splits["train"], self.rows["train"]))
+        shared = sum(one in seen for one in _examples(self.splits["test"], self.rows["test"]))
+        return {
+            "metric": self.metric,
+            "regression": self.regression,
+            "pairs": self.pairs,
+            **counts,
+            "test_in_train": shared,
+            "files": self.digests,
+        }
+
+
+def read_tasks(config: CycleConfig) -> list[TaskFiles]:
+    """Read and divide the files of every task; InputError for whatever is wrong with them."""
+    return [_read(task, config.seed) for task in config.tasks]
+
+
+def _read(task: CycleTask, seed: int) -> TaskFiles:
+    names = ["train", "test"] + (["dev"] if task.dev else [])
+    paths = [task.train, task.test] + ([task.dev] if task.dev else [])
+    splits = dict(zip(names, read_task(*paths), strict=True))
+    train = splits["train"]
+    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
+    rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    if task.dev is None:
+        count = min(task.dev_examples, len(train) // _MOST_DEV)
+        if count == 0:
+            raise InputError(
+                f"task {task.name!r}: {task.train} has {len(train)} examples, too few to take any "
+                "for dev; give a dev file"
+            )
+        splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
+    rows["train"] = np.sort(order[: task.train_examples])
+    metric = task.metric or default_metric(train.problem)
+    check_metric(metric, train.problem)
+    if task.pairs and train.pairs is None:
+        raise InputError(
+            f"task {task.name!r}: pairs is {task.pairs}, but {task.train} has no sentence2; an "
+            "expert on single texts is shown single texts: leave pairs out"
+        )
+    pairs = (task.pairs or "adjacent") if train.pairs is not None else None
+    digests = {path: _digest(path) for path in paths}
+    files = TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
+    _check_classes(files)
+    return files
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _check_classes(files: TaskFiles) -> None:
+    """What is left to train on must have every class."""
+    train = files.splits["train"]
+    missing = set(range(len(train.label_names))) - set(train.labels[files.rows["train"]].tolist())
+    if missing:
+        raise InputError(
+            f"task {files.task.name!r}: none of the {len(files.rows['train'])} examples that are "
+            f"left to train on has the label {train.label_names[min(missing)]!r}; raise "
+            "train_examples, lower dev_examples, or give a dev file"
+        )
+
+
+def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[str, str | None]]:
+    return [(data.texts[r], data.pairs[r] if data.pairs else None) for r in rows]
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
+    """Write the splits of every task whose files are not there."""
+    for one in tasks:
+        folder = home / TASKS_FOLDER / one.task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in one.rows.items():
+            if not (folder / f"{name}.jsonl").exists():
+                _write(one.splits[name], rows, folder / f"{name}.jsonl")
+
+
+def _write(data: TaskData, rows: np.ndarray, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_record(data, int(row)), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _record(data: TaskData, row: int) -> dict[str, Any]:
+    """A line that ``read_task`` reads as the same example."""
+    texts = {"text": data.texts[row]}
+    if data.pairs is not None:
+        texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
+    return texts | {"label": _label(data, row)}
+
+
+def _label(data: TaskData, row: int) -> float | int | str:
+    if not data.label_names:
+        return float(data.labels[row])
+    name = data.label_names[data.labels[row]]
+    return int(name) if _are_numbers(data.label_names) else name
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Whether names of classes, in their order, are those of numbers: "07" is a word, and so are
+    "10" and "9" in this order.
+    """
+    try:
+        numbers = [int(name) for name in names]
+    except ValueError:
+        return False
+    return [str(number) for number in sorted(numbers)] == [*names]

@@ -1,0 +1,68 @@
+"""What ``pipeline plan`` shows of a file of several stages: a plan for each, as far as known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.plan.run import RunPlan, plan_run
+from rekindle.pipeline.stages.resolve import Ready, plan_stages, ready_parts
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage: its plan, or why there is none."""
+
+    ready: Ready
+    plan: RunPlan | None
+    note: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The stage as JSON has it."""
+        plan = None if self.plan is None else self.plan.as_dict()
+        return {"name": self.ready.stage.name, "plan": plan, "note": self.note} | {
+            "waiting": self.ready.waiting
+        }
+
+    def as_text(self) -> str:
+        """The stage for people."""
+        name = self.ready.stage.name
+        shown = self.plan.as_text() if self.plan is not None else f"{self.note}\n"
+        waiting = "".join(f"{line}\n" for line in self.ready.waiting_text())
+        return f"--- stage {name} ---\n{shown}{waiting}"
+
+
+def plan_staged_run(config: RunConfig, probe: bool = True) -> list[PlannedStage]:
+    """``plan_run`` for every stage, without what an earlier stage puts into the same cache.
+
+    Raises InputError as ``plan_run`` and ``plan_stages`` do.
+    """
+    planned: list[PlannedStage] = []
+    for ready in ready_parts(plan_stages(config, Path())):
+        part, note = _what_is_new(ready, planned)
+        plan = None if part is None else plan_run(part, probe)
+        planned.append(PlannedStage(ready, plan, note))
+    return planned
+
+
+def _what_is_new(
+    ready: Ready, planned: Sequence[PlannedStage]
+) -> tuple[RunConfig | None, str | None]:
+    """The configuration to plan, or why there is nothing to plan."""
+    part, prompts = ready.config, ready.stage.prompts
+    if part is None:
+        why = ": its text is not there" if "" in ready.waiting else ""
+        return None, f"not known yet{why}"
+    if prompts is not None and not Path(prompts.to).exists():
+        return None, f"not known yet: {prompts.to} is written when its turn comes"
+    same = [
+        one.ready
+        for one in planned
+        if one.ready.config is not None and one.ready.config.cache.path == part.cache.path
+    ]
+    known = {t.name for one in same if one.config is not None for t in one.config.teachers}
+    left = tuple(t for t in part.teachers if t.name not in known)
+    if not left and any(one.config and one.config.corpus == part.corpus for one in same):
+        return None, f"nothing more than stage {same[-1].stage.name} puts into {part.cache.path}"
+    return part.model_copy(update={"teachers": left}), None

@@ -1,0 +1,168 @@
+"""What is left to be made of a teacher's targets or a view: shards, positions, bytes.
+
+Nothing is run here. Positions are counted on the plan's sample rows, as exactly as that goes
+without the model, and scaled by tokens. Bytes follow from the widths of the columns.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.storage.shards import ShardSet, rows_in_batches
+from rekindle.data.targets.schema import TeacherInfo, entry_columns, position_columns, target_schema
+from rekindle.data.views.views import ViewReader
+from rekindle.pipeline.caching.cache_teachers import missing_units
+from rekindle.pipeline.caching.extensions import view_of
+from rekindle.pipeline.caching.run_teacher import ShardRows, split_lists
+from rekindle.pipeline.plan.sample import CorpusSurvey
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards of one size that have to be made."""
+
+    count: int
+    rows: int  # in each
+    tokens: float  # in each
+    share: float = 1.0  # of the rows: those that the teacher is for
+
+
+def domain_share(corpus: Corpus, domains: Sequence[str] | None) -> float:
+    """The share of a corpus's sequences that is of ``domains`` (None: of any)."""
+    if domains is None:
+        return 1.0
+    return sum(corpus.domains.get(domain, 0) for domain in set(domains)) / len(corpus)
+
+
+def work_of_part(
+    survey: CorpusSurvey, info: TeacherInfo, replicas: int, per_shard: int
+) -> tuple[list[Shards], int]:
+    """The shards that are missing of a part of a teacher's targets, and how many are there."""
+    work: list[Shards] = []
+    present = 0
+    if survey.present is not None:
+        missing, present = missing_units(survey.present, info, replicas)
+        for unit in missing:
+            commit = survey.present.commits[unit.shard]
+            known, share = commit.facts["domains"], 1.0
+            if info.domains is not None:
+                share = sum(known.get(domain, 0) for domain in info.domains) / commit.rows
+            work.append(Shards(1, commit.rows, commit.facts["tokens"], share))
+    times = replicas if info.view.startswith("masked-") else 1
+    return work + _new_shards(survey, info.domains, times, per_shard), present
+
+
+def work_of_view(
+    survey: CorpusSurvey, name: str, replicas: int, per_shard: int
+) -> tuple[list[Shards], int]:
+    """The shards that are missing of a view, and how many of its units are there."""
+    each: list[int | None] = list(range(replicas)) if name.startswith("masked-") else [None]
+    work: list[Shards] = []
+    present = 0
+    if survey.present is not None:
+        done = ShardSet(survey.present.store, f"views/{name}").committed()
+        for shard, commit in enumerate(survey.present.commits):
+            left = sum(unit_of(shard, replica) not in done for replica in each)
+            present += len(each) - left
+            work += [Shards(left, commit.rows, commit.facts["tokens"])] if left else []
+    return work + _new_shards(survey, None, len(each), per_shard), present
+
+
+def _new_shards(
+    survey: CorpusSurvey, domains: Sequence[str] | None, times: int, per_shard: int
+) -> list[Shards]:
+    """The shards of the corpus that are not there yet, each ``times`` over."""
+    sequences = survey.new_sequences
+    if not sequences:
+        return []
+    share = domain_share(survey.reference, domains)
+    tokens = survey.new_tokens / sequences
+    whole, rest = divmod(sequences, per_shard)
+    sizes = [(whole, per_shard), (1, rest)]
+    return [Shards(n * times, rows, rows * tokens, share) for n, rows in sizes if n and rows]
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def positions_in(work: Iterable[Shards], steps: Corpus, info: TeacherInfo) -> float:
+    """Targets that the teacher will leave in those shards; its view of ``steps`` has been made."""
+    samples = [ShardRows(steps, info, shard) for shard in range(len(steps.commits))]
+    view = view_of(info, steps)
+    counted = sum(_positions(sample, view) for sample in samples)
+    return sum(w.count * w.share * w.tokens for w in work) * counted / steps.tokens
+
+
+def _positions(sample: ShardRows, view: ViewReader | None) -> float:
+    """Positions of one sample shard that get a target in one replica (the mean over them)."""
+    info, batches = sample.info, range(len(sample.batches))
+    if view is not None and info.task == "masked_lm":
+        found = [
+            split_lists([view.batch(sample.shard, i, replica) for i in batches], "positions")
+            for replica in range(view.replicas)
+        ]
+        return sum(len(positions) for row in found for positions in row) / len(found)
+    if view is not None:
+        return sum(len(b["text_a"]) - b["text_a"].null_count for b in _batches(sample, view))
+    if info.sees_clean_text:
+        return sum(len(positions) for positions in sample.content_positions())
+    if info.task == "causal_lm":
+        return sum(max(0, len(ids) - 1) for ids in sample.lists("input_ids"))
+    if info.kind == "token":
+        return sum(int(words.sum()) for words in sample.lists("word_starts"))
+    return len(sample.wanted)
+
+
+def _batches(sample: ShardRows, view: ViewReader) -> list[pa.RecordBatch]:
+    return [view.batch(sample.shard, index) for index in range(len(sample.batches))]
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def bytes_of(
+    work: Iterable[Shards], info: TeacherInfo, positions: float, per_position: float | None = None
+) -> int:
+    """Bytes of the shards with those targets: what each has without one, and the columns.
+
+    ``per_position``: as measured; by the widths of the columns without it.
+    """
+    frames = {rows: bytes_without_positions(info, rows) for rows in {w.rows for w in work}}
+    if per_position is None:
+        per_position = bytes_per_position(info)
+    return round(sum(w.count * frames[w.rows] for w in work) + positions * per_position)
+
+
+def bytes_per_position(info: TeacherInfo) -> int:
+    """Bytes of one position in all columns, at most: uncompressed, and if all draws differ.
+
+    None of a sequence expert, which has no positions.
+    """
+    if info.kind == "sequence":
+        return 0
+    columns = [*position_columns(info).values()]
+    columns += [(dtype, info.k) for dtype in entry_columns(info).values()]
+    return sum(dtype.bit_width // 8 * (1 if width is None else width) for dtype, width in columns)
+
+
+def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
+    """Bytes of a shard whose rows have no positions; of a sequence expert's, all of them."""
+    schema = target_schema(info, {"shard": 0, "replica": 0})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as file:
+        for first, last in rows_in_batches(rows, info.rows_per_batch):
+            digests = pa.array(["0" * 32] * (last - first), pa.string())
+            columns = [_empty(field.type, last - first) for field in list(schema)[1:]]
+            file.write_batch(pa.record_batch([digests, *columns], schema=schema))
+    return int(sink.getvalue().size)
+
+
+def _empty(kind: pa.DataType, rows: int) -> pa.Array:
+    """Empty lists, or zeros where the lists have a fixed size;"""
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array([[]] * rows, kind)
+    zeros = pa.array(np.zeros(rows * kind.list_size, np.float32))
+    return pa.FixedSizeListArray.from_arrays(zeros, kind.list_size)

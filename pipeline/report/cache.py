@@ -1,0 +1,169 @@
+"""The page's facts of caches: what they hold and how large it is, where they can still be read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rekindle.data.cache import Cache
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import SAMPLED
+from rekindle.pipeline.report.page import Block, Facts, Note, Section
+from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """One cached teacher; ``positions`` are masked tokens, or sequences for a task expert.
+
+    ``seconds_per_view``: recorded seconds of stage 1 for each sequence (of each masked replica).
+    """
+
+    name: str
+    targets: str
+    positions: int
+    bytes: int
+    corpus_tokens: int
+    seconds_per_view: float | None = None
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes for each target."""
+        return self.bytes / max(1, self.positions)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes for each token of the corpus (all replicas of a masked-LM teacher together)."""
+        return self.bytes / max(1, self.corpus_tokens)
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache holds."""
+
+    sequences: int
+    tokens: int
+    vocabulary: int
+    teachers: list[TeacherFacts]
+
+
+def read_cache(path: str | Path) -> CacheFacts:
+    """What the cache at ``path`` holds; raises what ``Cache.open`` raises."""
+    return _facts_of(Cache.open(str(path)))
+
+
+def _facts_of(cache: Cache) -> CacheFacts:
+    vocabulary = cache.corpus.info["tokenizer"]["size"]
+    teachers = [
+        TeacherFacts(
+            name=name,
+            targets=_targets(reader, vocabulary),
+            positions=reader.positions,
+            bytes=reader.bytes,
+            corpus_tokens=cache.corpus.tokens,
+            seconds_per_view=_seconds_per_view(reader),
+        )
+        for name, reader in sorted(cache.teachers.items())
+    ]
+    return CacheFacts(len(cache), cache.corpus.tokens, vocabulary, teachers)
+
+
+def _seconds_per_view(teacher: TeacherReader) -> float | None:
+    rows = sum(commit.rows for commit in teacher.commits.values())
+    return teacher.seconds / rows if teacher.seconds is not None and rows else None
+
+
+def _targets(teacher: TeacherReader, vocabulary: int) -> str:
+    info = teacher.info
+    if info.kind == "topk":
+        replicas = f", {teacher.replicas} masked replicas" if teacher.masked else ""
+        return f"{info.k} of {vocabulary:,} log-probabilities and the tail{replicas}"
+    if info.kind in SAMPLED:
+        return f"a {info.kind} sample of {info.k} of {vocabulary:,} tokens"
+    if info.kind == "hidden":
+        return f"hidden states of {info.hidden_size} values"
+    if info.kind == "dense":
+        return f"all {vocabulary:,} log-probabilities"
+    return f"{info.num_labels} logits" if info.num_labels != 1 else "a score"
+
+
+# --- caches that runs speak of --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownCache:
+    """The cache at a path that runs name: its facts, or ``problem``, why there are none.
+
+    ``changed`` says what is not as it was when the runs read it.
+    """
+
+    path: str
+    facts: CacheFacts | None = None
+    problem: str = ""
+    changed: list[str] = field(default_factory=list)
+
+
+def find_cache(path: str, corpus: str, teachers: Mapping[str, str]) -> KnownCache:
+    """The cache at ``path`` as far as it can be read, held against the fingerprints of the
+    ``corpus`` and of the ``teachers``' weights that runs have recorded. Never raises.
+    """
+    try:
+        cache = Cache.open(path)
+        facts = _facts_of(cache)
+        changed = [] if cache.corpus.fingerprint == corpus else ["its corpus"]
+        for name, weights in teachers.items():
+            reader = cache.teachers.get(name)
+            if reader is None or reader.fingerprint != weights:
+                changed.append(f"teacher {name}")
+    # The page is of runs that are done: whatever keeps their cache from being read (it was moved,
+    # a bucket that needs credentials or a package, damage) is told, and the rest is shown.
+    except Exception as error:
+        return KnownCache(path, problem=str(error) or type(error).__name__)
+    return KnownCache(path, facts, changed=changed)
+
+
+def cache_section(caches: Sequence[KnownCache], with_path: bool = True) -> Section:
+    """What each cache holds, or why that cannot be said."""
+    blocks: list[Block] = []
+    for cache in caches:
+        blocks += _blocks(cache, with_path)
+    return Section("The cache" if len(caches) < 2 else "The caches", blocks)
+
+
+def _blocks(cache: KnownCache, with_path: bool) -> list[Block]:
+    facts = cache.facts
+    if facts is None:
+        note = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
+        return [Note(note, warns=True)]
+    about = [("at", cache.path)] if with_path else []
+    about += [
+        ("text", f"{facts.sequences:,} sequences, {facts.tokens:,} tokens"),
+        ("vocabulary", f"{facts.vocabulary:,} tokens"),
+        ("targets", f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes"),
+    ]
+    blocks: list[Block] = [Facts(about)]
+    if cache.changed:
+        changed = ", ".join(cache.changed)
+        note = f"Not as the runs have read it: {changed}. What follows is what is there now."
+        blocks.append(Note(note, warns=True))
+    return [*blocks, _teacher_table(facts.teachers)] if facts.teachers else blocks
+
+
+def _teacher_table(teachers: Sequence[TeacherFacts]) -> Table:
+    milliseconds = [
+        None if t.seconds_per_view is None else 1000 * t.seconds_per_view for t in teachers
+    ]
+    columns = [
+        Column("teacher", [t.name for t in teachers]),
+        Column("kept for each target", [t.targets for t in teachers], words=True),
+        Column("targets", [f"{t.positions:,}" for t in teachers]),
+        Column("bytes", [f"{t.bytes:,}" for t in teachers]),
+        Column("bytes/target", [f"{t.bytes_per_position:.1f}" for t in teachers]),
+        Column("bytes/token", [f"{t.bytes_per_token:.2f}" for t in teachers]),
+        Column("ms/sequence", [formatted(value, "{:,.2f}") for value in milliseconds]),
+    ]
+    note = (
+        "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each "
+        "token of the corpus, of all masked replicas together. Ms/sequence: of stage 1, for each "
+        f"sequence that the teacher was run on ({NOTHING}: not recorded)."
+    )
+    return Table("", columns, note)

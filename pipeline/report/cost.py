@@ -1,0 +1,198 @@
+"""What students cost with cached and with live teachers: arithmetic, and the page's section on it.
+
+A cache pays its teachers once and every student for itself; live teachers are run beside every
+student. Nothing is guessed: a cost that was not recorded is unknown, and so is every sum with it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from rekindle.pipeline.report.page import Block, Facts, Figures, Note, Section
+from rekindle.pipeline.report.table import Column, Table, formatted
+
+ESTIMATED = (
+    "Live teachers were not run: their cost is estimated, as the recorded seconds of stage 1 for "
+    "each sequence that a teacher was run on, times the sequences of the steps at which the run "
+    "learnt from it. That leaves out that a student's batches are shuffled, not sorted by length "
+    "as in stage 1, that teachers and student then share one memory, and the loading of teachers; "
+    "it counts the encoding of what they say, which live teachers would not need."
+)
+_UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: each teacher over the corpus once; those in use live in one run; the run itself.
+
+    ``used`` names the teachers that the run learns from: the comparison is about them alone.
+    """
+
+    teachers: dict[str, float]
+    used: list[str]
+    live: float
+    run: float
+
+    @property
+    def once(self) -> float:
+        """To cache the teachers in use."""
+        return sum(self.teachers[name] for name in self.used)
+
+    @property
+    def pays_after(self) -> int | None:
+        """With so many runs the cache is no dearer than live teachers; None if it never is."""
+        return max(1, math.ceil(self.once / self.live)) if self.live > 0 else None
+
+    def cached(self, runs: int) -> float:
+        """Of ``runs`` students from one cache."""
+        return self.once + runs * self.run
+
+    def with_live_teachers(self, runs: int) -> float:
+        """Of as many students, with every teacher run beside each."""
+        return runs * (self.run + self.live)
+
+
+@dataclass(frozen=True)
+class StudentCost:
+    """A run: its own seconds, the teachers it learns from, and what they would take live beside it;
+    None where that is unknown, 0 where there are none.
+    """
+
+    name: str
+    seconds: float | None
+    teachers: tuple[str, ...]
+    live: float | None
+
+
+def typical_cost(
+    teachers: Mapping[str, float | None], students: Sequence[StudentCost]
+) -> tuple[Cost | None, str]:
+    """Of any number of students that are, on average, like those of them that are taught and of
+    known cost; and a sentence that names them and the others. None where there are none.
+    """
+    taught = [one for one in students if one.teachers]
+    if not taught:
+        return None, "No run learns from a teacher: there is nothing that a cache could save."
+    used = list(dict.fromkeys(name for one in taught for name in one.teachers))
+    if missing := [name for name in used if teachers.get(name) is None]:
+        return None, f"Unknown: the seconds of stage 1 for {', '.join(missing)} are not recorded."
+    known = [one for one in taught if one.seconds is not None and one.live is not None]
+    unknown = ", ".join(one.name for one in taught if one not in known)
+    if not known:
+        return None, f"Unknown: what {unknown} took (not finished), or what its teachers take live."
+    used = list(dict.fromkeys(name for one in known for name in one.teachers))
+    cost = Cost(
+        teachers={name: teachers[name] or 0.0 for name in used},
+        used=used,
+        live=mean(one.live or 0.0 for one in known),
+        run=mean(one.seconds or 0.0 for one in known),
+    )
+    like = f"A student run is like {', '.join(one.name for one in known)}"
+    like += ", on average." if len(known) > 1 else "."
+    return cost, like + (f" Left out, of unknown cost: {unknown}." if unknown else "")
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def cost_section(
+    teachers: Mapping[str, float | None],
+    students: Sequence[StudentCost],
+    cost: Cost | None,
+    notes: Sequence[str],
+    more: Sequence[Block] = (),
+    samples: Sequence[int] | None = None,
+) -> Section:
+    """Each teacher once, each student, and their sums over the number of students.
+
+    ``notes`` say what they are of, where the cost of live teachers is from, or why it is unknown;
+    ``samples`` are the numbers of the students' lines in other pictures, if not 0, 1, 2….
+    """
+    blocks: list[Block] = []
+    if teachers:
+        blocks.append(_teacher_table(teachers))
+    blocks.append(_student_table(students, samples))
+    if cost is not None:
+        blocks += [Figures([_picture(cost)]), Facts(cost_lines(cost))]
+    return Section("Cost", [*blocks, *map(Note, notes), *more])
+
+
+def cost_lines(cost: Cost) -> list[tuple[str, str]]:
+    """The cost in words, for both text and page."""
+    runs = cost.pays_after
+    paid = "never" if runs is None else f"after {runs:,} student run{'s' if runs > 1 else ''}"
+    return [
+        (f"{', '.join(cost.used)} once, into the cache", f"{cost.once:.1f} s"),
+        ("the same live, beside each student", f"{cost.live:.1f} s a run"),
+        ("a student run itself", f"{cost.run:.1f} s"),
+        ("the cache has paid for itself", paid),
+    ]
+
+
+def _teacher_table(teachers: Mapping[str, float | None]) -> Table:
+    cells = ["unknown" if value is None else f"{value:,.1f}" for value in teachers.values()]
+    columns = [Column("teacher", list(teachers)), Column("seconds, once", cells)]
+    note = "Of one process each, without loading. Unknown: older versions did not record it."
+    return Table("Each teacher, run over the corpus", columns, note if "unknown" in cells else "")
+
+
+def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | None) -> Table:
+    live = [
+        formatted(one.live, "{:,.1f}") if one.live is not None else "unknown" for one in students
+    ]
+    columns = [
+        Column("student", [one.name for one in students]),
+        Column("seconds", [formatted(one.seconds, "{:,.1f}") for one in students]),
+        Column(
+            "learns from", [", ".join(one.teachers) or "no teacher" for one in students], words=True
+        ),
+        Column("its teachers live", live),
+    ]
+    return Table(
+        "Each student", columns, samples=range(len(students)) if samples is None else samples
+    )
+
+
+def _picture(cost: Cost) -> Any:
+    from rekindle.pipeline.report.svg import figure
+
+    unit, size = _unit_of(cost)
+    caption = (
+        f"Total cost of so many students, in {unit} of computing: their teachers once, into a "
+        "cache, or live beside each."
+    )
+    if cost.pays_after is not None:
+        caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
+    return figure(caption, lambda axes: _draw(axes, cost, unit, size))
+
+
+def _unit_of(cost: Cost) -> tuple[str, float]:
+    most = max(cost.cached(_most_runs(cost)), cost.with_live_teachers(_most_runs(cost)))
+    return next((unit, size) for unit, size, least in _UNITS if most >= least * size)
+
+
+def _most_runs(cost: Cost) -> int:
+    return max(6, min(2 * (cost.pays_after or 0), 1000))
+
+
+def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    from rekindle.pipeline.report.svg import INK, line_style, plottable
+
+    most = _most_runs(cost)
+    runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
+    lines = {
+        "live teachers": [cost.with_live_teachers(n) / size for n in runs],
+        "cached teachers": [cost.cached(n) / size for n in runs],
+    }
+    for style, (label, values) in enumerate(lines.items()):
+        axes.plot(runs, plottable(values), label=label, **line_style(style))
+    if cost.pays_after is not None and cost.pays_after <= most:
+        axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
+    axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

@@ -1,0 +1,198 @@
+"""The page's loss curves: of training and held out, of any number of runs, and what else was
+evaluated on the way as small pictures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from rekindle.pipeline.report.page import Block, Figure, Figures, Legend, Note, Section
+
+MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
+MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
+MOST_PALE = 4  # runs whose single points can be shown behind their means
+LOSS = "loss"
+SMOOTH = " Lines are running means over a twentieth of the steps."
+# What held-out values are; the others are shown under their names alone.
+MEANINGS = {
+    "kl/": "KL divergence from teacher {} to the student, in nats",
+    "agreement/": "share of targets where the student's first choice is that of {}",
+    "loss/": "cross-entropy on domain {}, in nats",
+}
+Points = list[tuple[int, float]]  # (steps done, value)
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """One run over its steps: its objective and its cross-entropy in training (nats, means of
+    neighbouring steps), and everything that was evaluated on held-out sequences.
+    """
+
+    name: str
+    objective: Points = field(default_factory=list)
+    cross_entropy: Points = field(default_factory=list)
+    held_out: dict[str, Points] = field(default_factory=dict)
+
+
+def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
+    """The curves of a run from its records (``train.run_log``); null counts as no number."""
+    steps = [record for record in records if record["kind"] == "train"]
+    held_out: dict[str, Points] = {}
+    for record in records:
+        if record["kind"] == "evaluate":
+            for key in record.keys() - {"kind", "step"}:
+                held_out.setdefault(key, []).append((record["step"], _number(record[key])))
+    return RunCurves(
+        name, thinned(_points(steps, LOSS)), thinned(_points(steps, "ce")), _sorted(held_out)
+    )
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
+    return [(record["step"], _number(record[key])) for record in records if key in record]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _sorted(held_out: dict[str, Points]) -> dict[str, Points]:
+    return {name: held_out[name] for name in sorted(held_out)}
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most ``most`` points: means of as many neighbours each, at the last step of them."""
+    count = min(most, len(points))
+    edges = [n * len(points) // count for n in range(count + 1)] if count else []
+    groups = [points[first:end] for first, end in pairwise(edges)]
+    return [(group[-1][0], _mean(group)) for group in groups]
+
+
+def _mean(group: Points) -> float:
+    """Of the values that are finite numbers; NaN, a gap in the line, where none is."""
+    known = [value for _, value in group if math.isfinite(value)]
+    return sum(value / len(known) for value in known) if known else math.nan
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def losses_section(
+    runs: Sequence[RunCurves], more: Sequence[Block] = (), warnings: Sequence[str] = ()
+) -> Section:
+    """All curves of the runs under one legend; ``warnings`` say why they do not compare."""
+    drawn = [run for run in runs if run.objective or run.held_out]
+    if not drawn:
+        return Section("Losses", [Note("No run has recorded a step yet."), *more])
+    samples = [number for number, run in enumerate(runs) if run in drawn]
+    blocks: list[Block] = [Note(f"{text}.", warns=True) for text in warnings]
+    blocks.append(Legend([run.name for run in drawn], samples))
+    blocks.append(Figures(_large(runs)))
+    names, left = _other_values(runs)
+    small = [_picture(_meaning(name), runs, name, small=True) for name in names]
+    blocks += [Figures(small, small=True)] if small else []
+    blocks += [Note(f"{len(left)} more values are in the table of runs alone.")] if left else []
+    blocks += [Note(note) for note in _notes(drawn)]
+    return Section("Losses", [*blocks, *more])
+
+
+def _large(runs: Sequence[RunCurves]) -> list[Figure]:
+    from rekindle.pipeline.report.svg import figure
+
+    figures = []
+    if any(LOSS in run.held_out for run in runs):
+        caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
+        figures.append(_picture(caption, runs, LOSS))
+    objective = [(number, run.objective) for number, run in enumerate(runs)]
+    caption = "Training: the whole objective, in nats. Other terms have other sums." + SMOOTH
+    if any(points for _, points in objective):
+        figures.append(figure(caption, lambda axes: _training_lines(axes, objective)))
+    # Where the objective is the cross-entropy alone in every run, it has been drawn already.
+    if any(run.cross_entropy and not _equal(run) for run in runs):
+        hard = [(number, run.cross_entropy) for number, run in enumerate(runs)]
+        caption = "Training: the cross-entropy on the labels alone, in nats." + SMOOTH
+        figures.append(figure(caption, lambda axes: _training_lines(axes, hard)))
+    return figures
+
+
+def _equal(run: RunCurves) -> bool:
+    pairs = zip(run.objective, run.cross_entropy, strict=False)
+    return len(run.objective) == len(run.cross_entropy) and all(
+        math.isclose(a[1], b[1], rel_tol=1e-5) for a, b in pairs
+    )
+
+
+def _other_values(runs: Sequence[RunCurves]) -> tuple[list[str], list[str]]:
+    """The names of values that have a curve, and those of them that are too many."""
+    curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
+    names = sorted({name for name in curves if name != LOSS})
+    return names[:MOST_SMALL], names[MOST_SMALL:]
+
+
+def _meaning(name: str) -> str:
+    for prefix, words in MEANINGS.items():
+        if name.startswith(prefix):
+            return f"{name}: {words.format(name.removeprefix(prefix))}"
+    return f"{name}, held out"
+
+
+def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = False) -> Figure:
+    from rekindle.pipeline.report.svg import SMALL, WIDE, figure
+
+    lines = [(number, run.held_out.get(name, [])) for number, run in enumerate(runs)]
+    return figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
+
+
+def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
+    """Batches differ more than steps do: running means, before the points themselves in pale."""
+    from rekindle.pipeline.report.svg import colour, plottable
+
+    lines = [(number, points) for number, points in lines if points]
+    for number, points in lines if len(lines) <= MOST_PALE else []:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, plottable(values), color=colour(number), alpha=0.28, lw=0.7)
+    _lines(axes, [(number, running_means(points)) for number, points in lines])
+
+
+def running_means(points: Points) -> Points:
+    """Each value's mean with those before it, over a twentieth of all points."""
+    width = max(1, len(points) // 20)
+    windows = [points[max(0, n - width + 1) : n + 1] for n in range(len(points))]
+    return [(window[-1][0], _mean(window)) for window in windows]
+
+
+def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
+    """A line for each run, with a marker on some of its points: by that it is told from others."""
+    from matplotlib.ticker import MaxNLocator
+
+    from rekindle.pipeline.report.svg import line_style, plottable
+
+    for number, points in lines:
+        if not points:
+            continue
+        steps = [step for step, _ in points]
+        values = plottable(value for _, value in points)
+        every = max(1, math.ceil(len(points) / 8))
+        # Not all at the same steps, where runs lie on each other.
+        first = number % every
+        many = len(lines) > 12
+        axes.plot(
+            steps, values, markevery=(first, every), lw=1.1 if many else 1.6, **line_style(number)
+        )
+    axes.set_xlabel("steps")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def _notes(runs: Sequence[RunCurves]) -> list[str]:
+    notes = []
+    if any(len(run.objective) == MOST_POINTS for run in runs):
+        notes.append(f"Curves of training have {MOST_POINTS} points: means of neighbouring steps.")
+    without = [run.name for run in runs if LOSS not in run.held_out]
+    if without:
+        notes.append(f"No held-out loss so far: {', '.join(without)}.")
+    values = [v for run in runs for points in run.held_out.values() for _, v in points]
+    if not all(math.isfinite(value) for value in values):
+        notes.append("Gaps in lines are values that were no finite numbers.")
+    return notes

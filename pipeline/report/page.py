@@ -1,0 +1,113 @@
+"""The report page: sections of tables, pictures and words become one page of HTML.
+
+It knows no run and no cache; ``page_*.py`` make its sections. The page needs no network and no
+script: styles and pictures are within it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from rekindle.pipeline.report.table import Table
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An inline SVG, and what it shows in which unit."""
+
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Pictures beside each other, as many as fit; ``small`` ones are more to a line."""
+
+    kind: ClassVar[str] = "figures"
+    figures: list[Figure]
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The name of each run; ``samples`` are the numbers of their lines in the pictures."""
+
+    kind: ClassVar[str] = "legend"
+    names: list[str]
+    samples: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Pairs of what and value."""
+
+    kind: ClassVar[str] = "facts"
+    facts: list[tuple[str, str]]
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence or more; quiet if it explains, not if it warns."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    warns: bool = False
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Pairs of what for and command line, in their order."""
+
+    kind: ClassVar[str] = "commands"
+    commands: list[tuple[str, str]]
+
+
+Block = Table | Figures | Legend | Facts | Note | Commands
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything on the page. Sections without blocks are left out."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def as_html(page: Page) -> str:
+    """The page, whole. Every text is escaped; what cannot be written is shown as U+FFFD."""
+    from rekindle.pipeline.report.svg import (  # matplotlib: a second's work to import
+        palette,
+        sample,
+    )
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = breakable
+    environment.globals |= {"sample": sample, "palette": palette}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return _CONTROLS.sub("\ufffd", template.render(page=page))
+
+
+def breakable(text: str) -> Markup:
+    """The text, escaped, that may be broken where names of runs and settings have their joints."""
+    joints = re.compile(r"(?<=[,=])|(?<=[a-z][./])(?=[a-z])")
+    return Markup("<wbr>").join(joints.split(text))

@@ -1,0 +1,264 @@
+"""The page's scores: each task's, with an interval over seeds and a dot for every seed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
+from rekindle.pipeline.report.significance import mean_interval
+from rekindle.pipeline.report.table import NOTHING, Column, Table
+
+LEVEL = 0.95
+ABOUT = (
+    "Scores × 100, as GLUE prints them: the mean over seeds of fine-tuning ± their sample "
+    "deviation; below it, the 95 % interval of the mean by Student's t over the seeds, and their "
+    "number. The highest mean of a column stands out: whether it is more than chance, the "
+    "intervals say."
+)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One task: for each model its scores as fractions, one for each seed.
+
+    ``split`` is the one that was scored, ``chance`` what guessing scores, ``about`` a sentence.
+    """
+
+    task: str
+    metric: str
+    split: str
+    scores: Mapping[str, Sequence[float]]
+    chance: float | None = None
+    about: str = ""
+
+    def of(self, model: str) -> list[float]:
+        """The model's scores that are numbers."""
+        return [value for value in self.scores.get(model, ()) if math.isfinite(value)]
+
+    @property
+    def title(self) -> str:
+        """Task, metric and split: what the numbers are."""
+        return " ".join(word for word in (self.task, self.metric, f"({self.split})") if word)
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """How much higher ``model`` scores than ``against`` on a task, as a fraction, with its interval
+    and p-value, alone and among all that were asked.
+    """
+
+    model: str
+    against: str
+    task: str
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+
+
+def scores_section(
+    models: Sequence[str],
+    tasks: Sequence[TaskScores],
+    differences: Sequence[ScoreDifference] = (),
+    notes: Sequence[str] = (),
+) -> Section:
+    """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
+    blocks: list[Block] = [Note(note, warns=True) for note in notes]
+    if tasks:
+        blocks += [_table(models, tasks), Note(ABOUT), *_told(tasks)]
+        blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
+    if differences:
+        blocks += [_difference_table(differences), _difference_pictures(differences)]
+    return Section("Scores", blocks)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _table(models: Sequence[str], tasks: Sequence[TaskScores]) -> Table:
+    """A line for each model that has a score, a column for each task, and their mean."""
+    scored = [name for name in models if any(task.of(name) for task in tasks)]
+    chance = any(task.chance is not None for task in tasks)
+    last = ["chance"] if chance else []
+    columns = [Column("model", scored + last)]
+    for task in tasks:
+        every = [task.of(name) for name in scored]
+        guessed = [percent([task.chance] if task.chance is not None else [])] if chance else []
+        columns.append(_score_column(task.title, every, guessed))
+    if len(tasks) > 1 and (means := mean_scores(scored, tasks)):
+        extra = [NOTHING] if chance else []
+        columns.append(_score_column("mean of tasks", [means[name] for name in scored], extra))
+    return Table("", columns, samples=[models.index(name) for name in scored])
+
+
+def _score_column(title: str, every: Sequence[Sequence[float]], more: list[str]) -> Column:
+    cells = [percent(values) for values in every]
+    below = [interval_words(values) for values in every]
+    return Column(title, cells + more, _highest(every), below=below + [""] * len(more))
+
+
+def _highest(every: Sequence[Sequence[float]]) -> frozenset[int]:
+    means = {row: mean(values) for row, values in enumerate(every) if values}
+    if len(set(means.values())) < 2:
+        return frozenset()
+    return frozenset(row for row, value in means.items() if value == max(means.values()))
+
+
+def mean_scores(
+    models: Sequence[str], tasks: Sequence[TaskScores]
+) -> dict[str, list[float]] | None:
+    """Each model's mean over the tasks, seed by seed; None unless all have all tasks with as many
+    seeds.
+    """
+    counts = {len(task.of(name)) for task in tasks for name in models}
+    if len(counts) != 1 or 0 in counts:
+        return None
+    return {
+        name: [mean(seed) for seed in zip(*(task.of(name) for task in tasks), strict=True)]
+        for name in models
+    }
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean over seeds × 100, and the sample deviation where there are several."""
+    if not values:
+        return NOTHING
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def interval_words(values: Sequence[float]) -> str:
+    """The interval of the mean × 100, and over how many seeds."""
+    found = mean_interval(values, LEVEL)
+    if found is None:
+        return "1 seed" if values else ""
+    return f"[{100 * found[0]:.1f}, {100 * found[1]:.1f}] n={len(values)}"
+
+
+def _told(tasks: Sequence[TaskScores]) -> list[Facts]:
+    told = [(task.task, task.about) for task in tasks if task.about]
+    return [Facts(told, quiet=True)] if told else []
+
+
+def _difference_table(differences: Sequence[ScoreDifference]) -> Table:
+    def column(title: str, value: Callable[[ScoreDifference], str]) -> Column:
+        return Column(title, [value(one) for one in differences])
+
+    return Table(
+        "Differences",
+        [
+            Column("model", [one.model for one in differences]),
+            Column("against", [one.against for one in differences], words=True),
+            Column("task", [one.task for one in differences], words=True),
+            column("mean", lambda one: f"{100 * one.mean:+.1f}"),
+            column("95 % interval", _bounds),
+            column("p", lambda one: _p(one.p)),
+            column("p, adjusted", lambda one: _p(one.p_adjusted)),
+        ],
+        "Model less the other, × 100, seed by seed. The adjusted p allows for all comparisons "
+        "against the same model.",
+    )
+
+
+def _bounds(one: ScoreDifference) -> str:
+    if one.low is None or one.high is None:
+        return NOTHING
+    return f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def _picture(models: Sequence[str], task: TaskScores) -> Figure:
+    from rekindle.pipeline.report.svg import figure
+
+    rows = [(n, name, task.of(name)) for n, name in enumerate(models) if task.of(name)]
+    caption = (
+        f"{task.title}, × 100. A dot for each seed, a bar at the mean, a line for its interval."
+    )
+    return figure(caption, lambda axes: _dots(axes, rows, task.chance), _size(len(rows)))
+
+
+def _size(rows: int) -> tuple[float, float]:
+    return 3.5, max(1.5, 0.55 + 0.26 * rows)
+
+
+def _dots(
+    axes: Any, rows: Sequence[tuple[int, str, Sequence[float]]], chance: float | None
+) -> None:
+    from rekindle.pipeline.report.svg import INK, colour, line_style, plottable
+
+    points: list[float] = []
+    for place, (number, _, scores) in enumerate(rows):
+        values = plottable(100 * score for score in scores)
+        points += values
+        style = line_style(number) | {"linestyle": "", "clip_on": False}
+        axes.plot(values, [place] * len(values), ms=5, alpha=0.6, **style)
+        if values:
+            middle = sum(values) / len(values)
+            axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
+        if (found := mean_interval(values, LEVEL)) is not None:
+            axes.hlines(place, *plottable(found), color=colour(number), lw=1.3)
+    _score_axis(axes, points, [name for _, name, _ in rows])
+    low, high = axes.get_xlim()
+    if chance is not None and low < 100 * chance < high:
+        axes.axvline(100 * chance, color=INK, lw=0.8, ls=(0, (1, 2)))
+
+
+def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> None:
+    """Names downwards; sideways what is there, and of wide intervals as much again at each end."""
+    from matplotlib.ticker import MaxNLocator
+
+    from rekindle.pipeline.report.svg import shown
+
+    there = [value for value in values if value == value] or [0.0]
+    reach = max(max(there) - min(there), 1.0)
+    axes.set_xlim(min(there) - 0.6 * reach, max(there) + 0.6 * reach)
+    axes.set_yticks(range(len(names)), [shown(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _difference_pictures(differences: Sequence[ScoreDifference]) -> Figures:
+    from rekindle.pipeline.report.svg import figure
+
+    groups: dict[tuple[str, str], list[ScoreDifference]] = {}
+    for one in differences:
+        groups.setdefault((one.task, one.against), []).append(one)
+    figures = []
+    for (task, against), ones in groups.items():
+        caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
+        draw = _Forest(ones)
+        figures.append(figure(caption, draw, _size(len(ones))))
+    return Figures(figures, small=True)
+
+
+@dataclass(frozen=True)
+class _Forest:
+    """Draws differences below each other, with intervals, around a line at none."""
+
+    ones: Sequence[ScoreDifference] = field(default_factory=list)
+
+    def __call__(self, axes: Any) -> None:
+        from rekindle.pipeline.report.svg import INK, colour, plottable
+
+        values = [0.0]
+        for place, one in enumerate(self.ones):
+            bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
+            values += bounds
+            axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
+            if len(bounds) == 3:
+                axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
+        _score_axis(axes, values, [one.model for one in self.ones])
+        axes.axvline(0, color=INK, lw=0.8)

@@ -1,0 +1,193 @@
+"""Cached predictions become text (prompted continued pre-training, NeurIPS 2023).
+
+A line for each sequence that an expert judged: the text, the template, the word of the most
+probable label. Read shard by shard from the cache; the expert is not needed.
+"""
+
+import filecmp
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.errors import InputError
+from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.pipeline.stage_config import check_template, fill_template
+
+
+@dataclass
+class PromptCounts:
+    """What became of every sequence of the corpus."""
+
+    written: int = 0
+    labels: Counter[str] = field(default_factory=Counter)  # of the lines written
+    not_judged: int = 0  # of other domains than the expert's
+    below_confidence: int = 0
+
+    def as_text(self) -> str:
+        """The counts in a line."""
+        shares = ", ".join(f"{name} {count:,}" for name, count in sorted(self.labels.items()))
+        return (
+            f"{self.written:,} lines ({shares}); {self.below_confidence:,} sequences below the "
+            f"confidence, {self.not_judged:,} that the expert did not judge"
+        )
+
+
+def write_prompts(
+    cache: Cache,
+    teacher: str,
+    path: str | os.PathLike[str],
+    *,
+    template: str = "{text} This is about {label}.",
+    words: Mapping[str, str] | None = None,
+    confidence: float = 0.0,
+    tokenizer: Tokenizer | None = None,
+) -> PromptCounts:
+    """Write the corpus ``path`` (jsonl: id, text, domain) from the cached logits of a classifier.
+
+    ``words``: a word for each of its labels (None: the names). ``confidence``: the least softmax
+    probability of a label that is written. ``tokenizer``: whose vocabulary must have the words
+    (None: the cache's). ``id`` is the document's: what is held out of the corpus stays together.
+    The file appears whole or not at all; where it is there already with the same content it is left
+    alone. Raises InputError for a template without {text} or {label}, words that do not fit the
+    labels, a teacher that is no classifier of single texts or is not finished, no line at all, and
+    a file with other content; ValueError for a confidence outside 0..1.
+    """
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"a confidence is a probability, not {confidence}")
+    _check(cache, teacher, template)
+    names = cache.teacher(teacher).info.label_names
+    chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    counts = PromptCounts()
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for line in _lines(cache, teacher, template, names, chosen, confidence, counts):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            _sync(file)
+        _publish(temporary, target, counts)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return counts
+
+
+def _lines(
+    cache: Cache,
+    teacher: str,
+    template: str,
+    names: Sequence[str],
+    words: Mapping[str, str],
+    confidence: float,
+    counts: PromptCounts,
+) -> Iterator[dict[str, str | None]]:
+    for rows, present, logits in _judged(cache, teacher):
+        best, probability = most_probable(logits)
+        texts, documents = rows["text"], rows["document"]
+        for row in range(len(best)):
+            if not present[row]:
+                counts.not_judged += 1
+            elif probability[row] < confidence:
+                counts.below_confidence += 1
+            else:
+                name = names[best[row]]
+                counts.written += 1
+                counts.labels[name] += 1
+                text = fill_template(template, texts[row].as_py(), words[name])
+                yield {
+                    "id": documents[row].as_py(),
+                    "text": text,
+                    "domain": rows["domain"][row].as_py(),
+                }
+
+
+def _judged(
+    cache: Cache, teacher: str
+) -> Iterator[tuple[Mapping, NDArray[np.bool_], NDArray[np.float32]]]:
+    """Per record batch: its rows, which of them the expert judged [R], its logits [R,C]."""
+    reader = cache.teacher(teacher)
+    for shard, commit in enumerate(cache.corpus.commits):
+        for first in range(0, commit.rows, ROWS_PER_BATCH):
+            rows = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
+            present, columns = reader.sequence_rows(shard, range(first, first + rows.num_rows))
+            yield rows, present, columns["logits"]
+
+
+def most_probable(
+    logits: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The most probable class of each row [R,C], and its softmax probability."""
+    exact = logits.astype(np.float64)
+    best = exact.argmax(axis=1)
+    largest = exact.max(axis=1, keepdims=True)
+    return best, 1 / np.exp(exact - largest).sum(axis=1)
+
+
+def words_of(
+    names: Sequence[str], words: Mapping[str, str] | None, tokenizer: Tokenizer
+) -> dict[str, str]:
+    """The word of each label; InputError for one that is missing, unknown, or not in the
+    vocabulary.
+    """
+    chosen = {name: name for name in names} if words is None else dict(words)
+    labels = ", ".join(names)
+    if unknown := [name for name in chosen if name not in names]:
+        raise InputError(f"words: {unknown[0]!r} is no label of the teacher (it has: {labels})")
+    if missing := [name for name in names if name not in chosen]:
+        raise InputError(f"words: there is none for the label {missing[0]!r}; give each label one")
+    unknown_id = tokenizer.hf.unk_token_id
+    for name, word in chosen.items():
+        ids = tokenizer.hf(word, add_special_tokens=False)["input_ids"]
+        if not ids or (unknown_id is not None and unknown_id in ids):
+            raise InputError(
+                f"words: the tokenizer has no tokens for {word!r}, the word of the label {name!r}; "
+                "a model could not learn it. Give another word"
+            )
+    return chosen
+
+
+def _check(cache: Cache, teacher: str, template: str) -> None:
+    try:
+        check_template(template)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    reader = cache.teacher(teacher)
+    info, where = reader.info, f"teacher {teacher!r} of {cache.store.location}"
+    if info.kind != "sequence" or info.problem != "single_label_classification":
+        what = info.problem if info.kind == "sequence" else info.task
+        raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
+    if reader.paired:
+        raise InputError(
+            f"{where} judged pairs of texts; prompts need one that judges the sequence"
+        )
+    if reader.coverage < 1:
+        raise InputError(
+            f"{where} has judged {reader.coverage:.1%} of the corpus; finish it with `pipeline "
+            "cache-teachers`"
+        )
+
+
+def _publish(temporary: Path, target: Path, counts: PromptCounts) -> None:
+    if not counts.written:
+        raise InputError(f"{target}: no line to write: {counts.as_text()}; lower the confidence")
+    if not target.exists():
+        os.replace(temporary, target)
+    elif not filecmp.cmp(temporary, target, shallow=False):
+        raise InputError(
+            f"{target} is there with other content. A corpus that may be in use is not written "
+            "over: delete it, or give another name"
+        )
+
+
+def _sync(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

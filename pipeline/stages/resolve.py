@@ -1,0 +1,325 @@
+"""The stages of a run file: their whole configurations, and all about them that can be checked
+before the first one begins.
+"""
+
+import fnmatch
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.storage.store import open_store
+from rekindle.pipeline.config import RunConfig, configure_stage
+from rekindle.pipeline.stage_config import (
+    STAGES_FILE,
+    PromptsConfig,
+    StageConfig,
+    references,
+    with_directories,
+)
+from rekindle.pipeline.teacher_config import TeacherConfig
+
+_OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of several."""
+
+    name: str
+    directory: Path
+    definition: StageConfig
+    config: RunConfig  # with the directories of earlier stages for the references
+    written: RunConfig  # with the references as they are written
+    prompts: PromptsConfig | None  # with directories, and a cache
+
+    @property
+    def text_waits(self) -> list[str]:
+        """Earlier stages that must be finished before its corpus and views can be made."""
+        config, prompts = self.written, self.definition.write_prompts
+        places = [prompts.to, prompts.cache or ""] if prompts else []
+        return references([config.corpus.model_dump(mode="json"), config.cache.path, places])
+
+    @property
+    def teachers_wait(self) -> dict[str, list[str]]:
+        """The teachers that cannot be cached before other stages are finished: name -> stages."""
+        found = {t.name: references(t.model_dump(mode="json")) for t in self.written.teachers}
+        return {name: stages for name, stages in found.items() if stages}
+
+    @property
+    def uses(self) -> list[str]:
+        """Every earlier stage whose directory is named in it."""
+        return list(dict.fromkeys([*references(self.definition.set), *self.text_waits]))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``stages.json`` says of it."""
+        config = self.written.model_dump(mode="json", by_alias=True, exclude={"stages": True})
+        return {"name": self.name, "config": config} | self.definition.model_dump(
+            mode="json", include={"write_prompts"}
+        )
+
+
+def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
+    """The stages of ``config``, their directories being in ``out``; nothing is read but caches.
+
+    Raises InputError, naming the stage, for what cannot work: no student, a teacher that nothing
+    caches, two corpora or two teachers of one name in one cache, prompts of no earlier cache or of
+    which the stage does not read.
+    """
+    directories = {stage.name: str(out / stage.name) for stage in config.stages}
+    stages = [_plan(config, stage, directories, out) for stage in config.stages]
+    for number, stage in enumerate(stages):
+        with _naming(stage):
+            _check_replaced(stage, directories)
+            _check_stage(stage, stages[:number])
+    for one, other in itertools.combinations(stages, 2):
+        if one.config.cache.path == other.config.cache.path:
+            _check_shared_cache(one, other)
+    return stages
+
+
+def _plan(
+    config: RunConfig, stage: StageConfig, directories: Mapping[str, str], out: Path
+) -> Stage:
+    prompts = stage.write_prompts
+    if prompts is not None:
+        values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
+        prompts = prompts.model_copy(update=with_directories(values, directories))
+    return Stage(
+        name=stage.name,
+        directory=out / stage.name,
+        definition=stage,
+        config=configure_stage(config, stage, directories),
+        written=configure_stage(config, stage),
+        prompts=prompts,
+    )
+
+
+@contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """Puts the stage's name before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"stage {stage.name!r}: {error}") from None
+
+
+def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
+    """That no reference stands outside of a stage's ``set``, where it stands for nothing."""
+    values = stage.config.model_dump(mode="json", exclude={"stages": True})
+    if left := [name for name in references(values) if name in directories]:
+        raise InputError(
+            f"'{{{left[0]}}}' stands for a directory only in the `set` of a stage, not in the file "
+            "that they share. Move the key that holds it into `set`"
+        )
+
+
+def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
+    config = stage.config
+    if config.student is None:
+        raise InputError("there is no `student` section; add student.model")
+    cached = {t.name for t in config.teachers}
+    for other in earlier:
+        if other.config.cache.path == config.cache.path:
+            cached |= {t.name for t in other.config.teachers}
+    for key, name in _teachers_read(config):
+        if name not in cached and not _is_cached(config.cache.path, name):
+            known = ", ".join(sorted(cached)) or "none"
+            raise InputError(
+                f"{key} names the teacher {name!r}, which nothing puts into "
+                f"{config.cache.path} (its teachers: {known}). Add it to `teachers`"
+            )
+    if stage.prompts is not None:
+        _check_prompts(stage, stage.prompts, earlier)
+
+
+def _teachers_read(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The teachers whose targets or scalars a stage needs, and which key says so."""
+    train = config.train
+    for term in train.objective.distill:
+        yield from (("train.objective", name) for name in term.teachers)
+    for method in train.objective.methods:
+        if isinstance(name := (method.model_extra or {}).get("teacher"), str):
+            yield "train.objective", name
+    if train.curriculum is not None:
+        yield "train.curriculum", train.curriculum.teacher
+    if config.cache.mask.teacher is not None:
+        yield "cache.mask", config.cache.mask.teacher
+
+
+def _is_cached(path: str, teacher: str) -> bool:
+    return "teacher.json" in open_store(path).names(f"targets/{teacher}")
+
+
+def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage]) -> None:
+    sources = stage.config.corpus.source
+    if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
+        raise InputError(
+            f"write_prompts.to is {prompts.to}, which the stage does not read: its corpus.source "
+            f"is {', '.join(sources)}. Set corpus.source, and a cache.path of its own"
+        )
+    if prompts.cache == stage.config.cache.path:
+        raise InputError(
+            f"write_prompts reads the cache {prompts.cache}, into which the prompts would be "
+            "cached; set a cache.path of its own"
+        )
+    assert prompts.cache is not None
+    made = [s for s in earlier if s.config.cache.path == prompts.cache]
+    known = {t.name for s in made for t in s.config.teachers}
+    if prompts.teacher not in known and not _is_cached(prompts.cache, prompts.teacher):
+        raise InputError(
+            f"write_prompts.teacher is {prompts.teacher!r}; no earlier stage puts it into "
+            f"{prompts.cache} (teachers there: {', '.join(sorted(known)) or 'none'})"
+        )
+
+
+def _check_shared_cache(one: Stage, other: Stage) -> None:
+    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's."""
+    advice = f"Give stage {other.name!r} a cache.path of its own"
+    first, second = (s.config.corpus.model_dump(mode="json") for s in (one, other))
+    longer = second["source"][: len(first["source"])] == first["source"]
+    if longer:
+        second["source"] = first["source"]
+    second["limit_sequences"] = first["limit_sequences"]
+    for key in first:
+        if first[key] != second[key]:
+            raise InputError(
+                f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
+                f"but not corpus.{key} ({first[key]!r}, then {second[key]!r}). {advice}"
+            )
+    if one.config.cache.sequences_per_shard != other.config.cache.sequences_per_shard:
+        raise InputError(
+            f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, but "
+            f"not cache.sequences_per_shard. {advice}"
+        )
+    known = {t.name: t for t in one.config.teachers}
+    for teacher in other.config.teachers:
+        if teacher.name in known:
+            _check_same_teacher(one, other, known[teacher.name], teacher, advice)
+
+
+def _check_same_teacher(
+    one: Stage, other: Stage, first: TeacherConfig, second: TeacherConfig, advice: str
+) -> None:
+    """Targets of two models, or of two inputs, never mix under one name."""
+    pairs = {key: (getattr(first, key), getattr(second, key)) for key in _OF_A_TEACHER}
+    before, now = ("masked" if t.sees_masks else "clean" for t in (first, second))
+    pairs["view"] = (before, now)
+    if first.sees_masks and second.sees_masks:
+        pairs["masks"] = (_masks(one), _masks(other))
+    for key, (before, now) in pairs.items():
+        if before != now:
+            raise InputError(
+                f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
+                f"in which one name is one teacher; the {key} of {first.name!r} is {before!r}, "
+                f"then {now!r}. Give it another name, or: {advice}"
+            )
+
+
+def _masks(stage: Stage) -> dict[str, Any]:
+    """What decides the masks of a stage."""
+    cache = stage.config.cache
+    found = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
+    return found | ({"replicas": cache.replicas} if cache.mask.policy == "cover" else {})
+
+
+def check_models(stages: Sequence[Stage], students: bool = True) -> None:
+    """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
+    from rekindle.train.model.files import resolve_model
+
+    models = {}
+    for stage in stages:
+        with _naming(stage):
+            for model in _models(stage.written, students):
+                if not references(model):
+                    models[model] = resolve_model(model)
+    teachers = {
+        (s.written.cache.path, t.name): models.get(t.model)
+        for s in stages
+        for t in s.written.teachers
+    }
+    for stage in stages:
+        if stage.prompts is not None and not stage.text_waits:
+            directory = teachers.get((stage.prompts.cache or "", stage.prompts.teacher))
+            with _naming(stage):
+                _check_words(stage, stage.prompts, directory)
+
+
+def _models(config: RunConfig, students: bool) -> Iterator[str]:
+    yield from (teacher.model for teacher in config.teachers)
+    if students and config.student is not None:
+        yield config.student.model
+
+
+def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:
+    """As far as the expert's own configuration names its labels."""
+    from rekindle.pipeline.stages.prompts import words_of
+
+    if directory is None:
+        return
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if names := settings.get("id2label"):
+        words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
+
+
+def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
+    """The records of the stages in ``directory`` by name; None where there are none.
+
+    Raises CheckpointError when the file is damaged.
+    """
+    path = directory / STAGES_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage["name"]): dict(stage) for stage in found["stages"]}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); start again in another --out"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What of a stage can be cached before any student is trained."""
+
+    stage: Stage
+    config: RunConfig | None  # with the teachers that can; None: not even its text or its masks are
+    waiting: dict[str, list[str]]  # teacher ("" for the text) -> the stages it waits for
+
+    def waiting_text(self) -> list[str]:
+        """A line for each thing that waits."""
+        return [
+            f"stage {self.stage.name}: {f'teacher {teacher}' if teacher else 'its text'} waits for "
+            f"stage {', '.join(stages)}; `pipeline train-student` caches it when its turn comes"
+            for teacher, stages in self.waiting.items()
+        ]
+
+
+def ready_parts(stages: Sequence[Stage]) -> list[Ready]:
+    """For each stage, what can be cached at once and what waits for which stages."""
+    found = []
+    blocked: dict[tuple[str, str], list[str]] = {}  # cache, teacher -> stages
+    for stage in stages:
+        text, teachers = stage.text_waits, stage.teachers_wait
+        if stage.prompts is not None:
+            text = text or blocked.get((stage.prompts.cache or "", stage.prompts.teacher), [])
+        cache = stage.written.cache
+        blocked |= {(cache.path, name): waits for name, waits in teachers.items()}
+        hard = cache.mask.teacher  # without it nothing is masked
+        masks = [] if hard is None else blocked.get((cache.path, hard), [])
+        if text or masks:
+            every = {t.name: text or masks for t in stage.written.teachers}
+            blocked |= {(cache.path, name): waits for name, waits in every.items()}
+            found.append(Ready(stage, None, {"": text} if text else {hard or "": masks} | every))
+            continue
+        chosen = tuple(t for t in stage.written.teachers if t.name not in teachers)
+        config = stage.written.model_copy(update={"teachers": chosen})
+        found.append(Ready(stage, config, teachers))
+    return found

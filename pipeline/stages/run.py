@@ -1,0 +1,224 @@
+"""Runs of several stages: for each in order, what is missing of its cache, then its student.
+
+    OUT/stages.json   the definition: every stage's configuration, references as they are written
+    OUT/first/        a run as ``pipeline train-student`` leaves it
+
+All that can be checked is checked before the first stage begins.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.stage_config import STAGES_FILE
+from rekindle.pipeline.stages.prompts import write_prompts
+from rekindle.pipeline.stages.resolve import (
+    Ready,
+    Stage,
+    check_models,
+    plan_stages,
+    read_stages,
+    ready_parts,
+)
+from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.distributed import join_world
+from rekindle.train.loop import TrainResult
+from rekindle.train.record.checkpoint import FREE
+from rekindle.train.student import ABOUT_FILE
+
+log = logging.getLogger("rekindle")
+
+# A run's configuration is the last file that is written into its directory.
+FINISHED = ("config.json", ABOUT_FILE, "summary.json", "run.yaml")
+
+
+def run_stages(
+    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
+) -> list[TrainResult]:
+    """Run the stages of ``config`` into folders of ``out``; returns the results of those that ran.
+
+    With ``resume`` finished stages are left as they are, and the interrupted one goes on. Under
+    torchrun the main process caches, and all of them train. Raises InputError for what is wrong in
+    any stage, and for an ``out`` in use, before anything runs; CheckpointError when ``resume``
+    meets stages of another configuration.
+    """
+    progress = progress or Progress.silent()
+    results = []
+    with join_world() as world:
+        stages = world.agree(lambda: plan_stages(config, out))
+        missing = world.decide(lambda: _open(out, stages, resume))
+        for stage in stages:
+            if stage.name not in missing:
+                log.info("stage %s is finished: %s", stage.name, stage.directory)
+                continue
+            log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
+            world.decide(lambda stage=stage: _cache(stage, progress), patient=True)  # type: ignore[misc]
+            results.append(
+                train_from_config(stage.config, stage.directory, resume=True, progress=progress)
+            )
+    return results
+
+
+def _cache(stage: Stage, progress: Progress) -> None:
+    """Make the stage's corpus of prompts, and what is missing of its cache."""
+    _write_prompts(stage)
+    cache_teachers(stage.config, progress=progress)
+
+
+def _write_prompts(stage: Stage) -> None:
+    prompts = stage.prompts
+    if prompts is None:
+        return
+    assert prompts.cache is not None
+    counts = write_prompts(
+        Cache.open(prompts.cache),
+        prompts.teacher,
+        prompts.to,
+        template=prompts.template,
+        words=prompts.words,
+        confidence=prompts.confidence,
+        tokenizer=load_tokenizer(stage.config.corpus.tokenizer),
+    )
+    log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+def _open(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
+    """Write down in ``out`` what the stages are; returns the names of those that are not finished.
+
+    Stages that were not begun may have changed.
+    """
+    recorded = read_stages(out)
+    unborn = {f".{STAGES_FILE}.tmp"}  # what a kill within this function leaves
+    used = out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - unborn))
+    if used and recorded is None:
+        raise InputError(f"{out} is not empty and holds no run of stages; give another --out")
+    if used and not resume:
+        raise InputError(
+            f"{out} is not empty. Give another --out, or --resume to go on with the stages in it"
+        )
+    _check_same(out, recorded or {}, stages)
+    missing = [stage.name for stage in stages if not is_finished(stage.directory)]
+    _check_order(stages, missing)
+    check_models([stage for stage in stages if stage.name in missing])
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{STAGES_FILE}.tmp"
+    record = {"stages": [stage.record for stage in stages]}
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out / STAGES_FILE)
+    return missing
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether ``directory`` has all that a finished run leaves."""
+    files = all((directory / name).is_file() for name in FINISHED)
+    return files and any(directory.glob("*.safetensors"))
+
+
+def _check_same(
+    out: Path, recorded: Mapping[str, Mapping[str, Any]], stages: Sequence[Stage]
+) -> None:
+    rule = "Resume it with its own configuration, or give another --out"
+    ours = {stage.name: json.loads(json.dumps(stage.record)) for stage in stages}
+    for name, old in recorded.items():
+        if not (out / name).exists():
+            continue
+        if name not in ours:
+            raise CheckpointError(f"{out} has a stage {name!r}, which the file has not. {rule}")
+        before, now = (dict(_flat(record)) for record in (old, ours[name]))
+        for key in sorted(before.keys() | now.keys()):
+            free = key.split(".")[-1] in FREE
+            if not free and before.get(key) != now.get(key):
+                shown = key.removeprefix("config.")
+                raise CheckpointError(
+                    f"{out / name} was begun with another configuration ({shown}: "
+                    f"{before.get(key)!r} there, {now.get(key)!r} here). {rule}"
+                )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of everything in nested mappings and lists."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for name, inside in items:
+        path = f"{key}.{name}" if key else str(name)
+        if isinstance(inside, Mapping | list) and inside:
+            yield from _flat(inside, path)
+        else:
+            yield path, inside
+
+
+def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
+    """What a stage took from an earlier one must still be what it took."""
+    for stage in stages:
+        gone = [name for name in stage.uses if name in missing]
+        if gone and stage.directory.exists():
+            raise CheckpointError(
+                f"{stage.directory} was begun from the stage {gone[0]!r}, which is not finished "
+                f"(any more): it would be made again. Remove {stage.directory}, or give another "
+                "--out"
+            )
+
+
+# --- caching alone --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CachedStage:
+    """What was cached of one stage, and what waits for which stages."""
+
+    ready: Ready
+    done: StageOne | None  # None: nothing, because its text waits or others were asked for
+
+    def as_text(self) -> str:
+        """A line for what was done, and one for each thing that waits."""
+        stage, lines = self.ready.stage, self.ready.waiting_text()
+        if self.done is not None:
+            made = self.done
+            lines[:0] = [
+                f"stage {stage.name}: {stage.written.cache.path}: {made.corpus_sequences:,} "
+                f"sequences; {made.units_done} units made, {made.units_present} were there"
+            ]
+        return "\n".join(lines)
+
+
+def cache_stages(
+    config: RunConfig,
+    only: Sequence[str] = (),
+    workers: int = 1,
+    progress: Progress | None = None,
+    check: bool | None = None,
+) -> list[CachedStage]:
+    """``cache_teachers`` for every stage, as far as no student has to be trained before.
+
+    ``only`` limits the work to stages with teachers of those names, and to these.
+    """
+    progress = progress or Progress.silent()
+    stages = plan_stages(config, Path())
+    known = {teacher.name for stage in stages for teacher in stage.config.teachers}
+    if unknown := [name for name in only if name not in known]:
+        raise InputError(
+            f"no teacher {unknown[0]!r} in any stage (there are: {', '.join(sorted(known))})"
+        )
+    check_models(stages, students=False)
+    done = []
+    for ready in ready_parts(stages):
+        made, part = None, ready.config
+        if part is not None:
+            chosen = [t.name for t in part.teachers if t.name in only]
+            if chosen or not only:
+                _write_prompts(ready.stage)
+                made = cache_teachers(part, chosen, workers, progress, check)
+        done.append(CachedStage(ready, made))
+    return done

@@ -1,0 +1,199 @@
+"""Several students from one cache, one after another or one per device.
+
+    DIR/sweep.json                   the definition: every student's values and configuration
+    DIR/temperature=2,seed=1/        a run as ``pipeline train-student`` leaves it
+
+Every student is held against the cache before the first one is trained.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
+
+log = logging.getLogger("rekindle")
+
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A student that could not be trained, and the exit code that its run alone would have had."""
+
+    name: str
+    message: str
+    exit_code: int
+
+    @classmethod
+    def of(cls, name: str, error: Exception) -> "Failure":
+        """The failure that ``error`` means; what only a bug raises is logged with its traceback."""
+        if isinstance(error, RekindleError):
+            return cls(name, str(error), error.exit_code)
+        if isinstance(error, OSError):
+            return cls(name, str(error), InputError.exit_code)
+        log.error("%s failed", name, exc_info=error)
+        return cls(name, f"{type(error).__name__}: {error}", RekindleError.exit_code)
+
+
+class SweepError(RekindleError):
+    """Some students failed; the others are finished. Ends with the first one's exit code."""
+
+    def __init__(self, failures: Sequence[Failure], count: int):
+        told = "; ".join(f"{failure.name}: {failure.message.rstrip('.')}" for failure in failures)
+        super().__init__(
+            f"{len(failures)} of {count} students failed. {told}. The others are finished; "
+            "--resume tries the failed ones again"
+        )
+        self.exit_code = failures[0].exit_code
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+def read_sweep(directory: Path) -> dict[str, Any] | None:
+    """The definition of the sweep in ``directory``; None where there is none.
+
+    Raises CheckpointError when it is damaged.
+    """
+    path = directory / SWEEP_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sound = all({"name", "values", *SWEPT_SECTIONS} <= run.keys() for run in found["runs"])
+        if not sound or not isinstance(found["corpus"], str):
+            raise ValueError("it has not the keys of a sweep")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); start a new sweep in another --out"
+        ) from None
+    return dict(found)
+
+
+def open_sweep(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
+    """Write down in ``out`` what the sweep is. A sweep that is resumed may have got more students.
+
+    Raises InputError when the directory is in use, CheckpointError when the sweep in it is another.
+    """
+    recorded = read_sweep(out)
+    unborn = {f".{SWEEP_FILE}.tmp"}  # what a kill within this function leaves
+    used = out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - unborn))
+    if used and recorded is None:
+        raise InputError(f"{out} is not empty and holds no sweep; give another --out")
+    if used and not resume:
+        raise InputError(
+            f"{out} is not empty. Give another --out, or --resume to go on with the sweep in it"
+        )
+    record = {"corpus": corpus, "runs": [run.record for run in runs]}
+    if recorded is not None:
+        _check_same(out, recorded, record)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{SWEEP_FILE}.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out / SWEEP_FILE)
+
+
+def _check_same(out: Path, recorded: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    rule = "Resume it with its own definition (more values may be added), or give another --out"
+    if recorded["corpus"] != record["corpus"]:
+        raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
+    ours = {run["name"]: run for run in json.loads(json.dumps(record["runs"]))}
+    for run in recorded["runs"]:
+        mine = ours.get(run["name"])
+        if mine is None:
+            raise CheckpointError(
+                f"{out} is another sweep: its student {run['name']} is none of this one's "
+                f"({', '.join(ours)}). {rule}"
+            )
+        for section in SWEPT_SECTIONS:
+            changed = [k for k, v in mine[section].items() if run[section].get(k) != v]
+            if changed:
+                raise CheckpointError(
+                    f"{out} is a sweep with another configuration ({section}.{changed[0]}: "
+                    f"{run[section].get(changed[0])!r} there, {mine[section][changed[0]]!r} here). "
+                    + rule
+                )
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def run_sweep(
+    runs: Sequence[SweepRun],
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Failure]:
+    """Train every student of ``plan_sweep`` into a folder of ``out``; returns those that failed.
+
+    ``workers`` students at a time (None: one per CUDA device, or one), each in a process of its own
+    where that is more than one. A failed student stops no other. ``resume`` leaves finished runs as
+    they are and goes on with interrupted ones.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "--sweep trains each student in one process; start it without torchrun, and with "
+            "--workers for several students at a time"
+        )
+    progress = progress or Progress.silent()
+    open_sweep(out, runs, _check_cache(runs), resume)
+    missing = [run for run in runs if not _is_finished(out / run.name)]
+    if len(missing) < len(runs):
+        log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
+    if not missing:
+        return []
+    from rekindle.pipeline.devices import visible_devices
+    from rekindle.pipeline.sweep.workers import train_in_processes
+
+    workers = min(workers or max(1, len(visible_devices())), len(missing))
+    if workers > 1:
+        return train_in_processes(missing, out, workers, progress)
+    outcomes = (train_one(run, out, progress) for run in missing)
+    return [failure for failure in outcomes if failure is not None]
+
+
+def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
+    """Train one student in this process, or go on with it. Returns why it failed, if it did."""
+    from rekindle.pipeline.train_student import train_from_config
+
+    try:
+        train_from_config(run.config, out / run.name, resume=True, progress=progress)
+    except Exception as error:
+        log.warning("%s failed; its message comes at the end", out / run.name)
+        return Failure.of(run.name, error)
+    return None
+
+
+def _check_cache(runs: Sequence[SweepRun]) -> str:
+    """That the cache has what every student needs; returns its corpus's fingerprint."""
+    from rekindle.pipeline.train_student import student_view
+    from rekindle.train.prepare import check_tokenizer, prepare_objective
+
+    cache = Cache.open(runs[0].config.cache.path)
+    checked: set[str] = set()  # models, whose tokenizers are the same for many students
+    for run in runs:
+        config = run.config
+        assert config.student is not None  # plan_sweep has seen to it
+        try:
+            prepare_objective(cache, config.student, config.train, student_view(cache, config))
+            if config.student.model not in checked:
+                check_tokenizer(cache, config.student)
+        except InputError as error:
+            raise InputError(f"student {run.name}: {error}") from None
+        checked.add(config.student.model)
+    return cache.corpus.fingerprint
+
+
+def _is_finished(directory: Path) -> bool:
+    """A run's configuration is the last file that is written into its directory."""
+    return all((directory / name).is_file() for name in ("summary.json", "run.yaml"))

@@ -1,0 +1,77 @@
+"""Stage 1 in an object store: a real S3 server, as users have it, in a process of its own."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rekindle.data.cache import Cache
+from rekindle.data.inventory import collect_garbage, shard_sets
+from rekindle.data.storage.store import Store, open_store
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.pipeline.checks.verify import verify_cache
+
+
+@pytest.fixture(scope="module")
+def teachers(make_model, wordpiece) -> list[dict[str, Any]]:
+    masked = str(make_model("bert", "AutoModelForMaskedLM", wordpiece))
+    expert = str(make_model("bert", "AutoModelForSequenceClassification", wordpiece, num_labels=3))
+    return [
+        {"name": "lm", "model": masked, "task": "masked_lm", "targets": {"kind": "topk", "k": 5}},
+        {"name": "states", "model": masked, "task": "masked_lm", "targets": {"kind": "hidden"}},
+        {"name": "classes", "model": expert, "task": "sequence_classification"},
+    ]
+
+
+def contents(store: Store) -> dict[tuple[str, str], str]:
+    """The sha256 of every committed unit."""
+    return {
+        (shards.folder, unit): commit.sha256
+        for shards in shard_sets(store)
+        for unit, commit in shards.survey()[0].items()
+    }
+
+
+def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
+    s3, tmp_path, configure, teachers
+):
+    url = f"{s3}/stage-one"
+    later = [
+        teachers[0] | {"targets": {"kind": "topk", "k": 5, "temperatures": [1.0, 3.0]}},
+        *teachers[1:],
+    ]
+    for where in (tmp_path / "cache", url):
+        cache_teachers(configure(where, teachers))
+        cache_teachers(configure(where, later, corpus={"limit_sequences": 13}))
+    local, remote = open_store(tmp_path / "cache"), open_store(url)
+    assert contents(remote) == contents(local)
+    assert verify_cache(url).problems == []
+    here, there = Cache.open(tmp_path / "cache"), Cache.open(url)
+    assert len(there) == len(here) == 13
+    for index in (0, 11, len(here) - 1):
+        ours, theirs = here.example(index), there.example(index)
+        for name, targets in ours.targets.items():
+            for a, b in zip(targets, theirs.targets[name], strict=True):
+                a, b = vars(a), vars(b)
+                assert a.keys() == b.keys()
+                for key, value in a.items():
+                    if isinstance(value, np.ndarray):
+                        assert (value == b[key]).all(), (name, key)
+
+    damaged = f"targets/lm/{there.teachers['lm'].commits['00001-r000'].path}"
+    content = bytearray(remote.read_bytes(damaged))
+    content[len(content) // 2] ^= 1
+    remote.replace(damaged, bytes(content))
+    (problem,) = verify_cache(url).problems
+    assert damaged.split("/")[-1] in problem
+    config = configure(url, later, corpus={"limit_sequences": 13})
+    assert cache_teachers(config).repaired == 0  # all of it would have to be fetched
+    again = cache_teachers(config, check=True)
+    assert (again.units_done, again.repaired) == (1, 1)
+    assert contents(open_store(url)) == contents(local)
+    assert verify_cache(url).problems == []
+
+    remote.replace("targets/lm/data/00000-r000-0badbeef.arrow", b"left by a killed process")
+    assert verify_cache(url).orphans == 1
+    assert [*collect_garbage(remote, 0.0)] == ["targets/lm/data/00000-r000-0badbeef.arrow"]
+    assert verify_cache(url).orphans == 0

@@ -1,0 +1,164 @@
+"""A cycle's tasks: every labelled row in one split, written so that it reads as the same one."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cycle.config import CycleTask
+from rekindle.pipeline.cycle.tasks import _read, read_tasks, write_tasks
+from rekindle.train.finetune.task_data import read_task
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def numbered(count, first=0, labels=("no", "yes")):
+    return [
+        {"text": f"text {n}", "label": labels[n % len(labels)]} for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tasks")
+
+
+def task_of(folder, train, test=None, **values):
+    files = {
+        "train": lines(folder / "train.jsonl", train),
+        "test": lines(folder / "test.jsonl", test or numbered(6, first=1000)),
+    }
+    return parse_settings(CycleTask, {"name": "t"} | files | values)
+
+
+@given(
+    count=st.integers(20, 60),
+    dev=st.integers(1, 80),
+    limit=st.one_of(st.none(), st.integers(40, 80)),
+    seed=st.integers(0, 9),
+)
+def test_every_row_trains_or_selects_and_none_does_both(folder, count, dev, limit, seed):
+    task = task_of(folder, numbered(count), dev_examples=dev, train_examples=limit)
+    found = _read(task, seed)
+    train, selects = set(found.rows["train"].tolist()), set(found.rows["dev"].tolist())
+    assert not train & selects
+    assert len(selects) == min(dev, count // 5)
+    left = count - len(selects)
+    assert len(train) == (left if limit is None else min(limit, left))
+    assert train | selects <= set(range(count))
+    assert found.rows["test"].tolist() == list(range(6))
+    again = _read(task, seed)
+    assert all(np.array_equal(found.rows[name], again.rows[name]) for name in found.rows)
+
+
+def test_another_seed_takes_other_rows(folder):
+    task = task_of(folder, numbered(60))
+    assert not np.array_equal(_read(task, 0).rows["dev"], _read(task, 1).rows["dev"])
+
+
+def test_more_labels_keep_those_that_were_chosen(folder):
+    """So that a learning curve over train_examples is one of nested sets."""
+    rows = [
+        set(_read(task_of(folder, numbered(60), train_examples=n), 0).rows["train"].tolist())
+        for n in (20, 30)
+    ]
+    assert rows[0] < rows[1]
+
+
+def test_a_dev_file_is_taken_as_it_is(folder):
+    dev = lines(folder / "dev.jsonl", numbered(5, first=500))
+    found = _read(task_of(folder, numbered(20), dev=dev), 0)
+    assert found.rows["train"].tolist() == list(range(20))
+    assert found.splits["dev"].texts == [f"text {n}" for n in range(500, 505)]
+
+
+LABELS = {
+    "words": ["spam", "ham", "10"],
+    "numbers": [0, 1, 2],
+    "wide numbers": [3, 10, 200],
+    "numbers below 0": [-1, 1, 0],
+    "words of digits": ["10", "9", "200"],
+    "words with zeros": ["007", "08", "1"],
+    "words of signs": ["--1", "-", "+1"],
+    "booleans": [True, False, True],
+    "scores": [0.25, 3.8, 5.0],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_what_is_written_reads_as_the_same_examples(tmp_path, labels, pairs):
+    texts = ['quote " and \\', "naïve\u2028 line", "tab\tand 中文"]
+    train = [{"text": f"{texts[n % 3]} {n}", "label": labels[n % 3]} for n in range(30)]
+    if pairs:
+        train = [
+            {"sentence1": r["text"], "sentence2": r["text"][::-1], "label": r["label"]}
+            for r in train
+        ]
+    found = _read(task_of(tmp_path, train, test=train[:3], dev_examples=6), 0)
+    write_tasks([found], tmp_path)
+    written = tmp_path / "tasks" / "t"
+    names = ("train", "dev", "test")
+    for name, data in zip(
+        names, read_task(*(str(written / f"{n}.jsonl") for n in names)), strict=True
+    ):
+        original, rows = found.splits[name], found.rows[name]
+        assert data.texts == [original.texts[r] for r in rows]
+        assert data.pairs == ([original.pairs[r] for r in rows] if pairs else None)
+        assert data.labels.tolist() == original.labels[rows].tolist()
+        assert data.label_names == original.label_names
+        assert data.problem == original.problem
+
+
+def test_files_that_are_there_are_left(tmp_path):
+    found = _read(task_of(tmp_path, numbered(20)), 0)
+    write_tasks([found], tmp_path)
+    path = tmp_path / "tasks" / "t" / "train.jsonl"
+    before = path.stat().st_mtime_ns
+    write_tasks([found], tmp_path)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_test_examples_that_train_has_are_counted(tmp_path):
+    train = numbered(20)
+    facts = _read(task_of(tmp_path, train, test=[*train, *numbered(4, first=900)]), 0).facts
+    assert facts["test_in_train"] == facts["train"] == 16
+    assert facts["test"] == 24
+
+
+@pytest.mark.parametrize(
+    ("train", "values", "words"),
+    [
+        (numbered(4), {}, "too few to take any for dev"),
+        (numbered(30), {"train_examples": 1}, "none of the 1 examples"),
+        (numbered(30), {"pairs": "adjacent"}, "has no sentence2"),
+        (numbered(30), {"metric": "pearson"}, "does not fit"),
+        ([{"text": "x", "label": 0}] * 20, {}, "at least two classes"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, train, values, words):
+    with pytest.raises(InputError, match=words):
+        _read(task_of(tmp_path, train, **values), 0)
+
+
+def test_a_pair_task_is_shown_pairs(tmp_path):
+    pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n % 2} for n in range(20)]
+    assert _read(task_of(tmp_path, pairs, test=pairs[:2]), 0).pairs == "adjacent"
+    other = _read(task_of(tmp_path, pairs, test=pairs[:2], pairs="random"), 0)
+    assert other.pairs == "random"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    class Config:
+        tasks = (CycleTask(name="t", train=str(tmp_path / "none.jsonl"), test="x"),)
+        seed = 0
+
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        read_tasks(Config())

@@ -1,0 +1,447 @@
+"""Several students from one cache: each is the one trained alone, whatever happens on the way."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
+from rekindle.pipeline import devices as places
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.pipeline.config import load_config
+from rekindle.pipeline.progress import Progress, Task
+from rekindle.pipeline.sweep import run as module
+from rekindle.pipeline.sweep import workers as sweep_workers
+from rekindle.pipeline.sweep.grid import plan_sweep
+from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
+from rekindle.pipeline.train_student import train_from_config
+
+TEMPERATURE = "train.objective.distill.0.temperature"
+FIVE = (
+    "train.objective.distill=[],[{teachers: [lm], temperature: 2.0}],"
+    "[{teachers: [lm], temperature: 2.0, k: 2}],[{teachers: [lm], divergence: reverse_kl}],"
+    "[{teachers: [expert]}]"
+)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
+    """A run file whose cache is made, and whose teachers are gone."""
+    home = tmp_path_factory.mktemp("sweep")
+    kinds = {"lm": "AutoModelForMaskedLM", "expert": "AutoModelForSequenceClassification"}
+    for name, kind in kinds.items():
+        shutil.copytree(make_model("bert", kind, wordpiece), home / name)
+    tasks = {"lm": "masked_lm", "expert": "sequence_classification"}
+    teachers = [{"name": n, "model": str(home / n), "task": task} for n, task in tasks.items()]
+    teachers[0]["targets"] = {"k": 8, "temperatures": [1.0, 2.0, 4.0]}
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    student = make_model("bert", "AutoModelForMaskedLM", wordpiece, seed=5, **small)
+    values = {
+        "corpus": {
+            "source": [str(corpus_file)],
+            "tokenizer": str(wordpiece),
+            "sequence_length": 24,
+            "limit_sequences": 24,
+        },
+        "cache": {"path": str(home / "cache"), "sequences_per_shard": 20, "replicas": 2},
+        "teachers": teachers,
+        "student": {"model": str(student), "from_scratch": True},
+        "train": {
+            "steps": 3,
+            "batch_sequences": 4,
+            "warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "checkpoint_every": 1,
+            "evaluate_every": 3,
+            "held_out": 0.2,
+            "objective": {"distill": [{"teachers": ["lm"]}]},
+        },
+    }
+    path = home / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    cache_teachers(load_config(path))
+    for name in tasks:
+        shutil.rmtree(home / name)
+    return path
+
+
+def weights(run):
+    found = load_file(run / "model.safetensors")
+    heads = run / "heads.safetensors"
+    return found | {f"heads.{k}": v for k, v in load_file(heads).items()}
+
+
+def same_weights(a, b):
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def losses(run):
+    return json.loads((run / "summary.json").read_text())["evaluation"]
+
+
+@pytest.fixture(scope="module")
+def alone(run_file, tmp_path_factory):
+    """alone(key=value, …) -> the directory of the student that --set trains by itself."""
+    made = {}
+
+    def train(*settings):
+        if settings not in made:
+            made[settings] = tmp_path_factory.mktemp("alone") / "run"
+            train_from_config(load_config(run_file, list(settings)), made[settings])
+        return made[settings]
+
+    return train
+
+
+# --- the same students ----------------------------------------------------------------------------
+
+
+def test_five_students_of_one_cache_are_those_trained_alone(run_file, tmp_path, alone):
+    """Without teachers: their directories are deleted."""
+    runs = plan_sweep(run_file, [FIVE])
+    assert run_sweep(runs, tmp_path / "out") == []
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == sorted(
+        run.name for run in runs
+    )
+    values = [losses(tmp_path / "out" / run.name) for run in runs]
+    assert len({value["loss"] for value in values}) == 5
+    assert ["kl/lm" in value for value in values] == [False, True, True, True, False]
+    assert "kl/expert" in values[4]
+    for run in runs:
+        (setting,) = (f"{key}={value}" for key, value in run.values.items())
+        assert same_weights(tmp_path / "out" / run.name, alone(setting))
+        saved = load_config(tmp_path / "out" / run.name / "run.yaml")
+        assert saved == run.config
+
+
+def test_the_product_of_two_sweeps_and_what_is_written_down(run_file, tmp_path, alone):
+    runs = plan_sweep(run_file, [f"{TEMPERATURE}=1,4", "train.seed=0,1"])
+    assert run_sweep(runs, tmp_path) == []
+    assert len({losses(tmp_path / run.name)["loss"] for run in runs}) == 4
+    assert same_weights(
+        tmp_path / "temperature=4,seed=1", alone(f"{TEMPERATURE}=4", "train.seed=1")
+    )
+    record = read_sweep(tmp_path)
+    assert [run["name"] for run in record["runs"]] == [run.name for run in runs]
+    assert [run["values"] for run in record["runs"]] == [run.values for run in runs]
+    assert [run["train"]["seed"] for run in record["runs"]] == [0, 1, 0, 1]
+    about = json.loads((tmp_path / runs[0].name / "run.json").read_text())
+    assert record["corpus"] == about["cache"]["corpus"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_workers_make_the_same_students_as_one(run_file, tmp_path, alone):
+    runs = plan_sweep(run_file, ["train.seed=0,1,2"])
+    told = Recorder()
+    assert run_sweep(runs, tmp_path, workers=2, progress=told) == []
+    for seed, run in enumerate(runs):
+        assert same_weights(tmp_path / run.name, alone(f"train.seed={seed}"))
+        assert told.steps[str(tmp_path / run.name)] == 3
+        assert "loss" in told.notes[str(tmp_path / run.name)]
+    assert not multiprocessing.active_children()
+
+
+class Recorder(Progress):
+    """Remembers what is told of every task, and calls ``heard`` at each advance."""
+
+    def __init__(self, heard=lambda: None):
+        super().__init__()
+        self.steps, self.notes, self.heard = {}, {}, heard
+
+    @contextmanager
+    def task(self, name, unit, total=None):
+        recorder = self
+
+        class Told(Task):
+            def advance(self, amount=1, **counts):
+                super().advance(amount, **counts)
+                recorder.steps[name] = self.done
+                recorder.heard()
+
+            def note(self, text):
+                recorder.notes[name] = text
+
+        yield Told(name, unit)
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch, number, error=KeyboardInterrupt):
+    """Stop the ``number``-th student that is trained from here on; returns which were begun."""
+    from rekindle.pipeline import train_student
+
+    begun = []
+
+    def train(config, out, **options):
+        begun.append(out.name)
+        if len(begun) == number:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Task, "note", stop)
+                return train_from_config(config, out, **options)
+        return train_from_config(config, out, **options)
+
+    def stop(task, text):
+        if task.done == 2:
+            raise error
+
+    monkeypatch.setattr(train_student, "train_from_config", train)
+    return begun
+
+
+def test_a_resumed_sweep_makes_only_what_is_missing(run_file, tmp_path, alone, monkeypatch):
+    runs = plan_sweep(run_file, ["train.seed=0,1,2,3"])
+    begun = interrupt_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(runs, tmp_path)
+    assert begun == ["seed=0", "seed=1", "seed=2"]
+    assert (tmp_path / "seed=2" / "run.json").is_file()
+    assert not (tmp_path / "seed=2" / "summary.json").exists()
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed=[01]/**/*")}
+    begun = interrupt_at(monkeypatch, 100)
+    told = Recorder()
+    assert run_sweep(runs, tmp_path, resume=True, progress=told) == []
+    assert begun == ["seed=2", "seed=3"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed=[01]/**/*")} == before
+    for seed, run in enumerate(runs):
+        assert same_weights(tmp_path / run.name, alone(f"train.seed={seed}"))
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "seed=2" / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["kind"] == "train"
+    ]
+    assert steps == [1, 2, 3]
+
+    begun = interrupt_at(monkeypatch, 100)
+    assert run_sweep(runs, tmp_path, resume=True) == []
+    assert begun == []
+
+
+def test_a_sweep_may_get_more_students(run_file, tmp_path, alone, monkeypatch):
+    run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
+    begun = interrupt_at(monkeypatch, 100)
+    assert run_sweep(plan_sweep(run_file, ["train.seed=2,1,0"]), tmp_path, resume=True) == []
+    assert begun == ["seed=2"]
+    assert same_weights(tmp_path / "seed=2", alone("train.seed=2"))
+    assert [run["name"] for run in read_sweep(tmp_path)["runs"]] == ["seed=2", "seed=1", "seed=0"]
+
+
+def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
+    killed = []
+
+    def kill():
+        if not killed:
+            (first, *_) = multiprocessing.active_children()
+            killed.append(first.pid)
+            os.kill(first.pid, signal.SIGKILL)
+            first.join()
+
+    runs = plan_sweep(run_file, ["train.seed=0,1"], ["train.steps=40"])
+    (failure,) = run_sweep(runs, tmp_path, workers=2, progress=Recorder(kill))
+    assert "killed (exit code -9" in failure.message
+    assert failure.exit_code == 2
+    other = next(run.name for run in runs if run.name != failure.name)
+    assert (tmp_path / other / "summary.json").is_file()
+    assert run_sweep(runs, tmp_path, resume=True) == []
+    assert same_weights(tmp_path / failure.name, alone("train.steps=40", f"train.{failure.name}"))
+
+
+def descendants(pid):
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_students_end_with_the_command(run_file, tmp_path, how):
+    command = [sys.executable, "-m", "rekindle.pipeline.cli", "train-student", str(run_file)]
+    options = ["--sweep", "train.seed=0,1", "--workers", "2", "--set", "train.steps=100000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path), *options], stderr=subprocess.PIPE, text=True
+    )
+    logs = [tmp_path / f"seed={seed}" / "metrics.jsonl" for seed in (0, 1)]
+    while process.poll() is None and not all(log.is_file() and log.stat().st_size for log in logs):
+        time.sleep(0.05)
+    children = descendants(process.pid)
+    assert len(children) >= 3  # two students, and the server that they were forked from
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), errors
+    if how is signal.SIGINT:
+        line = errors.strip().splitlines()[-1]
+        for part in ("--sweep train.seed=0,1", "--set train.steps=100000", "--workers 2"):
+            assert part in line
+        assert line.endswith("--resume")
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}/task").is_dir() for child in children):
+        assert time.monotonic() < deadline, "a student was left behind"
+        time.sleep(0.05)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_student_stops_no_other(run_file, tmp_path, workers):
+    rates = plan_sweep(run_file, ["train.learning_rate=1e30,1e-2,1e29"])
+    failures = run_sweep(rates, tmp_path, workers=workers)
+    assert [f.name for f in failures] == ["learning_rate=1e30", "learning_rate=1e29"]
+    assert {f.exit_code for f in failures} == {2}
+    assert all("loss" in f.message or "grad_norm" in f.message for f in failures)
+    assert (tmp_path / "learning_rate=1e-2" / "summary.json").is_file()
+    assert not (tmp_path / "learning_rate=1e30" / "summary.json").exists()
+
+
+def test_an_error_of_ours_stops_no_other_either(run_file, tmp_path, monkeypatch, caplog):
+    interrupt_at(monkeypatch, 1, ZeroDivisionError("oh"))
+    (failure,) = run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
+    assert failure == Failure("seed=0", "ZeroDivisionError: oh", 1)
+    assert "Traceback" in caplog.text
+    assert (tmp_path / "seed=1" / "summary.json").is_file()
+
+
+def test_the_message_lists_what_failed_and_the_first_one_gives_the_code():
+    error = SweepError([Failure("a", "bad weights.", 3), Failure("b", "nan", 2)], 5)
+    assert error.exit_code == 3
+    assert "2 of 5 students failed. a: bad weights; b: nan." in str(error)
+    assert "--resume" in str(error)
+    assert Failure.of("x", OSError(28, "No space left on device")).exit_code == 2
+    assert Failure.of("x", CheckpointError("damaged")) == Failure("x", "damaged", 3)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(error, runs, out, *words, **options):
+    """Nothing is begun, and nothing in ``out`` is changed."""
+    before = {p: p.stat().st_mtime_ns for p in out.glob("**/*")}
+    with pytest.raises(error) as caught:
+        run_sweep(runs, out, **options)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert {p: p.stat().st_mtime_ns for p in out.glob("**/*")} == before
+
+
+@pytest.fixture
+def swept(run_file, tmp_path, monkeypatch):
+    """A sweep of two that has only been begun."""
+    monkeypatch.setattr(module, "train_one", lambda run, out, progress: None)
+    runs = plan_sweep(run_file, ["train.seed=0,1"])
+    assert run_sweep(runs, tmp_path / "out") == []
+    return tmp_path / "out"
+
+
+def test_a_used_directory_is_refused(run_file, swept, tmp_path):
+    runs = plan_sweep(run_file, ["train.seed=0,1"])
+    refused(InputError, runs, swept, "not empty", "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for resume in (False, True):
+        refused(InputError, runs, tmp_path / "other", "holds no sweep", resume=resume)
+    refused(InputError, runs, tmp_path / "other" / "file", "holds no sweep")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "settings", "words"),
+    [
+        ("train.seed=0,2", [], ("another sweep", "seed=1")),
+        ("train.seed=0", [], ("another sweep", "seed=1")),
+        ("train.steps=3,4", [], ("another sweep", "seed=0")),
+        ("train.seed=0,1", ["train.steps=4"], ("train.steps: 3 there, 4 here",)),
+        ("train.seed=0,1", ["student.from_scratch=false"], ("student.from_scratch",)),
+    ],
+)
+def test_another_sweep_in_the_directory_is_refused(run_file, swept, sweep, settings, words):
+    runs = plan_sweep(run_file, [sweep], settings)
+    refused(CheckpointError, runs, swept, *words, "--out", resume=True)
+
+
+def test_another_corpus_is_refused(run_file, swept):
+    record = json.loads((swept / "sweep.json").read_text())
+    (swept / "sweep.json").write_text(json.dumps(record | {"corpus": "other"}))
+    runs = plan_sweep(run_file, ["train.seed=0,1"])
+    refused(CheckpointError, runs, swept, "another cache", resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"runs": [{}], "corpus": "a"}', "\xff"])
+def test_a_damaged_definition_is_refused(run_file, swept, content):
+    (swept / "sweep.json").write_text(content, encoding="latin-1")
+    runs = plan_sweep(run_file, ["train.seed=0,1"])
+    refused(CheckpointError, runs, swept, "sweep.json is damaged", resume=True)
+
+
+def test_what_the_cache_does_not_have_is_refused_before_anything_is_written(run_file, tmp_path):
+    out = tmp_path / "out"
+    distill = "train.objective.distill=[],[{teachers: [absent]}]"
+    refused(InputError, plan_sweep(run_file, [distill]), out, "absent", "lm", "student distill=")
+    more = plan_sweep(run_file, [f"{TEMPERATURE}=1,3"])
+    refused(InputError, more, out, "student temperature=3", "[1.0, 2.0, 4.0]")
+    masks = plan_sweep(run_file, ["train.seed=0"], ["cache.seed=9"])
+    refused(InputError, masks, out, "masked views")
+    gone = plan_sweep(run_file, ["train.seed=0"], [f"cache.path={tmp_path / 'gone'}"])
+    refused(CacheFormatError, gone, out, "gone")
+    assert not out.exists()
+
+
+def test_torchrun_is_refused(run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(InputError, plan_sweep(run_file, ["train.seed=0"]), tmp_path / "x", "torchrun")
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "shared"),
+    [(["5", "3"], None, 1), (["5", "3"], 4, 2), (["5", "3", "1"], 2, 1), ([], 2, 2)],
+)
+def test_one_student_per_place_at_a_time(run_file, tmp_path, monkeypatch, devices, workers, shared):
+    """More workers than devices share them; a device that is free takes the next student."""
+    running, seen = [], []
+
+    def start(run, out, place, progress):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        one = sweep_workers._Running(run, place, Ended(), ours, None, Shown())
+        running.append(place.device)
+        seen.append((run.name, place.device))
+        assert all(running.count(device) <= shared for device in running)
+        assert len(running) <= (workers or len(devices))
+        theirs.send(None)
+        return one
+
+    def take(one, failures):
+        running.remove(one.place.device)
+        return original(one, failures)
+
+    class Ended:
+        def join(self):
+            pass
+
+    class Shown:
+        def close(self):
+            pass
+
+    original = sweep_workers._take
+    monkeypatch.setattr(sweep_workers, "_start", start)
+    monkeypatch.setattr(sweep_workers, "_take", take)
+    monkeypatch.setattr(places, "visible_devices", lambda: devices)
+    runs = plan_sweep(run_file, ["train.seed=0,1,2,3,4"])
+    assert run_sweep(runs, tmp_path, workers=workers) == []
+    assert [name for name, _ in seen] == [run.name for run in runs]
+    used = devices[: workers or len(devices)] or [None]
+    assert {device for _, device in seen} == set(used)

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rekindle.data.errors import InputError
+from rekindle.train.finetune.metrics import METRICS, all_scores, check_metric, default_metric, score
+
+CLASSES = "single_label_classification"
+labels_of_two = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40)
+
+
+@given(labels_of_two)
+def test_two_classes_agree_with_the_counts(rows):
+    guess, truth = np.array(rows).T
+    tp, fp = int(np.sum(guess & truth)), int(np.sum(guess & (1 - truth)))
+    fn, tn = int(np.sum((1 - guess) & truth)), int(np.sum((1 - guess) & (1 - truth)))
+    assert score("accuracy", guess, truth) == pytest.approx((tp + tn) / len(rows))
+    expected_f1 = 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+    assert score("f1", guess, truth) == pytest.approx(expected_f1)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    expected = (tp * tn - fp * fn) / product**0.5 if product else 0.0
+    assert score("matthews", guess, truth) == pytest.approx(expected, abs=1e-12)
+
+
+def test_f1_counts_class_one_for_two_classes_and_every_class_for_more():
+    truth, guess = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    one, zero = 2 / 3, 4 / 5
+    assert score("f1", guess, truth) == pytest.approx(one)
+    assert score("f1", guess, truth, num_classes=3) == pytest.approx((one + zero) / 2)
+
+
+@given(st.lists(st.tuples(st.integers(-99, 99), st.integers(-99, 99)), min_size=2, max_size=30))
+def test_correlations_are_finite_symmetric_and_bounded(rows):
+    guess, truth = np.array(rows, dtype=np.float32).T
+    for metric in METRICS["regression"]:
+        value = score(metric, guess, truth)
+        assert -1 - 1e-9 <= value <= 1 + 1e-9
+        assert value == pytest.approx(score(metric, truth, guess), abs=1e-9)
+        assert value == pytest.approx(score(metric, guess * 3 + 7, truth), abs=1e-6)
+
+
+def test_pearson_is_numpys_and_spearman_looks_at_ranks_only():
+    truth = np.array([0.0, 1.0, 2.5, 4.0, 5.0])
+    guess = np.array([0.1, 0.2, 4.0, 3.0, 90.0])
+    assert score("pearson", guess, truth) == pytest.approx(np.corrcoef(guess, truth)[0, 1])
+    assert score("spearman", np.exp(truth), truth) == pytest.approx(1.0)
+    assert score("spearman", -truth, truth) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("metric", METRICS["regression"])
+def test_a_constant_prediction_scores_zero(metric):
+    truth = np.array([1.0, 2.0, 3.0])
+    assert score(metric, np.full(3, 2.5), truth) == 0.0
+    assert score(metric, np.array([0.0, 1e-200, 0.0]), truth) == pytest.approx(0.0, abs=1e-9)
+    assert score(metric, truth, np.full(3, 2.5)) == 0.0
+
+
+def test_all_scores_come_from_logits():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert all_scores(CLASSES, logits, np.array([0, 1, 1])) == {
+        "accuracy": 1.0,
+        "f1": 1.0,
+        "matthews": 1.0,
+    }
+    rising = all_scores("regression", np.array([[1.0], [2.0], [3.0]]), np.array([5.0, 6.0, 7.0]))
+    assert rising == pytest.approx({"pearson": 1.0, "spearman": 1.0})
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="diverged"):
+        all_scores(CLASSES, np.array([[np.nan, 0.0]]), np.array([0]))
+
+
+@pytest.mark.parametrize("problem", METRICS)
+def test_a_metric_must_fit_its_problem(problem):
+    check_metric(default_metric(problem), problem)
+    (other,) = METRICS.keys() - {problem}
+    for wrong in (*METRICS[other], "bleu"):
+        with pytest.raises(InputError, match=", ".join(METRICS[problem])):
+            check_metric(wrong, problem)
+
+
+def test_bad_calls_are_named():
+    with pytest.raises(InputError, match="unknown metric 'bleu'"):
+        score("bleu", np.array([1]), np.array([1]))
+    with pytest.raises(ValueError, match="2 predictions for 1 labels"):
+        score("accuracy", np.array([1, 0]), np.array([1]))

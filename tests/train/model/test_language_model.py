@@ -1,0 +1,225 @@
+"""The split into body and output matrix, held against the models' own logits and gradients."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from rekindle.data.errors import InputError
+from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
+from rekindle.train.student import Student
+
+VOCABULARY = 90
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "bert": ("Bert", "masked", {}),
+    "bert-untied": ("Bert", "masked", {"tie_word_embeddings": False}),
+    "roberta": ("Roberta", "masked", {}),
+    "electra": ("Electra", "masked", {"embedding_size": 16}),
+    "deberta-v2": (
+        "DebertaV2",
+        "masked",
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
+    "modernbert": ("ModernBert", "masked", {}),
+    "distilbert": ("DistilBert", "masked", {"dim": 24, "hidden_dim": 40}),
+    "albert": ("Albert", "masked", {"embedding_size": 16}),
+    "gpt2": ("GPT2", "causal", {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "llama": ("Llama", "causal", {"num_key_value_heads": 1}),
+    "llama-tied": ("Llama", "causal", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    # Every one of these changes the logits after the output matrix: a cap, a factor, a divisor.
+    "gemma2": (
+        "Gemma2",
+        "causal",
+        {"num_key_value_heads": 1, "head_dim": 12, "final_logit_softcapping": 3.0},
+    ),
+    "cohere": ("Cohere", "causal", {"num_key_value_heads": 1, "logit_scale": 0.3}),
+    "granite": ("Granite", "causal", {"num_key_value_heads": 1, "logits_scaling": 7.0}),
+}
+HEADS = {"masked": "ForMaskedLM", "causal": "ForCausalLM", "GPT2": "LMHeadModel"}
+
+
+def build(name: str) -> nn.Module:
+    """A model whose every parameter is away from its initial value: fresh biases are zero."""
+    family, kind, extra = FAMILIES[name]
+    config = getattr(transformers, family + "Config")(**{**SMALL, **extra})
+    torch.manual_seed(0)
+    model = getattr(transformers, family + HEADS.get(family, HEADS[kind]))(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def split_of(name: str, model: nn.Module) -> SplitLanguageModel:
+    return SplitLanguageModel(model, causal=FAMILIES[name][1] == "causal")
+
+
+def padded_batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Three sequences of different lengths, and every real position in a shuffled order."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (3, 11), generator=draw)
+    mask = (torch.arange(11) < torch.tensor([11, 7, 2])[:, None]).long()
+    ids = torch.where(mask == 1, ids, 0)
+    real = mask.flatten().nonzero()[:, 0]
+    return {"input_ids": ids, "attention_mask": mask}, real[torch.randperm(20, generator=draw)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_split_gives_the_models_logits_and_gradients(name):
+    model = build(name)
+    split = split_of(name, model)
+    inputs, select = padded_batch()
+    draw = torch.Generator().manual_seed(2)
+    upstream = torch.randn(len(select), VOCABULARY, generator=draw)
+
+    plain = model(**inputs).logits.flatten(0, 1)[select].float()
+    (plain * upstream).sum().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    hidden, states = split.hidden(inputs, select)
+    logits = split.head.logits(hidden)
+    (logits * upstream).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    assert hidden.shape == (20, split.head.weight.shape[1])
+    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, split.states(inputs), rtol=1e-6, atol=1e-6)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        scale = float(gradient.abs().max()) + 1e-3
+        torch.testing.assert_close(
+            found[parameter], gradient, rtol=1e-4, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "modernbert", "llama"])
+def test_the_split_leaves_the_model_as_it_was(name):
+    model = build(name)
+    inputs, select = padded_batch()
+    before, weights = model(**inputs).logits, set(model.state_dict())
+    model.train()
+    split = split_of(name, model)
+    assert model.training  # the check puts the mode back
+    model.eval()
+    split.hidden(inputs, select)
+    assert torch.equal(model(**inputs).logits, before)
+    assert set(model.state_dict()) == weights
+
+
+def test_a_failed_pass_does_not_leave_the_selection_behind():
+    model = build("bert")
+    split = split_of("bert", model)
+    inputs, select = padded_batch()
+    before = model(**inputs).logits
+    with pytest.raises(IndexError):
+        split.hidden(inputs, torch.tensor([10_000]))
+    assert torch.equal(model(**inputs).logits, before)
+    assert split.hidden(inputs, select)[0].shape == (20, 24)
+
+
+def test_a_selection_may_be_empty_or_repeat_rows():
+    for name in ("bert", "gpt2"):
+        split = split_of(name, build(name))
+        inputs, _ = padded_batch()
+        assert split.hidden(inputs, torch.zeros(0, dtype=torch.long))[0].shape == (0, 24)
+        hidden, _ = split.hidden(inputs, torch.tensor([4, 1, 4]))
+        assert torch.equal(hidden[0], hidden[2])
+
+
+def test_the_softcap_bites():
+    """The Gemma 2 case above would prove nothing if all logits were far below the cap."""
+    model = build("gemma2")
+    head = split_of("gemma2", model).head
+    assert head.softcap == 3.0
+    logits = model(**padded_batch()[0]).logits.detach()
+    assert 2.5 < float(logits.abs().max()) <= 3.0
+    assert split_of("cohere", build("cohere")).head.logit_scale == 0.3
+    assert split_of("granite", build("granite")).head.logit_scale == pytest.approx(1 / 7)
+
+
+def test_the_head_is_shared_with_the_model_and_can_be_cut():
+    model = build("bert")
+    head = split_of("bert", model).head
+    assert head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    cut = head.cut(50)
+    hidden = torch.randn(4, 24)
+    assert cut.weight.data_ptr() == head.weight.data_ptr()
+    assert torch.allclose(cut.logits(hidden), head.logits(hidden)[:, :50])
+
+
+def test_head_logits_are_the_stated_formula_in_float32():
+    weight, bias = torch.randn(7, 3), torch.randn(7)
+    hidden = torch.randn(5, 3)
+    plain = hidden @ weight.T + bias
+    for cap, scale in ((None, 1.0), (None, 0.25), (2.0, 1.0), (2.0, 4.0)):
+        z = scale * plain
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        assert torch.allclose(OutputHead(weight, bias, cap, scale).logits(hidden), z, atol=1e-5)
+    half = OutputHead(weight.bfloat16(), None, None, 1.0).logits(hidden.bfloat16())
+    assert half.dtype == torch.float32
+
+
+class AddsAfterwards(nn.Module):
+    """A BERT that does something to its logits which no output matrix tells of."""
+
+    base_model_prefix = "bert"
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.bert, self.cls = inner, inner.bert, inner.cls
+        self.config, self.base_model = inner.config, inner.bert
+        self.get_output_embeddings = inner.get_output_embeddings
+
+    def forward(self, **inputs):
+        out = self.inner(**inputs)
+        out.logits = out.logits + torch.linspace(-5, 5, out.logits.shape[-1])
+        return out
+
+
+def test_a_model_whose_logits_are_not_head_of_hidden_is_refused():
+    with pytest.raises(NotImplementedError, match="AddsAfterwards cannot be split"):
+        SplitLanguageModel(AddsAfterwards(build("bert")), causal=False)
+
+
+def unsupported(name: str) -> nn.Module:
+    if name == "encoder-decoder":
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+        config = transformers.BartConfig(
+            **sizes, vocab_size=VOCABULARY, decoder_ffn_dim=32, max_position_embeddings=64
+        )
+        return transformers.BartForConditionalGeneration(config)
+    if name == "concatenated head":
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "embedding_size": 16}
+        config = transformers.MobileBertConfig(
+            **sizes, vocab_size=VOCABULARY, num_hidden_layers=1, num_attention_heads=2
+        )
+        return transformers.MobileBertForMaskedLM(config)
+    return transformers.BertModel(transformers.BertConfig(**SMALL))  # a body without a head
+
+
+@pytest.mark.parametrize("name", ["encoder-decoder", "concatenated head", "no head"])
+def test_unsupported_models_are_refused_with_a_reason(name):
+    model = unsupported(name)
+    with pytest.raises(NotImplementedError, match="masked and causal LMs whose logits are one"):
+        SplitLanguageModel(model, causal=False)
+    with pytest.raises(InputError, match="cannot be split"):
+        Student(model, "masked_lm")
+
+
+def test_a_masked_family_is_no_causal_model():
+    """BERT's transform stands between its body and its output matrix."""
+    config = transformers.BertConfig(**SMALL, is_decoder=True)
+    with pytest.raises(NotImplementedError, match="its logits are not"):
+        SplitLanguageModel(transformers.BertLMHeadModel(config), causal=True)

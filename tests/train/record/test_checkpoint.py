@@ -1,0 +1,342 @@
+"""Checkpoints: whole or not there, exact, and never of another run."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.distributed import ParallelStudent, World
+from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
+from rekindle.train.optimizer import make_optimizer
+from rekindle.train.record import checkpoint as module
+from rekindle.train.record.checkpoint import latest_checkpoint, load_checkpoint, open_run, start_run
+from rekindle.train.student import HeadConfig, Student, build_student
+
+CPU = torch.device("cpu")
+HEADS = {"v1.sense": HeadConfig(kind="sequence", num_labels=3)}
+MASKED = ("bert", "roberta", "electra", "deberta", "modernbert")
+
+
+@pytest.fixture(scope="module")
+def make_student(make_model, wordpiece, bytelevel):
+    def make(family="bert", seed=0, heads=HEADS):
+        masked = family in MASKED
+        tokenizer = wordpiece if masked else bytelevel
+        auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+        config = StudentConfig(
+            model=str(make_model(family, auto, tokenizer)),
+            task="masked_lm" if masked else "causal_lm",
+        )
+        size = load_tokenizer(str(tokenizer)).size
+        student = build_student(config, heads, size, seed).train()
+        return student, make_optimizer(student, TrainConfig(learning_rate=1e-2), CPU)
+
+    return make
+
+
+def train(student, optimizer, first, steps):
+    """Steps on random tokens whose draws depend on the step alone, dropout on."""
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        ids = torch.randint(5, 90, (2, 8))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        output = student(inputs, torch.arange(8), ["v1.sense"])
+        logits = student.output_head.logits(output.hidden)
+        loss = logits.logsumexp(1).mean() + output.logits["v1.sense"].square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def save_checkpoint(run, step, student, *rest, **options):
+    return module.save_checkpoint(run, step, alone(student), *rest, **options)
+
+
+def restore(run, student, optimizer):
+    return module.restore(run, alone(student), optimizer)
+
+
+def alone(student):
+    return ParallelStudent(student, World.alone())
+
+
+def state(student, optimizer):
+    tensors = dict(student.state_dict())
+    for name, parameter in student.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name} {key}"] = value
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("family", [*MASKED, "gpt2", "llama"])
+def test_training_goes_on_bit_for_bit_after_a_restore(tmp_path, make_student, family):
+    student, optimizer = make_student(family)
+    train(student, optimizer, 0, 2)
+    save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=2)
+    saved = state(student, optimizer)
+    train(student, optimizer, 2, 2)
+    other, fresh = make_student(family, seed=9)
+    assert restore(tmp_path, other, fresh)["step"] == 2
+    assert same(state(other, fresh), saved)
+    assert any("exp_avg_sq" in name for name in saved)
+    train(other, fresh, 2, 2)
+    assert same(state(other, fresh), state(student, optimizer))
+
+
+def test_a_checkpoint_is_a_student_directory(tmp_path, make_student):
+    student, optimizer = make_student()
+    path = save_checkpoint(tmp_path, 3, student, optimizer, {"a": [1]}, keep=1)
+    assert path == tmp_path / "checkpoints/step-00000003"
+    again = Student.from_pretrained(path)
+    assert same(dict(again.state_dict()), dict(student.state_dict()))
+    found, about = latest_checkpoint(tmp_path)
+    assert (found, about["step"], about["a"]) == (path, 3, [1])
+    assert not [f for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_takes_no_place(tmp_path, make_student, keep):
+    """The run went on from before it: what is written then must be there to go on with."""
+    student, optimizer = make_student()
+    newest = save_checkpoint(tmp_path, 40, student, optimizer, {}, keep)
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    for step in (10, 20, 30):
+        path = save_checkpoint(tmp_path, step, student, optimizer, {}, keep)
+        assert latest_checkpoint(tmp_path)[0] == path
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (10, 20, 30)[-keep:]] + [newest.name]
+
+
+def test_a_student_that_has_not_stepped_yet_has_no_moments(tmp_path, make_student):
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 0, student, optimizer, {}, keep=1)
+    other, fresh = make_student(seed=9)
+    restore(tmp_path, other, fresh)
+    assert same(state(other, fresh), state(student, optimizer))
+    assert not fresh.state
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_only_the_last_ones_are_kept(tmp_path, make_student, keep):
+    student, optimizer = make_student()
+    for step in (5, 10, 15, 200):
+        save_checkpoint(tmp_path, step, student, optimizer, {}, keep)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (5, 10, 15, 200)[-keep:]]
+
+
+def test_the_best_is_kept_beside_the_last_ones(tmp_path, make_student):
+    student, optimizer = make_student()
+    for step, best in ((5, 5), (10, 10), (15, 10), (20, 10), (25, 10)):
+        state = {"best": {"step": best, "value": 0.5}}
+        save_checkpoint(tmp_path, step, student, optimizer, state, 2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (10, 20, 25)]
+    save_checkpoint(tmp_path, 30, student, optimizer, {"best": {"step": 30, "value": 0.1}}, 2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{s:08d}" for s in (25, 30)]
+
+
+@pytest.mark.parametrize("byte", range(0, 400, 37))
+def test_a_flipped_byte_of_the_position_is_found(tmp_path, make_student, byte):
+    """A digit of a step or of a coverage is as good as any other: only a checksum tells."""
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 1, student, optimizer, {"seconds": 12.5}, keep=3)
+    path = save_checkpoint(tmp_path, 2, student, optimizer, {"seconds": 34.5}, keep=3)
+    content = bytearray((path / "trainer.json").read_bytes())
+    content[byte] ^= 1
+    (path / "trainer.json").write_bytes(content)
+    found, about = latest_checkpoint(tmp_path)
+    assert found.name == "step-00000001"
+    assert about["seconds"] == 12.5
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, make_student):
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 5, student, optimizer, {"try": 1}, keep=2)
+    train(student, optimizer, 0, 1)
+    save_checkpoint(tmp_path, 5, student, optimizer, {"try": 2}, keep=2)
+    path, about = latest_checkpoint(tmp_path)
+    assert about["try"] == 2
+    weights = dict(Student.from_pretrained(path).state_dict())
+    assert same(weights, dict(student.state_dict()))
+
+
+@pytest.mark.parametrize("file", ["model", "heads", "optimizer", "config.json", "trainer.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, make_student, caplog, file, damage):
+    student, optimizer = make_student()
+    train(student, optimizer, 0, 1)
+    save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=3)
+    good = state(student, optimizer)
+    train(student, optimizer, 1, 1)
+    path = save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=3)
+    broken = path / (file if file.endswith(".json") else f"{file}.safetensors")
+    content = bytearray(broken.read_bytes())
+    if damage == "gone":
+        broken.unlink()
+    else:
+        # A digit of the trainer's file may be of no consequence; half of it is.
+        content[len(content) // 2] ^= 255
+        broken.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    other, fresh = make_student(seed=9)
+    with caplog.at_level(logging.WARNING, logger="rekindle"):
+        assert restore(tmp_path, other, fresh)["step"] == 1
+    assert "step-00000002 is damaged" in caplog.text
+    assert same(state(other, fresh), good)
+
+
+def test_without_a_sound_checkpoint_the_run_begins_anew(tmp_path, make_student):
+    student, optimizer = make_student()
+    before = state(student, optimizer)
+    assert restore(tmp_path, student, optimizer) == {}
+    path = save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
+    (path / "trainer.json").unlink()
+    assert latest_checkpoint(tmp_path) is None
+    assert restore(tmp_path, student, optimizer) == {}
+    assert same(state(student, optimizer), before)
+
+
+@pytest.mark.parametrize("moment", ["save_file", "_sync", "rename"])
+def test_a_save_that_is_interrupted_leaves_the_last_one(
+    tmp_path, make_student, monkeypatch, moment
+):
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        owner = module.os if moment == "rename" else module
+        patched.setattr(owner, moment, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=1)
+    assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=1)  # over what was left lying about
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert latest_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path, make_student):
+    student, optimizer = make_student()
+    path = save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
+    for family, heads in (("electra", HEADS), ("bert", {})):
+        with pytest.raises(CheckpointError, match="does not fit this student"):
+            load_checkpoint(path, *make_student(family, heads=heads))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["bert.encoder.layer.0.output.dense.bias"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"encoder.layer.0.output.dense.bias"):
+        load_checkpoint(path, *make_student())
+
+
+# --- what run is in a directory ---
+
+ABOUT = {
+    "student": {"model": "m", "task": "masked_lm"},
+    "train": {"steps": 10, "objective": {"hard": {"weight": 1.0}}, "tags": ("a", "b")},
+    "cache": {"path": "/here", "corpus": "abc", "teachers": {"big": "123"}},
+}
+
+
+def changed(part, key, value):
+    about = json.loads(json.dumps(ABOUT))
+    about[part][key] = value
+    return about
+
+
+def test_a_new_directory_is_free(tmp_path):
+    assert open_run(tmp_path / "new", ABOUT, resume=False) is False
+    assert open_run(tmp_path / "new", ABOUT, resume=True) is False
+    assert open_run(tmp_path, ABOUT, resume=True) is False
+    assert not (tmp_path / "new").exists()
+    start_run(tmp_path / "new/deep", ABOUT)
+    assert open_run(tmp_path / "new/deep", ABOUT, resume=True) is True
+
+
+def test_a_used_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="is not empty and holds no run"):
+            open_run(tmp_path, ABOUT, resume)
+        with pytest.raises(InputError, match="is not empty"):
+            open_run(tmp_path / "file", ABOUT, resume)
+    start_run(tmp_path / "run", ABOUT)
+    with pytest.raises(InputError, match="or --resume to go on"):
+        open_run(tmp_path / "run", ABOUT, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("student", "model", "other"),
+        ("train", "steps", 11),
+        ("train", "objective", {"hard": {"weight": 0.5}}),
+        ("train", "brand_new", 1),
+        ("cache", "corpus", "abd"),
+        ("cache", "teachers", {"big": "124"}),
+    ],
+)
+def test_another_configuration_is_refused_by_its_key(tmp_path, part, key, value):
+    start_run(tmp_path, ABOUT)
+    with pytest.raises(CheckpointError, match=rf"\({part}\.{key}: "):
+        open_run(tmp_path, changed(part, key, value), resume=True)
+
+
+def about_of(**train):
+    """Whole sections, as a run has them, with the settings of a method."""
+    values = {"steps": 9, "objective": {"distill": [{"teachers": ["big"], "temperature": 2}]}}
+    config = parse_settings(TrainConfig, values | train).model_dump(mode="json", by_alias=True)
+    method = parse_settings(ReplacedTokensSettings, {"method": "replaced_tokens", "teacher": "big"})
+    config["objective"]["methods"] = [method.model_dump(mode="json", by_alias=True)]
+    student = StudentConfig(model="m").model_dump(mode="json", by_alias=True)
+    return {"student": student, "train": config, "cache": ABOUT["cache"]}
+
+
+def test_a_run_goes_on_although_it_is_older_than_some_keys(tmp_path):
+    """Keys that had not been there have their defaults; any other value of them is another run."""
+    older = about_of()
+    del older["student"]["grow"], older["train"]["curriculum"]
+    (term,), (method,) = (older["train"]["objective"][name] for name in ("distill", "methods"))
+    del term["ranking"], method["temperature"]
+    start_run(tmp_path, older)
+    assert open_run(tmp_path, about_of(), resume=True)
+    for key, value in {"curriculum": {"teacher": "big"}, "steps": 10, "seed": 1}.items():
+        with pytest.raises(CheckpointError, match=rf"\(train\.{key}: "):
+            open_run(tmp_path, about_of(**{key: value}), resume=True)
+    other = about_of()
+    other["train"]["objective"]["methods"][0]["temperature"] = 2.0
+    with pytest.raises(CheckpointError, match=r"train\.objective"):
+        open_run(tmp_path, other, resume=True)
+
+
+def test_a_cache_that_moved_is_the_same_cache(tmp_path):
+    start_run(tmp_path, ABOUT)
+    assert open_run(tmp_path, changed("cache", "path", "/there"), resume=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_record_is_no_reason_for_a_traceback(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        open_run(tmp_path, ABOUT, resume=True)
+
+
+def test_checkpoints_may_be_copied_elsewhere(tmp_path, make_student):
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path / "a", 4, student, optimizer, {}, keep=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    assert restore(tmp_path / "b", student, optimizer)["step"] == 4

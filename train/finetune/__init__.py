@@ -1,0 +1,1 @@
+"""Fine-tune a model on a labelled task, score it, and merge experts as baselines."""

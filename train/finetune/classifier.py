@@ -1,0 +1,236 @@
+"""Text classifiers and regressors: their tokens, their loading, their scoring. Trains nothing.
+
+One code path makes an expert's inputs for fine-tuning and for evaluation.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.train.finetune.metrics import all_scores
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
+
+logger = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example: int64 [N]."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+# ---- tokens ------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, model_config: Any, data: TaskData, max_length: int) -> Encoded:
+    """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
+
+    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
+    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
+    empty text is one padding token, so that no row is empty.
+    """
+    padding_id = _padding_id(model_config, tokenizer)
+    most = min(max_length, longest_input(model_config) or max_length, tokenizer.model_max_length)
+    found = tokenizer(
+        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
+    )
+    ids = [row or [padding_id] for row in found["input_ids"]]
+    # A generic tokenizer also gives segments to models that would read them as something else.
+    knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
+    return Encoded(ids, found.get("token_type_ids") if knows_segments else None)
+
+
+def _padding_id(model_config: Any, tokenizer: Any) -> int:
+    """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
+    own = getattr(model_config, "pad_token_id", None)
+    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in known if number is not None), 0)
+
+
+def collate(encoded: Encoded, rows: np.ndarray, model: Any) -> dict[str, torch.Tensor]:
+    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
+    ids = [encoded.input_ids[row] for row in rows]
+    batch = {
+        "input_ids": _padded(ids, model.config.pad_token_id),
+        "attention_mask": _padded([[1] * len(row) for row in ids], 0),
+    }
+    if encoded.token_type_ids is not None:
+        batch["token_type_ids"] = _padded([encoded.token_type_ids[row] for row in rows], 0)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def padded_tokenizer(model: str) -> Any:
+    """The model's fast tokenizer, which pads and cuts on the right."""
+    tokenizer = load_tokenizer(str(resolve_model(model))).hf
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer
+
+
+def load_config(model: str, **overrides: Any) -> Any:
+    """The model's configuration."""
+    return _loaded(AutoConfig, model, **overrides)
+
+
+def load_classifier(model: str, tokenizer: Any, data: TaskData) -> torch.nn.Module:
+    """``model`` with a head for ``data``, fp32; fresh from torch's generator where it has none.
+
+    A head that was trained for other labels is not reused: its output layer starts fresh too.
+    """
+    config = load_config(model)
+    if data.label_names:
+        names = dict(enumerate(data.label_names))
+        labels: dict[str, Any] = {"id2label": names}
+        labels["label2id"] = {name: number for number, name in names.items()}
+        same = config.id2label == names
+    else:
+        labels = {"num_labels": 1}
+        same = config.num_labels == 1 and config.problem_type == "regression"
+    config = load_config(model, problem_type=data.problem, **labels)
+    network, unset = _load_weights(model, config, tokenizer)
+    if not same and not unset:
+        logger.info("%s has a head for other labels; its output layer starts fresh", model)
+        _renew_output_layer(network)
+    return network
+
+
+def _load_weights(model: str, config: Any, tokenizer: Any) -> tuple[torch.nn.Module, list[str]]:
+    """The classifier and the names of its head's weights that the checkpoint does not set."""
+    config.pad_token_id = _padding_id(config, tokenizer)
+    network, report = _loaded(
+        AutoModelForSequenceClassification,
+        model,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # in the head; a body is refused below
+        output_loading_info=True,
+    )
+    unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    body = f"{network.base_model_prefix}."
+    # A pooler sits in the body but belongs to the head: a masked LM has none.
+    missing = [key for key in unset if key.startswith(body) and ".pooler." not in key]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise InputError(
+            f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
+            f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
+        )
+    return network, [key for key in unset if not key.startswith(body)]
+
+
+def _renew_output_layer(network: Any) -> None:
+    width = network.config.num_labels
+    head = [
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module.out_features == width
+        and not name.startswith(f"{network.base_model_prefix}.")
+    ][-1]
+    torch.nn.init.normal_(head.weight, std=getattr(network.config, "initializer_range", 0.02))
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+
+
+def _loaded(loader: Any, model: str, **arguments: Any) -> Any:
+    directory = resolve_model(model)
+    try:
+        return loader.from_pretrained(str(directory), trust_remote_code=False, **arguments)
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights of {model!r} are damaged: {error}") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{model!r} cannot be loaded for text classification: {reason.rstrip('.')}; give a "
+            "model with config.json and safetensors weights (pickled ones are not loaded)"
+        ) from None
+
+
+# ---- scoring -----------------------------------------------------------------------------------
+
+
+def predict(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+    """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
+    model.eval()
+    return logits_of(model, encoded, batch_size)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+    """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
+    order = np.argsort(encoded.lengths, kind="stable")
+    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        logits[rows] = model(**collate(encoded, rows, model)).logits.float().cpu().numpy()
+    return logits
+
+
+def load_trained(model_dir: str, config: Any, tokenizer: Any) -> Any:
+    """A classifier with all its weights; InputError for one without a trained head."""
+    network, unset = _load_weights(model_dir, config, tokenizer)
+    if unset:
+        raise InputError(
+            f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
+            "fine-tune it first"
+        )
+    return network
+
+
+def evaluate(
+    model_dir: str, data: TaskData, *, max_length: int = 128, batch_size: int = 64
+) -> tuple[dict[str, float], np.ndarray]:
+    """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
+
+    Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
+    InputError for a model without a trained head, of the other problem or with other classes.
+    """
+    with quiet_transformers():
+        tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
+        labels = _labels_for(model_dir, config, data)
+        network = load_trained(model_dir, config, tokenizer)
+        encoded = encode(tokenizer, config, data, max_length)
+        logits = predict(network.to(place("fp32").device), encoded, batch_size)
+    return all_scores(data.problem, logits, labels), logits
+
+
+def _labels_for(model_dir: str, config: Any, data: TaskData) -> np.ndarray:
+    if not data.label_names:
+        if config.num_labels != 1:
+            raise InputError(
+                f"the task is a regression, but {model_dir!r} has {config.num_labels} outputs; "
+                "give a model that was fine-tuned on scores"
+            )
+        return data.labels
+    unknown = [name for name in data.label_names if name not in config.label2id]
+    if unknown:
+        raise InputError(
+            f"{model_dir!r} does not know the labels {', '.join(unknown[:5])}; its own are "
+            f"{', '.join(list(config.label2id)[:20])}: give the task it was fine-tuned on"
+        )
+    return np.array([config.label2id[name] for name in data.label_names])[data.labels]

@@ -1,0 +1,103 @@
+"""What a student that merges classifiers is measured against: its experts alone, and together.
+
+Pure functions of logits and Monte-Carlo means. N texts, J experts, C_j labels, U labels of all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.errors import InputError
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.config import UncertaintyConfig
+from rekindle.train.finetune.metrics import all_scores
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.objective.label_union import (
+    LabelUnion,
+    certainty,
+    concatenated_target,
+    expert_weights,
+    mixed_target,
+)
+
+
+def merged_probabilities(
+    union: LabelUnion,
+    logits: Mapping[str, Tensor],
+    mc_probs: Mapping[str, Tensor] | None = None,
+    sharpness: float = 0.2,
+) -> dict[str, Tensor]:
+    """Every way to answer with the experts' own words, by name: probabilities [N,U].
+
+    ``logits`` [N,C_j] by expert, in the union's order; ``mc_probs`` [N,C_j]: the mean class
+    probabilities of dropout passes, without which MUKI's merges are left out. Each expert alone
+    gives 0 to labels that it has not.
+    """
+    found = {
+        f"{name} alone": union.pad(name, torch.softmax(z, dim=1)) for name, z in logits.items()
+    }
+    some = next(iter(logits.values()))
+    equal = some.new_full((len(some), len(logits)), 1.0 / len(logits))
+    found["uniform mixture"] = mixed_target(union, logits, equal, 1.0)
+    found["concatenated logits"] = concatenated_target(union, logits, 1.0)
+    if mc_probs is not None:
+        certainties = torch.stack([certainty(mc_probs[name]) for name in logits], dim=1)
+        for selection in ("soft", "hard"):
+            config = UncertaintyConfig(selection=selection, sharpness=sharpness)
+            weights = expert_weights(certainties, config)
+            found[f"MUKI, {selection}"] = mixed_target(union, logits, weights, 1.0)
+    return found
+
+
+def merge_scores(
+    experts: Sequence[TeacherInfo],
+    logits: Mapping[str, np.ndarray],
+    mc_probs: Mapping[str, np.ndarray] | None,
+    data: TaskData,
+    labels: Literal["merge", "apart"] = "merge",
+    sharpness: float = 0.2,
+) -> dict[str, dict[str, float]]:
+    """The scores of every way to merge on a labelled file: way -> metric -> value.
+
+    Logits and means may be fresh or from a cache; their rows are those of ``data``.
+    """
+    union = LabelUnion.of(experts, labels)
+    names = bare_names(union.names, [e.name for e in experts])
+    given = {e.name: torch.from_numpy(np.asarray(logits[e.name])).float() for e in experts}
+    means = None
+    if mc_probs is not None:
+        means = {e.name: torch.from_numpy(np.asarray(mc_probs[e.name])).float() for e in experts}
+    ways = merged_probabilities(union, given, means, sharpness)
+    return {way: scores_by_name(probs.numpy(), names, data) for way, probs in ways.items()}
+
+
+def bare_names(names: Sequence[str], experts: Sequence[str]) -> tuple[str, ...]:
+    """Label names without the experts' that stand before them in a union with ``labels: apart``."""
+    owners = [next((e for e in experts if n.startswith(f"{e}/")), None) for n in names]
+    if None in owners:
+        return tuple(names)
+    return tuple(name.removeprefix(f"{e}/") for name, e in zip(names, owners, strict=True))
+
+
+def scores_by_name(
+    values: np.ndarray, names: Sequence[str], data: TaskData, who: str = "the experts together"
+) -> dict[str, float]:
+    """The scores of logits or probabilities [N,U] of labels ``names`` [U] on ``data``.
+
+    Labels are matched by name; equal names are one label, whose value is their largest. InputError
+    for a task with labels that nobody has.
+    """
+    unknown = [name for name in data.label_names if name not in names]
+    if unknown or not data.label_names:
+        wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores instead of classes"
+        raise InputError(
+            f"the task has {wrong}; {who} know {', '.join(list(dict.fromkeys(names))[:20])}: give "
+            "a task whose labels they know"
+        )
+    classes = list(dict.fromkeys([*data.label_names, *names]))
+    columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
+    merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)
+    return all_scores(data.problem, merged, data.labels)

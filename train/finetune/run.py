@@ -1,0 +1,349 @@
+"""Fine-tunes a model on a labelled task into an expert directory, and scores one. Knows no cache.
+
+What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
+Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
+"""
+
+import copy
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn import functional
+
+from rekindle.data.errors import InputError
+from rekindle.train.finetune.classifier import (
+    Encoded,
+    collate,
+    encode,
+    load_classifier,
+    load_config,
+    padded_tokenizer,
+    predict,
+)
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
+from rekindle.train.finetune.result_folder import WRITER, check_out, staging_folder, write_json
+from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.model.files import package_versions, place, quiet_transformers
+
+CLIP_NORM = 1.0
+BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
+LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
+
+logger = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
+
+    seed: int
+    scores: dict[str, float]
+    test_scores: dict[str, float] | None
+    epochs: list[dict[str, Any]]  # epoch, steps so far, mean train loss, dev scores
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
+
+    model: str
+    files: dict[str, str]
+    problem: str
+    label_names: tuple[str, ...]
+    metric: str
+    per_seed: tuple[SeedResult, ...]
+    mean: float
+    std: float | None
+    test_mean: float | None
+    best_seed: int
+    seconds: float
+    precision: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        return {"written_by": WRITER, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that the seeds share."""
+
+    model: str
+    config: FinetuneConfig
+    tokenizer: Any
+    data: dict[str, TaskData]  # train, dev and maybe test
+    encoded: dict[str, Encoded]
+    metric: str
+    device: torch.device
+    bf16: bool
+
+
+def finetune(
+    model: str,
+    train: str,
+    dev: str,
+    out: str,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    metric: str | None = None,
+    config: FinetuneConfig | None = None,
+    test: str | None = None,
+) -> FinetuneResult:
+    """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
+
+    ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
+    pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
+    not at all, and replaces only an empty directory or an earlier result of this function.
+    ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
+
+    Raises InputError for wrong files, models, metrics or a diverged run, CheckpointError for
+    damaged weights.
+    """
+    started = time.perf_counter()
+    if seeds < 1:
+        raise InputError(f"seeds is {seeds}; give at least 1")
+    config = config or FinetuneConfig()
+    if config.epochs == 0 or config.head is not None or config.merge is not None:
+        raise InputError(
+            f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
+            "without training, with epochs: 0 (from Python: train.score_model.score_model)"
+        )
+    check_out(Path(out))
+    files = {"train": train, "dev": dev} | ({"test": test} if test else {})
+    data = dict(zip(files, read_task(*files.values()), strict=True))
+    problem = data["train"].problem
+    metric = metric or default_metric(problem)
+    check_metric(metric, problem)
+    with staging_folder(Path(out)) as staging, quiet_transformers(), _progress() as progress:
+        job = _prepare(model, data, metric, config)
+        results: list[SeedResult] = []
+        for seed in range(first_seed, first_seed + seeds):
+            network, result, dev_logits = _run_seed(job, seed, progress)
+            results.append(result)
+            if result is _best(results, metric):
+                _save_model(network, job, dev_logits, staging)
+            del network
+        outcome = _outcome(job, files, results, time.perf_counter() - started)
+        write_json(staging / "metrics.json", outcome.as_dict())
+    return outcome
+
+
+def _best(results: list[SeedResult], metric: str) -> SeedResult:
+    return max(results, key=lambda result: result.scores[metric])  # the first one of equals
+
+
+def _outcome(
+    job: _Job, files: dict[str, str], results: list[SeedResult], seconds: float
+) -> FinetuneResult:
+    scores = [result.scores[job.metric] for result in results]
+    tests = [result.test_scores[job.metric] for result in results if result.test_scores]
+    return FinetuneResult(
+        model=job.model,
+        files=files,
+        problem=job.data["train"].problem,
+        label_names=job.data["train"].label_names,
+        metric=job.metric,
+        per_seed=tuple(results),
+        mean=float(np.mean(scores)),
+        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        test_mean=float(np.mean(tests)) if tests else None,
+        best_seed=_best(results, job.metric).seed,
+        seconds=seconds,
+        precision="bf16" if job.bf16 else "fp32",
+        config=job.config.model_dump(),
+        versions=package_versions(),
+    )
+
+
+def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
+    placement = place(config.precision)
+    logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
+    tokenizer = padded_tokenizer(model)
+    limits = load_config(model)
+    encoded = {
+        name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
+    }
+    device, bf16 = torch.device(placement.device), placement.precision == "bf16"
+    return _Job(model, config, tokenizer, data, encoded, metric, device, bf16)
+
+
+# ---- one seed ----------------------------------------------------------------------------------
+
+
+def _run_seed(
+    job: _Job, seed: int, progress: Progress
+) -> tuple[torch.nn.Module, SeedResult, np.ndarray]:
+    """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
+    started = time.perf_counter()
+    config, data, encoded = job.config, job.data, job.encoded
+    problem = data["train"].problem
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
+        optimizer = _adamw(model, config)
+        total, warmup = plan_steps(len(data["train"]), config)
+        bar = progress.add_task(f"seed {seed}", total=total)
+        step, best, best_weights, epochs = 0, -math.inf, None, []
+        for epoch in range(config.epochs):
+            batches = epoch_batches(
+                encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
+            )[: total - step]
+            loss_sum = torch.zeros((), device=job.device)
+            model.train()
+            for number, rows in enumerate(batches, start=1):
+                for group in optimizer.param_groups:
+                    factor = learning_rate_factor(step, total, warmup, config.schedule)
+                    group["lr"] = config.learning_rate * factor
+                with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bf16):
+                    logits = model(**collate(encoded["train"], rows, model)).logits
+                loss = _loss(problem, logits.float(), data["train"].labels[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                optimizer.step()
+                loss_sum += loss.detach()
+                step += 1
+                if step % LOSS_EVERY == 0 or number == len(batches):
+                    mean_loss = _finite(loss_sum.item() / number, seed, step)
+                    told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
+                    progress.update(bar, completed=step, description=told)
+            dev_logits = predict(model, encoded["dev"], config.batch_size)
+            scores = all_scores(problem, dev_logits, data["dev"].labels)
+            epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
+            _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
+            if config.patience and scores[job.metric] > best:
+                best, best_epoch = scores[job.metric], epoch
+                best_weights = copy.deepcopy(model.state_dict())
+            if step == total or (config.patience and epoch - best_epoch >= config.patience):
+                break
+        if best_weights is not None:
+            model.load_state_dict(best_weights)
+            dev_logits = predict(model, encoded["dev"], config.batch_size)
+        scores = all_scores(problem, dev_logits, data["dev"].labels)
+        test_scores = None
+        if "test" in data:
+            test_logits = predict(model, encoded["test"], config.batch_size)
+            test_scores = all_scores(problem, test_logits, data["test"].labels)
+        progress.remove_task(bar)
+    seconds = time.perf_counter() - started
+    return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits
+
+
+def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
+    """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
+    total = config.epochs * math.ceil(examples / config.batch_size)
+    total = min(total, config.max_steps or total)
+    return total, math.ceil(config.warmup * total)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """What step 0..total-1 multiplies the peak with: rises to 1, then falls to 0 at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
+
+
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The row numbers of each batch of an epoch: every row once, rows of like length together.
+
+    Rows are shuffled, sorted by length within stretches of ``BUCKET_BATCHES`` batches, cut, and the
+    batches shuffled again. A pure function of its arguments; only one batch may be short.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(len(lengths))
+    stretch = batch_size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), stretch):
+        rows = order[start : start + stretch]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[cut : cut + batch_size] for cut in range(0, len(rows), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def _adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    plain = [weight for weight in model.parameters() if weight.ndim <= 1]  # biases and norms
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    # The fused one: on a CPU the others take a multiple of its time, as in stage 2.
+    fused = decayed[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+
+
+def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    target = torch.from_numpy(labels).to(logits.device)
+    if problem == "regression":
+        return functional.mse_loss(logits[:, 0], target)
+    return functional.cross_entropy(logits, target)
+
+
+def _finite(loss: float, seed: int, step: int) -> float:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} at step {step} of seed {seed}: training diverged; lower the "
+            "learning_rate or lengthen the warmup"
+        )
+    return loss
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def _save_model(network: Any, job: _Job, logits: np.ndarray, staging: Path) -> None:
+    """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
+    network.save_pretrained(staging)
+    backend = job.tokenizer.backend_tokenizer
+    backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
+    backend.no_padding()
+    job.tokenizer.save_pretrained(staging)
+    dev = job.data["dev"]
+    name: Callable[[Any], Any] = (lambda i: dev.label_names[i]) if dev.label_names else float
+    predictions = predictions_of(dev.problem, logits)
+    with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for row, (label, guess) in enumerate(zip(dev.labels, predictions, strict=True), start=1):
+            line = {"row": row, "label": name(label), "prediction": name(guess)}
+            line["logits"] = logits[row - 1].tolist()
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# ---- what the user sees ------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _tell(progress: Progress, line: str) -> None:
+    """One line per epoch: above the bar on a terminal, else in the log."""
+    if progress.disable:
+        logger.info(line)
+    else:
+        progress.console.print(line)

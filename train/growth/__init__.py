@@ -1,0 +1,1 @@
+"""Make a model wider and deeper without changing what it computes (ELLE)."""

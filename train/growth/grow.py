@@ -1,0 +1,275 @@
+"""Growth of language models in width and depth (ELLE, METHODS.md): a larger model from a smaller.
+
+Knows no student and no cache; a model goes in, another one comes out.
+
+Width: hidden dimension j of the new model copies dimension g(j) of the old; rows are copied,
+columns are copied and divided by the multiplicity of g(j). One g for all places of the hidden size,
+one per layer for the feed-forward neurons, one per layer for whole attention heads (their size, and
+the number of query heads per key/value head, stay). Depth: copies of layers stand right after
+their originals. What is kept of the old model's logits, up to rounding:
+
+    what grows             BERT, RoBERTa (post-LN)  GPT-2 (pre-LN)    Llama, Mistral, Qwen2 (RMS)
+    feed-forward, heads    exact                    exact             exact
+    hidden size, multiple  exact                    exact             exact
+    hidden size, other     not; exact: refused      exact on request  exact on request
+    layers                 exact on request         exact on request  exact on request
+
+"On request": ``preserve: exact``; ``approximate`` is ELLE's rule alone.
+
+- Hidden size, no multiple: some dimensions have more copies than others, so the mean and variance
+  that a LayerNorm uses (the mean square that an RMSNorm uses) change. ``exact`` for RMSNorm: rows
+  and columns are both divided by √multiplicity, and the sum of squares stays; D dimensions instead
+  of d divide it by more, which weight·√(d/D) and eps·d/D make good. ``exact`` for a pre-LN
+  LayerNorm: the new dimensions hold the mean of the old ones (the residual stream is a sum of what
+  linear maps write, so mean rows do that); the mean stays and the variance is d/D of what it was.
+- Not so for post-LN: there a LayerNorm's output y = γ∘x̂ + β is the residual stream itself. The new
+  dimensions would have to hold mean(y), which varies with the text unless γ is constant, while what
+  a LayerNorm makes of a dimension that holds the mean is its constant β. With the old dimensions
+  left as they are and D < 2d − 1, nothing else keeps the variance: Σ over new dimensions of
+  (a−1/d)(a−1/d)ᵀ would have to be a multiple of the centring matrix, whose rank is d − 1.
+- Layers, ``approximate``: a layer that acts twice is another function. ``exact``: the copies'
+  output projections are zero. For pre-LN that makes them the identity. For post-LN a layer without
+  output is LN(LN(y)), and the LayerNorm of γ∘x̂ + β is not the identity: it forgets the mean and
+  variance of y. But that of x̂ is (up to eps: a relative error of about eps/2). So the original's
+  last LayerNorm loses its affine part, those between are plain, and the last copy's ends with it.
+- ``noise`` moves the columns of copies apart without changing their sum: equal units would get
+  equal gradients for ever (but for dropout). It changes no logit.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+from rekindle.train.config import GrowConfig
+from rekindle.train.growth.families import Embedding, Linear, Norm, Role, family_of
+from rekindle.train.growth.maps import (
+    Axis,
+    averaged,
+    balanced_sources,
+    copied,
+    in_blocks,
+    layer_sources,
+    shared,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+State = dict[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """What may grow."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    key_value_heads: int
+    intermediate_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """The shape of a transformers configuration."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        # GPT-2's name first: a configuration keeps whatever it was given under other names.
+        inner = config.n_inner if hasattr(config, "n_inner") else config.intermediate_size
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        return cls(config.num_hidden_layers, hidden, heads, groups, inner or 4 * hidden)
+
+
+def grown_shape(old: Shape, config: GrowConfig) -> Shape:
+    """The shape asked for, what is left out in proportion.
+
+    Raises InputError where something would shrink, and where a head's size would change.
+    """
+    heads, hidden = config.heads, config.hidden_size
+    if hidden is None:
+        hidden = old.hidden_size if heads is None else -(-heads * old.hidden_size // old.heads)
+    if heads is None:
+        heads = hidden * old.heads // old.hidden_size
+    inner = config.intermediate_size or -(-old.intermediate_size * hidden // old.hidden_size)
+    groups = heads * old.key_value_heads // old.heads
+    new = Shape(config.layers or old.layers, hidden, heads, groups, inner)
+    for name, before, after in zip(Shape._fields, old, new, strict=True):
+        if after < before:
+            raise InputError(
+                f"student.grow: {name} would shrink from {before} to {after}; a model only grows"
+            )
+    if heads * old.hidden_size != hidden * old.heads:
+        each = old.hidden_size / old.heads
+        raise InputError(
+            f"student.grow: hidden_size {hidden} with {heads} heads: whole heads are added, so "
+            f"there must be {each:g} hidden dimensions per head as there are now "
+            f"({old.hidden_size} with {old.heads}). Give a multiple of it, or heads alone"
+        )
+    if groups * old.heads != heads * old.key_value_heads:
+        raise InputError(
+            f"student.grow: {heads} heads: a key/value head serves "
+            f"{old.heads // old.key_value_heads} of them, so give a multiple of that"
+        )
+    return new
+
+
+@dataclass(frozen=True)
+class LayerAxes:
+    """How one layer's own units grow."""
+
+    heads: Axis  # [heads·head size]
+    groups: Axis  # [key/value heads·head size]
+    ffn: Axis
+
+
+class Growth:
+    """How one model grows: its new configuration, and which unit copies which.
+
+    Raises InputError where it cannot grow so.
+    """
+
+    def __init__(self, model: nn.Module, config: GrowConfig):
+        old: Any = model.config
+        self.family = family_of(model)
+        self.settings = config
+        self.old, self.new = Shape.of(old), grown_shape(Shape.of(old), config)
+        self.tied = bool(old.tie_word_embeddings)
+        self._draw = torch.Generator().manual_seed(config.seed)
+        self.hidden = self._hidden_axis()
+        self.sources = layer_sources(self.old.layers, self.new.layers, config.copies)
+        head_size = getattr(old, "head_dim", None) or self.old.hidden_size // self.old.heads
+        self.layers = [self._layer_axes(head_size) for _ in self.sources]
+        self.config = self._config(old)
+
+    def model(self, old: Model) -> Model:
+        """The grown model, on the CPU, its tied weights tied."""
+        made = type(old)(self.config)
+        made.load_state_dict(self._widen(self._deepen(old.state_dict())))
+        made.to(next(old.parameters()).dtype).train(old.training)
+        if getattr(old, "generation_config", None) is not None:
+            made.generation_config = copy.deepcopy(old.generation_config)
+        return made
+
+    def _hidden_axis(self) -> Axis:
+        old, new = self.old.hidden_size, self.new.hidden_size
+        source = balanced_sources(old, new, self._draw)
+        if self.settings.preserve == "approximate" or new % old == 0:
+            return copied(source)
+        if self.family.norms_after is not None:
+            raise InputError(
+                f"student.grow: preserve: exact is impossible from hidden_size {old} to {new}: "
+                "after a LayerNorm on the residual stream, mean and variance stay only if all "
+                f"dimensions have equally many copies. Use {old * math.ceil(new / old)} (a "
+                "multiple), or preserve: approximate; layers and intermediate_size are free"
+            )
+        return shared(source) if self.family.rms else averaged(source)
+
+    def _layer_axes(self, head_size: int) -> LayerAxes:
+        groups = balanced_sources(self.old.key_value_heads, self.new.key_value_heads, self._draw)
+        heads = in_blocks(groups, self.old.heads // self.old.key_value_heads)
+        ffn = balanced_sources(self.old.intermediate_size, self.new.intermediate_size, self._draw)
+        return LayerAxes(
+            copied(in_blocks(heads, head_size)), copied(in_blocks(groups, head_size)), copied(ffn)
+        )
+
+    def _config(self, old: Any) -> Any:
+        new = copy.deepcopy(old)
+        changes: dict[str, Any] = {
+            "num_hidden_layers": self.new.layers,
+            "hidden_size": self.new.hidden_size,
+            "num_attention_heads": self.new.heads,
+            "num_key_value_heads": self.new.key_value_heads,
+            "intermediate_size": self.new.intermediate_size,
+            "n_inner": self.new.intermediate_size,
+            self.family.eps: getattr(old, self.family.eps) * self.hidden.norm_scale**2,
+        }
+        if getattr(old, "layer_types", None):
+            changes["layer_types"] = [old.layer_types[layer] for layer in self.sources]
+        for key, value in changes.items():
+            if hasattr(old, key):
+                setattr(new, key, value)
+        return new
+
+    # ---- depth -------------------------------------------------------------------------------
+
+    def _deepen(self, state: Mapping[str, Tensor]) -> State:
+        """The weights of all new layers, still of the old width."""
+        tensors: State = {}
+        places: dict[int, list[int]] = {}
+        for place, layer in enumerate(self.sources):
+            places.setdefault(layer, []).append(place)
+        for name, tensor in state.items():
+            found = re.match(rf"({self.family.layer})(\d+)(\..*)", name)
+            if found is None:
+                tensors[name] = tensor.cpu()
+                continue
+            start, number, rest = found.groups()
+            copies = places[int(number)]
+            for place in copies:
+                kept = tensor.cpu()
+                if self.settings.preserve == "exact":
+                    kept = self._silenced(rest[1:], kept, place, copies)
+                tensors[f"{start}{place}{rest}"] = kept
+        return tensors
+
+    def _silenced(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
+        """A parameter of a layer that stands at ``places`` so that the copies change nothing."""
+        module, _, kind = name.rpartition(".")
+        is_copy, is_last = place != places[0], place == places[-1]
+        if is_copy and module in self.family.outputs:
+            return torch.zeros_like(tensor)
+        inner, outer = self.family.norms_after or ("", "")
+        if (module == inner and is_copy) or (module == outer and not is_last):
+            return torch.zeros_like(tensor) if kind == "bias" else torch.ones_like(tensor)
+        return tensor
+
+    # ---- width -------------------------------------------------------------------------------
+
+    def _widen(self, state: State) -> State:
+        return {name: self._grown(name, tensor).contiguous() for name, tensor in state.items()}
+
+    def _grown(self, name: str, tensor: Tensor) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        role = self.family.role(module)
+        found = re.match(rf"{self.family.layer}(\d+)\.", name)
+        own = self.layers[int(found.group(1))] if found else None
+        if isinstance(role, Linear):
+            return self._linear(role, tensor, own)
+        if isinstance(role, Norm):
+            read = role.last and self.tied
+            return self.hidden.norm(tensor, bias=kind == "bias", read=read)
+        return self._table(role, tensor)
+
+    def _linear(self, role: Linear, tensor: Tensor, own: LayerAxes | None) -> Tensor:
+        out, into = self._axis(role.out, own), self._axis(role.into, own)
+        row_dim = 1 if role.transposed and tensor.dim() == 2 else 0
+        parts = [out.rows(part, row_dim) for part in tensor.chunk(role.parts, row_dim)]
+        grown = torch.cat(parts, row_dim) if role.parts > 1 else parts[0]
+        return grown if grown.dim() == 1 else self.columns(into, grown, 1 - row_dim)
+
+    def _table(self, role: Role | None, tensor: Tensor) -> Tensor:
+        """A vector per token or position; or the output matrix, tied to such a table or not."""
+        if tensor.dim() == 1:  # the output's bias
+            return tensor
+        if isinstance(role, Embedding) or self.tied:
+            return self.hidden.rows(tensor, 1)
+        return self.columns(self.hidden, tensor, 1)
+
+    def columns(self, axis: Axis, tensor: Tensor, dim: int) -> Tensor:
+        """What reads the units of ``axis``, with the noise of the configuration."""
+        return axis.columns(tensor, dim, self.settings.noise, self._draw)
+
+    def _axis(self, units: str, own: LayerAxes | None) -> Axis:
+        axis: Axis = self.hidden if units == "hidden" else getattr(own, units)
+        return axis
+
+
+def grow(model: Model, config: GrowConfig) -> Model:
+    """A larger model that copies ``model`` (BERT, RoBERTa, GPT-2, Llama, Mistral, Qwen2 with an LM
+    head), on the CPU. How much of the old one's logits is kept: see the table above.
+
+    Raises InputError for other models, and for shapes that it cannot grow to.
+    """
+    return Growth(model, config).model(model)

@@ -1,0 +1,47 @@
+"""Growth of a whole student: its model (``growth/grow.py``), task heads and domain prompts."""
+
+from torch import Tensor
+
+from rekindle.train.config import GrowConfig
+from rekindle.train.growth.grow import Growth
+from rekindle.train.growth.maps import copied
+from rekindle.train.student import Student
+
+
+def grow_student(student: Student, config: GrowConfig) -> Student:
+    """A larger student that begins as a copy of ``student``, on the CPU.
+
+    Heads and prompts keep what they do as far as the model does. Raises InputError where the model
+    cannot grow so.
+    """
+    growth = Growth(student.model, config)
+    domains = None if student.prompts is None else student.prompts.domains
+    model = growth.model(student.model)
+    made = Student(model, student.task, student.head_configs, student.vocabulary_size, domains)
+    made.source = student.source
+    for key, head in student.heads.items():
+        causal = student.task == "causal_lm"
+        made.heads[key].load_state_dict(_head(growth, head.state_dict(), causal))
+    if student.prompts is not None and made.prompts is not None:
+        vectors = student.prompts.vectors.weight.detach().cpu()
+        made.prompts.vectors.load_state_dict({"weight": growth.hidden.rows(vectors, 1)})
+    return made.train(student.training)
+
+
+def _head(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, Tensor]:
+    """A head's ``dense`` [d,d] and ``out`` [C,d] on the body's final states, as [D,D] and [C,D].
+
+    Of a causal LM whose output matrix is tied, the last norm has divided these states already.
+    """
+    held = {name: tensor.cpu() for name, tensor in state.items()}
+    inner = copied(growth.hidden.source)  # the head's own units, behind a tanh
+    dense = inner.rows(held["dense.weight"])
+    divided = causal and growth.tied
+    return {
+        "dense.weight": growth.hidden.rows(dense, 1)
+        if divided
+        else growth.columns(growth.hidden, dense, 1),
+        "dense.bias": inner.rows(held["dense.bias"]),
+        "out.weight": growth.columns(inner, held["out.weight"], 1),
+        "out.bias": held["out.bias"],
+    }

@@ -1,0 +1,1 @@
+"""Methods that are none of the built-in terms: one file each, found by its name."""

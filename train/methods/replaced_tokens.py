@@ -1,0 +1,276 @@
+"""Replaced-token detection from the cache: the student finds the tokens that a cached masked LM
+put in, which is not run again.
+
+ELECTRA (Clark et al., 2020) trains a generator beside the student and samples from it. Here the
+replacements at the masked positions are sampled from a teacher's cached targets (METHODS.md), and
+the student's head, of one output, judges every token of the corrupted text:
+L = weight · mean BCE(head(h_i), [x_i ≠ original]). A token that is sampled as it was is an original
+one. Shapes: B sequences, S positions, P masked ones with a target, K kept ids, V vocabulary,
+N tokens that are judged.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.data.errors import InputError
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.masking import generator
+from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
+from rekindle.train.config import MethodSettings, WeightField
+from rekindle.train.device_batch import model_inputs, send, sparse_targets
+from rekindle.train.method import Method, MethodRun
+from rekindle.train.objective.drawing import sample
+
+if TYPE_CHECKING:
+    from rekindle.train.student import Student
+
+ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
+WHOLE = ("dense", "hidden")  # targets of which every probability is known
+
+
+class ReplacedTokensSettings(MethodSettings):
+    """Settings of ``method: replaced_tokens``."""
+
+    weight: WeightField = Field(
+        50.0, description="against the masked-LM loss (ELECTRA's 50): a number or a schedule"
+    )
+    teacher: str | None = Field(
+        None,
+        description="the masked-LM teacher that replacements are sampled from; null: the only one "
+        "in the cache that saw the student's masks",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="of the sampling; one that the teacher stores"
+    )
+
+
+class ReplacedTokens(Method):
+    """Sampled replacements, and the student's loss on finding them.
+
+    A draw depends on (train.seed, epoch, example, position) alone: batch size, processes and
+    micro-batches change none. (The probabilities of a ``hidden`` teacher are a matrix product of
+    the batch: a draw at the very edge of an outcome may fall to either side of its rounding.)
+    """
+
+    Settings = ReplacedTokensSettings
+    settings: ReplacedTokensSettings
+    values = ("loss", "accuracy", "precision", "recall", "f1")
+
+    def __init__(self, settings: ReplacedTokensSettings, run: MethodRun):
+        super().__init__(settings, run)
+        if run.task != "masked_lm":
+            raise InputError(
+                f"the method {self.name}: a {run.task} student has no masked view, whose positions "
+                "are replaced. Use student.task: replaced_token_detection"
+            )
+        self.teacher = settings.teacher or _only_teacher(run)
+        _check_teacher(run.cache.teacher(self.teacher).info, run, settings.temperature)
+        facts = run.cache.corpus.info["tokenizer"]
+        self.special = np.zeros(facts["size"], bool)
+        self.special[sorted(facts["special_ids"])] = True
+
+    @property
+    def teachers(self) -> tuple[str, ...]:  # noqa: D102
+        return (self.teacher,)
+
+    @classmethod
+    def module(cls, settings: MethodSettings, student: "Student") -> nn.Module | None:
+        """The head. An ELECTRA model has it within, so that ElectraForPreTraining loads it."""
+        config = student.model.config
+        head = ReplacedTokenHead(config)
+        if config.model_type != "electra":
+            return head
+        if student.source is not None:
+            head.take(student.source.glob("*.safetensors"))
+        setattr(student.model, ELECTRA_HEAD, head)
+        return None
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """The tokens that are judged."""
+        return {"loss": len(self._judged(batch))}
+
+    def losses(
+        self, student: "Student", batch: Batch, step: int, device: torch.device
+    ) -> Iterable[tuple[str, Tensor, Tensor]]:
+        """The binary cross-entropy, summed over the tokens that are judged."""
+        text = self._shown(student, batch, device)
+        loss = F.binary_cross_entropy_with_logits(
+            self._logits(student, text), text.replaced.float(), reduction="sum"
+        )
+        yield "loss", loss, loss.detach()
+
+    def evaluate(
+        self, student: "Student", batch: Batch, device: torch.device
+    ) -> dict[str, tuple[float, int]]:
+        """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
+        text = self._shown(student, batch, device)
+        logits = self._logits(student, text)
+        loss = F.binary_cross_entropy_with_logits(logits, text.replaced.float(), reduction="sum")
+        called = logits > 0
+        outcomes = torch.stack([called == text.replaced, called & text.replaced, called])
+        right, found, named = outcomes.sum(dim=1).tolist()
+        count, there = len(logits), int(text.replaced.sum())
+        return {
+            "loss": (float(loss), count),
+            "accuracy": (right, count),
+            "precision": (found, named),
+            "recall": (found, there),
+            "f1": (2 * found, named + there),
+        }
+
+    def corrupted(self, batch: Batch, device: torch.device) -> "CorruptedText":
+        """The batch's text with its replacements, the same for an example in every batch."""
+        target = self._target(batch)
+        sampled = self._sample(batch, target, device)
+        inputs = model_inputs(batch.input_ids, batch.lengths, device)
+        original = inputs["input_ids"].flatten()
+        places = send(target.rows * batch.input_ids.shape[1] + target.positions, device)
+        changed = original.index_copy(0, places, sampled)
+        judged = send(self._judged(batch), device)
+        inputs["input_ids"] = changed.view(inputs["input_ids"].shape)
+        return CorruptedText(inputs, judged, (changed != original)[judged])
+
+    def _target(self, batch: Batch) -> TokenTargetBatch:
+        target = batch.targets[self.teacher]
+        assert isinstance(target, TokenTargetBatch)
+        return target
+
+    def _judged(self, batch: Batch) -> NDArray[np.int64]:
+        """Flat indices [N] into [B·S]: all tokens but special ones, of sequences with a target.
+
+        Nothing is replaced in the others, and that is nothing to learn from.
+        """
+        judged = batch.attention_mask & ~self.special[batch.input_ids]
+        with_target = np.zeros(len(judged), bool)
+        with_target[self._target(batch).rows] = True
+        return np.flatnonzero(judged & with_target[:, None])
+
+    def _shown(self, student: "Student", batch: Batch, device: torch.device) -> "CorruptedText":
+        """The corrupted text, with what the student's domain prompts need of it."""
+        text = self.corrupted(batch, device)
+        return text._replace(inputs=student.with_domains(text.inputs, batch.domains))
+
+    def _logits(self, student: "Student", text: "CorruptedText") -> Tensor:
+        states = student.states(text.inputs).flatten(0, 1)[text.judged]
+        head = getattr(student.model, ELECTRA_HEAD, None)
+        if head is None:
+            head = student.method_module(self.name)
+        logits: Tensor = head(states)
+        return logits.float()
+
+    def _sample(self, batch: Batch, target: TokenTargetBatch, device: torch.device) -> Tensor:
+        """A token [P] for each position with a target."""
+        uniforms = _uniforms(batch, target, self.run.seed)
+        content = np.flatnonzero(~self.special)
+        if target.info.kind not in WHOLE:
+            kept = sparse_targets(target, self.settings.temperature, None, device)
+            return sample(kept, send(uniforms, device), send(content, device))
+        # Of whole distributions [P,V] a bounded block at a time.
+        room = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+        size = block_rows(len(target.rows), len(self.special), 4 * torch.float64.itemsize, room)
+        found = [torch.zeros(0, dtype=torch.int64, device=device)]
+        for start in range(0, len(target.rows), size):
+            part = slice(start, start + size)
+            kept = sparse_targets(_part(target, part), self.settings.temperature, None, device)
+            found.append(sample(kept, send(uniforms[part], device), None))
+        return torch.cat(found)
+
+
+class CorruptedText(NamedTuple):
+    """What the student judges."""
+
+    inputs: Mapping[str, Tensor]  # input_ids and attention_mask [B,S]
+    judged: Tensor  # [N] flat indices into [B·S]
+    replaced: Tensor  # [N] bool: the token is not the original
+
+
+class ReplacedTokenHead(nn.Module):
+    """Dense, the model's activation, one output: ELECTRA's discriminator head, and its names."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        from transformers.activations import get_activation
+
+        size, spread = config.hidden_size, getattr(config, "initializer_range", 0.02)
+        self.dense = nn.Linear(size, size)
+        name = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "gelu")
+        self.activation = get_activation(name)
+        self.dense_prediction = nn.Linear(size, 1)
+        for linear in (self.dense, self.dense_prediction):
+            nn.init.normal_(linear.weight, std=spread)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits [N] of "this token was replaced" for states [N,H]."""
+        logits: Tensor = self.dense_prediction(self.activation(self.dense(states)))
+        return logits.squeeze(-1)
+
+    def take(self, files: Iterable[Any]) -> None:
+        """The weights of a discriminator's head from its model files, if all are there."""
+        prefix = ELECTRA_HEAD + "."
+        found: dict[str, Tensor] = {}
+        for file in files:
+            weights: Mapping[str, Tensor] = load_file(file)
+            found |= {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        if found.keys() == self.state_dict().keys():
+            self.load_state_dict(found)
+
+
+def _uniforms(batch: Batch, target: TokenTargetBatch, seed: int) -> NDArray[np.float64]:
+    """Two numbers [P,2] in [0,1) for each position with a target: a function of seed, epoch,
+    example and position.
+    """
+    found = np.zeros((len(target.rows), 2))
+    for row in np.unique(target.rows).tolist():
+        draw = generator(f"replaced-tokens/{batch.epoch}", seed, str(batch.digests[row]))
+        here = target.rows == row
+        found[here] = draw.random((int(batch.lengths[row]), 2))[target.positions[here]]
+    return found
+
+
+def _part(target: TokenTargetBatch, part: slice) -> TokenTargetBatch:
+    columns = {name: column[part] for name, column in target.columns.items()}
+    return replace(
+        target, rows=target.rows[part], positions=target.positions[part], columns=columns
+    )
+
+
+def _only_teacher(run: MethodRun) -> str:
+    """The one masked LM that saw what the student sees."""
+    infos = [reader.info for reader in run.cache.teachers.values()]
+    found = [i.name for i in infos if i.task == "masked_lm" and i.view == run.masked_view]
+    if len(found) != 1:
+        raise InputError(
+            f"replaced tokens are sampled from a masked-LM teacher, and {run.cache.store.location} "
+            f"has {', '.join(found) or 'none'} for the student's masks. "
+            + (
+                "Name one: train.objective.methods: [{method: replaced_tokens, teacher: NAME}]"
+                if found
+                else "Cache one with `pipeline cache-teachers`"
+            )
+        )
+    return found[0]
+
+
+def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> None:
+    if info.task != "masked_lm" or not info.view.startswith("masked-"):
+        raise InputError(
+            f"replaced tokens are sampled from what a masked LM expects at masked positions, and "
+            f"teacher {info.name!r} is a {info.task} that saw {info.view}. Name another teacher"
+        )
+    if info.kind not in WHOLE and temperature not in info.temperatures:
+        raise InputError(
+            f"replaced tokens: teacher {info.name!r} stores the temperatures "
+            f"{list(info.temperatures)}, not {temperature}. Sample at a stored one, or cache it "
+            "with this one"
+        )

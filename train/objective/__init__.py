@@ -1,0 +1,1 @@
+"""What a student is trained on: the objective's terms, the rows each uses, and their losses."""

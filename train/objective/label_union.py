@@ -1,0 +1,115 @@
+"""Several classifiers as one: the union of their labels, and how they are weighed (MUKI).
+
+Source: "From Mimicking to Integrating: Knowledge Integration for Pre-Trained Language Models",
+Findings of EMNLP 2022. Shapes: B sequences, J experts, C_j labels of expert j, U labels of all.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rekindle.data.errors import InputError
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.config import UncertaintyConfig
+
+FLOOR = 1e-6  # of a margin: an example that two experts claim alike still counts a little
+
+
+@dataclass(frozen=True)
+class LabelUnion:
+    """The labels of all experts: ``names`` [U], and each expert's ``places`` [C_j] among them."""
+
+    names: tuple[str, ...]
+    places: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, experts: Sequence[TeacherInfo], overlap: Literal["merge", "apart"]) -> "LabelUnion":
+        """In the order of the experts and their labels; equal names are one label, or kept apart.
+
+        Raises InputError for an expert without label names, or whose labels repeat.
+        """
+        names: dict[str, int] = {}
+        places = {}
+        for expert in experts:
+            own = _labels(expert)
+            if overlap == "apart":
+                own = tuple(f"{expert.name}/{name}" for name in own)
+            elif all(re.fullmatch(r"LABEL_\d+", name) for name in own) and len(experts) > 1:
+                raise InputError(
+                    f"the classes of teacher {expert.name!r} have no names ({own[0]} …), and equal "
+                    "names would become one label. Name them (id2label in its config.json), or "
+                    "use labels: apart"
+                )
+            places[expert.name] = tuple(names.setdefault(name, len(names)) for name in own)
+        return cls(tuple(names), places)
+
+    @property
+    def places_of_all(self) -> tuple[int, ...]:
+        """The places of all experts' labels, one expert after another [Σ C_j]."""
+        return tuple(place for places in self.places.values() for place in places)
+
+    def pad(self, expert: str, probs: Tensor) -> Tensor:
+        """An expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it has not."""
+        places = torch.tensor(self.places[expert], device=probs.device)
+        return probs.new_zeros(len(probs), len(self.names)).index_copy_(1, places, probs)
+
+
+def _labels(expert: TeacherInfo) -> tuple[str, ...]:
+    names = expert.label_names
+    if len(names) != expert.num_labels or len(set(names)) != len(names):
+        raise InputError(
+            f"teacher {expert.name!r} has {expert.num_labels} classes and the label names "
+            f"{list(names)}: a union of label sets needs a different name for each class (id2label "
+            "in the expert's config.json)"
+        )
+    return names
+
+
+def certainty(mc_probs: Tensor) -> Tensor:
+    """S = 1 − H(p̄)/log C [B] of Monte-Carlo mean probabilities p̄ [B,C]: 1 certain, 0 uniform."""
+    entropy = -torch.xlogy(mc_probs, mc_probs).sum(dim=1)
+    return 1.0 - entropy / torch.log(torch.tensor(float(mc_probs.shape[1])))
+
+
+def expert_weights(certainties: Tensor, config: UncertaintyConfig) -> Tensor:
+    """W [B,J] of certainties s [B,J]: softmax(s / sharpness), or 1 for the most certain expert."""
+    if config.selection == "hard":
+        best = certainties.argmax(dim=1, keepdim=True)
+        return torch.zeros_like(certainties).scatter_(1, best, 1.0)
+    return torch.softmax(certainties / config.sharpness, dim=1)
+
+
+def margin(certainties: Tensor) -> Tensor:
+    """V = s₍₁₎ − s₍₂₎ + 1e-6 [B]: how clearly one expert is the one to ask."""
+    best = certainties.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1] + FLOOR
+
+
+def mixed_target(
+    union: LabelUnion,
+    logits: Mapping[str, Tensor],
+    weights: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Σ_j w_j · pad_j(softmax(z_j/τ)) [B,U], of ``logits`` z_j [B,C_j] and ``weights`` w [B,J]."""
+    parts = [
+        weights[:, j : j + 1] * union.pad(name, torch.softmax(z / temperature, dim=1))
+        for j, (name, z) in enumerate(logits.items())
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def concatenated_target(
+    union: LabelUnion, logits: Mapping[str, Tensor], temperature: float
+) -> Tensor:
+    """The softmax over all experts' logits z_j [B,C_j] side by side, among all labels [B,U].
+
+    Labels that share a place add up. ``logits`` in the order of the union's experts.
+    """
+    probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
+    places = torch.tensor(union.places_of_all, device=probs.device)
+    return probs.new_zeros(len(probs), len(union.names)).index_add_(1, places, probs)

@@ -1,0 +1,175 @@
+"""The LM side of a step's loss: cross-entropy and vocabulary teachers, from one forward pass.
+
+Each position goes through the output matrix once where that can be: its cross-entropy is formed in
+the call that forms its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.data.errors import InputError
+from rekindle.kernels.hidden import row_entropy
+from rekindle.kernels.losses import KDLoss, linear_kd_loss, merge_targets
+from rekindle.train.config import DistillTerm
+from rekindle.train.device_batch import (
+    LanguageRows,
+    SparseTargets,
+    as_arguments,
+    kd_targets,
+    send,
+    sparse_targets,
+)
+from rekindle.train.model.split_model import OutputHead
+from rekindle.train.objective.selection import Counts, names_of, taught_per_sequence
+
+Add = Callable[[str, Tensor | None, Tensor], None]
+IGNORED = -100  # the label of a row without cross-entropy
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one call of the loss teaches: targets, and the LM rows they belong to."""
+
+    name: str  # what the loss is shown as
+    term: DistillTerm
+    weight: float
+    targets: Mapping[str, Any]  # arguments of the loss
+    rows: NDArray[np.int64]  # [n] of the P rows, ascending
+    row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
+
+
+class LanguageLoss:
+    """The LM rows of one micro-batch and their hidden states [P,H]."""
+
+    def __init__(
+        self, batch: Batch, rows: LanguageRows, hidden: Tensor, head: OutputHead, counts: Counts
+    ):
+        self.batch, self.rows, self.hidden, self.head = batch, rows, hidden, head
+        self.counts, self.device = counts, hidden.device
+        self.width = batch.input_ids.shape[1]
+
+    def add_all(self, hard: float, terms: Sequence[tuple[DistillTerm, float]], add: Add) -> None:
+        """Call ``add(name, loss, shown)`` for each distillation loss, and for the cross-entropy
+        at weight ``hard``.
+        """
+        open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
+        for lesson in [found for term, weight in terms for found in self._lessons(term, weight)]:
+            due = open_rows[lesson.rows] if lesson.row_weight is None else np.zeros(1, bool)
+            loss = self._taught(lesson, due, hard)
+            count = max(self.counts.rows[lesson.name], 1)
+            add(lesson.name, loss.loss, loss.kd / count)
+            if due.any():
+                add("ce", None, loss.ce / max(self.counts.labels, 1))
+                open_rows[lesson.rows] = False
+        if hard > 0 and (open_rows.any() or not terms):
+            loss = self._untaught(open_rows, hard)
+            add("ce", loss.loss, loss.ce / max(self.counts.labels, 1))
+
+    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], hard: float) -> KDLoss:
+        term = lesson.term
+        index = self._index(lesson.rows)
+        labels = None
+        if due.any():
+            labels = self.rows.labels if index is None else self.rows.labels[index]
+            if not due.all():
+                labels = labels.masked_fill(send(~due, self.device), IGNORED)
+        return self._loss(
+            index,
+            lesson.targets,
+            labels=labels,
+            ce_weight=hard / max(self.counts.labels, 1) if due.any() else 0.0,
+            kd_weight=lesson.weight / max(self.counts.rows[lesson.name], 1),
+            temperature=term.temperature,
+            divergence=term.divergence,
+            tail=term.tail,
+            row_weight=lesson.row_weight,
+        )
+
+    def _untaught(self, open_rows: NDArray[np.bool_], hard: float) -> KDLoss:
+        """The cross-entropy alone, at the rows that no lesson has."""
+        index = self._index(np.flatnonzero(open_rows))
+        labels = self.rows.labels if index is None else self.rows.labels[index]
+        nothing = torch.full((len(labels), 1), -1, device=self.device)
+        targets = {"target_ids": nothing, "target_probs": nothing.float().zero_()}
+        weight = hard / max(self.counts.labels, 1)
+        return self._loss(index, targets, labels=labels, ce_weight=weight, kd_weight=0.0)
+
+    def _loss(self, index: Tensor | None, targets: Mapping[str, Any], **settings: Any) -> KDLoss:
+        head = self.head
+        return linear_kd_loss(
+            self.hidden if index is None else self.hidden[index],
+            head.weight,
+            **targets,
+            bias=head.bias,
+            reduction="sum",
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            **settings,
+        )
+
+    def _index(self, rows: NDArray[np.int64]) -> Tensor | None:
+        """The rows on the device; None for all of them, which spares a copy of the states."""
+        return None if len(rows) == len(self.rows.keys) else send(rows, self.device)
+
+    def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
+        batches = [self.batch.targets[name] for name in term.teachers]
+        named = names_of(term)
+        if term.combine == "mixture" and len(batches) > 1:
+            targets, rows = self._mixture(term, batches)
+            return [Lesson(named[term.teachers[0]], term, weight, targets, rows)]
+        lessons = []
+        for name, target in zip(term.teachers, batches, strict=True):
+            assert isinstance(target, TokenTargetBatch)
+            rows = self.rows.match(target, self.width)
+            arguments = as_arguments(kd_targets(target, term.temperature, term.k, self.device))
+            chosen = None
+            if term.entropy_fraction is not None:
+                chosen = self._least_certain(target.rows, rows, term.entropy_fraction)
+            lessons.append(Lesson(named[name], term, weight, arguments, rows, chosen))
+        return lessons
+
+    def _mixture(
+        self, term: DistillTerm, batches: Sequence[Any]
+    ) -> tuple[dict[str, Any], NDArray[np.int64]]:
+        places = [self.rows.match(target, self.width) for target in batches]
+        if any(not np.array_equal(place, places[0]) for place in places):
+            raise InputError(
+                f"the mixture of {', '.join(term.teachers)} needs all of them at the same "
+                "positions, and one has holes where another has none. Finish them with `pipeline "
+                "cache-teachers`, or give each its own term"
+            )
+        decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
+        weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
+        merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
+        return as_arguments(SparseTargets(*merged)), places[0]
+
+    def _least_certain(
+        self, sequences: NDArray[np.int64], rows: NDArray[np.int64], fraction: float
+    ) -> Tensor:
+        """1 at the fraction of each sequence's positions where the student's entropy is highest.
+
+        One more product with the output matrix, without gradient. Equal entropies: first position.
+        """
+        index, head = self._index(rows), self.head
+        with torch.no_grad():
+            hidden = self.hidden if index is None else self.hidden[index]
+            entropy = row_entropy(
+                hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
+            )
+            by_entropy = torch.sort(entropy, descending=True, stable=True).indices
+            owner = send(sequences, self.device)
+            order = by_entropy[torch.sort(owner[by_entropy], stable=True).indices]
+            # In `order` the sequences stand one after another, as in `sequences`: the place of
+            # each position within its sequence is known on the host.
+            first = np.searchsorted(sequences, sequences)
+            wanted = np.arange(len(sequences)) - first < taught_per_sequence(sequences, fraction)
+            return torch.zeros_like(entropy).index_copy_(
+                0, order, send(wanted, self.device).to(entropy.dtype)
+            )

@@ -1,0 +1,73 @@
+"""Hard pseudo-labels: the expert's class as if it were a label, where the expert is sure of it.
+
+Source: UEGP's hard-label mode (Findings of NAACL 2024); self-training with a confidence threshold.
+Shapes: R rows (sequences or positions), C classes.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import SequenceTargetBatch, TargetBatch, TokenLabelBatch
+from rekindle.data.targets.schema import TeacherInfo
+
+CONFIDENCE = 0.9  # where none is given
+
+
+def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch:
+    """An expert's targets without the rows that it is not sure enough of.
+
+    Classes that exclude each other: the largest softmax probability reaches ``confidence``. Labels
+    of which several may hold: the answer to at least one of them does.
+    """
+    assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
+    sure = sure_rows(target.logits, target.info, confidence)
+    if isinstance(target, SequenceTargetBatch):
+        return replace(target, present=target.present & sure)
+    rows, positions = target.rows[sure], target.positions[sure]
+    return replace(target, rows=rows, positions=positions, logits=target.logits[sure])
+
+
+def sure_rows(
+    logits: NDArray[np.float32], info: TeacherInfo, confidence: float | None
+) -> NDArray[np.bool_]:
+    """Which rows [R] of logits [R,C] the expert is sure of."""
+    if info.problem == "multi_label_classification":
+        found: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
+        return found
+    wide = logits.astype(np.float64)
+    largest = 1 / np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
+    sure: NDArray[np.bool_] = largest >= _or_default(confidence)
+    return sure
+
+
+def pseudo_label_loss(
+    logits: Tensor, wanted: Tensor, info: TeacherInfo, confidence: float | None
+) -> Tensor:
+    """Sum over rows of the cross-entropy of ``logits`` [R,C] on the answers of ``wanted`` [R,C].
+
+    The rows are those of ``confident_only``. Of labels of which several may hold, those the expert
+    is not sure of have no loss; a row is their sum divided by C.
+    """
+    if info.problem != "multi_label_classification":
+        return F.cross_entropy(logits, wanted.argmax(dim=1), reduction="sum")
+    sure = wanted.abs() >= _least_logit(confidence)
+    losses = F.binary_cross_entropy_with_logits(logits, (wanted > 0).float(), reduction="none")
+    return torch.where(sure, losses, 0.0).sum() / logits.shape[1]
+
+
+def _or_default(confidence: float | None) -> float:
+    return CONFIDENCE if confidence is None else confidence
+
+
+def _least_logit(confidence: float | None) -> float:
+    """What |z| must reach for max(σ(z), 1 − σ(z)) to reach the confidence."""
+    sure = _or_default(confidence)
+    if sure <= 0.5:
+        return 0.0
+    return math.log(sure / (1 - sure)) if sure < 1 else math.inf

@@ -1,0 +1,163 @@
+"""Which of a batch's targets a distillation term uses, and how many rows its mean is over.
+
+Decided once per step and on the host, before the batch is split: gradient accumulation and the
+world size then change nothing but rounding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.batch import (
+    Batch,
+    Ints,
+    SequenceTargetBatch,
+    TargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.objective.pseudo_labels import confident_only
+from rekindle.train.objective.ranking import Centres
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many rows each mean is over: positions with a label; rows of each distillation loss."""
+
+    labels: int
+    rows: Mapping[str, int]  # by the loss's name, see `names_of`
+    centres: Mapping[str, Centres] = field(default_factory=dict)  # by ranking teacher
+
+    def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
+        """The counts of all processes; ``total`` sums a list over them."""
+        names = sorted(self.rows)
+        found = [round(v) for v in total([self.labels, *(self.rows[n] for n in names)])]
+        return Counts(found[0], dict(zip(names, found[1:], strict=True)))
+
+
+def names_of(term: DistillTerm) -> dict[str, str]:
+    """Teacher -> the name its loss is shown under: its own, or one for all that share a mean."""
+    shared = "kd/" + "+".join(term.teachers)
+    separate = term.combine == "separate"
+    return {name: f"kd/{name}" if separate else shared for name in term.teachers}
+
+
+def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
+    """The batch with only those targets that the terms use."""
+    targets = dict(batch.targets)
+    for term in terms:
+        for name in term.teachers:
+            if term.positions == "masked" or sees_clean_text(targets[name]):
+                targets[name] = _masked_only(targets[name], batch)
+        if term.divergence == "pseudo_label":
+            for name in term.teachers:
+                targets[name] = confident_only(targets[name], term.confidence)
+        if term.combine == "route":
+            targets |= _routed({name: targets[name] for name in term.teachers}, len(batch.index))
+    return replace(batch, targets=targets)
+
+
+def sees_clean_text(target: TargetBatch) -> bool:
+    """Whether a masked LM that saw the whole text made it: then it has targets at every token, of
+    which a masked LM has a loss at the masked ones alone (self-evolution).
+    """
+    return isinstance(target, TokenTargetBatch) and target.info.sees_clean_text
+
+
+def at_masked_positions(batch: Batch) -> Batch:
+    """The batch with targets of masked LMs only where the student has a loss."""
+    targets = {
+        name: _masked_only(target, batch) if sees_clean_text(target) else target
+        for name, target in batch.targets.items()
+    }
+    return replace(batch, targets=targets)
+
+
+def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
+    """The counts of a batch whose targets have been selected."""
+    labels = int(np.maximum(batch.lengths - 1, 0).sum())
+    if task == "masked_lm":
+        assert batch.masked is not None
+        labels = len(batch.masked.labels)
+    rows: dict[str, int] = {}
+    for term in terms:
+        named = names_of(term)
+        if term.combine in MIXED:
+            taught = common_rows([batch.targets[name] for name in term.teachers])
+            rows[named[term.teachers[0]]] = len(taught)
+            continue
+        for name in term.teachers:
+            count = _row_count(batch.targets[name], term.entropy_fraction)
+            rows[named[name]] = rows.get(named[name], 0) + count
+    return Counts(labels, rows)
+
+
+def common_rows(targets: Sequence[TargetBatch]) -> Ints:
+    """What a mixture is made at: the sequences that all experts know, or the first one's rows."""
+    first = targets[0]
+    if not isinstance(first, SequenceTargetBatch):
+        return first.rows
+    known = first.present.copy()
+    for target in targets:
+        assert isinstance(target, SequenceTargetBatch)
+        known &= target.present
+    return np.flatnonzero(known)
+
+
+def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
+    """How many positions of each sequence are taught [P]: the fraction, rounded up, at least 1.
+
+    ``rows`` [P], ascending, says which sequence a position belongs to.
+    """
+    _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    # 0.1 · 30 is a little more than 3: that is 3, not 4.
+    taught = np.maximum(np.ceil(counts * fraction - 1e-9), 1).astype(np.int64)
+    found: Ints = taught[inverse]
+    return found
+
+
+def _row_count(target: TargetBatch, fraction: float | None) -> int:
+    if isinstance(target, SequenceTargetBatch):
+        return int(target.present.sum())
+    if fraction is None:
+        return len(target.rows)
+    first = np.unique(target.rows, return_index=True)[1]
+    return int(taught_per_sequence(target.rows, fraction)[first].sum())
+
+
+def _masked_only(target: TargetBatch, batch: Batch) -> TargetBatch:
+    if isinstance(target, SequenceTargetBatch):
+        return target
+    assert batch.masked is not None
+    width = batch.input_ids.shape[1]
+    masked = batch.masked.rows * width + batch.masked.positions
+    return _keep(target, np.isin(target.rows * width + target.positions, masked))
+
+
+def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:
+    """Each sequence to the first teacher that has targets for it."""
+    free = np.ones(sequences, bool)
+    routed: dict[str, TargetBatch] = {}
+    for name, target in targets.items():
+        if isinstance(target, SequenceTargetBatch):
+            routed[name] = replace(target, present=target.present & free)
+            free &= ~target.present
+        else:
+            routed[name] = _keep(target, free[target.rows])
+            free[target.rows] = False
+    return routed
+
+
+def _keep(
+    target: TokenTargetBatch | TokenLabelBatch, keep: NDArray[np.bool_]
+) -> TokenTargetBatch | TokenLabelBatch:
+    if keep.all():
+        return target
+    rows, positions = target.rows[keep], target.positions[keep]
+    if isinstance(target, TokenLabelBatch):
+        return replace(target, rows=rows, positions=positions, logits=target.logits[keep])
+    columns = {name: column[keep] for name, column in target.columns.items()}
+    return replace(target, rows=rows, positions=positions, columns=columns)

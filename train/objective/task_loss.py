@@ -1,0 +1,179 @@
+"""The task side of a step's loss: the student's heads imitate the experts' logits.
+
+Shapes: R rows (sequences or positions), C classes of an expert, U labels of a union.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.kernels.losses import kd_loss
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.device_batch import send
+from rekindle.train.objective.label_union import (
+    LabelUnion,
+    certainty,
+    concatenated_target,
+    expert_weights,
+    margin,
+    mixed_target,
+)
+from rekindle.train.objective.pseudo_labels import pseudo_label_loss
+from rekindle.train.objective.ranking import group_keys, ranking_loss
+from rekindle.train.objective.selection import Counts, common_rows, names_of
+from rekindle.train.student import HeadConfig
+
+Add = Callable[[str, Tensor | None, Tensor], None]
+
+
+def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
+    """The task heads a term needs: one per expert, or one over the union of their labels."""
+    experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
+    if term.combine not in MIXED or not experts:
+        return {expert.name: HeadConfig.of(expert) for expert in experts}
+    names = LabelUnion.of(experts, term.labels).names
+    problem = "single_label_classification"
+    head = HeadConfig(kind="sequence", num_labels=len(names), label_names=names, problem=problem)
+    return {union_head(term): head}
+
+
+def union_head(term: DistillTerm) -> str:
+    """The name of the head over the union of the experts' labels."""
+    return "+".join(term.teachers)
+
+
+def add_task_losses(
+    logits: Mapping[str, Tensor],
+    batch: Batch,
+    terms: Sequence[tuple[DistillTerm, float]],
+    teachers: Mapping[str, TeacherInfo],
+    counts: Counts,
+    add: Add,
+) -> None:
+    """Call ``add(name, loss, shown)`` for the terms' losses; ``logits`` by head, of all rows."""
+    for term, weight in terms:
+        if term.combine in MIXED:
+            _add_mixture(logits[union_head(term)], batch, term, weight, teachers, counts, add)
+            continue
+        for name, shown in names_of(term).items():
+            own, wanted = _rows(logits[name], batch.targets[name])
+            if term.ranking is not None:
+                loss = _ranked(own.float(), wanted, batch, name, term, counts)
+                add(shown, loss * weight, loss.detach())
+                continue
+            scale = 1.0 / max(counts.rows[shown], 1)
+            loss, bare = task_loss(own.float(), wanted, teachers[name], term)
+            add(shown, loss * (weight * scale), bare * scale)
+
+
+def _ranked(
+    logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
+) -> Tensor:
+    """A regression expert's loss of scores and of their differences; logits and wanted [R,1]."""
+    target = batch.targets[name]
+    assert isinstance(target, SequenceTargetBatch)
+    assert term.ranking is not None
+    keys = group_keys(batch, term.ranking.group)[target.present]
+    rows = counts.rows[names_of(term)[name]]
+    errors = (logits - wanted)[:, 0]
+    return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
+
+
+def _rows(logits: Tensor, target: object) -> tuple[Tensor, Tensor]:
+    """The student's and the expert's logits [R,C] at the rows that have a target."""
+    if isinstance(target, SequenceTargetBatch):
+        keep = send(np.flatnonzero(target.present), logits.device)
+        return logits[keep], send(target.logits[target.present], logits.device)
+    assert isinstance(target, TokenLabelBatch)
+    return logits, send(target.logits, logits.device)
+
+
+def _add_mixture(
+    logits: Tensor,
+    batch: Batch,
+    term: DistillTerm,
+    weight: float,
+    teachers: Mapping[str, TeacherInfo],
+    counts: Counts,
+    add: Add,
+) -> None:
+    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)); METHODS.md, MUKI.
+
+    Of ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
+    """
+    targets: dict[str, SequenceTargetBatch] = {}
+    for name in term.teachers:
+        target = batch.targets[name]
+        assert isinstance(target, SequenceTargetBatch)
+        targets[name] = target
+    rows = common_rows(list(targets.values()))
+    known = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
+    union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
+    weights = logits.new_full((len(rows), len(targets)), 1.0 / len(targets), dtype=torch.float32)
+    importance = None
+    if term.combine == "uncertainty":
+        certainties = torch.stack([_certainty(t, rows, logits.device) for t in targets.values()], 1)
+        weights = expert_weights(certainties, term.uncertainty)
+        importance = margin(certainties) if term.uncertainty.margin else None
+    if term.combine == "concatenate":
+        wanted = concatenated_target(union, known, term.temperature)
+    else:
+        wanted = mixed_target(union, known, weights, term.temperature)
+    own = logits[send(rows, logits.device)].float()
+    shown = names_of(term)[term.teachers[0]]
+    scale = 1.0 / max(counts.rows[shown], 1)
+    loss, bare = _distribution_loss(own, wanted, term, importance)
+    add(shown, loss * (weight * scale), bare * scale)
+
+
+def _certainty(target: SequenceTargetBatch, rows: np.ndarray, device: torch.device) -> Tensor:
+    assert target.mc_probs is not None
+    return certainty(send(target.mc_probs[rows], device))
+
+
+def task_loss(
+    logits: Tensor, wanted: Tensor, info: TeacherInfo, term: DistillTerm
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of a task head's loss [R,C], and of the bare divergence (for show).
+
+    Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
+    expert's class. Multi-label: KL of each label's
+    Bernoulli. Classification: the divergence between softmax(teacher/τ) and softmax(student/τ),
+    times τ².
+    """
+    if term.divergence == "mse" or info.problem == "regression":
+        loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()
+        return loss, loss.detach()
+    if term.divergence == "pseudo_label":
+        loss = pseudo_label_loss(logits, wanted, info, term.confidence)
+        return loss, loss.detach()
+    tau = term.temperature
+    if info.problem == "multi_label_classification":
+        p = torch.sigmoid(wanted / tau)
+        entropy = F.binary_cross_entropy_with_logits(wanted / tau, p, reduction="sum")
+        cross = F.binary_cross_entropy_with_logits(logits / tau, p, reduction="sum")
+        loss = (cross - entropy) / logits.shape[1]
+        return loss * tau**2, loss.detach()
+    return _distribution_loss(logits, torch.softmax(wanted / tau, dim=1), term, None)
+
+
+def _distribution_loss(
+    logits: Tensor, probs: Tensor, term: DistillTerm, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Σ rows of importance·τ²·D(probs ‖ softmax(logits/τ)), and of importance·D."""
+    result = kd_loss(
+        logits,
+        torch.arange(logits.shape[1], device=logits.device).expand_as(logits),
+        probs,
+        tail_prob=torch.zeros(len(logits), device=logits.device),
+        temperature=term.temperature,
+        divergence=term.divergence,
+        row_weight=importance,
+        reduction="sum",
+    )
+    return result.loss, result.kd

@@ -1,0 +1,135 @@
+"""What a distillation term may ask for, said before the first step and not at the 3,000th."""
+
+from collections.abc import Mapping, Sequence
+
+from rekindle.data.errors import InputError
+from rekindle.data.targets.schema import SAMPLED, TeacherInfo
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.task_terms import check_pseudo_labels, check_ranking
+
+
+def check_terms(
+    terms: Sequence[DistillTerm], teachers: Mapping[str, TeacherInfo], task: str
+) -> None:
+    """Raise InputError, naming the term, for one that cannot be computed."""
+    names = [name for term in terms for name in term.teachers]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise InputError(f"teacher {twice!r} stands in two distill terms; use one term per teacher")
+    for number, term in enumerate(terms):
+        where = f"train.objective.distill.{number}"
+        _check_together(where, term, [teachers[name] for name in term.teachers], task)
+        for name in term.teachers:
+            if teachers[name].is_vocabulary:
+                _check_vocabulary(where, term, teachers[name], task)
+
+
+def _check_together(where: str, term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> None:
+    kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
+    names = ", ".join(term.teachers)
+    check_ranking(where, term, infos)
+    check_pseudo_labels(where, term, infos)
+    if "vocabulary" in kinds and len(kinds) > 1:
+        raise InputError(f"{where}: vocabulary teachers and task experts need a term each")
+    if len({i.view for i in infos}) > 1:
+        raise InputError(f"{where}: {names} saw different views; use a term each")
+    if term.positions == "masked" and task != "masked_lm":
+        raise InputError(f"{where}: positions: masked, but a {task} student has no masked view")
+    if term.positions == "masked" and "sequence" in kinds:
+        raise InputError(f"{where}: positions: masked, but {names} judge whole sequences")
+    if term.combine == "route" and len(kinds) > 1:
+        raise InputError(
+            f"{where}: {names} judge sequences and tokens, which share no mean; use a term each"
+        )
+    if term.k is not None and kinds != {"vocabulary"}:
+        raise InputError(f"{where}: k is for vocabulary teachers; of {names} all logits are kept")
+    if term.entropy_fraction is not None and kinds != {"vocabulary"}:
+        raise InputError(f"{where}: entropy_fraction is for vocabulary teachers; {names} are none")
+    if kinds == {"vocabulary"}:
+        _check_vocabulary_mixture(where, term, infos)
+        return
+    if term.view == "masked" and infos[0].view.startswith("pairs-"):
+        raise InputError(f"{where}: view: masked, but pairs are shown clean; use clean")
+    if term.view == "masked" and task != "masked_lm":
+        raise InputError(f"{where}: view: masked, but a {task} student has no masked view")
+    if term.combine in MIXED:
+        _check_classifier_mixture(where, term, infos)
+
+
+def _check_vocabulary_mixture(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+    if term.divergence == "mse":
+        raise InputError(f"{where}: mse is for task logits; {term.teachers[0]} predicts tokens")
+    if term.combine == "uncertainty":
+        raise InputError(
+            f"{where}: combine: uncertainty weighs classifiers, and {term.teachers[0]} predicts "
+            "tokens; use mixture, or route for teachers of different domains"
+        )
+    if term.combine == "concatenate":
+        raise InputError(
+            f"{where}: combine: concatenate puts the logits of classifiers side by side, and "
+            f"{term.teachers[0]} predicts tokens; use mixture"
+        )
+    if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
+        raise InputError(
+            f"{where}: a mixture needs all its teachers at the same positions, and "
+            f"{', '.join(term.teachers)} are for different domains; use combine: route"
+        )
+    if term.combine == "mixture" and term.entropy_fraction is not None:
+        raise InputError(f"{where}: entropy_fraction cannot be used with combine: mixture")
+
+
+def _check_classifier_mixture(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+    for info in infos:
+        if info.kind != "sequence" or info.problem in ("regression", "multi_label_classification"):
+            raise InputError(
+                f"{where}: combine: {term.combine} merges classifiers of sequences, and "
+                f"{info.name!r} is a {info.problem or info.task} expert; use separate"
+            )
+        if term.combine == "uncertainty" and info.num_labels == 1:
+            raise InputError(
+                f"{where}: combine: uncertainty, but {info.name!r} has one class and is always "
+                "certain"
+            )
+        if term.combine == "uncertainty" and not info.monte_carlo_passes:
+            raise InputError(
+                f"{where}: combine: uncertainty needs Monte-Carlo passes, and teacher "
+                f"{info.name!r} was cached without; cache it with monte_carlo: {{passes: 16}}"
+            )
+    if term.combine == "uncertainty" and len(infos) < 2:
+        raise InputError(f"{where}: combine: uncertainty weighs at least two experts")
+    if term.divergence == "mse":
+        raise InputError(f"{where}: a mixture is a distribution; mse is for separate experts")
+    shared = set.intersection(*[set(i.domains) for i in infos if i.domains is not None] or [{""}])
+    if not shared:
+        raise InputError(
+            f"{where}: a mixture teaches where all its experts know the text, and "
+            f"{', '.join(term.teachers)} have no domain in common; use combine: route"
+        )
+    try:
+        LabelUnion.of(infos, term.labels)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: str) -> None:
+    if info.task != task:
+        raise InputError(
+            f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
+            "at its positions"
+        )
+    if info.temperatures and term.temperature not in info.temperatures:
+        raise InputError(
+            f"{where}: teacher {info.name!r} stores the temperatures "
+            f"{list(info.temperatures)}, not "
+            f"{term.temperature}. Train at a stored one, or cache it with this one"
+        )
+    if term.k is not None and info.kind in SAMPLED and term.k != info.k:
+        raise InputError(
+            f"{where}: teacher {info.name!r} keeps a sample of {info.k}; a part of it would be "
+            "biased. Leave k out"
+        )
+    if term.k is not None and info.k is not None and term.k > info.k:
+        raise InputError(
+            f"{where}: k = {term.k}, but teacher {info.name!r} keeps {info.k} candidates"
+        )

@@ -1,0 +1,82 @@
+"""Which sequences of a corpus belong to which domain, as ranges of sequence numbers.
+
+A shard's commit record counts its sequences by domain: shards that lie in one domain, or that have
+nothing of those asked for, are not opened. Of the others the domain column alone is read.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.storage.seal import REPAIR
+from rekindle.train.order.split import Ranges
+
+Runs = NDArray[np.int64]  # [R,3] number of the domain (-1: of none), first row, row after the last
+
+
+def check_domains(corpus: Corpus, names: Iterable[str], key: str) -> None:
+    """InputError for a domain, named in the configuration's ``key``, that the corpus has not."""
+    known = corpus.domains
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return
+    if not known:
+        raise InputError(
+            f"{key} names {unknown[0]!r}, but the sequences of {corpus.store.location} have no "
+            "domains: set corpus.domain_field, and cache the corpus again"
+        )
+    raise InputError(
+        f"{key}: there is no domain {unknown[0]!r} in {corpus.store.location}; it has "
+        f"{', '.join(f'{name} ({count:,} sequences)' for name, count in sorted(known.items()))}"
+    )
+
+
+def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
+    """The sequences of each of the domains ``names``, which the corpus has.
+
+    A range per stretch of sequences of one domain: memory grows with the number of stretches, not
+    of sequences. Raises CacheFormatError for a shard that has not the domains its record counts.
+    """
+    distinct = list(dict.fromkeys(names))
+    check_domains(corpus, distinct, "domains")
+    parts = [_shard_runs(corpus, shard, distinct) for shard in range(len(corpus.commits))]
+    runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
+    return {name: _joined(runs[runs[:, 0] == number, 1:]) for number, name in enumerate(distinct)}
+
+
+def _shard_runs(corpus: Corpus, shard: int, names: Sequence[str]) -> Runs:
+    commit, first = corpus.commits[shard], corpus.first(shard)
+    counts: Mapping[str, int] = commit.facts["domains"]
+    inside = [name for name in names if counts.get(name)]
+    if not inside:
+        return np.zeros((0, 3), np.int64)
+    if counts[inside[0]] == commit.rows:
+        return np.array([[names.index(inside[0]), first, first + commit.rows]], np.int64)
+    wanted = pa.array(names, pa.string())
+    # Not verified by a checksum of their own, but held against the record, which has one; and
+    # every sequence that is trained on is verified with its record batch.
+    columns = [batch["domain"] for batch in corpus.shard(shard).columns(["domain"])]
+    found = [pc.fill_null(pc.index_in(column, value_set=wanted), -1) for column in columns]
+    numbers = np.concatenate([one.to_numpy(zero_copy_only=False) for one in found])
+    for number, name in enumerate(names):
+        if int((numbers == number).sum()) != counts.get(name, 0):
+            raise CacheFormatError(
+                f"{corpus.shard(shard).path} has not the sequences of {name!r} that its commit "
+                f"record counts. {REPAIR}"
+            )
+    edges = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1, append=numbers[-1] - 1))
+    return np.stack([numbers[edges[:-1]], first + edges[:-1], first + edges[1:]], axis=1)
+
+
+def _joined(bounds: NDArray[np.int64]) -> Ranges:
+    """Ascending ranges [R,2], those that touch (at the ends of shards) made one."""
+    if not len(bounds):
+        return Ranges(bounds)
+    begins = np.append(True, bounds[1:, 0] != bounds[:-1, 1])
+    ends = np.append(begins[1:], True)
+    return Ranges(np.stack([bounds[begins, 0], bounds[ends, 1]], axis=1))

@@ -1,0 +1,178 @@
+"""Which sequences of earlier domains a training step replays (ELLE, Findings of ACL 2022).
+
+All of it is arithmetic on the step and on past evaluations, nothing is drawn from a generator: what
+a step replays does not depend on threads, on the number of processes or on where a run was resumed.
+(Weights by loss change are as equal as the losses: these differ in their last bits where another
+number of processes adds gradients in another order.)
+
+*How many.* Of the first n sequences that a run reads, ⌊fraction · n⌋ are replayed, at every step.
+
+*Which domain.* Every evaluation interval (``train.evaluate_every`` steps) deals its replayed slots
+out to the domains in proportion to their weights, evenly: a cycle of CYCLE slots has a whole number
+of each domain's, spread over it, and an interval begins somewhere in the cycle, so that small
+weights get their turn over many short intervals. The weights are equal, or with ``loss_change``
+those of interval i are
+
+    w_d ∝ | L_d(i−1) − L_d(i−2) |,   L_d(k): held-out loss of domain d after k intervals, k ≥ 1.
+
+The interval between, i−1, is left out so that batches of i can be read ahead before i begins. In
+the first three intervals, where not both losses are known, and where no loss has changed or one is
+not finite, the weights are equal. The losses are a part of the checkpoint. (The paper says "recent
+loss change"; that it counts in both directions is our reading.)
+
+*Which sequence.* Each domain is an endless stream of its own: every sequence once per epoch of it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rekindle.data.order import stream_part
+from rekindle.train.order.split import Ranges
+
+CYCLE = 1000  # slots after which the domains' turns come again
+Ints = NDArray[np.int64]
+
+
+class Replay:
+    """The replayed part of every step's batch.
+
+    ``memories``: what there is of each domain. ``batch`` sequences are read per step, ``fraction``
+    of them replayed. ``every`` steps there is an evaluation whose losses ``learn`` is told, for
+    weights by loss change; None for equal weights. ``learn`` is called by one thread, all else by
+    any.
+    """
+
+    def __init__(
+        self,
+        memories: Mapping[str, Ranges],
+        fraction: float,
+        batch: int,
+        seed: int,
+        every: int | None = None,
+    ):
+        self.names, self.memories = list(memories), list(memories.values())
+        self.fraction, self.batch, self.every = Fraction(str(fraction)), batch, every
+        self._seed = seed
+        self._losses: list[list[float]] = []  # [k−1][d] after k intervals
+        self._starts: list[Ints] = [np.zeros(len(self.names), np.int64)]  # [i][D] see `_start`
+        self._extend()
+
+    def slots_before(self, step: int) -> int:
+        """How many sequences are replayed in all the steps before ``step``."""
+        return math.floor(self.fraction * (step * self.batch))
+
+    def knows(self, step: int) -> bool:
+        """Whether what ``step`` replays can be said yet."""
+        # Not by the losses: they are noted a moment before what follows from them is summed up.
+        return self._interval(step) < len(self._starts)
+
+    def at(self, step: int) -> Ints:
+        """The sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
+        interval = self._interval(step)
+        began = self.slots_before(interval * (self.every or 0))
+        deal = _deal(self.weights(interval))
+        offset = self._offset(interval)
+        first, last = (offset + self.slots_before(s) - began for s in (step, step + 1))
+        turns = deal.domains[np.arange(first, last) % CYCLE]
+        out = np.zeros(last - first, np.int64)
+        earlier = self._starts[interval] - deal.before(offset)
+        starts, stops = earlier + deal.before(first), earlier + deal.before(last)
+        for number in np.unique(turns):
+            memory, seed = self.memories[number], self._seed_of("memory", self.names[number])
+            places = stream_part(starts[number], stops[number], len(memory), seed=seed)
+            out[turns == number] = memory.select(places)
+        return out
+
+    def weights(self, interval: int) -> tuple[float, ...]:
+        """The share of each domain's slots in an interval (0-based)."""
+        equal = (1 / len(self.names),) * len(self.names)
+        if self.every is None or interval < 3:
+            return equal
+        later, before = self._losses[interval - 2], self._losses[interval - 3]
+        changes = [abs(b - a) for a, b in zip(before, later, strict=True)]
+        total = sum(changes)
+        if not math.isfinite(total) or total == 0:
+            return equal
+        return tuple(change / total for change in changes)
+
+    def learn(self, done: int, values: Mapping[str, float]) -> None:
+        """Take note of the evaluation after ``done`` steps, with ``loss/DOMAIN`` of each domain."""
+        if self.every is None or done != (len(self._losses) + 1) * self.every:
+            return  # the one at the end of a run may fall within an interval
+        self._losses.append([values.get(f"loss/{name}", math.nan) for name in self.names])
+        self._extend()
+
+    @property
+    def state(self) -> list[list[float | None]]:
+        """What a checkpoint must hold: the losses that were learned, null for what is no number."""
+        return [
+            [loss if math.isfinite(loss) else None for loss in losses] for losses in self._losses
+        ]
+
+    def restore(self, state: Sequence[Sequence[float | None]]) -> None:
+        """Go on from what ``state`` was."""
+        self._losses = [[math.nan if loss is None else loss for loss in one] for one in state]
+        del self._starts[1:]
+        self._extend()
+
+    def _interval(self, step: int) -> int:
+        return 0 if self.every is None else step // self.every
+
+    def _extend(self) -> None:
+        """Sum up, for every interval whose weights are known, what each domain has had before it.
+
+        An interval is known to readers only after this (see `knows`).
+        """
+        known = 0 if self.every is None else max(3, len(self._losses) + 2)
+        for interval in range(len(self._starts) - 1, known - 1):
+            offset, every = self._offset(interval), self.every or 0
+            slots = self.slots_before((interval + 1) * every) - self.slots_before(interval * every)
+            deal = _deal(self.weights(interval))
+            dealt = deal.before(offset + slots) - deal.before(offset)
+            self._starts.append(self._starts[interval] + dealt)
+
+    def _offset(self, interval: int) -> int:
+        """Where in the cycle an interval begins."""
+        return self._seed_of("interval", str(interval)) % CYCLE
+
+    def _seed_of(self, *names: str) -> int:
+        parts = ["replay", str(self._seed), *names]
+        return int(xxhash.xxh3_64_intdigest("\0".join(parts).encode("utf-8", "surrogatepass")))
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """How slots are dealt out to domains, over and over."""
+
+    domains: Ints  # [CYCLE] whose turn each slot is
+    counts: Ints  # [CYCLE+1,D] turns that each domain has had before a slot
+
+    def before(self, slot: int) -> Ints:
+        """The turns [D] that each domain has in the first ``slot`` slots."""
+        cycles, rest = divmod(slot, CYCLE)
+        found: Ints = cycles * self.counts[-1] + self.counts[rest]
+        return found
+
+
+@lru_cache(maxsize=64)
+def _deal(weights: tuple[float, ...]) -> _Deal:
+    """Slots in proportion to ``weights``, as even as can be: the largest remainders are rounded up,
+    and turn k of the n that a domain has lies about (k + ½)/n of the way through the cycle.
+    """
+    exact = np.array(weights) * CYCLE
+    turns = np.floor(exact).astype(np.int64)
+    short = CYCLE - int(turns.sum())
+    turns[np.argsort(turns - exact, kind="stable")[:short]] += 1
+    domains = np.repeat(np.arange(len(weights)), turns)
+    places = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in turns])
+    domains = domains[np.argsort(places, kind="stable")]
+    taken = np.cumsum(domains[:, None] == np.arange(len(weights)), axis=0)
+    counts = np.concatenate([np.zeros((1, len(weights)), np.int64), taken])
+    return _Deal(domains, counts)

@@ -1,0 +1,239 @@
+"""Which sequences a student is trained on, step by step, and which it is evaluated on.
+
+A step's batch is a pure function of (configuration, seed, step) and, where replay follows the loss,
+of past evaluations. It is that of a single process: the ranks share it out (``stream.py``).
+"""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.order import stream_part
+from rekindle.train.config import TrainConfig
+from rekindle.train.order.curriculum import best_scored, first_steps
+from rekindle.train.order.domains import check_domains, domain_ranges
+from rekindle.train.order.replay import Replay
+from rekindle.train.order.split import Ranges, Split, split_corpus
+
+log = logging.getLogger("rekindle")
+
+Ints = NDArray[np.int64]
+
+
+class Sequences(Protocol):
+    """Which sequences of a cache are trained on, by place 0..len-1."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def select(self, places: Ints) -> Ints:
+        """The sequence numbers [B] at ``places`` [B]."""
+
+
+class Listed:
+    """Sequence numbers that are given one by one."""
+
+    def __init__(self, numbers: Ints):
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def select(self, places: Ints) -> Ints:
+        """The sequence numbers [B] at ``places`` [B]."""
+        return self._numbers[places]
+
+
+class Order:
+    """What every step reads: ``sequences``, each once per epoch, in an order of each epoch's own.
+
+    In the first ``first_steps`` steps ``first`` takes their place, in epochs of its own; the epochs
+    of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
+    a part of every batch, at its end, is replayed instead.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        batch_sequences: int,
+        seed: int,
+        first: Sequences | None = None,
+        first_steps: int = 0,
+        replay: Replay | None = None,
+    ):
+        self.sequences, self.batch_sequences, self.replay = sequences, batch_sequences, replay
+        self._seed = seed
+        self._begins, self._phases, self._epochs = [0], [sequences], [0]
+        if first is not None:
+            place = self._place(first_steps)
+            self._begins.append(place)
+            self._phases.insert(0, first)
+            self._epochs.append(-(-place // max(1, len(first))))
+
+    def __len__(self) -> int:
+        """Sequences of an epoch."""
+        return len(self.sequences)
+
+    def at(self, step: int) -> Ints:
+        """The sequence numbers [batch_sequences] of ``step``; reads nothing."""
+        phase, start = self._phase(step)
+        stop = start + self._place(step + 1) - self._place(step)
+        sequences, epoch = self._phases[phase], self._epochs[phase]
+        size = len(sequences)
+        own = sequences.select(stream_part(start, stop, size, seed=self._seed, first_epoch=epoch))
+        return own if self.replay is None else np.concatenate([own, self.replay.at(step)])
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which ``step`` begins: whose masks it sees, replayed sequences too."""
+        phase, start = self._phase(step)
+        return self._epochs[phase] + start // len(self._phases[phase])
+
+    def knows(self, step: int) -> bool:
+        """Whether ``at(step)`` can be said before the next evaluation."""
+        return self.replay is None or self.replay.knows(step)
+
+    def learn(self, done: int, values: Mapping[str, float]) -> None:
+        """Take note of the evaluation after ``done`` steps."""
+        if self.replay is not None:
+            self.replay.learn(done, values)
+
+    @property
+    def state(self) -> Any:
+        """What a checkpoint must hold of it besides the step; null if nothing."""
+        return None if self.replay is None else self.replay.state
+
+    def restore(self, state: Any) -> None:
+        """Go on from what ``state`` was; null for the beginning."""
+        if self.replay is not None:
+            self.replay.restore(state or [])
+
+    def _place(self, step: int) -> int:
+        """How many sequences that are not replayed are read before ``step``."""
+        replayed = 0 if self.replay is None else self.replay.slots_before(step)
+        return step * self.batch_sequences - replayed
+
+    def _phase(self, step: int) -> tuple[int, int]:
+        """The number of the phase of ``step``, and its place in that phase's stream."""
+        place = self._place(step)
+        phase = bisect_right(self._begins, place) - 1
+        return phase, place - self._begins[phase]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run trains on and what it is evaluated on."""
+
+    order: Order
+    held_out: Ints
+    domains: dict[str, Ints]  # held out of each domain that is evaluated by itself
+
+
+def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
+    """The sequences that ``config`` asks for.
+
+    What is held out is the same for every run on a corpus: a run on one domain trains on what is
+    not held out of it. Raises InputError for domains that the corpus has not, or has nothing of to
+    train on or to evaluate where that is needed, and for a curriculum that cannot be had.
+    """
+    split = split_corpus(cache, config.held_out)
+    own = config.domains
+    replayed = config.replay.domains if config.replay is not None else ()
+    check_domains(cache.corpus, own or (), "train.domains")
+    check_domains(cache.corpus, replayed, "train.replay.domains")
+    _check_apart(config)
+    evaluated = evaluated_domains(cache, config)
+    where = domain_ranges(cache.corpus, [*(own or ()), *replayed, *evaluated])
+    train, held_out = split.train, split.held_out
+    if own is not None:
+        within = _union([where[name] for name in dict.fromkeys(own)])
+        train, held_out = train.intersection(within), held_out.intersection(within)
+    return Chosen(
+        _order(cache, config, train, _replay(config, split, where)),
+        held_out.spread(config.evaluate_sequences),
+        _held_out_of(config, split, {name: where[name] for name in evaluated}),
+    )
+
+
+def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
+    """The domains whose held-out loss is reported by itself."""
+    if config.evaluate_domains:
+        if not cache.corpus.domains:
+            raise InputError(
+                f"train.evaluate_domains: the sequences of {cache.store.location} have no domains: "
+                "set corpus.domain_field, and cache the corpus again"
+            )
+        return sorted(cache.corpus.domains)
+    if config.replay is not None and config.replay.choose == "loss_change":
+        return sorted(set(config.replay.domains))
+    return []
+
+
+def _check_apart(config: TrainConfig) -> None:
+    if config.replay is None:
+        return
+    shared = [name for name in config.replay.domains if name in (config.domains or (name,))]
+    if shared:
+        raise InputError(
+            f"train.replay.domains names {shared[0]!r}, which is trained on anyway: replay is of "
+            "earlier domains. Give train.domains, without those that are replayed"
+        )
+
+
+def _order(cache: Cache, config: TrainConfig, train: Ranges, replay: Replay | None) -> Order:
+    first, steps = None, 0
+    if config.curriculum is not None:
+        first = best_scored(cache, config.curriculum, train)
+        steps = first_steps(config.curriculum, config.steps)
+        log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
+    return Order(train, config.batch_sequences, config.seed, first, steps, replay)
+
+
+def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> Replay | None:
+    if config.replay is None:
+        return None
+    memories = {
+        name: split.train.intersection(where[name]) for name in dict.fromkeys(config.replay.domains)
+    }
+    for name, memory in memories.items():
+        if not len(memory):
+            raise InputError(
+                f"train.replay.domains: all sequences of {name!r} are held out. Use a smaller "
+                "train.held_out, or leave the domain out"
+            )
+    every = config.evaluate_every if config.replay.choose == "loss_change" else None
+    size, seed = config.batch_sequences, config.seed
+    return Replay(memories, config.replay.fraction, size, seed, every)
+
+
+def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> dict[str, Ints]:
+    """The held-out sequences of each domain: ``evaluate_sequences`` shared out among them."""
+    found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
+    none = [name for name, ranges in found.items() if not len(ranges)]
+    replay = config.replay
+    needed = set(replay.domains) if replay and replay.choose == "loss_change" else set()
+    if needed & set(none):
+        raise InputError(
+            "train.replay.choose: loss_change needs the held-out loss of every replayed domain; "
+            f"nothing of {min(needed & set(none))!r} is held out. Use a larger train.held_out, or "
+            "choose: uniform"
+        )
+    if none:
+        log.warning(
+            "nothing of %s is held out: no loss of it is reported; a larger train.held_out helps",
+            ", ".join(none),
+        )
+    share = max(1, config.evaluate_sequences // max(1, len(found)))
+    return {name: ranges.spread(share) for name, ranges in found.items() if len(ranges)}
+
+
+def _union(parts: list[Ranges]) -> Ranges:
+    """Disjoint ranges together."""
+    bounds = np.concatenate([part.bounds for part in parts])
+    return Ranges(bounds[np.argsort(bounds[:, 0])])

@@ -1,0 +1,253 @@
+"""What is trained on and what is held out: a few stretches of whole documents all over a corpus.
+
+Constant memory and a bounded number of reads for any number of sequences: a side is a short list
+of ranges, and only the rows about a stretch's ends are looked at. A corpus is split stage by stage
+(see ``corpus_stages.py``): when it grows, what was held out stays so, and so does what was trained
+on.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.seal import REPAIR
+
+Range = tuple[int, int]  # from, up to and without
+
+PLACES = 64  # of a stage at which a stretch may be held out
+FAR_TOO_MUCH = 0.25  # of a stage: sequences are held out instead of documents as long as that
+
+
+class Ranges:
+    """Ascending, disjoint ranges of sequence numbers, used like one long index array."""
+
+    def __init__(self, ranges: Iterable[Range] | NDArray[np.int64]):
+        given = ranges if isinstance(ranges, np.ndarray) else np.array(list(ranges), np.int64)
+        bounds = given.reshape(-1, 2)
+        bounds = bounds[bounds[:, 1] > bounds[:, 0]]
+        if (bounds[:-1, 1] > bounds[1:, 0]).any():
+            raise ValueError(f"ranges must ascend and not overlap, got {bounds[:8].tolist()}")
+        self.bounds: NDArray[np.int64] = bounds  # [R,2]
+        self._places = np.concatenate([[0], np.cumsum(bounds[:, 1] - bounds[:, 0])])
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int64]) -> "Ranges":
+        """The ranges of ascending, distinct sequence numbers [B]."""
+        first = np.diff(numbers, prepend=-2) != 1
+        last = np.append(first[1:], True)[: len(numbers)]
+        return cls(np.stack([numbers[first], numbers[last] + 1], axis=1))
+
+    def __len__(self) -> int:
+        return int(self._places[-1])
+
+    def __repr__(self) -> str:
+        return f"Ranges({self.bounds.tolist()})"
+
+    def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequence numbers [B] at ``places`` [B] (0 ≤ place < len); IndexError outside."""
+        if not len(places):
+            return np.zeros(0, np.int64)
+        if places.min() < 0 or places.max() >= len(self):
+            raise IndexError(
+                f"places lie in 0..{len(self) - 1}, got {places.min()}..{places.max()}"
+            )
+        which = np.searchsorted(self._places, places, side="right") - 1
+        return self.bounds[which, 0] + (places - self._places[which])
+
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """At most ``count`` of the sequence numbers, evenly over all of them, ascending."""
+        count = min(count, len(self))
+        return self.select(np.array([i * len(self) // count for i in range(count)], np.int64))
+
+    def complement(self, size: int) -> "Ranges":
+        """What else there is of 0..size-1."""
+        edges = np.concatenate([[0], self.bounds.reshape(-1), [size]])
+        return Ranges(edges.reshape(-1, 2))
+
+    def intersection(self, other: "Ranges") -> "Ranges":
+        """What is in both."""
+        ours, theirs = self.bounds, other.bounds
+        first = np.searchsorted(theirs[:, 1], ours[:, 0], side="right")
+        counts = np.maximum(np.searchsorted(theirs[:, 0], ours[:, 1]) - first, 0)
+        which = np.repeat(np.arange(len(ours)), counts)  # of ours, that meets one of theirs
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        met = np.repeat(first, counts) + np.arange(len(which)) - before
+        start = np.maximum(ours[which, 0], theirs[met, 0])
+        stop = np.minimum(ours[which, 1], theirs[met, 1])
+        return Ranges(np.stack([start, stop], axis=1))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sequences to train on and to evaluate on.
+
+    Together they are the corpus, but for sequences that hold parts of two documents, one of either
+    side (of a ``contiguous`` packing, at the ends of a stretch): those are on neither side.
+    """
+
+    train: Ranges
+    held_out: Ranges
+
+
+def split_corpus(cache: Cache, fraction: float) -> Split:
+    """Hold out about ``fraction`` of the sequences, as whole documents, evenly over the corpus.
+
+    The same ones for every run on a corpus, also after it has grown; at least one document where
+    there are several. Where whole documents would be far too much (a corpus of one document),
+    sequences are held out, whatever document they belong to. A corpus that is still being made is
+    split anew with every shard.
+    """
+    rows, held_out, not_trained = _Rows(cache.corpus), list[Range](), list[Range]()
+    for span in _spans(cache.corpus) if fraction else ():
+        stretches = list(_joined(_whole_documents(rows, span, fraction)))
+        if stretches:
+            held_out += [(start, rows.unshared_end(stop, span)) for start, stop in stretches]
+            not_trained += [(rows.shared_start(start, span), stop) for start, stop in stretches]
+        elif not held_out:  # a later stage without short documents has nothing to hold out
+            held_out = _single_sequences(span, fraction)
+            not_trained = list(held_out)
+    return Split(Ranges(not_trained).complement(len(cache.corpus)), Ranges(held_out))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The sequences of one stage of a corpus. Cut: its last document may go on in the next one."""
+
+    start: int
+    stop: int
+    cut: bool
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def _spans(corpus: Corpus) -> Iterator[_Span]:
+    shards = [min(stage.first_shard, len(corpus.commits)) for stage in corpus.stages]
+    if shards != sorted(shards) or shards[0] < 0:
+        raise CacheFormatError(
+            f"{corpus.store.location}/corpus: its stages begin at shards {shards}, not one after "
+            f"another. {REPAIR}"
+        )
+    edges = [*map(corpus.first, shards), len(corpus)]
+    for stage, (start, stop) in zip(corpus.stages, pairwise(edges), strict=True):
+        if stop > start:
+            # Source files are read to their ends, unless there is a limit that can be raised.
+            yield _Span(start, stop, cut=stage.config.get("limit_sequences") is not None)
+
+
+class _Rows:
+    """To which documents the sequences of a corpus belong, as far as that is asked."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+        # Only then can a sequence hold more than the document that its first token belongs to.
+        self.shared = corpus.info["config"].get("packing") == "contiguous"
+
+    def _value(self, number: int, column: str) -> str | int:
+        shards, rows = self.corpus.locate(np.array([number]))
+        value: str | int = self.corpus.rows(int(shards[0]), int(rows[0]), 1)[column][0].as_py()
+        return value
+
+    def end_of(self, number: int, limit: int) -> int:
+        """The next sequence after ``number`` whose first token is of another document, or
+        ``limit``; reads logarithmically few rows of a long document.
+        """
+        document = self._value(number, "document")
+        same, step = number, 1
+        while same + step < limit and self._value(same + step, "document") == document:
+            same, step = same + step, 2 * step
+        other = min(same + step, limit)
+        while other - same > 1:
+            middle = (same + other) // 2
+            if self._value(middle, "document") == document:
+                same = middle
+            else:
+                other = middle
+        return other
+
+    def _resumes(self, number: int) -> bool:
+        """Whether the sequence before holds the beginning of this one's first document."""
+        return self.shared and int(self._value(number, "span_start")) > 0
+
+    def first_document(self, span: _Span) -> int:
+        """Where a span's first own document begins: one that is resumed was trained on before."""
+        number = span.start
+        if number == 0:
+            return number
+        before, first = (self._value(i, "document") for i in (number - 1, number))
+        resumed = before == first or self._resumes(number)
+        return self.end_of(number, span.stop) if resumed else number
+
+    def shared_start(self, start: int, span: _Span) -> int:
+        """The first sequence with a part of the documents that begin a stretch."""
+        return start - (start > span.start and self._resumes(start))
+
+    def unshared_end(self, stop: int, span: _Span) -> int:
+        """The end of those sequences of a stretch that hold nothing of the document after it."""
+        return stop - (stop < span.stop and self._resumes(stop))
+
+
+def _whole_documents(rows: _Rows, span: _Span, fraction: float) -> list[Range]:
+    """Stretches of documents at places evenly over ``span``; empty if all are far too long.
+
+    What one of them is too short or too long the next ones make up for. Of documents longer than
+    what is due at one place, every so many places hold one out.
+    """
+    first = rows.first_document(span)
+    edge = int(rows.shared)  # a sequence at each end of a stretch may be on neither side
+    found: list[Range] = []
+    shortest: Range | None = None
+    held = taken = 0
+    after = first
+    for number in range(PLACES):
+        due = fraction * len(span) * (number + 1) / PLACES - held
+        place = first + (span.stop - first) * number // PLACES
+        start = max(after, rows.end_of(place - 1, span.stop) if place > first else first)
+        last = start + edge + max(int(due), 1) - 1
+        if start >= span.stop:
+            break
+        stop = rows.end_of(min(last, span.stop - 1), span.stop)
+        length, room = stop - start - edge, len(span) - taken - edge - (stop - start)
+        if length < 1 or room < 1 or (span.cut and stop == span.stop):
+            continue
+        if shortest is None or stop - start < shortest[1] - shortest[0]:
+            shortest = (start, stop)
+        if length <= 2 * due:  # nearer to what is due than nothing
+            found.append((start, stop))
+            held, taken, after = held + length, taken + stop - start + edge, stop
+    if not found and shortest is not None:
+        most = max(FAR_TOO_MUCH, 4 * fraction) * len(span)
+        found = [shortest] if shortest[1] - shortest[0] <= most else []
+    return found
+
+
+def _single_sequences(span: _Span, fraction: float) -> list[Range]:
+    """Stretches of sequences evenly over ``span``, in the midst of equal parts of it."""
+    if len(span) < 2:
+        return []
+    wanted = max(1, int(fraction * len(span)))
+    parts = min(PLACES, wanted)
+    length = wanted // parts
+    edges = [span.start + len(span) * i // parts for i in range(parts + 1)]
+    starts = [(start + stop - length) // 2 for start, stop in pairwise(edges)]
+    return [(start, start + length) for start in starts]
+
+
+def _joined(ranges: Iterable[Range]) -> Iterator[Range]:
+    """The ranges, those that touch made one."""
+    pending: Range | None = None
+    for start, stop in ranges:
+        if pending is not None and pending[1] == start:
+            pending = (pending[0], stop)
+            continue
+        if pending is not None:
+            yield pending
+        pending = (start, stop)
+    if pending is not None:
+        yield pending

@@ -1,0 +1,82 @@
+"""What a run was trained with, counted: with KD, with cross-entropy alone, with neither."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from rekindle.data.batch import Batch, SequenceTargetBatch, TokenTargetBatch
+from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.objective.selection import common_rows, count_rows, taught_per_sequence
+
+NAMES = tuple(
+    f"{what}_{how}"
+    for what in ("sequences", "positions")
+    for how in ("with_kd", "ce_only", "neither")
+)
+
+
+class Coverage:
+    """Counts over all steps. A sequence has KD if any of its targets is used, by a distillation
+    term or by a method; a position, one of
+    those with an LM loss, if a vocabulary teacher has a target there.
+    """
+
+    def __init__(self, before: Mapping[str, int] | None = None):
+        self._before = dict(before or {})
+        self._own: Counter[str] = Counter()
+
+    def count(
+        self, batch: Batch, task: str, terms: Sequence[DistillTerm], hard_weight: float
+    ) -> None:
+        """Add this process's share of a step, with its targets selected."""
+        rest = "ce_only" if hard_weight > 0 else "neither"
+        sequences, kd_sequences = len(batch.index), _sequences_with_kd(batch, terms)
+        positions = count_rows(batch, task, terms).labels
+        kd_positions = _positions_with_kd(batch, terms)
+        self._own["sequences_with_kd"] += kd_sequences
+        self._own[f"sequences_{rest}"] += sequences - kd_sequences
+        self._own["positions_with_kd"] += kd_positions
+        self._own[f"positions_{rest}"] += positions - kd_positions
+
+    def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, int]:
+        """The counts of all processes since the run began; ``total`` sums a list over them."""
+        summed = total([self._own[name] for name in NAMES])
+        found = zip(NAMES, summed, strict=True)
+        return {name: self._before.get(name, 0) + round(value) for name, value in found}
+
+
+def _sequences_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
+    covered = np.zeros(len(batch.index), bool)
+    for term in terms:
+        targets = [batch.targets[name] for name in term.teachers]
+        if term.combine in MIXED:
+            covered[common_rows(targets)] = True
+            continue
+        for target in targets:
+            if isinstance(target, SequenceTargetBatch):
+                covered |= target.present
+            else:
+                covered[target.rows] = True
+    return int(covered.sum())
+
+
+def _positions_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
+    """Of positions that are picked by the student's entropy only the number is known here. In a
+    sequence all teachers pick from the same positions, so the larger pick holds the smaller one.
+    """
+    width = batch.input_ids.shape[1]
+    keys = [np.zeros(0, np.int64)]
+    picked = np.zeros(len(batch.index), np.int64)
+    for term in terms:
+        for target in [batch.targets[name] for name in term.teachers]:
+            if not isinstance(target, TokenTargetBatch):
+                continue
+            if term.entropy_fraction is None:
+                keys.append(target.rows * width + target.positions)
+            else:
+                taught = taught_per_sequence(target.rows, term.entropy_fraction)
+                np.maximum.at(picked, target.rows, taught)
+    whole = np.unique(np.concatenate(keys)) // width
+    counts = np.bincount(whole, minlength=len(picked))
+    return int(np.maximum(counts, picked).sum())

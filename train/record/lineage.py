@@ -1,0 +1,70 @@
+"""The lineage of a student: written beside its weights, read when it is cached as a teacher."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.seal import unseal
+from rekindle.data.targets.lineage import Ancestor, Lineage, joined_lineage, with_weights
+from rekindle.train.model.files import resolve_model, weights_fingerprint
+from rekindle.train.record.checkpoint import TRAINER_FILE
+from rekindle.train.student import ABOUT_FILE
+
+LINEAGE = "lineage"  # the key in ABOUT_FILE and TRAINER_FILE
+
+
+def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
+    """The lineage of the student that a run makes; ``about`` as ``describe_run`` has it.
+
+    The runs that made its teachers, then those that made the weights it starts from, then this one.
+    """
+    taught = [cache.teacher(name).info.lineage for name in about["cache"]["teachers"]]
+    begun: Lineage = ()
+    if not about["student"]["from_scratch"]:
+        begun = lineage_of_model(resolve_model(about["student"]["model"]))
+    return joined_lineage([*taught, begun, [_ancestor(about, about["train"]["steps"])]])
+
+
+def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
+    """The lineage of the model in ``directory``; empty for one that is not a student of ours.
+
+    ``weights``: their fingerprint, where it is known already. Raises InputError when what a student
+    says of itself cannot be read.
+    """
+    try:
+        found = _recorded(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory}: what the student says of its training is damaged "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return with_weights(found, weights or weights_fingerprint(directory)) if found else ()
+
+
+def _recorded(directory: Path) -> Lineage:
+    """What a run's directory, or one of its checkpoints, says."""
+    path = directory / ABOUT_FILE
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    trainer = directory / TRAINER_FILE
+    steps = None
+    if not about.get("made_by") and trainer.is_file():  # a checkpoint
+        state = unseal(json.loads(trainer.read_bytes()), TRAINER_FILE)
+        about, steps = {"made_by": state, LINEAGE: state.get(LINEAGE, [])}, state["step"]
+    if not (made_by := about.get("made_by")):
+        return ()
+    where = str(directory)
+    earlier = [parse_settings(Ancestor, one, where) for one in about.get(LINEAGE, [])[:-1]]
+    return (*earlier, _ancestor(made_by, steps or made_by["train"]["steps"]))
+
+
+def _ancestor(about: Mapping[str, Any], steps: int) -> Ancestor:
+    return Ancestor(
+        corpus=about["cache"]["corpus"],
+        teachers=about["cache"]["teachers"],
+        steps=steps,
+        student=about["student"]["model"],
+    )
