@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.pipeline.config import RunConfig, load_config
-from rekindle.pipeline.jobs import Report, StepReports
+from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
 

@@ -31,7 +31,8 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import write_documents
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.exits import leave
-from rekindle.pipeline.jobs import Job, Report, StepReports, run_jobs, warm_up
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -184,7 +185,7 @@ def write_untrained(
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
-    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, lambda steps: None)
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
     pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
 
 

@@ -19,7 +19,8 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.demo.results import collect, fine_tuned, write_results
 from rekindle.pipeline.demo.settings import FULL, LM, QUICK, STUDENTS, WITH, WITHOUT, DemoSettings
 from rekindle.pipeline.demo.tasks import TASKS, TASKS_FOLDER, write_corpus
-from rekindle.pipeline.jobs import Job, run_jobs, warm_up
+from rekindle.pipeline.processes.jobs import Job, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one

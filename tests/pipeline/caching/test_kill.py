@@ -38,6 +38,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.cli import main
 from rekindle.pipeline.config import dump_config
+from rekindle.pipeline.processes import worker
 
 Teachers = list[dict[str, Any]]
 Act = Callable[[], None]
@@ -505,7 +506,7 @@ def fork_workers() -> None:
     """Worker processes as forks of this one: a new interpreter needs seconds for its imports."""
     context = multiprocessing.get_context("fork")
     ours = vars(multiprocessing) | {"get_context": lambda method: context}
-    stage_one.multiprocessing = SimpleNamespace(**ours)
+    worker.multiprocessing = SimpleNamespace(**ours)
 
 
 def with_workers(config: Any, journal: Journal, seconds: float = 0.05) -> Child:
@@ -532,7 +533,7 @@ def test_one_of_several_processes_is_killed(tmp_path, configure, few, whole, vic
         os.kill(child.pid if victim == "parent" else min(workers), signal.SIGKILL)
     code = child.wait()
     if victim == "worker":
-        assert "a worker process of teacher" in child.errors
+        assert "teacher 'lm': its process was killed" in child.errors
         assert "run the same command again" in child.errors
     else:
         assert code == -signal.SIGKILL
@@ -738,12 +739,13 @@ def test_a_process_of_the_real_command_is_killed(tmp_path, configure, every, vic
     process = start(run, 2)
     assert until(lambda: units(cache) or process.poll() is not None)
     children = descendants(process.pid)
-    spawned = [p for p in children if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
-    assert len(spawned) == 2
+    parents = {pid: int(stat[1]) for pid in children if (stat := stat_of(pid))}
+    forked = [pid for pid, parent in parents.items() if parent != process.pid]  # by the server
+    assert len(forked) == 2
     if victim == "group":
         os.killpg(process.pid, signal.SIGKILL)
     else:
-        os.kill(process.pid if victim == "parent" else spawned[0], signal.SIGKILL)
+        os.kill(process.pid if victim == "parent" else forked[0], signal.SIGKILL)
     try:
         assert process.wait(30) == (2 if victim == "worker" else -signal.SIGKILL)
         assert until(lambda: not alive(children), 5), "workers outlive the process they work for"
@@ -753,7 +755,7 @@ def test_a_process_of_the_real_command_is_killed(tmp_path, configure, every, vic
     assert process.stderr is not None
     errors = process.stderr.read()
     assert "Traceback" not in errors
-    assert ("a worker process of teacher 'lm' was killed" in errors) == (victim == "worker")
+    assert ("teacher 'lm': its process was killed" in errors) == (victim == "worker")
     assert_finished(cache, config, tmp_path / "alone")
 
 

@@ -1,0 +1,162 @@
+"""Runs jobs that wait for each other, side by side, each in a process of its own. Knows no model.
+
+Unless told otherwise each has one thread: models as small as the demo's do not gain from more, and
+sums are then formed in the same order whatever the number of cores, so that no score depends on it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from operator import methodcaller
+from pathlib import Path
+from typing import cast
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.processes.devices import Place, cores
+from rekindle.pipeline.processes.worker import Returned, Worker, WorkerKilled, killed_at_exit
+from rekindle.pipeline.progress import Progress, Task
+
+MOST_WORKERS = 4
+
+
+class Report(Task):
+    """A job's own task: it is shown by the process that started the job.
+
+    ``send`` takes what is to be called with the task there. ``report(n)`` means n steps more.
+    """
+
+    def __init__(self, send: Callable[[methodcaller], None]):
+        super().__init__("", "steps")
+        self.send = send
+
+    def __call__(self, steps: int) -> None:
+        """As ``advance``."""
+        self.advance(steps)
+
+    def begin(self, done: int) -> None:
+        """As for any task."""
+        super().begin(done)
+        self.send(methodcaller("begin", done))
+
+    def advance(self, amount: int = 1, **counts: float) -> None:
+        """As for any task."""
+        super().advance(amount, **counts)
+        self.send(methodcaller("advance", amount, **counts))
+
+    def note(self, text: str) -> None:
+        """As for any task."""
+        self.send(methodcaller("note", text))
+
+
+class StepReports(Progress):
+    """Reports the tasks whose length is known as the job's own; shows nothing."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self.report = report
+
+    @contextmanager
+    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
+        """Give a task that is reported if it has a ``total``."""
+        yield Task(name, unit) if total is None else Report(self.report.send)
+
+
+@dataclass(frozen=True)
+class Job:
+    """``function(*arguments, report)``, in a process of its own; both must be picklable.
+
+    ``output`` is a path that is there exactly when the job is finished (None: nobody knows, so it
+    is run). ``after`` names the jobs that must be finished before it starts.
+    """
+
+    name: str
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
+    output: Path | None
+    after: tuple[str, ...] = ()
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    worker: Worker
+    task: Task
+    shown: ExitStack
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    log_file: Path | None,
+    progress: Progress,
+    places: Sequence[Place] = (),
+    failed: Callable[[Job, Exception], object] | None = None,
+) -> dict[str, object]:
+    """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
+    what their functions returned, by name.
+
+    Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
+    those that can start, the first in the list does. What they print or log goes to ``log_file``
+    (None: to stderr). A job's error (see ``Worker.receive``) stops the others and is raised here,
+    unless ``failed`` takes it and returns what then counts as the job's result.
+    """
+    waiting = [job for job in jobs if job.output is None or not job.output.exists()]
+    running, results = list[_Running](), dict[str, object]()
+    free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
+    with killed_at_exit() as workers:
+        while waiting or running:
+            unfinished = {job.name for job in waiting} | {one.job.name for one in running}
+            ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
+            for job in ready[: len(free)]:
+                waiting.remove(job)
+                running.append(_start(job, log_file, progress, free.pop(0)))
+                workers.append(running[-1].worker)
+            heard = Worker.with_messages(workers)
+            for one in [one for one in running if one.worker in heard]:
+                message = _receive(one, failed)
+                if not isinstance(message, Returned):
+                    message(one.task)
+                    continue
+                results[one.job.name] = message.value
+                running.remove(one)
+                workers.remove(one.worker)
+                free.append(one.worker.place)
+    return results
+
+
+def _start(job: Job, log_file: Path | None, progress: Progress, place: Place) -> _Running:
+    worker = Worker(job.name, partial(_do, job), place, log_file)
+    shown = ExitStack()
+    task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
+    return _Running(job, worker, task, shown)
+
+
+def _receive(
+    one: _Running, failed: Callable[[Job, Exception], object] | None
+) -> Returned | Callable[[Task], None]:
+    """Take one message: what to call with the job's task, or at the end its result."""
+    try:
+        message = one.worker.receive()
+    except Exception as error:
+        if failed is not None:
+            return Returned(failed(one.job, error))
+        if isinstance(error, WorkerKilled):
+            raise InputError(
+                f"{one.job.name}: {error}. What is finished is kept; run the same command again to "
+                "go on"
+            ) from None
+        raise
+    if isinstance(message, Returned):
+        one.shown.close()
+        return message
+    return cast(Callable[[Task], None], message)
+
+
+def _do(job: Job, parent: Connection) -> object:
+    """What the process of a job does."""
+    logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
+    logging.getLogger("rekindle").setLevel(logging.INFO)
+    return job.function(*job.arguments, Report(parent.send))
