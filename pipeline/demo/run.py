@@ -35,8 +35,8 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> str:
     settings = QUICK if quick else FULL
     home = Path(os.path.abspath(out))
     _claim(home, settings)
+    warm_up()
     if not (home / "corpus.jsonl").exists():
-        warm_up()
         write_documents(home, settings, progress)
     write_configs(home, settings)
     run_jobs(list(plan_jobs(home, settings)), home / "demo.log", progress)

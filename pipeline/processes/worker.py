@@ -4,9 +4,11 @@ Children are forked from a server, a process of its own that has seen neither CU
 process's threads. A fork of this process would inherit both, and could use neither.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +27,16 @@ from rekindle.pipeline.processes.devices import Place
 _PRELOADED = [
     "rekindle.pipeline.caching.cache_teachers",
     "rekindle.pipeline.train_student",
-    "rekindle.train.finetune.run",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",
 ]
+_FINE_TUNING = "rekindle.train.finetune.run"  # a third as much again
+
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    # This is the server. To take down all that it imported would keep it for seconds after its
+    # parent's end, and with it the terminal or pipe that both write to.
+    atexit.register(os._exit, 0)
+
 Work = Callable[[Connection], object]  # what a child does, given its connection to the parent
 
 
@@ -114,8 +122,9 @@ def killed_at_exit() -> Iterator[list[Worker]]:
 
 
 def warm_up() -> None:
-    """Begin to import what children on CPUs need, in the background."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    """Begin to import what children on CPUs need, in the background; for fine-tuning as well."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED, _FINE_TUNING])
     forkserver.ensure_running()
 
 

@@ -333,8 +333,9 @@ class Thread(Worker):
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> None:
-    """Runs what worker processes run, without starting any."""
+    """Runs what worker processes run, without starting any: as one, for threads share a seed."""
     monkeypatch.setattr(units, "Worker", Thread)
+    monkeypatch.setattr(stage_one, "places_for", lambda workers: [Place(None, 1)])
 
 
 def test_workers_write_the_same_bytes(tmp_path, configure, stable, whole, in_this_process):
