@@ -12,7 +12,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from operator import methodcaller
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.processes.devices import Place, cores
@@ -20,15 +20,16 @@ from rekindle.pipeline.processes.worker import Returned, Worker, WorkerKilled, k
 from rekindle.pipeline.progress import Progress, Task
 
 MOST_WORKERS = 4
+_Tell = Callable[[Task], None]  # what a job tells: a call of a method of its task
 
 
 class Report(Task):
-    """A job's own task: it is shown by the process that started the job.
+    """A job's own task, shown by the process that started the job. ``report(n)``: n steps more.
 
-    ``send`` takes what is to be called with the task there. ``report(n)`` means n steps more.
+    ``send`` takes what is to be done with the task there.
     """
 
-    def __init__(self, send: Callable[[methodcaller], None]):
+    def __init__(self, send: Callable[[_Tell], None]):
         super().__init__("", "steps")
         self.send = send
 
@@ -80,12 +81,13 @@ class Job:
     steps: int | None = None
 
 
-@dataclass(frozen=True)
-class _Running:
-    job: Job
-    worker: Worker
-    task: Task
-    shown: ExitStack
+def raise_error(job: Job, error: Exception) -> NoReturn:
+    """Raise the error that ended a job; InputError if its process was killed."""
+    if isinstance(error, WorkerKilled):
+        raise InputError(
+            f"{job.name}: {error}. What is finished is kept; run the same command again to go on"
+        ) from None
+    raise error
 
 
 def run_jobs(
@@ -93,70 +95,48 @@ def run_jobs(
     log_file: Path | None,
     progress: Progress,
     places: Sequence[Place] = (),
-    failed: Callable[[Job, Exception], object] | None = None,
+    failed: Callable[[Job, Exception], object] = raise_error,
 ) -> dict[str, object]:
     """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
     what their functions returned, by name.
 
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``
-    (None: to stderr). A job's error (see ``Worker.receive``) stops the others and is raised here,
-    unless ``failed`` takes it and returns what then counts as the job's result.
+    (None: to stderr). ``failed`` takes the error of a job (see ``Worker.receive``): what it raises
+    is raised here and stops the other jobs; what it returns counts as the job's result.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
-    running, results = list[_Running](), dict[str, object]()
+    running, results = dict[Worker, tuple[Job, Task, ExitStack]](), dict[str, object]()
     free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
-    with killed_at_exit() as workers:
+    with killed_at_exit(running):
         while waiting or running:
-            unfinished = {job.name for job in waiting} | {one.job.name for one in running}
+            unfinished = {job.name for job in (*waiting, *(one[0] for one in running.values()))}
             ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
             for job in ready[: len(free)]:
                 waiting.remove(job)
-                running.append(_start(job, log_file, progress, free.pop(0)))
-                workers.append(running[-1].worker)
-            heard = Worker.with_messages(workers)
-            for one in [one for one in running if one.worker in heard]:
-                message = _receive(one, failed)
-                if not isinstance(message, Returned):
-                    message(one.task)
-                    continue
-                results[one.job.name] = message.value
-                running.remove(one)
-                workers.remove(one.worker)
-                free.append(one.worker.place)
+                shown = ExitStack()
+                task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
+                worker = Worker(job.name, partial(_do, job), free.pop(0), log_file)
+                running[worker] = job, task, shown
+            for worker in Worker.with_messages(running):
+                job, task, shown = running[worker]
+                try:
+                    message = worker.receive()
+                except Exception as error:
+                    results[job.name] = failed(job, error)
+                else:
+                    if not isinstance(message, Returned):
+                        cast(_Tell, message)(task)
+                        continue
+                    results[job.name] = message.value
+                    shown.close()
+                del running[worker]
+                free.append(worker.place)
     return results
 
 
-def _start(job: Job, log_file: Path | None, progress: Progress, place: Place) -> _Running:
-    worker = Worker(job.name, partial(_do, job), place, log_file)
-    shown = ExitStack()
-    task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
-    return _Running(job, worker, task, shown)
-
-
-def _receive(
-    one: _Running, failed: Callable[[Job, Exception], object] | None
-) -> Returned | Callable[[Task], None]:
-    """Take one message: what to call with the job's task, or at the end its result."""
-    try:
-        message = one.worker.receive()
-    except Exception as error:
-        if failed is not None:
-            return Returned(failed(one.job, error))
-        if isinstance(error, WorkerKilled):
-            raise InputError(
-                f"{one.job.name}: {error}. What is finished is kept; run the same command again to "
-                "go on"
-            ) from None
-        raise
-    if isinstance(message, Returned):
-        one.shown.close()
-        return message
-    return cast(Callable[[Task], None], message)
-
-
 def _do(job: Job, parent: Connection) -> object:
-    """What the process of a job does."""
+    """Do a job, in the process that is for it."""
     logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
     logging.getLogger("rekindle").setLevel(logging.INFO)
     return job.function(*job.arguments, Report(parent.send))

@@ -31,8 +31,8 @@ def run_units(
     An error of a unit, or of ``load``, ends all (see ``Worker.receive``). Raises InputError if a
     process was killed.
     """
-    waiting = deque(units)
-    with killed_at_exit() as workers:
+    waiting, workers = deque(units), list[Worker]()
+    with killed_at_exit(workers):
         for place in places[: len(units)]:
             workers.append(Worker(name, partial(_do_units, load), place))
             workers[-1].send(waiting.popleft())

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
@@ -101,21 +101,20 @@ class Worker:
         self._connection.close()
 
     @staticmethod
-    def with_messages(workers: Sequence["Worker"]) -> list["Worker"]:
+    def with_messages(workers: Collection["Worker"]) -> list["Worker"]:
         """Wait until some of ``workers`` have something to receive, and return those."""
         ready = connection.wait([worker._connection for worker in workers])
         return [worker for worker in workers if worker._connection in ready]
 
 
 @contextmanager
-def killed_at_exit() -> Iterator[list[Worker]]:
-    """Give a list whose workers are killed when the block ends, for instance by Ctrl-C.
+def killed_at_exit(workers: Collection[Worker]) -> Iterator[None]:
+    """Kill ``workers`` when the block ends, for instance by Ctrl-C.
 
     Nothing is waited for: what a worker has not finished is made again.
     """
-    workers = list[Worker]()
     try:
-        yield workers
+        yield
     finally:
         for worker in workers:
             worker.kill()
