@@ -17,7 +17,7 @@ from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as job_stages
+from rekindle.pipeline import job_functions
 from rekindle.pipeline.builtin.names import (
     CORPUS,
     DOMAINS,
@@ -158,7 +158,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, 
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    job_stages.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(
@@ -229,7 +229,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_stages.fine_tune(model, task, out, 1, values, report)
+    job_functions.fine_tune(model, task, out, 1, values, report)
 
 
 # --- the process ----------------------------------------------------------------------------------

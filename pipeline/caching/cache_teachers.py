@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +77,7 @@ def cache_teachers(
 ) -> StageOne:
     """Make the cache of ``config``, or what is missing of it, or damaged.
 
-    ``only`` limits the work to teachers of those names; ``check`` as ``repair_cache`` has it.
+    ``only`` limits the work to teachers of those names; ``check`` is for ``repair_cache``.
     Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
     this corpus.
     """
@@ -87,7 +86,7 @@ def cache_teachers(
     chosen = _chosen(config, only)
     store = open_store(config.cache.path)
     with store.working() as alone:
-        # What is damaged is for the first process to find: the others see it work.
+        # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
             log.info("another process works on %s: its units are shared out", store.location)
@@ -122,7 +121,7 @@ def cache_teachers(
 def _plan_parts(
     corpus: Corpus, views: "Views", chosen: Sequence[TeacherConfig], seed: int
 ) -> list[TeacherPlan]:
-    """All that is wanted, described before any teacher runs."""
+    """Describe all that is wanted, before any teacher runs."""
     pairs = views.pairs
     plans = [plan_teacher(t, corpus, views.masked, pairs.get(t.pairs or ""), seed) for t in chosen]
     return [part for plan in plans for part in plan_parts(corpus, plan)]
@@ -184,7 +183,7 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
 
 
 def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
-    """The units of a teacher that are not committed, in order, and how many are."""
+    """Return the units of a teacher that are not committed, in order, and how many are."""
     masked = info.view.startswith("masked-")
     each: Sequence[int | None] = range(replicas) if masked else [None]
     planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
@@ -295,7 +294,7 @@ def write_unit(
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
 
-    def late() -> dict[str, Any]:
+    def late() -> dict[str, float]:
         spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
         return sums.facts() | spent
 

@@ -1,6 +1,6 @@
 """The demo command: the knowledge-rekindle cycle on Python's documentation, as a list of jobs.
 
-Nothing of the method itself is here: what a job does is in job_stages, what came out is told by
+Nothing of the method itself is here: what a job does is in job_functions, what came out is told by
 demo_results. A finished job is recognised by what it leaves, so the same command again goes on
 where it stopped.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as stages
+from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.demo.results import collect, fine_tuned, write_results
 from rekindle.pipeline.demo.settings import FULL, LM, QUICK, STUDENTS, WITH, WITHOUT, DemoSettings
