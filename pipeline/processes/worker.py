@@ -41,7 +41,7 @@ Work = Callable[[Connection], object]  # what a child does, given its connection
 
 
 class WorkerKilled(InputError):
-    """A child ended without a word. The user cannot have meant that, but can often mend it."""
+    """A child was killed: mostly by the system, for want of memory, so fewer workers may help."""
 
 
 @dataclass(frozen=True)

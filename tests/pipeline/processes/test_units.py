@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from rekindle.data.errors import CacheError, InputError
+from rekindle.pipeline.processes import worker
 from rekindle.pipeline.processes.devices import Place
 from rekindle.pipeline.processes.units import run_units
 
@@ -55,6 +57,11 @@ def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import loads_of_test_units  # type: ignore[import-not-found]
 
     return loads_of_test_units
+
+
+def test_what_is_imported_ahead_exists() -> None:
+    """The server passes over a name that it cannot import, and each process then takes seconds."""
+    assert all(find_spec(name) for name in [*worker._PRELOADED, worker._FINE_TUNING])
 
 
 def run(load: Callable[[], Callable[[int], object]], units: range, places: int) -> list[object]:
