@@ -320,7 +320,7 @@ def train_student(
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.stages.run import run_stages
-        from rekindle.pipeline.train_student import told_of, train_from_config
+        from rekindle.pipeline.train_student import describe_result, train_from_config
 
         silent = nullcontext(Progress.silent())
         with Progress.to_terminal() if is_main() else silent as progress:
@@ -330,7 +330,7 @@ def train_student(
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
     if is_main():
         for result in results:
-            typer.echo(told_of(result))
+            typer.echo(describe_result(result))
         if not results:
             typer.echo(f"{target}: every stage was finished")
         if config.stages and config.evaluates_domains:

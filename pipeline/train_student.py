@@ -1,4 +1,4 @@
-"""The train-student command: opens the cache, finds the student's view, runs the loop, shows it."""
+"""The train-student command: opens the cache, finds the student's view, trains, shows progress."""
 
 import os
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from rekindle.train.loop import TrainResult, train_student
 def train_from_config(
     config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
 ) -> TrainResult:
-    """Train the configured student from the configured cache into ``out``; saves the configuration
-    there.
+    """Train the configured student from the configured cache into ``out``; save the configuration
+    there last.
     """
     config.check_single()
     if config.student is None:
@@ -31,7 +31,7 @@ def train_from_config(
     ):
 
         def report(step: int, values: Mapping[str, float]) -> None:
-            if not task.done:  # start-up and the steps of earlier days say nothing of the speed
+            if not task.done:  # neither start-up nor the steps of an earlier call count as speed
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
@@ -56,8 +56,8 @@ def train_from_config(
     return result
 
 
-def told_of(result: TrainResult) -> str:
-    """What a finished run was: its time, its held-out values, what it was trained with."""
+def describe_result(result: TrainResult) -> str:
+    """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     lines = [f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}"]
     for what in ("sequences", "positions"):
@@ -70,7 +70,7 @@ def told_of(result: TrainResult) -> str:
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
-    """The masked view that the configured student sees: a cache may hold views of several masks."""
+    """Return the name of the masked view that the student sees: a cache may hold several."""
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache

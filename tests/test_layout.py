@@ -25,7 +25,7 @@ MAY_IMPORT = {
 HOMES = {
     "typer": "pipeline/cli.py",
     "triton": "kernels/*.py",
-    "ray": "pipeline/*.py",
+    "ray": "pipeline/processes/*.py",
     "fsspec": "data/storage/store.py",
     "sklearn": "train/finetune/metrics.py",
 }

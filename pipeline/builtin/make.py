@@ -17,7 +17,7 @@ from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as job_stages
+from rekindle.pipeline import job_functions
 from rekindle.pipeline.builtin.names import (
     CORPUS,
     DOMAINS,
@@ -31,7 +31,8 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import write_documents
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.exits import leave
-from rekindle.pipeline.jobs import Job, Report, StepReports, run_jobs, warm_up
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -157,7 +158,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, 
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    job_stages.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(
@@ -184,7 +185,7 @@ def write_untrained(
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
-    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, lambda steps: None)
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
     pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
 
 
@@ -228,7 +229,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_stages.fine_tune(model, task, out, 1, values, report)
+    job_functions.fine_tune(model, task, out, 1, values, report)
 
 
 # --- the process ----------------------------------------------------------------------------------

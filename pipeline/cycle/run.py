@@ -34,8 +34,9 @@ from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import CycleResults, read_results
 from rekindle.pipeline.cycle.start import check_start
 from rekindle.pipeline.cycle.tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.devices import cores, places_for, visible_devices
-from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
+from rekindle.pipeline.processes.devices import cores, places_for, visible_devices
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 LOCK_FILE = ".lock"

@@ -1,7 +1,7 @@
-"""Which students a sweep means: every combination of the values of its ``--sweep`` options.
+"""Plans the students of a sweep: one for every combination of the values of ``--sweep``.
 
 Each student is, to the bit, the one that ``--set`` with the same values trains alone on as many
-threads. Nothing is read here but the run file, so that a wrong definition is refused at once.
+threads. Only the run file is read here, so that a wrong definition is refused at once.
 """
 
 import itertools
@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -37,7 +36,7 @@ class SweepRun:
     config: RunConfig
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """What ``sweep.json`` says of it."""
         config = self.config.model_dump(mode="json", by_alias=True)
         return {"name": self.name, "values": self.values} | {s: config[s] for s in SWEPT_SECTIONS}
@@ -46,11 +45,11 @@ class SweepRun:
 def plan_sweep(
     run: str | Path, sweep: Sequence[str], overrides: Sequence[str] | None = None
 ) -> list[SweepRun]:
-    """Every combination of the values of ``sweep`` (``key.path=V1,V2``), over the run file with its
-    ``key.path=value`` overrides.
+    """Return a student for every combination of the values of ``sweep`` (``key.path=V1,V2``), each
+    with the ``key.path=value`` overrides.
 
-    All configurations are validated here. Raises InputError that names the combination which is
-    wrong, for two that are the same, and for keys that students of one cache must share.
+    Raises InputError for a combination that is no valid configuration, for two that are the same,
+    and for keys that students of one cache must share.
     """
     axes = [parse_axis(text) for text in sweep]
     _check_keys([axis.key for axis in axes])
@@ -66,7 +65,7 @@ def plan_sweep(
 
 
 def parse_axis(text: str) -> Axis:
-    """``a.b=1,2`` as an axis; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
+    """Parse ``a.b=1,2``; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
 
     Raises InputError when there is no key, no value, or no YAML.
     """
@@ -127,8 +126,8 @@ def _check_distinct(runs: Sequence[SweepRun]) -> None:
 
 
 def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str]:
-    """The last parts of each path, joined: as few as tell it from the others, and never numbers
-    alone.
+    """Shorten each path to its last parts, joined: as few as tell it from the others, and never
+    numbers alone.
     """
 
     def tail(path: Sequence[str]) -> str:
@@ -143,7 +142,7 @@ def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str
 
 
 def unique_names(runs: Sequence[Iterable[tuple[str, str]]]) -> list[str]:
-    """A folder name for each run's (key, value) pairs: readable, safe on any file system, and
+    """Name a folder for each run's (key, value) pairs: readable, safe on any file system, and
     distinct even where upper and lower case are one.
     """
     names: list[str] = []
