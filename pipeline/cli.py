@@ -104,18 +104,20 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
+    from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
     from rekindle.pipeline.config import set_value
+    from rekindle.train.finetune.config import FinetuneConfig
 
     values: dict[str, Any] = {}
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
-    from rekindle.train.finetune.config import FinetuneConfig
+    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
+    make_missing(model, train_file, dev_file, config)
     from rekindle.train.finetune.score import baselines_table
     from rekindle.train.finetune.score import finetune_or_score as run
 
-    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))

@@ -95,15 +95,14 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a run file, with ``key.path=value`` overrides (values are YAML).
 
-    Names that begin with ``python-docs/`` become the paths of built-in models, which are made when
-    they are first named. Raises InputError for a missing file, bad YAML, an unknown key (naming
-    the nearest) or a bad value.
+    Names that begin with ``python-docs/`` become the paths of built-in models, whether these are
+    made yet or not (``builtin.missing`` makes them). Raises InputError for a missing file, bad
+    YAML, an unknown key or built-in name (naming the nearest) or a bad value.
     """
     values = read_values(path, overrides)
     if "tasks" in values:
         raise InputError(f"{path} is of a whole cycle (it has tasks): `pipeline rekindle {path}`")
-    config = parse_settings(RunConfig, values, str(path))
-    return _with_built_in_models(config, values, str(path))
+    return parse_settings(RunConfig, resolve_values(values), str(path))
 
 
 def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -120,15 +119,6 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
     for override in overrides or []:
         set_value(values, override)
     return values
-
-
-def _with_built_in_models(config: RunConfig, values: dict[str, Any], where: str) -> RunConfig:
-    """The configuration with the names of built-in models replaced by their directories.
-
-    Only once all else is known to be right: what is missing of them is made here.
-    """
-    resolved = resolve_values(values)
-    return config if resolved == values else parse_settings(RunConfig, resolved, where)
 
 
 def configure_stage(

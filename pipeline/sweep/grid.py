@@ -15,6 +15,7 @@ import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.train.config import StudentConfig
 
 SWEPT_SECTIONS = ("student", "train")
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
@@ -35,6 +36,12 @@ class SweepRun:
     name: str
     values: dict[str, str]
     config: RunConfig
+
+    @property
+    def student(self) -> StudentConfig:
+        """What is trained; ``plan_sweep`` has seen to it that there is one."""
+        assert self.config.student is not None
+        return self.config.student
 
     @property
     def record(self) -> dict[str, Any]:

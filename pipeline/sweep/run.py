@@ -9,13 +9,15 @@ Every student is held against the cache before the first one is trained.
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
 
@@ -180,18 +182,25 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     from rekindle.train.prepare import check_tokenizer, prepare_objective
 
     cache = Cache.open(runs[0].config.cache.path)
-    checked: set[str] = set()  # models, whose tokenizers are the same for many students
     for run in runs:
-        config = run.config
-        assert config.student is not None  # plan_sweep has seen to it
-        try:
-            prepare_objective(cache, config.student, config.train, student_view(cache, config))
-            if config.student.model not in checked:
-                check_tokenizer(cache, config.student)
-        except InputError as error:
-            raise InputError(f"student {run.name}: {error}") from None
-        checked.add(config.student.model)
+        student = run.student
+        with _naming(run):
+            prepare_objective(cache, student, run.config.train, student_view(cache, run.config))
+    make_missing([run.student for run in runs])
+    one_of_each = {run.student.model: run for run in reversed(runs)}
+    for run in one_of_each.values():
+        with _naming(run):
+            check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
+
+
+@contextmanager
+def _naming(run: SweepRun) -> Iterator[None]:
+    """Put the student's name before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"student {run.name}: {error}") from None
 
 
 def _is_finished(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Makes the built-in models that are missing; run by docs_models as a process of its own.
+"""Makes the built-in models that are missing; run by ``builtin.missing`` as a process of its own.
 
 What is begun stands in a folder of its own until it is whole, and a lock lets one process at a time
 make anything: a second one waits, and then finds it made.
