@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -103,7 +103,7 @@ def finetune(
     from rekindle.pipeline.config import set_value
     from rekindle.train.finetune.config import FinetuneConfig
 
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))

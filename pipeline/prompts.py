@@ -2,12 +2,6 @@
 
 import warnings
 
-from rekindle.pipeline.stages.prompts import write_prompts
+from rekindle.pipeline.stages.prompts import write_prompts as write_prompts
 
-__all__ = ["write_prompts"]
-
-warnings.warn(
-    "rekindle.pipeline.prompts is now rekindle.pipeline.stages.prompts",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warnings.warn("moved to rekindle.pipeline.stages.prompts", DeprecationWarning, stacklevel=2)

@@ -26,5 +26,5 @@ import pytest
 def test_a_former_import_works_and_tells_the_new_place(line, now):
     command = [sys.executable, "-W", "default::DeprecationWarning:__main__", "-c", line]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = [text for text in done.stderr.splitlines() if "DeprecationWarning: rekindle" in text]
-    assert [text.rpartition(" is now ")[2] for text in told] == ([now] if now else [])
+    told = [text for text in done.stderr.splitlines() if "DeprecationWarning: moved" in text]
+    assert [text.rpartition(" moved to ")[2] for text in told] == ([now] if now else [])

@@ -2,12 +2,6 @@
 
 import warnings
 
-from rekindle.train.finetune.merge_baselines import merge_scores
+from rekindle.train.finetune.merge_baselines import merge_scores as merge_scores
 
-__all__ = ["merge_scores"]
-
-warnings.warn(
-    "rekindle.train.merge_baselines is now rekindle.train.finetune.merge_baselines",
-    DeprecationWarning,
-    stacklevel=2,
-)
+warnings.warn("moved to rekindle.train.finetune.merge_baselines", DeprecationWarning, stacklevel=2)

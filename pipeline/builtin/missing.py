@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.builtin.names import about, folder, places
+from rekindle.pipeline.builtin.names import ABOUT, folder, places
+from rekindle.pipeline.nested import strings_in
 
 log = logging.getLogger("rekindle")
 
@@ -30,9 +30,10 @@ _TORCHRUN = (
 def missing(*values: object) -> dict[str, Path]:
     """Return the built-ins whose paths stand in ``values`` and that are not made yet, by name.
 
-    ``values`` are paths, configurations, or dictionaries and lists of them.
+    ``values`` are configurations and paths.
     """
-    named = set(_strings_in(values))
+    plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
+    named = set(strings_in(plain))
     return {n: path for n, path in places().items() if str(path) in named and not path.exists()}
 
 
@@ -49,18 +50,6 @@ def make_missing(*values: object) -> None:
             raise RekindleError(f"{path} was not made; remove {folder()} and try again")
 
 
-def _strings_in(values: object) -> Iterator[str]:
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, BaseModel):
-        yield from _strings_in(values.model_dump())
-    elif isinstance(values, dict):
-        yield from _strings_in(values.values())
-    elif isinstance(values, Iterable):
-        for value in values:
-            yield from _strings_in(value)
-
-
 def _make(names: list[str]) -> None:
     """Have what is missing made by a process of its own.
 
@@ -69,7 +58,7 @@ def _make(names: list[str]) -> None:
     """
     log.info("made once from Python's documentation, and kept in %s:", folder())
     for name in names:
-        log.info("  %s: %s", name, about(name))
+        log.info("  %s: %s", name, ABOUT[name])
     # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.make_builtin", *names],

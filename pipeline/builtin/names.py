@@ -10,9 +10,9 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.nested import with_strings
 
 PREFIX = "python-docs/"
 ALGORITHM = 1  # rises when the same settings would give other files
@@ -50,29 +50,37 @@ FILES = {
         for split in ("train", "dev", "test")
     },
 }
+ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 
 
-def is_built_in(name: object) -> bool:
+def is_built_in(name: str) -> bool:
     """Tell whether ``name`` is (or means to be) that of a built-in model or file."""
-    return isinstance(name, str) and name.startswith(PREFIX)
+    return name.startswith(PREFIX)
 
 
-def resolve_values(values: Any) -> Any:
+def resolve_values(values: object) -> object:
     """Return nested dictionaries and lists with each built-in name replaced by its local path.
 
-    A ``path`` is a place of the user's own and stays as it is. Raises InputError for an unknown
-    name, with the nearest one.
+    A ``path`` is a place of the user's own and stays as it is. Raises as ``resolve_name`` does.
     """
-    if isinstance(values, dict):
-        return {k: v if k == "path" else resolve_values(v) for k, v in values.items()}
-    if isinstance(values, list):
-        return [resolve_values(value) for value in values]
-    return resolve_name(values) if isinstance(values, str) else values
+    return with_strings(values, resolve_name, leave="path")
 
 
 def resolve_name(name: str) -> str:
-    """Return the local path of a built-in name; any other name as it is."""
-    return str(place_of(name)) if is_built_in(name) else name
+    """Return the local path of a built-in name, made or not; any other name as it is.
+
+    Raises InputError for an unknown built-in, with the nearest one.
+    """
+    if not is_built_in(name):
+        return name
+    known = places()
+    if name in known:
+        return str(known[name])
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise InputError(
+        f"there is no built-in {name!r}; did you mean {nearest!r}? (The models are "
+        f"{', '.join(MODELS)}. A folder of your own is written ./{name})"
+    )
 
 
 # --- where they are -------------------------------------------------------------------------------
@@ -99,31 +107,11 @@ def folder() -> Path:
     return home() / f"python-docs-{digest[:12]}"
 
 
-def place_of(name: str) -> Path:
-    """Return where a built-in lies, whether it is there or not.
-
-    Raises InputError for an unknown name, with the nearest one.
-    """
-    if (place := places().get(name)) is not None:
-        return place
-    nearest = difflib.get_close_matches(name, places(), n=1, cutoff=0.0)[0]
-    raise InputError(
-        f"there is no built-in {name!r}; did you mean {nearest!r}? (The models are "
-        f"{', '.join(MODELS)}. A folder of your own is written ./{name})"
-    )
-
-
 def places() -> dict[str, Path]:
     """Return the places of all built-ins, models and files, by name."""
     where = folder()
     models = {PREFIX + name: where / name for name in MODELS}
     return models | {PREFIX + name: documents_file(where, name) for name in FILES}
-
-
-def about(name: str) -> str:
-    """Say what the built-in of that name is."""
-    own = name.removeprefix(PREFIX)
-    return MODELS.get(own) or FILES[own]
 
 
 def documents_file(where: Path, name: str) -> Path:

@@ -50,7 +50,7 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
             f"the configuration names none of the teachers of {path} (it has: {known}), so there "
             "is nothing to audit; give the configuration the cache was made with"
         )
-    make_missing(configs)
+    make_missing(*configs.values())
     return {
         name: _audit_teacher(cache, _live(cache, teacher), index)
         for name, teacher in configs.items()

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.pipeline.builtin.missing import missing
-from rekindle.pipeline.builtin.names import about
+from rekindle.pipeline.builtin.names import ABOUT
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.teacher import TeacherWork
-from rekindle.pipeline.teacher_config import TeacherConfig
 
 OF_THE_CORPUS = ("sequences", "tokens", "units", "positions", "bytes", "seconds", "break-even")
 
@@ -36,7 +35,7 @@ def not_made(config: RunConfig, teachers: Sequence[TeacherWork]) -> tuple[NotMad
         for teacher, work in zip(config.teachers, teachers, strict=True):
             if teacher.model == str(path):
                 unknown += [f"{figure} of {work.name}" for figure in _unknown_figures(work)]
-        found.append(NotMade(name, about(name), str(path), tuple(unknown)))
+        found.append(NotMade(name, ABOUT[name], str(path), tuple(unknown)))
     return tuple(found)
 
 
@@ -47,20 +46,3 @@ def _unknown_figures(work: TeacherWork) -> list[str]:
 def awaited(needed: dict[str, Path]) -> str:
     """Say why what needs these built-ins is not known."""
     return f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} not made yet"
-
-
-def unplanned_teacher(teacher: TeacherConfig, reason: str) -> TeacherWork:
-    """Return the work of a teacher on a corpus of which nothing is known."""
-    return TeacherWork(
-        name=teacher.name,
-        task=teacher.task,
-        kept="?",
-        share=None,
-        units_to_make=None,
-        units_present=None,
-        positions=None,
-        bytes=None,
-        seconds_per_token=None,
-        seconds=None,
-        reason=reason,
-    )

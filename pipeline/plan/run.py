@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.hard_masks import HardMaskedView
@@ -20,7 +19,7 @@ from rekindle.pipeline.caching.cache_teachers import Views, build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.break_even import BreakEven, break_even
 from rekindle.pipeline.plan.masks import assumed_masks
-from rekindle.pipeline.plan.not_made import NotMade, awaited, not_made, unplanned_teacher
+from rekindle.pipeline.plan.not_made import NotMade, awaited, not_made
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.teacher import TeacherWork, plan_one_teacher
 from rekindle.pipeline.plan.text import shown_bytes, shown_plan
@@ -75,9 +74,9 @@ class RunPlan:
     warnings: tuple[str, ...]
     to_make: tuple[NotMade, ...]  # built-in models and files that are not made yet
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The plan as JSON has it."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values: dict[str, object] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return values
 
     def as_text(self) -> str:
@@ -121,7 +120,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
 
 def _plan_without_corpus(config: RunConfig, why: str) -> RunPlan:
     """Return the plan of a run whose tokenizer or text is not made yet."""
-    teachers = tuple(unplanned_teacher(teacher, why) for teacher in config.teachers)
+    teachers = tuple(TeacherWork(t.name, t.task, reason=why) for t in config.teachers)
     return RunPlan(
         cache=config.cache.path,
         corpus=CorpusPlan(config.corpus.source, None, None, True, why, None),

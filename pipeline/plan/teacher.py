@@ -34,15 +34,15 @@ class TeacherWork:
 
     name: str
     task: str
-    kept: str
-    share: float | None  # of the sequences: those of its domains
-    units_to_make: int | None
-    units_present: int | None
-    positions: int | None
-    bytes: int | None
-    seconds_per_token: float | None  # of the corpus, in one replica, as probed
-    seconds: float | None
-    reason: str | None
+    kept: str = "?"
+    share: float | None = None  # of the sequences: those of its domains
+    units_to_make: int | None = None
+    units_present: int | None = None
+    positions: int | None = None
+    bytes: int | None = None
+    seconds_per_token: float | None = None  # of the corpus, in one replica, as probed
+    seconds: float | None = None
+    reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
 
 

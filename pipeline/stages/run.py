@@ -114,7 +114,7 @@ def _open(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]
-    make_missing([stage.config for stage in left])
+    make_missing(*(stage.config for stage in left))
     check_models(left)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".{STAGES_FILE}.tmp"

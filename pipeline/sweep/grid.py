@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.train.config import StudentConfig
 
@@ -110,10 +110,8 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[str]) -> RunConfig:
     settings = [f"{key}={value}" for key, value in values.items()]
-    try:
+    with naming(f"--sweep, at {', '.join(settings)}"):
         config = load_config(run, [*overrides, *settings])
-    except InputError as error:
-        raise InputError(f"--sweep, at {', '.join(settings)}: {error}") from None
     if config.stages:
         raise InputError(
             f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "

@@ -9,14 +9,13 @@ Every student is held against the cache before the first one is trained.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
@@ -183,24 +182,15 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
 
     cache = Cache.open(runs[0].config.cache.path)
     for run in runs:
-        student = run.student
-        with _naming(run):
-            prepare_objective(cache, student, run.config.train, student_view(cache, run.config))
-    make_missing([run.student for run in runs])
-    one_of_each = {run.student.model: run for run in reversed(runs)}
+        with naming(f"student {run.name}"):
+            view = student_view(cache, run.config)
+            prepare_objective(cache, run.student, run.config.train, view)
+    make_missing(*(run.student for run in runs))
+    one_of_each = {run.student.model: run for run in reversed(runs)}  # most share a tokenizer
     for run in one_of_each.values():
-        with _naming(run):
+        with naming(f"student {run.name}"):
             check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
-
-
-@contextmanager
-def _naming(run: SweepRun) -> Iterator[None]:
-    """Put the student's name before the message of an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"student {run.name}: {error}") from None
 
 
 def _is_finished(directory: Path) -> bool:

@@ -29,7 +29,6 @@ from rekindle.pipeline.builtin.names import (
     documents_file,
     folder,
     home,
-    place_of,
     places,
     resolve_name,
     resolve_values,
@@ -133,9 +132,9 @@ def test_a_configuration_is_loaded_with_directories(made, tmp_path):
 def test_reading_a_configuration_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
     config = load_config(run_file(tmp_path))
-    assert config.student.model == str(place_of("python-docs/bert"))
+    assert config.student.model == resolve_name("python-docs/bert")
     assert set(missing(config)) == {f"python-docs/{n}" for n in ("corpus", "bert-larger", "bert")}
-    assert set(missing([config.student], config.corpus.tokenizer)) == {
+    assert set(missing(config.student, config.corpus.tokenizer)) == {
         *("python-docs/bert-larger", "python-docs/bert")
     }
     assert not (tmp_path / "home").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rekindle.pipeline.builtin.names import place_of
+from rekindle.pipeline.builtin.names import resolve_name
 
 RUN = """
 corpus: {source: [%s], tokenizer: %s, sequence_length: 16}
@@ -57,7 +57,7 @@ def test_of_a_corpus_without_its_tokenizer_nothing_is_known(plan):
     of_its_own = {f"{figure} of part" for figure in ("positions", "bytes", "seconds")}
     assert found["python-docs/expert-part"] == of_its_own
     assert found["python-docs/bert-larger"] == set()
-    assert {one["path"] for one in values["to_make"]} == {str(place_of(name)) for name in found}
+    assert {one["path"] for one in values["to_make"]} == {resolve_name(name) for name in found}
 
 
 def test_people_are_told_as_well(plan):
