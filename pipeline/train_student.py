@@ -8,6 +8,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.views.views import MaskedView
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
 from rekindle.train.distributed import join_world
@@ -25,6 +26,7 @@ def train_from_config(
         raise InputError("the configuration has no `student` section; add student.model")
     progress = progress or Progress.silent()
     cache = Cache.open(config.cache.path)
+    make_missing(config.student)  # in every process: another machine has a home of its own
     with (
         join_world() as world,
         progress.task(str(out), unit="steps", total=config.train.steps) as task,

@@ -36,6 +36,7 @@ from rekindle.data.targets.schema import (
     target_schema,
 )
 from rekindle.data.views.views import MaskedView, PairView
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.repair import repair_cache
@@ -84,6 +85,7 @@ def cache_teachers(
     config.check_single()
     progress = progress or Progress.silent()
     chosen = _chosen(config, only)
+    make_missing(config)
     store = open_store(config.cache.path)
     with store.working() as alone:
         # Only the first process repairs; later ones skip it.

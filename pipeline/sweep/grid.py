@@ -12,8 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.train.config import StudentConfig
 
 SWEPT_SECTIONS = ("student", "train")
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
@@ -34,6 +35,12 @@ class SweepRun:
     name: str
     values: dict[str, str]
     config: RunConfig
+
+    @property
+    def student(self) -> StudentConfig:
+        """What is trained; ``plan_sweep`` has seen to it that there is one."""
+        assert self.config.student is not None
+        return self.config.student
 
     @property
     def record(self) -> dict[str, object]:
@@ -102,10 +109,8 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[str]) -> RunConfig:
     settings = [f"{key}={value}" for key, value in values.items()]
-    try:
+    with naming(f"--sweep, at {', '.join(settings)}"):
         config = load_config(run, [*overrides, *settings])
-    except InputError as error:
-        raise InputError(f"--sweep, at {', '.join(settings)}: {error}") from None
     if config.stages:
         raise InputError(
             f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "

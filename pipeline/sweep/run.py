@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.devices import places_for, visible_devices
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import WorkerKilled
@@ -204,17 +205,15 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     from rekindle.train.prepare import check_tokenizer, prepare_objective
 
     cache = Cache.open(runs[0].config.cache.path)
-    checked: set[str] = set()  # models, whose tokenizers are the same for many students
     for run in runs:
-        config = run.config
-        assert config.student is not None  # plan_sweep has seen to it
-        try:
-            prepare_objective(cache, config.student, config.train, student_view(cache, config))
-            if config.student.model not in checked:
-                check_tokenizer(cache, config.student)
-        except InputError as error:
-            raise InputError(f"student {run.name}: {error}") from None
-        checked.add(config.student.model)
+        with naming(f"student {run.name}"):
+            view = student_view(cache, run.config)
+            prepare_objective(cache, run.student, run.config.train, view)
+    make_missing(*(run.student for run in runs))
+    one_of_each = {run.student.model: run for run in reversed(runs)}  # most share a tokenizer
+    for run in one_of_each.values():
+        with naming(f"student {run.name}"):
+            check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
 
 

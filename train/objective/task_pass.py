@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLabelBatch
 from rekindle.train.device_batch import model_inputs, send
-from rekindle.train.student import Student, StudentOutput
+from rekindle.train.model.network import StudentOutput
+from rekindle.train.student import Student
 
 
 def inputs_of(student: Student, batch: Batch, view: str, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Makes the built-in models that are missing; run by docs_models as a process of its own.
+"""Makes the built-in models that are missing; run by ``builtin.missing`` as a process of its own.
 
 What is begun stands in a folder of its own until it is whole, and a lock lets one process at a time
 make anything: a second one waits, and then finds it made.
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
@@ -125,7 +124,7 @@ def job_of(name: str, where: Path, begun: Path) -> Job:
 
 def _make_and_show(
     function: Callable[..., None],
-    arguments: tuple[Any, ...],
+    arguments: tuple[object, ...],
     begun: Path,
     out: Path,
     report: Report,
@@ -134,7 +133,7 @@ def _make_and_show(
     _appear(begun, out)
 
 
-def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, ...], int]:
+def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[object, ...], int]:
     """What makes a model: a function, its arguments before the directory, its steps."""
     settings, corpus = SETTINGS, documents_file(where, CORPUS)
     if name == "tokenizer":
@@ -162,7 +161,7 @@ def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
 
 
 def write_untrained(
-    tokenizer: Path, kind: str, values: dict[str, Any], out: Path, report: Report
+    tokenizer: Path, kind: str, values: dict[str, object], out: Path, report: Report
 ) -> None:
     """A configuration and the tokenizer, without weights."""
     from transformers import BertConfig, GPT2Config
@@ -194,7 +193,7 @@ def pretrain(
     corpus: Path,
     task: str,
     from_scratch: bool,
-    train: dict[str, Any],
+    train: dict[str, object],
     out: Path,
     report: Report,
 ) -> None:
