@@ -67,8 +67,6 @@ def _data(
     stream = TrainingStream(
         cache,
         chosen.order,
-        config.batch_sequences,
-        config.seed,
         lambda step: objective.plan(step).teachers,
         view,
         config.allow_missing,

@@ -221,17 +221,20 @@ def by_length(
     return logits
 
 
-def load_trained(
-    model_dir: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast"
-) -> "PreTrainedModel":
-    """Load a classifier with all its weights; InputError for one without a trained head."""
+def load_expert(
+    model_dir: str, data: TaskData, max_length: int
+) -> tuple["PreTrainedModel", Encoded]:
+    """Load a classifier with all its weights onto its device, and the texts as it reads them;
+    InputError for one without a trained head.
+    """
+    tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
     network, unset = _load_weights(model_dir, config, tokenizer)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
             "fine-tune it first"
         )
-    return network
+    return network.to(place("fp32").device), encode(tokenizer, config, data, max_length)
 
 
 def evaluate(
@@ -243,11 +246,9 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     with quiet_transformers():
-        tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
-        labels = _labels_for(model_dir, config, data)
-        network = load_trained(model_dir, config, tokenizer)
-        encoded = encode(tokenizer, config, data, max_length)
-        logits = predict(network.to(place("fp32").device), encoded, batch_size)
+        labels = _labels_for(model_dir, load_config(model_dir), data)
+        network, encoded = load_expert(model_dir, data, max_length)
+        logits = predict(network, encoded, batch_size)
     return all_scores(data.problem, logits, labels), logits
 
 

@@ -15,15 +15,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.classifier import (
-    by_length,
-    encode,
-    load_config,
-    load_trained,
-    logits_of,
-    padded_tokenizer,
-    predict,
-)
+from rekindle.train.finetune.classifier import by_length, load_expert, logits_of, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -47,9 +39,7 @@ def expert_output(
     Raises InputError for a model without a trained head, or without dropout where passes are asked.
     """
     with quiet_transformers():
-        tokenizer, config = padded_tokenizer(model), load_config(model)
-        network = load_trained(model, config, tokenizer).to(place("fp32").device)
-        encoded = encode(tokenizer, config, data, max_length)
+        network, encoded = load_expert(model, data, max_length)
         logits = predict(network, encoded, batch)
         means = None
         if passes:
@@ -64,6 +54,7 @@ def expert_output(
                 )
             means = np.mean([_softmax(one) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
+    config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
     return ExpertOutput(info, logits, means)

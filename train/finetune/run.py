@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class SeedResult:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
 
@@ -69,13 +69,13 @@ class FinetuneResult:
     metric: str
     per_seed: tuple[SeedResult, ...]
     mean: float
-    std: float | None
-    test_mean: float | None
-    best_seed: int
+    std: float | None = None
+    test_mean: float | None = None
+    best_seed: int = 0
     seconds: float
     precision: str
     config: dict[str, object]
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=package_versions)
     baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
 
     def as_dict(self) -> dict[str, object]:
@@ -171,7 +171,6 @@ def _outcome(
         seconds=seconds,
         precision="bf16" if job.bf16 else "fp32",
         config=job.config.model_dump(),
-        versions=package_versions(),
     )
 
 

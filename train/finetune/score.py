@@ -12,7 +12,7 @@ from rekindle.train.finetune.metrics import all_scores, check_metric, default_me
 from rekindle.train.finetune.result_folder import check_out, staging_folder, write_json
 from rekindle.train.finetune.run import FinetuneResult, SeedResult, finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
+from rekindle.train.model.files import quiet_transformers, resolve_model
 from rekindle.train.student import ABOUT_FILE, Student
 
 Scores = dict[str, float]
@@ -71,13 +71,9 @@ def score_model(
         metric=metric,
         per_seed=(SeedResult(0, scores, None, [], seconds),),
         mean=scores[metric],
-        std=None,
-        test_mean=None,
-        best_seed=0,
         seconds=seconds,
         precision="fp32",
         config=config.model_dump(mode="json"),
-        versions=package_versions(),
         baselines=baselines,
     )
     with staging_folder(Path(out)) as staging:

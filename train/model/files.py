@@ -17,6 +17,7 @@ from torch import nn
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import Settings
+from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -188,12 +189,10 @@ class Placement(Settings):
 
 
 def place(precision: str) -> Placement:
-    """The first device of this process and the precision that ``auto`` means on it."""
-    if not torch.cuda.is_available():
-        return Placement(device="cpu", precision="fp32" if precision == "auto" else precision)
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return Placement(device="cuda:0", precision=precision)
+    """Return the first device of this process, and the precision that ``auto`` means on it."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda:0" if kind == "cuda" else kind
+    return Placement(device=device, precision=chosen_precision(precision, kind))
 
 
 def package_versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ the call that forms its first distillation loss. P rows of the LM loss, H hidden
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -34,18 +35,20 @@ Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
 
 
+class LossOptions(TypedDict, total=False):
+    """Arguments of `linear_kd_loss`."""
+
+    labels: Tensor | None
+    ce_weight: float
+    kd_weight: float
+    temperature: float
+    divergence: str
+    tail: str
+    row_weight: Tensor | None
+
+
 def head_loss(
-    hidden: Tensor,
-    head: OutputHead,
-    targets: Targets | None,
-    *,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    tail: str = "bucket",
-    row_weight: Tensor | None = None,
+    hidden: Tensor, head: OutputHead, targets: Targets | None, **options: Unpack[LossOptions]
 ) -> KDLoss:
     """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
     the rows; without targets the cross-entropy alone.
@@ -53,22 +56,17 @@ def head_loss(
     if targets is None:
         nothing = torch.full((len(hidden), 1), -1, device=hidden.device)
         no_probs = torch.zeros(nothing.shape, device=hidden.device)
-        targets, kd_weight = SparseTargets(nothing, no_probs, no_probs[:, 0]), 0.0
+        targets = SparseTargets(nothing, no_probs, no_probs[:, 0])
+        options["kd_weight"] = 0.0
     return linear_kd_loss(
         hidden,
         head.weight,
         **as_arguments(targets),
         bias=head.bias,
-        labels=labels,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        divergence=divergence,
-        tail=tail,
-        row_weight=row_weight,
         reduction="sum",
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        **options,
     )
 
 

@@ -38,20 +38,6 @@ class Sequences(Protocol):
         """The sequence numbers [B] at ``places`` [B]."""
 
 
-class Listed:
-    """Sequence numbers that are given one by one."""
-
-    def __init__(self, numbers: Ints):
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def select(self, places: Ints) -> Ints:
-        """The sequence numbers [B] at ``places`` [B]."""
-        return self._numbers[places]
-
-
 class Order:
     """What every step reads: ``sequences``, each once per epoch, in an order of each epoch's own.
 

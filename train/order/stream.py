@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.train.order.sequences import Listed, Order, Sequences
+from rekindle.train.order.sequences import Order
 
 AHEAD = 2  # batches per thread: one is read while one waits
 PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
@@ -21,10 +21,9 @@ PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
-    ``sequences``: what is trained on (an order; or ``Split.train`` or an array of sequence numbers,
-    for the plain order of them). ``batch_sequences`` are read per step by all ranks together; this
-    one reads every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says
-    whose targets are read: those whose weight is 0 are not touched.
+    The ``batch_sequences`` of the order are read per step by all ranks together; this one reads
+    every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose
+    targets are read: those whose weight is 0 are not touched.
 
     Raises InputError when there is nothing to train on, and when the world does not divide the
     batch.
@@ -33,9 +32,7 @@ class TrainingStream:
     def __init__(
         self,
         cache: Cache,
-        sequences: Order | Sequences | NDArray[np.int64],
-        batch_sequences: int,
-        seed: int,
+        order: Order,
         teachers_at: Callable[[int], Sequence[str]],
         masked_view: str | None,
         allow_missing: tuple[str, ...] = (),
@@ -43,13 +40,8 @@ class TrainingStream:
         world_size: int = 1,
         threads: int = 1,
     ):
-        _check_world(len(sequences), batch_sequences, rank, world_size, threads)
-        self.cache = cache
-        if isinstance(sequences, np.ndarray):
-            sequences = Listed(sequences)
-        if not isinstance(sequences, Order):
-            sequences = Order(sequences, batch_sequences, seed)
-        self.order = sequences
+        _check_world(len(order), order.batch_sequences, rank, world_size, threads)
+        self.cache, self.order = cache, order
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
         self.rank, self.world_size, self.threads = rank, world_size, threads

@@ -18,6 +18,7 @@ from rekindle.data.views.views import MaskedView
 from rekindle.train.config import StudentConfig
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.order.sequences import Order
 from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.student import Student
@@ -48,7 +49,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeyp
     suspect = json.loads((tmp_path / "run/stopped-at-step-00000006.json").read_text())
     cache = masked_world.open()
     view = cache.masked_view().name
-    stream = TrainingStream(cache, split_corpus(cache, 0.1).train, 6, 0, lambda step: [], view)
+    order = Order(split_corpus(cache, 0.1).train, 6, 0)
+    stream = TrainingStream(cache, order, lambda step: [], view)
     assert suspect["sequences"] == stream.batch(5).index.tolist()
     assert suspect["digests"] == [cache.example(i).digest for i in suspect["sequences"]]
     assert suspect["reason"] == "the loss is nan"
