@@ -162,8 +162,8 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
         raise InputError(str(error)) from None
     reader = cache.teacher(teacher)
     info, where = reader.info, f"teacher {teacher!r} of {cache.store.location}"
-    if info.kind != "sequence" or info.problem != "single_label_classification":
-        what = info.problem if info.kind == "sequence" else info.task
+    if info.problem != "single_label_classification":
+        what = info.problem or info.task
         raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
     if reader.paired:
         raise InputError(

@@ -54,17 +54,18 @@ from numpy.typing import NDArray
 from rekindle.data.batch import pad
 from rekindle.data.cache import Cache, write_manifest
 from rekindle.data.corpus.corpus import Corpus, CorpusConfig, build_corpus
+from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.codec import encode, fixed_point
+from rekindle.data.targets.codec import Columns, encode, fixed_point
 from rekindle.data.targets.codec_precise import encode_precise
-from rekindle.data.targets.schema import Columns, TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.views import MaskedView, ViewReader
 from rekindle.pipeline.caching.batching import length_buckets
 from rekindle.pipeline.caching.cache_teachers import write_unit
-from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit, split_lists
+from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, compact_rows, plan_teacher
 from rekindle.pipeline.teacher_config import TeacherConfig
 
@@ -148,8 +149,7 @@ def draw_columns(positions: int, seed: int, codec: str) -> Columns:
     }
     if codec == "precise":
         return columns | encode_precise(ids, log_probs, odds, VOCABULARY)
-    encoded = vars(encode(ids, log_probs, odds, VOCABULARY))
-    return columns | {name: value for name, value in encoded.items() if value is not None}
+    return columns | encode(ids, log_probs, odds, VOCABULARY)
 
 
 class Ours:

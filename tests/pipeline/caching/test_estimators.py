@@ -20,10 +20,10 @@ from safetensors.numpy import load_file
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, InputError
+from rekindle.data.example import TokenTargets
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import StoredHead, write_head
-from rekindle.data.targets.schema import TokenTargets
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache

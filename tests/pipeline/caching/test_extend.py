@@ -19,9 +19,9 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.example import TokenTargets
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.targets.schema import TokenTargets
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.targets.schema import SequenceTargets, TokenLabelTargets, TokenTargets
+from rekindle.data.example import SequenceTargets, TokenLabelTargets, TokenTargets
 from rekindle.pipeline.caching import teachers as teachers_module
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 

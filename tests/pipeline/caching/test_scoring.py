@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
-from rekindle.data.targets.codec import EncodedTargets, decode_ids, decode_log_probs
+from rekindle.data.targets.codec import decode_ids, decode_log_probs
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching import scoring
-from rekindle.pipeline.caching.scoring import score_hidden, score_logits, to_columns
+from rekindle.pipeline.caching.scoring import NO_EXTRAS, SCORERS, score_hidden, to_columns
 from rekindle.train.model.split_model import OutputHead
 
 INF = float("inf")
@@ -32,7 +32,8 @@ def info_of(size: int, k: int | None, temperatures: tuple[float, ...] = (1.0,)) 
 
 
 def scores(rows: np.ndarray, gold: list[int], info: TeacherInfo) -> scoring.RowScores:
-    return score_logits(torch.tensor(rows, dtype=torch.float32), torch.tensor(gold), info)
+    logits = torch.tensor(rows, dtype=torch.float32)
+    return SCORERS[info.kind](info).scores(logits, torch.tensor(gold), NO_EXTRAS)
 
 
 def reference(rows: np.ndarray, tau: float = 1.0) -> np.ndarray:
@@ -105,13 +106,8 @@ def test_tokens_of_logit_minus_infinity(k):
     found = scores(rows, [1, 1], info_of(6, k, (1.0, 2.0)))
     columns = to_columns(found, info_of(6, k, (1.0, 2.0)))
     assert not any(np.isnan(column).any() for column in columns.values())
-    encoded = EncodedTargets(
-        columns["ids"],
-        None,
-        *(columns[n] for n in ("values", "log_prob_max", "log_prob_min", "tail_log_odds")),
-    )
     for slot, tau in enumerate((1.0, 2.0)):
-        log_probs, log_tail = decode_log_probs(encoded, tau, slot)
+        log_probs, log_tail = decode_log_probs(columns, tau, slot)
         total = np.exp(log_probs).sum(axis=1) + np.exp(log_tail)
         np.testing.assert_allclose(total, 1, atol=1e-5)
         best = 1 / (1 + np.exp(-1 / tau) + np.exp(-2 / tau))
@@ -181,12 +177,7 @@ def test_ids_and_ranks_of_large_vocabularies(size):
     rows[1] = np.arange(size)[::-1] / 1000
     info = info_of(size, 4)
     columns = to_columns(scores(rows, [0, size - 1], info), info)
-    encoded = EncodedTargets(
-        columns["ids"],
-        columns.get("ids_high"),
-        *(columns[n] for n in ("values", "log_prob_max", "log_prob_min", "tail_log_odds")),
-    )
-    ids = decode_ids(encoded, size)
+    ids = decode_ids(columns, size)
     assert ids[0].tolist() == list(dict.fromkeys([*best, *ids[0].tolist()]))[:4]
     assert ids[1].tolist() == [0, 1, 2, 3]
     assert columns["gold_rank"].tolist() == [len(set(best)), size - 1]
