@@ -67,7 +67,10 @@ def kd_targets(
     Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
     the top ``k``, is found here.
     """
-    return LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
+    targets = LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
+    if isinstance(targets, HiddenTargets | DenseTargets) and k is not None and k < batch.kind.size:
+        return _decoded(targets, batch.kind.size, temperature, k)
+    return targets
 
 
 def as_arguments(targets: Targets) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def sparse_targets(
     if isinstance(targets, EncodedTargets):
         return DecodedTargets(*decode(targets, temperature))
     if isinstance(targets, HiddenTargets | DenseTargets):
-        return _decoded(targets, temperature, k)
+        return _decoded(targets, batch.kind.size, temperature, k)
     return targets
 
 
@@ -120,15 +123,14 @@ def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
 
 
 def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
-    return _top_of(DenseTargets(send(batch.columns["log_probs"], device)), tau, k)
+    return DenseTargets(send(batch.columns["log_probs"], device))
 
 
 def _hidden(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
     head = _head_on(batch.head, device)
-    whole = HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
-    return _top_of(whole, tau, k)
+    return HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
 
 
 LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.device], Targets]] = {
@@ -138,15 +140,6 @@ LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.dev
     "dense": _dense,
     "hidden": _hidden,
 }
-
-
-def _top_of(whole: HiddenTargets | DenseTargets, temperature: float, k: int | None) -> Targets:
-    return whole if k is None or k >= _size_of(whole) else _decoded(whole, temperature, k)
-
-
-def _size_of(targets: HiddenTargets | DenseTargets) -> int:
-    """Return V."""
-    return len(targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs.T)
 
 
 _heads: "WeakKeyDictionary[StoredHead, dict[torch.device, OutputHead]]" = WeakKeyDictionary()
@@ -162,10 +155,10 @@ def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
 
 
 def _decoded(
-    targets: HiddenTargets | DenseTargets, temperature: float, k: int | None
+    targets: HiddenTargets | DenseTargets, size: int, temperature: float, k: int | None
 ) -> DecodedTargets:
     """Ids and probabilities [P,V]; or the top k and what is left, a bounded block at a time."""
-    device, size = targets[0].device, _size_of(targets)
+    device = targets[0].device
     rows = torch.arange(len(targets[0]), device=device)
     teacher = TeacherBlocks(targets, torch.float32, torch.float32)
     if k is None or k >= size:

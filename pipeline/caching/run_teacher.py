@@ -26,7 +26,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.views import ViewReader
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
-from rekindle.pipeline.caching.scoring import NO_EXTRAS, Extras, score_hidden
+from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
 
 Rows = NDArray[np.int64]
@@ -121,17 +121,18 @@ def _vocabulary_unit(
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
     digests = shard.column("digest") if kind_of(info).sampled else []
 
-    def extras(rows: Rows) -> Extras:
+    def extra(rows: Rows) -> Tensor | None:
+        """The stored ids that tails are of, or the keys to draw with."""
         if kept is not None:
             where = [(unit.shard, int(row)) for row in rows]
             _, columns = kept.gather(where, unit.replica, scalars=False)
-            return Extras(kept=teacher.tensor(decode_ids(columns, info.vocabulary_size or 0)))
+            return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
         if not digests:
-            return NO_EXTRAS
+            return None
         names = [digests[r] for r in rows for _ in positions[r]]
         places = np.concatenate([positions[r] for r in rows])
         seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
-        return Extras(teacher.tensor(row_keys(seed, names, unit.replica, places)))
+        return teacher.tensor(row_keys(seed, names, unit.replica, places))
 
     def forward(rows: Rows) -> Columns:
         inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
@@ -139,7 +140,7 @@ def _vocabulary_unit(
         truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
         model = teacher.language_model
         hidden, _ = model.hidden(inputs, teacher.tensor(select))
-        return joined_columns([*score_hidden(hidden, model.head, truth, info, extras(rows))])
+        return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
 
     return _in_corpus_order(run_batches(teacher, lengths, forward), positions)
 

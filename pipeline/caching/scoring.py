@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Columns, encode_odds, fixed_point
-from rekindle.data.targets.codecs import CODECS
 from rekindle.data.targets.head import encode_hidden
 from rekindle.data.targets.kinds.registry import KINDS
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
@@ -26,41 +25,13 @@ LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What some kinds of targets need of each row besides its logits."""
-
-    keys: Tensor | None = None  # [N,2] of the generator, for samples
-    kept: Tensor | None = None  # [N,K] ids that are stored already, for tails
-
-    def rows(self, part: slice) -> "Extras":
-        """Those of some rows."""
-        keys, kept = self.keys, self.kept
-        return Extras(keys if keys is None else keys[part], kept if kept is None else kept[part])
-
-
-NO_EXTRAS = Extras()
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """What is taken from a block of logits, on the device."""
-
-    gold_log_prob: Tensor  # [N]
-    gold_rank: Tensor  # [N]
-    entropy: Tensor  # [N]
-    log_probs: Tensor | None = None  # [N,K] by falling probability, or [N,V] for dense targets
-    ids: Tensor | None = None  # [N,K]
-    tail_log_odds: Tensor | None = None  # [N,T]
-    counts: Tensor | None = None  # [N,K] of random samples
-
-
 def score_hidden(
-    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extras: Extras = NO_EXTRAS
+    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extra: Tensor | None = None
 ) -> Iterator[Columns]:
     """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
 
-    ``gold`` [N] are the true ids.
+    ``gold`` [N] are the true ids. ``extra`` is what some kinds need of each row besides: the keys
+    [N,2] that samples are drawn with, or the ids [N,K] that are stored already, for tails.
 
     The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a
     round size (30,522 → 30,528) are not tokens and get no probability.
@@ -70,7 +41,7 @@ def score_hidden(
     step = max(1, LOGITS_BYTES[hidden.device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
-        more = extras.rows(slice(start, start + step))
+        more = None if extra is None else extra[start : start + step]
         yield scorer.columns(states, real.logits(states), truth, more)
 
 
@@ -87,24 +58,22 @@ class Block:
 
 
 class Scorer:
-    """Takes one kind of target from logits."""
+    """Takes one kind of target from logits; of itself the scalars alone."""
 
     def __init__(self, info: TeacherInfo):
         self.info, self.kind = info, KINDS[info.kind](info)
 
-    def columns(self, states: Tensor, logits: Tensor, gold: Tensor, extras: Extras) -> Columns:
-        """Return the columns of a block: ``states`` [N,H], ``logits`` [N,V], ``gold`` [N]."""
-        return to_columns(self.scores(logits, gold, extras), self.info)
+    def columns(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
+    ) -> Columns:
+        """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,V], ``gold`` [N]."""
+        return self.encoded(self.scores(logits, gold, extra))
 
-    def kept(self, block: Block, extras: Extras) -> dict[str, Tensor]:
-        """Return what is kept of the rows, under names of ``RowScores``."""
-        return {}
+    def scores(self, logits: Tensor, gold: Tensor, extra: Tensor | None) -> dict[str, Tensor]:
+        """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,V].
 
-    def scores(self, logits: Tensor, gold: Tensor, extras: Extras) -> RowScores:
-        """Return the scores of a block of float32 ``logits`` [N,V], which is overwritten.
-
-        ``gold`` [N] are the true ids. Masses outside the kept ids are sums over those ids, never
-        1 − kept. Raises InputError when the teacher's logits are NaN or +inf.
+        They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
+        over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf.
         """
         with_tail = self.kind.has_tail
         top, ids = torch.topk(logits, self.info.k if with_tail and self.info.k else 1, dim=1)
@@ -116,27 +85,49 @@ class Scorer:
         total = weights.sum(dim=1)
         entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
         normaliser = total.log()[:, None]
+        gold_log_prob = (gold_logit - highest - normaliser)[:, 0]
+        scalars = {"gold_log_prob": gold_log_prob, "gold_rank": gold_rank, "entropy": entropy}
         block = Block(relative, weights, normaliser, ids, top - highest, odds)
-        scalars = ((gold_logit - highest - normaliser)[:, 0], gold_rank, entropy)
-        return RowScores(*scalars, **self.kept(block, extras))
+        return scalars | self.kept(block, extra)
+
+    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+        """Return what is kept of the rows."""
+        return {}
+
+    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+        """Return the cache's columns (NumPy) of scores."""
+        found: Columns = {name: value.cpu().numpy() for name, value in scores.items()}
+        dtype = rank_dtype(self.info.vocabulary_size or 0)
+        return found | {
+            "gold_log_prob": fixed_point(-found["gold_log_prob"]),
+            "gold_rank": np.minimum(found["gold_rank"], np.iinfo(dtype).max).astype(dtype),
+            "entropy": fixed_point(np.maximum(found["entropy"], 0)),
+        }
 
 
 class TopKScorer(Scorer):
     """The K likeliest ids and what lies outside them."""
 
-    def kept(self, block: Block, extras: Extras) -> dict[str, Tensor]:
-        """Return ids, log-probabilities and tails."""
+    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+        """Return ids and log-probabilities [N,K], log(kept mass / mass outside) [N,T]."""
         log_probs = block.above - block.normaliser
         return {"log_probs": log_probs, "ids": block.ids, "tail_log_odds": block.tail_log_odds}
 
+    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+        """Return the cache's columns (NumPy) of scores."""
+        columns = super().encoded(scores)
+        kept = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
+        codec = self.kind.codec
+        return columns | codec.encode(kept[0], kept[1], kept[2], self.info.vocabulary_size or 0)
 
-class ThresholdScorer(Scorer):
+
+class ThresholdScorer(TopKScorer):
     """An unbiased sample of K distinct ids."""
 
-    def kept(self, block: Block, extras: Extras) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
         """Return ids, and values that give their probabilities; nothing lies outside."""
         assert self.info.k is not None
-        probs, keys = _tempered_probs(block, self.info, extras)
+        probs, keys = _tempered_probs(block, self.info, extra)
         ids, values = threshold_sample(probs, self.info.k, uniforms(keys, 1)[:, 0])
         # Readers divide by the temperature: log q · τ is what gives q at τ.
         log_probs = values.log() * self.info.temperatures[0]
@@ -147,40 +138,44 @@ class ThresholdScorer(Scorer):
 class RandomScorer(Scorer):
     """K draws with replacement."""
 
-    def kept(self, block: Block, extras: Extras) -> dict[str, Tensor]:
-        """Return the ids that were drawn and how often."""
+    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+        """Return the ids that were drawn [N,K] and how often."""
         assert self.info.k is not None
-        probs, keys = _tempered_probs(block, self.info, extras)
+        probs, keys = _tempered_probs(block, self.info, extra)
         ids, counts = random_sample(probs, self.info.k, uniforms(keys, self.info.k))
-        return {"ids": ids, "counts": counts}
+        return {"ids": ids.to(torch.int32), "counts": counts}
 
 
 class DenseScorer(Scorer):
     """The whole distribution."""
 
-    def kept(self, block: Block, extras: Extras) -> dict[str, Tensor]:
-        """Return every log-probability."""
+    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+        """Return every log-probability [N,V]."""
         return {"log_probs": block.relative - block.normaliser}
 
 
 class HiddenScorer(Scorer):
     """The states that the output matrix multiplies."""
 
-    def columns(self, states: Tensor, logits: Tensor, gold: Tensor, extras: Extras) -> Columns:
+    def columns(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
+    ) -> Columns:
         """Return the scalars and the states."""
-        stored, scale = encode_hidden(states.float().cpu().numpy())
-        scalars = super().columns(states, logits, gold, extras)
+        stored, scale = encode_hidden(hidden.float().cpu().numpy())
+        scalars = super().columns(hidden, logits, gold, extra)
         return scalars | {"hidden": stored, "hidden_scale": scale}
 
 
 class TailsScorer(Scorer):
     """Tail masses of ids that are stored already."""
 
-    def columns(self, states: Tensor, logits: Tensor, gold: Tensor, extras: Extras) -> Columns:
+    def columns(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
+    ) -> Columns:
         """Return log(kept mass / mass outside) [N,T], as it is stored."""
-        assert extras.kept is not None
+        assert extra is not None
         relative = _relative(logits, logits.max(dim=1, keepdim=True).values, self.info)
-        odds, _ = _tail_log_odds(relative, extras.kept, self.info.temperatures)
+        odds, _ = _tail_log_odds(relative, extra, self.info.temperatures)
         return {"tail_log_odds": encode_odds(odds.cpu().numpy())}
 
 
@@ -227,13 +222,13 @@ def _tail_log_odds(
     return torch.stack([odds[tau] for tau in temperatures], dim=1), weights
 
 
-def _tempered_probs(block: Block, info: TeacherInfo, extras: Extras) -> tuple[Tensor, Tensor]:
+def _tempered_probs(block: Block, info: TeacherInfo, extra: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return probabilities [N,V] at a sample's one temperature, and the keys to draw with."""
-    assert extras.keys is not None
+    assert extra is not None
     (tau,) = info.temperatures
     if tau != 1.0:
         _exponentials(block.relative, tau, block.weights, None)
-    return block.weights / block.weights.sum(dim=1, keepdim=True), extras.keys
+    return block.weights / block.weights.sum(dim=1, keepdim=True), extra
 
 
 def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None) -> None:
@@ -246,27 +241,3 @@ def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None
         return
     torch.div(relative, tau, out=out)
     out.exp_()
-
-
-def to_columns(scores: RowScores, info: TeacherInfo) -> Columns:
-    """The cache's columns (NumPy) of one block of scores."""
-    assert info.vocabulary_size is not None
-    dtype = rank_dtype(info.vocabulary_size)
-    rank = np.minimum(scores.gold_rank.cpu().numpy(), np.iinfo(dtype).max).astype(dtype)
-    columns: Columns = {
-        "gold_log_prob": fixed_point(-scores.gold_log_prob.cpu().numpy()),
-        "gold_rank": rank,
-        "entropy": fixed_point(scores.entropy.clamp_min(0).cpu().numpy()),
-    }
-    if scores.counts is not None and scores.ids is not None:
-        ids = scores.ids.to(torch.int32).cpu().numpy()
-        return columns | {"ids": ids, "counts": scores.counts.cpu().numpy()}
-    if scores.log_probs is None:
-        return columns
-    log_probs = scores.log_probs.cpu().numpy()
-    if scores.ids is None or scores.tail_log_odds is None:
-        return columns | {"log_probs": log_probs}
-    odds = scores.tail_log_odds.cpu().numpy()
-    return columns | CODECS[info.codec].encode(
-        scores.ids.cpu().numpy(), log_probs, odds, info.vocabulary_size
-    )

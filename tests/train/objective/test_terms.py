@@ -214,7 +214,7 @@ REFUSED = [
     ),
     (
         term("drawn", k=4),
-        "teacher 'drawn' keeps a sample of 8 (threshold): a part of it would be biased. Leave k "
+        "teacher 'drawn' keeps a sample of 8 (random): a part of it would be biased. Leave k "
         "out, or cache a smaller sample",
     ),
     (term("big", k=9), "teacher 'big' keeps 8 candidates; k = 9 is not cached"),
