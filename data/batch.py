@@ -187,32 +187,19 @@ def read_targets(
     Those of units that are not committed have none if they may be ``missing``; without ``scalars``
     those of positions, which no loss needs, are left out.
     """
-    if teacher.kind.per_sequence:
-        return _read_sequences(teacher, where, missing)
     counts, columns = teacher.gather(where, replica, missing, scalars)
+    if teacher.kind.per_sequence:
+        present, found = counts > 0, {}
+        for name, values in columns.items():
+            found[name] = np.zeros((len(where), values.shape[1]), np.float32)
+            found[name][present] = values
+        return SequenceTargetBatch(teacher.info, present, found["logits"], found.get("mc_probs"))
     rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
     positions = columns.pop("positions").astype(np.int64)
     if not teacher.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
     head = teacher.head if teacher.kind.has_head else None
     return TokenTargetBatch(teacher.info, rows, positions, columns, head)
-
-
-def _read_sequences(
-    teacher: TeacherReader, where: Sequence[tuple[int, int]], missing: bool
-) -> SequenceTargetBatch:
-    assert teacher.info.num_labels is not None
-    shape = (len(where), teacher.info.num_labels)
-    present, logits = np.zeros(len(where), bool), np.zeros(shape, np.float32)
-    mc = np.zeros(shape, np.float32) if teacher.info.monte_carlo_passes else None
-    for number, (shard, row) in enumerate(where):
-        if missing and not teacher.has(shard, None):
-            continue
-        there, columns = teacher.sequence_rows(shard, [row])
-        present[number], logits[number] = there[0], columns["logits"][0]
-        if mc is not None:
-            mc[number] = columns["mc_probs"][0]
-    return SequenceTargetBatch(teacher.info, present, logits, mc)
 
 
 @dataclass(frozen=True)

@@ -162,18 +162,6 @@ class TeacherReader:
             out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
         return out
 
-    def sequence_rows(self, shard: int, rows: Iterable[int]) -> tuple[NDArray[np.bool_], Columns]:
-        """Presence [R] and the fixed-width columns [R,C] of the rows (zeros where absent)."""
-        wanted = [divmod(int(row), self.info.rows_per_batch) for row in rows]
-        if not wanted:
-            return np.zeros(0, bool), {}
-        parts = [self.batch_columns(shard, index, None)[1] for index, _ in wanted]
-        columns = {
-            name: np.stack([p[name][local] for p, (_, local) in zip(parts, wanted, strict=True)])
-            for name in parts[0]
-        }
-        return columns.pop("present"), columns
-
     def batch_columns(
         self, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
@@ -191,10 +179,10 @@ class TeacherReader:
         allow_missing: bool = False,
         scalars: bool = True,
     ) -> tuple[NDArray[np.int64], Columns]:
-        """How many positions each row (shard, row of it) has [B], and the columns of them all.
+        """How many targets each row (shard, row of it) has [B], and the columns of them all.
 
         One row after another, copied; the scalars, which no loss needs, if they are asked for. A
-        row whose unit is not committed has no positions when that is allowed, else it is
+        row whose unit is not committed has no targets when that is allowed, else it is
         CacheMismatchError.
         """
         size = self.info.rows_per_batch

@@ -24,14 +24,17 @@ from rekindle.train.model.split_model import OutputHead
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
+# What some kinds need of each row besides its logits: the keys [N,2] that a sample is drawn with,
+# or the ids [N,K] that are stored already, for tails.
+Extra = Tensor | None
+
 
 def score_hidden(
-    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extra: Tensor | None = None
+    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extra: Extra = None
 ) -> Iterator[Columns]:
     """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
 
-    ``gold`` [N] are the true ids. ``extra`` is what some kinds need of each row besides: the keys
-    [N,2] that samples are drawn with, or the ids [N,K] that are stored already, for tails.
+    ``gold`` [N] are the true ids.
 
     The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a
     round size (30,522 → 30,528) are not tokens and get no probability.
@@ -63,13 +66,11 @@ class Scorer:
     def __init__(self, info: TeacherInfo):
         self.info, self.kind = info, KINDS[info.kind](info)
 
-    def columns(
-        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
-    ) -> Columns:
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
         """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,V], ``gold`` [N]."""
         return self.encoded(self.scores(logits, gold, extra))
 
-    def scores(self, logits: Tensor, gold: Tensor, extra: Tensor | None) -> dict[str, Tensor]:
+    def scores(self, logits: Tensor, gold: Tensor, extra: Extra) -> dict[str, Tensor]:
         """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,V].
 
         They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
@@ -90,7 +91,7 @@ class Scorer:
         block = Block(relative, weights, normaliser, ids, top - highest, odds)
         return scalars | self.kept(block, extra)
 
-    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return what is kept of the rows."""
         return {}
 
@@ -108,7 +109,7 @@ class Scorer:
 class TopKScorer(Scorer):
     """The K likeliest ids and what lies outside them."""
 
-    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return ids and log-probabilities [N,K], log(kept mass / mass outside) [N,T]."""
         log_probs = block.above - block.normaliser
         return {"log_probs": log_probs, "ids": block.ids, "tail_log_odds": block.tail_log_odds}
@@ -124,7 +125,7 @@ class TopKScorer(Scorer):
 class ThresholdScorer(TopKScorer):
     """An unbiased sample of K distinct ids."""
 
-    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return ids, and values that give their probabilities; nothing lies outside."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
@@ -138,7 +139,7 @@ class ThresholdScorer(TopKScorer):
 class RandomScorer(Scorer):
     """K draws with replacement."""
 
-    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return the ids that were drawn [N,K] and how often."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
@@ -149,7 +150,7 @@ class RandomScorer(Scorer):
 class DenseScorer(Scorer):
     """The whole distribution."""
 
-    def kept(self, block: Block, extra: Tensor | None) -> dict[str, Tensor]:
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return every log-probability [N,V]."""
         return {"log_probs": block.relative - block.normaliser}
 
@@ -157,9 +158,7 @@ class DenseScorer(Scorer):
 class HiddenScorer(Scorer):
     """The states that the output matrix multiplies."""
 
-    def columns(
-        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
-    ) -> Columns:
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
         """Return the scalars and the states."""
         stored, scale = encode_hidden(hidden.float().cpu().numpy())
         scalars = super().columns(hidden, logits, gold, extra)
@@ -169,9 +168,7 @@ class HiddenScorer(Scorer):
 class TailsScorer(Scorer):
     """Tail masses of ids that are stored already."""
 
-    def columns(
-        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Tensor | None
-    ) -> Columns:
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
         """Return log(kept mass / mass outside) [N,T], as it is stored."""
         assert extra is not None
         relative = _relative(logits, logits.max(dim=1, keepdim=True).values, self.info)
@@ -222,7 +219,7 @@ def _tail_log_odds(
     return torch.stack([odds[tau] for tau in temperatures], dim=1), weights
 
 
-def _tempered_probs(block: Block, info: TeacherInfo, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+def _tempered_probs(block: Block, info: TeacherInfo, extra: Extra) -> tuple[Tensor, Tensor]:
     """Return probabilities [N,V] at a sample's one temperature, and the keys to draw with."""
     assert extra is not None
     (tau,) = info.temperatures

@@ -186,8 +186,8 @@ def _check_teacher_unit(
     chosen = teacher.info.domains
     wanted = [chosen is None or domain in chosen for domain in domains]
     if teacher.kind.per_sequence:
-        present, _ = teacher.sequence_rows(shard, rows)
-        if (present & ~np.array(wanted, bool)).any():
+        counts, _ = teacher.gather([(shard, row) for row in rows], replica)
+        if counts[~np.array(wanted, bool)].any():
             yield "it has targets of domains that the teacher is not for"
         return
     found = teacher.position_rows(shard, rows, replica)

@@ -16,6 +16,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.batch import SequenceTargetBatch, read_targets
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
@@ -118,8 +119,10 @@ def _judged(
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             rows = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
-            present, columns = reader.sequence_rows(shard, range(first, first + rows.num_rows))
-            yield rows, present, columns["logits"]
+            where = [(shard, first + row) for row in range(rows.num_rows)]
+            target = read_targets(reader, where, None)
+            assert isinstance(target, SequenceTargetBatch)
+            yield rows, target.present, target.logits
 
 
 def most_probable(

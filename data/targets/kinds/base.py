@@ -29,6 +29,7 @@ SHOWN = {  # task -> how the names of the views begin that such a teacher may se
     "causal_lm": ("clean",),
     "token_classification": ("text",),
 }
+POSITIONS: Widths = {"positions": (pa.uint16(), None)}
 
 
 class TargetKind(ABC):
@@ -123,8 +124,7 @@ class TargetKind(ABC):
 
     def stored_columns(self) -> Widths:
         """Return the columns on disk that have one entry per position."""
-        used = {"positions": (pa.uint16(), None)} | self.used_columns()
-        return self.codec.stored(used, self.info.vocabulary_size or 0)
+        return self.codec.stored(POSITIONS | self.used_columns(), self.info.vocabulary_size or 0)
 
     def entry_columns(self) -> dict[str, pa.DataType]:
         """Return the columns on disk with ``distinct`` entries per position."""
@@ -147,8 +147,8 @@ class TargetKind(ABC):
         return self.codec.compressed
 
     def nothing(self) -> Columns:
-        """Return the columns, as they are used, of no positions."""
-        columns: Widths = {"positions": (pa.uint16(), None)} | self.used_columns()
+        """Return the columns, as they are used, of no targets."""
+        columns = ({} if self.per_sequence else POSITIONS) | self.used_columns()
         return {
             name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
             for name, (dtype, width) in columns.items()

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
-from rekindle.data.storage.columns import plain_array
+from rekindle.data.storage.columns import offsets_of, plain_array
 from rekindle.data.storage.shards import rows_in_batches
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.codec_compact import Widths
@@ -53,16 +53,16 @@ class SequenceLogits(TaskKind):
             yield pa.record_batch(arrays, schema=schema)
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
-        """Return no offsets, and the columns [R,C] of a record batch with ``present`` [R]."""
+        """Return offsets [R+1], one more after each row that has a target, and those targets."""
         present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
-        columns: Columns = {"present": present}
+        columns: Columns = {}
         for name in batch.schema.names[1:]:
             array = batch[name]
             flat = array.values.to_numpy(zero_copy_only=False)
             start = array.offset * array.type.list_size
             values = flat[start : start + len(array) * array.type.list_size]
-            columns[name] = np.where(present[:, None], values.reshape(len(array), -1), 0)
+            columns[name] = values.reshape(len(array), -1)[present]
             same = array.null_count == batch["logits"].null_count
             if not np.isfinite(columns[name]).all() or not same:
                 raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
-        return np.zeros(0, np.int32), columns
+        return offsets_of(present.astype(np.int64)), columns
