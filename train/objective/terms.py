@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import MIXED, DistillTerm
@@ -108,10 +108,8 @@ def _check_classifier_mixture(where: str, term: DistillTerm, infos: Sequence[Tea
             f"{where}: a mixture teaches where all its experts know the text, and "
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
-    try:
+    with naming(where):
         LabelUnion.of(infos, term.labels)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: str) -> None:
@@ -120,7 +118,5 @@ def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: st
             f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
             "at its positions"
         )
-    try:
+    with naming(where):
         vocabulary_kind(info).slot(term.temperature, term.k)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
