@@ -7,7 +7,6 @@ torchrun each process runs this same loop on its share of every batch.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -21,6 +20,7 @@ from torch import Tensor
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_files
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
@@ -288,13 +288,9 @@ def _finish(
     about: Mapping[str, Any],
 ) -> None:
     """Make the run's directory a model directory."""
-    staged = result.directory / ".final"
-    shutil.rmtree(staged, ignore_errors=True)
-    student.save_pretrained(staged, about, weights)
-    cache.corpus.tokenizer.save(str(staged))
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     summary |= saved_growth(result.directory)
-    (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for file in staged.iterdir():
-        file.replace(result.directory / file.name)
-    staged.rmdir()
+    with new_files(result.directory) as staged:
+        student.save_pretrained(staged, about, weights)
+        cache.corpus.tokenizer.save(str(staged))
+        (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -12,7 +12,6 @@ another number of processes.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.storage.atomic import new_folder, remove_leftovers, write_json
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
@@ -107,10 +107,7 @@ def _method_with_defaults(term: dict[str, Any]) -> dict[str, Any]:
 
 def start_run(run: Path, about: Mapping[str, Any]) -> None:
     """Record what the run in this directory is."""
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run / RUN_FILE)
+    write_json(run / RUN_FILE, about)
 
 
 def restore(
@@ -144,18 +141,13 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
 
     def write() -> Path:
-        temporary = folder / f".step-{step:08d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        student.student.save_pretrained(temporary, tensors=weights)
-        save_file(moments, temporary / OPTIMIZER_FILE)
-        digests = {f.name: _sha256(f) for f in sorted(temporary.iterdir()) if f.is_file()}
-        content = dict(state) | {"step": step, "files": digests}
-        (temporary / TRAINER_FILE).write_bytes(seal(content))
-        for file in temporary.iterdir():
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-        _sync(folder)
+        with new_folder(target) as staged:
+            student.student.save_pretrained(staged, tensors=weights)
+            save_file(moments, staged / OPTIMIZER_FILE)
+            digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
+            content = dict(state) | {"step": step, "files": digests}
+            (staged / TRAINER_FILE).write_bytes(seal(content))
+        remove_leftovers(folder)
         best = (state.get("best") or {}).get("step")
         # A newer one is damaged, or it would have been gone on with: it must not take a place.
         done = [path for path in _checkpoints(run) if path.name <= target.name]
@@ -236,11 +228,3 @@ def _checkpoints(run: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -208,7 +209,7 @@ def test_without_a_sound_checkpoint_the_run_begins_anew(tmp_path, make_student):
     assert same(state(student, optimizer), before)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_sync", "rename"])
+@pytest.mark.parametrize("moment", ["save_file", "fsync", "rename"])
 def test_a_save_that_is_interrupted_leaves_the_last_one(
     tmp_path, make_student, monkeypatch, moment
 ):
@@ -219,7 +220,7 @@ def test_a_save_that_is_interrupted_leaves_the_last_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        owner = module.os if moment == "rename" else module
+        owner = module if moment == "save_file" else os
         patched.setattr(owner, moment, interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=1)

@@ -260,7 +260,7 @@ def dying_at(number):
         setattr(module, name, call)
         return lambda: setattr(module, name, real)
 
-    places = [(checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint, "_sha256")]
+    places = [(checkpoint, "save_file"), (checkpoint, "_sha256")]
     places += [(os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "fsync")]
     places += [(run_log.RunLog, "write"), (loop, "save_checkpoint"), (checkpoint, "seal")]
     undo = [deadly(module, name) for module, name in places]
