@@ -4,15 +4,13 @@ torch is imported within the jobs only: the process that starts them has no use 
 """
 
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.storage.atomic import new_folder, write_json
+from rekindle.data.storage.atomic import new_files, new_folder, write_json
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
@@ -99,19 +97,18 @@ def search(
     from rekindle.train.finetune.config import FinetuneConfig
     from rekindle.train.finetune.run import finetune
 
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="tmp") as folder:
+    with new_files(out) as folder:
         finetune(
             model,
             str(task / "train.jsonl"),
             str(task / "dev.jsonl"),
-            str(Path(folder) / "model"),
+            str(folder / "model"),
             seeds=len(seeds),
             first_seed=seeds.start,
             metric=metric,
             config=FinetuneConfig(**values),
         )
-        os.replace(Path(folder) / "model" / "metrics.json", out / "metrics.json")
+        (folder / "model" / "metrics.json").rename(folder / "metrics.json")
     report(1)
 
 

@@ -65,9 +65,11 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Write ``records`` as JSON lines."""
-    with new_file(path) as file:
+def write_lines(
+    path: Path, records: Iterable[Mapping[str, object]], publish: Publish | None = None
+) -> None:
+    """Write ``records`` as JSON lines; ``publish`` as of ``new_file``."""
+    with new_file(path, publish) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
