@@ -17,6 +17,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import write_json
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
@@ -58,7 +59,7 @@ def run_stages(
     with join_world() as world, ExitStack() as held:  # by the main process: the folder
         stages = world.agree(lambda: plan_stages(config, out))
         folder = open_folder(out, lambda: _look(out, stages, resume))
-        missing = world.decide(lambda: held.enter_context(folder))
+        missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
         world.decide(lambda: write_json(out / STAGES_FILE, record))
         for stage in stages:
@@ -108,7 +109,9 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
         _check_same(out, read_stages(out) or {}, stages)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
-    check_models([stage for stage in stages if stage.name in missing])
+    left = [stage for stage in stages if stage.name in missing]
+    make_missing(*(stage.config for stage in left))
+    check_models(left)
     return missing
 
 
@@ -187,6 +190,7 @@ def cache_stages(
         raise InputError(
             f"no teacher {unknown[0]!r} in any stage (there are: {', '.join(sorted(known))})"
         )
+    make_missing(config)
     check_models(stages, students=False)
     done = []
     for ready in ready_parts(stages):

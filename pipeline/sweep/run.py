@@ -12,11 +12,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.data.storage.atomic import write_json
+from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.processes.devices import places_for, visible_devices
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import WorkerKilled
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
@@ -87,7 +91,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
     rule = "Resume it with its own definition (more values may be added), or give another --out"
     if recorded["corpus"] != corpus:
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
-    ours = {run.name: run.record for run in runs}
+    ours = {run.name: run.config.model_dump(mode="json", by_alias=True) for run in runs}
     for run in recorded["runs"]:
         mine = ours.get(run["name"])
         if mine is None:
@@ -137,14 +141,35 @@ def _train_missing(
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     if not missing:
         return []
-    from rekindle.pipeline.devices import visible_devices
-    from rekindle.pipeline.sweep.workers import train_in_processes
-
     workers = min(workers or max(1, len(visible_devices())), len(missing))
-    if workers > 1:
-        return train_in_processes(missing, out, workers, progress)
-    outcomes = (train_one(run, out, progress) for run in missing)
-    return [failure for failure in outcomes if failure is not None]
+    if workers == 1:
+        found = [train_one(run, out, progress) for run in missing]
+    else:
+        found = _train_in_processes(missing, out, workers, progress)
+    return [failure for failure in found if failure is not None]
+
+
+def _train_in_processes(
+    runs: Sequence[SweepRun], out: Path, workers: int, progress: Progress
+) -> list[Failure | None]:
+    """What ``train_one`` returns for each of ``runs``, each in a process of its own."""
+    jobs = [
+        Job(str(out / run.name), _train_one, (run, out), None, steps=run.config.train.steps)
+        for run in runs
+    ]
+    ended = run_jobs(jobs, None, progress, places_for(workers), failed=_failed)
+    return [cast(Failure | None, ended[job.name]) for job in jobs]
+
+
+def _train_one(run: SweepRun, out: Path, report: Report) -> Failure | None:
+    return train_one(run, out, StepReports(report))
+
+
+def _failed(job: Job, error: Exception) -> Failure:
+    """The failure of a student whose process could not say what went wrong."""
+    if isinstance(error, WorkerKilled):
+        error = InputError(f"{error}. If memory is short, give fewer --workers")
+    return Failure.of(Path(job.name).name, error)
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
@@ -165,17 +190,15 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     from rekindle.train.prepare import check_tokenizer, prepare_objective
 
     cache = Cache.open(runs[0].config.cache.path)
-    checked: set[str] = set()  # models, whose tokenizers are the same for many students
     for run in runs:
-        config = run.config
-        assert config.student is not None  # plan_sweep has seen to it
-        try:
-            prepare_objective(cache, config.student, config.train, student_view(cache, config))
-            if config.student.model not in checked:
-                check_tokenizer(cache, config.student)
-        except InputError as error:
-            raise InputError(f"student {run.name}: {error}") from None
-        checked.add(config.student.model)
+        with naming(f"student {run.name}"):
+            view = student_view(cache, run.config)
+            prepare_objective(cache, run.student, run.config.train, view)
+    make_missing(*(run.student for run in runs))
+    one_of_each = {run.student.model: run for run in reversed(runs)}  # most share a tokenizer
+    for run in one_of_each.values():
+        with naming(f"student {run.name}"):
+            check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
 
 

@@ -17,10 +17,11 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.optimizer import make_optimizer
 from rekindle.train.record import checkpoint as module
 from rekindle.train.record.checkpoint import RUN_FILE, check_run, latest_checkpoint, load_checkpoint
-from rekindle.train.student import HeadConfig, Student, build_student
+from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
 HEADS = {"v1.sense": HeadConfig(kind="sequence", num_labels=3)}

@@ -1,0 +1,250 @@
+"""Makes the built-in models that are missing; run by ``builtin.missing`` as a process of its own.
+
+What is begun stands in a folder of its own until it is whole, and a lock lets one process at a time
+make anything: a second one waits, and then finds it made.
+"""
+
+import contextlib
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import publish_folder
+from rekindle.pipeline import job_functions
+from rekindle.pipeline.builtin.names import (
+    CORPUS,
+    DOMAINS,
+    FILES,
+    MODELS,
+    PREFIX,
+    documents_file,
+    folder,
+)
+from rekindle.pipeline.builtin.settings import SETTINGS
+from rekindle.pipeline.builtin.tasks import write_documents
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.exits import leave
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
+from rekindle.pipeline.progress import Progress
+from rekindle.train.record.run_folder import alone_in
+
+_BEGUN = ".begun-"  # what the folders of unfinished work begin with
+_TOKENIZER_FILES = "*token*.json"
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _TOKENIZER_FILES)
+
+
+def make(names: Sequence[str], progress: Progress) -> None:
+    """Make the built-ins ``names`` (with or without prefix) and what they depend on."""
+    where = folder()
+    with alone_in(where, wait=True) as alone, _begun(where, alone) as begun:
+        own = [name.removeprefix(PREFIX) for name in names]
+        models = with_what_they_need([name for name in own if name in MODELS])
+        if any(not (where / name).exists() for name in models):
+            warm_up()  # while the documents are read
+        if not (where / "documents").exists():
+            _make_documents(begun / "documents", where / "documents", progress)
+        run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
+
+
+def with_what_they_need(models: Sequence[str]) -> list[str]:
+    """``models`` in the order in which they can be made, what they start from included."""
+    found: dict[str, None] = {}
+    for name in models:
+        found |= dict.fromkeys((*with_what_they_need(needs(name)), name))
+    return list(found)
+
+
+def needs(name: str) -> tuple[str, ...]:
+    """The built-in that a model starts from."""
+    if name == "tokenizer":
+        return ()
+    from_bert = name.startswith("expert-") or name.removeprefix("bert-") in DOMAINS
+    return ("bert",) if from_bert else ("tokenizer",)
+
+
+@contextlib.contextmanager
+def _begun(where: Path, alone: bool) -> Iterator[Path]:
+    """Yield a folder for unfinished work. Not ``alone``, two processes do the same, harmlessly."""
+    if alone:
+        for left in where.glob(f"{_BEGUN}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    begun = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=where))
+    try:
+        yield begun
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+
+
+def _make_documents(begun: Path, out: Path, progress: Progress) -> None:
+    with progress.task("documents", unit="files", total=len(FILES)) as task:
+        write_documents(begun, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
+        _appear(begun, out)
+        task.advance(len(FILES))
+
+
+def _appear(begun: Path, out: Path) -> None:
+    """Give what is whole its name; where another process was first, its work stays."""
+    if not out.exists():
+        publish_folder(begun, out)
+
+
+# --- the jobs -------------------------------------------------------------------------------------
+
+
+def job_of(name: str, where: Path, begun: Path) -> Job:
+    """The job that makes a model in ``begun`` and puts it into ``where``."""
+    function, arguments, steps = _recipe_of(name, where)
+    return Job(
+        PREFIX + name,
+        _make_and_show,
+        (function, arguments, begun / name, where / name),
+        output=where / name,
+        after=tuple(PREFIX + needed for needed in needs(name)),
+        steps=steps,
+    )
+
+
+def _make_and_show(
+    function: Callable[..., None],
+    arguments: tuple[object, ...],
+    begun: Path,
+    out: Path,
+    report: Report,
+) -> None:
+    function(*arguments, begun, report)
+    _appear(begun, out)
+
+
+def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[object, ...], int]:
+    """What makes a model: a function, its arguments before the directory, its steps."""
+    settings, corpus = SETTINGS, documents_file(where, CORPUS)
+    if name == "tokenizer":
+        return make_tokenizer, (corpus,), 1
+    if name in ("bert-larger", "gpt2-larger"):
+        values = settings.bert_larger if name == "bert-larger" else settings.gpt2_larger
+        return write_untrained, (where / "tokenizer", name.removesuffix("-larger"), values), 1
+    if name.startswith("expert-"):
+        task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
+        return fine_tune, (where / "bert", task), 1
+    if name == "gpt2":
+        return pretrain_gpt2, (where / "tokenizer", corpus), settings.pretrain["steps"]
+    if name == "bert":
+        values = settings.pretrain
+        return pretrain, (where / "tokenizer", corpus, "masked_lm", True, values), values["steps"]
+    text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
+    values = settings.further
+    return pretrain, (where / "bert", text, "masked_lm", False, values), values["steps"]
+
+
+def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
+    """A tokenizer and bert's configuration."""
+    config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
+    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+
+
+def write_untrained(
+    tokenizer: Path, kind: str, values: dict[str, object], out: Path, report: Report
+) -> None:
+    """A configuration and the tokenizer, without weights."""
+    from transformers import BertConfig, GPT2Config
+
+    from rekindle.data.corpus.tokenizer import load_tokenizer
+
+    known = load_tokenizer(str(tokenizer))
+    shared = {"vocab_size": known.size, "pad_token_id": known.pad_id}
+    if kind == "bert":
+        config = BertConfig(max_position_embeddings=SETTINGS.positions, **shared, **values)
+    else:
+        # A text begins with [CLS] and ends with [SEP] for this model, too.
+        ends = {"bos_token_id": known.prefix[0], "eos_token_id": known.suffix[-1]}
+        config = GPT2Config(n_positions=SETTINGS.positions, **shared, **ends, **values)
+    config.save_pretrained(out)
+    known.save(out)
+    report(1)
+
+
+def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
+    """A causal language model from scratch."""
+    untrained = out.with_name("gpt2-untrained")
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
+    pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
+
+
+def pretrain(
+    model: Path,
+    corpus: Path,
+    task: str,
+    from_scratch: bool,
+    train: dict[str, object],
+    out: Path,
+    report: Report,
+) -> None:
+    """Both stages without teachers, on a cache of its own that is thrown away; keep the model."""
+    from rekindle.pipeline.caching.cache_teachers import cache_teachers
+    from rekindle.pipeline.train_student import train_from_config
+
+    settings, run = SETTINGS, out.with_name(f"{out.name}-run")
+    values = {
+        "corpus": {
+            "source": [str(corpus)],
+            "tokenizer": str(model),
+            "sequence_length": settings.sequence_length,
+        },
+        "cache": {
+            "path": str(out.with_name(f"{out.name}-cache")),
+            "replicas": settings.replicas,
+            "seed": settings.seed,
+        },
+        "student": {"model": str(model), "from_scratch": from_scratch, "task": task},
+        "train": train | {"seed": settings.seed, "batch_sequences": settings.batch_sequences},
+    }
+    config = parse_settings(RunConfig, values, out.name)
+    cache_teachers(config)
+    train_from_config(config, run, progress=StepReports(report))
+    out.mkdir()
+    for pattern in _MODEL_FILES:
+        for file in run.glob(pattern):
+            file.rename(out / file.name)
+
+
+def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
+    """An expert, as ``pipeline finetune`` makes it."""
+    values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
+    job_functions.fine_tune(model, task, out, 1, values, report)
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Make the names on the command line; what went wrong is said on stdout."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rekindle").setLevel(logging.INFO)
+    try:
+        with Progress.to_terminal() as progress:
+            make(sys.argv[1:], progress)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"{error.strerror} ({error.filename}); REKINDLE_HOME names another folder")
+        return InputError.exit_code
+    except RekindleError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())  # whoever waits for it has no use for an orderly end of the interpreter
