@@ -19,8 +19,8 @@ from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, linear_kd_loss, merge_targets
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import (
+    DecodedTargets,
     LanguageRows,
-    SparseTargets,
     Targets,
     as_arguments,
     kd_targets,
@@ -56,7 +56,7 @@ def head_loss(
     if targets is None:
         nothing = torch.full((len(hidden), 1), -1, device=hidden.device)
         no_probs = torch.zeros(nothing.shape, device=hidden.device)
-        targets = SparseTargets(nothing, no_probs, no_probs[:, 0])
+        targets = DecodedTargets(nothing, no_probs, no_probs[:, 0])
         options["kd_weight"] = 0.0
     return linear_kd_loss(
         hidden,
@@ -174,7 +174,7 @@ class LanguageLoss:
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
         merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
-        return SparseTargets(*merged), places[0]
+        return DecodedTargets(*merged), places[0]
 
     def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
         """1 at the fraction of each sequence's positions where the student's entropy is highest.

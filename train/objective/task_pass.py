@@ -54,7 +54,7 @@ def run_heads(
 def taught_rows(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
     """Return a head's logits and the expert's [R,C] at the rows that have a target."""
     if isinstance(target, SequenceTargetBatch):
-        keep = send(np.flatnonzero(target.present), logits.device)
-        return logits[keep], send(target.logits[target.present], logits.device)
+        keep = send(target.rows, logits.device)
+        return logits[keep], send(target.logits[target.rows], logits.device)
     assert isinstance(target, TokenLabelBatch)
     return logits, send(target.logits, logits.device)
