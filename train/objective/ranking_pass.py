@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, Ints, SequenceTargetBatch
+from rekindle.data.batch import Batch, Ints
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import language_rows
 from rekindle.train.distributed import World
@@ -58,9 +58,7 @@ def with_centres(
 
 def present_keys(batch: Batch, teacher: str, group: str) -> Ints:
     """Return the group keys [R] of the sequences that have a target of the teacher."""
-    target = batch.targets[teacher]
-    assert isinstance(target, SequenceTargetBatch)
-    return group_keys(batch, group)[target.present]
+    return group_keys(batch, group)[batch.targets[teacher].rows]
 
 
 def gathered(world: World, values: Sequence[float]) -> list[float]:

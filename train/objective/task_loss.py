@@ -76,10 +76,8 @@ def _ranked(
     logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
 ) -> Tensor:
     """A regression expert's loss of scores and of their differences; logits and wanted [R,1]."""
-    target = batch.targets[name]
-    assert isinstance(target, SequenceTargetBatch)
     assert term.ranking is not None
-    keys = group_keys(batch, term.ranking.group)[target.present]
+    keys = group_keys(batch, term.ranking.group)[batch.targets[name].rows]
     rows = counts.rows[names_of(term)[name]]
     errors = (logits - wanted)[:, 0]
     return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
