@@ -37,7 +37,7 @@ class EvaluationData:
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
 
     def batches(self) -> list[NDArray[np.int64]]:
-        """The sequence numbers of each batch."""
+        """Return the sequence numbers of each batch."""
         size = self.batch_sequences
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
@@ -76,8 +76,8 @@ Run = Callable[..., Sums]
 def evaluate(
     student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
 ) -> dict[str, float]:
-    """``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``, and
-    per method its own values as ``METHOD/…``.
+    """Return ``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or
+    ``mse/…``, and per method its own values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
@@ -102,7 +102,7 @@ def evaluate(
 
 
 def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
-    """Every value, in the mean over what it counts."""
+    """Return every value, in the mean over what it counts."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for index in data.batches():
@@ -189,7 +189,7 @@ def _task_sums(
 
 
 def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
-    """The head that imitates the expert, and the places of its classes there; None without one."""
+    """Return the head that imitates the expert and the places of its classes there, if any."""
     if name in student.head_configs:
         return name, list(range(info.num_labels or 0))
     for head, config in student.head_configs.items():

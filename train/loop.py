@@ -63,7 +63,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Training:
-    """What every step of a run needs."""
+    """Everything that a step of a run needs."""
 
     out: Path
     cache: Cache
@@ -168,8 +168,8 @@ def _train(
 def _begin(
     out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resuming: bool
 ) -> tuple[Training, dict[str, Any]]:
-    """The run in ``out``, begun or gone on with, and the state of its checkpoint, if any."""
-    # While the student is whole and untrained. Of a run that was killed before this, once more.
+    """Begin the run in ``out`` or go on with it; return it, and its checkpoint's state if any."""
+    # Measured before sharding and training; again where an earlier process died before it.
     growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
     optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
@@ -219,7 +219,7 @@ def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
 
 
 def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) -> dict[str, float]:
-    """One optimiser step on this process's share of a batch. Returns what is shown and logged.
+    """Do an optimiser step on this process's share of a batch; return what is shown and logged.
 
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
@@ -269,8 +269,8 @@ def _attached_loss(
     plan: StepPlan,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch, always with a gradient: where this process's rows have no loss,
-    another's may have one, and all must take part in its backward pass.
+    """Return the loss of a micro-batch, always with a gradient: where this process's rows have no
+    loss, another's may have one, and all must take part in its backward pass.
     """
     result = objective.loss(student, part, counts, plan, device)
     if not result.total.requires_grad:
@@ -280,7 +280,7 @@ def _attached_loss(
 
 
 def _stop(training: Training, step: int, complaint: str) -> None:
-    """Leave the ids of the step's examples in a file; raises InputError that says where."""
+    """Write the ids of the step's examples into a file; raise the InputError that says where."""
     index = training.prepared.stream.sequences_at(step)
     digests = [str(digest) for digest in training.cache.gather(index, []).digests]
     path = save_suspect(training.out, step + 1, complaint, index.tolist(), digests)

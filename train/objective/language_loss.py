@@ -131,7 +131,7 @@ class LanguageLoss:
         )
 
     def _untaught(self, open_rows: NDArray[np.bool_], hard: float) -> KDLoss:
-        """The cross-entropy alone, at the rows that no lesson has."""
+        """Return the cross-entropy alone, at the rows that no lesson has."""
         index = self._index(np.flatnonzero(open_rows))
         labels = self.rows.labels if index is None else self.rows.labels[index]
         weight = hard / max(self.counts.labels, 1)
@@ -141,7 +141,7 @@ class LanguageLoss:
         return self.hidden if index is None else self.hidden[index]
 
     def _index(self, rows: Rows) -> Tensor | None:
-        """The rows on the device; None for all of them, which spares a copy of the states."""
+        """Send the rows to the device; None for all of them, which spares a copy of the states."""
         return None if len(rows) == len(self.rows.keys) else send(rows, self.device)
 
     def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
@@ -177,7 +177,8 @@ class LanguageLoss:
         return DecodedTargets(*merged), places[0]
 
     def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
-        """1 at the fraction of each sequence's positions where the student's entropy is highest.
+        """Mark by 1 the fraction of each sequence's positions where the student's entropy is
+        highest.
 
         One more product with the output matrix, without gradient. Equal entropies: first position.
         """

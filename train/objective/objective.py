@@ -69,7 +69,7 @@ class Objective:
 
     @property
     def heads(self) -> dict[str, HeadConfig]:
-        """The task heads that the student needs."""
+        """Return the task heads that the student needs."""
         found: dict[str, HeadConfig] = {}
         for term in self.config.distill:
             found |= heads_of(term, self.teachers)

@@ -24,18 +24,18 @@ class StepPlan:
 
     @property
     def users(self) -> tuple[DistillTerm, ...]:
-        """Who uses targets: the terms, and each method as if it were one."""
+        """Return who uses targets: the terms, and each method as if it were one."""
         read = [tuple(method.teachers_at(self.step)) for method, _ in self.methods]
         return *self.distilled, *(DistillTerm(teachers=names) for names in read if names)
 
     @property
     def distilled(self) -> tuple[DistillTerm, ...]:
-        """The distillation terms without their weights."""
+        """Return the distillation terms without their weights."""
         return tuple(term for term, _ in self.terms)
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers whose targets are read, each once."""
+        """Return the teachers whose targets are read, each once."""
         return tuple(dict.fromkeys(name for user in self.users for name in user.teachers))
 
 

@@ -33,7 +33,9 @@ Add = Callable[[str, Tensor | None, Tensor], None]
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
-    """The task heads a term needs: one per expert, or one over the union of their labels."""
+    """Return the task heads that a term needs: one per expert, or one over the union of their
+    labels.
+    """
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
         return {expert.name: HeadConfig.of(expert) for expert in experts}
@@ -44,7 +46,7 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
 
 
 def union_head(term: DistillTerm) -> str:
-    """The name of the head over the union of the experts' labels."""
+    """Name the head over the union of the experts' labels."""
     return "+".join(term.teachers)
 
 
@@ -75,7 +77,9 @@ def add_task_losses(
 def _ranked(
     logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
 ) -> Tensor:
-    """A regression expert's loss of scores and of their differences; logits and wanted [R,1]."""
+    """Return a regression expert's loss of scores and of their differences; logits and wanted
+    [R,1].
+    """
     assert term.ranking is not None
     keys = group_keys(batch, term.ranking.group)[batch.targets[name].rows]
     rows = counts.rows[names_of(term)[name]]
@@ -129,12 +133,11 @@ def _certainty(target: SequenceTargetBatch, rows: np.ndarray, device: torch.devi
 def task_loss(
     logits: Tensor, wanted: Tensor, info: TeacherInfo, term: DistillTerm
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of a task head's loss [R,C], and of the bare divergence (for show).
+    """Sum over rows a task head's loss [R,C], and the bare divergence (for show).
 
     Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
-    expert's class. Multi-label: KL of each label's
-    Bernoulli. Classification: the divergence between softmax(teacher/τ) and softmax(student/τ),
-    times τ².
+    expert's class. Multi-label: KL of each label's Bernoulli. Classification: the divergence
+    between softmax(teacher/τ) and softmax(student/τ), times τ².
     """
     if term.divergence == "mse" or info.problem == "regression":
         loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()

@@ -48,13 +48,13 @@ class TrainingStream:
         self.waited = 0.0  # seconds the training loop has waited for data
 
     def sequences_at(self, step: int) -> NDArray[np.int64]:
-        """The sequence numbers [batch_sequences] that all ranks together read at ``step``, as a
-        single process would. Reads nothing.
+        """Return the sequence numbers [batch_sequences] that all ranks together read at ``step``,
+        as a single process would. Reads nothing.
         """
         return self.order.at(step)
 
     def batch(self, step: int) -> Batch:
-        """What this rank reads at ``step``.
+        """Read this rank's share of ``step``.
 
         A step that reaches past an epoch's end reads on in the next, in the masks of the epoch it
         began in: one step, one replica, on every rank.
@@ -69,7 +69,7 @@ class TrainingStream:
         )
 
     def steps(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch) for every step from ``start`` to ``stop``, in that order.
+        """Yield (step, batch) for every step from ``start`` to ``stop``, in that order.
 
         Reads no further ahead than AHEAD batches per thread, nor than ``order`` knows: an order
         that follows evaluations is told of each before the next batch is taken. An error in reading
@@ -139,7 +139,7 @@ class _ReadAhead:
             self._threads.append(thread)
 
     def take(self, step: int) -> Batch:
-        """The batch of ``step``, or the error of reading it; every step must be taken in turn."""
+        """Return the batch of ``step``, or raise what reading it raised; steps are taken in turn."""
         with self._changed:
             self._changed.notify_all()  # there may be more that may be read since the last one
             self._changed.wait_for(lambda: step in self._ready)
@@ -176,7 +176,7 @@ class _ReadAhead:
                 self._changed.notify_all()
 
     def _claim(self) -> int | None:
-        """The next step to read, once there is room for it; None when there is none any more."""
+        """Return the next step to read once there is room for it, None when no step is left."""
         with self._changed:
             # Every batch that is taken wakes it up: what `may_read` says is looked at anew then.
             self._changed.wait_for(lambda: self._next >= self._stop or self._has_room())
