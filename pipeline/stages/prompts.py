@@ -5,13 +5,11 @@ probable label. Read shard by shard from the cache; the expert is not needed.
 """
 
 import filecmp
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +18,7 @@ from rekindle.data.batch import SequenceTargetBatch, read_targets
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import remove_leftovers, write_lines
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.pipeline.stage_config import check_template, fill_template
 
@@ -68,17 +67,10 @@ def write_prompts(
     names = cache.teacher(teacher).info.label_names
     chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    remove_leftovers(target.parent, target.name)
     counts = PromptCounts()
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for line in _lines(cache, teacher, template, names, chosen, confidence, counts):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            _sync(file)
-        _publish(temporary, target, counts)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = _lines(cache, teacher, template, names, chosen, confidence, counts)
+    write_lines(target, lines, publish=lambda written, _: _publish(written, target, counts))
     return counts
 
 
@@ -179,18 +171,13 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
         )
 
 
-def _publish(temporary: Path, target: Path, counts: PromptCounts) -> None:
+def _publish(written: Path, target: Path, counts: PromptCounts) -> None:
     if not counts.written:
         raise InputError(f"{target}: no line to write: {counts.as_text()}; lower the confidence")
     if not target.exists():
-        os.replace(temporary, target)
-    elif not filecmp.cmp(temporary, target, shallow=False):
+        os.replace(written, target)
+    elif not filecmp.cmp(written, target, shallow=False):
         raise InputError(
             f"{target} is there with other content. A corpus that may be in use is not written "
             "over: delete it, or give another name"
         )
-
-
-def _sync(file: TextIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
