@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.batch import SequenceTargetBatch, read_targets
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
@@ -110,8 +111,10 @@ def _judged(
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             rows = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
-            present, columns = reader.sequence_rows(shard, range(first, first + rows.num_rows))
-            yield rows, present, columns["logits"]
+            where = [(shard, first + row) for row in range(rows.num_rows)]
+            target = read_targets(reader, where, None)
+            assert isinstance(target, SequenceTargetBatch)
+            yield rows, target.present, target.logits
 
 
 def most_probable(
@@ -154,8 +157,8 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
         raise InputError(str(error)) from None
     reader = cache.teacher(teacher)
     info, where = reader.info, f"teacher {teacher!r} of {cache.store.location}"
-    if info.kind != "sequence" or info.problem != "single_label_classification":
-        what = info.problem if info.kind == "sequence" else info.task
+    if info.problem != "single_label_classification":
+        what = info.problem or info.task
         raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
     if reader.paired:
         raise InputError(
