@@ -173,7 +173,7 @@ def write_untrained(
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
-    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report())
     pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
 
 

@@ -25,6 +25,7 @@ from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_c
 from rekindle.pipeline.cycle.run import configs, run_cycle
 from rekindle.pipeline.cycle.tasks import read_tasks
 from rekindle.pipeline.job_functions import save_start
+from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.model.load import load_language_model
 from rekindle.train.record import run_folder
 from rekindle.train.record.run_folder import alone_in
@@ -305,7 +306,7 @@ def test_experts_and_students_begin_with_the_same_weights(tmp_path, make_model, 
     """
     for number, kind in enumerate(("AutoModel", "AutoModelForSequenceClassification")):
         model, out = make_model("bert", kind, wordpiece, 3, **SMALL), tmp_path / f"start-{number}"
-        save_start(str(model), out, lambda steps: None)
+        save_start(str(model), out, Report())
         own, saved = (
             {k.removeprefix("bert."): v for k, v in load_file(d / "model.safetensors").items()}
             for d in (model, out)
@@ -457,7 +458,7 @@ def test_an_interrupted_teacher_goes_on(whole, tmp_path):
     (teacher / "commits" / "00001.json").unlink()
     left = {p.name: p.stat().st_ino for p in (teacher / "data").iterdir() if "00000-" in p.name}
     assert left
-    stages.cache(file, ("colour",), marker, lambda _: None)
+    stages.cache(file, ("colour",), marker, Report())
     assert marker.exists()
     assert {p.name for p in (teacher / "commits").iterdir()} >= {"00000.json", "00001.json"}
     assert {name: (teacher / "data" / name).stat().st_ino for name in left} == left
@@ -470,7 +471,7 @@ def test_another_cycles_expert_of_the_same_name_is_refused_and_left(whole, tmp_p
     teacher, marker = tmp_path / "cache" / "targets" / "colour", tmp_path / "done.json"
     before = files_of(teacher)
     with pytest.raises(CacheMismatchError, match="colour"):
-        stages.cache(file, ("colour",), marker, lambda _: None)
+        stages.cache(file, ("colour",), marker, Report())
     assert files_of(teacher) == before
     assert not marker.exists()
 
