@@ -1,18 +1,17 @@
-"""What jobs do, of the demo and of a cycle. Each calls what a command of the pipeline calls.
+"""What jobs do, of a cycle and of the demo before it. Each calls what a command calls.
 
 torch is imported within the jobs only: the process that starts them has no use for it.
 """
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.pipeline.config import load_config
 from rekindle.pipeline.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
@@ -38,7 +37,7 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
     """``pipeline cache-teachers`` without teachers, for corpus and masks; then ``train``."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
 
-    cache_teachers(load_config(config_file))
+    cache_teachers(load_config(config_file).model_copy(update={"teachers": ()}))
     train(config_file, out, report)
 
 
@@ -72,20 +71,6 @@ def save_start(model: str, out: Path, report: Report) -> None:
     report(1)
 
 
-def fine_tune(
-    model: Path, task: Path, out: Path, seeds: int, values: dict[str, Any], report: Report
-) -> None:
-    """``pipeline finetune`` on the files of a task, with the test split scored for every seed."""
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
-    train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
-    finetune(
-        str(model), train, dev, str(out), seeds=seeds, test=test, config=FinetuneConfig(**values)
-    )
-    report(1)
-
-
 def search(
     model: str,
     task: Path,
@@ -115,17 +100,17 @@ def search(
     report(1)
 
 
-def fine_tune_best(
+def fine_tune(
     model: str,
     task: Path,
     out: Path,
     seeds: int,
-    metric: str,
-    tried: list[tuple[dict[str, Any], Path]],
+    metric: str | None,
+    tried: Sequence[tuple[dict[str, Any], Path]],
     report: Report,
 ) -> None:
-    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev was best
-    (the first of equals), test scored for every seed.
+    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
+    metrics.json beside them, was best (the first of equals); test is scored for every seed.
     """
     from rekindle.train.finetune.config import FinetuneConfig
     from rekindle.train.finetune.run import finetune
@@ -140,49 +125,8 @@ def fine_tune_best(
     report(1)
 
 
-def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report) -> None:
-    """``pipeline cache-teachers --teacher NAME``, timed: the seconds go to ``cost_file``.
-
-    An interrupted teacher is begun anew, although the command would go on: half a run has no time
-    to report.
-    """
-    from rekindle.pipeline.caching.cache_teachers import cache_teachers
-
-    config = load_config(config_file)
-    shutil.rmtree(Path(config.cache.path) / "targets" / name, ignore_errors=True)
-    began = time.perf_counter()
-    cache_teachers(config, [name], progress=StepReports(report))
-    cost = {"once": time.perf_counter() - began}
-    cost["live_per_sequence"] = _forward_seconds(config, name)
-    _write_json(cost_file, cost)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _forward_seconds(config: RunConfig, name: str) -> float:
-    """Seconds per sequence of the teacher's forward passes alone, over the first shard.
-
-    That is the least it would cost beside a student: stage 1 sorts its batches by length, which a
-    student's shuffled batches are not.
-    """
-    from rekindle.data.corpus.corpus import Corpus
-    from rekindle.data.storage.store import open_store
-    from rekindle.pipeline.caching.cache_teachers import build_views, view_of
-    from rekindle.pipeline.caching.run_teacher import Unit, run_unit
-    from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
-    from rekindle.pipeline.progress import Progress
-
-    corpus = Corpus(open_store(config.cache.path))
-    views = build_views(corpus, config, Progress.silent())
-    chosen = next(teacher for teacher in config.teachers if teacher.name == name)
-    pairs = views.pairs.get(chosen.pairs or "")
-    plan = plan_teacher(chosen, corpus, views.masked, pairs, config.cache.seed)
-    teacher, view = Teacher(plan, corpus), view_of(plan.info, corpus)
-    began = time.perf_counter()
-    run_unit(teacher, corpus, view, Unit(0, 0 if chosen.vocabulary else None))
-    return (time.perf_counter() - began) / corpus.commits[0].rows

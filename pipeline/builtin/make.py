@@ -228,7 +228,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_stages.fine_tune(model, task, out, 1, values, report)
+    job_stages.fine_tune(str(model), task, out, 1, None, [(values, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

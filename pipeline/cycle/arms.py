@@ -7,7 +7,7 @@ from typing import Any
 from rekindle.pipeline import work as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
-from rekindle.pipeline.cycle.tasks import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
@@ -102,7 +102,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     out = result_folder(home, arm, name)
     yield Job(
         f"{arm} on {name}",
-        stages.fine_tune_best,
+        stages.fine_tune,
         (start, files, out, config.seeds, one.metric, tried),
         output=out / "metrics.json",
         after=(*after, *(searched if len(points) > 1 else ())),

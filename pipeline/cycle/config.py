@@ -44,6 +44,7 @@ class CycleTask(Settings):
     """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
+    about: str = Field("", description="what it asks, for the report")
     train: str = Field(description="labelled examples: jsonl, csv, tsv or parquet")
     test: str = Field(description="scored once for each fine-tuning; selects nothing")
     dev: str | None = Field(
@@ -82,6 +83,7 @@ class CycleTask(Settings):
 class CycleConfig(Settings):
     """The whole file."""
 
+    about: str = Field("", description="what is compared on which text, for the report")
     corpus: CorpusConfig = Field(description="the unlabelled text")
     cache: CycleCacheConfig = Field(
         default_factory=lambda: CycleCacheConfig(), description="where the cache is"

@@ -5,35 +5,39 @@ does not fit together (other seeds, other budgets, other files) is refused, neve
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
+    Grid,
+    Searched,
+    check_search,
     check_together,
     folder_of,
     read_finetuned,
     read_json,
-    refuse,
-)
-from rekindle.pipeline.cycle.notes import Told, notes_of
-from rekindle.pipeline.cycle.scores import MEAN, ArmScores, Difference, differences_of, scores_of
-from rekindle.pipeline.cycle.searched import (
-    Grid,
-    Searched,
-    Tried,
-    check_search,
     read_search,
+    refuse,
     searched_of,
 )
+from rekindle.pipeline.cycle.notes import Told, notes_of
+from rekindle.pipeline.cycle.scores import MEAN, ArmScores, differences_of, scores_of
+from rekindle.pipeline.report.cache import CacheFacts
+from rekindle.pipeline.report.cost import Cost
+from rekindle.pipeline.report.significance import Difference
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task: its main metric, the examples in each split, and those of test that train has."""
+    """A task: its main metric, the examples in each split, those of test that train has, what
+    guessing scores (None: unknown), and what it asks.
+    """
 
     name: str
     metric: str
@@ -41,6 +45,8 @@ class TaskFacts:
     dev: int
     test: int
     test_in_train: int = 0
+    chance: float | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class CycleResults:
 
     ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
     a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
-    beside the tables. ``settings``: what else cycle.json says.
+    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
+    the cache, and what a student costs with it and without; None where that is not known.
     """
 
     arms: list[str]
@@ -60,6 +67,8 @@ class CycleResults:
     costs: dict[str, float]
     notes: list[str]
     settings: dict[str, Any]
+    cache: CacheFacts | None = None
+    cost: Cost | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON; all numbers are finite."""
@@ -72,20 +81,9 @@ class CycleResults:
         Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
         """
         try:
-            read = {field.name: values[field.name] for field in fields(cls)}
-            searched = [
-                Searched(**one | {"tried": [Tried(**point) for point in one["tried"]]})
-                for one in read["searched"]
-            ]
-            nested = {
-                "tasks": [TaskFacts(**one) for one in read["tasks"]],
-                "scores": [ArmScores(**one) for one in read["scores"]],
-                "differences": [Difference(**one) for one in read["differences"]],
-                "searched": searched,
-            }
-        except (KeyError, TypeError) as error:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
             raise InputError(f"these are not the results of a cycle ({error})") from None
-        return cls(**read | nested)
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,8 @@ def _read_plan(out: Path) -> _Plan:
             "the one that its --out named"
         )
     try:
+        described = values.get("settings", {}).get("tasks", [])
+        about = {task["name"]: task.get("about", "") for task in described}
         tasks = [
             TaskFacts(
                 _name(name),
@@ -149,6 +149,8 @@ def _read_plan(out: Path) -> _Plan:
                 dev=int(task["dev"]),
                 test=int(task["test"]),
                 test_in_train=int(task.get("test_in_train", 0)),
+                chance=task.get("chance"),
+                about=about.get(name, ""),
             )
             for name, task in values["tasks"].items()
         ]

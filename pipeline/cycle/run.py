@@ -18,23 +18,24 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.documents import source_files
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import CycleResults, read_results
-from rekindle.pipeline.cycle.start import check_start
-from rekindle.pipeline.cycle.tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.devices import cores, places_for, visible_devices
+from rekindle.pipeline.devices import Place, cores, places_for, visible_devices
 from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
 from rekindle.pipeline.progress import Progress
 
@@ -42,24 +43,32 @@ LOCK_FILE = ".lock"
 
 
 def run_cycle(
-    config: CycleConfig, out: Path, *, workers: int | None = None, progress: Progress | None = None
+    config: CycleConfig,
+    out: Path,
+    *,
+    workers: int | None = None,
+    places: Sequence[Place] = (),
+    beside: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> CycleResults:
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
-    ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
-    cores, at most 4. Raises InputError for wrong files, models and settings before anything is run,
-    and for an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    ``workers`` jobs at a time, or one at each of ``places``; by default one per CUDA device,
+    without one as many as there are cores, at most 4. ``beside`` names what else may be in ``out``
+    before the cycle begins. Raises InputError for wrong files, models and settings before anything
+    is run, and for an ``out`` that holds something else; CheckpointError for one that holds another
+    cycle.
     """
     home = Path(os.path.abspath(out))
     config = _with_cache(config, home)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
     about = _about(config, tasks, check_start(config))
-    _check_ours(home, about)
+    _check_ours(home, about, beside)
     if not (home / CYCLE_FILE).exists():  # later on the text may be gone: it is in the cache
         source_files(config.corpus.source)
-    with _alone_in(home):
-        _check_ours(home, about)  # another process may have begun a cycle here meanwhile
+    with alone_in(home):
+        _check_ours(home, about, beside)  # another process may have begun a cycle here meanwhile
         _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
         _remove_half_made(home)
         write_tasks(tasks, home)
@@ -67,16 +76,25 @@ def run_cycle(
         for name, run in runs.items():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             _write(home / name, dump_config(run))
-        _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
-        results = read_results(home)
-        _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
-        students = compare_runs([home]) if any(home.glob("students/*/run.json")) else None
-        _write(home / "report.html", cycle_html(students, results))
+        places = places or places_for(
+            workers or len(visible_devices()) or min(cores(), MOST_WORKERS)
+        )
+        _run(list(plan_jobs(home, config, tasks)), home, places, progress or Progress.silent())
+        return _write_results(home)
+
+
+def _write_results(home: Path) -> CycleResults:
+    results, students = read_results(home), None
+    if any(home.glob("students/*/run.json")):
+        students = compare_runs([home])
+        cache, cost = cache_and_cost(students)
+        results = replace(results, cache=cache, cost=cost)
+    _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
+    _write(home / "report.html", cycle_html(home, students, results))
     return results
 
 
-def _run(jobs: Sequence[Job], home: Path, workers: int | None, progress: Progress) -> None:
-    places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+def _run(jobs: Sequence[Job], home: Path, places: Sequence[Place], progress: Progress) -> None:
     if places[0].device is None:  # nothing may look at a device before a fork
         warm_up()
     run_jobs(jobs, home / "cycle.log", progress, places)
@@ -115,15 +133,16 @@ def _about(
     }
 
 
-def _check_ours(home: Path, about: Mapping[str, Any]) -> None:
+def _check_ours(home: Path, about: Mapping[str, Any], beside: Collection[str]) -> None:
     """Make sure that the directory is free, or holds this very cycle. Nothing is written."""
-    unborn = {LOCK_FILE, f".{CYCLE_FILE}.tmp"}  # what a kill at the very beginning leaves
+    # What a kill at the very beginning leaves, and what the caller knows.
+    unborn = {LOCK_FILE, f".{CYCLE_FILE}.tmp", *beside}
     if home.exists() and (not home.is_dir() or {p.name for p in home.iterdir()} - unborn):
         _check_same(home, about)
 
 
 @contextmanager
-def _alone_in(home: Path) -> Iterator[None]:
+def alone_in(home: Path) -> Iterator[None]:
     """The only process that works on this cycle."""
     home.mkdir(parents=True, exist_ok=True)
     with open(home / LOCK_FILE, "w") as lock:
@@ -151,7 +170,7 @@ def _check_same(home: Path, about: Mapping[str, Any]) -> None:
         raise InputError(f"{home} holds something else; give another --out, or remove it")
     before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
     for key in now:
-        if key != "arms" and before.get(key) != now[key]:
+        if key not in ("arms", "about") and before.get(key) != now[key]:
             raise CheckpointError(
                 f"{home} was begun with another configuration ({_difference(key, before, now)}). "
                 "Go on with its own (run.yaml in it), or give another --out"
@@ -172,9 +191,18 @@ def _check_same(home: Path, about: Mapping[str, Any]) -> None:
 
 
 def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks as settings and as what was read of their files."""
+    """The tasks as settings and as what was read of their files, without what only describes them
+    (and what older versions did not record).
+    """
     settings = {task["name"]: task for task in about["settings"]["tasks"]}
-    return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}
+    return {
+        name: {
+            key: value
+            for key, value in (settings.get(name, {}) | facts).items()
+            if key not in ("about", "chance")
+        }
+        for name, facts in about["tasks"].items()
+    }
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

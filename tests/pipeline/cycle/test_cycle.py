@@ -22,8 +22,8 @@ from rekindle.pipeline import work as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.arms import plan_jobs, result_folder, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
-from rekindle.pipeline.cycle.run import _alone_in, configs, run_cycle
-from rekindle.pipeline.cycle.tasks import read_tasks
+from rekindle.pipeline.cycle.inputs import read_tasks
+from rekindle.pipeline.cycle.run import alone_in, configs, run_cycle
 from rekindle.pipeline.work import save_start
 from rekindle.train.model.load import load_language_model
 from rekindle.train.record.run_log import read_metrics
@@ -176,6 +176,7 @@ def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
         "dev": 4,
         "test": 10,
         "test_in_train": 0,
+        "chance": 0.6,
         "files": None,
     }
     assert about["arms"] == list(ARMS)
@@ -228,7 +229,7 @@ def test_arms_may_be_added(config, tmp_path, nothing_runs):
 
 def test_two_processes_do_not_work_on_one_cycle(config, tmp_path, nothing_runs):
     run_cycle(config, tmp_path)
-    with _alone_in(tmp_path), pytest.raises(InputError, match="another process works on"):
+    with alone_in(tmp_path), pytest.raises(InputError, match="another process works on"):
         run_cycle(config, tmp_path)
     run_cycle(config, tmp_path)
 
@@ -265,14 +266,14 @@ def test_a_kill_at_the_very_beginning_leaves_nothing_in_the_way(config, tmp_path
 
 def test_of_two_that_begin_at_once_one_is_refused(config, tmp_path, nothing_runs, monkeypatch):
     """The other one is between its look at the empty directory and its lock."""
-    other, alone = config.model_copy(update={"seeds": 3}), _alone_in
+    other, alone = config.model_copy(update={"seeds": 3}), alone_in
 
     def meanwhile(home):
-        monkeypatch.setattr("rekindle.pipeline.cycle.run._alone_in", alone)
+        monkeypatch.setattr("rekindle.pipeline.cycle.run.alone_in", alone)
         run_cycle(other, home)
         return alone(home)
 
-    monkeypatch.setattr("rekindle.pipeline.cycle.run._alone_in", meanwhile)
+    monkeypatch.setattr("rekindle.pipeline.cycle.run.alone_in", meanwhile)
     with pytest.raises(CheckpointError, match="seeds: 3 there, 2 here"):
         run_cycle(config, tmp_path)
     assert json.loads((tmp_path / "cycle.json").read_text())["seeds"] == 3

@@ -1,8 +1,9 @@
-"""The tasks of a cycle as files: which examples train, which select, which are scored. No model.
+"""What a cycle begins from: its tasks, and the model that experts and students begin as.
 
     OUT/tasks/TASK/{train,dev,test}.jsonl
 
-Every arm is fine-tuned on these very files. They are written once, and whole or not at all.
+Which examples train, which select and which are scored: every arm is fine-tuned on these very
+files. They are written once, and whole or not at all.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
 from rekindle.train.finetune.metrics import check_metric, default_metric
@@ -37,6 +39,14 @@ class TaskFiles:
     digests: dict[str, str]  # sha256 of the files it comes from
 
     @property
+    def chance(self) -> float | None:
+        """The accuracy on test of always saying its most common class; None for other metrics."""
+        if self.metric != "accuracy":
+            return None
+        labels = self.splits["test"].labels[self.rows["test"]]
+        return float(np.bincount(labels).max() / len(labels))
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What ``cycle.json`` says of it."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
@@ -48,6 +58,7 @@ class TaskFiles:
             "pairs": self.pairs,
             **counts,
             "test_in_train": shared,
+            "chance": self.chance,
             "files": self.digests,
         }
 
@@ -154,3 +165,25 @@ def _are_numbers(names: Sequence[str]) -> bool:
     except ValueError:
         return False
     return [str(number) for number in sorted(numbers)] == [*names]
+
+
+# --- the start model ------------------------------------------------------------------------------
+
+
+def check_start(config: CycleConfig) -> dict[str, Any]:
+    """What ``cycle.json`` says of the start model: the fingerprint of its weights.
+
+    Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
+    corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
+    """
+    from rekindle.train.model.files import resolve_model, weights_fingerprint
+
+    directory = resolve_model(config.student.model)
+    own, theirs = load_tokenizer(str(directory)), load_tokenizer(config.corpus.tokenizer)
+    if own.digest != theirs.digest:
+        raise InputError(
+            f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
+            f"{config.corpus.tokenizer!r} ({own.size:,} tokens against {theirs.size:,}, or other "
+            "tokens under the same ids): the student would read other words. Name the model's own"
+        )
+    return {"weights": weights_fingerprint(directory)}
