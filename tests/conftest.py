@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("testlib")
+
 # A loaded machine is no fault of an example's.
 settings.register_profile("rekindle", deadline=None)
 settings.load_profile("rekindle")
@@ -76,19 +78,22 @@ WORDS = [
 ]
 
 
-def shared_data() -> Path | None:
-    """The folder of real corpora that some tests use when it is there."""
-    given = os.environ.get("REKINDLE_SHARED")
-    path = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
-    return path if path.is_dir() else None
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    path = shared_data()
-    if path is None:
+    from testlib.corpora import SHARED
+
+    if not SHARED.is_dir():
         pytest.skip("the shared corpora are not on this machine (set REKINDLE_SHARED)")
-    return path
+    return SHARED
+
+
+@pytest.fixture(scope="module")
+def quick_disk():
+    """For modules in which no test pulls the plug."""
+    from testlib.disk import without_fsync
+
+    with without_fsync():
+        yield
 
 
 @pytest.fixture(autouse=True)

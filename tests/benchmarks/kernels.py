@@ -15,12 +15,9 @@ neighbours touch all alike.
 """
 
 import argparse
-import csv
-import datetime
 import importlib
 import itertools
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,12 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from results_csv import RESULTS, append, hardware, versions
 from torch import Tensor
 
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-
-RESULTS = Path(__file__).with_name("results.csv")
-FIELDS = ("date", "benchmark", "device", "versions", "case", "provider", "metric", "value", "unit")
 
 SHAPES = ((8192, 30522, 768), (8192, 50368, 768), (8192, 128256, 4096), (8192, 256000, 2304))
 TOY_SHAPES = ((64, 1003, 32),)
@@ -380,25 +375,6 @@ def measure(
     return found
 
 
-def append(rows: list[dict[str, Any]], path: Path) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def versions() -> str:
-    names = ["torch " + torch.__version__]
-    for name in ("triton", "liger_kernel", "cut_cross_entropy", "orda_kernel"):
-        try:
-            names.append(f"{name} {getattr(importlib.import_module(name), '__version__', '?')}")
-        except ImportError:
-            continue
-    return "; ".join(names)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="toy sizes, few repetitions")
@@ -409,27 +385,16 @@ def main() -> None:
         parser.error("no GPU here: the full shapes need one; --toy runs anywhere")
     shapes, repeats = (TOY_SHAPES, 5) if options.toy else (SHAPES, 30)
     kept, temperatures = ((8,), (1.0, 2.0)) if options.toy else ((8, 64, 256), (1.0, 2.0, 3.0))
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
     rates = machine_rates(device, 256 if options.toy else 8192, repeats)
-    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, product {rates[1] / 1e12:.3f} TFLOP/s")
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "benchmark": "kernels --toy" if options.toy else "kernels",
-        "device": name,
-        "versions": versions(),
-    }
+    print(f"{hardware()}: copy {rates[0] / 1e12:.3f} TB/s, product {rates[1] / 1e12:.3f} TFLOP/s")
+    name = "kernels --toy" if options.toy else "kernels"
+    about = versions("torch", "triton", "liger_kernel", "cut_cross_entropy", "orda_kernel")
     for task, shape, k, tau in itertools.product(TASKS, shapes, kept, temperatures):
         if task == "linear-ce" and (k, tau) != (kept[0], temperatures[0]):
             continue  # it has neither
         found = measure(task, shape, k, tau, device, repeats, rates)
         case = f"{task} N={shape[0]} V={shape[1]} H={shape[2]} k={k} tau={tau:g}"
-        append(
-            [
-                common | {"case": case, "provider": p, "metric": m, "value": f"{v:.6g}", "unit": u}
-                for p, m, v, u in found
-            ],
-            options.out,
-        )
+        append([(case, *row) for row in found], name, hardware(), about, options.out)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from muki_clinc_tables import (
     judge,
     judged_runs,
     markdown,
-    processor,
     rows_of,
     write_csv,
 )
 from muki_clinc_texts import GROUPS, Counts, Row, domains_of, read_rows, write_splits
+from results_csv import hardware
 from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
@@ -193,7 +193,7 @@ def results(work: Path, model: str, name: str) -> dict[str, Any]:
         **SIZES[name]._asdict(),
         "model": model,
         "versions": package_versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": hardware(),
         "texts": {file.stem: len(read_rows(file)) for file in files},
         "domains": domains_of(read_rows(work / "data" / "test.jsonl")),
         "rows": rows_of(work, runs),

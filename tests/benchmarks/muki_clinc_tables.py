@@ -3,10 +3,7 @@
 Knows the files in ``scores/`` and no model.
 """
 
-import csv
-import datetime
 import json
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from muki_clinc_texts import GROUPS, Row, domains_of
+from results_csv import append
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
@@ -139,11 +137,11 @@ def write_csv(found: Mapping[str, Any], size: str) -> None:
     """Append the tables to results.csv."""
     packages = ("torch", "transformers")
     versions = "; ".join(f"{name} {found['versions'][name]}" for name in packages)
-    start = (datetime.date.today().isoformat(), "muki-clinc", found["device"], versions)
-    with open(Path(__file__).with_name("results.csv"), "a", newline="") as file:
-        writer = csv.writer(file)
-        for case, name, metric, value in _csv_values(found):
-            writer.writerow((*start, f"{size}, {case}", name, metric, round(value, 5), ""))
+    rows = [
+        (f"{size}, {case}", name, metric, round(value, 5), "")
+        for case, name, metric, value in _csv_values(found)
+    ]
+    append(rows, "muki-clinc", found["device"], versions)
 
 
 def _csv_values(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
@@ -156,11 +154,3 @@ def _csv_values(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float
         for metric, key in (("difference", "accuracy"), ("sd", "sd"), ("p", "p")):
             if row[key] is not None:
                 yield "paired", name, metric, row[key]
-
-
-def processor() -> str:
-    """The name of the CPU, and how many cores there are."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = [line for line in lines if line.startswith("model name")]
-    name = found[0].partition(":")[2].strip() if found else "CPU"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"

@@ -13,7 +13,6 @@ transformers alone, so that no part of the loss under test is judged by itself.
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from results_csv import Row, append, hardware, versions
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
@@ -330,29 +330,15 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 def write_csv(rows: list[dict[str, Any]], bytes_of: dict[str, float], size: str) -> None:
     """Append the table to results.csv."""
-    import csv
-    from importlib.metadata import version
-
-    today = datetime.date.today().isoformat()
-    versions = f"torch {torch.__version__}; transformers {version('transformers')}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     teacher_of = {v.name: v.teacher for v in VARIANTS}
-    with open(Path(__file__).with_name("results.csv"), "a", newline="") as file:
-        writer = csv.writer(file)
-        for row in rows:
-            spent = bytes_of.get(teacher_of[row["variant"]] or "", 0.0)
-            values = {k: v for k, v in row.items() if k not in ("mix", "variant")}
-            for metric, value in (values | {"bytes per token": round(spent, 1)}).items():
-                case = f"{size}, {row['mix']}"
-                line = (today, "sparse-targets", device, versions, case, row["variant"])
-                writer.writerow((*line, metric, value, ""))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = [line for line in lines if line.startswith("model name")]
-    name = found[0].partition(":")[2].strip() if found else "CPU"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    found: list[Row] = []
+    for row in rows:
+        spent = bytes_of.get(teacher_of[row["variant"]] or "", 0.0)
+        values = {k: v for k, v in row.items() if k not in ("mix", "variant")}
+        values["bytes per token"] = round(spent, 1)
+        case = f"{size}, {row['mix']}"
+        found += [(case, row["variant"], metric, value, "") for metric, value in values.items()]
+    append(found, "sparse-targets", hardware(), versions("torch", "transformers"))
 
 
 if __name__ == "__main__":

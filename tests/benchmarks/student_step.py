@@ -14,18 +14,15 @@ and 12 % at τ = 2; naive costs 30 %.
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from results_csv import Row, append, hardware, versions
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.targets.codec import encode
@@ -34,8 +31,6 @@ from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import sparse_targets
 from rekindle.train.student import Student
 
-RESULTS = Path(__file__).parent / "results.csv"
-FIELDS = ("date", "benchmark", "device", "versions", "case", "provider", "metric", "value", "unit")
 LENGTH = 128
 
 
@@ -153,21 +148,14 @@ def main() -> None:
         for name, loss_of in variants.items():
             times[name].append(step(loss_of))
     base = times["plain (torch cross_entropy)"]
-    today = datetime.date.today().isoformat()
     print(f"{device.type}, torch {torch.__version__}, {count} sequences of {LENGTH}")
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(FIELDS)
-        for name, seconds in times.items():
-            ratio = statistics.median(s / b for s, b in zip(seconds, base, strict=True))
-            print(f"{name:30} {1e3 * statistics.median(seconds):9.1f} ms   {ratio:6.3f} x plain")
-            where = platform.processor() or platform.machine() if device.type == "cpu" else "cuda"
-            size = "toy" if arguments.toy else "bert-mini"
-            case, version = f"{size} {count}x{LENGTH} k=64", f"torch {torch.__version__}"
-            about = [today, "student_step", where, version, case, name]
-            writer.writerow([*about, "time", f"{ratio:.4f}", "x plain torch step"])
+    case = f"{'toy' if arguments.toy else 'bert-mini'} {count}x{LENGTH} k=64"
+    rows: list[Row] = []
+    for name, seconds in times.items():
+        ratio = statistics.median(s / b for s, b in zip(seconds, base, strict=True))
+        print(f"{name:30} {1e3 * statistics.median(seconds):9.1f} ms   {ratio:6.3f} x plain")
+        rows.append((case, name, "time", ratio, "x plain torch step"))
+    append(rows, "student_step", hardware(), versions("torch"))
 
 
 if __name__ == "__main__":

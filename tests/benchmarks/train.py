@@ -31,12 +31,8 @@ with its head on masked rows alone equal to ours.
 """
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,6 +42,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from results_csv import RESULTS, append, hardware, versions
 from train_setup import SHAPES, VOCABULARY, Bench, K, prepare
 from train_variants import (
     BARE,
@@ -61,8 +58,6 @@ from train_variants import (
     run,
 )
 
-RESULTS = Path(__file__).with_name("results.csv")
-FIELDS = ("date", "benchmark", "device", "versions", "case", "provider", "metric", "value", "unit")
 MEMORY_STEPS = 3  # nothing grows after the second
 
 Rounds = dict[str, list[Segment]]
@@ -250,39 +245,6 @@ def contenders() -> list[str]:
     return [name for name in VARIANTS if not name.startswith(TRAINER)]
 
 
-def versions() -> str:
-    found = []
-    for name in ("torch", "transformers", "accelerate", "numpy", "pyarrow"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "; ".join(found)
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def append(path: Path, options: argparse.Namespace, case: str, rows: list[Row]) -> None:
-    name = f"train{' --memory' * options.memory}{' --toy' * options.toy}"
-    about = [datetime.date.today().isoformat(), name, hardware(), versions(), case]
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(FIELDS)
-        for provider, metric, value, unit in rows:
-            writer.writerow([*about, provider, metric, f"{value:.6g}", unit])
-
-
 def main() -> None:
     options = parsed()
     sys.path[1:1] = [str(path.resolve()) for path in options.peers]
@@ -290,7 +252,8 @@ def main() -> None:
         print(int(run(options.child, bench_of(options, options.folder)).peak))
         return
     print(f"{hardware()}; {torch.get_num_threads()} threads; load average {os.getloadavg()[0]:.2f}")
-    print(versions())
+    about = versions("torch", "transformers", "accelerate", "numpy", "pyarrow")
+    print(about)
     names = contenders()
     with tempfile.TemporaryDirectory() as folder:
         bench = bench_of(options, Path(folder))
@@ -303,7 +266,8 @@ def main() -> None:
         else:
             rows = timed_rows(bench, names, options.rounds)
     if options.csv:
-        append(options.csv, options, case, rows)
+        name = f"train{' --memory' * options.memory}{' --toy' * options.toy}"
+        append([(case, *row) for row in rows], name, hardware(), about, options.csv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.model.files import quiet_transformers
 from rekindle.train.student import Student, build_student
 
-SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared"))
+SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 VOCABULARY, K, TEMPERATURES = 30_522, 64, (1.0, 2.0)
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MOST_SEQUENCES = 4096  # no more are cached; the steps go over them again
@@ -130,7 +130,7 @@ def prepare(bench: Bench, student: str, teacher: str) -> None:
     """Write the two models and cache the teacher: one replica, k = 64, τ = 1 and 2."""
     for seed, (name, shape) in enumerate((("student", student), ("teacher", teacher))):
         write_model(bench.folder / name, SHAPES[shape], seed)
-    text = SHARED / "data" / "corpus" / "wiki_train.jsonl"
+    text = SHARED / "corpus" / "wiki_train.jsonl"
     wanted = min(MOST_SEQUENCES, bench.steps * bench.batch)
     values = {
         "corpus": {
@@ -170,7 +170,7 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
     )
     with quiet_transformers():
         transformers.BertForMaskedLM(config).save_pretrained(folder)
-    known = SHARED / "data" / "tokenizers" / "bert-base-uncased" / "vocab.txt"
+    known = SHARED / "tokenizers" / "bert-base-uncased" / "vocab.txt"
     if known.is_file():
         shutil.copy(known, folder)
     else:

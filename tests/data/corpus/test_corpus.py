@@ -26,14 +26,7 @@ from rekindle.data.storage.store import LocalStore
 
 PER_SHARD = 16
 PACKINGS = ("document", "contiguous")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_disk():
-    """No test here pulls the plug: without fsync they take half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture

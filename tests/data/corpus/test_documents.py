@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -20,6 +19,7 @@ from rekindle.data.corpus.documents import (
     source_files,
 )
 from rekindle.data.errors import InputError
+from testlib.corpora import SHARED
 
 ROWS = [
     {"id": "a", "text": "Ünï 😀 one", "topic": "x", "n": 1},
@@ -374,8 +374,7 @@ def test_importing_it_is_cheap():
 
 
 def test_real_wikipedia():
-    shared = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[4] / "shared"))
-    path = shared / "data" / "corpus" / "wiki_heldout.jsonl"
+    path = SHARED / "corpus" / "wiki_heldout.jsonl"
     if not path.exists():
         pytest.skip(f"the real corpus is not here: {path}")
     found = list(read_documents([str(path)]))

@@ -1,7 +1,5 @@
-import os
 import unicodedata
 from itertools import accumulate, islice, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +10,7 @@ from hypothesis import strategies as st
 from rekindle.data.corpus.documents import Document, read_documents
 from rekindle.data.corpus.packing import BEGINNING, Position, pack
 from rekindle.data.corpus.tokenizer import Encoded, load_tokenizer
-
-SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[4] / "shared"))
+from testlib.corpora import SHARED
 
 
 class Specials(NamedTuple):
@@ -288,7 +285,7 @@ HARD = [
 
 
 def published(name):
-    directory = SHARED / "data" / "tokenizers" / name
+    directory = SHARED / "tokenizers" / name
     if not directory.is_dir():
         pytest.skip(f"the published vocabulary is not here: {directory}")
     return load_tokenizer(str(directory))
@@ -296,7 +293,7 @@ def published(name):
 
 def hard_corpus(tokenizer):
     texts = list(HARD)
-    wiki = SHARED / "data" / "corpus" / "wiki_heldout.jsonl"
+    wiki = SHARED / "corpus" / "wiki_heldout.jsonl"
     if wiki.exists():
         texts += [document.text[:4000] for document in islice(read_documents([str(wiki)]), 5)]
     documents = [Document(str(i), text, None) for i, text in enumerate(texts)]

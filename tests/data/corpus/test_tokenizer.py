@@ -1,11 +1,9 @@
 import json
-import os
 import pickle
 import subprocess
 import sys
 import unicodedata
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,9 @@ from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokeniz
 from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer, wrap_tokenizer
 from rekindle.data.errors import InputError
+from testlib.corpora import SHARED
 
-SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[4] / "shared"))
-TOKENIZERS = SHARED / "data" / "tokenizers"
+TOKENIZERS = SHARED / "tokenizers"
 SENTENCE = "the cat sat on the mat and then another cat walked past them slowly one two three"
 WORDS = SENTENCE.split()
 CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]

@@ -2,7 +2,6 @@
 a look at the targets.
 """
 
-import os
 import shutil
 import statistics
 
@@ -20,14 +19,7 @@ PER_SHARD = 140  # two record batches
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SCORES = list(Score.__args__)
 CAUSAL = ["top", "packed", "exact", "sample", "draws", "dense", "states", "odd"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_disk():
-    """No test here pulls the plug: without fsync they take half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Views: stored masks are the computed ones, replicas extend, pairs are what their kind says."""
 
 import json
-import os
 import shutil
 from collections import Counter
 
@@ -26,14 +25,7 @@ MASKS = [
     MaskConfig(unit="span", probability=0.3, mask_token=0.5, random_token=0.5),
     MaskConfig(policy="cover", unit="word"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_disk():
-    """No test here pulls the plug: without fsync they take half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def corpus_in(root, source, tokenizer, **values):

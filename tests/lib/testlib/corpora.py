@@ -1,0 +1,6 @@
+"""The real corpora and tokenizers that some tests use where they are there."""
+
+import os
+from pathlib import Path
+
+SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[4] / "shared" / "data"))

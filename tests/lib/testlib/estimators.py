@@ -1,0 +1,121 @@
+"""Every kind of vocabulary target and every codec, beside the model's own logits.
+
+The reference is transformers' own ``model(**inputs).logits`` of one sequence at a time and float64
+arithmetic; none of our helpers takes part in it.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+
+from rekindle.data.batch import TokenTargetBatch
+from rekindle.data.cache import Cache
+from rekindle.data.targets.schema import TokenTargets
+
+NOISE = 2e-4  # float32 noise between a padded batch and a sequence alone, in nats
+TAUS = (0.5, 1.0, 2.0, 4.0)
+K = 12
+DRAWS = 20
+CODECS = ["default", "precise", "compact"]
+TASKS = ["masked_lm", "causal_lm"]
+AUTO = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
+FAMILY = {"masked_lm": "bert", "causal_lm": "llama"}
+
+# What each kind of target is asked for as; those with a codec are cached with each of the three.
+TARGETS: dict[str, dict[str, Any]] = {
+    "topk": {"kind": "topk", "k": K, "temperatures": list(TAUS)},
+    "threshold": {"kind": "threshold", "k": K},
+    "threshold-2": {"kind": "threshold", "k": K, "temperatures": [2.0]},
+    "whole": {"kind": "threshold", "k": 100_000},
+    "every": {"kind": "topk", "k": 100_000, "temperatures": [1.0]},
+    "random": {"kind": "random", "k": DRAWS},
+    "random-2": {"kind": "random", "k": DRAWS, "temperatures": [2.0]},
+    "dense": {"kind": "dense"},
+    "hidden": {"kind": "hidden"},
+}
+CODED = ["topk", "threshold", "threshold-2", "whole", "every"]
+SAMPLES = {"threshold": 1.0, "threshold-2": 2.0, "random": 1.0, "random-2": 2.0}
+
+
+class World(NamedTuple):
+    """One teacher model's targets of every kind, a cache for each codec."""
+
+    task: str
+    model: Path
+    folders: dict[str, Path]  # by codec
+    config: Any
+
+    def open(self, codec: str = "default") -> Cache:
+        return Cache.open(self.folders[codec])
+
+
+def teachers_of(model: Path, task: str, names: list[str], codec: str = "default") -> list[dict]:
+    chosen = {name: TARGETS[name] | ({"codec": codec} if name in CODED else {}) for name in names}
+    base = {"model": str(model), "task": task}
+    return [base | {"name": name, "targets": targets} for name, targets in chosen.items()]
+
+
+@functools.cache
+def model_of(directory: Path, auto: str) -> Any:
+    found = getattr(transformers, auto).from_pretrained(str(directory), dtype=torch.float32)
+    return found.eval()
+
+
+@functools.cache
+@torch.no_grad()
+def _logits(directory: Path, auto: str, ids: tuple[int, ...]) -> np.ndarray:
+    return model_of(directory, auto)(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def targets_of(
+    cache: Cache, name: str, directory: Path, auto: str, size: int | None = None
+) -> Iterator[tuple[TokenTargets, np.ndarray]]:
+    """Every cached target of a teacher, and the model's own logits [P,V] at its positions."""
+    for index in range(len(cache)):
+        for target in cache.example(index).targets[name]:
+            whole = _logits(directory, auto, tuple(map(int, target.input_ids)))
+            yield target, whole[target.positions][:, :size]
+
+
+def in_world(world: World, name: str, codec: str = "default") -> Iterator[Any]:
+    return targets_of(world.open(codec), name, world.model, AUTO[world.task])
+
+
+def stated_precision(codec: str, relative: np.ndarray, tau: float) -> np.ndarray:
+    """What the codec promises [P,1] for candidates ``relative`` [P,K] below the best, at τ."""
+    if codec == "precise":
+        return np.full((len(relative), 1), 1 / (2048 * tau) + 1 / 2048)
+    span = np.minimum(-relative.min(axis=1, keepdims=True), 32)
+    return 2 * (span / 510 + 1 / 1024) / tau + 1 / 2048
+
+
+def whole_batch(cache: Cache, name: str, replica: int = 0) -> TokenTargetBatch:
+    view = cache.teachers[name].info.view
+    masked = view if view.startswith("masked-") else None
+    found = cache.gather(np.arange(len(cache)), [name], epoch=replica, masked_view=masked)
+    return found.targets[name]
+
+
+def theta_of(probs: np.ndarray, k: int) -> float:
+    """θ with Σ min(1, t/θ) = k by its definition: the largest m with t_m ≥ rest/(k − m)."""
+    ordered = np.sort(probs)[::-1]
+    rest = ordered.sum() - np.concatenate([[0.0], np.cumsum(ordered)])
+    kept = 0
+    while kept < k - 1 and ordered[kept] * (k - kept) >= rest[kept]:
+        kept += 1
+    return float(rest[kept] / (k - kept))
+
+
+def about(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "targets" / name / "teacher.json").read_text())

@@ -1,0 +1,263 @@
+"""Stage 1 in children that are stopped at any step, and what must then be on the disk.
+
+Children are forked from the warm test process: importing torch costs seconds. What a child does to
+the file system is noted in a journal, so that it can be stopped at any one of these steps.
+"""
+
+import builtins
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from rekindle.data.cache import Cache
+from rekindle.data.inventory import shard_sets
+from rekindle.data.storage import shards as shards_module
+from rekindle.data.storage import store as store_module
+from rekindle.data.storage.store import open_store
+from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.cli import main
+from testlib.processes import Child
+
+Teachers = list[dict[str, Any]]
+Act = Callable[[], None]
+
+CORPUS = {"limit_sequences": 8}
+ATTEMPT = re.compile(r"-[0-9a-f]{8}\.arrow")
+TEMPORARY = re.compile(r"/\.(.*)\.[0-9a-f]{8}\.tmp")
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """The bytes of every committed data file by unit, and of the files beside them."""
+    found = {}
+    for shards in shard_sets(open_store(cache)):
+        for unit, commit in shards.committed().items():
+            found[f"{shards.folder}/{unit}"] = (cache / shards.folder / commit.path).read_bytes()
+    for name in names(cache):
+        if not re.search(r"/data/|/commits/|(^|/)\..*\.tmp$", name):
+            found[name] = (cache / name).read_bytes()
+    return found
+
+
+def names(cache: Path) -> list[str]:
+    """Every file there is, half-written ones included."""
+    return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
+
+
+def roles(cache: Path) -> Counter[str]:
+    """The files by what they are, without what differs between two attempts."""
+    return Counter(ATTEMPT.sub("", name) for name in names(cache))
+
+
+def units(cache: Path) -> set[str]:
+    """The committed units of teachers."""
+    found = cache.glob("targets/**/commits/[0-9]*.json")
+    return {str(p.relative_to(cache)) for p in found}
+
+
+# --- the steps of the protocol --------------------------------------------------------------------
+
+
+class Journal:
+    """Notes what a process does to a cache, and calls ``act`` at one of these steps."""
+
+    def __init__(
+        self, path: Path, cache: Path, at: int | str | None = None, act: Act = lambda: None
+    ):
+        self.path, self.cache, self.at, self.act = path, cache, at, act
+        self.count = -1
+        self.acted = False
+
+    def lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    def note(self, label: str) -> None:
+        self.count += 1
+        descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.write(descriptor, f"{label}\n".encode())
+        os.close(descriptor)
+        if self.at in (self.count, label) and not self.acted:
+            self.acted = True
+            self.act()
+
+    def name(self, path: Any) -> str | None:
+        """What a path of the cache is, without what differs between two attempts."""
+        text = os.fspath(path)
+        if not text.startswith(f"{self.cache}/"):
+            return None
+        name = text.removeprefix(str(self.cache))
+        return TEMPORARY.sub(r"/temporary \1", ATTEMPT.sub("", name))
+
+    def around(self, step: str, call: Callable, path_of: Callable) -> Callable:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            name = self.name(path_of(*arguments))
+            if name is None:
+                return call(*arguments, **named)
+            self.note(f"before {step} {name}")
+            result = call(*arguments, **named)
+            self.note(f"after {step} {name}")
+            return result
+
+        return noted
+
+    def open(self, path: Any, mode: str = "r", **named: Any) -> Any:
+        name = self.name(path)
+        if "x" not in mode or name is None:
+            return builtins.open(path, mode, **named)
+        return Halved(path, self, name)
+
+    def follow(self) -> None:
+        """From here on in this process, for good."""
+        os.link = self.around("link", os.link, lambda source, to: to)
+        os.replace = self.around("replace", os.replace, lambda source, to: to)
+        by_descriptor = lambda number: os.readlink(f"/proc/self/fd/{number}")  # noqa: E731
+        os.fsync = self.around("sync", os.fsync, by_descriptor)
+        Path.unlink = self.around("unlink", Path.unlink, lambda path, **_: path)
+        store_module.open = shards_module.open = self.open
+        original = stage_one.run_unit
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            self.note(f"begun {arguments[0].info.name} {arguments[3].name}")
+            result = original(*arguments, **named)
+            self.note(f"computed {arguments[0].info.name} {arguments[3].name}")
+            return result
+
+        stage_one.run_unit = run
+
+
+class Halved:
+    """A new file, of which half is on the disk when the journal notes so."""
+
+    def __init__(self, path: Path, journal: Journal, name: str):
+        self.file = builtins.open(path, "xb")  # noqa: SIM115
+        self.journal, self.name = journal, name
+
+    def write(self, data: Any) -> None:
+        content = bytes(data)
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        self.journal.note(f"within {self.name}")
+        self.file.write(content[len(content) // 2 :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "Halved":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forked(config: Any, journal: Journal, **named: Any) -> Child:
+    """A process that makes the cache of ``config``, noting what it does."""
+
+    def work() -> None:
+        journal.follow()
+        cache_teachers(config, **named)
+
+    return Child(work)
+
+
+def assert_finished(cache: Path, config: Any, whole: Path, journal: Journal | None = None) -> None:
+    """The same command again makes the rest, and leaves the cache of an uninterrupted run."""
+    there = units(cache)
+    planned = len(units(whole))
+    done = cache_teachers(config)
+    assert (done.units_done, done.units_present) == (planned - len(there), len(there))
+    assert contents(cache) == contents(whole)
+    report = verify_cache(str(cache))
+    assert report.problems == []
+    left = [n for n, count in (roles(cache) - roles(whole)).items() for _ in range(count)]
+    assert report.orphans == sum("/data/" in name for name in left)
+    collected(cache, len(left))
+    assert roles(cache) == roles(whole)
+    assert verify_cache(str(cache)).problems == []
+    Cache.open(cache).example(0)
+
+
+def collected(cache: Path, count: int) -> None:
+    """``pipeline gc`` removes so many files."""
+    before = set(names(cache))
+    result = command("gc", cache, "--older-than", 0, "--json")
+    removed = set(json.loads(result)["removed"])
+    gone = before - set(names(cache))
+    assert removed == gone
+    hidden = [name for name in names(cache) if "/." in f"/{name}"]
+    assert len(gone) == count, f"left over: {hidden}"
+
+
+def command(*arguments: object) -> str:
+    """The console script's stdout, run in this process."""
+    out = io.StringIO()
+    with redirect_stdout(out), suppress(SystemExit):
+        run_command(*arguments)
+    return out.getvalue()
+
+
+def run_command(*arguments: object) -> None:
+    """The console script's own function, as it is called by a shell."""
+    with mock.patch.object(sys, "argv", ["pipeline", *map(str, arguments)]):
+        main()
+
+
+def killed_at(step: int | str, cache: Path, config: Any, folder: Path) -> Journal:
+    """Run until the process kills itself at that step."""
+    journal = Journal(folder / f"journal-{step}".replace("/", "_"), cache, step, die)
+    child = forked(config, journal)
+    assert child.wait() == -signal.SIGKILL, child.errors
+    return journal
+
+
+def assert_little_lost(journal: Journal, cache: Path, workers: int = 1) -> None:
+    """Of what was computed, all is committed but one unit at most of each worker."""
+    computed = sum(line.startswith("computed") for line in journal.lines())
+    assert computed - len(units(cache)) <= workers
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def slow(journal: Journal, seconds: float) -> None:
+    """Computing a unit takes so long, so that others come in between."""
+    original = stage_one.run_unit
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return original(*arguments, **named)
+
+    stage_one.run_unit = run
+    journal.follow()
+
+
+def fork_workers() -> None:
+    """Worker processes as forks of this one: a new interpreter needs seconds for its imports."""
+    context = multiprocessing.get_context("fork")
+    ours = vars(multiprocessing) | {"get_context": lambda method: context}
+    stage_one.multiprocessing = SimpleNamespace(**ours)
+
+
+def with_workers(config: Any, journal: Journal, seconds: float = 0.05) -> Child:
+    def work() -> None:
+        fork_workers()
+        slow(journal, seconds)
+        cache_teachers(config, workers=2)
+
+    return Child(work)

@@ -1,0 +1,360 @@
+"""The loss of a step, in plain PyTorch on the model's full logits.
+
+The reference knows nothing of batches: it walks over decoded examples one by one, asks the whole
+model for all its logits, and writes the losses down as the papers do.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rekindle.data.targets.schema import SequenceTargets, TokenLabelTargets
+
+EPOCH = 1
+LOG_OF_ZERO = -126 * math.log(2)  # of a probability of 0, where reverse KL needs it
+
+
+def ask(setting, ids, types=None):
+    """(logits [S,V], final states [S,H]) of one sequence, without any padding."""
+    inputs = {"input_ids": torch.as_tensor(ids).long()[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if types is not None:
+        inputs["token_type_ids"] = torch.as_tensor(types).long()[None]
+    model = setting.student.model
+    logits = model(**inputs).logits[0]
+    states = model.base_model(**inputs).last_hidden_state[0]
+    return logits[:, : setting.vocabulary], states
+
+
+def head(setting, name, state):
+    return setting.student.heads[name.replace(".", "·")](state)
+
+
+def targets_of(setting, example, name):
+    """The one entry of the step's replica, or None."""
+    found = example.targets[name]
+    masked = [t for t in found if getattr(t, "replica", None) is not None]
+    return next((t for t in masked or found if not masked or t.replica == EPOCH), None)
+
+
+def who_teaches(setting, example, term):
+    """(name of the loss, teachers that make one target) for each loss of an example."""
+    have = [name for name in term.teachers if has_targets(setting, example, name, term)]
+    joint = "kd/" + "+".join(term.teachers)
+    if term.combine == "separate":
+        return [(f"kd/{name}", [name]) for name in have]
+    if term.combine == "route":
+        return [(joint, have[:1])] if have else []
+    return [(joint, have)] if have == list(term.teachers) else []
+
+
+def has_targets(setting, example, name, term):
+    target = targets_of(setting, example, name)
+    if target is None:
+        return False
+    if isinstance(target, SequenceTargets):
+        return is_sure(target.logits, setting.objective.teachers[name], term)
+    return len(kept_positions(setting, example, target, term)) > 0
+
+
+def is_sure(logits, info, term):
+    """Whether an expert's answer reaches the confidence of pseudo-labels."""
+    if term.divergence != "pseudo_label":
+        return True
+    least = 0.9 if term.confidence is None else term.confidence
+    logits = torch.as_tensor(logits).double()
+    if info.problem == "multi_label_classification":
+        p = torch.sigmoid(logits)
+        return bool((torch.maximum(p, 1 - p) >= least).any())
+    return bool(torch.softmax(logits, 0).max() >= least)
+
+
+def kept_positions(setting, example, target, term):
+    """Which of the target's entries are used."""
+    if isinstance(target, TokenLabelTargets):
+        info = setting.objective.teachers[term.teachers[0]]
+        sure = [i for i, z in enumerate(target.logits) if is_sure(z, info, term)]
+        if term.positions == "all":
+            return sure
+        masked = set(masked_example(setting, example.index)[1].tolist())
+        return [i for i in sure if target.positions[i] in masked]
+    if term.positions == "all":
+        return list(range(len(target.positions)))
+    masked = set(masked_example(setting, example.index)[1].tolist())
+    return [i for i, place in enumerate(target.positions.tolist()) if place in masked]
+
+
+def all_names(term):
+    """The names of the losses of a term."""
+    if term.combine == "separate":
+        return [f"kd/{name}" for name in term.teachers]
+    return ["kd/" + "+".join(term.teachers)]
+
+
+def masked_example(setting, index):
+    """(input ids, masked positions) of replica 1, from the view itself."""
+    batch = setting.cache.gather(np.array([index]), [], epoch=EPOCH, masked_view=setting.view)
+    return batch.masked.input_ids[0], batch.masked.positions
+
+
+def language_example(setting, index):
+    """(inputs, positions with an LM loss, their labels)."""
+    clean = setting.cache.example(index).input_ids
+    if setting.task == "causal_lm":
+        return clean, np.arange(len(clean) - 1), clean[1:]
+    seen, positions = masked_example(setting, index)
+    return seen, positions, clean[positions]
+
+
+def tempered(target, tau):
+    """Probabilities [P,K] and tail [P] at τ: the candidates share what the tail leaves."""
+    tail = torch.as_tensor(target.log_tail[tau]).double().exp()
+    kept = torch.softmax(torch.as_tensor(target.log_probs).double() / tau, dim=1)
+    return (kept * (1 - tail)[:, None]).float(), tail.float()
+
+
+def bucket_kl(logits, ids, probs, tail, tau):
+    """Σ_K q log(q/p) + tail log(tail/rest), one row at a time."""
+    out = []
+    for z, i, q, t in zip(logits, ids, probs, tail, strict=True):
+        p = torch.softmax(z / tau, dim=0)
+        rest = torch.ones(len(p)).scatter(0, i, 0.0) @ p
+        kl = (q * (q.log() - p[i].log())).sum()
+        out.append(kl if t <= 0 else kl + t * (t.log() - rest.log()))
+    return torch.stack(out) if out else logits.new_zeros(0)
+
+
+class Sums:
+    """Of one loss: Σ τ²·D, Σ D as it is shown, and the number of rows."""
+
+    def __init__(self):
+        self.loss, self.shown, self.rows = 0.0, 0.0, 0
+
+    def add(self, loss, shown, rows=1):
+        self.loss, self.shown, self.rows = self.loss + loss, self.shown + shown, self.rows + rows
+
+
+def language_sums(setting, terms, sums):
+    """CE and KL over all examples."""
+    for index in setting.index.tolist():
+        seen, positions, labels = language_example(setting, index)
+        logits, _ = ask(setting, seen)
+        example = setting.cache.example(index)
+        labels = torch.as_tensor(labels).long()
+        ce = F.cross_entropy(logits[positions], labels, reduction="sum")
+        sums["ce"].add(ce, ce.detach(), len(positions))
+        for term in terms:
+            for name, teachers in who_teaches(setting, example, term):
+                found = [targets_of(setting, example, teacher) for teacher in teachers]
+                ids, probs, tail = mixture(found, term)
+                rows = logits[torch.as_tensor(found[0].positions)]
+                kl = bucket_kl(rows, ids, probs, tail, term.temperature)
+                if term.entropy_fraction is not None:
+                    kl = kl[least_certain(rows, term.entropy_fraction)]
+                sums[name].add(term.temperature**2 * kl.sum(), kl.sum().detach(), len(kl))
+
+
+def least_certain(logits, fraction):
+    """The rows with the highest entropy: the fraction of them, rounded up."""
+    p = torch.softmax(logits.detach().double(), dim=1)
+    entropies = (-(p * p.log()).sum(1)).tolist()
+    wanted = math.ceil(Fraction(str(fraction)) * len(entropies))
+    return sorted(range(len(entropies)), key=lambda row: -entropies[row])[:wanted]
+
+
+def mixture(found, term):
+    """The mean of the teachers' sparse targets, by dictionary; one teacher is itself."""
+    if term.k is not None:
+        return prefix(found[0], term.k)
+    parts = [tempered(t, term.temperature) for t in found]
+    if len(found) == 1:
+        return torch.tensor(found[0].ids), *parts[0]
+    rows = []
+    for row in range(len(found[0].positions)):
+        mixed: dict[int, float] = {}
+        for target, (probs, _) in zip(found, parts, strict=True):
+            for token, q in zip(target.ids[row].tolist(), probs[row], strict=True):
+                mixed[token] = mixed.get(token, 0.0) + q / len(found)
+        rows.append((torch.tensor(list(mixed)), torch.stack(list(mixed.values()))))
+    tail = sum(part[1] for part in parts) / len(found)
+    return [r[0] for r in rows], [r[1] for r in rows], tail
+
+
+def prefix(target, k):
+    probs, tail = tempered(target, 1.0)
+    return torch.as_tensor(target.ids[:, :k]), probs[:, :k], tail + probs[:, k:].sum(1)
+
+
+def task_sums(setting, terms, sums):
+    """What the heads are taught, over all examples."""
+    for term in terms:
+        if term.ranking is not None:
+            ranking_sums(setting, term, sums)
+            continue
+        for index in setting.index.tolist():
+            example = setting.cache.example(index)
+            for name, teachers in who_teaches(setting, example, term):
+                if term.combine in ("mixture", "uncertainty", "concatenate"):
+                    sums[name].add(*mixed_row(setting, example, term))
+                    continue
+                info = setting.objective.teachers[teachers[0]]
+                for logits, wanted in task_rows(setting, example, info, term):
+                    sums[name].add(*task_row(logits, wanted, info, term))
+
+
+def ranking_sums(setting, term, sums):
+    """Mean error of the scores, and of all differences of two scores of a group."""
+    for name in term.teachers:
+        info, rows = setting.objective.teachers[name], []
+        for index in setting.index.tolist():
+            example = setting.cache.example(index)
+            if targets_of(setting, example, name) is not None:
+                group = {"batch": "", "domain": example.domain, "document": example.document}
+                [(score, wanted)] = task_rows(setting, example, info, term)
+                rows.append((group[term.ranking.group], score[0], wanted[0]))
+        points = [(s - t) ** 2 for _, s, t in rows]
+        pairs = [
+            ((s - z) - (t - u)) ** 2
+            for i, (group, s, t) in enumerate(rows)
+            for other, z, u in rows[:i]
+            if group == other
+        ]
+        loss = term.ranking.pointwise * sum(points) / len(points)
+        if pairs:
+            loss = loss + term.ranking.pairwise * sum(pairs) / len(pairs)
+        sums[f"kd/{name}"].add(loss, loss.detach())
+
+
+def states_of(setting, example, info, term):
+    """The student's final states [S,H] of what it is shown."""
+    ids, types = example.input_ids, None
+    if term.view == "masked":
+        ids = masked_example(setting, example.index)[0]
+    if info.view.startswith("pairs-"):
+        tokenizer = setting.cache.corpus.tokenizer
+        ids, types = tokenizer.encode_pair(*example.pairs[info.view], max_length=24)
+    return ask(setting, ids, types)[1]
+
+
+def pooled(setting, states):
+    return states[0] if setting.task == "masked_lm" else states[-1]
+
+
+def task_rows(setting, example, info, term):
+    """(student logits [C], teacher logits [C]) for each target of one example."""
+    target = targets_of(setting, example, info.name)
+    states = states_of(setting, example, info, term)
+    if isinstance(target, SequenceTargets):
+        yield head(setting, info.name, pooled(setting, states)), torch.as_tensor(target.logits)
+        return
+    assert isinstance(target, TokenLabelTargets)
+    for entry in kept_positions(setting, example, target, term):
+        logits = head(setting, info.name, states[target.positions[entry]])
+        yield logits, torch.as_tensor(target.logits[entry])
+
+
+def task_row(logits, wanted, info, term):
+    """(loss with its τ², what is shown) of one row."""
+    if term.divergence == "mse" or info.problem == "regression":
+        error = (logits - wanted).square().mean()
+        return error, error.detach()
+    if term.divergence == "pseudo_label":
+        ce = pseudo_label_row(logits, wanted, info, term)
+        return ce, ce.detach()
+    tau = term.temperature
+    if info.problem == "multi_label_classification":
+        q, p = torch.sigmoid(wanted / tau), torch.sigmoid(logits / tau)
+        kl = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
+    else:
+        q, p = torch.softmax(wanted / tau, 0), torch.softmax(logits / tau, 0)
+        kl = divergence(q, p, term.divergence)
+    return tau**2 * kl, kl.detach()
+
+
+def pseudo_label_row(logits, wanted, info, term):
+    """−log p of the expert's class; of its answers, yes or no, that it is sure of."""
+    if info.problem != "multi_label_classification":
+        return -torch.log_softmax(logits, 0)[int(wanted.argmax())]
+    losses = []
+    for own, z in zip(logits, wanted.double(), strict=True):
+        if max(torch.sigmoid(z), torch.sigmoid(-z)) >= (term.confidence or 0.9):
+            losses.append(-torch.log(torch.sigmoid(own if z > 0 else -own)))
+    return sum(losses) / len(logits)
+
+
+def divergence(q, p, kind):
+    """D of two vectors of probabilities; 0·log 0 = 0."""
+    m = (q + p) / 2
+    return {
+        "forward_kl": torch.special.xlogy(q, q) - torch.special.xlogy(q, p),
+        "reverse_kl": p * (p.log() - q.log().clamp(min=LOG_OF_ZERO)),
+        "jsd": (torch.special.xlogy(q, q) - torch.special.xlogy(q, m) + p * (p / m).log()) / 2,
+        "tvd": (p - q).abs() / 2,
+    }[kind].sum()
+
+
+def labels_of(setting, teacher, term):
+    """An expert's labels: equal names are one label, or each expert has its own."""
+    names = setting.objective.teachers[teacher].label_names
+    return [(teacher, name) if term.labels == "apart" else name for name in names]
+
+
+def union_of(setting, term):
+    """All labels, in the order in which the experts bring them."""
+    every = [label for teacher in term.teachers for label in labels_of(setting, teacher, term)]
+    return list(dict.fromkeys(every))
+
+
+def mixed_row(setting, example, term):
+    """(v·τ²·D(q ‖ p), v·D) of one example, as METHODS.md writes MUKI down."""
+    tau = term.temperature
+    found = {teacher: targets_of(setting, example, teacher) for teacher in term.teachers}
+    weights, v = dict.fromkeys(found, 1 / len(found)), 1.0
+    if term.combine == "uncertainty":
+        weights, v = muki_weights({n: t.mc_probs.tolist() for n, t in found.items()}, term)
+    q = dict.fromkeys(union_of(setting, term), 0.0)
+    if term.combine == "concatenate":  # one softmax: each expert weighs as its powers do
+        sums = {n: sum(math.exp(z / tau) for z in t.logits.tolist()) for n, t in found.items()}
+        weights = {n: part / sum(sums.values()) for n, part in sums.items()}
+    for teacher, target in found.items():
+        powers = [math.exp(z / tau) for z in target.logits.tolist()]
+        for label, power in zip(labels_of(setting, teacher, term), powers, strict=True):
+            q[label] += weights[teacher] * power / sum(powers)
+    info = setting.objective.teachers[term.teachers[0]]
+    state = pooled(setting, states_of(setting, example, info, term))
+    p = torch.softmax(head(setting, "+".join(term.teachers), state) / tau, 0)
+    d = divergence(torch.tensor(list(q.values())), p, term.divergence)
+    return v * tau**2 * d, v * d.detach()
+
+
+def muki_weights(means, term):
+    """w by expert, and v, of the Monte-Carlo means by expert."""
+    s = {
+        n: 1 + sum(p * math.log(p) for p in mean if p > 0) / math.log(len(mean))
+        for n, mean in means.items()
+    }
+    best, second = sorted(s.values(), reverse=True)[:2]
+    v = best - second + 1e-6 if term.uncertainty.margin else 1.0
+    if term.uncertainty.selection == "hard":
+        return {n: float(value == best) for n, value in s.items()}, v
+    powers = {n: math.exp(value / term.uncertainty.sharpness) for n, value in s.items()}
+    return {n: power / sum(powers.values()) for n, power in powers.items()}, v
+
+
+def reference(setting, step):
+    """(loss, shown terms): hard·CE + Σ weight·τ²·D, each a mean over the rows it has."""
+    objective = setting.objective
+    active = objective.active(step)
+    weights = {name: weight for term, weight in active for name in all_names(term)}
+    if objective.hard_weight(step) > 0:
+        weights["ce"] = objective.hard_weight(step)
+    sums = {name: Sums() for name in ["ce", *weights]}
+    terms = [term for term, _ in active]
+    words = [t for t in terms if objective.teachers[t.teachers[0]].kind in ("topk", "dense")]
+    language_sums(setting, words, sums)
+    task_sums(setting, [t for t in terms if t not in words], sums)
+    total = sum(w * sums[name].loss / max(sums[name].rows, 1) for name, w in weights.items())
+    return total, {name: float(sums[name].shown) / max(sums[name].rows, 1) for name in weights}

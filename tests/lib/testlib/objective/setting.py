@@ -1,0 +1,187 @@
+"""A step of an objective, in any number of micro-batches and processes, and its reference."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import ObjectiveConfig, StudentConfig
+from rekindle.train.device_batch import split_batch
+from rekindle.train.distributed import World
+from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.ranking_pass import with_centres
+from rekindle.train.objective.selection import Counts
+from rekindle.train.student import build_student
+from testlib.objective.reference import EPOCH, reference
+
+CPU = torch.device("cpu")
+
+
+class Setting:
+    """A student, an objective and a batch of one world; ``task`` follows the world's student."""
+
+    def __init__(self, world, objective, steps=10, batch=None, missing=()):
+        self.cache = world.open()
+        self.task = "masked_lm" if any("masked" in v for v in self.cache.views) else "causal_lm"
+        self.view = self.cache.masked_view().name if self.task == "masked_lm" else None
+        config = parse_settings(ObjectiveConfig, objective)
+        names = [name for term in config.distill for name in term.teachers]
+        infos = {name: self.cache.teacher(name).info for name in names}
+        self.objective = Objective(config, infos, self.task, steps)
+        self.vocabulary = self.cache.corpus.info["tokenizer"]["size"]
+        student = StudentConfig(model=str(world.student), task=self.task)
+        self.student = build_student(student, self.objective.heads, self.vocabulary, 0).eval()
+        draw = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # biases and LayerNorms away from their initial values
+            for parameter in self.student.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
+        self.index = np.arange(3, 20) if batch is None else np.asarray(batch)
+        self.missing = missing
+
+    def batch(self, step):
+        found = self.cache.gather(
+            self.index,
+            self.objective.teachers_at(step),
+            epoch=EPOCH,
+            masked_view=self.view,
+            allow_missing=self.missing,
+        )
+        return self.objective.select(found, step)
+
+    def run(self, step=0, micro=None):
+        """(loss, terms, gradients by parameter) of a step, in micro-batches."""
+        batch = self.batch(step)
+        counts = self.objective.counts(batch, step)
+        parts = split_batch(batch, micro or len(batch.index))
+        return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
+
+    def _centred(self, counts, parts, step, world):
+        def run(work, *arguments):
+            return work(self.student, *arguments)
+
+        return with_centres(counts, self.objective, parts, step, world, run)
+
+    def run_apart(self, processes, step=0):
+        """The same of a step of which each process reads, selects and counts its own part."""
+        index = self.index
+        parts, counted = [], []
+        for rank in range(processes):
+            self.index = index[rank::processes]
+            parts.append(self.batch(step))
+            counted.append(self.objective.counts(parts[-1], step))
+        self.index = index
+        counts = Counts(
+            sum(c.labels for c in counted),
+            {name: sum(c.rows[name] for c in counted) for name in counted[0].rows},
+        )
+        assert counts == self.objective.counts(self.batch(step), step)
+        found = at_once(
+            processes,
+            lambda world, rank: self._centred(counts, split_batch(parts[rank], 2), step, world),
+        )
+        assert all(one == found[0] for one in found)
+        return self._sum(parts, found[0], step)
+
+    def passes(self, batch, step=0):
+        """Which forward passes a micro-batch takes, and which parameters get a gradient."""
+        seen = []
+        forward = self.student.forward
+
+        def watch(inputs, select=None, sequence_heads=(), token_heads=None):
+            heads = (tuple(sequence_heads), tuple(token_heads or {}))
+            seen.append((select is None, "token_type_ids" in inputs, *heads))
+            return forward(inputs, select, sequence_heads, token_heads)
+
+        self.student.forward = watch
+        try:
+            counts = self.objective.counts(batch, step)
+            found = self._sum([batch], self._centred(counts, [batch], step, World.alone()), step)[2]
+        finally:
+            self.student.forward = forward
+        return seen, sorted(found)
+
+    def _sum(self, parts, counts, step):
+        self.student.zero_grad(set_to_none=True)
+        loss, terms = 0.0, {}
+        for part in parts:
+            result = self.objective.loss(self.student, part, counts, step, CPU)
+            result.total.backward()
+            loss += float(result.total.detach())
+            for name, value in result.terms.items():
+                terms[name] = terms.get(name, 0.0) + float(value)
+        return loss, terms, self.gradients()
+
+    def gradients(self):
+        return {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+
+    def reference(self, step=0):
+        self.student.zero_grad(set_to_none=True)
+        loss, terms = reference(self, step)
+        loss.backward()
+        return float(loss.detach()), terms, self.gradients()
+
+    def check(self, step=0):
+        """Loss, shown terms and gradients are the reference's; returns the terms."""
+        loss, terms, found = self.run(step)
+        expected_loss, expected_terms, expected = self.reference(step)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert terms.keys() == expected_terms.keys()
+        for name, value in expected_terms.items():
+            assert terms[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        same_gradients(found, expected)
+        return terms
+
+
+class Threads(World):
+    """Processes that are threads of one."""
+
+    meeting, table = None, None
+
+    def sum(self, values):
+        self.table[self.rank] = list(values)
+        self.meeting.wait()
+        found = [sum(column) for column in zip(*self.table, strict=True)]
+        self.meeting.wait()
+        return found
+
+
+def at_once(processes, work):
+    """What ``work(world, rank)`` returns in each of some processes."""
+    meeting, table = threading.Barrier(processes), [None] * processes
+    found = [None] * processes
+
+    def run(rank):
+        world = Threads(rank, processes, CPU, CPU)
+        object.__setattr__(world, "meeting", meeting)
+        object.__setattr__(world, "table", table)
+        try:
+            found[rank] = work(world, rank)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in found
+    return found
+
+
+def same_gradients(found, expected, tolerance=2e-5):
+    names = found.keys() | expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 1e-3
+    for name in names:
+        zero = torch.zeros(())
+        a, b = found.get(name, zero), expected.get(name, zero)
+        assert float((a - b).abs().max()) <= tolerance * scale, name
+
+
+def same_step(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-7)
+    same_gradients(found[2], expected[2])

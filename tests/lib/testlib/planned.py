@@ -1,0 +1,15 @@
+"""The teachers of a plan by name."""
+
+from typing import Any
+
+from rekindle.pipeline.plan import run as plan
+
+Teachers = list[dict[str, Any]]
+WHOLE = {"limit_sequences": None}
+
+
+NAMES = ("lm", "causal", "dense", "classes", "mc", "pairs", "words", "even")
+
+
+def of(found: plan.RunPlan, name: str) -> Any:
+    return next(work for work in found.teachers if work.name == name)

@@ -1,0 +1,93 @@
+"""Forked children, and the processes that /proc knows of."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+
+class Child:
+    """A forked process that runs ``work``; what it says on stderr is kept."""
+
+    def __init__(self, work: Callable[[], object]):
+        # A pipe: it takes what a process says that may not write to files.
+        self._pipe, end = os.pipe()
+        self._said = b""
+        self.status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(work, end)
+        os.close(end)
+        os.set_blocking(self._pipe, False)
+
+    def _run(self, work: Callable[[], object], end: int) -> None:
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
+            sys.stderr = open(end, "w", buffering=1)  # noqa: SIM115
+            try:
+                work()
+                code = 0
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+            except BaseException:
+                traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    @property
+    def errors(self) -> str:
+        with suppress(BlockingIOError):
+            while more := os.read(self._pipe, 1 << 16):
+                self._said += more
+        return self._said.decode()
+
+    def ended(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def wait(self, seconds: float = 60) -> int:
+        """Its exit code, or minus the signal that ended it."""
+        until(self.ended, seconds)
+        if self.status is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"it did not end: {self.errors}")
+        return self.status
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def stat_of(pid: int) -> list[str]:
+    """State, parent, group, … of a process; [] when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if (stat := stat_of(pid)) and stat[0] not in "ZX"}
+
+
+def descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    everything = {int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()}
+    parents = {p: int(stat[1]) for p in everything if (stat := stat_of(p))}
+    while more := {p for p, parent in parents.items() if parent in found | {pid}} - found:
+        found |= more
+    return found

@@ -1,0 +1,173 @@
+"""How long a plan takes by a probe, when it breaks even, and how it is shown."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.plan import probe as plan_probe
+from rekindle.pipeline.plan.break_even import active_steps
+from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import counted, shown_bytes, shown_seconds
+from testlib.planned import NAMES, WHOLE, of
+
+
+def test_a_slow_teacher_is_probed_on_one_sequence(tmp_path, configure, teachers, monkeypatch):
+    seen: list[int] = []
+    run = plan_probe._run
+
+    def slow(teacher: Any, steps: Any, shard: int) -> Any:
+        seen.append(shard)
+        unit, result, _ = run(teacher, steps, shard)
+        return unit, result, 1.0  # a second per token
+
+    monkeypatch.setattr(plan_probe, "_run", slow)
+    found = plan_run(configure(tmp_path / "cache", teachers[3:4]))
+    assert seen == [0]
+    assert found.teachers[0].seconds == pytest.approx(found.corpus.tokens)
+
+
+def test_a_probe_ends_when_it_is_good_enough(tmp_path, configure, teachers, monkeypatch):
+    monkeypatch.setattr(plan_probe, "ENOUGH", 0.0)
+    seen: list[int] = []
+    run = plan_probe._run
+    monkeypatch.setattr(plan_probe, "_run", lambda *a: seen.append(a[2]) or run(*a))
+    plan_run(configure(tmp_path / "cache", teachers[3:4], corpus=WHOLE))
+    assert seen == [0, 0, 1, 2]  # the warm-up, then 1, 4 and 16 sequences
+
+
+def test_replicas_count_for_the_time(tmp_path, configure, teachers, monkeypatch):
+    monkeypatch.setattr(plan_probe, "_run", _at_a_second_per_token(plan_probe._run))
+    found = plan_run(configure(tmp_path, teachers[:2], cache={"replicas": 3}))
+    assert of(found, "lm").seconds == pytest.approx(3 * found.corpus.tokens)
+    assert of(found, "causal").seconds == pytest.approx(found.corpus.tokens)
+
+
+def _at_a_second_per_token(run: Any) -> Any:
+    return lambda *arguments: (*run(*arguments)[:2], 1.0)
+
+
+# --- break-even -----------------------------------------------------------------------------------
+
+
+def student(config: RunConfig, **train: Any) -> RunConfig:
+    values = config.model_dump(mode="json", by_alias=True)
+    values |= {"student": {"model": "unused"}, "train": train}
+    return parse_settings(RunConfig, values)
+
+
+def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
+    """12 sequences in 2 replicas against 3 steps of 4: two runs; of sequences once, one."""
+    terms = [{"teachers": ["lm"]}, {"teachers": ["classes"]}]
+    config = student(
+        configure(tmp_path, [*teachers[:2], teachers[3]]),
+        steps=3,
+        batch_sequences=4,
+        objective={"distill": terms},
+    )
+    found = plan_run(config, probe=False).break_even
+    assert found.teachers == {"lm": 2, "causal": None, "classes": 1}
+    assert found.runs == math.ceil((24 + 12) / (12 + 12))
+    assert "after 2 student runs" in found.sentence
+    assert "36 teacher forward passes" in found.sentence
+    assert "24." in found.sentence
+
+
+def test_break_even_weighs_teachers_by_their_time(tmp_path, configure, teachers, monkeypatch):
+    def run(teacher: Any, steps: Any, shard: int) -> Any:
+        return (*original(teacher, steps, shard)[:2], 100.0 if teacher.info.name == "lm" else 1.0)
+
+    original = plan_probe._run
+    monkeypatch.setattr(plan_probe, "_run", run)
+    terms = [{"teachers": ["lm"]}, {"teachers": ["classes"]}]
+    made_of = {"steps": 1, "batch_sequences": 12, "objective": {"distill": terms}}
+    wide = {"replicas": 9}
+    config = student(configure(tmp_path, [teachers[0], teachers[3]], cache=wide), **made_of)
+    assert plan_run(config, probe=False).break_even.runs == 5  # (9 + 1) / 2
+    assert plan_run(config).break_even.runs == 9  # 901 / 101
+
+
+@given(
+    steps=st.integers(1, 50),
+    fraction=st.floats(0.01, 1),
+    start=st.sampled_from([0.0, 1.0]),
+    end=st.sampled_from([0.0, 0.5]),
+    shape=st.sampled_from(["constant", "linear", "step", "cosine"]),
+)
+def test_steps_without_weight_cost_no_live_teacher(steps, fraction, start, end, shape):
+    from rekindle.train.config import TrainConfig
+    from rekindle.train.objective.objective import Objective
+
+    weight = {"schedule": shape, "from": start, "to": end, "over": fraction}
+    values = {"steps": steps, "objective": {"distill": [{"teachers": ["a"], "weight": weight}]}}
+    train = parse_settings(TrainConfig, values)
+    objective = Objective.__new__(Objective)
+    objective.config, objective.steps, objective.methods = train.objective, steps, ()
+    expected = sum("a" in objective.teachers_at(step) for step in range(steps))
+    assert active_steps(train, "a") == expected
+    assert active_steps(train, "b") == 0
+
+
+def test_break_even_needs_a_student_that_uses_teachers(tmp_path, configure, teachers):
+    config = configure(tmp_path, teachers[:1])
+    assert plan_run(config, probe=False).break_even.runs is None
+    found = plan_run(student(config), probe=False).break_even
+    assert (found.runs, found.teachers) == (None, {"lm": None})
+    assert "uses none" in found.sentence
+    for named in ({}, {"teacher": "lm"}):
+        methods = [{"method": "replaced_tokens", "weight": {"over": 0.5}} | named]
+        using = student(config, steps=4, batch_sequences=12, objective={"methods": methods})
+        assert plan_run(using, probe=False).break_even.teachers["lm"] is not None
+    assert active_steps(using.train, "lm", using.train.objective.methods) == 2
+    weightless = {"distill": [{"teachers": ["lm"], "weight": 0.0}]}
+    found = plan_run(student(config, objective=weightless), probe=False).break_even
+    assert found.runs is None
+
+
+@pytest.mark.parametrize("when", ["plain", "probed", "after"])
+def test_text_and_json(made, when):
+    found = made[when]
+    values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert [t["name"] for t in values["teachers"]] == list(NAMES)
+    assert values["corpus"]["sequences"] == found.corpus.sequences
+    text = found.as_text()
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(name in text for name in NAMES)
+
+
+@given(st.integers(0, 10**16))
+def test_bytes_are_shown_to_three_digits(size):
+    value, unit = shown_bytes(size).split()
+    power = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(value.replace(",", "")) * power == pytest.approx(size, rel=0.051)
+    assert unit == "TB" or float(value.replace(",", "")) < 1000
+
+
+@given(st.floats(0, 1e8))
+def test_seconds_are_shown_in_the_unit_that_fits(seconds):
+    shown = shown_seconds(seconds)
+    if shown == "under a second":
+        assert seconds < 1
+        return
+    value, unit = shown.split()
+    size = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}[unit.removesuffix("s")]
+    assert float(value.replace(",", "")) * size == pytest.approx(seconds, abs=0.51 * size, rel=0.06)
+    assert (float(value.replace(",", "")) == 1) == (not unit.endswith("s"))
+
+
+def test_one_is_singular():
+    assert (counted(1, "unit"), counted(0, "unit"), counted(1200, "unit")) == (
+        "1 unit",
+        "0 units",
+        "1,200 units",
+    )
+    assert shown_bytes(1) == "1 byte"
+    assert shown_bytes(1_500_000_000) == "1.5 GB"
+    assert shown_seconds(1) == "1 second"
+    assert shown_seconds(5400) == "1.5 hours"
+    assert shown_seconds(150) == "2.5 minutes"

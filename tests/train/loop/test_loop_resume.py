@@ -1,0 +1,156 @@
+"""The same run twice, and a run in two parts, are the same to the bit."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from rekindle.data.storage.seal import SEAL, seal
+from rekindle.train import loop as module
+from testlib.loop import ALL, metrics, no_reader_left, run, same_weights, stop_at, train_config
+
+
+def test_the_same_configuration_gives_the_same_weights_to_the_bit(masked_world, whole, tmp_path):
+    result = run(masked_world, tmp_path / "again", train_config(ALL))
+    assert same_weights(result.directory, whole.directory)
+    assert metrics(result.directory) == metrics(whole.directory)
+    other = run(masked_world, tmp_path / "other", train_config(ALL, seed=1))
+    assert not same_weights(other.directory, whole.directory)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 10])
+def test_an_interrupted_run_goes_on_to_the_same_bits(masked_world, whole, tmp_path, step):
+    """Before the first checkpoint, at one (not yet saved), after it, and when all is done."""
+    out, config = tmp_path / "run", train_config(ALL)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(masked_world, out, config, report=stop_at(step))
+    assert no_reader_left()  # though the traceback still holds the loop's frame
+    del caught
+    assert not (out / "model.safetensors").exists()
+    result = run(masked_world, out, config, resume=True)
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+    assert result.coverage == whole.coverage
+    assert result.evaluation == whole.evaluation
+
+
+def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path):
+    out, config = tmp_path / "run", train_config(ALL)
+    for step in (5, 7, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run(masked_world, out, config, report=stop_at(step), resume=step > 5)
+    trainer = out / "checkpoints/step-00000008/trainer.json"
+    content = json.loads(trainer.read_text()) | {"seconds": 5000.0}
+    trainer.write_bytes(seal({k: v for k, v in content.items() if k != SEAL}))
+    result = run(masked_world, out, config, resume=True)
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+    assert 5000 < result.seconds < 6000  # earlier parts are counted
+
+
+def test_an_interrupt_while_the_model_is_written(masked_world, whole, tmp_path, monkeypatch):
+    out, config = tmp_path / "run", train_config(ALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(module.json, "dumps", stop_at_summary(json.dumps))
+        with pytest.raises(KeyboardInterrupt):
+            run(masked_world, out, config)
+    result = run(masked_world, out, config, resume=True)
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+    assert (result.coverage, result.evaluation) == (whole.coverage, whole.evaluation)
+    assert not (out / ".final").exists()
+
+
+def stop_at_summary(dumps):
+    def patched(values, **options):
+        if isinstance(values, dict) and "evaluation" in values:
+            raise KeyboardInterrupt
+        return dumps(values, **options)
+
+    return patched
+
+
+def test_a_finished_run_may_be_resumed(masked_world, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole.directory, out)
+    result = run(masked_world, out, train_config(ALL), resume=True)
+    assert replace(result, directory=whole.directory, seconds=0) == replace(whole, seconds=0)
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+
+
+def test_resume_of_a_run_that_is_not_there_starts_it(masked_world, whole, tmp_path):
+    run(masked_world, tmp_path / "run", train_config(ALL), resume=True)
+    assert same_weights(tmp_path / "run", whole.directory)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(masked_world, whole, tmp_path, caplog):
+    out, config = tmp_path / "run", train_config(ALL)
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, config, report=stop_at(9))
+    newest = out / "checkpoints/step-00000008/model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    with caplog.at_level(logging.INFO, logger="rekindle"):
+        run(masked_world, out, config, resume=True)
+    assert "step-00000008 is damaged (model.safetensors)" in caplog.text
+    assert "at step 5" in caplog.text  # the best on what is held out
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+
+
+KILLED = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from rekindle.data.cache import Cache
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.loop import train_student
+
+given = json.loads(sys.argv[1])
+def report(step, values):
+    print(step, flush=True)
+    time.sleep(0.05)
+train_student(
+    Cache.open(given["cache"]),
+    StudentConfig.model_validate(given["student"]),
+    TrainConfig.model_validate(given["train"]),
+    Path(given["out"]),
+    resume=True,
+    report=report,
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(masked_world, whole, tmp_path):
+    """SIGKILL at several moments, among them while a checkpoint is being written."""
+    out, config = tmp_path / "run", train_config(ALL)
+    given = {
+        "cache": str(masked_world.path),
+        "student": {"model": str(masked_world.student)},
+        "train": config.model_dump(mode="json", by_alias=True),
+        "out": str(out),
+    }
+    command = [sys.executable, "-c", KILLED, json.dumps(given)]
+    for step, wait in ((2, 0.0), (4, 0.06), (5, 0.0), (8, 0.07), (9, 0.05)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if int(line) >= step:
+                time.sleep(wait)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    run(masked_world, out, config, resume=True)
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
