@@ -81,21 +81,9 @@ def search(
     report: Report,
 ) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix="tmp") as folder:
-        finetune(
-            model,
-            str(task / "train.jsonl"),
-            str(task / "dev.jsonl"),
-            str(Path(folder) / "model"),
-            seeds=len(seeds),
-            first_seed=seeds.start,
-            metric=metric,
-            config=FinetuneConfig(**values),
-        )
+        _finetune(model, task, Path(folder) / "model", seeds, metric, values)
         os.replace(Path(folder) / "model" / "metrics.json", out / "metrics.json")
     report(1)
 
@@ -112,17 +100,37 @@ def fine_tune(
     """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
     metrics.json beside them, was best (the first of equals); test is scored for every seed.
     """
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
-    train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     values = tried[0][0]
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         values = tried[means.index(max(means))][0]
-    config = FinetuneConfig(**values)
-    finetune(model, train, dev, str(out), seeds=seeds, metric=metric, test=test, config=config)
+    _finetune(model, task, out, range(seeds), metric, values, test=str(task / "test.jsonl"))
     report(1)
+
+
+def _finetune(
+    model: str,
+    task: Path,
+    out: Path,
+    seeds: range,
+    metric: str | None,
+    values: dict[str, Any],
+    test: str | None = None,
+) -> None:
+    from rekindle.train.finetune.config import FinetuneConfig
+    from rekindle.train.finetune.run import finetune
+
+    finetune(
+        model,
+        str(task / "train.jsonl"),
+        str(task / "dev.jsonl"),
+        str(out),
+        seeds=len(seeds),
+        first_seed=seeds.start,
+        metric=metric,
+        test=test,
+        config=FinetuneConfig(**values),
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

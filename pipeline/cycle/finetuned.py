@@ -14,7 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from rekindle.data.errors import CheckpointError
+from rekindle.train.finetune.result import FinetuneResult
 from rekindle.train.finetune.result_folder import WRITER
 
 EXPERT = "expert"
@@ -29,30 +32,36 @@ _EQUAL = 1e-9  # of two means: rounding decides between them
 Grid = Mapping[str, Sequence[Any]]  # setting -> the values that are tried
 
 
-@dataclass(frozen=True)
-class FineTuned:
-    """One metrics.json. ``dev`` and ``test`` have the scores by metric, in the order of ``seeds``.
-
-    ``folder`` is relative to the cycle; ``files`` are the last three parts of the paths of the
-    splits, for the cycle's directory may have been moved, or named from elsewhere.
-    """
+@dataclass(frozen=True, kw_only=True)
+class FineTuned(FinetuneResult):
+    """One metrics.json, of an ``arm`` on a ``task``; ``folder`` is relative to the cycle."""
 
     folder: str
     arm: str
     task: str
-    model: str
-    files: dict[str, str]
-    problem: str
-    label_names: list[str]
-    metric: str
-    seeds: list[int]
-    dev: list[dict[str, float]]
-    test: list[dict[str, float]]  # empty where there was no test split
-    best_seed: int
-    seconds: float
-    precision: str
-    config: dict[str, Any]
-    versions: dict[str, str]
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The last three parts of the paths of the splits: the cycle's directory may have been
+        moved, or named from elsewhere.
+        """
+        return {split: "/".join(Path(path).parts[-3:]) for split, path in self.files.items()}
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in the order of all scores."""
+        return [one.seed for one in self.per_seed]
+
+    @property
+    def dev(self) -> list[dict[str, float]]:
+        """Scores on dev by metric."""
+        return [one.scores for one in self.per_seed]
+
+    @property
+    def test(self) -> list[dict[str, float]]:
+        """Scores on test by metric; empty where not all seeds have some."""
+        found = [one.test_scores for one in self.per_seed if one.test_scores is not None]
+        return found if len(found) == len(self.per_seed) else []
 
     @property
     def shown(self) -> list[str]:
@@ -100,37 +109,15 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
     if values is None:
         return None
     try:
-        return _checked(_parsed(values, folder, arm, task))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if values["written_by"] != WRITER:
+            raise ValueError(f"written by {values['written_by']!r}")
+        whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
+        return _checked(TypeAdapter(FineTuned).validate_json(whole, strict=True))
+    except (KeyError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
         ) from None
-
-
-def _parsed(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
-    if values["written_by"] != WRITER:
-        raise ValueError(f"written by {values['written_by']!r}")
-    runs = values["per_seed"]
-    tests = [run["test_scores"] for run in runs]
-    return FineTuned(
-        folder=folder,
-        arm=arm,
-        task=task,
-        model=values["model"],
-        files={split: "/".join(Path(f).parts[-3:]) for split, f in values["files"].items()},
-        problem=values["problem"],
-        label_names=list(values["label_names"]),
-        metric=values["metric"],
-        seeds=[run["seed"] for run in runs],
-        dev=[run["scores"] for run in runs],
-        test=[] if None in tests else tests,
-        best_seed=values["best_seed"],
-        seconds=float(values["seconds"]),
-        precision=values["precision"],
-        config=dict(values["config"]),
-        versions=dict(values["versions"]),
-    )
 
 
 def _checked(one: FineTuned) -> FineTuned:
@@ -171,11 +158,12 @@ def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, tw
 
 def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
     """Everything that must be the same in all arms."""
-    names = ("problem", "label_names", "metric", "seeds", "files")
+    names = ("problem", "label_names", "metric", "seeds")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
     # The setting may be "auto"; where it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
-    return {name: getattr(one, name) for name in names} | precision | settings
+    own = {name: getattr(one, name) for name in names} | {"files": one.splits}
+    return own | precision | settings
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -241,8 +229,8 @@ def check_search(
     for one in tried[:1]:
         for other in list(final.values())[:1]:
             for split in ("train", "dev"):
-                if one.files.get(split) != other.files.get(split):
-                    refuse(out, one, other, split, one.files.get(split), other.files.get(split))
+                if one.splits.get(split) != other.splits.get(split):
+                    refuse(out, one, other, split, one.splits.get(split), other.splits.get(split))
     points = points_of(grid)
     for arm, one in final.items() if len(points) > 1 else ():
         dev = {tuple(t.budget.get(k) for k in grid): dev_mean(t) for t in tried if t.arm == arm}

@@ -139,19 +139,10 @@ def _read_plan(out: Path) -> _Plan:
             "the one that its --out named"
         )
     try:
-        described = values.get("settings", {}).get("tasks", [])
-        about = {task["name"]: task.get("about", "") for task in described}
+        read = TypeAdapter(TaskFacts).validate_python
+        about = {one["name"]: one for one in values.get("settings", {}).get("tasks", [])}
         tasks = [
-            TaskFacts(
-                _name(name),
-                task["metric"],
-                train=int(task["train"]),
-                dev=int(task["dev"]),
-                test=int(task["test"]),
-                test_in_train=int(task.get("test_in_train", 0)),
-                chance=task.get("chance"),
-                about=about.get(name, ""),
-            )
+            read({"about": about.get(name, {}).get("about", "")} | task | {"name": _name(name)})
             for name, task in values["tasks"].items()
         ]
         arms = [_name(arm) for arm in values["arms"]]
