@@ -2,9 +2,8 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -46,7 +45,9 @@ def _blank(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def write_model(texts: Sequence[str], vocabulary: int, config: dict[str, Any], out: Path) -> None:
+def write_model(
+    texts: Sequence[str], vocabulary: int, config: Mapping[str, int | float], out: Path
+) -> None:
     """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``) to ``out``.
 
     ``out`` appears whole or not at all.

@@ -7,17 +7,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
 
 def make_model(
-    corpus: Path, out: Path, vocabulary: int, config: dict[str, Any], report: Report
+    corpus: Path, out: Path, vocabulary: int, config: Mapping[str, int | float], report: Report
 ) -> None:
     """A tokenizer trained on the corpus, and a model's configuration, in ``out``."""
     with open(corpus, encoding="utf-8") as file:
@@ -77,7 +77,7 @@ def search(
     out: Path,
     seeds: range,
     metric: str,
-    values: dict[str, Any],
+    values: Mapping[str, object],
     report: Report,
 ) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
@@ -94,7 +94,7 @@ def fine_tune(
     out: Path,
     seeds: int,
     metric: str | None,
-    tried: Sequence[tuple[dict[str, Any], Path]],
+    tried: Sequence[tuple[Mapping[str, object], Path]],
     report: Report,
 ) -> None:
     """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
@@ -114,7 +114,7 @@ def _finetune(
     out: Path,
     seeds: range,
     metric: str | None,
-    values: dict[str, Any],
+    values: Mapping[str, object],
     test: str | None = None,
 ) -> None:
     from rekindle.train.finetune.config import FinetuneConfig
@@ -129,11 +129,11 @@ def _finetune(
         first_seed=seeds.start,
         metric=metric,
         test=test,
-        config=FinetuneConfig(**values),
+        config=parse_settings(FinetuneConfig, dict(values), "finetune"),
     )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")

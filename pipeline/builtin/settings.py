@@ -7,6 +7,8 @@ from typing import Any
 from rekindle.data.settings import Settings
 from rekindle.pipeline.builtin.tasks import TaskSizes
 
+Numbers = dict[str, int | float]  # settings by name
+
 
 class BuiltInSettings(Settings):
     """Sizes and training of the built-in models: near those of ``pipeline demo --quick``."""
@@ -20,10 +22,10 @@ class BuiltInSettings(Settings):
     batch_sequences: int = 32
     replicas: int = 2
     seed: int = 0
-    bert: dict[str, Any]
-    bert_larger: dict[str, Any]
-    gpt2: dict[str, Any]
-    gpt2_larger: dict[str, Any]
+    bert: Numbers
+    bert_larger: Numbers
+    gpt2: Numbers
+    gpt2_larger: Numbers
     pretrain: dict[str, Any]
     further: dict[str, Any]  # of a domain's model, which starts from bert
     finetune: dict[str, Any]

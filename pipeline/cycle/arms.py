@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rekindle.pipeline import work as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
@@ -85,7 +84,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     start = str(home / "students" / student if student else home / START_FOLDER)
     after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
-    tried: list[tuple[dict[str, Any], Path]] = []
+    tried: list[tuple[dict[str, object], Path]] = []
     for point in points:
         values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
         folder = home / "search" / arm / name / point_name(point)

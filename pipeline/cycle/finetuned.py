@@ -29,7 +29,7 @@ _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
 _EQUAL = 1e-9  # of two means: rounding decides between them
 
-Grid = Mapping[str, Sequence[Any]]  # setting -> the values that are tried
+Grid = Mapping[str, Sequence[object]]  # setting -> the values that are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class FineTuned(FinetuneResult):
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
 
     @property
-    def budget(self) -> dict[str, Any]:
+    def budget(self) -> dict[str, object]:
         """The settings; in the arm ``longer`` those that it would have at the common length."""
         if self.arm != LONGER:
             return self.config
@@ -146,7 +146,9 @@ def check_together(out: Path, found: Sequence[FineTuned], searched: Sequence[str
             refuse(out, found[0], other, key, first[key], None)
 
 
-def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, two: Any) -> None:
+def refuse(
+    out: Path, first: FineTuned, other: FineTuned, key: str, one: object, two: object
+) -> None:
     """Raise the CheckpointError of two results that had not the same ``key``."""
     doubled = " (longer: halved)" if LONGER in (first.arm, other.arm) and key in _DOUBLED else ""
     raise CheckpointError(
@@ -156,7 +158,7 @@ def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, tw
     )
 
 
-def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
+def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, object]:
     """Everything that must be the same in all arms."""
     names = ("problem", "label_names", "metric", "seeds")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
@@ -173,7 +175,7 @@ def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
 class Tried:
     """One point of a search: the settings, and the main metric on dev by seed."""
 
-    settings: dict[str, Any]
+    settings: dict[str, object]
     seeds: list[int]
     dev_scores: list[float]
     mean: float
@@ -186,10 +188,10 @@ class Searched:
     arm: str
     task: str
     tried: list[Tried]
-    chosen: dict[str, Any] | None
+    chosen: dict[str, object] | None
 
 
-def points_of(grid: Grid) -> list[tuple[Any, ...]]:
+def points_of(grid: Grid) -> list[tuple[object, ...]]:
     """All combinations of the values, in the order of the grid; none without a grid."""
     return list(product(*grid.values())) if grid else []
 
@@ -264,9 +266,9 @@ def dev_mean(one: FineTuned) -> float:
     return fmean(scores[one.metric] for scores in one.dev)
 
 
-def _settings(grid: Grid, one: FineTuned) -> dict[str, Any]:
+def _settings(grid: Grid, one: FineTuned) -> dict[str, object]:
     return {key: one.config.get(key) for key in grid}
 
 
-def _told(grid: Grid, point: Sequence[Any]) -> str:
+def _told(grid: Grid, point: Sequence[object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in zip(grid, point, strict=True))

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class TaskFiles:
         return float(np.bincount(labels).max() / len(labels))
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What ``cycle.json`` says of it."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
         seen = set(_examples(self.splits["train"], self.rows["train"]))
@@ -141,9 +140,9 @@ def _write(data: TaskData, rows: np.ndarray, path: Path) -> None:
     temporary.replace(path)
 
 
-def _record(data: TaskData, row: int) -> dict[str, Any]:
+def _record(data: TaskData, row: int) -> dict[str, object]:
     """A line that ``read_task`` reads as the same example."""
-    texts = {"text": data.texts[row]}
+    texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
     return texts | {"label": _label(data, row)}
@@ -170,7 +169,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 # --- the start model ------------------------------------------------------------------------------
 
 
-def check_start(config: CycleConfig) -> dict[str, Any]:
+def check_start(config: CycleConfig) -> dict[str, str]:
     """What ``cycle.json`` says of the start model: the fingerprint of its weights.
 
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, ArmScores, main_scores
@@ -177,13 +178,14 @@ def _searched(searched: Sequence[Searched]) -> list[str]:
 def _at_edge(one: Searched) -> bool:
     """Whether a number that was chosen is the smallest or largest of three or more."""
     for key, value in (one.chosen or {}).items():
-        tried = {point.settings[key] for point in one.tried if _is_number(point.settings[key])}
+        values = (point.settings[key] for point in one.tried)
+        tried = {value for value in values if _is_number(value)}
         if len(tried) > 2 and value in (min(tried), max(tried)):
             return True
     return False
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -70,12 +70,12 @@ class CycleResults:
     cache: CacheFacts | None = None
     cost: Cost | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything as plain values for JSON; all numbers are finite."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CycleResults":
+    def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
         """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
 
         Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
@@ -154,7 +154,7 @@ def _read_plan(out: Path) -> _Plan:
     return _Plan(arms, tasks, grid, seeds if isinstance(seeds, int) else None, settings)
 
 
-def _name(name: Any) -> str:
+def _name(name: object) -> str:
     """A name of an arm or a task is one of a folder, and the mean over tasks is no task."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..", MEAN):
         raise ValueError(f"{name!r} is no name")

@@ -13,7 +13,7 @@ class SeedResult:
     seed: int
     scores: dict[str, float]
     test_scores: dict[str, float] | None
-    epochs: list[dict[str, Any]]  # epoch, steps so far, mean train loss, dev scores
+    epochs: list[dict[str, object]]  # epoch, steps so far, mean train loss, dev scores
     seconds: float
 
 
@@ -33,7 +33,7 @@ class FinetuneResult:
     best_seed: int
     seconds: float
     precision: str
-    config: dict[str, Any]
+    config: dict[str, object]
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
 
