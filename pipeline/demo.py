@@ -16,15 +16,16 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
-from rekindle.pipeline import work
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TASKS, TASKS_FOLDER, TaskSizes, write_corpus
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.results import CycleResults
 from rekindle.pipeline.cycle.run import alone_in, run_cycle
-from rekindle.pipeline.devices import Place, cores
-from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
+from rekindle.pipeline.job_functions import cache, make_model, pretrain
+from rekindle.pipeline.processes.devices import Place, cores
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
@@ -121,10 +122,10 @@ def _claim(home: Path, settings: DemoSettings) -> None:
 
 def _make_start(made: Path, settings: DemoSettings, progress: Progress) -> None:
     """The text, the tasks, and the start model, pre-trained on that text."""
+    warm_up()  # while the documents are read
     if not (made / "corpus.jsonl").exists():
         from rekindle.data.corpus.python_docs import python_docs
 
-        warm_up()
         with progress.task("documents", unit="documents") as task:
             pages = list(python_docs())
             write_corpus(pages, settings.sizes, made, settings.documents)
@@ -143,9 +144,9 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
     trained = base / "run.yaml"
     steps = int(settings.base["steps"])
     return [
-        Job("tokenizer", work.make_model, shape, output=model, steps=1),
-        Job("base", work.pretrain, (run, base), trained, after=("tokenizer",), steps=steps),
-        Job(f"cache {LM}", work.cache, (run, (), cached), output=cached, after=("base",)),
+        Job("tokenizer", make_model, shape, output=model, steps=1),
+        Job("base", pretrain, (run, base), trained, after=("tokenizer",), steps=steps),
+        Job(f"cache {LM}", cache, (run, (), cached), output=cached, after=("base",)),
     ]
 
 

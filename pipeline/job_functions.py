@@ -1,6 +1,6 @@
-"""What jobs do, of a cycle and of the demo before it. Each calls what a command calls.
+"""The functions of jobs: each does what a command of the pipeline does, and reports its steps.
 
-torch is imported within the jobs only: the process that starts them has no use for it.
+torch is imported within the functions only: the process that starts the jobs has no use for it.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.jobs import Report, StepReports
+from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
 
