@@ -100,7 +100,7 @@ def _claim(home: Path, settings: DemoSettings) -> None:
     about = {
         "written_by": WRITER,
         "python": platform.python_version(),
-        "cycle": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
     }
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
         try:

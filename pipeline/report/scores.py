@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -209,26 +210,20 @@ def _difference_pictures(differences: Sequence[Difference]) -> Figures:
     figures = []
     for (task, against), ones in groups.items():
         caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
-        draw = _Forest(ones)
-        figures.append(Figure(caption, draw, _size(len(ones))))
+        figures.append(Figure(caption, partial(_draw_differences, ones), _size(len(ones))))
     return Figures(figures, small=True)
 
 
-@dataclass(frozen=True)
-class _Forest:
-    """Draws differences below each other, with intervals, around a line at none."""
+def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
+    """Draw differences below each other, with intervals, around a line at none."""
+    from rekindle.pipeline.report.svg import INK, colour, plottable
 
-    ones: Sequence[Difference] = field(default_factory=list)
-
-    def __call__(self, axes: Any) -> None:
-        from rekindle.pipeline.report.svg import INK, colour, plottable
-
-        values = [0.0]
-        for place, one in enumerate(self.ones):
-            bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
-            values += bounds
-            axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
-            if len(bounds) == 3:
-                axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
-        _score_axis(axes, values, [one.arm for one in self.ones])
-        axes.axvline(0, color=INK, lw=0.8)
+    values = [0.0]
+    for place, one in enumerate(ones):
+        bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
+        values += bounds
+        axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
+        if len(bounds) == 3:
+            axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
+    _score_axis(axes, values, [one.arm for one in ones])
+    axes.axvline(0, color=INK, lw=0.8)
