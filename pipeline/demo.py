@@ -16,17 +16,19 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.storage.atomic import write_json, write_text
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TASKS, TASKS_FOLDER, TaskSizes, write_corpus
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.results import CycleResults
-from rekindle.pipeline.cycle.run import alone_in, run_cycle
+from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.job_functions import cache, make_model, pretrain
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
+from rekindle.train.record.run_folder import goes_on, open_folder, reading
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
 WRITER = "rekindle demo"
@@ -83,8 +85,14 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
     """
     settings = QUICK if quick else FULL
     home = Path(os.path.abspath(out))
-    _claim(home, settings)
-    with alone_in(home):
+    # The corpus is that of this Python: its documentation differs from one version to the next.
+    about = {
+        "written_by": WRITER,
+        "python": platform.python_version(),
+        "settings": settings.model_dump(mode="json"),
+    }
+    with open_folder(home, lambda: _look(home, about)):
+        write_json(home / DEMO_FILE, about)
         _make_start(home / MADE, settings, progress)
     # A thread each: what comes out is then the same whatever the number of cores.
     places = [Place(None, 1)] * min(cores(), MOST_WORKERS)
@@ -94,27 +102,16 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
     )
 
 
-def _claim(home: Path, settings: DemoSettings) -> None:
-    """Make the directory ours, or make sure that it is and that the demo in it is this one."""
-    # The corpus is that of this Python: its documentation differs from one version to the next.
-    about = {
-        "written_by": WRITER,
-        "python": platform.python_version(),
-        "settings": settings.model_dump(mode="json"),
-    }
-    if home.exists() and (not home.is_dir() or any(home.iterdir())):
-        try:
+def _look(home: Path, about: Mapping[str, object]) -> None:
+    """Check that the directory is free, or holds this very demo."""
+    if goes_on(home, DEMO_FILE, "demo", resume=True):
+        with reading(home / DEMO_FILE, "give another --out"):
             present = json.loads((home / DEMO_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            present = {}
-        if present == about:
-            return
-        holds = "something else"
-        if isinstance(present, dict) and present.get("written_by") == WRITER:
-            holds = "another demo (of the other size, or of another version of Python or Rekindle)"
-        raise InputError(f"{home} holds {holds}; give another --out, or remove it")
-    home.mkdir(parents=True, exist_ok=True)
-    (home / DEMO_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if present != about:
+            raise InputError(
+                f"{home} holds another demo (of the other size, or of another version of Python or "
+                "Rekindle); give another --out, or remove it"
+            )
 
 
 # --- the start model ------------------------------------------------------------------------------
@@ -130,8 +127,7 @@ def _make_start(made: Path, settings: DemoSettings, progress: Progress) -> None:
             pages = list(python_docs())
             write_corpus(pages, settings.sizes, made, settings.documents)
             task.advance(len(pages))
-    config = dump_config(start_config(made, settings))
-    (made / "base.yaml").write_text(config, encoding="utf-8")
+    write_text(made / "base.yaml", dump_config(start_config(made, settings)))
     run_jobs(start_jobs(made, settings), made / "log", progress)
 
 

@@ -4,13 +4,12 @@ torch is imported within the functions only: the process that starts the jobs ha
 """
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import new_files, new_folder, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
@@ -49,7 +48,7 @@ def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) 
 
     began = time.perf_counter()
     cache_teachers(load_config(config_file), only, progress=StepReports(report))
-    _write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
+    write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
 
 
 def save_start(model: str, out: Path, report: Report) -> None:
@@ -59,12 +58,11 @@ def save_start(model: str, out: Path, report: Report) -> None:
     import torch
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
-    from rekindle.train.finetune.result_folder import staging_folder
     from rekindle.train.model.files import resolve_model
     from rekindle.train.model.load import load_language_model
 
     directory = resolve_model(model)
-    with staging_folder(out) as staging:
+    with new_folder(out) as staging:
         torch.manual_seed(0)  # of a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
         load_tokenizer(str(directory)).save(staging)
@@ -81,10 +79,9 @@ def search(
     report: Report,
 ) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="tmp") as folder:
-        _finetune(model, task, Path(folder) / "model", seeds, metric, values)
-        os.replace(Path(folder) / "model" / "metrics.json", out / "metrics.json")
+    with new_files(out) as folder:
+        _finetune(model, task, folder / "model", seeds, metric, values)
+        (folder / "model" / "metrics.json").rename(folder / "metrics.json")
     report(1)
 
 
@@ -131,10 +128,3 @@ def _finetune(
         test=test,
         config=parse_settings(FinetuneConfig, dict(values), "finetune"),
     )
-
-
-def _write_json(path: Path, content: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(path)

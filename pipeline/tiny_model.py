@@ -1,11 +1,12 @@
 """The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from rekindle.data.storage.atomic import new_folder
 
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RARE = 5  # characters that occur less often are unknown
@@ -64,8 +65,6 @@ def write_model(
         **dict(zip(names, _SPECIALS, strict=True)),
     )
     bert.vocab_size = len(wrapped)
-    staging = out.with_name(f".{out.name}.new")
-    shutil.rmtree(staging, ignore_errors=True)
-    wrapped.save_pretrained(staging)
-    bert.save_pretrained(staging)
-    staging.rename(out)
+    with new_folder(out) as staged:
+        wrapped.save_pretrained(staged)
+        bert.save_pretrained(staged)

@@ -6,8 +6,7 @@ others to train, dev or test. The labels are what is known of a text without any
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from rekindle.data.corpus.python_docs import PARTS, PythonDoc, python_docs
 from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.storage.atomic import write_lines
 
 Split = Literal["corpus", "train", "dev", "test"]
 TASKS_FOLDER = "tasks"
@@ -168,15 +168,6 @@ def record_of(example: Example) -> dict[str, str]:
     else:
         texts = {"sentence1": example.text, "sentence2": example.pair}
     return {"document": example.document, **texts, "label": example.label}
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Write ``records`` as JSON lines; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    temporary.replace(path)
 
 
 def _hash(*parts: str | int) -> int:

@@ -67,14 +67,14 @@ def test_the_configurations_are_files_that_the_commands_read(
 
 def test_a_directory_with_something_else_is_refused_and_left(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds no demo"):
         run_demo(tmp_path, quick=True, progress=Progress.silent())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="holds no demo"):
         run_demo(tmp_path / "file", quick=True, progress=Progress.silent())
 
 

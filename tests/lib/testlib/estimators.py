@@ -16,7 +16,7 @@ import transformers
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import TokenTargets
+from rekindle.data.example import TokenTargets
 
 NOISE = 2e-4  # float32 noise between a padded batch and a sequence alone, in nats
 TAUS = (0.5, 1.0, 2.0, 4.0)

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from rekindle.data.cache import Cache
+from rekindle.data.example import TokenTargets
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.targets.schema import TokenTargets
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.checks.verify import verify_cache
 
