@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
-from rekindle.train.finetune.result_folder import WRITER, check_out, write_json
+from rekindle.train.finetune.result import FinetuneResult, SeedResult
+from rekindle.train.finetune.result_folder import check_out, write_json
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, place, quiet_transformers
 
@@ -43,42 +44,6 @@ BUCKET_BATCHES = 32  # batches that are sorted by length together: little paddin
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
-
-
-@dataclass(frozen=True)
-class SeedResult:
-    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
-
-    seed: int
-    scores: dict[str, float]
-    test_scores: dict[str, float] | None
-    epochs: list[dict[str, Any]]  # epoch, steps so far, mean train loss, dev scores
-    seconds: float
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
-
-    model: str
-    files: dict[str, str]
-    problem: str
-    label_names: tuple[str, ...]
-    metric: str
-    per_seed: tuple[SeedResult, ...]
-    mean: float
-    std: float | None
-    test_mean: float | None
-    best_seed: int
-    seconds: float
-    precision: str
-    config: dict[str, Any]
-    versions: dict[str, str]
-    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
-        return {"written_by": WRITER, **asdict(self)}
 
 
 @dataclass(frozen=True)
