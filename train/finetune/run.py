@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,8 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
-from rekindle.train.finetune.result_folder import WRITER, check_out, write_json
+from rekindle.train.finetune.result import FinetuneResult, SeedResult
+from rekindle.train.finetune.result_folder import check_out, write_json
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, place, quiet_transformers
 from rekindle.train.optimizer import adamw
@@ -46,42 +47,6 @@ BUCKET_BATCHES = 32  # batches that are sorted by length together: little paddin
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
-
-
-@dataclass(frozen=True)
-class SeedResult:
-    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
-
-    seed: int
-    scores: dict[str, float]
-    test_scores: dict[str, float] | None
-    epochs: list[dict[str, object]]  # epoch, steps so far, mean train loss, dev scores
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
-
-    model: str
-    files: dict[str, str]
-    problem: str
-    label_names: tuple[str, ...]
-    metric: str
-    per_seed: tuple[SeedResult, ...]
-    mean: float
-    std: float | None = None
-    test_mean: float | None = None
-    best_seed: int = 0
-    seconds: float
-    precision: str
-    config: dict[str, object]
-    versions: dict[str, str] = field(default_factory=package_versions)
-    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the result as plain values for JSON."""
-        return {"written_by": WRITER, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -173,6 +138,7 @@ def _outcome(
         seconds=seconds,
         precision="bf16" if job.bf16 else "fp32",
         config=job.config.model_dump(),
+        versions=package_versions(),
     )
 
 

@@ -10,10 +10,11 @@ from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric
+from rekindle.train.finetune.result import FinetuneResult, SeedResult
 from rekindle.train.finetune.result_folder import check_out, write_json
-from rekindle.train.finetune.run import FinetuneResult, SeedResult, finetune
+from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
 from rekindle.train.student import ABOUT_FILE, Student
 
 Scores = dict[str, float]
@@ -75,6 +76,7 @@ def score_model(
         seconds=seconds,
         precision="fp32",
         config=config.model_dump(mode="json"),
+        versions=package_versions(),
         baselines=baselines,
     )
     with new_folder(Path(out).resolve()) as staging:
