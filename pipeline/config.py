@@ -2,7 +2,6 @@
 model.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from rekindle.data.corpus.growth import CorpusConfig
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
@@ -197,8 +196,7 @@ def _index(here: list, part: str, path: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in here]
     if part in names:
         return names.index(part)
-    near = difflib.get_close_matches(part, [str(n) for n in names if n], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(part, [str(name) for name in names if name])
     raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
 
 

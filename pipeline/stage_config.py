@@ -4,14 +4,13 @@ No stage is configured or run here: ``config.configure_stage`` makes a stage's w
 ``stages.py`` runs them.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.nested import strings_in, with_strings
@@ -112,8 +111,7 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 def _check_references(stage: str, value: object, earlier: Sequence[str]) -> None:
     for name in references(value):
         if name not in earlier:
-            near = difflib.get_close_matches(name, earlier, n=1)
-            hint = f"; did you mean '{{{near[0]}}}'?" if near else ""
+            hint = did_you_mean(f"{{{name}}}", [f"{{{one}}}" for one in earlier])
             raise InputError(
                 f"stage {stage!r}: '{{{name}}}' is no earlier stage (there are: "
                 f"{', '.join(earlier) or 'none'}){hint}"
