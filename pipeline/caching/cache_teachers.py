@@ -99,7 +99,8 @@ def cache_teachers(
         for part in [*before, *after]:
             if hard and part in after:
                 build_hard_masks(hard, True, progress)
-            missing, finished = missing_units(corpus, part.info, config.cache.masked_replicas)
+            replicas = config.cache.masked_replicas
+            missing, finished = missing_units(corpus, part.info.folder, part.info.view, replicas)
             present += finished
             done += len(missing)
             if not alone:  # in step with another process, both would make every unit
@@ -178,12 +179,15 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     return Views(masked, pairs)
 
 
-def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
-    """Return the units of a teacher that are not committed, in order, and how many are."""
-    masked = info.view.startswith("masked-")
+def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:
+    """Return the units of a folder that are not committed, in order, and how many are.
+
+    They are of the view itself, or of a teacher that is shown it.
+    """
+    masked = view.startswith("masked-")
     each: Sequence[int | None] = range(replicas) if masked else [None]
     planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
-    done = ShardSet(corpus.store, info.folder).committed()
+    done = ShardSet(corpus.store, folder).committed()
     missing = [unit for unit in planned if unit.name not in done]
     return missing, len(planned) - len(missing)
 

@@ -75,9 +75,10 @@ def plan(
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
     from rekindle.pipeline.plan.run import plan_run
+    from rekindle.pipeline.plan.text import shown_plan
 
     found = plan_run(config, probe)
-    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
+    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else shown_plan(found), nl=False)
 
 
 def gc(

@@ -13,6 +13,7 @@ from typing import Any
 from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.nested import for_json
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
 from rekindle.pipeline.sweep.run import read_sweep
@@ -65,9 +66,9 @@ class Comparison:
     matched_cost: list[Match]
     domains: DomainMatrix
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> object:
         """Everything as plain values for JSON; what is no number is null."""
-        return dict(_finite(asdict(self)))
+        return for_json(asdict(self))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -148,11 +149,10 @@ def is_cycle(directory: Path) -> bool:
 
 
 def _open_run(directory: Path) -> _Found | None:
-    path = directory / "run.json"
-    if not path.is_file():
+    about = read_json(directory / "run.json")
+    if about is None:
         return None
-    with reading(path):
-        about = json.loads(path.read_text(encoding="utf-8"))
+    with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
     return _Found(directory, settings, cache)
@@ -272,16 +272,13 @@ def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> li
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
     keys = ["student.task"] if len(causal) > 1 else []
-    keys += [key for key in EVALUATION_KEYS if _differs(key, differing)]
+    below = [f"{key}." for key in differing]
+    keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
         notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
         notes.append("the runs see different masks: held-out values are not of the same positions")
     return notes
-
-
-def _differs(key: str, differing: Mapping[str, Any]) -> bool:
-    return any(one == key or one.startswith(f"{key}.") for one in differing)
 
 
 def _teacher_notes(found: Sequence[_Found]) -> list[str]:
@@ -326,11 +323,3 @@ def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
             top = choose(values.values())
             best[name] = [run for run, value in values.items() if value == top]
     return best
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

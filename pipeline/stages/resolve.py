@@ -178,17 +178,14 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
     if longer:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
-    for key in first:
-        if first[key] != second[key]:
+    pairs = {f"corpus.{key}": (first[key], second[key]) for key in first}
+    sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
+    for key, (before, now) in (pairs | {"cache.sequences_per_shard": sizes}).items():
+        if before != now:
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"but not corpus.{key} ({first[key]!r}, then {second[key]!r}). {advice}"
+                f"but not {key} ({before!r}, then {now!r}). {advice}"
             )
-    if one.config.cache.sequences_per_shard != other.config.cache.sequences_per_shard:
-        raise InputError(
-            f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, but "
-            f"not cache.sequences_per_shard. {advice}"
-        )
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
@@ -224,12 +221,13 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
     """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
     from rekindle.train.model.files import resolve_model
 
-    models = {}
+    models: dict[str, Path] = {}
     for stage in stages:
         with naming(f"stage {stage.name!r}"):
-            for model in _models(stage.written, students):
-                if not references(model):
-                    models[model] = resolve_model(model)
+            needed = [teacher.model for teacher in stage.written.teachers]
+            if students and stage.written.student is not None:
+                needed.append(stage.written.student.model)
+            models |= {name: resolve_model(name) for name in needed if not references(name)}
     teachers = {
         (s.written.cache.path, t.name): models.get(t.model)
         for s in stages
@@ -240,12 +238,6 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
             directory = teachers.get((stage.prompts.cache or "", stage.prompts.teacher))
             with naming(f"stage {stage.name!r}"):
                 _check_words(stage, stage.prompts, directory)
-
-
-def _models(config: RunConfig, students: bool) -> Iterator[str]:
-    yield from (teacher.model for teacher in config.teachers)
-    if students and config.student is not None:
-        yield config.student.model
 
 
 def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:
