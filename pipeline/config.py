@@ -54,15 +54,11 @@ class RunConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _names(self) -> "RunConfig":
+    def _names_and_stages(self) -> "RunConfig":
         names = [t.name for t in self.teachers]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
-        return self
-
-    @model_validator(mode="after")
-    def _stages(self) -> "RunConfig":
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)
@@ -170,13 +166,13 @@ def set_value(values: dict[str, object], override: str) -> None:
 
 def _put_value(values: dict[str, object], path: str, value: object) -> None:
     here: Any = values
-    parts = path.strip().split(".")
-    for part in parts[:-1]:
+    *above, last = path.strip().split(".")
+    for part in above:
         key = _key(here, part, path)
         if here[key] is None:
             here[key] = {}
         here = here[key]
-    here[_key(here, parts[-1], path)] = value
+    here[_key(here, last, path)] = value
 
 
 def _key(here: object, part: str, path: str) -> str | int:

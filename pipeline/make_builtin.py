@@ -33,6 +33,7 @@ from rekindle.pipeline.exits import leave
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.tiny_model import make_model
 from rekindle.train.record.run_folder import alone_in
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -146,7 +147,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[objec
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(

@@ -14,6 +14,7 @@ from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.targets.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 
@@ -50,7 +51,7 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
             f"cache.mask.teacher: {name!r} would see the masks that are to be made from its "
             "losses; give it view: clean"
         )
-    return plan_teacher(known[name], corpus, None, None, config.cache.seed).info
+    return plan_teacher(known[name], corpus, Views(), config.cache.seed).info
 
 
 def masks_last(

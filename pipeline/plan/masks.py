@@ -14,6 +14,7 @@ from rekindle.data.targets.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import is_described
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 from rekindle.pipeline.plan.teacher import at_hand, described
@@ -56,4 +57,4 @@ def _teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInf
     folder = at_hand(teacher.model, must_be=probe)
     if folder is None:  # the true view will have another name, and no unit of it is there
         return TeacherInfo(name=teacher.name, task="masked_lm", kind="topk", view="clean")
-    return described(teacher, folder, survey, None, config.cache.seed).info
+    return described(teacher, folder, survey, Views(), config.cache.seed).info

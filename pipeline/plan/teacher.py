@@ -10,9 +10,9 @@ from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
-from rekindle.pipeline.caching.cache_teachers import Views
 from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import TeacherWork
 from rekindle.pipeline.plan.probe import Probe, probe_teacher
@@ -96,16 +96,14 @@ def _bytes(
 
 
 def described(
-    teacher: TeacherConfig, folder: Path, survey: CorpusSurvey, views: Views | None, seed: int
+    teacher: TeacherConfig, folder: Path, survey: CorpusSurvey, views: Views, seed: int
 ) -> TeacherPlan:
     """Describe a teacher from its files in ``folder``."""
     if not survey.estimated:
         check_domains(survey.reference, teacher.domains or (), f"teacher {teacher.name!r}: domains")
     # While the corpus is only estimated, its domains are not known.
     here = teacher.model_copy(update={"model": str(folder), "domains": None})
-    masked = views.masked if views else None
-    pairs = views.pairs.get(teacher.pairs or "") if views else None
-    plan = plan_teacher(here, survey.present or survey.reference, masked, pairs, seed)
+    plan = plan_teacher(here, survey.present or survey.reference, views, seed)
     domains = teacher.domains and tuple(sorted(set(teacher.domains)))
     info = plan.info.model_copy(update={"domains": domains, "model": teacher.model})
     return TeacherPlan(teacher, plan.directory, info)
@@ -148,10 +146,10 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
         known = read_teacher(survey.present.store, teacher.name)
     domains = teacher.domains and tuple(sorted(set(teacher.domains)))
     about: dict[str, object] = {"name": teacher.name, "task": teacher.task, "domains": domains}
+    about["view"] = views.shown_to(teacher)
     if teacher.vocabulary:
         targets, size = teacher.targets, survey.reference.info["tokenizer"]["size"]
-        masked = views.masked if teacher.sees_masks else None
-        about |= {"view": masked.name if masked else "clean", "vocabulary_size": size}
+        about["vocabulary_size"] = size
         about |= VOCABULARY_KINDS[targets.vocabulary_kind].settings(
             targets.k,
             targets.temperatures,
@@ -160,10 +158,8 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
             known.hidden_size if known else None,
         )
     else:
-        pairs = views.pairs.get(teacher.pairs or "") if teacher.pair_expert else None
         about |= {
             "kind": "token" if teacher.task == "token_classification" else "sequence",
-            "view": pairs.name if pairs else "text",
             "num_labels": 1 if teacher.task == "regression" else known and known.num_labels,
             "monte_carlo_passes": teacher.monte_carlo.passes,
         }
