@@ -21,7 +21,7 @@ from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.head import HEAD_FILES, write_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reader import FINISHED, TeacherReader
@@ -36,7 +36,6 @@ from rekindle.pipeline.caching.teachers import (
     Teacher,
     TeacherPlan,
     claim_teacher,
-    is_described,
     plan_teacher,
 )
 from rekindle.pipeline.caching.views import build_views
@@ -188,7 +187,7 @@ class UnitRunner:
         if plan.info.extends is not None:
             main = read_teacher(corpus.store, plan.info.name, plan.info.extends)
             self.kept = TeacherReader(corpus, [main], self.view)
-        if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
+        if is_described(corpus.store, plan.info.name):  # a matrix of this teacher that was lost
             self._store_head()
 
     def make(self, unit: Unit) -> Commit | None:

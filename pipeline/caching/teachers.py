@@ -20,7 +20,7 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codecs import CODECS
-from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
 from rekindle.data.targets.schema import TeacherInfo
@@ -71,9 +71,9 @@ def plan_teacher(config: TeacherConfig, corpus: Corpus, views: Views, seed: int)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
     # cache made on a GPU is finished on a machine without one, too.
-    if precision == "auto" and is_described(corpus, config.name):
+    if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
-    info: dict[str, Any] = {
+    info: dict[str, object] = {
         "name": config.name,
         "task": config.task,
         "view": views.shown_to(config),
@@ -93,12 +93,12 @@ def plan_teacher(config: TeacherConfig, corpus: Corpus, views: Views, seed: int)
         check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
     if config.vocabulary:
         info |= _vocabulary_info(config, settings, corpus, views)
-        info |= {"seed": seed} if KINDS[info["kind"]].sampled else {}
+        info |= {"seed": seed} if KINDS[str(info["kind"])].sampled else {}
     else:
         info |= _head_info(config, settings)
         info["monte_carlo_passes"] = config.monte_carlo.passes
         info |= {"seed": seed} if config.monte_carlo.passes else {}
-    return TeacherPlan(config, directory, TeacherInfo(**info))
+    return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
 def _read_config(directory: Path) -> Any:
@@ -142,7 +142,7 @@ def _tokenizer_of(
 
 def _vocabulary_info(
     config: TeacherConfig, settings: Any, corpus: Corpus, views: Views
-) -> dict[str, Any]:
+) -> dict[str, object]:
     size = corpus.info["tokenizer"]["size"]
     if settings.get_text_config().vocab_size < size:
         raise InputError(
@@ -191,7 +191,7 @@ def compact_rows(positions_per_sequence: float) -> int:
     return rows
 
 
-def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
+def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:
         told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
@@ -249,11 +249,6 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
             f"this one ({'; '.join(changed)}). Give this one another name, or delete "
             f"targets/{info.name} to make it anew"
         )
-
-
-def is_described(corpus: Corpus, name: str) -> bool:
-    """Whether the cache has a teacher of that name."""
-    return "teacher.json" in corpus.store.names(f"targets/{name}")
 
 
 class Teacher:

@@ -21,6 +21,7 @@ from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import reading
 from rekindle.train.record.run_log import read_metrics
 
+Facts = dict[str, Any]  # an object of JSON, as a run has left it
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
@@ -45,7 +46,7 @@ class RunFacts:
     evaluation: dict[str, float] = field(default_factory=dict)
     coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)  # only those that differ
+    settings: dict[str, object] = field(default_factory=dict)  # only those that differ
     curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
 
 
@@ -79,8 +80,8 @@ class _Found:
     """A run's directory, and what it is: its student and train sections, and the cache it reads."""
 
     directory: Path
-    settings: dict[str, Any]
-    cache: dict[str, Any]
+    settings: dict[str, Facts]
+    cache: Facts
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
@@ -158,7 +159,7 @@ def _open_run(directory: Path) -> _Found | None:
     return _Found(directory, settings, cache)
 
 
-def _not_begun(directory: Path, sweep: Mapping[str, Any], run: Mapping[str, Any]) -> _Found:
+def _not_begun(directory: Path, sweep: Facts, run: Facts) -> _Found:
     settings = {section: run[section] for section in SWEPT_SECTIONS}
     return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
@@ -184,9 +185,9 @@ def _one_corpus(found: Sequence[_Found]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
+def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
     summary = read_json(one.directory / "summary.json") or {}
-    records = read_metrics(one.directory) if (one.directory / "metrics.jsonl").is_file() else []
+    records = read_metrics(one.directory)
     steps = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
@@ -208,9 +209,7 @@ def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
     )
 
 
-def _curve(
-    one: _Found, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
-) -> Curve:
+def _curve(one: _Found, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
     """The held-out loss over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
@@ -235,7 +234,7 @@ def _task_scores(directory: Path) -> dict[str, float]:
     return scores
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> Facts | None:
     """A file that a command has left; None where there is none. Raises CheckpointError."""
     if not path.exists():
         return None
@@ -246,28 +245,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def differences(settings: Sequence[Any], path: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
     """The keys of nested settings at which not all are the same, with the value of each.
 
     Lists of one length are compared item by item; others are different as a whole.
     """
     if all(one == settings[0] for one in settings):
         return {}
-    if all(isinstance(one, Mapping) for one in settings):
-        keys: Sequence[Any] = list(dict.fromkeys(key for one in settings for key in one))
-        below = [[one.get(key) for one in settings] for key in keys]
-    elif all(isinstance(one, list) and len(one) == len(settings[0]) for one in settings):
-        keys = range(len(settings[0]))
-        below = [[one[key] for one in settings] for key in keys]
-    else:
+    mappings = [one for one in settings if isinstance(one, Mapping)]
+    lists = [one for one in settings if isinstance(one, list)]
+    if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
+        mappings = [dict(enumerate(one)) for one in lists]
+    if len(mappings) < len(settings):
         return {".".join(path): list(settings)}
-    found: dict[str, list[Any]] = {}
-    for key, values in zip(keys, below, strict=True):
-        found |= differences(values, (*path, str(key)))
+    found: dict[str, list[object]] = {}
+    for key in dict.fromkeys(key for one in mappings for key in one):
+        found |= differences([one.get(key) for one in mappings], (*path, str(key)))
     return found
 
 
-def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
+def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}

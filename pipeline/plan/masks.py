@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.storage.columns import list_views
+from rekindle.data.targets.files import is_described
 from rekindle.data.targets.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.hard_view import mask_teacher
-from rekindle.pipeline.caching.teachers import is_described
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
@@ -51,7 +51,7 @@ def _teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInf
     """The teacher of the masks, as far as it can be described without a download."""
     corpus, name = survey.present or survey.reference, config.cache.mask.teacher
     found = [teacher for teacher in config.teachers if teacher.name == name]
-    if is_described(corpus, name or "") or not found or found[0].sees_masks:
+    if is_described(corpus.store, name or "") or not found or found[0].sees_masks:
         return mask_teacher(corpus, config)
     teacher = found[0]
     folder = at_hand(teacher.model, must_be=probe)

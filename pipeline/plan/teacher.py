@@ -6,12 +6,12 @@ No model is loaded but by the probe, and none is downloaded.
 from dataclasses import replace
 from pathlib import Path
 
-from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.extensions import plan_parts
-from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import TeacherWork
@@ -142,7 +142,7 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     its output as in the cache, if it is there.
     """
     known = None
-    if survey.present is not None and is_described(survey.present, teacher.name):
+    if survey.present is not None and is_described(survey.present.store, teacher.name):
         known = read_teacher(survey.present.store, teacher.name)
     domains = teacher.domains and tuple(sorted(set(teacher.domains)))
     about: dict[str, object] = {"name": teacher.name, "task": teacher.task, "domains": domains}
