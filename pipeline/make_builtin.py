@@ -224,13 +224,9 @@ def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
 # --- the process ----------------------------------------------------------------------------------
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """Make the names on the command line; what went wrong is said on stdout."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rekindle").setLevel(logging.INFO)
     try:

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 
 
-def strings_in(value: object) -> Iterator[str]:
-    """Yield every string among the values (not the keys), in the order in which they stand."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
+def values_in(value: object) -> Iterator[object]:
+    """Yield the value and all values inside it, without keys, in the order in which they stand."""
+    yield value
+    if isinstance(value, Mapping | list | tuple):
         for inside in value.values() if isinstance(value, Mapping) else value:
-            yield from strings_in(inside)
+            yield from values_in(inside)
+
+
+def strings_in(value: object) -> Iterator[str]:
+    """Yield every string among the values."""
+    return (found for found in values_in(value) if isinstance(found, str))
 
 
 def with_strings(value: Any, change: Callable[[str], str], leave: str | None = None) -> Any:

@@ -390,15 +390,20 @@ def _parquet_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
 
 
 def _arrow_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
+    for batch in arrow_batches(path):
+        fields = batch.schema.names
+        yield batch.select([field for field in fields if field in wanted]), fields
+
+
+def arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, or of a stream in one; mapped, so that values which
+    nobody asks for are not read.
+    """
     with pa.memory_map(path) as memory:
         is_file_format = memory.read(6) == b"ARROW1"
         memory.seek(0)
-        batches: Iterable[pa.RecordBatch]
         if is_file_format:
             file = pa.ipc.open_file(memory)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
         else:
-            batches = pa.ipc.open_stream(memory)
-        for batch in batches:
-            fields = batch.schema.names
-            yield batch.select([field for field in fields if field in wanted]), fields
+            yield from pa.ipc.open_stream(memory)

@@ -26,6 +26,7 @@ from rekindle.data.corpus.documents import (
     COMPRESSIONS,
     PYTHON_DOCS,
     Document,
+    arrow_batches,
     read_documents,
     source_files,
 )
@@ -197,25 +198,16 @@ def _text_bytes(documents: Iterable[Document]) -> int:
 def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
     """About how many bytes of a file its first documents ``taken`` are."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes[-1] in (".parquet", ".arrow"):
-        return size * min(1.0, len(taken) / _rows(path, suffixes[-1]))
+    if suffixes[-1] == ".parquet":
+        return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
+    if suffixes[-1] == ".arrow":
+        return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
     compression = COMPRESSIONS.get(suffixes[-1])
     if ".txt" in suffixes:
         plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
     else:
         plain = _bytes_of_lines(path, compression, len(taken))
     return min(size, plain / (_density(path, compression) if compression else 1.0))
-
-
-def _rows(path: str, suffix: str) -> int:
-    if suffix == ".parquet":
-        return int(pq.read_metadata(path).num_rows)
-    with pa.memory_map(path) as memory:  # no batch's values are read
-        if memory.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(memory)
-            return sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
-        memory.seek(0)
-        return sum(batch.num_rows for batch in pa.ipc.open_stream(memory))
 
 
 def _bytes_of_lines(path: str, compression: str | None, lines: int) -> int:
