@@ -59,6 +59,16 @@ class StageOne:
     units_present: int
     repaired: int = 0  # damaged files that were made again
 
+    def as_text(self) -> str:
+        """What was done, in a line."""
+        told = (
+            f"{self.corpus_sequences:,} sequences; {self.units_done} units made, "
+            f"{self.units_present} were there"
+        )
+        if not self.repaired:
+            return told
+        return f"{told}, {self.repaired} damaged files removed, and made anew where they are in use"
+
 
 def cache_teachers(
     config: RunConfig,

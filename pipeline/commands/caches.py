@@ -44,15 +44,7 @@ def cache_teachers(
             return
         with Progress.to_terminal() as progress:
             done = stage_one(config, teacher or (), workers, progress, check)
-    again = (
-        f", {done.repaired} damaged files removed, and made anew where they are in use"
-        if done.repaired
-        else ""
-    )
-    typer.echo(
-        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
-        f"{done.units_done} units made, {done.units_present} were there{again}"
-    )
+    typer.echo(f"{config.cache.path}: {done.as_text()}")
 
 
 def plan(

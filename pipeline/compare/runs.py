@@ -120,21 +120,21 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
     found: dict[Path, _Found] = {}
     strangers = []
     for directory in directories:
-        sweep = read_sweep(directory)
-        if sweep is not None:
+        ones: list[_Found | None]
+        if (sweep := read_sweep(directory)) is not None:
             ones = [
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
                 for run in sweep["runs"]
             ]
         elif is_cycle(directory):
-            ones = [one for one in map(_open_run, sorted(directory.glob("students/*"))) if one]
+            ones = [_open_run(folder) for folder in sorted(directory.glob("students/*"))]
         elif (stages := read_stages(directory)) is not None:
-            ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
+            ones = [_open_run(directory / name) for name in stages]
         else:
-            ones = [one for one in [_open_run(directory)] if one is not None]
-        strangers += [] if ones else [str(directory)]
-        for one in ones:
-            found.setdefault(one.directory.resolve(), one)
+            ones = [_open_run(directory)]
+        begun = {one.directory.resolve(): one for one in ones if one is not None}
+        strangers += [] if begun else [str(directory)]
+        found |= begun
     if strangers:
         raise InputError(
             f"no run and no sweep of `pipeline train-student`: {', '.join(strangers)} (there is no "
@@ -166,18 +166,23 @@ def _not_begun(directory: Path, sweep: Facts, run: Facts) -> _Found:
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     """The directories in groups that ``compare_runs`` takes: runs of one corpus, in their order."""
+    return list(_groups(_find(directories)).values())
+
+
+def _groups(found: Sequence[_Found]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
-    for one in _find(directories):
+    for one in found:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
-    return list(groups.values())
+    return groups
 
 
 def _one_corpus(found: Sequence[_Found]) -> str:
-    groups: dict[str, list[str]] = {}
-    for one in found:
-        groups.setdefault(one.cache["corpus"], []).append(str(one.directory))
+    groups = _groups(found)
     if len(groups) > 1:
-        told = "; ".join(f"{', '.join(g)} (corpus {name[:12]})" for name, g in groups.items())
+        told = "; ".join(
+            f"{', '.join(map(str, folders))} (corpus {corpus[:12]})"
+            for corpus, folders in groups.items()
+        )
         raise InputError(
             "these runs are from caches of different corpora, so their held-out values are of "
             f"different texts: {told}. Compare runs of one corpus at a time"
@@ -292,9 +297,7 @@ def is_higher_better(name: str) -> bool:
     """Whether the most is the best of a value: speed, scores, agreement and what methods say of
     their own values; else the least is.
     """
-    if name == "tokens_per_second" or name.startswith(SCORES):
-        return True
-    return is_better_upwards(name)
+    return name == "tokens_per_second" or name.startswith(SCORES) or is_better_upwards(name)
 
 
 def values_of(run: RunFacts) -> dict[str, float]:

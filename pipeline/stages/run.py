@@ -165,11 +165,9 @@ class CachedStage:
     def as_text(self) -> str:
         """A line for what was done, and one for each thing that waits."""
         stage, lines = self.ready.stage, self.ready.waiting_text()
-        if (made := self.done) is not None:
-            lines[:0] = [
-                f"stage {stage.name}: {stage.written.cache.path}: {made.corpus_sequences:,} "
-                f"sequences; {made.units_done} units made, {made.units_present} were there"
-            ]
+        if self.done is not None:
+            path = stage.written.cache.path
+            lines.insert(0, f"stage {stage.name}: {path}: {self.done.as_text()}")
         return "\n".join(lines)
 
 
