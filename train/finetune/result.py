@@ -1,7 +1,6 @@
 """What a fine-tuning came to: the content of ``metrics.json``."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rekindle.train.finetune.result_folder import WRITER
 
@@ -17,7 +16,7 @@ class SeedResult:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
     """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
 
@@ -28,15 +27,15 @@ class FinetuneResult:
     metric: str
     per_seed: tuple[SeedResult, ...]
     mean: float
-    std: float | None
-    test_mean: float | None
-    best_seed: int
+    std: float | None = None
+    test_mean: float | None = None
+    best_seed: int = 0
     seconds: float
     precision: str
     config: dict[str, object]
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
 
-    def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
+    def as_dict(self) -> dict[str, object]:
+        """Return the result as plain values for JSON."""
         return {"written_by": WRITER, **asdict(self)}

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
@@ -74,9 +73,6 @@ def score_model(
         metric=metric,
         per_seed=(SeedResult(0, scores, None, [], seconds),),
         mean=scores[metric],
-        std=None,
-        test_mean=None,
-        best_seed=0,
         seconds=seconds,
         precision="fp32",
         config=config.model_dump(mode="json"),
@@ -150,7 +146,7 @@ def _baselines(
         expert_output(name, directory, data, merge.passes, merge.seed, **sizes)
         for name, directory in zip(names_for(models), models, strict=True)
     ]
-    means: dict[str, Any] = {o.info.name: o.mc_probs for o in outputs}
+    means = {o.info.name: o.mc_probs for o in outputs if o.mc_probs is not None}
     found |= merge_scores(
         [o.info for o in outputs],
         {o.info.name: o.logits for o in outputs},
