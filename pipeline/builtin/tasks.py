@@ -39,10 +39,9 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its question, in words for the report, and how a document becomes examples."""
+    """A task: how a document becomes examples."""
 
     name: str
-    question: str
     examples: Callable[[PythonDoc], Iterator[Example]]
     paired: bool = False
 
@@ -104,9 +103,9 @@ def _next_examples(page: PythonDoc) -> Iterator[Example]:
 
 
 TASKS = (
-    Task("part", "which part of the library is this from?", _part_examples),
-    Task("kind", "does this describe a module, class, function or topic?", _kind_examples),
-    Task("next", "does sentence B follow sentence A?", _next_examples, paired=True),
+    Task("part", _part_examples),
+    Task("kind", _kind_examples),
+    Task("next", _next_examples, paired=True),
 )
 
 
@@ -195,7 +194,7 @@ def write_documents(
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
     for name, parts in HALVES.items():
-        half = Task(name, _PART.question, partial(_examples_of, parts))
+        half = Task(name, partial(_examples_of, parts))
         _write_task(out, half, pages, sizes)
     for split, records in place_records(pages, sizes).items():
         write_lines(out / TASKS_FOLDER / PLACE / f"{split}.jsonl", records)
@@ -226,7 +225,7 @@ def place_records(
                 third = min(2, int(3 * places[page.id, text]))
                 yield Example(page.id, text, None, str(third))
 
-    chosen = labelled_examples(Task(PLACE, "how far into its document?", examples), pages, sizes)
+    chosen = labelled_examples(Task(PLACE, examples), pages, sizes)
     return {
         split: ({**record_of(e), "label": places[e.document, e.text]} for e in found)
         for split, found in chosen.items()
