@@ -14,8 +14,8 @@ import yaml
 
 from rekindle.data.corpus.python_docs import PARTS, PythonDoc
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.builtin import make as docs_models_make
-from rekindle.pipeline.builtin import names as docs_models
+from rekindle.pipeline.builtin import make as make_module
+from rekindle.pipeline.builtin import names as names_module
 from rekindle.pipeline.builtin.make import job_of, needs, with_what_they_need
 from rekindle.pipeline.builtin.names import (
     DOMAINS,
@@ -166,7 +166,7 @@ def test_home_follows_the_environment(environment, expected, monkeypatch):
 def test_the_folder_says_all_that_decides_what_is_in_it(monkeypatch):
     names = {folder()}
     with monkeypatch.context() as patch:
-        patch.setattr(docs_models, "ALGORITHM", docs_models.ALGORITHM + 1)
+        patch.setattr(names_module, "ALGORITHM", names_module.ALGORITHM + 1)
         names.add(folder())
     with monkeypatch.context() as patch:
         patch.setattr("platform.python_version", lambda: "3.99.0")
@@ -286,7 +286,7 @@ def leave(seconds: float, begun: Path, report) -> None:
 def test_what_another_process_made_first_stays(tmp_path):
     for number in range(2):
         begun = tmp_path / f"begun-{number}"
-        docs_models_make._make_and_show(leave, (0.0,), begun, tmp_path / "out", lambda steps: None)
+        make_module._make_and_show(leave, (0.0,), begun, tmp_path / "out", lambda steps: None)
         (tmp_path / "out" / "mark").touch()
         if not number:
             first = (tmp_path / "out" / "whole").stat().st_ino
@@ -302,7 +302,7 @@ def test_the_lock_lets_one_process_in_at_a_time_and_clears_what_was_killed(tmp_p
         "with _alone(pathlib.Path(sys.argv[1])): print('inside', flush=True)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with docs_models_make._alone(tmp_path):
+    with make_module._alone(tmp_path):
         assert not left.exists()
         other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "ready\n"
@@ -330,7 +330,7 @@ def test_models_are_made_by_a_process_that_torchrun_does_not_know(tmp_path, monk
         started.append(env)
         return popen([sys.executable, "-c", ""], env=env, **arguments)
 
-    monkeypatch.setattr(docs_models.subprocess, "Popen", start)
+    monkeypatch.setattr(names_module.subprocess, "Popen", start)
     with pytest.raises(RekindleError, match="was not made"):  # by a process that does nothing
         resolve([PREFIX + "bert"])
     (env,) = started
