@@ -17,9 +17,10 @@ from rekindle.data.targets.schema import (
     position_batches,
     target_schema,
 )
+from testlib.models import NARROW
 
 PER_SHARD = 140  # the first shard has two record batches
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SMALL = NARROW | {"num_hidden_layers": 1}
 
 
 def committed_files(cache):
