@@ -4,6 +4,9 @@ A message says what was given, the rule, and what to do. Bad calls of the Python
 plain ``ValueError``; an ``assert`` is only for our own bugs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RekindleError(Exception):
     """Anything Rekindle reports without a traceback."""
@@ -15,6 +18,15 @@ class InputError(RekindleError, ValueError):
     """What the user gave is wrong: a configuration key, a file, a model, a label."""
 
     exit_code = 2
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put ``what`` is wrong (a stage, a student, a key) before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
 
 
 class CacheError(RekindleError):

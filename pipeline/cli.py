@@ -1,5 +1,7 @@
 """The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
 
+The commands about a cache are in ``commands.caches``, the others here.
+
 stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or
 mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 """
@@ -10,10 +12,12 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from rekindle.pipeline.commands.caches import CACHE_COMMANDS
+from rekindle.pipeline.commands.options import Json, Overrides, RunFile
 from rekindle.pipeline.exits import (
     command_again,
     errors_as_exit_codes,
@@ -31,16 +35,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Rekindle: run experts once over a corpus, train many students from the cache.",
 )
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]
-CachePath = Annotated[
-    str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, gs://…")
-]
-Json = Annotated[bool, typer.Option("--json", help="print machine-readable results")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one value of the configuration"),
-]
 
 
 @app.command()
@@ -104,18 +98,20 @@ def finetune(
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
     from rekindle.data.settings import parse_settings
+    from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
     from rekindle.pipeline.config import set_value
+    from rekindle.train.finetune.config import FinetuneConfig
 
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
-    from rekindle.train.finetune.config import FinetuneConfig
+    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
+    make_missing(model, train_file, dev_file, config)
     from rekindle.train.finetune.score import baselines_table
     from rekindle.train.finetune.score import finetune_or_score as run
 
-    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
@@ -127,157 +123,8 @@ def finetune(
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
-@app.command("cache-teachers")
-def cache_teachers(
-    run: RunFile,
-    teacher: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="only this teacher; may be repeated")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes, one per device")] = 1,
-    check: Annotated[
-        bool | None,
-        typer.Option(
-            "--check/--no-check",
-            help="hold what is there against its checksums first, and make damaged shards again; "
-            "default: of a local cache",
-        ),
-    ] = None,
-    set_: Overrides = None,
-) -> None:
-    """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    with resumable(f"pipeline cache-teachers {run}"):
-        from rekindle.pipeline.config import load_config
-
-        config = load_config(run, set_)
-        from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
-        from rekindle.pipeline.progress import Progress
-
-        if config.stages:
-            from rekindle.pipeline.stages.run import cache_stages
-
-            with Progress.to_terminal() as progress:
-                cached = cache_stages(config, teacher or (), workers, progress, check)
-            typer.echo("\n".join(text for one in cached if (text := one.as_text())))
-            return
-        with Progress.to_terminal() as progress:
-            done = stage_one(config, teacher or (), workers, progress, check)
-    again = (
-        f", {done.repaired} damaged files removed, and made anew where they are in use"
-        if done.repaired
-        else ""
-    )
-    typer.echo(
-        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
-        f"{done.units_done} units made, {done.units_present} were there{again}"
-    )
-
-
-@app.command()
-def plan(
-    run: RunFile,
-    probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="run each teacher for some seconds")
-    ] = True,
-    set_: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
-    from rekindle.pipeline.config import load_config
-
-    config = load_config(run, set_)
-    if config.stages:
-        from rekindle.pipeline.plan.staged import plan_staged_run
-
-        stages = plan_staged_run(config, probe)
-        listed = json.dumps({"stages": [stage.as_dict() for stage in stages]})
-        typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
-        return
-    from rekindle.pipeline.plan.run import plan_run
-
-    found = plan_run(config, probe)
-    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
-
-
-@app.command()
-def gc(
-    cache: CachePath,
-    older_than: Annotated[
-        float, typer.Option(min=0, metavar="HOURS", help="leave what is younger: it may be in use")
-    ] = 24.0,
-    dry_run: Annotated[bool, typer.Option(help="only say what would be removed")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove what killed runs left in a cache: data files that no commit record names."""
-    from rekindle.data.inventory import collect_garbage
-    from rekindle.data.storage.manifest import read_manifest
-    from rekindle.data.storage.store import open_store
-
-    store = open_store(cache)
-    read_manifest(store)
-    removed = collect_garbage(store, 3600 * older_than, dry_run)
-    if as_json:
-        typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))
-        return
-    for name, size in removed.items():
-        typer.echo(f"{name}  {size:,} bytes")
-    done = "would be removed" if dry_run else "removed"
-    typer.echo(f"{cache}: {len(removed)} files, {sum(removed.values()):,} bytes {done}")
-
-
-@app.command()
-def verify(
-    cache: CachePath,
-    audit: Annotated[
-        int, typer.Option(min=0, metavar="N", help="re-run the teachers on N random sequences")
-    ] = 0,
-    config: Annotated[
-        Path | None, typer.Option(metavar="RUN.yaml", help="where the teachers are, for --audit")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Check every checksum and invariant of a cache."""
-    from rekindle.data.errors import CacheFormatError, InputError
-    from rekindle.pipeline.checks.verify import verify_cache
-
-    if audit and config is None:
-        raise InputError(
-            "--audit runs the teachers again: name the configuration with --config RUN.yaml"
-        )
-    report = verify_cache(cache)
-    audits: dict[str, Any] = {}
-    if audit and config is not None and not report.problems:
-        from rekindle.pipeline.checks.audit import audit_cache
-        from rekindle.pipeline.config import load_config
-
-        audits = audit_cache(cache, load_config(config), audit)
-    if as_json:
-        typer.echo(json.dumps(report.as_dict() | {"audit": audits}))
-    else:
-        typer.echo(report.as_text(cache))
-        for name, values in audits.items():
-            shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
-            typer.echo(f"audit of {name}: {shown}")
-    if report.problems:
-        raise CacheFormatError(
-            f"{len(report.problems)} problem(s) in {cache}. `pipeline cache-teachers` with the "
-            "configuration it was made with makes exactly the damaged parts again"
-        )
-
-
-@app.command("inspect")
-def inspect_(
-    cache: CachePath,
-    example: Annotated[int | None, typer.Option(metavar="I", help="show one sequence")] = None,
-    teacher: Annotated[str | None, typer.Option(metavar="T", help="only this teacher")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what is in a cache: teachers, sizes, kept mass, entropy; or one example."""
-    from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
-
-    if example is not None:
-        typer.echo(inspect_example(cache, example, teacher, as_json), nl=False)
-    else:
-        typer.echo(inspect_cache(cache, teacher, as_json), nl=False)
+for name, command in CACHE_COMMANDS.items():
+    app.command(name)(command)
 
 
 @app.command("train-student")
@@ -320,7 +167,7 @@ def train_student(
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.stages.run import run_stages
-        from rekindle.pipeline.train_student import told_of, train_from_config
+        from rekindle.pipeline.train_student import describe_result, train_from_config
 
         silent = nullcontext(Progress.silent())
         with Progress.to_terminal() if is_main() else silent as progress:
@@ -330,7 +177,7 @@ def train_student(
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
     if is_main():
         for result in results:
-            typer.echo(told_of(result))
+            typer.echo(describe_result(result))
         if not results:
             typer.echo(f"{target}: every stage was finished")
         if config.stages and config.evaluates_domains:

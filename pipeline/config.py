@@ -38,7 +38,7 @@ class CacheConfig(Settings):
 
     @property
     def masked_replicas(self) -> int:
-        """How many masked replicas there are: what a teacher finds hard is masked in one."""
+        """Return how many masked replicas there are: what a teacher finds hard is masked in one."""
         return 1 if self.mask.policy == "hard" else self.replicas
 
 
@@ -80,13 +80,13 @@ class RunConfig(Settings):
 
     @property
     def evaluates_domains(self) -> bool:
-        """Whether the run, or one of its stages, evaluates the domains one by one."""
+        """Tell whether the run, or one of its stages, evaluates the domains one by one."""
         key = "train.evaluate_domains"
         return self.train.evaluate_domains or any(stage.set.get(key) for stage in self.stages)
 
     @property
     def needs_masks(self) -> bool:
-        """Whether a masked view is needed, by a teacher or by the student."""
+        """Tell whether a masked view is needed, by a teacher or by the student."""
         student = self.student is not None and self.student.language_task == "masked_lm"
         asked_for = self.cache.mask.policy == "hard"
         return student or asked_for or any(t.sees_masks for t in self.teachers)
@@ -95,19 +95,18 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a run file, with ``key.path=value`` overrides (values are YAML).
 
-    Names that begin with ``python-docs/`` become the paths of built-in models, which are made when
-    they are first named. Raises InputError for a missing file, bad YAML, an unknown key (naming
-    the nearest) or a bad value.
+    Names that begin with ``python-docs/`` become the paths of built-in models, whether these are
+    made yet or not (``builtin.missing`` makes them). Raises InputError for a missing file, bad
+    YAML, an unknown key or built-in name (naming the nearest) or a bad value.
     """
     values = read_values(path, overrides)
     if "tasks" in values:
         raise InputError(f"{path} is of a whole cycle (it has tasks): `pipeline rekindle {path}`")
-    config = parse_settings(RunConfig, values, str(path))
-    return _with_built_in_models(config, values, str(path))
+    return parse_settings(RunConfig, resolve_values(values), str(path))
 
 
-def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The plain values of a configuration's file, with ``key.path=value`` overrides."""
+def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
+    """Read the plain values of a configuration's file, with ``key.path=value`` overrides."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -122,19 +121,10 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
     return values
 
 
-def _with_built_in_models(config: RunConfig, values: dict[str, Any], where: str) -> RunConfig:
-    """The configuration with the names of built-in models replaced by their directories.
-
-    Only once all else is known to be right: what is missing of them is made here.
-    """
-    resolved = resolve_values(values)
-    return config if resolved == values else parse_settings(RunConfig, resolved, where)
-
-
 def configure_stage(
     config: RunConfig, stage: StageConfig, directories: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """The whole configuration of one stage; ``directories`` by stage name for its references.
+    """Return the whole configuration of one stage; ``directories`` by stage name for references.
 
     Raises InputError, naming the stage, for an unknown key or a bad value.
     """
@@ -164,14 +154,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _yaml(text: str, where: str) -> Any:
+def _yaml(text: str, where: str) -> object:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def set_value(values: dict[str, Any], override: str) -> None:
+def set_value(values: dict[str, object], override: str) -> None:
     """Apply one ``a.b.0.c=value`` to nested dictionaries and lists, in place."""
     path, separator, text = override.partition("=")
     if not separator or not path.strip():
@@ -179,7 +169,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
     _put_value(values, path, _yaml(text, f"--set {path}"))
 
 
-def _put_value(values: dict[str, Any], path: str, value: Any) -> None:
+def _put_value(values: dict[str, object], path: str, value: object) -> None:
     here: Any = values
     parts = path.strip().split(".")
     for part in parts[:-1]:
@@ -190,8 +180,8 @@ def _put_value(values: dict[str, Any], path: str, value: Any) -> None:
     here[_key(here, parts[-1], path)] = value
 
 
-def _key(here: Any, part: str, path: str) -> str | int:
-    """What ``part`` of an override's path selects in ``here``; a new key of a mapping is made."""
+def _key(here: object, part: str, path: str) -> str | int:
+    """Return what ``part`` of an override's path selects in ``here``; a mapping gets a new key."""
     if isinstance(here, list):
         return _index(here, part, path)
     if not isinstance(here, dict):
@@ -201,7 +191,7 @@ def _key(here: Any, part: str, path: str) -> str | int:
 
 
 def _index(here: list, part: str, path: str) -> int:
-    """The number of a list's item, given as a number or as the item's ``name``."""
+    """Return the number of a list's item, given as a number or as the item's ``name``."""
     if part.isdecimal() and int(part) < len(here):
         return int(part)
     names = [item.get("name") if isinstance(item, dict) else None for item in here]
@@ -213,6 +203,6 @@ def _index(here: list, part: str, path: str) -> int:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, loadable again."""
+    """Write the resolved configuration as YAML, loadable again."""
     values = config.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -3,7 +3,8 @@
 import torch
 
 from rekindle.kernels.losses import TRITON_INSTALLED
-from rekindle.train.model.files import cpu_count, package_versions, place
+from rekindle.pipeline.processes.devices import cores
+from rekindle.train.model.files import package_versions, place
 
 
 def diagnose() -> dict[str, str]:
@@ -13,7 +14,7 @@ def diagnose() -> dict[str, str]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["devices"] = ", ".join(names)
     else:
-        facts["devices"] = f"CPU, {cpu_count()} cores, {torch.get_num_threads()} torch threads"
+        facts["devices"] = f"CPU, {cores()} cores, {torch.get_num_threads()} torch threads"
     facts["precision"] = f"auto is {place('auto').precision} here"
     facts["attention"] = "sdpa (transformers' default)"
     facts["kd loss"] = kernel_choice()

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import partial
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.table import Column
 
 log = logging.getLogger("rekindle")
 
@@ -15,51 +19,52 @@ LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
 class Task:
-    """One line of progress. ``advance`` counts units of work and anything else by name."""
+    """One line of progress: drawn, logged now and then, or only counted (``quiet``).
+
+    ``draw`` takes what changes of the bar, as rich names it.
+    """
 
     def __init__(
         self,
         name: str,
         unit: str,
-        bar: Any = None,
-        line: Any = None,
         total: int | None = None,
+        draw: Callable[..., object] | None = None,
         quiet: bool = True,
     ):
         self.name, self.unit, self.total, self.quiet = name, unit, total, quiet
         self.counts: dict[str, float] = {}
         self.done = 0
         self.started = self._said = time.monotonic()
-        self._bar, self._line, self._noted = bar, line, False
-        self._before = 0
+        self._draw, self._noted, self._before = draw, False, 0
 
     def begin(self, done: int) -> None:
-        """What follows is measured from now on; ``done`` units were there before."""
+        """Measure speed from now on; ``done`` units were there before."""
         self.done = self._before = done
         self.started = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._line, completed=done)
+        if self._draw is not None:
+            self._draw(completed=done)
 
     def advance(self, amount: int = 1, **counts: float) -> None:
-        """``amount`` more units are done."""
+        """Count ``amount`` more units as done, and anything else by name."""
         self.done += amount
         for name, value in counts.items():
             self.counts[name] = self.counts.get(name, 0) + value
-        if self._bar is not None:
-            self._bar.update(self._line, advance=amount, note=self.rates())
+        if self._draw is not None:
+            self._draw(advance=amount, note=self.rates())
         elif not self._noted:
             self._say(self.rates)
 
     def note(self, text: str) -> None:
         """Show ``text`` beside the bar, or in the lines instead of the rates."""
         self._noted = True
-        if self._bar is not None:
-            self._bar.update(self._line, note=text)
+        if self._draw is not None:
+            self._draw(note=text)
         else:
             self._say(lambda: text)
 
     def _say(self, text: Callable[[], str]) -> None:
-        """A line in the log, unless there was one a moment ago."""
+        """Log a line, unless there was one a moment ago."""
         now = time.monotonic()
         if self.quiet or now - self._said < LINE_EVERY:
             return
@@ -72,7 +77,7 @@ class Task:
         log.info("%s: %s%s %s · %s%s", self.name, f"{self.done:,}", of, self.unit, text(), left)
 
     def rates(self) -> str:
-        """Units per second, tokens per second and bytes so far."""
+        """Say units per second, tokens per second and bytes so far."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         parts = [f"{(self.done - self._before) / seconds:,.1f} {self.unit}/s"]
         if "tokens" in self.counts:
@@ -85,24 +90,18 @@ class Task:
 class Progress:
     """Makes tasks; ``Progress.to_terminal()`` as a context manager draws them."""
 
-    def __init__(self, bar: Any = None, quiet: bool = True):
-        self._bar = bar
-        self._quiet = quiet
+    def __init__(self, bars: rich_progress.Progress | None = None, quiet: bool = True):
+        self._bars, self._quiet = bars, quiet
 
     @classmethod
     def silent(cls) -> "Progress":
-        """Draws nothing and logs nothing."""
+        """Draw nothing and log nothing."""
         return cls()
 
     @classmethod
     @contextmanager
     def to_terminal(cls) -> Iterator["Progress"]:
-        """Bars if stderr is a terminal, else a log line per finished task."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-        from rich.table import Column
-
+        """Draw bars if stderr is a terminal; else log lines."""
         console = Console(stderr=True)
         if not console.is_terminal:
             yield cls(quiet=False)
@@ -112,23 +111,25 @@ class Progress:
         named = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
         noted = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            TextColumn("{task.description}", table_column=named),
-            BarColumn(bar_width=max(5, width // 10)),
-            MofNCompleteColumn(table_column=kept),
-            TimeRemainingColumn(table_column=kept.copy()),
-            TextColumn("{task.fields[note]}", table_column=noted),
+            rich_progress.TextColumn("{task.description}", table_column=named),
+            rich_progress.BarColumn(bar_width=max(5, width // 10)),
+            rich_progress.MofNCompleteColumn(table_column=kept),
+            rich_progress.TimeRemainingColumn(table_column=kept.copy()),
+            rich_progress.TextColumn("{task.fields[note]}", table_column=noted),
         )
-        with Bars(*columns, console=console, expand=True) as bars:
+        with rich_progress.Progress(*columns, console=console, expand=True) as bars:
             yield cls(bars, quiet=False)
 
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
-        """A task of ``total`` units (None: unknown)."""
-        line = self._bar.add_task(name, total=total, note="") if self._bar is not None else None
-        task = Task(name, unit, self._bar, line, total, self._quiet)
+        """Show a task of ``total`` units (None: unknown) while the block runs."""
+        draw = None
+        if self._bars is not None:
+            draw = partial(self._bars.update, self._bars.add_task(name, total=total, note=""))
+        task = Task(name, unit, total, draw, self._quiet)
         yield task
-        if self._bar is not None:
-            self._bar.update(line, total=task.done, completed=task.done)
+        if draw is not None:
+            draw(total=task.done, completed=task.done)
         elif not self._quiet and task.done:
             seconds = time.monotonic() - task.started
             log.info(

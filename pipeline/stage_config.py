@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.pipeline.nested import strings_in, with_strings
 
 STAGES_FILE = "stages.json"  # in the output directory, beside the folders of the stages
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -52,7 +53,7 @@ class StageConfig(Settings):
     """One run: the file with some values changed."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its folder in the output directory")
-    set: dict[str, Any] = Field(
+    set: dict[str, object] = Field(
         default_factory=dict,
         description="key.path: value over the file; '{first}' stands for the directory of the "
         "earlier stage of that name",
@@ -63,7 +64,7 @@ class StageConfig(Settings):
 
     @field_validator("set")
     @classmethod
-    def _each_key_once(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _each_key_once(cls, value: dict[str, object]) -> dict[str, object]:
         for key in value:
             if key.split(".")[0] == "stages":
                 raise ValueError(f"{key}: a stage has no stages of its own")
@@ -108,7 +109,7 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
         earlier.append(stage.name)
 
 
-def _check_references(stage: str, value: Any, earlier: Sequence[str]) -> None:
+def _check_references(stage: str, value: object, earlier: Sequence[str]) -> None:
     for name in references(value):
         if name not in earlier:
             near = difflib.get_close_matches(name, earlier, n=1)
@@ -125,28 +126,23 @@ def _check_references(stage: str, value: Any, earlier: Sequence[str]) -> None:
             )
 
 
-def references(value: Any) -> list[str]:
-    """The names in braces in ``value``'s strings, each once, in the order they stand there."""
-    if isinstance(value, str):
-        return list(dict.fromkeys(_REFERENCE.findall(value)))
-    inside = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(value, Mapping | list | tuple):
-        return []
-    return list(dict.fromkeys(name for item in inside for name in references(item)))
+def references(value: object) -> list[str]:
+    """Return the names in braces in ``value``'s strings, each once, in the order they stand."""
+    return list(dict.fromkeys(n for text in strings_in(value) for n in _REFERENCE.findall(text)))
 
 
 def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
-    """``value`` with the directories for the references in its strings; unknown ones stay."""
-    if isinstance(value, str):
-        return _REFERENCE.sub(lambda found: directories.get(found[1], found[0]), value)
-    if isinstance(value, Mapping):
-        return {key: with_directories(item, directories) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [with_directories(item, directories) for item in value]
-    return value
+    """Return ``value`` with the directories for the references in its strings; unknown ones
+    stay.
+    """
+
+    def replaced(text: str) -> str:
+        return _REFERENCE.sub(lambda found: directories.get(found[1], found[0]), text)
+
+    return with_strings(value, replaced)
 
 
-def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+def _mappings(value: object) -> Iterator[Mapping[str, object]]:
     if isinstance(value, Mapping):
         yield value
     if isinstance(value, Mapping | list | tuple):

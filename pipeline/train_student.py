@@ -1,4 +1,4 @@
-"""The train-student command: opens the cache, finds the student's view, runs the loop, shows it."""
+"""The train-student command: opens the cache, finds the student's view, trains, shows progress."""
 
 import os
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.views.views import MaskedView
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
 from rekindle.train.distributed import join_world
@@ -17,21 +18,22 @@ from rekindle.train.loop import TrainResult, train_student
 def train_from_config(
     config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
 ) -> TrainResult:
-    """Train the configured student from the configured cache into ``out``; saves the configuration
-    there.
+    """Train the configured student from the configured cache into ``out``; save the configuration
+    there last.
     """
     config.check_single()
     if config.student is None:
         raise InputError("the configuration has no `student` section; add student.model")
     progress = progress or Progress.silent()
     cache = Cache.open(config.cache.path)
+    make_missing(config.student)  # in every process: another machine has a home of its own
     with (
         join_world() as world,
         progress.task(str(out), unit="steps", total=config.train.steps) as task,
     ):
 
         def report(step: int, values: Mapping[str, float]) -> None:
-            if not task.done:  # start-up and the steps of earlier days say nothing of the speed
+            if not task.done:  # neither start-up nor the steps of an earlier call count as speed
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
@@ -56,8 +58,8 @@ def train_from_config(
     return result
 
 
-def told_of(result: TrainResult) -> str:
-    """What a finished run was: its time, its held-out values, what it was trained with."""
+def describe_result(result: TrainResult) -> str:
+    """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     lines = [f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}"]
     for what in ("sequences", "positions"):
@@ -70,7 +72,7 @@ def told_of(result: TrainResult) -> str:
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
-    """The masked view that the configured student sees: a cache may hold views of several masks."""
+    """Return the name of the masked view that the student sees: a cache may hold several."""
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache

@@ -5,6 +5,8 @@ import resource
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +26,14 @@ MAY_IMPORT = {
 }
 # Third parties that have one home. triton: the kernels; ray: the one executor that uses it.
 HOMES = {
-    "typer": "pipeline/cli.py",
-    "triton": "kernels/*.py",
-    "ray": "pipeline/*.py",
-    "fsspec": "data/storage/store.py",
-    "sklearn": "train/finetune/metrics.py",
+    "typer": ("pipeline/cli.py", "pipeline/commands/*.py"),
+    "triton": ("kernels/*.py",),
+    "ray": ("pipeline/processes/*.py",),
+    "fsspec": ("data/storage/store.py",),
+    "sklearn": ("train/finetune/metrics.py",),
 }
 LONGEST_FILE = 450
+MOST_FILES = 20  # Python files in a folder
 ONLY_IN_TESTS = ("pytest", "hypothesis", "moto", "polars", "duckdb", "playwright")
 
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("**/*.py"))]
@@ -80,6 +83,48 @@ def test_imports_run_downward_only():
             if first in FOLDERS or (first == "rekindle" and second not in {*allowed, ""}):
                 wrong.append(f"{name} imports {module}")
     assert not wrong
+
+
+# Which files of ours a file imports. A room's own name is no file of it: its __init__.py holds one
+# sentence and imports nothing.
+FILES = {f"rekindle.{name.removesuffix('.py').replace('/', '.')}": name for name in NAMES}
+ARROWS = {
+    name: {FILES[module] for module in modules if module in FILES} - {name}
+    for name, modules in IMPORTS.items()
+}
+
+
+def room_of(name):
+    """The sub-package of a file; a file directly in a top folder is a node of its own."""
+    folder = str(Path(name).parent)
+    return name if folder in FOLDERS else folder
+
+
+def circle_in(arrows):
+    """Nodes each of which imports the next, and the last the first; None where there is none."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as found:
+        return found.args[1][::-1]
+    return None
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Nor under TYPE_CHECKING or within a function: what needs each other belongs together."""
+    assert circle_in(ARROWS) is None
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    rooms = {room_of(name): set() for name in NAMES}
+    for name, imported in ARROWS.items():
+        rooms[room_of(name)] |= {room_of(other) for other in imported} - {room_of(name)}
+    assert circle_in(rooms) is None
+
+
+def test_no_folder_is_too_full():
+    paths = [*map(Path, NAMES), *(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py"))]
+    counted = Counter(path.parent for path in paths if path.name != "__init__.py")
+    assert not {folder: count for folder, count in counted.items() if count > MOST_FILES}
 
 
 def test_no_folder_is_a_regular_package():
@@ -166,7 +211,8 @@ def users_of(package):
 
 @pytest.mark.parametrize("package", HOMES)
 def test_third_parties_have_one_home(package):
-    strays = [name for name in users_of(package) if not Path(name).match(HOMES[package])]
+    homes = HOMES[package]
+    strays = [name for name in users_of(package) if not any(map(Path(name).match, homes))]
     assert not strays
 
 

@@ -1,6 +1,6 @@
 """What the configuration says of a student and its training. Torch is not imported here."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -220,7 +220,7 @@ class ReplayConfig(Settings):
 
     @field_validator("domains", mode="before")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
+    def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
 
@@ -304,10 +304,10 @@ class TrainConfig(Settings):
 
     @field_validator("domains", mode="before")
     @classmethod
-    def _one_or_many_domains(cls, value: Any) -> Any:
+    def _one_or_many_domains(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
     @field_validator("allow_missing", mode="before")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
+    def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value

@@ -5,22 +5,22 @@ sums over the rows of a micro-batch. Weights, means, processes and micro-batches
 business.
 """
 
+import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+import rekindle.train.methods as home
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import MethodSettings, MethodTerm
-from rekindle.train.method_names import find_method
-
-if TYPE_CHECKING:
-    from rekindle.train.student import Student
+from rekindle.train.method_names import GROUP, installed_methods, own_methods, unknown_method
+from rekindle.train.model.network import StudentNetwork
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Method:
         return self.teachers
 
     @classmethod
-    def module(cls, settings: MethodSettings, student: "Student") -> nn.Module | None:
+    def module(cls, settings: MethodSettings, student: StudentNetwork) -> nn.Module | None:
         """Parameters of its own (a head, say), freshly initialised; None for none.
 
         They are ``student.method_module(NAME)`` afterwards, trained, saved and loaded with it.
@@ -82,7 +82,7 @@ class Method:
         raise NotImplementedError
 
     def losses(
-        self, student: "Student", batch: Batch, step: int, device: torch.device
+        self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
         """(name, loss, shown) of a micro-batch: sums over its rows. ``shown`` is what is logged:
         the loss itself, or without a factor that the loss carries.
@@ -94,14 +94,34 @@ class Method:
         raise NotImplementedError
 
     def evaluate(
-        self, student: "Student", batch: Batch, device: torch.device
+        self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> Mapping[str, tuple[float, int]]:
         """(numerator, denominator) of each held-out value in a batch; they are summed up first."""
         return {}
 
 
+def find_method(name: str) -> type[Method]:
+    """Return the class of a method. Raises InputError, naming the nearest, where there is none."""
+    if (problem := unknown_method(name)) is not None:
+        raise InputError(problem)
+    if name in own_methods():
+        where = f"{home.__name__}.{name}"
+        module = pkgutil.resolve_name(where)
+        found = [v for v in vars(module).values() if getattr(v, "__module__", None) == where]
+    else:
+        entry = installed_methods()[name]
+        where, found = f"{entry.value} (entry point {name!r} of {GROUP})", [entry.load()]
+    classes = [v for v in found if isinstance(v, type) and issubclass(v, Method)]
+    if len(classes) != 1:
+        raise InputError(
+            f"{where} must define one subclass of rekindle.train.method.Method, it has "
+            f"{len(classes)}"
+        )
+    return classes[0]
+
+
 def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, ...]:
-    """The methods of a run. Raises InputError, naming the term, for what cannot be computed."""
+    """Make a run's methods. Raises InputError, naming the term, for what cannot be computed."""
     made: list[Method] = []
     for number, term in enumerate(terms):
         where = f"train.objective.methods.{number}"
@@ -113,7 +133,7 @@ def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, .
     return tuple(made)
 
 
-def add_module(kind: type[Method], settings: MethodSettings, student: "Student") -> None:
+def add_module(kind: type[Method], settings: MethodSettings, student: StudentNetwork) -> None:
     """Give the student what the method adds to it."""
-    dumped: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    dumped = settings.model_dump(mode="json", by_alias=True)
     student.add_method(settings.method, dumped, kind.module(settings, student))

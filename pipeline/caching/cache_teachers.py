@@ -6,23 +6,14 @@ Resume is plan − commits: the same command again does only what is missing.
 
 import functools
 import logging
-import multiprocessing
-import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing.queues import Queue
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.corpus import Corpus, build_corpus
@@ -45,6 +36,7 @@ from rekindle.data.targets.schema import (
     target_schema,
 )
 from rekindle.data.views.views import MaskedView, PairView
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.repair import repair_cache
@@ -57,9 +49,10 @@ from rekindle.pipeline.caching.teachers import (
     plan_teacher,
 )
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.processes.devices import places_for
+from rekindle.pipeline.processes.units import run_units
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import cpu_count
 
 log = logging.getLogger("rekindle")
 
@@ -85,16 +78,17 @@ def cache_teachers(
 ) -> StageOne:
     """Make the cache of ``config``, or what is missing of it, or damaged.
 
-    ``only`` limits the work to teachers of those names; ``check`` as ``repair_cache`` has it.
+    ``only`` limits the work to teachers of those names; ``check`` is for ``repair_cache``.
     Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
     this corpus.
     """
     config.check_single()
     progress = progress or Progress.silent()
     chosen = _chosen(config, only)
+    make_missing(config)
     store = open_store(config.cache.path)
     with store.working() as alone:
-        # What is damaged is for the first process to find: the others see it work.
+        # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
             log.info("another process works on %s: its units are shared out", store.location)
@@ -129,7 +123,7 @@ def cache_teachers(
 def _plan_parts(
     corpus: Corpus, views: "Views", chosen: Sequence[TeacherConfig], seed: int
 ) -> list[TeacherPlan]:
-    """All that is wanted, described before any teacher runs."""
+    """Describe all that is wanted, before any teacher runs."""
     pairs = views.pairs
     plans = [plan_teacher(t, corpus, views.masked, pairs.get(t.pairs or ""), seed) for t in chosen]
     return [part for plan in plans for part in plan_parts(corpus, plan)]
@@ -191,7 +185,7 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
 
 
 def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
-    """The units of a teacher that are not committed, in order, and how many are."""
+    """Return the units of a teacher that are not committed, in order, and how many are."""
     masked = info.view.startswith("masked-")
     each: Sequence[int | None] = range(replicas) if masked else [None]
     planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
@@ -207,21 +201,31 @@ def _run(
     name = f"{plan.info.name} {plan.info.part}".strip()
     with progress.task(name, unit="sequences", total=rows) as task:
 
-        def report(commit: Commit) -> None:
-            task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
+        def report(commit: Commit | None) -> None:
+            if commit is not None:
+                task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
         if workers == 1 or not units:
-            run_units(plan, corpus, units, report)
+            runner = UnitRunner(plan, corpus)
+            for unit in units:
+                report(runner.make(unit))
         else:
-            _run_in_processes(plan, corpus, units, workers, report)
+            load = functools.partial(_load, plan, corpus.store.location)
+            places = places_for(workers)
+            run_units(f"teacher {plan.info.name!r}", load, units, places, report)
+
+
+def _load(plan: TeacherPlan, location: str) -> Callable[[Unit], Commit | None]:
+    """What a worker process does with each unit: its teacher is loaded here, once."""
+    return UnitRunner(plan, Corpus(open_store(location))).make
 
 
 class UnitRunner:
     """A loaded teacher and all that it needs to make units of one part of its targets."""
 
-    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.corpus, self.info = corpus, plan.info
-        self.teacher = Teacher(plan, corpus, worker)
+        self.teacher = Teacher(plan, corpus)
         self.view = view_of(plan.info, corpus)
         self.head = self.teacher.output_matrix() if plan.info.kind == "hidden" else None
         if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
@@ -235,8 +239,14 @@ class UnitRunner:
         main = read_teacher(self.corpus.store, self.info.name, self.info.extends or "")
         return TeacherReader(self.corpus, [main], self.view)
 
-    def make(self, unit: Unit) -> Commit:
-        """Compute, write and commit a unit."""
+    def make(self, unit: Unit) -> Commit | None:
+        """Compute, write and commit a unit, so that a kill costs no more than one.
+
+        None if another process has made it meanwhile: two that were started on one cache share
+        the work.
+        """
+        if ShardSet(self.corpus.store, self.info.folder).has(unit.name):
+            return None
         began = time.perf_counter()
         result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
         self._store_head()
@@ -248,25 +258,6 @@ class UnitRunner:
             claim_teacher(self.corpus, self.info)
             write_head(self.corpus.store, self.info.folder, self.head)
             self.head = None
-
-    def is_there(self, unit: Unit) -> bool:
-        """Whether another process has made the unit meanwhile."""
-        return ShardSet(self.corpus.store, self.info.folder).has(unit.name)
-
-
-def run_units(
-    plan: TeacherPlan, corpus: Corpus, units: list[Unit], report: Callable[[Commit], None]
-) -> None:
-    """Run units one after another; each is committed before the next is begun, so that a kill costs
-    no more than one.
-
-    Units that another process made meanwhile are left out: two that were started on one cache share
-    the work.
-    """
-    runner = UnitRunner(plan, corpus)
-    for unit in units:
-        if not runner.is_there(unit):
-            report(runner.make(unit))
 
 
 def write_unit(
@@ -305,83 +296,10 @@ def write_unit(
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
 
-    def late() -> dict[str, Any]:
+    def late() -> dict[str, float]:
         spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
         return sums.facts() | spent
 
     return shards.write(
         unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, late
     )
-
-
-# --- several processes on one machine: one per device, or as many as asked for on CPUs ---
-
-WorkerArguments = tuple[TeacherPlan, str, int, int]  # plan, cache, workers, number of this one
-
-_arguments: WorkerArguments | None = None
-
-
-def _start_worker(plan: TeacherPlan, location: str, workers: int, numbers: "Queue[int]") -> None:
-    # Nothing that can fail: an exception here would only be known as "a process was killed".
-    global _arguments
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
-    _arguments = (plan, location, workers, numbers.get())
-
-
-def _outlive_nobody(parent: multiprocessing.process.BaseProcess) -> None:
-    """End with the parent, even if that was killed: a worker would wait for work for ever."""
-    parent.join()
-    os._exit(1)
-
-
-@functools.cache
-def _worker() -> UnitRunner:
-    """The process's teacher, loaded at its first unit."""
-    assert _arguments is not None
-    plan, location, workers, number = _arguments
-    torch.set_num_threads(max(1, cpu_count() // workers))
-    return UnitRunner(plan, Corpus(open_store(location)), number)
-
-
-def _work(unit: Unit) -> Commit | None:
-    runner = _worker()
-    return None if runner.is_there(unit) else runner.make(unit)
-
-
-def _run_in_processes(
-    plan: TeacherPlan,
-    corpus: Corpus,
-    units: list[Unit],
-    workers: int,
-    report: Callable[[Commit], None],
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(workers):
-        numbers.put(number)
-    pool = ProcessPoolExecutor(
-        max_workers=workers,
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(plan, corpus.store.location, workers, numbers),
-    )
-    try:
-        for future in as_completed([pool.submit(_work, unit) for unit in units]):
-            commit = future.result()
-            if commit is not None:
-                report(commit)
-    except KeyboardInterrupt:
-        # Nothing waits for a unit to end: what is not committed is made again.
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise
-    except BrokenProcessPool:
-        raise InputError(
-            f"a worker process of teacher {plan.info.name!r} was killed (out of memory?). Finished "
-            "shards are kept; run the same command again to go on, with fewer --workers if need be"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Which parts of a teacher's targets a configuration asks for: what is there is never made again.
+"""Plans the parts of a teacher's targets: a part that is in the cache is never made again.
 
-A larger k is a further part beside what there is, for top-k lists at another k cannot be added to.
-Further temperatures are a part with tail masses alone, of the ids that are stored already.
+A larger k is a new part, because a stored top-k list cannot be extended. More temperatures are a
+new part that holds tail masses only, for the ids that are stored already.
 """
 
 from dataclasses import replace
@@ -17,10 +17,10 @@ from rekindle.pipeline.caching.teachers import TeacherPlan, check_same, is_descr
 
 
 def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
-    """The parts that hold what ``plan`` wants of its teacher, in the order to make them.
+    """Return the parts that hold what ``plan`` wants of its teacher, in the order to make them.
 
-    Fewer candidates and temperatures than are cached ask for nothing more. Raises
-    CacheMismatchError when the cache holds another teacher of that name.
+    A smaller k or fewer temperatures than are cached need no new part. Raises CacheMismatchError
+    when the cache holds another teacher of that name.
     """
     wanted = plan.info
     if not is_described(corpus, wanted.name):
@@ -38,13 +38,13 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
 
 
 def view_of(info: TeacherInfo, corpus: Corpus) -> ViewReader | None:
-    """The view the teacher is shown, if it is not the corpus itself."""
+    """Return the view that the teacher is shown; None if it is the corpus itself."""
     stored = info.view.startswith(("masked-", "pairs-"))
     return ViewReader(corpus, info.view) if stored else None
 
 
 def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) -> TeacherInfo:
-    """The part with the candidates: the one that readers use, if it has enough of them."""
+    """Return the part with the candidates: the one that readers use, if it has enough of them."""
     assert wanted.k is not None
     used = TeacherReader(corpus, infos, view_of(wanted, corpus)).main.info
     if (used.k or 0) >= wanted.k:
@@ -58,7 +58,7 @@ def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) ->
 
 
 def _tails(infos: list[TeacherInfo], main: TeacherInfo, wanted: TeacherInfo) -> list[TeacherInfo]:
-    """The parts with the wanted temperatures that ``main`` lacks: those begun, and a new one."""
+    """Return the parts for temperatures that ``main`` lacks: those begun, and perhaps a new one."""
     lacking = {*wanted.temperatures} - {*main.temperatures}
     begun = [info for info in infos if info.kind == "tails" and info.extends == main.part]
     for info in begun:

@@ -1,7 +1,7 @@
-"""Masks from a teacher's losses, within stage 1: whose they are, and when they can be made.
+"""Makes masks from a teacher's losses (``cache.mask.policy: hard``) within stage 1.
 
-The view is named from the teacher's files alone, so that teachers which will see it are described
-before any teacher runs; it is written once that teacher has seen all of the corpus.
+The view's name follows from the teacher's files alone, so that the teachers which are shown it can
+be described before any teacher runs. It is written once its teacher has seen all of the corpus.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("rekindle")
 
 
 def hard_view(corpus: Corpus, config: RunConfig) -> HardMaskedView | None:
-    """The view of ``cache.mask.policy: hard``, not written yet; None under another policy.
+    """Return the view of policy hard, which may not be written yet; None under another policy.
 
     Raises InputError when no such teacher is in the file or in the cache, or when it cannot say
     which tokens are hard.
@@ -33,7 +33,7 @@ def hard_view(corpus: Corpus, config: RunConfig) -> HardMaskedView | None:
 
 
 def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
-    """The teacher of the masks: as the cache has it, else as the file describes it."""
+    """Return the teacher of the masks: as the cache has it, else as the file describes it."""
     name = config.cache.mask.teacher
     assert name is not None
     if is_described(corpus, name):
@@ -56,7 +56,7 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
 def masks_last(
     parts: Sequence[TeacherPlan], masks: HardMaskedView | None
 ) -> tuple[list[TeacherPlan], list[TeacherPlan]]:
-    """The parts that can be made before ``masks`` are there, and those that are shown them."""
+    """Split ``parts`` into those that can be made before ``masks`` and those shown the masks."""
     shown = [part for part in parts if masks is not None and part.info.view == masks.name]
     return [part for part in parts if part not in shown], shown
 
@@ -64,7 +64,7 @@ def masks_last(
 def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) -> None:
     """Write what is missing of the view, if its teacher has seen all of the corpus.
 
-    Otherwise says so; raises InputError if the masks are ``needed`` now.
+    If not, log that; raises InputError if the masks are ``needed`` now.
     """
     corpus, name = masks.corpus, masks.teacher.name
     if not _complete(corpus, name):
@@ -81,7 +81,7 @@ def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) ->
 
 
 def _complete(corpus: Corpus, name: str) -> bool:
-    """Whether the part of the teacher's targets that is read has every shard."""
+    """Check that the part of the teacher's targets that is read has every shard."""
     if not is_described(corpus, name):
         return False
     reader = TeacherReader(corpus, read_parts(corpus.store, name), None)

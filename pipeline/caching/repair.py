@@ -1,4 +1,4 @@
-"""Takes what is damaged out of a cache, so that stage 1 makes exactly that again. Runs no teacher.
+"""Removes what is damaged from a cache, so that stage 1 makes exactly that again. Runs no teacher.
 
 A shard whose bytes are not those committed loses its commit record; a small file that is damaged is
 removed. What each shard says of itself restores its teacher's description.
@@ -23,12 +23,12 @@ log = logging.getLogger("rekindle")
 def repair_cache(
     store: Store, teachers: Collection[str], check: bool | None, progress: Progress
 ) -> int:
-    """Remove what is damaged and say so; returns how many files that were.
+    """Remove what is damaged and log it; return the number of files removed.
 
-    Of the teachers, only those that this run can make again. ``check`` holds every byte of every
-    shard against its checksum first; None does so for a local cache alone: from an object store all
-    of it would have to be fetched. Without it only damaged descriptions and commit records are
-    found.
+    Only ``teachers`` are looked at: this run can make those again. ``check`` first compares every
+    byte of every shard with its checksum; None does so for a local cache only, since an object
+    store would have to send all of it. Without it only damaged descriptions and commit records
+    are found.
     """
     removed = 0
     for name, error in damaged_descriptions(store).items():

@@ -305,9 +305,9 @@ def _difference(key: str, old: Any, new: Any) -> str:
 class Teacher:
     """A loaded teacher, on its device, ready to be run."""
 
-    def __init__(self, plan: TeacherPlan, corpus: Corpus, worker: int = 0):
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.info, self.config = plan.info, plan.config
-        self.placement: Placement = place(plan.info.precision, worker)
+        self.placement: Placement = place(plan.info.precision)
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings = _read_config(plan.directory)

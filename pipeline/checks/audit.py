@@ -18,6 +18,7 @@ from rekindle.data.targets.schema import (
     TokenLabelTargets,
     TokenTargets,
 )
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
@@ -49,6 +50,7 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
             f"the configuration names none of the teachers of {path} (it has: {known}), so there "
             "is nothing to audit; give the configuration the cache was made with"
         )
+    make_missing(*configs.values())
     return {
         name: _audit_teacher(cache, _live(cache, teacher), index)
         for name, teacher in configs.items()

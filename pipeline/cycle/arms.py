@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.pipeline import work as stages
+from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.tasks import TASKS_FOLDER, TaskFiles
-from rekindle.pipeline.jobs import Job
+from rekindle.pipeline.processes.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well

@@ -241,9 +241,7 @@ def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleCon
             f"{path} has no tasks, so it is not of a whole cycle; `pipeline init rekindle` writes "
             "an example. Runs of one student are for `pipeline train-student`"
         )
-    config = parse_settings(CycleConfig, values, str(path))
-    resolved = resolve_values(values)
-    return config if resolved == values else parse_settings(CycleConfig, resolved, str(path))
+    return parse_settings(CycleConfig, resolve_values(values), str(path))
 
 
 def dump_cycle(config: CycleConfig) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 from rekindle.data.corpus.documents import source_files
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
@@ -34,8 +35,9 @@ from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import CycleResults, read_results
 from rekindle.pipeline.cycle.start import check_start
 from rekindle.pipeline.cycle.tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.devices import cores, places_for, visible_devices
-from rekindle.pipeline.jobs import MOST_WORKERS, Job, run_jobs, warm_up
+from rekindle.pipeline.processes.devices import cores, places_for, visible_devices
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 LOCK_FILE = ".lock"
@@ -52,6 +54,7 @@ def run_cycle(
     """
     home = Path(os.path.abspath(out))
     config = _with_cache(config, home)
+    make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
     about = _about(config, tasks, check_start(config))

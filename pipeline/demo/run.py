@@ -1,6 +1,6 @@
 """The demo command: the knowledge-rekindle cycle on Python's documentation, as a list of jobs.
 
-Nothing of the method itself is here: what a job does is in job_stages, what came out is told by
+Nothing of the method itself is here: what a job does is in job_functions, what came out is told by
 demo_results. A finished job is recognised by what it leaves, so the same command again goes on
 where it stopped.
 """
@@ -14,12 +14,13 @@ from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as stages
+from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.demo.results import collect, fine_tuned, write_results
 from rekindle.pipeline.demo.settings import FULL, LM, QUICK, STUDENTS, WITH, WITHOUT, DemoSettings
 from rekindle.pipeline.demo.tasks import TASKS, TASKS_FOLDER, write_corpus
-from rekindle.pipeline.jobs import Job, run_jobs, warm_up
+from rekindle.pipeline.processes.jobs import Job, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
@@ -34,8 +35,8 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> str:
     settings = QUICK if quick else FULL
     home = Path(os.path.abspath(out))
     _claim(home, settings)
+    warm_up()
     if not (home / "corpus.jsonl").exists():
-        warm_up()
         write_documents(home, settings, progress)
     write_configs(home, settings)
     run_jobs(list(plan_jobs(home, settings)), home / "demo.log", progress)

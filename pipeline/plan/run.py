@@ -1,7 +1,7 @@
 """The plan command: what stage 1 has to do, what it writes, how long it takes, when it pays off.
 
-Nothing is written but into a temporary folder, nothing is downloaded but the corpus's tokenizer,
-and the cache that the configuration names is only read.
+Nothing is written but into a temporary folder, no built-in model is made, nothing is downloaded but
+the corpus's tokenizer, and the cache that the configuration names is only read.
 """
 
 import json
@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.views.views import MaskedView, PairView
+from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views, build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.break_even import BreakEven, break_even
 from rekindle.pipeline.plan.masks import assumed_masks
+from rekindle.pipeline.plan.not_made import NotMade, awaited, not_made
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.teacher import TeacherWork, plan_one_teacher
 from rekindle.pipeline.plan.text import shown_bytes, shown_plan
@@ -28,14 +29,14 @@ from rekindle.pipeline.progress import Progress
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The corpus. ``bytes`` are those to be written."""
+    """The corpus. ``bytes`` are those to be written. None: not known, and ``basis`` says why."""
 
     source: tuple[str, ...]
-    sequences: int
-    tokens: int
+    sequences: int | None
+    tokens: int | None
     estimated: bool
     basis: str
-    bytes: int
+    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ViewPlan:
 class Totals:
     """Sums of what is known; ``unknown`` names the teachers of which something is not."""
 
-    bytes: int
+    bytes: int | None  # None: the corpus is not known
     seconds: float | None  # None: not known of any
     unknown: tuple[str, ...]
     disk: str | None  # the existing folder nearest to the cache; None for an object store
@@ -71,10 +72,11 @@ class RunPlan:
     break_even: BreakEven
     totals: Totals
     warnings: tuple[str, ...]
+    to_make: tuple[NotMade, ...]  # built-in models and files that are not made yet
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The plan as JSON has it."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        values: dict[str, object] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return values
 
     def as_text(self) -> str:
@@ -83,14 +85,17 @@ class RunPlan:
 
 
 def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
-    """What `pipeline cache-teachers` would do for ``config``, without doing any of it.
+    """Say what `pipeline cache-teachers` would do for ``config``, without doing any of it.
 
-    With ``probe`` each teacher whose model is on this machine is tried for up to 10 seconds. Raises
+    With ``probe`` each teacher whose model is on this machine is tried for up to 10 seconds. What
+    depends on a built-in model that is not made yet is None, and ``to_make`` names both. Raises
     InputError for a bad source, for a model that is not there (with ``probe``, and unless it may be
     one of the hub) or does not fit the corpus, CacheMismatchError when the cache holds another
     corpus or another teacher of that name.
     """
     config.check_single()
+    if needed := missing(config.corpus):
+        return _plan_without_corpus(config, awaited(needed))
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder))
         views = build_views(survey.steps, _sampled(config), Progress.silent())
@@ -100,7 +105,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
         teachers = tuple(
             plan_one_teacher(teacher, config, survey, views, probe) for teacher in config.teachers
         )
-    totals = _totals(config.cache.path, corpus, shown, teachers)
+    totals = _totals(config.cache.path, corpus.bytes, shown, teachers)
     return RunPlan(
         cache=config.cache.path,
         corpus=corpus,
@@ -109,6 +114,24 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
         break_even=break_even(config, survey.sequences, teachers),
         totals=totals,
         warnings=_warnings(totals),
+        to_make=not_made(config, teachers),
+    )
+
+
+def _plan_without_corpus(config: RunConfig, why: str) -> RunPlan:
+    """Return the plan of a run whose tokenizer or text is not made yet."""
+    teachers = tuple(TeacherWork(t.name, t.task, reason=why) for t in config.teachers)
+    return RunPlan(
+        cache=config.cache.path,
+        corpus=CorpusPlan(config.corpus.source, None, None, True, why, None),
+        views=(),
+        teachers=teachers,
+        break_even=BreakEven(
+            None, {work.name: None for work in teachers}, f"Break-even: not known; {why}."
+        ),
+        totals=_totals(config.cache.path, None, (), teachers),
+        warnings=(),
+        to_make=not_made(config, teachers),
     )
 
 
@@ -150,9 +173,11 @@ def _view_plans(config: RunConfig, survey: CorpusSurvey, views: Views) -> tuple[
 
 
 def _totals(
-    path: str, corpus: CorpusPlan, views: Sequence[ViewPlan], teachers: Sequence[TeacherWork]
+    path: str, corpus_bytes: int | None, views: Sequence[ViewPlan], teachers: Sequence[TeacherWork]
 ) -> Totals:
-    size = corpus.bytes + sum(view.bytes for view in views) + sum(t.bytes or 0 for t in teachers)
+    size = corpus_bytes
+    if size is not None:
+        size += sum(view.bytes for view in views) + sum(t.bytes or 0 for t in teachers)
     seconds = [t.seconds for t in teachers if t.seconds is not None]
     unknown = tuple(t.name for t in teachers if t.bytes is None or t.seconds is None)
     disk, free = None, None
@@ -165,7 +190,7 @@ def _totals(
 
 
 def _warnings(totals: Totals) -> tuple[str, ...]:
-    if totals.disk_free is None or totals.bytes <= totals.disk_free:
+    if totals.bytes is None or totals.disk_free is None or totals.bytes <= totals.disk_free:
         return ()
     return (
         f"there is not enough room: {shown_bytes(totals.bytes)} would be written and "

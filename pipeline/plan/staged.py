@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.run import RunPlan, plan_run
@@ -18,7 +17,7 @@ class PlannedStage:
     plan: RunPlan | None
     note: str | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The stage as JSON has it."""
         plan = None if self.plan is None else self.plan.as_dict()
         return {"name": self.ready.stage.name, "plan": plan, "note": self.note} | {

@@ -9,6 +9,7 @@ from typing import Any
 
 from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views
 from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
@@ -33,15 +34,15 @@ class TeacherWork:
 
     name: str
     task: str
-    kept: str
-    share: float  # of the sequences: those of its domains
-    units_to_make: int
-    units_present: int
-    positions: int | None
-    bytes: int | None
-    seconds_per_token: float | None  # of the corpus, in one replica, as probed
-    seconds: float | None
-    reason: str | None
+    kept: str = "?"
+    share: float | None = None  # of the sequences: those of its domains
+    units_to_make: int | None = None
+    units_present: int | None = None
+    positions: int | None = None
+    bytes: int | None = None
+    seconds_per_token: float | None = None  # of the corpus, in one replica, as probed
+    seconds: float | None = None
+    reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
 
 
@@ -130,6 +131,8 @@ def _described(
     """The teacher from its files; or None, and why there are none."""
     folder = at_hand(teacher.model, must_be=probe)
     if folder is None:
+        for name in missing(teacher.model):
+            return None, f"its model {name} is not made yet"
         return None, f"its model {teacher.model} is not on this machine"
     if not survey.estimated:
         check_domains(survey.reference, teacher.domains or (), f"teacher {teacher.name!r}: domains")
@@ -144,12 +147,14 @@ def _described(
 
 
 def at_hand(model: str, must_be: bool) -> Path | None:
-    """The directory of a model that is on this machine. One of the hub may be missing; another
-    only unless it ``must_be`` there, else InputError.
+    """Return the directory of a model that is on this machine. One of the hub or a built-in one
+    may be missing; another only unless it ``must_be`` there, else InputError.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return resolve_model(model)
+    if missing(model):
+        return None
     if not path.is_absolute() and HUB_ID.match(model):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 100
+_COUNTS = ("units_to_make", "units_present", "positions")
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 
@@ -16,12 +17,7 @@ def shown_plan(plan: dict[str, Any]) -> str:
     # No markup: names and paths may have brackets.
     console = Console(file=out, width=WIDTH, highlight=False, markup=False)
     corpus = plan["corpus"]
-    about = "~" if corpus["estimated"] else ""
-    console.print(
-        f"corpus {', '.join(corpus['source'])}: {about}{counted(corpus['sequences'], 'sequence')}, "
-        f"{about}{counted(corpus['tokens'], 'token')} ({corpus['basis']})"
-        + _to_write(corpus["bytes"])
-    )
+    console.print(f"corpus {', '.join(corpus['source'])}: {_of_corpus(corpus)}")
     for view in plan["views"]:
         made, left = view["units_present"], counted(view["units_to_make"], "unit")
         console.print(
@@ -39,9 +35,25 @@ def shown_plan(plan: dict[str, Any]) -> str:
     if plan["break_even"]["runs"] is not None and len(runs) > 1:
         shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
         console.print(f"Runs per teacher: {', '.join(shown)}")
+    if plan["to_make"]:
+        console.print("not made yet; made once, from Python's documentation, by what needs it:")
+    for one in plan["to_make"]:
+        unknown = f"; not known without it: {', '.join(one['unknown'])}" if one["unknown"] else ""
+        console.print(f"  {one['name']}: {one['what']}{unknown}")
     for warning in plan["warnings"]:
         console.print(f"warning: {warning}")
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+
+
+def _of_corpus(corpus: dict[str, Any]) -> str:
+    if corpus["sequences"] is None:
+        return f"not known; {corpus['basis']}"
+    about = "~" if corpus["estimated"] else ""
+    return (
+        f"{about}{counted(corpus['sequences'], 'sequence')}, "
+        f"{about}{counted(corpus['tokens'], 'token')} ({corpus['basis']})"
+        + _to_write(corpus["bytes"])
+    )
 
 
 def _table(teachers: list[dict[str, Any]]) -> Table:
@@ -55,9 +67,7 @@ def _table(teachers: list[dict[str, Any]]) -> Table:
             t["name"],
             t["task"].replace("_classification", " classes").replace("_", " "),
             t["kept"],
-            f"{t['units_to_make']:,}",
-            f"{t['units_present']:,}",
-            "?" if t["positions"] is None else f"{t['positions']:,}",
+            *("?" if t[count] is None else f"{t[count]:,}" for count in _COUNTS),
             "?" if t["bytes"] is None else shown_bytes(t["bytes"]),
             "?" if t["seconds"] is None else shown_seconds(t["seconds"]),
         )
@@ -69,6 +79,8 @@ def _to_write(size: int, bound: str = "") -> str:
 
 
 def _total(totals: dict[str, Any], cache: str) -> str:
+    if totals["bytes"] is None:
+        return f"total for {cache}: not known"
     least = "at least " if totals["unknown"] else ""
     line = f"total for {cache}: {least}{shown_bytes(totals['bytes'])} to write"
     if totals["seconds"] is not None:

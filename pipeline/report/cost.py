@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from rekindle.pipeline.report.page import Block, Facts, Figures, Note, Section
+from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.table import Column, Table, formatted
 
 ESTIMATED = (
@@ -155,9 +155,7 @@ def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | Non
     )
 
 
-def _picture(cost: Cost) -> Any:
-    from rekindle.pipeline.report.svg import figure
-
+def _picture(cost: Cost) -> Figure:
     unit, size = _unit_of(cost)
     caption = (
         f"Total cost of so many students, in {unit} of computing: their teachers once, into a "
@@ -165,7 +163,7 @@ def _picture(cost: Cost) -> Any:
     )
     if cost.pays_after is not None:
         caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
-    return figure(caption, lambda axes: _draw(axes, cost, unit, size))
+    return Figure(caption, lambda axes: _draw(axes, cost, unit, size))
 
 
 def _unit_of(cost: Cost) -> tuple[str, float]:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rekindle.pipeline.report.page import Block, Figure, Figures, Legend, Note, Section
+from rekindle.pipeline.report.page import (
+    SMALL,
+    WIDE,
+    Block,
+    Figure,
+    Figures,
+    Legend,
+    Note,
+    Section,
+)
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -98,8 +107,6 @@ def losses_section(
 
 
 def _large(runs: Sequence[RunCurves]) -> list[Figure]:
-    from rekindle.pipeline.report.svg import figure
-
     figures = []
     if any(LOSS in run.held_out for run in runs):
         caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
@@ -107,12 +114,12 @@ def _large(runs: Sequence[RunCurves]) -> list[Figure]:
     objective = [(number, run.objective) for number, run in enumerate(runs)]
     caption = "Training: the whole objective, in nats. Other terms have other sums." + SMOOTH
     if any(points for _, points in objective):
-        figures.append(figure(caption, lambda axes: _training_lines(axes, objective)))
+        figures.append(Figure(caption, lambda axes: _training_lines(axes, objective)))
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
         hard = [(number, run.cross_entropy) for number, run in enumerate(runs)]
         caption = "Training: the cross-entropy on the labels alone, in nats." + SMOOTH
-        figures.append(figure(caption, lambda axes: _training_lines(axes, hard)))
+        figures.append(Figure(caption, lambda axes: _training_lines(axes, hard)))
     return figures
 
 
@@ -138,10 +145,8 @@ def _meaning(name: str) -> str:
 
 
 def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = False) -> Figure:
-    from rekindle.pipeline.report.svg import SMALL, WIDE, figure
-
     lines = [(number, run.held_out.get(name, [])) for number, run in enumerate(runs)]
-    return figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
+    return Figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
 
 
 def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:

@@ -5,7 +5,7 @@ script: styles and pictures are within it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,15 +16,17 @@ from markupsafe import Markup
 from rekindle.pipeline.report.table import Table
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+WIDE, SMALL = (4.2, 2.8), (3.5, 2.3)  # inches; small, so that a telephone shows legible letters
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An inline SVG, and what it shows in which unit."""
+    """A picture that ``draw`` draws, and what it shows in which unit; ``size`` in inches."""
 
     caption: str
-    svg: Markup
+    draw: Callable[..., None]  # on matplotlib's axes
+    size: tuple[float, float] = WIDE
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ class Page:
 
 
 def as_html(page: Page) -> str:
-    """The page, whole. Every text is escaped; what cannot be written is shown as U+FFFD."""
+    """Write the page, whole. Every text is escaped; what cannot be written is shown as U+FFFD."""
     from rekindle.pipeline.report.svg import (  # matplotlib: a second's work to import
         palette,
+        picture,
         sample,
     )
 
@@ -102,12 +105,12 @@ def as_html(page: Page) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = breakable
-    environment.globals |= {"sample": sample, "palette": palette}
+    environment.globals |= {"sample": sample, "palette": palette, "picture": picture}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return _CONTROLS.sub("\ufffd", template.render(page=page))
 
 
 def breakable(text: str) -> Markup:
-    """The text, escaped, that may be broken where names of runs and settings have their joints."""
+    """Escape a text that may be broken where names of runs and settings have their joints."""
     joints = re.compile(r"(?<=[,=])|(?<=[a-z][./])(?=[a-z])")
     return Markup("<wbr>").join(joints.split(text))

@@ -179,13 +179,11 @@ def _p(value: float | None) -> str:
 
 
 def _picture(models: Sequence[str], task: TaskScores) -> Figure:
-    from rekindle.pipeline.report.svg import figure
-
     rows = [(n, name, task.of(name)) for n, name in enumerate(models) if task.of(name)]
     caption = (
         f"{task.title}, × 100. A dot for each seed, a bar at the mean, a line for its interval."
     )
-    return figure(caption, lambda axes: _dots(axes, rows, task.chance), _size(len(rows)))
+    return Figure(caption, lambda axes: _dots(axes, rows, task.chance), _size(len(rows)))
 
 
 def _size(rows: int) -> tuple[float, float]:
@@ -231,8 +229,6 @@ def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> Non
 
 
 def _difference_pictures(differences: Sequence[ScoreDifference]) -> Figures:
-    from rekindle.pipeline.report.svg import figure
-
     groups: dict[tuple[str, str], list[ScoreDifference]] = {}
     for one in differences:
         groups.setdefault((one.task, one.against), []).append(one)
@@ -240,7 +236,7 @@ def _difference_pictures(differences: Sequence[ScoreDifference]) -> Figures:
     for (task, against), ones in groups.items():
         caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
         draw = _Forest(ones)
-        figures.append(figure(caption, draw, _size(len(ones))))
+        figures.append(Figure(caption, draw, _size(len(ones))))
     return Figures(figures, small=True)
 
 

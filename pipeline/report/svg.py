@@ -10,15 +10,14 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal, TypeAlias, TypedDict
 
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from rekindle.pipeline.report.page import Figure
-
-WIDE, SMALL = (4.2, 2.8), (3.5, 2.3)  # inches; small, so that a telephone shows legible letters
+Dash: TypeAlias = str | tuple[int, tuple[float, ...]]  # as matplotlib has it
 INK, PANEL = "#010203", "#010204"  # stand for the page's own inks
 # In each mode at least 4.5:1 against panel and ground; blue, orange, green, purple, ochre, rose.
 PALETTE = {
@@ -26,7 +25,7 @@ PALETTE = {
     "dark": ("#6cb0fa", "#f0905c", "#4cc79d", "#c6a0f5", "#d9bc3f", "#f58abb"),
 }
 MARKERS = "osD^vP"
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 3)))
+DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 3)))
 _COLOURS = len(PALETTE["light"])
 _LONGEST = 24  # characters of a name within a picture
 _STYLE = {
@@ -64,18 +63,27 @@ _FARTHEST = 1e12  # what is beyond is no loss and no score, and no axis can show
 
 
 def palette(mode: str) -> Markup:
-    """The colours of the runs as variables of CSS, for ``light`` or ``dark``."""
+    """Return the colours of the runs as variables of CSS, for ``light`` or ``dark``."""
     names = (f"--run-{n}: {colour};" for n, colour in enumerate(PALETTE[mode]))
     return Markup(" ".join(names))
 
 
 def colour(run: int) -> str:
-    """What stands for the colour of the run of that number."""
+    """Return what stands for the colour of the run of that number."""
     return f"#0a0b{run % _COLOURS:02x}"
 
 
-def line_style(run: int) -> dict[str, Any]:
-    """The settings, for matplotlib, of the line of the run of that number."""
+class LineStyle(TypedDict):
+    """What matplotlib draws a line with."""
+
+    color: str
+    marker: str
+    linestyle: Dash
+    markeredgewidth: float
+
+
+def line_style(run: int) -> LineStyle:
+    """Return how the line of the run of that number is drawn."""
     round_, place = divmod(run, _COLOURS)
     turn = run // (_COLOURS * len(DASHES))  # past 30 runs, colours meet other markers
     marker = MARKERS[(place + turn) % len(MARKERS)]
@@ -88,9 +96,9 @@ def line_style(run: int) -> dict[str, Any]:
 
 
 def sample(run: int) -> Markup:
-    """A piece of the run's line, for legends."""
+    """Draw a piece of the run's line, for legends."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line_style(run), ms=5)
         axes.set_axis_off()
         axes.set(xlim=(-0.05, 2.05), ylim=(-1, 1))
@@ -99,14 +107,14 @@ def sample(run: int) -> Markup:
     return Markup(svg.replace("<svg", '<svg class="sample" aria-hidden="true"', 1))
 
 
-def figure(caption: str, draw: Callable[[Any], None], size: tuple[float, float] = WIDE) -> Figure:
-    """A picture that ``draw(axes)`` draws; ``size`` in inches. Equal drawings are equal bytes."""
+def picture(draw: Callable[..., None], size: tuple[float, float]) -> Markup:
+    """Return the picture that ``draw`` draws; ``size`` in inches. Equal drawings, equal bytes."""
     svg = _drawn(draw, size, layout="constrained")
-    return Figure(caption, Markup(svg.replace("<svg", '<svg role="img"', 1)))
+    return Markup(svg.replace("<svg", '<svg role="img"', 1))
 
 
 def _drawn(
-    draw: Callable[[Any], None],
+    draw: Callable[..., None],
     size: tuple[float, float],
     layout: Literal["constrained"] | None,
 ) -> str:
@@ -121,12 +129,12 @@ def _drawn(
 
 
 def plottable(values: Iterable[float]) -> list[float]:
-    """The values, NaN (a gap in a line) for those that no axis can show."""
+    """Return the values, NaN (a gap in a line) for those that no axis can show."""
     return [v if math.isfinite(v) and abs(v) < _FARTHEST else math.nan for v in values]
 
 
 def shown(name: str) -> str:
-    """A name as it fits into a picture: printable, its middle left out if it is long."""
+    """Return a name as it fits into a picture: printable, its middle left out if it is long."""
     name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
     if len(name) <= _LONGEST:
         return name
@@ -135,8 +143,8 @@ def shown(name: str) -> str:
 
 
 def inline(svg: str) -> str:
-    """An SVG document as an element of a page: without prologue, metadata, addresses and ids that
-    nothing refers to, in the page's inks. Texts between tags stay as they are.
+    """Turn an SVG document into an element of a page: without prologue, metadata, addresses and
+    ids that nothing refers to, in the page's inks. Texts between tags stay as they are.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)

@@ -6,13 +6,12 @@ import fnmatch
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import CheckpointError, InputError, naming
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
@@ -75,7 +74,7 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     directories = {stage.name: str(out / stage.name) for stage in config.stages}
     stages = [_plan(config, stage, directories, out) for stage in config.stages]
     for number, stage in enumerate(stages):
-        with _naming(stage):
+        with naming(f"stage {stage.name!r}"):
             _check_replaced(stage, directories)
             _check_stage(stage, stages[:number])
     for one, other in itertools.combinations(stages, 2):
@@ -99,15 +98,6 @@ def _plan(
         written=configure_stage(config, stage),
         prompts=prompts,
     )
-
-
-@contextmanager
-def _naming(stage: Stage) -> Iterator[None]:
-    """Puts the stage's name before the message of an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"stage {stage.name!r}: {error}") from None
 
 
 def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
@@ -235,7 +225,7 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
 
     models = {}
     for stage in stages:
-        with _naming(stage):
+        with naming(f"stage {stage.name!r}"):
             for model in _models(stage.written, students):
                 if not references(model):
                     models[model] = resolve_model(model)
@@ -247,7 +237,7 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
     for stage in stages:
         if stage.prompts is not None and not stage.text_waits:
             directory = teachers.get((stage.prompts.cache or "", stage.prompts.teacher))
-            with _naming(stage):
+            with naming(f"stage {stage.name!r}"):
                 _check_words(stage, stage.prompts, directory)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
@@ -56,7 +57,7 @@ def run_stages(
     results = []
     with join_world() as world:
         stages = world.agree(lambda: plan_stages(config, out))
-        missing = world.decide(lambda: _open(out, stages, resume))
+        missing = world.decide(lambda: _open(out, stages, resume), patient=True)
         for stage in stages:
             if stage.name not in missing:
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
@@ -112,7 +113,9 @@ def _open(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     _check_same(out, recorded or {}, stages)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
-    check_models([stage for stage in stages if stage.name in missing])
+    left = [stage for stage in stages if stage.name in missing]
+    make_missing(*(stage.config for stage in left))
+    check_models(left)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".{STAGES_FILE}.tmp"
     record = {"stages": [stage.record for stage in stages]}
@@ -211,6 +214,7 @@ def cache_stages(
         raise InputError(
             f"no teacher {unknown[0]!r} in any stage (there are: {', '.join(sorted(known))})"
         )
+    make_missing(config)
     check_models(stages, students=False)
     done = []
     for ready in ready_parts(stages):

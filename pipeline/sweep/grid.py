@@ -1,7 +1,7 @@
-"""Which students a sweep means: every combination of the values of its ``--sweep`` options.
+"""Plans the students of a sweep: one for every combination of the values of ``--sweep``.
 
 Each student is, to the bit, the one that ``--set`` with the same values trains alone on as many
-threads. Nothing is read here but the run file, so that a wrong definition is refused at once.
+threads. Only the run file is read here, so that a wrong definition is refused at once.
 """
 
 import itertools
@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.train.config import StudentConfig
 
 SWEPT_SECTIONS = ("student", "train")
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
@@ -37,7 +37,13 @@ class SweepRun:
     config: RunConfig
 
     @property
-    def record(self) -> dict[str, Any]:
+    def student(self) -> StudentConfig:
+        """What is trained; ``plan_sweep`` has seen to it that there is one."""
+        assert self.config.student is not None
+        return self.config.student
+
+    @property
+    def record(self) -> dict[str, object]:
         """What ``sweep.json`` says of it."""
         config = self.config.model_dump(mode="json", by_alias=True)
         return {"name": self.name, "values": self.values} | {s: config[s] for s in SWEPT_SECTIONS}
@@ -46,11 +52,11 @@ class SweepRun:
 def plan_sweep(
     run: str | Path, sweep: Sequence[str], overrides: Sequence[str] | None = None
 ) -> list[SweepRun]:
-    """Every combination of the values of ``sweep`` (``key.path=V1,V2``), over the run file with its
-    ``key.path=value`` overrides.
+    """Return a student for every combination of the values of ``sweep`` (``key.path=V1,V2``), each
+    with the ``key.path=value`` overrides.
 
-    All configurations are validated here. Raises InputError that names the combination which is
-    wrong, for two that are the same, and for keys that students of one cache must share.
+    Raises InputError for a combination that is no valid configuration, for two that are the same,
+    and for keys that students of one cache must share.
     """
     axes = [parse_axis(text) for text in sweep]
     _check_keys([axis.key for axis in axes])
@@ -66,7 +72,7 @@ def plan_sweep(
 
 
 def parse_axis(text: str) -> Axis:
-    """``a.b=1,2`` as an axis; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
+    """Parse ``a.b=1,2``; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
 
     Raises InputError when there is no key, no value, or no YAML.
     """
@@ -103,10 +109,8 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[str]) -> RunConfig:
     settings = [f"{key}={value}" for key, value in values.items()]
-    try:
+    with naming(f"--sweep, at {', '.join(settings)}"):
         config = load_config(run, [*overrides, *settings])
-    except InputError as error:
-        raise InputError(f"--sweep, at {', '.join(settings)}: {error}") from None
     if config.stages:
         raise InputError(
             f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "
@@ -127,8 +131,8 @@ def _check_distinct(runs: Sequence[SweepRun]) -> None:
 
 
 def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str]:
-    """The last parts of each path, joined: as few as tell it from the others, and never numbers
-    alone.
+    """Shorten each path to its last parts, joined: as few as tell it from the others, and never
+    numbers alone.
     """
 
     def tail(path: Sequence[str]) -> str:
@@ -143,7 +147,7 @@ def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str
 
 
 def unique_names(runs: Sequence[Iterable[tuple[str, str]]]) -> list[str]:
-    """A folder name for each run's (key, value) pairs: readable, safe on any file system, and
+    """Name a folder for each run's (key, value) pairs: readable, safe on any file system, and
     distinct even where upper and lower case are one.
     """
     names: list[str] = []

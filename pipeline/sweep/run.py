@@ -12,10 +12,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
+from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.processes.devices import places_for, visible_devices
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import WorkerKilled
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
 
@@ -152,14 +156,35 @@ def run_sweep(
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     if not missing:
         return []
-    from rekindle.pipeline.devices import visible_devices
-    from rekindle.pipeline.sweep.workers import train_in_processes
-
     workers = min(workers or max(1, len(visible_devices())), len(missing))
-    if workers > 1:
-        return train_in_processes(missing, out, workers, progress)
-    outcomes = (train_one(run, out, progress) for run in missing)
-    return [failure for failure in outcomes if failure is not None]
+    if workers == 1:
+        found = [train_one(run, out, progress) for run in missing]
+    else:
+        found = _train_in_processes(missing, out, workers, progress)
+    return [failure for failure in found if failure is not None]
+
+
+def _train_in_processes(
+    runs: Sequence[SweepRun], out: Path, workers: int, progress: Progress
+) -> list[Failure | None]:
+    """What ``train_one`` returns for each of ``runs``, each in a process of its own."""
+    jobs = [
+        Job(str(out / run.name), _train_one, (run, out), None, steps=run.config.train.steps)
+        for run in runs
+    ]
+    ended = run_jobs(jobs, None, progress, places_for(workers), failed=_failed)
+    return [cast(Failure | None, ended[job.name]) for job in jobs]
+
+
+def _train_one(run: SweepRun, out: Path, report: Report) -> Failure | None:
+    return train_one(run, out, StepReports(report))
+
+
+def _failed(job: Job, error: Exception) -> Failure:
+    """The failure of a student whose process could not say what went wrong."""
+    if isinstance(error, WorkerKilled):
+        error = InputError(f"{error}. If memory is short, give fewer --workers")
+    return Failure.of(Path(job.name).name, error)
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
@@ -180,17 +205,15 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     from rekindle.train.prepare import check_tokenizer, prepare_objective
 
     cache = Cache.open(runs[0].config.cache.path)
-    checked: set[str] = set()  # models, whose tokenizers are the same for many students
     for run in runs:
-        config = run.config
-        assert config.student is not None  # plan_sweep has seen to it
-        try:
-            prepare_objective(cache, config.student, config.train, student_view(cache, config))
-            if config.student.model not in checked:
-                check_tokenizer(cache, config.student)
-        except InputError as error:
-            raise InputError(f"student {run.name}: {error}") from None
-        checked.add(config.student.model)
+        with naming(f"student {run.name}"):
+            view = student_view(cache, run.config)
+            prepare_objective(cache, run.student, run.config.train, view)
+    make_missing(*(run.student for run in runs))
+    one_of_each = {run.student.model: run for run in reversed(runs)}  # most share a tokenizer
+    for run in one_of_each.values():
+        with naming(f"student {run.name}"):
+            check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
 
 

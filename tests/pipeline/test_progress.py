@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from rekindle.pipeline import progress as module
-from rekindle.pipeline.jobs import StepReports
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.processes.jobs import Report, StepReports
+from rekindle.pipeline.progress import Progress, Task
 
 
 @pytest.fixture
@@ -57,13 +57,15 @@ def test_silence_is_silent(clock, caplog):
 
 def test_all_steps_of_a_job_are_reported():
     """Those that were done before, and those that follow."""
-    told = []
-    with StepReports(told.append).task("student", "steps", total=10) as task:
+    shown = Task("student", "steps")
+    report = Report(lambda tell: tell(shown))
+    with StepReports(report).task("student", "steps", total=10) as task:
         task.begin(4)
         for _ in range(6):
             task.advance(1)
-    assert sum(told) == 10
+    report(1)
     assert task.done == 10
+    assert shown.done == 11
 
 
 def test_what_was_there_before_is_no_speed(clock):

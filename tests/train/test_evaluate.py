@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from rekindle.train.config import DistillTerm, StudentConfig
 from rekindle.train.evaluate import EvaluationData, best_of, evaluate
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.task_loss import heads_of
-from rekindle.train.student import HeadConfig, build_student
+from rekindle.train.student import build_student
 
 CPU = torch.device("cpu")
 EXPERTS = ("sense", "score", "topics", "pair", "tags")

@@ -15,7 +15,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig
 from rekindle.train.model.files import longest_input
-from rekindle.train.student import HeadConfig, Student, TaskHead, build_student
+from rekindle.train.model.network import HeadConfig, TaskHead
+from rekindle.train.student import Student, build_student
 
 SENSE = HeadConfig(kind="sequence", num_labels=3, label_names=("a", "b", "c"), problem="x")
 TAGS = HeadConfig(kind="token", num_labels=5)

@@ -25,7 +25,8 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
-from rekindle.train.student import HeadConfig, Student
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import Student
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ N tokens that are judged.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,8 @@ from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
+from rekindle.train.model.network import StudentNetwork
 from rekindle.train.objective.drawing import sample
-
-if TYPE_CHECKING:
-    from rekindle.train.student import Student
 
 ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
 WHOLE = ("dense", "hidden")  # targets of which every probability is known
@@ -84,7 +82,7 @@ class ReplacedTokens(Method):
         return (self.teacher,)
 
     @classmethod
-    def module(cls, settings: MethodSettings, student: "Student") -> nn.Module | None:
+    def module(cls, settings: MethodSettings, student: StudentNetwork) -> nn.Module | None:
         """The head. An ELECTRA model has it within, so that ElectraForPreTraining loads it."""
         config = student.model.config
         head = ReplacedTokenHead(config)
@@ -100,7 +98,7 @@ class ReplacedTokens(Method):
         return {"loss": len(self._judged(batch))}
 
     def losses(
-        self, student: "Student", batch: Batch, step: int, device: torch.device
+        self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
         """The binary cross-entropy, summed over the tokens that are judged."""
         text = self._shown(student, batch, device)
@@ -110,7 +108,7 @@ class ReplacedTokens(Method):
         yield "loss", loss, loss.detach()
 
     def evaluate(
-        self, student: "Student", batch: Batch, device: torch.device
+        self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> dict[str, tuple[float, int]]:
         """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
         text = self._shown(student, batch, device)
@@ -155,12 +153,14 @@ class ReplacedTokens(Method):
         with_target[self._target(batch).rows] = True
         return np.flatnonzero(judged & with_target[:, None])
 
-    def _shown(self, student: "Student", batch: Batch, device: torch.device) -> "CorruptedText":
+    def _shown(
+        self, student: StudentNetwork, batch: Batch, device: torch.device
+    ) -> "CorruptedText":
         """The corrupted text, with what the student's domain prompts need of it."""
         text = self.corrupted(batch, device)
         return text._replace(inputs=student.with_domains(text.inputs, batch.domains))
 
-    def _logits(self, student: "Student", text: "CorruptedText") -> Tensor:
+    def _logits(self, student: StudentNetwork, text: "CorruptedText") -> Tensor:
         states = student.states(text.inputs).flatten(0, 1)[text.judged]
         head = getattr(student.model, ELECTRA_HEAD, None)
         if head is None:

@@ -5,7 +5,6 @@ remote code.
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -156,14 +155,13 @@ class Placement(Settings):
         ]
 
 
-def place(precision: str, index: int = 0) -> Placement:
-    """The device of worker ``index`` and the precision that ``auto`` means on it."""
+def place(precision: str) -> Placement:
+    """The first device of this process and the precision that ``auto`` means on it."""
     if not torch.cuda.is_available():
         return Placement(device="cpu", precision="fp32" if precision == "auto" else precision)
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    number = index % torch.cuda.device_count()
-    return Placement(device=f"cuda:{number}", precision=precision)
+    return Placement(device="cuda:0", precision=precision)
 
 
 def package_versions() -> dict[str, str]:
@@ -173,8 +171,3 @@ def package_versions() -> dict[str, str]:
 
     names = ("rekindle", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def cpu_count() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,12 +18,13 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import language_rows, model_inputs, send
 from rekindle.train.method import Method
+from rekindle.train.model.network import HeadConfig, StudentOutput
 from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.selection import Counts, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.schedules import weight_at
-from rekindle.train.student import HeadConfig, Student, StudentOutput
+from rekindle.train.student import Student
 
 Weighted = Sequence[tuple[DistillTerm, float]]
 

@@ -15,6 +15,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.label_union import (
     LabelUnion,
     certainty,
@@ -26,7 +27,6 @@ from rekindle.train.objective.label_union import (
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of
-from rekindle.train.student import HeadConfig
 
 Add = Callable[[str, Tensor | None, Tensor], None]
 

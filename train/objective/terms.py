@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.schema import SAMPLED, TeacherInfo
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.label_union import LabelUnion
@@ -106,10 +106,8 @@ def _check_classifier_mixture(where: str, term: DistillTerm, infos: Sequence[Tea
             f"{where}: a mixture teaches where all its experts know the text, and "
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
-    try:
+    with naming(where):
         LabelUnion.of(infos, term.labels)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
 
 
 def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: str) -> None:

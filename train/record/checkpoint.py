@@ -28,7 +28,7 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
-from rekindle.train.method_names import find_method
+from rekindle.train.method import find_method
 from rekindle.train.student import MODEL, Student, own_weights
 
 log = logging.getLogger("rekindle")

@@ -23,6 +23,7 @@ from rekindle.data.storage import store as store_module
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.processes import worker
 from testlib.caches import committed
 from testlib.command import pipeline
 from testlib.processes import Child
@@ -234,10 +235,10 @@ def slow(journal: Journal, seconds: float) -> None:
 
 
 def fork_workers() -> None:
-    """Worker processes as forks of this one: a new interpreter needs seconds for its imports."""
+    """Worker processes as forks of this one: a server needs seconds for its imports."""
     context = multiprocessing.get_context("fork")
     ours = vars(multiprocessing) | {"get_context": lambda method: context}
-    stage_one.multiprocessing = SimpleNamespace(**ours)
+    worker.multiprocessing = SimpleNamespace(**ours)
 
 
 def with_workers(config: Any, journal: Journal, seconds: float = 0.05) -> Child:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +16,10 @@ import yaml
 
 from rekindle.data.corpus.python_docs import PARTS, PythonDoc
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.builtin import make as make_module
+from rekindle.pipeline import make_builtin
+from rekindle.pipeline.builtin import missing as launcher
 from rekindle.pipeline.builtin import names as names_module
-from rekindle.pipeline.builtin.make import job_of, needs, with_what_they_need
+from rekindle.pipeline.builtin.missing import make_missing, missing
 from rekindle.pipeline.builtin.names import (
     DOMAINS,
     FILES,
@@ -26,7 +29,7 @@ from rekindle.pipeline.builtin.names import (
     documents_file,
     folder,
     home,
-    resolve,
+    places,
     resolve_name,
     resolve_values,
 )
@@ -34,6 +37,7 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import HALVES, place_records, write_documents
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.demo.tasks import TaskSizes, split_of
+from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
 
 
 @pytest.fixture
@@ -65,8 +69,7 @@ def test_every_name_is_a_path_of_its_own(made, name):
     path = Path(resolve_name(PREFIX + name))
     assert path.exists()
     assert made in path.parents
-    others = resolve(PREFIX + other for other in (*MODELS, *FILES) if other != name)
-    assert path not in others.values()
+    assert list(places().values()).count(path) == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_every_name_is_a_path_of_its_own(made, name):
 )
 def test_an_unknown_name_is_refused_with_the_nearest(made, given, nearest):
     with pytest.raises(InputError, match=f"no built-in '{given}'; did you mean '{nearest}"):
-        resolve([given])
+        resolve_name(given)
 
 
 def test_names_are_replaced_wherever_they_stand_and_nothing_else_is(made):
@@ -126,20 +129,46 @@ def test_a_configuration_is_loaded_with_directories(made, tmp_path):
         load_config(tmp_path / "run.yaml", ["student.model=python-docs/berd"])
 
 
-def test_nothing_is_made_for_a_configuration_that_is_wrong(tmp_path, monkeypatch):
+def test_reading_a_configuration_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
-    (tmp_path / "run.yaml").write_text(
-        "corpus: {source: [a], tokenizer: python-docs/bert}\ncache: {path: c}\ntrain: {step: 3}\n"
-    )
-    with pytest.raises(InputError, match=r"train\.step"):
-        load_config(tmp_path / "run.yaml")
+    config = load_config(run_file(tmp_path))
+    assert config.student.model == resolve_name("python-docs/bert")
+    assert set(missing(config)) == {f"python-docs/{n}" for n in ("corpus", "bert-larger", "bert")}
+    assert set(missing(config.student, config.corpus.tokenizer)) == {
+        *("python-docs/bert-larger", "python-docs/bert")
+    }
+    assert not (tmp_path / "home").exists()
+
+
+NAMED = "python-docs/bert --train python-docs/part/train --dev python-docs/part/dev"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("cache-teachers run.yaml --teacher nobody", "nobody"),
+        ("cache-teachers run.yaml --set train.step=3", r"train\.step"),
+        ("train-student run.yaml", "not a Rekindle cache"),
+        ("train-student run.yaml --sweep train.seed=1,2", "not a Rekindle cache"),
+        ("train-student run.yaml --set 'stages=[{name: a, set: {student: null}}]'", "no `student`"),
+        (f"finetune {NAMED} --out out --set epoch=3", "epoch"),
+    ],
+)
+def test_nothing_is_made_for_a_run_that_is_wrong(line, told, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run_file(tmp_path)
+    code, _, errors = command(*shlex.split(line))
+    assert code in (2, 3), errors
+    assert re.search(told, errors)
     assert not (tmp_path / "home").exists()
 
 
 def test_finding_a_model_imports_no_torch(made):
     code = (
-        "import sys; from rekindle.pipeline.builtin.names import resolve_name; "
-        "resolve_name('python-docs/bert'); sys.exit('torch' in sys.modules)"
+        "import sys; from rekindle.pipeline.builtin.missing import make_missing; "
+        "from rekindle.pipeline.builtin.names import resolve_name; "
+        "make_missing(resolve_name('python-docs/bert')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -286,7 +315,7 @@ def leave(seconds: float, begun: Path, report) -> None:
 def test_what_another_process_made_first_stays(tmp_path):
     for number in range(2):
         begun = tmp_path / f"begun-{number}"
-        make_module._make_and_show(leave, (0.0,), begun, tmp_path / "out", lambda steps: None)
+        make_builtin._make_and_show(leave, (0.0,), begun, tmp_path / "out", lambda steps: None)
         (tmp_path / "out" / "mark").touch()
         if not number:
             first = (tmp_path / "out" / "whole").stat().st_ino
@@ -297,12 +326,12 @@ def test_the_lock_lets_one_process_in_at_a_time_and_clears_what_was_killed(tmp_p
     left = tmp_path / ".begun-old"
     left.mkdir()
     code = (
-        "import sys, pathlib; from rekindle.pipeline.builtin.make import _alone\n"
+        "import sys, pathlib; from rekindle.pipeline.make_builtin import _alone\n"
         "print('ready', flush=True)\n"
         "with _alone(pathlib.Path(sys.argv[1])): print('inside', flush=True)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with make_module._alone(tmp_path):
+    with make_builtin._alone(tmp_path):
         assert not left.exists()
         other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "ready\n"
@@ -314,7 +343,7 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="REKINDLE_HOME"):
-        resolve(["python-docs/corpus"])
+        make_missing(resolve_name("python-docs/corpus"))
 
 
 def test_models_are_made_by_a_process_that_torchrun_does_not_know(tmp_path, monkeypatch):
@@ -330,9 +359,9 @@ def test_models_are_made_by_a_process_that_torchrun_does_not_know(tmp_path, monk
         started.append(env)
         return popen([sys.executable, "-c", ""], env=env, **arguments)
 
-    monkeypatch.setattr(names_module.subprocess, "Popen", start)
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
     with pytest.raises(RekindleError, match="was not made"):  # by a process that does nothing
-        resolve([PREFIX + "bert"])
+        make_missing(resolve_name(PREFIX + "bert"))
     (env,) = started
     assert not launched.keys() & env.keys()
     assert env["REKINDLE_HOME"] == str(tmp_path)
@@ -342,14 +371,14 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RekindleError, match=r"corpus could not be made.*exit code 1"):
-        resolve(["python-docs/corpus"])
+        make_missing(resolve_name("python-docs/corpus"))
 
 
 def test_a_folder_that_lacks_a_file_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
     (folder() / "documents").mkdir(parents=True)
     with pytest.raises(RekindleError, match=r"corpus\.jsonl was not made; remove"):
-        resolve(["python-docs/corpus"])
+        make_missing(resolve_name("python-docs/corpus"))
 
 
 def run_file(tmp_path: Path) -> Path:
@@ -387,7 +416,7 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path):
 
     kept = (made / "documents" / "corpus.jsonl").stat().st_mtime_ns
     process = subprocess.run(
-        [sys.executable, "-m", "rekindle.pipeline.builtin.make", "python-docs/bert-larger"],
+        [sys.executable, "-m", "rekindle.pipeline.make_builtin", "python-docs/bert-larger"],
         env=environment,
     )
     assert process.returncode == 0

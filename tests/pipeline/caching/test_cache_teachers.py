@@ -3,10 +3,13 @@
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,9 @@ from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
+from rekindle.pipeline.processes import units
+from rekindle.pipeline.processes.devices import Place
+from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress
 from testlib.caches import committed
 
@@ -290,35 +296,27 @@ def test_a_shard_without_a_sequence_of_the_domain(tmp_path, configure, stable):
 # --- processes ------------------------------------------------------------------------------------
 
 
-class Numbers:
-    """Stands for the queue from which workers take their numbers."""
+class Thread(Worker):
+    """Stands for a worker process: does what one does, in a thread of this process."""
 
-    def get(self) -> int:
-        return 0
+    def __init__(self, name: str, work: Callable[[Connection], object], place: Place):
+        self._connection, parent = multiprocessing.Pipe()
+
+        def live() -> None:
+            try:
+                parent.send(Returned(work(parent)))
+            except Exception as error:
+                parent.send(error)
+
+        self._process: Any = SimpleNamespace(join=lambda: None, kill=lambda: None)
+        threading.Thread(target=live, daemon=True).start()
 
 
 @pytest.fixture
-def in_this_process(monkeypatch) -> Callable[[], None]:
-    """Runs what worker processes run, in their order, without starting any."""
-    from concurrent.futures import Future
-
-    class Pool:
-        def __init__(self, initializer: Any, initargs: tuple, **_: Any):
-            initializer(*initargs[:3], Numbers())
-
-        def submit(self, work: Any, unit: Any) -> Future:
-            future: Future = Future()
-            try:
-                future.set_result(work(unit))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-        def shutdown(self, **_: Any) -> None:
-            stage_one._worker.cache_clear()
-
-    monkeypatch.setattr(stage_one, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(stage_one.torch, "set_num_threads", lambda count: None)
+def in_this_process(monkeypatch) -> None:
+    """Runs what worker processes run, without starting any: as one, for threads share a seed."""
+    monkeypatch.setattr(units, "Worker", Thread)
+    monkeypatch.setattr(stage_one, "places_for", lambda workers: [Place(None, 1)])
 
 
 def test_workers_write_the_same_bytes(tmp_path, configure, stable, whole, in_this_process):

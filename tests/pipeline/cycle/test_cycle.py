@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as stages
+from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.arms import plan_jobs, result_folder, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
 from rekindle.pipeline.cycle.run import _alone_in, configs, run_cycle
 from rekindle.pipeline.cycle.tasks import read_tasks
-from rekindle.pipeline.work import save_start
+from rekindle.pipeline.job_functions import save_start
 from rekindle.train.model.load import load_language_model
 from rekindle.train.record.run_log import read_metrics
 

@@ -24,8 +24,9 @@ from rekindle.train.finetune.merge_baselines import merge_scores
 from rekindle.train.finetune.run import FinetuneConfig
 from rekindle.train.finetune.score import score_model
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.record.run_log import read_metrics
-from rekindle.train.student import HeadConfig, Student, build_student
+from rekindle.train.student import Student, build_student
 from testlib.models import NARROW, STILL
 
 LABELS = {"a": ("cat", "dog"), "b": ("dog", "bird", "cat"), "c": ("sun", "rain", "snow", "wind")}

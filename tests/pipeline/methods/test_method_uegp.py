@@ -17,8 +17,9 @@ from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.record.run_log import read_metrics
-from rekindle.train.student import HeadConfig, build_student
+from rekindle.train.student import build_student
 from testlib.models import NARROW, STILL
 
 CLASSIFIER = "AutoModelForSequenceClassification"

@@ -11,6 +11,7 @@ from rekindle.pipeline.report.losses import RunCurves, losses_section
 from rekindle.pipeline.report.page import (
     Commands,
     Facts,
+    Figure,
     Figures,
     Legend,
     Note,
@@ -21,7 +22,7 @@ from rekindle.pipeline.report.page import (
 )
 from rekindle.pipeline.report.scores import ScoreDifference, TaskScores, scores_section
 from rekindle.pipeline.report.settings import settings_section
-from rekindle.pipeline.report.svg import figure, shown
+from rekindle.pipeline.report.svg import shown
 from rekindle.pipeline.report.table import Column, Table
 
 HOSTILE = '<script>alert("$x$ & \'y\' --></svg>")</script> http://evil #010203 id="a" xmlns="b"'
@@ -139,7 +140,7 @@ def test_any_name_is_shown_and_breaks_nothing(name: str) -> None:
         axes.set_xticks([0], [shown(name)])  # type: ignore[attr-defined]
 
     column = Column(name, [name], below=[name])
-    blocks = [Table(name, [column]), Legend([name], [0]), Figures([figure(name, draw)])]
+    blocks = [Table(name, [column]), Legend([name], [0]), Figures([Figure(name, draw)])]
     page = as_html(Page(name, name, [Section(name, blocks)]))
     page.encode("utf-8")
     found = [tag for tag, _ in Elements(page).found]

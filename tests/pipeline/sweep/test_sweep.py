@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
-from rekindle.pipeline import devices as devices_module
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
+from rekindle.pipeline.processes import devices as devices_module
+from rekindle.pipeline.processes import jobs
+from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress, Task
 from rekindle.pipeline.sweep import run as module
-from rekindle.pipeline.sweep import workers as sweep_workers
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
 from rekindle.pipeline.train_student import train_from_config
@@ -390,31 +391,24 @@ def test_one_student_per_place_at_a_time(run_file, tmp_path, monkeypatch, device
     """More workers than devices share them; a device that is free takes the next student."""
     running, seen = [], []
 
-    def start(run, out, place, progress):
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        one = sweep_workers._Running(run, place, Ended(), ours, None, Shown())
-        running.append(place.device)
-        seen.append((run.name, place.device))
-        assert all(running.count(device) <= shared for device in running)
-        assert len(running) <= (workers or len(devices))
-        theirs.send(None)
-        return one
+    class Told(Worker):
+        """A student that is finished as soon as it is asked for what it has to say."""
 
-    def take(one, failures):
-        running.remove(one.place.device)
-        return original(one, failures)
+        def __init__(self, name, work, place, log_file):
+            self.place = place
+            self._connection, theirs = multiprocessing.Pipe()
+            theirs.send(None)
+            running.append(place.device)
+            seen.append((Path(name).name, place.device))
+            assert all(running.count(device) <= shared for device in running)
+            assert len(running) <= (workers or len(devices))
 
-    class Ended:
-        def join(self):
-            pass
+        def receive(self):
+            running.remove(self.place.device)
+            return Returned(None)
 
-    class Shown:
-        def close(self):
-            pass
-
-    original = sweep_workers._take
-    monkeypatch.setattr(sweep_workers, "_start", start)
-    monkeypatch.setattr(sweep_workers, "_take", take)
+    monkeypatch.setattr(jobs, "Worker", Told)
+    monkeypatch.setattr(module, "visible_devices", lambda: devices)
     monkeypatch.setattr(devices_module, "visible_devices", lambda: devices)
     runs = plan_sweep(run_file, ["train.seed=0,1,2,3,4"])
     assert run_sweep(runs, tmp_path, workers=workers) == []

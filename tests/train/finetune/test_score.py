@@ -18,7 +18,8 @@ from rekindle.train.finetune.expert_outputs import expert_output, names_for
 from rekindle.train.finetune.run import FinetuneConfig, finetune
 from rekindle.train.finetune.score import baselines_table, score_model
 from rekindle.train.finetune.task_data import read_task
-from rekindle.train.student import HeadConfig, build_student
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import build_student
 from testlib.models import STILL
 
 SINGLE = "single_label_classification"

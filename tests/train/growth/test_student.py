@@ -6,7 +6,8 @@ import torch
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.train.config import GrowConfig, StudentConfig
 from rekindle.train.growth.student import grow_student
-from rekindle.train.student import HeadConfig, build_student
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import build_student
 
 HEADS = {
     "v1.sense": HeadConfig(kind="sequence", num_labels=3),

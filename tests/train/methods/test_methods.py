@@ -21,8 +21,8 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.evaluate import best_of
 from rekindle.train.loop import train_student
-from rekindle.train.method import Method
-from rekindle.train.method_names import find_method, unknown_method
+from rekindle.train.method import Method, find_method
+from rekindle.train.method_names import unknown_method
 from rekindle.train.prepare import prepare, prepare_objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
@@ -295,6 +295,26 @@ def test_a_method_may_be_installed(monkeypatch):
     entries[0] = EntryPoint("theirs", "json:dumps", methods.GROUP)
     with pytest.raises(InputError, match=r"json:dumps.*has 0"):
         find_method("theirs")
+
+
+def test_a_method_may_name_the_whole_student(masked_world, certainty, folder):
+    """As methods did before the network had a file of its own."""
+    path = folder / "certainty.py"
+    code = path.read_text().replace("(cls, settings, student)", "(cls, settings, student: Student)")
+    code = code.replace("class Cert", "from rekindle.train.student import Student\n\nclass Cert", 1)
+    path.write_text(code)
+    run = prepared(masked_world, config_of([certainty]))
+    assert isinstance(run.student, Student)
+    assert run.student.method_module("certainty").weight.requires_grad
+
+
+def test_a_method_where_methods_were_once_is_told_the_new_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "__file__", str(tmp_path / "method_names.py"))
+    for name in ("mine", "names"):
+        (tmp_path / f"method_{name}.py").touch()
+    with pytest.raises(InputError, match=r"method_mine\.py.*move it to train/methods/mine\.py"):
+        parse_settings(ObjectiveConfig, {"methods": [{"method": "mine"}]})
+    assert "did you mean" in unknown_method("names")
 
 
 def test_a_run_file_with_a_method_is_read_without_torch():

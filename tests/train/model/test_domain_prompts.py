@@ -13,8 +13,9 @@ from rekindle.train.device_batch import language_rows, model_inputs
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.loop import train_student
 from rekindle.train.model.domain_prompts import with_prompt, without_prompt
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.objective import Objective
-from rekindle.train.student import HeadConfig, Student, build_student
+from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
 HEADS = {

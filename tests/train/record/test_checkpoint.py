@@ -14,10 +14,11 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.optimizer import make_optimizer
 from rekindle.train.record import checkpoint as module
 from rekindle.train.record.checkpoint import latest_checkpoint, load_checkpoint, open_run, start_run
-from rekindle.train.student import HeadConfig, Student, build_student
+from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
 HEADS = {"v1.sense": HeadConfig(kind="sequence", num_labels=3)}

@@ -43,7 +43,7 @@ def test_one_of_several_processes_is_killed(tmp_path, configure, few, whole, vic
         os.kill(child.pid if victim == "parent" else min(workers), signal.SIGKILL)
     code = child.wait()
     if victim == "worker":
-        assert "a worker process of teacher" in child.errors
+        assert "teacher 'lm': its process was killed" in child.errors
         assert "run the same command again" in child.errors
     else:
         assert code == -signal.SIGKILL

@@ -1,6 +1,6 @@
-"""What jobs do, of the demo and of a cycle. Each calls what a command of the pipeline calls.
+"""The functions of jobs: each does what a command of the pipeline does, and reports its steps.
 
-torch is imported within the jobs only: the process that starts them has no use for it.
+torch is imported within the functions only: the process that starts the jobs has no use for it.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.pipeline.config import RunConfig, load_config
-from rekindle.pipeline.jobs import Report, StepReports
+from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.devices import Place
-from rekindle.pipeline.jobs import Job, run_jobs
+from rekindle.pipeline.processes.devices import Place
+from rekindle.pipeline.processes.jobs import Job, run_jobs
 from rekindle.pipeline.progress import Progress
 
 WORK = """

@@ -41,5 +41,5 @@ def places_for(workers: int) -> list[Place]:
 
 
 def cores() -> int:
-    """The cores that this process may use. As train.models.cpu_count, which imports torch."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Makes the built-in models that are missing; run by docs_models as a process of its own.
+"""Makes the built-in models that are missing; run by ``builtin.missing`` as a process of its own.
 
 What is begun stands in a folder of its own until it is whole, and a lock lets one process at a time
 make anything: a second one waits, and then finds it made.
@@ -13,11 +13,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline import work as job_stages
+from rekindle.pipeline import job_functions
 from rekindle.pipeline.builtin.names import (
     CORPUS,
     DOMAINS,
@@ -31,7 +30,8 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import write_documents
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.exits import leave
-from rekindle.pipeline.jobs import Job, Report, StepReports, run_jobs, warm_up
+from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
+from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -124,7 +124,7 @@ def job_of(name: str, where: Path, begun: Path) -> Job:
 
 def _make_and_show(
     function: Callable[..., None],
-    arguments: tuple[Any, ...],
+    arguments: tuple[object, ...],
     begun: Path,
     out: Path,
     report: Report,
@@ -133,7 +133,7 @@ def _make_and_show(
     _appear(begun, out)
 
 
-def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, ...], int]:
+def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[object, ...], int]:
     """What makes a model: a function, its arguments before the directory, its steps."""
     settings, corpus = SETTINGS, documents_file(where, CORPUS)
     if name == "tokenizer":
@@ -157,11 +157,11 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[Any, 
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    job_stages.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(
-    tokenizer: Path, kind: str, values: dict[str, Any], out: Path, report: Report
+    tokenizer: Path, kind: str, values: dict[str, object], out: Path, report: Report
 ) -> None:
     """A configuration and the tokenizer, without weights."""
     from transformers import BertConfig, GPT2Config
@@ -184,7 +184,7 @@ def write_untrained(
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
-    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, lambda steps: None)
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
     pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
 
 
@@ -193,7 +193,7 @@ def pretrain(
     corpus: Path,
     task: str,
     from_scratch: bool,
-    train: dict[str, Any],
+    train: dict[str, object],
     out: Path,
     report: Report,
 ) -> None:
@@ -228,7 +228,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_stages.fine_tune(model, task, out, 1, values, report)
+    job_functions.fine_tune(model, task, out, 1, values, report)
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Finds the built-in models and files that are named and not made yet, and has them made.
+
+Reading a configuration makes nothing. What needs the models calls ``make_missing`` once all else is
+known to be right; that takes milliseconds where everything is there.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.builtin.names import ABOUT, folder, places
+from rekindle.pipeline.nested import strings_in
+
+log = logging.getLogger("rekindle")
+
+# What the variables that torchrun sets begin with.
+_TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_", "TORCHELASTIC_"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+)
+
+
+def missing(*values: object) -> dict[str, Path]:
+    """Return the built-ins whose paths stand in ``values`` and that are not made yet, by name.
+
+    ``values`` are configurations and paths.
+    """
+    plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
+    named = set(strings_in(plain))
+    return {n: path for n, path in places().items() if str(path) in named and not path.exists()}
+
+
+def make_missing(*values: object) -> None:
+    """Make the built-ins whose paths stand in ``values``, as far as they are not made yet.
+
+    Raises InputError where they cannot be written, RekindleError where making them fails.
+    """
+    absent = missing(*values)
+    if absent:
+        _make(list(absent))
+    for path in absent.values():
+        if not path.exists():
+            raise RekindleError(f"{path} was not made; remove {folder()} and try again")
+
+
+def _make(names: list[str]) -> None:
+    """Have what is missing made by a process of its own.
+
+    This one keeps its signals and its main module, and needs neither torch nor a GPU for it: the
+    models are made on the CPU, where they are the same to the bit every time.
+    """
+    log.info("made once from Python's documentation, and kept in %s:", folder())
+    for name in names:
+        log.info("  %s: %s", name, ABOUT[name])
+    # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rekindle.pipeline.make_builtin", *names],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        complaint, _ = process.communicate()
+    except BaseException:
+        process.terminate()  # it clears away what it had begun
+        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers have nothing to clear away
+        raise
+    if process.returncode:
+        reason = complaint.strip() or f"its process ended with exit code {process.returncode}"
+        error = InputError if process.returncode == InputError.exit_code else RekindleError
+        raise error(f"{', '.join(names)} could not be made in {folder()}: {reason}")
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a process by itself, also where torchrun has started this one.
+
+    It would wait for the other processes' to join it, and those for the lock that it holds.
+    """
+    own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+    return own | {"CUDA_VISIBLE_DEVICES": ""}

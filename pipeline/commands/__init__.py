@@ -1,0 +1,1 @@
+"""The commands: what each takes, which function it calls, and what it prints."""

@@ -1,0 +1,168 @@
+"""The commands that make, plan, check, show and tidy a cache."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rekindle.pipeline.commands.options import CachePath, Json, Overrides, RunFile
+from rekindle.pipeline.exits import resumable
+
+
+def cache_teachers(
+    run: RunFile,
+    teacher: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="only this teacher; may be repeated")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, one per device")] = 1,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="hold what is there against its checksums first, and make damaged shards again; "
+            "default: of a local cache",
+        ),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
+    with resumable(f"pipeline cache-teachers {run}"):
+        from rekindle.pipeline.config import load_config
+
+        config = load_config(run, set_)
+        from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
+        from rekindle.pipeline.progress import Progress
+
+        if config.stages:
+            from rekindle.pipeline.stages.run import cache_stages
+
+            with Progress.to_terminal() as progress:
+                cached = cache_stages(config, teacher or (), workers, progress, check)
+            typer.echo("\n".join(text for one in cached if (text := one.as_text())))
+            return
+        with Progress.to_terminal() as progress:
+            done = stage_one(config, teacher or (), workers, progress, check)
+    again = (
+        f", {done.repaired} damaged files removed, and made anew where they are in use"
+        if done.repaired
+        else ""
+    )
+    typer.echo(
+        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
+        f"{done.units_done} units made, {done.units_present} were there{again}"
+    )
+
+
+def plan(
+    run: RunFile,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="run each teacher for some seconds")
+    ] = True,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
+    from rekindle.pipeline.config import load_config
+
+    config = load_config(run, set_)
+    if config.stages:
+        from rekindle.pipeline.plan.staged import plan_staged_run
+
+        stages = plan_staged_run(config, probe)
+        listed = json.dumps({"stages": [stage.as_dict() for stage in stages]})
+        typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
+        return
+    from rekindle.pipeline.plan.run import plan_run
+
+    found = plan_run(config, probe)
+    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
+
+
+def gc(
+    cache: CachePath,
+    older_than: Annotated[
+        float, typer.Option(min=0, metavar="HOURS", help="leave what is younger: it may be in use")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option(help="only say what would be removed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what killed runs left in a cache: data files that no commit record names."""
+    from rekindle.data.inventory import collect_garbage
+    from rekindle.data.storage.manifest import read_manifest
+    from rekindle.data.storage.store import open_store
+
+    store = open_store(cache)
+    read_manifest(store)
+    removed = collect_garbage(store, 3600 * older_than, dry_run)
+    if as_json:
+        typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))
+        return
+    for name, size in removed.items():
+        typer.echo(f"{name}  {size:,} bytes")
+    done = "would be removed" if dry_run else "removed"
+    typer.echo(f"{cache}: {len(removed)} files, {sum(removed.values()):,} bytes {done}")
+
+
+def verify(
+    cache: CachePath,
+    audit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="re-run the teachers on N random sequences")
+    ] = 0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="RUN.yaml", help="where the teachers are, for --audit")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every checksum and invariant of a cache."""
+    from rekindle.data.errors import CacheFormatError, InputError
+    from rekindle.pipeline.checks.verify import verify_cache
+
+    if audit and config is None:
+        raise InputError(
+            "--audit runs the teachers again: name the configuration with --config RUN.yaml"
+        )
+    report = verify_cache(cache)
+    audits: dict[str, dict[str, float]] = {}
+    if audit and config is not None and not report.problems:
+        from rekindle.pipeline.checks.audit import audit_cache
+        from rekindle.pipeline.config import load_config
+
+        audits = audit_cache(cache, load_config(config), audit)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict() | {"audit": audits}))
+    else:
+        typer.echo(report.as_text(cache))
+        for name, values in audits.items():
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+            typer.echo(f"audit of {name}: {shown}")
+    if report.problems:
+        raise CacheFormatError(
+            f"{len(report.problems)} problem(s) in {cache}. `pipeline cache-teachers` with the "
+            "configuration it was made with makes exactly the damaged parts again"
+        )
+
+
+def inspect_(
+    cache: CachePath,
+    example: Annotated[int | None, typer.Option(metavar="I", help="show one sequence")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="T", help="only this teacher")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a cache: teachers, sizes, kept mass, entropy; or one example."""
+    from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
+
+    if example is not None:
+        typer.echo(inspect_example(cache, example, teacher, as_json), nl=False)
+    else:
+        typer.echo(inspect_cache(cache, teacher, as_json), nl=False)
+
+
+CACHE_COMMANDS: dict[str, Callable[..., None]] = {
+    "cache-teachers": cache_teachers,
+    "plan": plan,
+    "gc": gc,
+    "verify": verify,
+    "inspect": inspect_,
+}

@@ -1,0 +1,142 @@
+"""Runs jobs that wait for each other, side by side, each in a process of its own. Knows no model.
+
+Unless told otherwise each has one thread: models as small as the demo's do not gain from more, and
+sums are then formed in the same order whatever the number of cores, so that no score depends on it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from operator import methodcaller
+from pathlib import Path
+from typing import NoReturn, cast
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.processes.devices import Place, cores
+from rekindle.pipeline.processes.worker import Returned, Worker, WorkerKilled, killed_at_exit
+from rekindle.pipeline.progress import Progress, Task
+
+MOST_WORKERS = 4
+_Tell = Callable[[Task], None]  # what a job tells: a call of a method of its task
+
+
+class Report(Task):
+    """A job's own task, shown by the process that started the job. ``report(n)``: n steps more.
+
+    ``send`` takes what is to be done with the task there.
+    """
+
+    def __init__(self, send: Callable[[_Tell], None]):
+        super().__init__("", "steps")
+        self.send = send
+
+    def __call__(self, steps: int) -> None:
+        """As ``advance``."""
+        self.advance(steps)
+
+    def begin(self, done: int) -> None:
+        """As for any task."""
+        super().begin(done)
+        self.send(methodcaller("begin", done))
+
+    def advance(self, amount: int = 1, **counts: float) -> None:
+        """As for any task."""
+        super().advance(amount, **counts)
+        self.send(methodcaller("advance", amount, **counts))
+
+    def note(self, text: str) -> None:
+        """As for any task."""
+        self.send(methodcaller("note", text))
+
+
+class StepReports(Progress):
+    """Reports the tasks whose length is known as the job's own; shows nothing."""
+
+    def __init__(self, report: Report):
+        super().__init__()
+        self.report = report
+
+    @contextmanager
+    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
+        """Give a task that is reported if it has a ``total``."""
+        yield Task(name, unit) if total is None else Report(self.report.send)
+
+
+@dataclass(frozen=True)
+class Job:
+    """``function(*arguments, report)``, in a process of its own; both must be picklable.
+
+    ``output`` is a path that is there exactly when the job is finished (None: nobody knows, so it
+    is run). ``after`` names the jobs that must be finished before it starts.
+    """
+
+    name: str
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
+    output: Path | None
+    after: tuple[str, ...] = ()
+    steps: int | None = None
+
+
+def raise_error(job: Job, error: Exception) -> NoReturn:
+    """Raise the error that ended a job; InputError if its process was killed."""
+    if isinstance(error, WorkerKilled):
+        raise InputError(
+            f"{job.name}: {error}. What is finished is kept; run the same command again to go on"
+        ) from None
+    raise error
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    log_file: Path | None,
+    progress: Progress,
+    places: Sequence[Place] = (),
+    failed: Callable[[Job, Exception], object] = raise_error,
+) -> dict[str, object]:
+    """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
+    what their functions returned, by name.
+
+    Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
+    those that can start, the first in the list does. What they print or log goes to ``log_file``
+    (None: to stderr). ``failed`` takes the error of a job (see ``Worker.receive``): what it raises
+    is raised here and stops the other jobs; what it returns counts as the job's result.
+    """
+    waiting = [job for job in jobs if job.output is None or not job.output.exists()]
+    running, results = dict[Worker, tuple[Job, Task, ExitStack]](), dict[str, object]()
+    free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
+    with killed_at_exit(running):
+        while waiting or running:
+            unfinished = {job.name for job in (*waiting, *(one[0] for one in running.values()))}
+            ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
+            for job in ready[: len(free)]:
+                waiting.remove(job)
+                shown = ExitStack()
+                task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
+                worker = Worker(job.name, partial(_do, job), free.pop(0), log_file)
+                running[worker] = job, task, shown
+            for worker in Worker.with_messages(running):
+                job, task, shown = running[worker]
+                try:
+                    message = worker.receive()
+                except Exception as error:
+                    results[job.name] = failed(job, error)
+                else:
+                    if not isinstance(message, Returned):
+                        cast(_Tell, message)(task)
+                        continue
+                    results[job.name] = message.value
+                    shown.close()
+                del running[worker]
+                free.append(worker.place)
+    return results
+
+
+def _do(job: Job, parent: Connection) -> object:
+    """Do a job, in the process that is for it."""
+    logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
+    logging.getLogger("rekindle").setLevel(logging.INFO)
+    return job.function(*job.arguments, Report(parent.send))

@@ -1,0 +1,154 @@
+"""A child process: how it begins, fails and ends. Knows nothing of what it works on.
+
+Children are forked from a server, a process of its own that has seen neither CUDA nor this
+process's threads. A fork of this process would inherit both, and could use neither.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.exits import leave
+from rekindle.pipeline.processes.devices import Place
+
+# What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
+# child does it for itself, as its device has to be chosen before anything can look at one.
+_PRELOADED = [
+    "rekindle.pipeline.caching.cache_teachers",
+    "rekindle.pipeline.train_student",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+]
+_FINE_TUNING = "rekindle.train.finetune.run"  # a third as much again
+
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    # This is the server. To take down all that it imported would keep it for seconds after its
+    # parent's end, and with it the terminal or pipe that both write to.
+    atexit.register(os._exit, 0)
+
+Work = Callable[[Connection], object]  # what a child does, given its connection to the parent
+
+
+class WorkerKilled(InputError):
+    """A child was killed: mostly by the system, for want of memory, so fewer workers may help."""
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The last message of a child: what its work returned."""
+
+    value: object
+
+
+class Worker:
+    """A child process that does ``work``, a picklable function, at ``place``.
+
+    It leaves Ctrl-C to its parent, ends when its parent does, and writes what it prints or logs to
+    ``log_file`` (None: where its parent does). ``name`` stands in error messages.
+    """
+
+    def __init__(self, name: str, work: Work, place: Place, log_file: Path | None = None):
+        context = multiprocessing.get_context("forkserver")
+        if place.device is None:
+            context.set_forkserver_preload(_PRELOADED)
+        self.place = place
+        self._connection, theirs = context.Pipe()
+        arguments = (name, work, place, theirs, log_file)
+        self._process = context.Process(target=_live, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, message: object) -> None:
+        """Hand ``message`` to the work. If the child was killed, ``receive`` says so."""
+        with suppress(BrokenPipeError):
+            self._connection.send(message)
+
+    def receive(self) -> object:
+        """Wait for the next message and return it; ``Returned`` is the last one.
+
+        Raises the RekindleError or OSError that ended the work, any other error as RuntimeError
+        with the child's traceback, and WorkerKilled if the process was killed.
+        """
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise WorkerKilled(
+                f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
+            ) from None
+        if isinstance(message, Exception | Returned):
+            self._process.join()  # it may have temporary files to remove
+            self._connection.close()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    @staticmethod
+    def with_messages(workers: Collection["Worker"]) -> list["Worker"]:
+        """Wait until some of ``workers`` have something to receive, and return those."""
+        ready = connection.wait([worker._connection for worker in workers])
+        return [worker for worker in workers if worker._connection in ready]
+
+
+@contextmanager
+def killed_at_exit(workers: Collection[Worker]) -> Iterator[None]:
+    """Kill ``workers`` when the block ends, for instance by Ctrl-C.
+
+    Nothing is waited for: what a worker has not finished is made again.
+    """
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def warm_up() -> None:
+    """Begin to import what children on CPUs need, in the background; for fine-tuning as well."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED, _FINE_TUNING])
+    forkserver.ensure_running()
+
+
+def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Path | None) -> None:
+    """The life of a child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if log_file is not None:
+        with open(log_file, "ab", buffering=0) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+    try:
+        place.take()
+        last: object = Returned(work(parent))
+    except (RekindleError, OSError) as error:
+        last = error
+    except Exception:
+        last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
+    parent.send(last)
+    leave(0)
+
+
+def _end_with_parent() -> None:
+    """A child left behind must not go on writing where the same command, run again, writes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

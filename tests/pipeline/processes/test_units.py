@@ -1,0 +1,103 @@
+"""Units: done once each, by processes that load what they need once; errors end all."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rekindle.data.errors import CacheError, InputError
+from rekindle.pipeline.processes import worker
+from rekindle.pipeline.processes.devices import Place
+from rekindle.pipeline.processes.units import run_units
+
+LOADS = """
+import os, pathlib, time
+from rekindle.data.errors import CacheError
+
+def numbers(folder):
+    (pathlib.Path(folder) / str(os.getpid())).touch()
+
+    def do(number):
+        time.sleep(0.05)
+        return number, os.getpid()
+
+    return do
+
+def refuses():
+    raise CacheError("cannot be loaded")
+
+def fails():
+    def do(number):
+        if number == 1:
+            raise OSError(28, "No space left on device", "here")
+        return number
+    return do
+
+def has_a_bug():
+    return lambda number: 1 / number
+
+def dies():
+    return lambda number: os._exit(9)
+"""
+
+
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of functions to load, which processes can import as well."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "loads_of_test_units.py").write_text(LOADS)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "loads_of_test_units", raising=False)
+    import loads_of_test_units  # type: ignore[import-not-found]
+
+    return loads_of_test_units
+
+
+def test_what_is_imported_ahead_exists() -> None:
+    """The server passes over a name that it cannot import, and each process then takes seconds."""
+    assert all(find_spec(name) for name in [*worker._PRELOADED, worker._FINE_TUNING])
+
+
+def run(load: Callable[[], Callable[[int], object]], units: range, places: int) -> list[object]:
+    results = list[object]()
+    run_units("numbers", load, units, [Place(None, 1)] * places, results.append)
+    return results
+
+
+def test_each_unit_is_done_once_and_each_process_loads_once(
+    loads: ModuleType, tmp_path: Path
+) -> None:
+    results = run(partial(loads.numbers, tmp_path), range(8), 2)
+    assert sorted(number for number, _ in results) == list(range(8))  # type: ignore[misc, attr-defined]
+    processes = {str(pid) for _, pid in results}  # type: ignore[misc, attr-defined]
+    assert len(processes) == 2
+    assert str(os.getpid()) not in processes
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == processes
+
+
+def test_there_are_no_more_processes_than_units(loads: ModuleType, tmp_path: Path) -> None:
+    assert len(run(partial(loads.numbers, tmp_path), range(1), 3)) == 1
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 1
+    assert run(loads.refuses, range(0), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "message"),
+    [
+        ("refuses", CacheError, "^cannot be loaded$"),
+        ("fails", OSError, "No space left on device: 'here'"),
+        ("has_a_bug", RuntimeError, r"(?s)^numbers failed:.*ZeroDivisionError"),
+        ("dies", InputError, r"^numbers: its process was killed \(exit code 9;.*--workers"),
+    ],
+)
+def test_an_error_ends_all(
+    load: str, error: type[Exception], message: str, loads: ModuleType
+) -> None:
+    with pytest.raises(error, match=message):
+        run(getattr(loads, load), range(4), 2)

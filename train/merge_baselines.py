@@ -1,0 +1,7 @@
+"""The former place of ``rekindle.train.finetune.merge_baselines``, for programs that name it."""
+
+import warnings
+
+from rekindle.train.finetune.merge_baselines import merge_scores as merge_scores
+
+warnings.warn("moved to rekindle.train.finetune.merge_baselines", DeprecationWarning, stacklevel=2)

@@ -1,0 +1,219 @@
+"""The network of a student: a Hugging Face language model plus a head per task expert.
+
+It never makes [N,V] logits in training. How it is saved and loaded is ``rekindle.train.student``'s.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.model.domain_prompts import DOMAINS, DomainPrompts, with_prompt, without_prompt
+from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
+
+HEADS_FILE = "heads.safetensors"  # beside a model: the weights of its heads
+
+
+class HeadConfig(Settings):
+    """A task head: which expert it imitates and what comes out of it."""
+
+    kind: Literal["sequence", "token"]
+    num_labels: int = Field(gt=0)
+    label_names: tuple[str, ...] = ()
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, info: TeacherInfo) -> "HeadConfig":
+        """Return the head that fits a cached expert."""
+        assert info.kind in ("sequence", "token")
+        assert info.num_labels is not None
+        return cls(
+            kind="sequence" if info.kind == "sequence" else "token",
+            num_labels=info.num_labels,
+            label_names=info.label_names,
+            problem=info.problem,
+        )
+
+
+class TaskHead(nn.Module):
+    """Dense, tanh, dropout, linear: BERT's pooler and classifier, on any hidden states [...,H]."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return logits [...,C]."""
+        logits: Tensor = self.out(self.dropout(torch.tanh(self.dense(states))))
+        return logits
+
+
+class StudentOutput(NamedTuple):
+    """One forward pass. What was not asked for is None or empty."""
+
+    hidden: Tensor | None  # [N,H] what the output matrix multiplies, at the selected positions
+    logits: dict[str, Tensor]  # by head: [B,C], or [P,C] at the positions asked for
+
+
+class StudentNetwork(nn.Module):
+    """A masked or causal LM with task heads.
+
+    ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take
+    no part in any loss. ``domains``: a prompt for each (and for none of them) is put into every
+    sequence; None: no prompts. All positions are those of the sequence without it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Literal["masked_lm", "causal_lm"],
+        heads: Mapping[str, HeadConfig] | None = None,
+        vocabulary_size: int | None = None,
+        domains: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        self.model: Any = model  # a PreTrainedModel
+        self.task = task
+        self.head_configs: dict[str, HeadConfig] = {}
+        self.heads = nn.ModuleDict()  # of experts, and what methods add
+        self.methods: dict[
+            str, dict[str, object]
+        ] = {}  # the settings of those that added something
+        self.source: Path | None = None  # the directory that its weights come from
+        try:
+            self._split = SplitLanguageModel(model, causal=task == "causal_lm")
+        except NotImplementedError as error:
+            raise InputError(str(error)) from None
+        self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
+        self.prompts = None if domains is None else DomainPrompts.of(model, domains)
+        self.add_heads(heads or {})
+
+    def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
+        """Add freshly initialised heads where there are none of that name and shape."""
+        config = self.model.config.get_text_config()
+        for name, head in heads.items():
+            if self.head_configs.get(name) != head:
+                module = TaskHead(config.hidden_size, head.num_labels, _dropout(config))
+                for linear in (module.dense, module.out):
+                    nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
+                    nn.init.zeros_(linear.bias)
+                self.heads[head_key(name)] = module
+                self.head_configs[name] = head
+
+    def add_method(
+        self, name: str, settings: Mapping[str, object], module: nn.Module | None
+    ) -> None:
+        """Take a method's own parameters on; those that an earlier student left in the directory
+        that the weights come from are taken over where all of them fit.
+        """
+        self.methods[name] = dict(settings)
+        if module is None:
+            return
+        key = _method_key(name)
+        self.heads[key] = module
+        if self.source is not None and (self.source / HEADS_FILE).is_file():
+            found = weights_below(load_file(self.source / HEADS_FILE), key)
+            shapes = {k: v.shape for k, v in module.state_dict().items()}
+            if shapes == {k: v.shape for k, v in found.items()}:
+                module.load_state_dict(found)
+
+    def method_module(self, name: str) -> nn.Module:
+        """Return what a method has added."""
+        return self.heads[_method_key(name)]
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        select: Tensor | None = None,
+        sequence_heads: Sequence[str] = (),
+        token_heads: Mapping[str, Tensor] | None = None,
+    ) -> StudentOutput:
+        """Run the body once.
+
+        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids?, and what
+        ``with_domains`` adds (without it prompts are those of no domain). ``select`` [N]: flat
+        indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
+        the pooled state (first token; last token of a causal LM). ``token_heads``: head -> flat
+        indices [P].
+        """
+        hidden, states = self._run(inputs, select)
+        logits: dict[str, Tensor] = {}
+        if sequence_heads:
+            pooled = self._pool(states, inputs["attention_mask"])
+            logits |= {name: self.heads[head_key(name)](pooled) for name in sequence_heads}
+        for name, places in (token_heads or {}).items():
+            logits[name] = self.heads[head_key(name)](states.flatten(0, 1)[places])
+        return StudentOutput(hidden, logits)
+
+    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the body's final hidden states [B,S,H] of one forward pass."""
+        return self._run(inputs, None)[1]
+
+    def _run(
+        self, inputs: Mapping[str, Tensor], select: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return what the output matrix multiplies [N,H] at ``select``, and the body's [B,S,H]."""
+        read = inputs
+        if self.prompts is not None:
+            read = self.prompts.insert(inputs, self.model.get_input_embeddings())
+            select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
+        hidden, states = (
+            (None, self._split.states(read)) if select is None else self._split.hidden(read, select)
+        )
+        return hidden, states if self.prompts is None else without_prompt(states)
+
+    def with_domains(
+        self, inputs: Mapping[str, Tensor], domains: Sequence[str | None]
+    ) -> Mapping[str, Tensor]:
+        """Return the inputs of a pass over sequences of these ``domains`` [B]: prompts, if there
+        are any, need to know them.
+        """
+        if self.prompts is None:
+            return inputs
+        numbers = torch.tensor(self.prompts.numbers(domains))
+        return {**inputs, DOMAINS: numbers.to(inputs["input_ids"].device)}
+
+    @property
+    def output_head(self) -> OutputHead:
+        """Return the output matrix over real tokens."""
+        return self._split.head.cut(self.vocabulary_size)
+
+    def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.task == "masked_lm":
+            return states[:, 0]
+        last = attention_mask.sum(dim=1).clamp_min(1) - 1
+        return states[torch.arange(len(states), device=states.device), last]
+
+
+def _dropout(config: Any) -> float:
+    """Return the model's own dropout rate for heads; 0.1, BERT's, where it names none."""
+    for name in ("classifier_dropout", "hidden_dropout_prob", "resid_pdrop"):
+        if (rate := getattr(config, name, None)) is not None:
+            return float(rate)
+    return 0.1
+
+
+def head_key(name: str) -> str:
+    """Return what a head's module is called: no dot, and no attribute that a ModuleDict has."""
+    key = name.replace(".", "·")
+    return key + "*" if hasattr(nn.ModuleDict(), key) else key
+
+
+def _method_key(name: str) -> str:
+    """Return the same for a method's module; no teacher's name has a colon."""
+    return f"method:{name}"
+
+
+def weights_below(weights: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    """Select the weights of the module ``key``, by their names in it."""
+    prefix = key + "."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
