@@ -4,20 +4,26 @@ B sequences, S positions of the longest, P positions with a target in the whole 
 C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.errors import CacheFormatError, InputError
-from rekindle.data.targets.codec import EncodedTargets, decode_log_probs, join_ids
-from rekindle.data.targets.codec_precise import decode_precise
-from rekindle.data.targets.head import StoredHead, decode_hidden
-from rekindle.data.targets.schema import SAMPLED, SPARSE, Columns, TeacherInfo
+from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.targets.codec import STEP, Columns
+from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.schema import TeacherInfo
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Tokens = NDArray[np.int32]
+Chosen = NDArray[np.bool_] | slice  # of rows
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,57 @@ class PairInputs:
     lengths: Ints  # [B]
 
 
+class TargetBatch(ABC):
+    """One teacher's targets of a batch. R rows: its positions, or its sequences, with a target."""
+
+    info: TeacherInfo
+    rows: Ints  # [R] the sequence that each belongs to, ascending
+
+    def keep(self, chosen: Chosen) -> Self:
+        """Return the targets of the chosen ones of the R rows."""
+        if not isinstance(chosen, slice) and chosen.all():
+            return self
+        return self._keep(chosen)
+
+    @abstractmethod
+    def _keep(self, chosen: Chosen) -> Self: ...
+
+    def take(self, part: slice) -> Self:
+        """Return the targets of ``part`` of the batch's sequences."""
+        first, last = np.searchsorted(self.rows, [part.start, part.stop])
+        kept = self.keep(slice(first, last))
+        return replace(kept, rows=kept.rows - part.start)  # type: ignore[type-var]
+
+    @abstractmethod
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
+        """Return the only sequence's target for people to read, None where it has none.
+
+        ``ids`` [S] is the sequence as it is, ``seen`` [S] as the teacher saw it.
+        """
+
+
 @dataclass(frozen=True)
-class TokenTargetBatch:
+class TokenTargetBatch(TargetBatch):
     """One teacher's vocabulary targets of a batch, encoded."""
 
     info: TeacherInfo
     rows: Ints  # [P]
     positions: Ints  # [P]
-    columns: Columns  # flat [P,…], see data/targets/schema.py
+    columns: Columns  # flat [P,…], see data/targets/kinds/
     head: StoredHead | None = None  # of a teacher whose hidden states are kept
 
+    @property
+    def kind(self) -> VocabularyKind:
+        """What its columns are."""
+        return vocabulary_kind(self.info)
+
+    def _keep(self, chosen: Chosen) -> Self:
+        columns = {name: column[chosen] for name, column in self.columns.items()}
+        rows, positions = self.rows[chosen], self.positions[chosen]
+        return replace(self, rows=rows, positions=positions, columns=columns)
+
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
-        """Ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
+        """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
         By falling probability; the whole vocabulary of a dense teacher in the order of its ids. Of
         ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn.
@@ -59,82 +104,31 @@ class TokenTargetBatch:
         Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample;
         ValueError for a k outside 1..K.
         """
-        info = self.info
-        stored = info.k if info.kind in (*SPARSE, "random") else info.vocabulary_size
-        assert stored is not None
-        if k is not None and not 1 <= k <= stored:
-            raise ValueError(f"k must lie in 1..{stored}, the number that is cached, got {k}")
-        if info.kind in ("dense", "hidden"):
-            return _decode_dense(self._log_probs(), temperature, k)
-        slot = self.slot(temperature, k)
-        assert info.vocabulary_size is not None
-        if info.kind == "random":
-            return _decode_drawn(self.columns, stored)
-        ids = join_ids(self.columns["ids"], self.columns.get("ids_high"), info.vocabulary_size)
-        if info.codec == "precise":
-            log_probs, log_tail = decode_precise(self.columns, temperature, slot, k)
-        else:
-            log_probs, log_tail = decode_log_probs(self.encoded, temperature, slot, k)
-        return ids[:, :k], log_probs, log_tail
+        if k is not None and not 1 <= k <= self.kind.k:
+            raise ValueError(f"k must lie in 1..{self.kind.k}, the number that is cached, got {k}")
+        return self.kind.decode(self.columns, self.head, temperature, k)
 
-    def slot(self, temperature: float, k: int | None = None) -> int:
-        """Which of the stored temperatures it is; InputError when it is none of them."""
-        info = self.info
-        if k is not None and k != info.k and info.kind in SAMPLED:
-            raise InputError(
-                f"teacher {info.name!r} keeps a sample of {info.k} ({info.kind}): a part of it "
-                "would be biased. Leave k out, or cache a smaller sample"
-            )
-        if temperature in info.temperatures:
-            return info.temperatures.index(temperature)
-        reason = (
-            f"the mass outside its top {info.k} at another one is not known (or not yet of all "
-            "text: `pipeline cache-teachers` was not finished). Add it to"
-            if info.kind == "topk"
-            else "a sample is of one distribution. Change"
-        )
-        raise InputError(
-            f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-            f"{temperature}: {reason} the teacher's targets.temperatures, or train at a stored one"
-        )
-
-    def log_normalisers(self, temperature: float) -> Floats:
-        """Log Σ_v p_v^(1/τ) [P] over the whole vocabulary, p being the probabilities at τ = 1.
-
-        With it a log-probability at τ is log p / τ − this. Of top-k and dense teachers.
-        """
-        log_probs = self.decode(1.0)[1]
-        tempered = self.decode(temperature)[1]
-        return (log_probs[:, 0] / np.float32(temperature) - tempered[:, 0]).astype(np.float32)
-
-    def _log_probs(self) -> Floats:
-        if self.info.kind == "dense":
-            return self.columns["log_probs"]
-        assert self.head is not None
-        states = decode_hidden(self.columns["hidden"], self.columns["hidden_scale"])
-        log_probs = self.head.log_probs(states)
-        if np.isnan(log_probs).any():  # finite numbers, but too large ones
-            raise CacheFormatError(
-                f"the hidden states of teacher {self.info.name!r} give no probabilities"
-            )
-        return log_probs
-
-    @property
-    def encoded(self) -> EncodedTargets:
-        """The default codec's columns of a topk or threshold teacher."""
-        c = self.columns
-        return EncodedTargets(
-            c["ids"],
-            c.get("ids_high"),
-            c["values"],
-            c["log_prob_max"],
-            c["log_prob_min"],
-            c["tail_log_odds"],
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
+        """Return the only sequence's targets, decoded."""
+        columns, first = self.columns, self.kind.read_at
+        kept, log_probs, log_tail = self.decode(first)
+        tails = {tau: self.decode(tau)[2] for tau in self.info.temperatures}
+        return TokenTargets(
+            replica=replica,
+            input_ids=seen,
+            positions=self.positions,
+            ids=kept,
+            log_probs=log_probs,
+            log_tail=tails | {first: log_tail},
+            gold_ids=ids[self.positions + (self.info.task == "causal_lm")].astype(np.int64),
+            gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
+            gold_rank=columns["gold_rank"].astype(np.int64),
+            entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
         )
 
 
 @dataclass(frozen=True)
-class TokenLabelBatch:
+class TokenLabelBatch(TargetBatch):
     """One token classifier's logits of a batch."""
 
     info: TeacherInfo
@@ -142,9 +136,17 @@ class TokenLabelBatch:
     positions: Ints  # [P]
     logits: Floats  # [P,C]
 
+    def _keep(self, chosen: Chosen) -> Self:
+        rows, positions = self.rows[chosen], self.positions[chosen]
+        return replace(self, rows=rows, positions=positions, logits=self.logits[chosen])
+
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
+        """Return the only sequence's targets."""
+        return TokenLabelTargets(self.positions, self.logits)
+
 
 @dataclass(frozen=True)
-class SequenceTargetBatch:
+class SequenceTargetBatch(TargetBatch):
     """One sequence expert's logits of a batch."""
 
     info: TeacherInfo
@@ -152,8 +154,52 @@ class SequenceTargetBatch:
     logits: Floats  # [B,C], zero where absent
     mc_probs: Floats | None  # [B,C]
 
+    @property
+    def rows(self) -> Ints:  # type: ignore[override]
+        """The sequences [R] that have a target."""
+        return np.flatnonzero(self.present)
 
-TargetBatch = TokenTargetBatch | TokenLabelBatch | SequenceTargetBatch
+    def _keep(self, chosen: Chosen) -> Self:
+        present = np.zeros_like(self.present)
+        present[self.rows[chosen]] = True
+        return replace(self, present=present)
+
+    def take(self, part: slice) -> Self:
+        """Return the targets of ``part`` of the batch's sequences."""
+        mc = None if self.mc_probs is None else self.mc_probs[part]
+        return replace(self, present=self.present[part], logits=self.logits[part], mc_probs=mc)
+
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
+        """Return the only sequence's logits."""
+        mc = None if self.mc_probs is None else self.mc_probs[0]
+        return SequenceTargets(self.logits[0], mc) if self.present[0] else None
+
+
+def read_targets(
+    teacher: TeacherReader,
+    where: Sequence[tuple[int, int]],
+    replica: int | None,
+    missing: bool = False,
+    scalars: bool = True,
+) -> TargetBatch:
+    """Read the targets of the sequences ``where`` [B], as (shard of the corpus, row of it).
+
+    Those of units that are not committed have none if they may be ``missing``; without ``scalars``
+    those of positions, which no loss needs, are left out.
+    """
+    counts, columns = teacher.gather(where, replica, missing, scalars)
+    if teacher.kind.per_sequence:
+        present, found = counts > 0, {}
+        for name, values in columns.items():
+            found[name] = np.zeros((len(where), values.shape[1]), np.float32)
+            found[name][present] = values
+        return SequenceTargetBatch(teacher.info, present, found["logits"], found.get("mc_probs"))
+    rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
+    positions = columns.pop("positions").astype(np.int64)
+    if not teacher.is_vocabulary:
+        return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
+    head = teacher.head if teacher.kind.has_head else None
+    return TokenTargetBatch(teacher.info, rows, positions, columns, head)
 
 
 @dataclass(frozen=True)
@@ -176,31 +222,33 @@ class Batch:
         """[B,S], True at real tokens."""
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
 
-
-def _decode_drawn(columns: Columns, draws: int) -> tuple[Ints, Floats, Floats]:
-    """Relative frequencies of the drawn ids; nothing is known of the others, and no mass is left
-    for them: in the mean over draws every id has its probability.
-    """
-    with np.errstate(divide="ignore"):
-        log_probs = np.log(columns["counts"].astype(np.float32) / np.float32(draws))
-    tail = np.full(len(log_probs), -np.inf, np.float32)
-    return columns["ids"].astype(np.int64), log_probs, tail
-
-
-def _decode_dense(
-    log_probs: Floats, temperature: float, k: int | None
-) -> tuple[Ints, Floats, Floats]:
-    tempered = log_probs / np.float32(temperature)
-    top = tempered.max(axis=1, keepdims=True)
-    tempered = tempered - top - np.log(np.exp(tempered - top).sum(axis=1, keepdims=True))
-    count, size = tempered.shape
-    if k is None or k == size:
-        ids = np.broadcast_to(np.arange(size), (count, size))
-        return ids, tempered, np.full(count, -np.inf, np.float32)
-    order = np.argsort(-tempered, axis=1, kind="stable")
-    ordered = np.take_along_axis(tempered, order, axis=1)
-    log_tail = np.logaddexp.reduce(ordered[:, k:], axis=1)  # −inf where all of them are
-    return order[:, :k], ordered[:, :k], log_tail.astype(np.float32)
+    def take(self, part: slice) -> "Batch":
+        """Return ``part`` of its sequences, from one to another, with their targets."""
+        masked = self.masked
+        if masked is not None:
+            first, last = np.searchsorted(masked.rows, [part.start, part.stop])
+            masked = MaskedInputs(
+                masked.replica,
+                masked.input_ids[part],
+                masked.rows[first:last] - part.start,
+                masked.positions[first:last],
+                masked.labels[first:last],
+            )
+        return replace(
+            self,
+            index=self.index[part],
+            digests=self.digests[part],
+            domains=self.domains[part],
+            input_ids=self.input_ids[part],
+            lengths=self.lengths[part],
+            masked=masked,
+            pairs={
+                name: PairInputs(p.input_ids[part], p.token_types[part], p.lengths[part])
+                for name, p in self.pairs.items()
+            },
+            targets={name: target.take(part) for name, target in self.targets.items()},
+            documents=self.documents[part],
+        )
 
 
 def pad(

@@ -18,15 +18,12 @@ from rekindle.data.batch import (
     Ints,
     MaskedInputs,
     PairInputs,
-    SequenceTargetBatch,
-    TargetBatch,
-    TokenLabelBatch,
-    TokenTargetBatch,
     pad,
+    read_targets,
 )
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.example import Example, Target, decode_target
+from rekindle.data.example import Example, Target
 from rekindle.data.order import epoch_batch
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.cuts import RowLists, RowTexts, Texts, joined, pad_cuts
@@ -210,7 +207,7 @@ class Cache:
             masked=masked,
             pairs={name: self._pair_inputs(pairs[name], where) for name in sorted(pairs)},
             targets={
-                name: self._targets(
+                name: read_targets(
                     self.teacher(name), where, replica, name in allow_missing, scalars
                 )
                 for name in teachers
@@ -266,40 +263,6 @@ class Cache:
         lengths = np.array([len(i) for i in ids], np.int64)
         pad_id = self.corpus.info["tokenizer"]["pad_id"]
         return PairInputs(pad(ids, lengths, pad_id), pad(types, lengths, 0), lengths)
-
-    def _targets(
-        self,
-        teacher: TeacherReader,
-        where: list[tuple[int, int]],
-        replica: int | None,
-        allow_missing: bool = False,
-        scalars: bool = True,
-    ) -> TargetBatch:
-        if teacher.info.kind == "sequence":
-            return self._sequence_targets(teacher, where, allow_missing)
-        counts, columns = teacher.gather(where, replica, allow_missing, scalars)
-        rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
-        positions = columns.pop("positions").astype(np.int64)
-        if teacher.info.kind == "token":
-            return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
-        head = teacher.head if teacher.info.kind == "hidden" else None
-        return TokenTargetBatch(teacher.info, rows, positions, columns, head)
-
-    def _sequence_targets(
-        self, teacher: TeacherReader, where: list[tuple[int, int]], allow_missing: bool
-    ) -> SequenceTargetBatch:
-        assert teacher.info.num_labels is not None
-        shape = (len(where), teacher.info.num_labels)
-        present, logits = np.zeros(len(where), bool), np.zeros(shape, np.float32)
-        mc = np.zeros(shape, np.float32) if teacher.info.monte_carlo_passes else None
-        for number, (shard, row) in enumerate(where):
-            if allow_missing and not teacher.has(shard, None):
-                continue
-            there, columns = teacher.sequence_rows(shard, [row])
-            present[number], logits[number] = there[0], columns["logits"][0]
-            if mc is not None:
-                mc[number] = columns["mc_probs"][0]
-        return SequenceTargetBatch(teacher.info, present, logits, mc)
 
     def scores(
         self,
@@ -361,7 +324,7 @@ class Cache:
             seen = ids
             if replica is not None and teacher.view is not None:
                 seen = self._masked_inputs(teacher.view, where, ids[None], replica).input_ids[0]
-            target = decode_target(self._targets(teacher, where, replica), ids, seen, replica)
+            target = read_targets(teacher, where, replica).example(ids, seen, replica)
             if target is not None:
                 yield target
 

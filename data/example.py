@@ -5,9 +5,38 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.batch import SequenceTargetBatch, TargetBatch, TokenLabelBatch
-from rekindle.data.targets.codec import STEP
-from rekindle.data.targets.schema import SAMPLED, SequenceTargets, TokenLabelTargets, TokenTargets
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """One example's vocabulary targets from one teacher, decoded (one replica of a masked view)."""
+
+    replica: int | None
+    input_ids: NDArray[np.int32]  # [S] as the teacher saw them
+    positions: NDArray[np.int64]  # [P]
+    ids: NDArray[np.int64]  # [P,K] by falling probability
+    log_probs: NDArray[np.float32]  # [P,K] at τ = 1
+    log_tail: dict[float, NDArray[np.float32]]  # τ -> [P]
+    gold_ids: NDArray[np.int64]  # [P]
+    gold_log_prob: NDArray[np.float32]  # [P]
+    gold_rank: NDArray[np.int64]  # [P]
+    entropy: NDArray[np.float32]  # [P] nats
+
+
+@dataclass(frozen=True)
+class SequenceTargets:
+    """One example's logits from a sequence expert."""
+
+    logits: NDArray[np.float32]  # [C]
+    mc_probs: NDArray[np.float32] | None  # [C]
+
+
+@dataclass(frozen=True)
+class TokenLabelTargets:
+    """One example's logits from a token classifier, at the positions that begin a word."""
+
+    positions: NDArray[np.int64]  # [P]
+    logits: NDArray[np.float32]  # [P,C]
+
 
 Target = TokenTargets | SequenceTargets | TokenLabelTargets
 
@@ -24,34 +53,3 @@ class Example:
     input_ids: NDArray[np.int32]  # [S]
     pairs: dict[str, tuple[str, str] | None]  # by view name
     targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
-
-
-def decode_target(
-    found: TargetBatch, ids: NDArray[np.int32], seen: NDArray[np.int32], replica: int | None
-) -> Target | None:
-    """The target of a batch of one sequence: ``ids`` [S] as it is, ``seen`` [S] by the teacher.
-
-    None where a sequence expert has nothing to say of it.
-    """
-    if isinstance(found, SequenceTargetBatch):
-        mc = found.mc_probs[0] if found.mc_probs is not None else None
-        return SequenceTargets(found.logits[0], mc) if found.present[0] else None
-    if isinstance(found, TokenLabelBatch):
-        return TokenLabelTargets(found.positions, found.logits)
-    info, columns = found.info, found.columns
-    # A sample is of the one temperature it was drawn at; everything else can be read at 1.
-    first = info.temperatures[0] if info.kind in SAMPLED else 1.0
-    kept, log_probs, log_tail = found.decode(first)
-    tails = {temperature: found.decode(temperature)[2] for temperature in info.temperatures}
-    return TokenTargets(
-        replica=replica,
-        input_ids=seen,
-        positions=found.positions,
-        ids=kept,
-        log_probs=log_probs,
-        log_tail=tails | {first: log_tail},
-        gold_ids=ids[found.positions + (info.task == "causal_lm")].astype(np.int64),
-        gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
-        gold_rank=columns["gold_rank"].astype(np.int64),
-        entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
-    )

@@ -259,10 +259,10 @@ def compare(
     from rekindle.pipeline.compare.tables import as_text
 
     if out is not None:
+        from rekindle.data.storage.atomic import write_text
         from rekindle.pipeline.cycle.page import report_html
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report_html(runs, found), encoding="utf-8")
+        write_text(out, report_html(runs, found))
     typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 

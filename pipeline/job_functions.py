@@ -4,14 +4,13 @@ torch is imported within the functions only: the process that starts the jobs ha
 """
 
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.storage.atomic import new_files, new_folder, write_json
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
@@ -50,7 +49,7 @@ def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) 
 
     began = time.perf_counter()
     cache_teachers(load_config(config_file), only, progress=StepReports(report))
-    _write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
+    write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
 
 
 def save_start(model: str, out: Path, report: Report) -> None:
@@ -60,12 +59,11 @@ def save_start(model: str, out: Path, report: Report) -> None:
     import torch
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
-    from rekindle.train.finetune.result_folder import staging_folder
     from rekindle.train.model.files import resolve_model
     from rekindle.train.model.load import load_language_model
 
     directory = resolve_model(model)
-    with staging_folder(out) as staging:
+    with new_folder(out) as staging:
         torch.manual_seed(0)  # of a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
         load_tokenizer(str(directory)).save(staging)
@@ -99,19 +97,18 @@ def search(
     from rekindle.train.finetune.config import FinetuneConfig
     from rekindle.train.finetune.run import finetune
 
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="tmp") as folder:
+    with new_files(out) as folder:
         finetune(
             model,
             str(task / "train.jsonl"),
             str(task / "dev.jsonl"),
-            str(Path(folder) / "model"),
+            str(folder / "model"),
             seeds=len(seeds),
             first_seed=seeds.start,
             metric=metric,
             config=FinetuneConfig(**values),
         )
-        os.replace(Path(folder) / "model" / "metrics.json", out / "metrics.json")
+        (folder / "model" / "metrics.json").rename(folder / "metrics.json")
     report(1)
 
 
@@ -154,14 +151,7 @@ def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report)
     cache_teachers(config, [name], progress=StepReports(report))
     cost = {"once": time.perf_counter() - began}
     cost["live_per_sequence"] = _forward_seconds(config, name)
-    _write_json(cost_file, cost)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(cost_file, cost)
 
 
 def _forward_seconds(config: RunConfig, name: str) -> float:

@@ -5,7 +5,6 @@ make anything: a second one waits, and then finds it made.
 """
 
 import contextlib
-import fcntl
 import logging
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import publish_folder
 from rekindle.pipeline import job_functions
 from rekindle.pipeline.builtin.names import (
     CORPUS,
@@ -33,6 +33,7 @@ from rekindle.pipeline.exits import leave
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
+from rekindle.train.record.run_folder import alone_in
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
 _TOKENIZER_FILES = "*token*.json"
@@ -42,8 +43,7 @@ _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _T
 def make(names: Sequence[str], progress: Progress) -> None:
     """Make the built-ins ``names`` (with or without prefix) and what they depend on."""
     where = folder()
-    where.mkdir(parents=True, exist_ok=True)
-    with _alone(where), _begun(where) as begun:
+    with alone_in(where, wait=True) as alone, _begun(where, alone) as begun:
         own = [name.removeprefix(PREFIX) for name in names]
         models = with_what_they_need([name for name in own if name in MODELS])
         if any(not (where / name).exists() for name in models):
@@ -70,19 +70,11 @@ def needs(name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _alone(where: Path) -> Iterator[None]:
-    """Hold the folder's lock; it is let go whatever becomes of this process."""
-    with open(where / "lock", "w") as lock:
-        # A file system without locks: two processes then do the same work, which is harmless.
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in where.glob(f"{_BEGUN}*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def _begun(where: Path) -> Iterator[Path]:
+def _begun(where: Path, alone: bool) -> Iterator[Path]:
+    """Yield a folder for unfinished work. Not ``alone``, two processes do the same, harmlessly."""
+    if alone:
+        for left in where.glob(f"{_BEGUN}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     begun = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=where))
     try:
         yield begun
@@ -99,11 +91,8 @@ def _make_documents(begun: Path, out: Path, progress: Progress) -> None:
 
 def _appear(begun: Path, out: Path) -> None:
     """Give what is whole its name; where another process was first, its work stays."""
-    try:
-        begun.rename(out)
-    except OSError:
-        if not out.exists():
-            raise
+    if not out.exists():
+        publish_folder(begun, out)
 
 
 # --- the jobs -------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
+from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS
 from rekindle.data.targets.schema import (
-    MOST_DRAWS,
-    SAMPLED,
-    SPARSE,
     TEACHER_NAME,
     VOCABULARY_TASKS,
+    Codec,
+    Kept,
     Task,
 )
 
@@ -18,7 +18,7 @@ from rekindle.data.targets.schema import (
 class TargetsConfig(Settings):
     """What is kept of a teacher's output."""
 
-    kind: Literal["topk", "threshold", "random", "dense", "hidden"] | None = Field(
+    kind: Kept | None = Field(
         None,
         description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
         "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
@@ -33,7 +33,7 @@ class TargetsConfig(Settings):
         description="temperatures a student may train at. topk: 1 is always stored, and 2 and 4 if "
         "none are listed. Samples are drawn at one, 1 if none is listed",
     )
-    codec: Literal["default", "precise", "compact"] = Field(
+    codec: Codec = Field(
         "default",
         description="of topk and threshold: default (8-bit values, memory-mapped), precise (16-bit "
         "values), compact (compressed, for cold storage and transfer)",
@@ -49,24 +49,27 @@ class TargetsConfig(Settings):
     @model_validator(mode="after")
     def _one_temperature_of_samples(self) -> "TargetsConfig":
         given = self.temperatures if "temperatures" in self.model_fields_set else None
-        if self.kind in SAMPLED and given is not None and len(given) != 1:
+        kind = None if self.kind is None else VOCABULARY_KINDS[self.kind]
+        if kind and kind.sampled and given is not None and len(given) != 1:
             raise ValueError(
                 f"{self.kind} targets are a sample of the distribution at one temperature; list one"
             )
-        if self.kind == "random" and self.k > MOST_DRAWS:
-            raise ValueError(f"random targets are of at most {MOST_DRAWS} draws, not {self.k}")
-        if self.kind in SAMPLED or (self.kind is None and given in (None, (), (1.0,))):
+        if kind and kind.largest_k is not None and self.k > kind.largest_k:
+            raise ValueError(
+                f"{self.kind} targets are of at most {kind.largest_k} draws, not {self.k}"
+            )
+        if kind.sampled if kind else given in (None, (), (1.0,)):
             temperatures = given or (1.0,)
         else:
             temperatures = tuple(sorted({1.0, *self.temperatures}))
-        if self.codec != "default" and self.kind not in (None, *SPARSE):
+        if kind and self.codec not in kind.codecs:
             raise ValueError(f"codec {self.codec} is for topk and threshold, not {self.kind}")
         # Frozen: the same section with its temperatures in order.
         object.__setattr__(self, "temperatures", temperatures)
         return self
 
     @property
-    def vocabulary_kind(self) -> Literal["topk", "threshold", "random", "dense", "hidden"]:
+    def vocabulary_kind(self) -> Kept:
         """What is kept of distributions over the vocabulary."""
         if self.kind is not None:
             return self.kind

@@ -1,12 +1,13 @@
 """The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from rekindle.data.storage.atomic import new_folder
 
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RARE = 5  # characters that occur less often are unknown
@@ -63,8 +64,6 @@ def write_model(texts: Sequence[str], vocabulary: int, config: dict[str, Any], o
         **dict(zip(names, _SPECIALS, strict=True)),
     )
     bert.vocab_size = len(wrapped)
-    staging = out.with_name(f".{out.name}.new")
-    shutil.rmtree(staging, ignore_errors=True)
-    wrapped.save_pretrained(staging)
-    bert.save_pretrained(staging)
-    staging.rename(out)
+    with new_folder(out) as staged:
+        wrapped.save_pretrained(staged)
+        bert.save_pretrained(staged)

@@ -1,11 +1,11 @@
 """The train-student command: opens the cache, finds the student's view, trains, shows progress."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import write_text
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.views.views import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
@@ -52,9 +52,7 @@ def train_from_config(
             world=world,
         )
         if world.main:
-            temporary = out / ".run.yaml.tmp"
-            temporary.write_text(dump_config(config), encoding="utf-8")
-            os.replace(temporary, out / "run.yaml")
+            write_text(out / "run.yaml", dump_config(config))
     return result
 
 

@@ -41,8 +41,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 # The sub-packages of each folder, as dotted names.
 ROOMS = {
     folder: sorted(
-        f"{folder}.{path.name}"
-        for path in (ROOT / folder).iterdir()
+        ".".join(path.relative_to(ROOT).parts)
+        for path in (ROOT / folder).rglob("*")
         if path.is_dir() and any(path.glob("*.py"))
     )
     for folder in FOLDERS

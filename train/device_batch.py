@@ -4,6 +4,7 @@ The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targe
 holds them equal.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,12 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import (
-    Batch,
-    SequenceTargetBatch,
-    TokenLabelBatch,
-    TokenTargetBatch,
-)
+from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
@@ -28,15 +24,15 @@ from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
 from rekindle.train.model.split_model import OutputHead
 
 
-class SparseTargets(NamedTuple):
-    """Decoded: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+class DecodedTargets(NamedTuple):
+    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
 
     ids: Tensor
     probs: Tensor
     tail: Tensor
 
 
-Targets = EncodedTargets | HiddenTargets | DenseTargets | SparseTargets
+Targets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
 
 
 def send(values: NDArray, device: torch.device) -> Tensor:
@@ -66,76 +62,84 @@ def model_inputs(
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> Targets:
-    """What the loss takes: what is stored, as it is; values of samples and of precise codes.
+    """Return what the loss takes: what is stored, as it is; values of samples and precise codes.
 
     Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
     the top ``k``, is found here.
     """
-    info = batch.info
-    if info.kind in ("dense", "hidden"):
-        whole = _whole_targets(batch, device)
-        assert info.vocabulary_size is not None
-        if k is None or k >= info.vocabulary_size:
-            return whole
-        return _decoded(whole, temperature, k)
-    slot = batch.slot(temperature, k)  # raises the error that names the stored temperatures
-    if k is not None and info.k is not None and k > info.k:
-        raise InputError(f"teacher {info.name!r} keeps {info.k} candidates; k = {k} is not cached")
-    if info.kind == "random":
-        return _drawn_targets(batch, device)
-    assert info.vocabulary_size is not None
-    columns = dict(batch.columns)
-    columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
-    sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
-    planes = high_planes(info.vocabulary_size)
-    if info.codec == "precise":
-        del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
-        return SparseTargets(*decode_precise(**sent, planes=planes, k=k, temperature=temperature))
-    return EncodedTargets(**sent, planes=planes, k=k)
+    targets = LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
+    if isinstance(targets, HiddenTargets | DenseTargets) and k is not None and k < batch.kind.size:
+        return _decoded(targets, batch.kind.size, temperature, k)
+    return targets
 
 
 def as_arguments(targets: Targets) -> dict[str, Any]:
     """The arguments of the losses that hold a target."""
-    if not isinstance(targets, SparseTargets):
+    if not isinstance(targets, DecodedTargets):
         return {"target_ids": targets}
     return {"target_ids": targets.ids, "target_probs": targets.probs, "tail_prob": targets.tail}
 
 
 def sparse_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
-) -> SparseTargets:
+) -> DecodedTargets:
     """A teacher's targets at ``temperature``, decoded on the device, maybe at a smaller ``k``.
 
     Whole distributions become [P,V] ids and probabilities: for what cannot be done in blocks.
     """
     targets = kd_targets(batch, temperature, k, device)
     if isinstance(targets, EncodedTargets):
-        return SparseTargets(*decode(targets, temperature))
+        return DecodedTargets(*decode(targets, temperature))
     if isinstance(targets, HiddenTargets | DenseTargets):
-        return _decoded(targets, temperature, k)
+        return _decoded(targets, batch.kind.size, temperature, k)
     return targets
 
+
+# --- what the loss takes of each kind of target ---
 
 ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
 
 
-def _drawn_targets(batch: TokenTargetBatch, device: torch.device) -> SparseTargets:
+def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+    slot = batch.kind.slot(tau, k)
+    columns = dict(batch.columns)
+    columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
+    sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    planes = high_planes(batch.kind.size)
+    if not batch.kind.codec.spans:
+        del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
+        return DecodedTargets(*decode_precise(**sent, planes=planes, k=k, temperature=tau))
+    return EncodedTargets(**sent, planes=planes, k=k)
+
+
+def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
     """Relative frequencies; −1 where fewer ids than draws were drawn, cut to the widest row."""
+    batch.kind.slot(tau, k)
     counts = batch.columns["counts"]
     width = int((counts > 0).sum(axis=1).max(initial=1))
     ids = send(batch.columns["ids"][:, :width], device).long()
-    probs = send(counts[:, :width], device).float() / float(batch.info.k or 1)
-    return SparseTargets(ids, probs, torch.zeros(len(probs), device=device))
+    probs = send(counts[:, :width], device).float() / float(batch.kind.k)
+    return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
 
 
-def _whole_targets(batch: TokenTargetBatch, device: torch.device) -> HiddenTargets | DenseTargets:
-    """What is stored of a teacher of whom every probability is known."""
-    if batch.info.kind == "dense":
-        return DenseTargets(send(batch.columns["log_probs"], device))
+def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+    return DenseTargets(send(batch.columns["log_probs"], device))
+
+
+def _hidden(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
     head = _head_on(batch.head, device)
     return HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
+
+
+LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.device], Targets]] = {
+    "topk": _codes,
+    "threshold": _codes,
+    "random": _draws,
+    "dense": _dense,
+    "hidden": _hidden,
+}
 
 
 _heads: "WeakKeyDictionary[StoredHead, dict[torch.device, OutputHead]]" = WeakKeyDictionary()
@@ -151,20 +155,20 @@ def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
 
 
 def _decoded(
-    targets: HiddenTargets | DenseTargets, temperature: float, k: int | None
-) -> SparseTargets:
+    targets: HiddenTargets | DenseTargets, size: int, temperature: float, k: int | None
+) -> DecodedTargets:
     """Ids and probabilities [P,V]; or the top k and what is left, a bounded block at a time."""
-    whole = targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs.T
-    rows = torch.arange(len(targets[0]), device=whole.device)
+    device = targets[0].device
+    rows = torch.arange(len(targets[0]), device=device)
     teacher = TeacherBlocks(targets, torch.float32, torch.float32)
-    if k is None or k >= len(whole):
+    if k is None or k >= size:
         probs = teacher.log_probs(rows, temperature).exp_()
-        ids = torch.arange(len(whole), device=whole.device).expand_as(probs)
-        return SparseTargets(ids, probs, torch.zeros(len(probs), device=probs.device))
-    budget = BLOCK_BYTES.get(whole.device.type, BLOCK_BYTES["cuda"])
-    step = block_rows(len(rows), len(whole), 3 * torch.float32.itemsize, budget)
+        ids = torch.arange(size, device=device).expand_as(probs)
+        return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+    step = block_rows(len(rows), size, 3 * torch.float32.itemsize, budget)
     parts = [_top(teacher.log_probs(part, temperature).exp_(), k) for part in rows.split(step)]
-    return SparseTargets(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return DecodedTargets(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _top(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,53 +217,8 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:
-    """Micro-batches of at most ``size`` sequences, in order."""
+    """Return micro-batches of at most ``size`` sequences, in order."""
     count = len(batch.index)
     if size >= count:
         return [batch]
-    return [_rows(batch, start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    part = slice(start, stop)
-    masked = batch.masked
-    if masked is not None:
-        keep = (masked.rows >= start) & (masked.rows < stop)
-        masked = type(masked)(
-            masked.replica,
-            masked.input_ids[part],
-            masked.rows[keep] - start,
-            masked.positions[keep],
-            masked.labels[keep],
-        )
-    pairs = {
-        name: type(p)(p.input_ids[part], p.token_types[part], p.lengths[part])
-        for name, p in batch.pairs.items()
-    }
-    return Batch(
-        index=batch.index[part],
-        digests=batch.digests[part],
-        domains=batch.domains[part],
-        input_ids=batch.input_ids[part],
-        lengths=batch.lengths[part],
-        masked=masked,
-        pairs=pairs,
-        targets={name: _target_rows(t, start, stop) for name, t in batch.targets.items()},
-        epoch=batch.epoch,
-        documents=batch.documents[part],
-    )
-
-
-def _target_rows(
-    target: TokenTargetBatch | TokenLabelBatch | SequenceTargetBatch, start: int, stop: int
-) -> TokenTargetBatch | TokenLabelBatch | SequenceTargetBatch:
-    part = slice(start, stop)
-    if isinstance(target, SequenceTargetBatch):
-        mc = None if target.mc_probs is None else target.mc_probs[part]
-        return SequenceTargetBatch(target.info, target.present[part], target.logits[part], mc)
-    keep = (target.rows >= start) & (target.rows < stop)
-    rows, positions = target.rows[keep] - start, target.positions[keep]
-    if isinstance(target, TokenLabelBatch):
-        return TokenLabelBatch(target.info, rows, positions, target.logits[keep])
-    columns = {name: flat[keep] for name, flat in target.columns.items()}
-    return TokenTargetBatch(target.info, rows, positions, columns, target.head)
+    return [batch.take(slice(start, start + size)) for start in range(0, count, size)]

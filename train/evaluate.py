@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import SAMPLED, TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.device_batch import (
     as_arguments,
@@ -155,7 +155,7 @@ def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
                 places = rows.match(target, batch.input_ids.shape[1])
                 found = hidden[torch.from_numpy(places).to(device)]
                 sums |= _vocabulary_sums(name, student, found, target, device)
-        else:
+        elif isinstance(target, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, target, device)
     return sums
 
@@ -164,8 +164,7 @@ def _vocabulary_sums(
     name: str, student: Student, hidden: Tensor, target: TokenTargetBatch, device: torch.device
 ) -> Sums:
     head = student.output_head
-    # A sample is of the one temperature it was drawn at.
-    temperature = target.info.temperatures[0] if target.info.kind in SAMPLED else 1.0
+    temperature = target.kind.read_at
     kd = linear_kd_loss(
         hidden,
         head.weight,
@@ -176,8 +175,7 @@ def _vocabulary_sums(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
     ).kd
-    whole = target.info.kind in ("dense", "hidden")
-    sparse = sparse_targets(target, temperature, 1 if whole else None, device)
+    sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
     agree = int((torch.cat(blocks) == top).sum())

@@ -5,7 +5,6 @@ METHODS.md): the largest and mean |Δlogit|, and the loss and perplexity before 
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch
 from rekindle.data.errors import CheckpointError
+from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import GrowConfig
 from rekindle.train.device_batch import language_rows
 from rekindle.train.evaluate import EvaluationData
@@ -140,11 +140,8 @@ def _tell(report: Report) -> None:
 
 def save_growth(run: Path, report: Report | None) -> None:
     """Write the report into the run's directory."""
-    if report is None:
-        return
-    temporary = run / f".{GROWTH_FILE}.tmp"
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run / GROWTH_FILE)
+    if report is not None:
+        write_json(run / GROWTH_FILE, report)
 
 
 def saved_growth(run: Path) -> Report:

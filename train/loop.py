@@ -7,10 +7,9 @@ torchrun each process runs this same loop on its share of every batch.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
@@ -33,14 +33,15 @@ from rekindle.train.optimizer import make_optimizer, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
 from rekindle.train.record.checkpoint import (
+    RUN_FILE,
+    check_run,
     gather_weights,
-    open_run,
     restore,
     save_checkpoint,
-    start_run,
 )
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
+from rekindle.train.record.run_folder import open_folder
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses, save_suspect
 from rekindle.train.student import Student
@@ -102,9 +103,20 @@ def train_student(
     started = time.monotonic()
     world = world or World.alone()
     prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
+    with ExitStack() as held:  # by the main process: the folder, until the run is finished
+        folder = open_folder(out, lambda: check_run(out, prepared.about, resume))
+        resuming = world.decide(lambda: held.enter_context(folder))
+        training, state = _begin(out, cache, config, prepared, world, resuming)
+        return _train(training, state, started, report)
+
+
+def _train(
+    training: Training, state: Mapping[str, Any], started: float, report: Report
+) -> TrainResult:
+    """Take the steps that are left, and make the run's directory a model directory."""
+    out, config, world = training.out, training.config, training.world
+    student, prepared = training.student, training.prepared
     objective, stream = prepared.objective, prepared.stream
-    training, state = _begin(out, cache, config, prepared, world, resume)
-    student = training.student
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
     stream.order.restore(state.get("order"))
@@ -148,15 +160,14 @@ def train_student(
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
     about = {"made_by": prepared.about, LINEAGE: training.lineage}
-    world.decide(lambda: _finish(result, student.student, weights, cache, about))
+    world.decide(lambda: _finish(result, student.student, weights, training.cache, about))
     return result
 
 
 def _begin(
-    out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resume: bool
+    out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resuming: bool
 ) -> tuple[Training, dict[str, Any]]:
     """The run in ``out``, begun or gone on with, and the state of its checkpoint, if any."""
-    resuming = world.decide(lambda: open_run(out, prepared.about, resume))
     # While the student is whole and untrained. Of a run that was killed before this, once more.
     growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
@@ -165,7 +176,7 @@ def _begin(
     lineage = [run.model_dump(mode="json") for run in made_by]
     training = Training(out, cache, config, student, optimizer, prepared, lineage)
     if not resuming:
-        world.decide(lambda: start_run(out, prepared.about))
+        world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
     world.decide(lambda: save_growth(out, growth))
     return training, restore(out, student, optimizer) if resuming else {}
 
@@ -288,13 +299,9 @@ def _finish(
     about: Mapping[str, Any],
 ) -> None:
     """Make the run's directory a model directory."""
-    staged = result.directory / ".final"
-    shutil.rmtree(staged, ignore_errors=True)
-    student.save_pretrained(staged, about, weights)
-    cache.corpus.tokenizer.save(str(staged))
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     summary |= saved_growth(result.directory)
-    (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for file in staged.iterdir():
-        file.replace(result.directory / file.name)
-    staged.rmdir()
+    with new_files(result.directory) as staged:
+        student.save_pretrained(staged, about, weights)
+        cache.corpus.tokenizer.save(str(staged))
+        (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

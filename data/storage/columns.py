@@ -1,6 +1,7 @@
 """Between NumPy and Arrow's nested columns, without copies and without Python lists."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -54,3 +55,31 @@ def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDAr
     if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(flat):
         raise CacheFormatError(f"column {name!r} has list offsets outside its values")
     return offsets, flat
+
+
+def flat_lists(
+    batch: pa.RecordBatch, names: Sequence[str]
+) -> tuple[NDArray[np.int32], dict[str, NDArray]]:
+    """Return the list offsets [R+1] that some columns of a batch share, from 0, and their values.
+
+    Zero-copy. Raises CacheFormatError when they do not share them.
+    """
+    columns: dict[str, NDArray] = {}
+    shared: NDArray[np.int32] | None = None
+    for name in names:
+        offsets, flat = list_views(batch[name], name)
+        if shared is not None and not np.array_equal(offsets, shared):
+            raise CacheFormatError(f"column {name!r} has other list lengths than the others")
+        shared = offsets
+        columns[name] = flat[offsets[0] : offsets[-1]]
+    assert shared is not None
+    return shared - shared[0], columns
+
+
+def split_lists(batches: Sequence[pa.RecordBatch], name: str) -> list[NDArray]:
+    """Return the lists of a list column over several record batches, as views."""
+    out: list[NDArray] = []
+    for batch in batches:
+        offsets, flat = list_views(batch[name], name)
+        out += [flat[a:b] for a, b in pairwise(offsets)]
+    return out

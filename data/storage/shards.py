@@ -21,9 +21,10 @@ import xxhash
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.storage.arrow_sizes import unpacked_bytes
+from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Region
 from rekindle.data.storage.seal import REPAIR
-from rekindle.data.storage.store import Store, new_attempt
+from rekindle.data.storage.store import Store
 
 MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
 

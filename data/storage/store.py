@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.storage.atomic import new_attempt, sync, write_bytes
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 LONGEST_PART, LONGEST_NAME = 240, 900  # bytes; file systems allow 255, S3's keys have 1,024
@@ -54,11 +54,6 @@ def safe_name(name: str) -> str:
 
 def _surrogates(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def new_attempt() -> str:
-    """Eight hexadecimal digits that make a data object's name unique to one attempt."""
-    return uuid.uuid4().hex[:8]
 
 
 class Store(ABC):
@@ -186,9 +181,9 @@ class LocalStore(Store):
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._path(name)
         with self.writing(name):
-            temporary = self._write_temporary(path, content)
             try:
-                os.link(temporary, path)  # fails if the name exists: the only race-free create
+                # A link fails if the name exists: the only race-free create.
+                write_bytes(path, content, publish=os.link)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -199,29 +194,11 @@ class LocalStore(Store):
                     "make commits atomic. Put the cache on a local disk, on NFS or in an object "
                     "store"
                 ) from None
-            finally:
-                temporary.unlink()
-            _sync_folder(path.parent)
         return True
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
-        path = self._path(name)
         with self.writing(name):
-            os.replace(self._write_temporary(path, content), path)
-            _sync_folder(path.parent)
-
-    def _write_temporary(self, path: Path, content: bytes) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.{new_attempt()}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
+            write_bytes(self._path(name), content)
 
     def begin(self, name: str) -> Path:  # noqa: D102
         path = self._path(name)
@@ -230,12 +207,8 @@ class LocalStore(Store):
 
     def finish(self, name: str) -> None:  # noqa: D102
         path = self._path(name)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        _sync_folder(path.parent)
+        sync(path)
+        sync(path.parent)
 
     def discard(self, name: str) -> None:  # noqa: D102
         self._path(name).unlink(missing_ok=True)
@@ -405,11 +378,3 @@ def _is_conflict(error: OSError) -> bool:
     """Whether two conditional puts met (S3's 409): this one did not win, and must ask again."""
     told = repr(error.__cause__ or error)
     return error.errno == errno.EBUSY or "ConditionalRequestConflict" in told
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

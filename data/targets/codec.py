@@ -27,7 +27,7 @@ nats below the best (logits of −inf, say) are stored as 32 nats below it: at t
 read as e^(−32/τ) of the best one's probability.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +37,8 @@ RANGE = 32.0  # nats between the best and the lowest representable candidate
 SATURATED = 65535  # 64 nats: log(1.6e-28)
 NO_TAIL = 32767
 
+Columns = dict[str, NDArray]
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class EncodedTargets:
-    """Vocabulary targets of P positions as the cache stores them (see the module's table)."""
-
-    ids: NDArray[np.uint16]
-    ids_high: NDArray[np.uint8] | None
-    values: NDArray[np.uint8]
-    log_prob_max: NDArray[np.uint16]
-    log_prob_min: NDArray[np.uint16]
-    tail_log_odds: NDArray[np.int16]
 
 
 def high_planes(vocabulary_size: int) -> int:
@@ -70,7 +59,7 @@ def fixed_point(nats: Floats) -> NDArray[np.uint16]:
 
 def encode(
     ids: NDArray[np.int64], log_probs: Floats, tail_log_odds: Floats, vocabulary_size: int
-) -> EncodedTargets:
+) -> Columns:
     """Encode ``ids`` [P,K] and ``log_probs`` [P,K] at τ = 1, both by falling probability.
 
     ``tail_log_odds`` [P,T] holds log(kept/tail) at the stored temperatures, +inf without a tail.
@@ -79,14 +68,15 @@ def encode(
     span = relative[:, -1:]
     scale = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
     planes = high_planes(vocabulary_size)
-    return EncodedTargets(
-        ids=(ids & 0xFFFF).astype(np.uint16),
-        ids_high=pack_planes(ids >> 16, planes) if planes else None,
-        values=np.rint(relative * scale).astype(np.uint8),
-        log_prob_max=fixed_point(-log_probs[:, 0]),
-        log_prob_min=fixed_point(-log_probs[:, 0] + span[:, 0]),
-        tail_log_odds=encode_odds(tail_log_odds),
-    )
+    columns: Columns = {"ids": (ids & 0xFFFF).astype(np.uint16)}
+    if planes:
+        columns["ids_high"] = pack_planes(ids >> 16, planes)
+    return columns | {
+        "values": np.rint(relative * scale).astype(np.uint8),
+        "log_prob_max": fixed_point(-log_probs[:, 0]),
+        "log_prob_min": fixed_point(-log_probs[:, 0] + span[:, 0]),
+        "tail_log_odds": encode_odds(tail_log_odds),
+    }
 
 
 def encode_odds(tail_log_odds: Floats) -> NDArray[np.int16]:
@@ -101,38 +91,40 @@ def pack_planes(high: NDArray[np.int64], planes: int) -> NDArray[np.uint8]:
     return np.packbits(np.concatenate(bits, axis=1).astype(np.uint8), axis=1, bitorder="little")
 
 
-def decode_ids(encoded: EncodedTargets, vocabulary_size: int) -> NDArray[np.int64]:
-    """The token ids [P,K]."""
-    return join_ids(encoded.ids, encoded.ids_high, vocabulary_size)
-
-
-def join_ids(
-    low: NDArray[np.uint16], high: NDArray[np.uint8] | None, vocabulary_size: int
-) -> NDArray[np.int64]:
-    """Token ids [P,K] from the columns ``ids`` and ``ids_high``."""
-    ids = low.astype(np.int64)
-    if high is None:
+def decode_ids(columns: Mapping[str, NDArray], vocabulary_size: int) -> NDArray[np.int64]:
+    """Return the token ids [P,K] of the columns ``ids`` and ``ids_high``, if there is one."""
+    ids = columns["ids"].astype(np.int64)
+    if "ids_high" not in columns:
         return ids
     k, planes = ids.shape[1], high_planes(vocabulary_size)
-    bits = np.unpackbits(high, axis=1, count=k * planes, bitorder="little")
+    bits = np.unpackbits(columns["ids_high"], axis=1, count=k * planes, bitorder="little")
     for plane in range(planes):
         ids |= bits[:, plane * k : (plane + 1) * k].astype(np.int64) << (16 + plane)
     return ids
 
 
 def decode_log_probs(
-    encoded: EncodedTargets, temperature: float = 1.0, slot: int = 0, k: int | None = None
+    columns: Mapping[str, NDArray], temperature: float = 1.0, slot: int = 0, k: int | None = None
 ) -> tuple[Floats, Floats]:
-    """Log-probabilities [P,k] and log tail mass [P] at ``temperature``, stored in column ``slot``.
+    """Return log-probabilities [P,k] and log tail mass [P] at ``temperature``, stored in ``slot``.
 
     With ``k`` below the stored number the dropped candidates' mass joins the tail.
     """
-    span = (encoded.log_prob_min.astype(np.float32) - encoded.log_prob_max) / STEP
+    span = (columns["log_prob_min"].astype(np.float32) - columns["log_prob_max"]) / STEP
     relative = (
-        encoded.values * (-span / 255.0)[:, None].astype(np.float32) / np.float32(temperature)
+        columns["values"] * (-span / 255.0)[:, None].astype(np.float32) / np.float32(temperature)
     )
-    odds = encoded.tail_log_odds[:, slot].astype(np.float32) / np.float32(STEP)
-    odds[encoded.tail_log_odds[:, slot] == NO_TAIL] = np.inf
+    return with_tail(relative, columns["tail_log_odds"][:, slot], k)
+
+
+def with_tail(
+    relative: NDArray[np.floating], tail_log_odds: NDArray[np.int16], k: int | None
+) -> tuple[Floats, Floats]:
+    """Return what candidates' log-probabilities [P,K], known up to a constant, and the stored
+    log-odds [P] say: log-probabilities [P,k] and log tail mass [P].
+    """
+    odds = tail_log_odds.astype(relative.dtype) / STEP
+    odds[tail_log_odds == NO_TAIL] = np.inf
     log_kept, log_tail = -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
     log_probs = relative - log_sum_exp(relative)[:, None] + log_kept[:, None]
     if k is not None and k < log_probs.shape[1]:

@@ -41,7 +41,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
-from rekindle.data.targets.codec import high_bytes, high_planes, join_ids, pack_planes
+from rekindle.data.targets.codec import (
+    Columns,
+    decode_ids,
+    high_bytes,
+    high_planes,
+    pack_planes,
+)
+from rekindle.data.targets.schema import SCALARS
 
 HEAD = 8  # the first candidates' gaps are much wider; apart, they get code tables of their own
 MANTISSA = 16  # classes per power of two; zstd gives each class a code by its frequency
@@ -49,28 +56,12 @@ LARGEST_VOCABULARY = 2**19  # whose classes fit a byte
 LARGEST_TABLE = 2**18
 OFTEN = 4  # a rarer id costs more in the table than as it is
 
-Columns = dict[str, NDArray]
 Bytes = NDArray[np.uint8]
-Widths = Mapping[str, tuple[pa.DataType, int | None]]
-PLAIN = frozenset(
-    (
-        "positions",
-        "ids",
-        "ids_high",
-        "values",
-        "log_prob_max",
-        "log_prob_min",
-        "tail_log_odds",
-        "gold_log_prob",
-        "gold_rank",
-        "entropy",
-    )
-)
+Widths = dict[str, tuple[pa.DataType, int | None]]  # name -> value type, width (None: a scalar)
+PLAIN = {*SCALARS, "ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds"}
 
 
-def compact_columns(
-    columns: Widths, vocabulary_size: int
-) -> dict[str, tuple[pa.DataType, int | None]]:
+def compact_columns(columns: Widths, vocabulary_size: int) -> Widths:
     """Name -> (value type, width) after ``to_compact``, from the same of the default columns."""
     k, temperatures = columns["ids"][1], columns["tail_log_odds"][1]
     assert k is not None
@@ -111,7 +102,7 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
 
     Bits of ``ids_high`` beyond the planes are taken to be zero, as ``codec.encode`` leaves them.
     """
-    ids = join_ids(columns["ids"], columns.get("ids_high"), vocabulary_size)
+    ids = decode_ids(columns, vocabulary_size)
     values = columns["values"]
     gaps = np.diff(values, axis=1, prepend=np.uint8(0)).T  # uint8: wraps
     widths = _widths(ids.shape[1], columns["tail_log_odds"].shape[1], vocabulary_size)

@@ -29,12 +29,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.targets.codec import NO_TAIL, STEP, Floats, encode, log_sum_exp
+from rekindle.data.targets.codec import Columns, Floats, encode, with_tail
 
 VALUE_STEP = 2048.0  # units per nat
 SATURATED = 65535  # 31.9995 nats
-
-Columns = dict[str, NDArray]
 
 
 def encode_precise(
@@ -44,18 +42,12 @@ def encode_precise(
 
     ``tail_log_odds`` [P,T] holds log(kept/tail) at the stored temperatures, +inf without a tail.
     """
-    shared = encode(ids, log_probs, tail_log_odds, vocabulary_size)
+    columns = encode(ids, log_probs, tail_log_odds, vocabulary_size)
+    del columns["log_prob_min"]
     # The subtraction in float64: at 32 nats a float32 is only right to 1/262,144.
     log_probs = log_probs.astype(np.float64)
     below = np.minimum((log_probs[:, :1] - log_probs) * VALUE_STEP, SATURATED)
-    columns: Columns = {"ids": shared.ids}
-    if shared.ids_high is not None:
-        columns["ids_high"] = shared.ids_high
-    return columns | {
-        "values": np.rint(below).astype(np.uint16),
-        "log_prob_max": shared.log_prob_max,
-        "tail_log_odds": shared.tail_log_odds,
-    }
+    return columns | {"values": np.rint(below).astype(np.uint16)}
 
 
 def decode_precise(
@@ -66,11 +58,4 @@ def decode_precise(
     With ``k`` below the stored number the dropped candidates' mass joins the tail.
     """
     relative = columns["values"] / (-VALUE_STEP * temperature)
-    stored = columns["tail_log_odds"][:, slot]
-    odds = np.where(stored == NO_TAIL, np.inf, stored / STEP)
-    log_kept, log_tail = -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
-    log_probs = relative + (log_kept - log_sum_exp(relative))[:, None]
-    if k is not None and k < log_probs.shape[1]:
-        log_tail = np.logaddexp(log_tail, log_sum_exp(log_probs[:, k:]))
-        log_probs = log_probs[:, :k]
-    return log_probs.astype(np.float32), log_tail.astype(np.float32)
+    return with_tail(relative, columns["tail_log_odds"][:, slot], k)

@@ -4,7 +4,8 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.seal import REPAIR, read_sealed
 from rekindle.data.storage.store import Store
-from rekindle.data.targets.schema import SPARSE, TeacherInfo, contradiction
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.schema import TeacherInfo
 
 
 def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
@@ -17,7 +18,7 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
         raise CacheFormatError(f"{store.location}/{path} is missing. {REPAIR}") from None
     except InputError as error:
         raise CacheFormatError(f"{store.location}: {error}") from None
-    if wrong := contradiction(info):
+    if wrong := kind_of(info).contradiction():
         raise CacheFormatError(f"{store.location}/{path} is of no teacher: {wrong}")
     if (info.name, info.part) != (name, part):
         shown = f"{info.name!r}, part {info.part!r}" if info.part or part else repr(info.name)
@@ -37,9 +38,9 @@ def read_parts(store: Store, name: str) -> list[TeacherInfo]:
                 f"{store.location}/{info.folder} extends another teacher than targets/{name} "
                 "describes: targets were exchanged, or the description was edited"
             )
-    sparse = {info.part for info in [base, *extensions] if info.kind in SPARSE}
+    extended = {info.part for info in [base, *extensions] if kind_of(info).grows}
     for info in extensions:
-        if info.kind == "tails" and info.extends not in sparse:
+        if info.extends is not None and info.extends not in extended:
             raise CacheFormatError(
                 f"{store.location}/{info.folder} extends {info.extends!r}, which is not there"
             )

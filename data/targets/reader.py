@@ -5,7 +5,7 @@ a larger k or further temperatures. A reader shows them as one, by the parts tha
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,29 +16,16 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.commits import seconds_of
 from rekindle.data.storage.cuts import RowLists, joined
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
-from rekindle.data.targets.codec import join_ids
-from rekindle.data.targets.codec_compact import from_compact
+from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.head import StoredHead, read_head
-from rekindle.data.targets.scalars import (
-    PositionScalars,
-    decode_scalars,
-    flat_scalars,
-    read_scalars,
-)
-from rekindle.data.targets.schema import (
-    SCALARS,
-    Columns,
-    TeacherInfo,
-    drawn_columns,
-    entry_columns,
-    no_positions,
-    target_schema,
-)
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
+from rekindle.data.targets.schema import SCALARS, TeacherInfo
 from rekindle.data.views.views import ViewReader, check_aligned
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
@@ -71,18 +58,16 @@ class TeacherReader:
         self.corpus, self.view = corpus, view
         self.parts = [_part(corpus.store, info) for info in infos]
         base = self.parts[0]
-        larger = [p for p in self.parts if p.info.kind == "topk" and p.covers(base)]
+        larger = [p for p in self.parts if kind_of(p.info).grows and p.covers(base)]
         self.main = max([base, *larger], key=lambda p: p.info.k or 0)
         self.tails = [
-            p
-            for p in self.parts
-            if p.info.kind == "tails" and p.info.extends == self.main.info.part
-            if p.covers(self.main)
+            p for p in self.parts if p.info.extends == self.main.info.part and p.covers(self.main)
         ]
         temperatures = self.main.info.temperatures
         for part in self.tails:
             temperatures += part.info.temperatures
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
+        self.kind = kind_of(self.info)
         # Units whose tails are still to come are not there yet.
         tails = [part.commits.keys() for part in self.tails]
         self.commits = {
@@ -177,18 +162,6 @@ class TeacherReader:
             out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
         return out
 
-    def sequence_rows(self, shard: int, rows: Iterable[int]) -> tuple[NDArray[np.bool_], Columns]:
-        """Presence [R] and the fixed-width columns [R,C] of the rows (zeros where absent)."""
-        wanted = [divmod(int(row), self.info.rows_per_batch) for row in rows]
-        if not wanted:
-            return np.zeros(0, bool), {}
-        parts = [self.batch_columns(shard, index, None)[1] for index, _ in wanted]
-        columns = {
-            name: np.stack([p[name][local] for p, (_, local) in zip(parts, wanted, strict=True)])
-            for name in parts[0]
-        }
-        return columns.pop("present"), columns
-
     def batch_columns(
         self, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
@@ -206,10 +179,10 @@ class TeacherReader:
         allow_missing: bool = False,
         scalars: bool = True,
     ) -> tuple[NDArray[np.int64], Columns]:
-        """How many positions each row (shard, row of it) has [B], and the columns of them all.
+        """How many targets each row (shard, row of it) has [B], and the columns of them all.
 
         One row after another, copied; the scalars, which no loss needs, if they are asked for. A
-        row whose unit is not committed has no positions when that is allowed, else it is
+        row whose unit is not committed has no targets when that is allowed, else it is
         CacheMismatchError.
         """
         size = self.info.rows_per_batch
@@ -223,7 +196,7 @@ class TeacherReader:
             counts[number] = cut[2] - cut[1]
             cuts.append(cut)
         if not cuts:
-            return counts, self.no_positions()
+            return counts, self.kind.nothing()
         return counts, joined(cuts, () if scalars else SCALARS[1:])
 
     def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
@@ -232,27 +205,22 @@ class TeacherReader:
             unit = unit_of(shard, replica if self.masked else None)
             found = RowLists(*self._read_columns(unit, shard, index, replica))
             with self._evicting:
-                while self._decoded and len(self._views) >= DECODED_BATCHES:
+                while self.kind.copied and len(self._views) >= DECODED_BATCHES:
                     del self._views[next(iter(self._views))]
                 self._views[shard, index, replica] = found
         return found
-
-    @property
-    def _decoded(self) -> bool:
-        """Whether columns are copied when they are read, not views of the file."""
-        return self.info.codec == "compact" or self.info.kind in ("random", "sequence")
 
     def _read_columns(
         self, unit: str, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
         what = f"{self.main.info.folder}/{unit}"
         batch = self._batch(self.main, unit, shard, index, replica)
-        if self.info.kind == "sequence":
-            return np.zeros(0, np.int32), _sequence_columns(batch)
-        offsets, columns = _flat_columns(batch, self.main.info)
+        offsets, columns = kind_of(self.main.info).read(batch)
+        if self.kind.per_sequence:
+            return offsets, columns
         odds = [columns["tail_log_odds"]] if self.tails else []
         for part in self.tails:
-            there, more = _flat_columns(self._batch(part, unit, shard, index, replica), part.info)
+            there, more = kind_of(part.info).read(self._batch(part, unit, shard, index, replica))
             same = np.array_equal(there, offsets)
             if not same or not np.array_equal(more["positions"], columns["positions"]):
                 raise CacheMismatchError(
@@ -268,12 +236,12 @@ class TeacherReader:
     def _batch(
         self, part: Part, unit: str, shard: int, index: int, replica: int | None
     ) -> pa.RecordBatch:
-        keep = part.info.codec != "compact"
-        batch = self._shard(part, unit, shard, replica).batch(index, keep)
+        kind = kind_of(part.info)
+        batch = self._shard(part, unit, shard, replica).batch(index, not kind.codec.compressed)
         what = f"{part.info.folder}/{unit}"
         check_aligned(batch, self.corpus, shard, index, what, part.info.rows_per_batch)
-        if part.info.kind != "sequence":  # before columns of any size are decoded
-            counts = np.diff(list_views(batch["positions" if keep else "ids_class"], what)[0])
+        if not kind.per_sequence:  # before columns of any size are decoded
+            counts = np.diff(list_views(batch[kind.codec.per_position], what)[0])
             tokens = self.corpus.lengths(shard, index * part.info.rows_per_batch, len(batch))
             if (counts > tokens).any():
                 raise CacheFormatError(
@@ -299,7 +267,7 @@ class TeacherReader:
             shard = part.shards.open(part.commits[unit], about)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
                 raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
-            expected = target_schema(part.info, {})
+            expected = kind_of(part.info).schema({})
             if not shard.schema.equals(expected, check_metadata=False):
                 raise CacheFormatError(
                     f"{shard.path} does not have the columns that teacher.json announces"
@@ -321,14 +289,14 @@ class TeacherReader:
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
         file = self.shard_of(shard, replica)
-        if self.info.codec == "compact":
+        if self.kind.codec.compressed:
             count = range(file.batch_count)
             return [decode_scalars(*self.batch_columns(shard, i, replica)) for i in count]
         found = []
         for index, batch in enumerate(read_scalars(file)):
             what = f"{self.main.info.folder}/{unit_of(shard, replica if self.masked else None)}"
             check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
-            found.append(decode_scalars(*flat_scalars(batch)))
+            found.append(decode_scalars(*flat_lists(batch, SCALARS)))
         return found
 
     @cached_property
@@ -363,7 +331,7 @@ class TeacherReader:
             raise CacheFormatError(
                 f"{what}: record batch {index} has positions outside its sequences"
             )
-        for problem in _wrong_values(columns, self.info):
+        for problem in self.kind.problems(columns):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
 
     @property
@@ -371,78 +339,8 @@ class TeacherReader:
         """Whether the targets are distributions over the vocabulary."""
         return self.info.is_vocabulary
 
-    def column_names(self) -> list[str]:
-        """The per-position columns, as they are used."""
-        return list(self.no_positions())
-
-    def no_positions(self) -> Columns:
-        """The per-position columns with no position in them."""
-        return no_positions(self.info)
-
 
 def _part(store: Store, info: TeacherInfo) -> Part:
     shards = ShardSet(store, info.folder)
     finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
     return Part(info, shards, shards.committed(), finished)
-
-
-def _wrong_values(columns: Columns, info: TeacherInfo) -> Iterator[str]:
-    """What no writer of ours would have written."""
-    size = info.vocabulary_size or 0
-    if info.kind == "random":
-        ids, counts = columns["ids"], columns["counts"].astype(np.int64)
-        if ids.max(initial=0) >= size:
-            yield "ids outside the vocabulary"
-        if (counts.sum(axis=1) != info.k).any() or (counts.min(initial=1) < 0):
-            yield f"positions whose counts are not {info.k} draws"
-    elif "ids" in columns:
-        ids = join_ids(columns["ids"], columns.get("ids_high"), size)
-        if ids.max(initial=0) >= size:
-            yield "ids outside the vocabulary"
-        if "log_prob_min" in columns and (columns["log_prob_min"] < columns["log_prob_max"]).any():
-            yield "rising probabilities"
-    for name in ("logits", "hidden_scale"):
-        if name in columns and not np.isfinite(columns[name]).all():
-            yield f"NaN or infinity in {name!r}"
-    if "log_probs" in columns:  # −inf is a probability of zero, but not all of a row can be
-        best = columns["log_probs"].max(axis=1, initial=-np.inf)
-        if not ((best > -np.inf) & (best < 1e-3)).all():  # also for a row with NaN
-            yield "log-probabilities that are none"
-
-
-def _flat_columns(batch: pa.RecordBatch, info: TeacherInfo) -> tuple[NDArray[np.int32], Columns]:
-    columns: Columns = {}
-    entries = entry_columns(info)
-    reference: dict[bool, NDArray[np.int32]] = {}
-    for name in batch.schema.names[1:]:
-        offsets, flat = list_views(batch[name], name)
-        expected = reference.setdefault(name in entries, offsets)
-        if not np.array_equal(offsets, expected):
-            raise CacheFormatError(f"column {name!r} has other list lengths than the others")
-        columns[name] = flat[offsets[0] : offsets[-1]]
-    offsets = reference[False] - reference[False][0]
-    if entries:
-        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        drawn = np.bincount(rows, columns["distinct"], minlength=len(offsets) - 1)
-        if not np.array_equal(drawn, np.diff(reference[True])) or (
-            columns["distinct"].max(initial=0) > (info.k or 0)
-        ):
-            raise CacheFormatError("the drawn ids are not as many as their positions say")
-        return offsets, drawn_columns(columns, info.k or 0)
-    if info.codec == "compact":
-        columns = from_compact(columns, info.vocabulary_size or 0)
-    return offsets, columns
-
-
-def _sequence_columns(batch: pa.RecordBatch) -> Columns:
-    present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
-    columns: Columns = {"present": present}
-    for name in batch.schema.names[1:]:
-        array = batch[name]
-        flat = array.values.to_numpy(zero_copy_only=False)
-        start = array.offset * array.type.list_size
-        values = flat[start : start + len(array) * array.type.list_size]
-        columns[name] = np.where(present[:, None], values.reshape(len(array), -1), 0)
-        if not np.isfinite(columns[name]).all() or array.null_count != batch["logits"].null_count:
-            raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
-    return columns

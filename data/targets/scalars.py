@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.shards import Shard
-from rekindle.data.targets.codec import STEP
-from rekindle.data.targets.schema import SCALARS, Columns
+from rekindle.data.targets.codec import STEP, Columns
+from rekindle.data.targets.schema import SCALARS
 
 FACT = "scalars"  # the checksum's key in the facts of a commit record
 
@@ -78,20 +78,6 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
     if sums.facts().get(FACT) != stated:
         raise CacheFormatError(f"{shard.path}: its scalars are not those that were committed")
     return batches
-
-
-def flat_scalars(batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
-    """List offsets [R+1] and the columns [P] of a batch from ``read_scalars``."""
-    columns: Columns = {}
-    reference: NDArray[np.int32] | None = None
-    for name in SCALARS:
-        offsets, flat = list_views(batch[name], name)
-        if reference is not None and not np.array_equal(offsets, reference):
-            raise CacheFormatError(f"column {name!r} has other list lengths than 'positions'")
-        reference = offsets
-        columns[name] = flat[offsets[0] : offsets[-1]]
-    assert reference is not None
-    return reference - reference[0], columns
 
 
 def decode_scalars(offsets: NDArray[np.int32], columns: Columns) -> PositionScalars:

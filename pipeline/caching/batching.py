@@ -1,12 +1,27 @@
-"""Which sequences a teacher sees together: pure index arithmetic, no tensors.
+"""Which sequences a teacher sees together, and how a batch that does not fit into memory is halved.
 
 Sequences are sorted by length and cut into batches of at most so many tokens, padding included. The
 plan depends on the lengths and the budget alone, so a shard that is made again is made from the
 same batches.
 """
 
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import pad
+from rekindle.data.errors import InputError
+from rekindle.data.targets.codec import Columns
+from rekindle.pipeline.caching.teachers import Teacher
+
+log = logging.getLogger("rekindle")
+
+Rows = NDArray[np.int64]
 
 
 def length_buckets(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
@@ -24,3 +39,94 @@ def length_buckets(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArra
         batches.append(order[start : start + count])
         start += count
     return batches
+
+
+def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
+    """Return the sequences as ``input_ids`` and ``attention_mask``, and the width of both."""
+    lengths = np.array([len(s) for s in sequences])
+    ids = pad(sequences, lengths, _padding_id(teacher, sequences))
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    return {
+        "input_ids": teacher.tensor(ids),
+        "attention_mask": teacher.tensor(mask),
+    }, ids.shape[1]
+
+
+def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
+    """The model's own padding token, or else a token that none of the sequences ends with.
+
+    Classifiers on causal models read the last token that is not padding.
+    """
+    if teacher.pad_id is not None:
+        return teacher.pad_id
+    last = {int(sequence[-1]) for sequence in sequences}
+    config: Any = teacher.model.config
+    config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
+    return int(config.pad_token_id)
+
+
+def run_batches(
+    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Columns]
+) -> Iterator[tuple[Rows, Columns]]:
+    """Yield batches of the rows with a length > 0, and what ``forward`` gives of each.
+
+    A batch that is out of memory is halved, and with it the teacher's ``batch_tokens``: what is
+    left of this unit and later ones start from there.
+    """
+    waiting = length_buckets(lengths, teacher.batch_tokens)
+    while waiting:
+        rows, waiting = waiting[0], waiting[1:]
+        columns = _in_memory(teacher, forward, rows)
+        if columns is not None:
+            yield rows, columns
+            continue
+        if len(rows) == 1:
+            raise InputError(
+                f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "
+                "does not fit into memory. Use a smaller teacher, a shorter "
+                "corpus.sequence_length, or a lower precision"
+            )
+        teacher.batch_tokens = len(rows) * int(lengths[rows].max()) // 2
+        log.warning(
+            "teacher %s: out of memory with %d sequences; going on with batches of %d tokens",
+            teacher.info.name,
+            len(rows),
+            teacher.batch_tokens,
+        )
+        left = np.zeros_like(lengths)
+        for batch in (rows, *waiting):
+            left[batch] = lengths[batch]
+        waiting = length_buckets(left, teacher.batch_tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
+    """What ``forward`` gives, or None when it is out of memory (and what it held is free again).
+
+    Raises InputError for a model that fails on this batch: our own bugs do not come as
+    RuntimeErrors of torch, nor do indices that a model's tables lack.
+    """
+    try:
+        return forward(rows)
+    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
+        if not _out_of_memory(error):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
+                f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
+                "Finished shards are kept; when the model is mended, the same command goes on"
+            ) from error
+        return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def joined_columns(parts: list[Columns]) -> Columns:
+    """Return columns one after another."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

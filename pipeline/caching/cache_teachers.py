@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
 import pyarrow as pa
 
 from rekindle.data.cache import write_manifest
@@ -26,15 +25,10 @@ from rekindle.data.storage.store import Store, open_store
 from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.targets.head import HEAD_FILES, write_head
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reader import FINISHED, TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
-from rekindle.data.targets.schema import (
-    TeacherInfo,
-    no_positions,
-    position_batches,
-    sequence_batches,
-    target_schema,
-)
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.views import MaskedView, PairView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
@@ -130,7 +124,7 @@ def _plan_parts(
 
 
 def _lacks_head(store: Store, info: TeacherInfo) -> bool:
-    return info.kind == "hidden" and not {*HEAD_FILES} <= {*store.names(info.folder)}
+    return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
 def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
@@ -227,16 +221,16 @@ class UnitRunner:
         self.corpus, self.info = corpus, plan.info
         self.teacher = Teacher(plan, corpus)
         self.view = view_of(plan.info, corpus)
-        self.head = self.teacher.output_matrix() if plan.info.kind == "hidden" else None
+        self.head = self.teacher.output_matrix() if kind_of(plan.info).has_head else None
         if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
             self._store_head()
 
     @cached_property
     def kept(self) -> TeacherReader | None:
         """Reads the part whose ids tails are taken of."""
-        if self.info.kind != "tails":
+        if self.info.extends is None:
             return None
-        main = read_teacher(self.corpus.store, self.info.name, self.info.extends or "")
+        main = read_teacher(self.corpus.store, self.info.name, self.info.extends)
         return TeacherReader(self.corpus, [main], self.view)
 
     def make(self, unit: Unit) -> Commit | None:
@@ -271,15 +265,10 @@ def write_unit(
     record then says how many seconds it took until all was encoded.
     """
     shard = corpus.shard(unit.shard)
-    schema = target_schema(info, {"shard": unit.shard, "replica": unit.replica})
+    kind = kind_of(info)
+    schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
     digests = [d for i in range(shard.batch_count) for d in shard.batch(i)["digest"].to_pylist()]
-    if info.kind == "sequence":
-        present = np.zeros(len(digests), bool)
-        present[result.rows] = True
-        batches = sequence_batches(schema, digests, present, result.columns)
-    else:
-        columns = result.columns if len(result.rows) else no_positions(info)
-        batches = position_batches(schema, info, digests, result.rows, columns)
+    batches = kind.batches(schema, digests, result.rows, result.columns)
     facts = {
         "positions": len(result.rows),
         "tokens": corpus.commits[unit.shard].facts["tokens"],
@@ -292,7 +281,7 @@ def write_unit(
     claim_teacher(corpus, info)
     shards = ShardSet(corpus.store, info.folder)
     options = None
-    if info.codec == "compact":
+    if kind.codec.compressed:
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
 

@@ -10,6 +10,7 @@ import xxhash
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.files import read_parts
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
 from rekindle.data.views.views import ViewReader
@@ -27,7 +28,7 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
         return [plan]
     infos = read_parts(corpus.store, wanted.name)
     base = infos[0]
-    if base.kind != "topk" or wanted.kind != "topk":
+    if not (kind_of(base).grows and kind_of(wanted).grows):
         check_same(corpus, base, wanted)
         return [replace(plan, info=base)]
     as_begun = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
@@ -49,7 +50,7 @@ def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) ->
     used = TeacherReader(corpus, infos, view_of(wanted, corpus)).main.info
     if (used.k or 0) >= wanted.k:
         return used
-    enough = [i for i in infos if i.kind == "topk" and (i.k or 0) >= wanted.k]
+    enough = [i for i in infos if kind_of(i).grows and (i.k or 0) >= wanted.k]
     if enough:
         return min(enough, key=lambda info: info.k or 0)
     temperatures = {t for info in infos for t in info.temperatures} | {*wanted.temperatures}
@@ -60,7 +61,7 @@ def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) ->
 def _tails(infos: list[TeacherInfo], main: TeacherInfo, wanted: TeacherInfo) -> list[TeacherInfo]:
     """Return the parts for temperatures that ``main`` lacks: those begun, and perhaps a new one."""
     lacking = {*wanted.temperatures} - {*main.temperatures}
-    begun = [info for info in infos if info.kind == "tails" and info.extends == main.part]
+    begun = [info for info in infos if info.extends == main.part]
     for info in begun:
         lacking -= {*info.temperatures}
     if not lacking:

@@ -1,16 +1,12 @@
 """Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its
 columns.
 
-No files are written here. Batches are bucketed by length; one that does not fit into memory is
-halved and the run carries on with the smaller size.
+No files are written here.
 """
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +17,17 @@ from torch import Tensor
 from rekindle.data.batch import pad
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import InputError
-from rekindle.data.storage.columns import list_views
-from rekindle.data.targets.codec import join_ids
+from rekindle.data.storage.columns import split_lists
+from rekindle.data.targets.codec import Columns, decode_ids
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.positions import target_positions
 from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.targets.schema import SAMPLED, Columns, TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.views import ViewReader
-from rekindle.pipeline.caching.batching import length_buckets
+from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
-from rekindle.pipeline.caching.scoring import NO_EXTRAS, Extras, score_hidden
+from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
-
-log = logging.getLogger("rekindle")
 
 Rows = NDArray[np.int64]
 
@@ -61,10 +57,6 @@ class ShardRows:
         """A list column of the corpus shard as NumPy arrays."""
         return split_lists(self.batches, name)
 
-    def content_positions(self) -> list[Rows]:
-        """The positions of each row that are no special token: what masks choose from."""
-        return [np.flatnonzero(starts >= 0) for starts in self.lists("char_starts")]
-
     @cached_property
     def wanted(self) -> NDArray[np.bool_]:
         """Rows of the domains the teacher is for."""
@@ -72,15 +64,6 @@ class ShardRows:
         if self.info.domains is None:
             return np.ones(len(domains), bool)
         return np.array([d in self.info.domains for d in domains], bool)
-
-
-def split_lists(batches: list, name: str) -> list[NDArray]:
-    """The lists of a list column over several record batches, as views."""
-    out: list[NDArray] = []
-    for batch in batches:
-        offsets, flat = list_views(batch[name], name)
-        out += [flat[a:b] for a, b in pairwise(offsets)]
-    return out
 
 
 def run_unit(
@@ -101,9 +84,9 @@ def run_unit(
     with torch.inference_mode():
         if teacher.config.vocabulary:
             return _vocabulary_unit(teacher, rows, view, unit, kept)
-        if teacher.info.kind == "token":
-            return _token_label_unit(teacher, rows)
-        return _sequence_unit(teacher, rows, view, unit)
+        if kind_of(teacher.info).per_sequence:
+            return _sequence_unit(teacher, rows, view, unit)
+        return _token_label_unit(teacher, rows)
 
 
 @dataclass(frozen=True, order=True)
@@ -126,61 +109,40 @@ def _vocabulary_unit(
     unit: Unit,
     kept: TeacherReader | None,
 ) -> UnitResult:
-    ids = shard.lists("input_ids")
-    if unit.replica is not None:
-        assert view is not None
-        parts = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
-        positions = [p.astype(np.int64) for p in split_lists(parts, "positions")]
-        seen = [
-            _replaced(*row)
-            for row in zip(ids, positions, split_lists(parts, "input_ids"), strict=True)
-        ]
-        gold = [row[p] for row, p in zip(ids, positions, strict=True)]
-    elif teacher.info.sees_clean_text:
-        # Position t holds the distribution of token t, which the teacher sees.
-        positions = shard.content_positions()
-        seen, gold = ids, [row[p] for row, p in zip(ids, positions, strict=True)]
-    else:
-        # Position t holds the distribution of token t+1; the last position has no next token.
-        positions = [np.arange(max(0, len(row) - 1)) for row in ids]
-        seen, gold = ids, [row[1:] for row in ids]
+    info, seen = teacher.info, shard.lists("input_ids")
+    positions = target_positions(shard.corpus, info, view, unit.shard, unit.replica)
+    ahead = info.task == "causal_lm"
+    gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
+    if view is not None:
+        batches = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
+        masked = split_lists(batches, "input_ids")
+        seen = [_replaced(*row) for row in zip(seen, positions, masked, strict=True)]
     counts = np.array([len(p) for p in positions])
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
-    digests = shard.column("digest") if teacher.info.kind in SAMPLED else []
+    digests = shard.column("digest") if kind_of(info).sampled else []
 
-    def extras(rows: Rows) -> Extras:
-        if teacher.info.kind == "tails":
-            assert kept is not None
-            return Extras(kept=teacher.tensor(_kept_ids(kept, unit, rows)))
+    def extra(rows: Rows) -> Tensor | None:
+        """The stored ids that tails are of, or the keys to draw with."""
+        if kept is not None:
+            where = [(unit.shard, int(row)) for row in rows]
+            _, columns = kept.gather(where, unit.replica, scalars=False)
+            return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
         if not digests:
-            return NO_EXTRAS
+            return None
         names = [digests[r] for r in rows for _ in positions[r]]
         places = np.concatenate([positions[r] for r in rows])
-        seed = xxhash.xxh3_64_intdigest(f"{teacher.info.seed}\0{teacher.info.name}".encode())
-        return Extras(teacher.tensor(row_keys(seed, names, unit.replica, places)))
+        seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
+        return teacher.tensor(row_keys(seed, names, unit.replica, places))
 
     def forward(rows: Rows) -> Columns:
-        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
         select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
         truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
         model = teacher.language_model
         hidden, _ = model.hidden(inputs, teacher.tensor(select))
-        return concatenate(
-            list(score_hidden(hidden, model.head, truth, teacher.info, extras(rows)))
-        )
+        return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
 
-    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
-
-
-def _kept_ids(kept: TeacherReader, unit: Unit, rows: Rows) -> NDArray[np.int64]:
-    """The stored ids [P,K] of the positions of ``rows``, in that order."""
-    assert kept.info.vocabulary_size is not None
-    found = kept.position_rows(unit.shard, rows, unit.replica)
-    low = np.concatenate([columns["ids"][part] for part, columns in found])
-    high = None
-    if "ids_high" in found[0][1]:
-        high = np.concatenate([columns["ids_high"][part] for part, columns in found])
-    return join_ids(low, high, kept.info.vocabulary_size)
+    return _in_corpus_order(run_batches(teacher, lengths, forward), positions)
 
 
 def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
@@ -207,12 +169,12 @@ def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
 
     def forward(rows: Rows) -> Columns:
-        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
         select = np.concatenate([i * width + sources[r] for i, r in enumerate(rows)])
         logits = teacher.model(**inputs).logits.float().flatten(0, 1)[teacher.tensor(select)]
         return {"logits": _finite(logits, teacher).cpu().numpy()}
 
-    return _in_corpus_order(_run_batches(teacher, lengths, forward), positions)
+    return _in_corpus_order(run_batches(teacher, lengths, forward), positions)
 
 
 def _word_characters(
@@ -239,7 +201,7 @@ def _sequence_unit(
     lengths = np.array([len(row) for row in seen]) * shard.wanted
 
     def forward(rows: Rows) -> Columns:
-        inputs, width = _inputs(teacher, [seen[r] for r in rows])
+        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
         if types is not None and teacher.token_types:
             kinds = [types[r] for r in rows]
             padded = pad(kinds, np.array([len(k) for k in kinds]), 0, width)
@@ -250,7 +212,7 @@ def _sequence_unit(
             columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows, logits)
         return columns
 
-    done = list(_run_batches(teacher, lengths, forward))
+    done = list(run_batches(teacher, lengths, forward))
     names = ["logits"] + (["mc_probs"] if teacher.info.monte_carlo_passes else [])
     assert teacher.info.num_labels is not None
     shape = (len(seen), teacher.info.num_labels)
@@ -311,89 +273,6 @@ def _monte_carlo(
     return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
 
 
-def _inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
-    lengths = np.array([len(s) for s in sequences])
-    ids = pad(sequences, lengths, _padding_id(teacher, sequences))
-    mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return {
-        "input_ids": teacher.tensor(ids),
-        "attention_mask": teacher.tensor(mask),
-    }, ids.shape[1]
-
-
-def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
-    """The model's own padding token, or else a token that none of the sequences ends with.
-
-    Classifiers on causal models read the last token that is not padding.
-    """
-    if teacher.pad_id is not None:
-        return teacher.pad_id
-    last = {int(sequence[-1]) for sequence in sequences}
-    config: Any = teacher.model.config
-    config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
-    return int(config.pad_token_id)
-
-
-def _run_batches(
-    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Columns]
-) -> Iterator[tuple[Rows, Columns]]:
-    """Run the rows with a length > 0. A batch that is out of memory is halved, and with it the
-    teacher's ``batch_tokens``: what is left of this unit and later ones start from there.
-    """
-    waiting = length_buckets(lengths, teacher.batch_tokens)
-    while waiting:
-        rows, waiting = waiting[0], waiting[1:]
-        columns = _in_memory(teacher, forward, rows)
-        if columns is not None:
-            yield rows, columns
-            continue
-        if len(rows) == 1:
-            raise InputError(
-                f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "
-                "does not fit into memory. Use a smaller teacher, a shorter "
-                "corpus.sequence_length, or a lower precision"
-            )
-        teacher.batch_tokens = len(rows) * int(lengths[rows].max()) // 2
-        log.warning(
-            "teacher %s: out of memory with %d sequences; going on with batches of %d tokens",
-            teacher.info.name,
-            len(rows),
-            teacher.batch_tokens,
-        )
-        left = np.zeros_like(lengths)
-        for batch in (rows, *waiting):
-            left[batch] = lengths[batch]
-        waiting = length_buckets(left, teacher.batch_tokens)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
-    """What ``forward`` gives, or None when it is out of memory (and what it held is free again).
-
-    Raises InputError for a model that fails on this batch: our own bugs do not come as
-    RuntimeErrors of torch, nor do indices that a model's tables lack.
-    """
-    try:
-        return forward(rows)
-    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
-        if not _out_of_memory(error):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(
-                f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
-                f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
-                "Finished shards are kept; when the model is mended, the same command goes on"
-            ) from error
-        return None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
-
-
 def _in_corpus_order(
     done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]]
 ) -> UnitResult:
@@ -403,14 +282,9 @@ def _in_corpus_order(
         return UnitResult(np.zeros(0, np.int64), {"positions": np.zeros(0, np.uint16)})
     rows = np.concatenate([np.repeat(r, [len(positions[i]) for i in r]) for r, _ in finished])
     where = np.concatenate([positions[i] for r, _ in finished for i in r])
-    columns = concatenate([c for _, c in finished]) | {"positions": where.astype(np.uint16)}
+    columns = joined_columns([c for _, c in finished]) | {"positions": where.astype(np.uint16)}
     order = np.argsort(rows, kind="stable")
     return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
-
-
-def concatenate(parts: list[Columns]) -> Columns:
-    """Columns one after another."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _finite(logits: Tensor, teacher: Teacher) -> Tensor:

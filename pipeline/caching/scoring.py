@@ -4,18 +4,17 @@ N rows (positions), V real tokens of the vocabulary, K kept, T temperatures.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.errors import InputError
-from rekindle.data.targets.codec import encode, encode_odds, fixed_point
-from rekindle.data.targets.codec_precise import encode_precise
+from rekindle.data.targets.codec import Columns, encode_odds, fixed_point
 from rekindle.data.targets.head import encode_hidden
-from rekindle.data.targets.schema import SAMPLED, Columns, TeacherInfo, rank_dtype
+from rekindle.data.targets.kinds.registry import KINDS
+from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, uniforms
 from rekindle.train.model.split_model import OutputHead
 
@@ -25,94 +24,166 @@ from rekindle.train.model.split_model import OutputHead
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
-
-@dataclass(frozen=True)
-class Extras:
-    """What some kinds of targets need of each row besides its logits."""
-
-    keys: Tensor | None = None  # [N,2] of the generator, for samples
-    kept: Tensor | None = None  # [N,K] ids that are stored already, for tails
-
-    def rows(self, part: slice) -> "Extras":
-        """Those of some rows."""
-        keys, kept = self.keys, self.kept
-        return Extras(keys if keys is None else keys[part], kept if kept is None else kept[part])
-
-
-NO_EXTRAS = Extras()
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """What is taken from a block of logits, on the device."""
-
-    gold_log_prob: Tensor  # [N]
-    gold_rank: Tensor  # [N]
-    entropy: Tensor  # [N]
-    log_probs: Tensor | None = None  # [N,K] by falling probability, or [N,V] for dense targets
-    ids: Tensor | None = None  # [N,K]
-    tail_log_odds: Tensor | None = None  # [N,T]
-    counts: Tensor | None = None  # [N,K] of random samples
+# What some kinds need of each row besides its logits: the keys [N,2] that a sample is drawn with,
+# or the ids [N,K] that are stored already, for tails.
+Extra = Tensor | None
 
 
 def score_hidden(
-    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extras: Extras = NO_EXTRAS
+    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extra: Extra = None
 ) -> Iterator[Columns]:
-    """The cache's columns of ``hidden`` [N,H], a bounded block of rows at a time; ``gold`` [N].
+    """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
+
+    ``gold`` [N] are the true ids.
 
     The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a
     round size (30,522 → 30,528) are not tokens and get no probability.
     """
     assert info.vocabulary_size is not None
-    real = head.cut(info.vocabulary_size)
+    real, scorer = head.cut(info.vocabulary_size), SCORERS[info.kind](info)
     step = max(1, LOGITS_BYTES[hidden.device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
-        block = slice(start, start + step)
-        logits, more = real.logits(hidden[block]), extras.rows(block)
-        if info.kind == "tails":
-            yield {"tail_log_odds": score_tails(logits, info, more)}
-            continue
-        columns = to_columns(score_logits(logits, gold[block], info, more), info)
-        if info.kind == "hidden":
-            states, scale = encode_hidden(hidden[block].float().cpu().numpy())
-            columns |= {"hidden": states, "hidden_scale": scale}
-        yield columns
+        states, truth = hidden[start : start + step], gold[start : start + step]
+        more = None if extra is None else extra[start : start + step]
+        yield scorer.columns(states, real.logits(states), truth, more)
 
 
-def score_logits(
-    logits: Tensor, gold: Tensor, info: TeacherInfo, extras: Extras = NO_EXTRAS
-) -> RowScores:
-    """Scores of one block of float32 ``logits`` [N,V], which is overwritten; ``gold`` [N] true ids.
+@dataclass(frozen=True)
+class Block:
+    """A block of logits on the device, as the kinds of targets take it."""
 
-    Masses outside the kept ids are sums over those ids, never 1 − kept. Raises InputError when the
-    teacher's logits are NaN or +inf.
-    """
-    top, ids = torch.topk(logits, info.k if info.kind == "topk" and info.k else 1, dim=1)
-    gold_logit = logits.gather(1, gold[:, None])
-    gold_rank = (logits > gold_logit).sum(dim=1)
-    highest = top[:, :1].clone()
-    relative = _relative(logits, highest, info)
-    kept = ids if info.kind == "topk" else None
-    odds, weights = _tail_log_odds(relative, kept, info.temperatures)
-    total = weights.sum(dim=1)
-    entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
-    normaliser = total.log()[:, None]
-    scalars = ((gold_logit - highest - normaliser)[:, 0], gold_rank, entropy)
-    if info.kind == "topk":
-        return RowScores(*scalars, top - highest - normaliser, ids, odds)
-    if info.kind == "dense":
-        return RowScores(*scalars, relative - normaliser)
-    if info.kind in SAMPLED:
-        return _sampled(RowScores(*scalars), relative, weights, info, extras)
-    return RowScores(*scalars)
+    relative: Tensor  # [N,V] logits less the row's largest
+    weights: Tensor  # [N,V] their exponentials, which may be overwritten
+    normaliser: Tensor  # [N,1] log Σ weights
+    ids: Tensor  # [N,K] the likeliest ids
+    above: Tensor  # [N,K] their logits less the row's largest
+    tail_log_odds: Tensor  # [N,T] log(mass of `ids` / mass outside), of kinds with a tail
 
 
-def score_tails(logits: Tensor, info: TeacherInfo, extras: Extras) -> NDArray[np.int16]:
-    """log(kept mass / mass outside) [N,T] of ids that are stored already, as it is stored."""
-    assert extras.kept is not None
-    relative = _relative(logits, logits.max(dim=1, keepdim=True).values, info)
-    odds, _ = _tail_log_odds(relative, extras.kept, info.temperatures)
-    return encode_odds(odds.cpu().numpy())
+class Scorer:
+    """Takes one kind of target from logits; of itself the scalars alone."""
+
+    def __init__(self, info: TeacherInfo):
+        self.info, self.kind = info, KINDS[info.kind](info)
+
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
+        """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,V], ``gold`` [N]."""
+        return self.encoded(self.scores(logits, gold, extra))
+
+    def scores(self, logits: Tensor, gold: Tensor, extra: Extra) -> dict[str, Tensor]:
+        """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,V].
+
+        They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
+        over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf.
+        """
+        with_tail = self.kind.has_tail
+        top, ids = torch.topk(logits, self.info.k if with_tail and self.info.k else 1, dim=1)
+        gold_logit = logits.gather(1, gold[:, None])
+        gold_rank = (logits > gold_logit).sum(dim=1)
+        highest = top[:, :1].clone()
+        relative = _relative(logits, highest, self.info)
+        odds, weights = _tail_log_odds(relative, ids if with_tail else None, self.info.temperatures)
+        total = weights.sum(dim=1)
+        entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
+        normaliser = total.log()[:, None]
+        gold_log_prob = (gold_logit - highest - normaliser)[:, 0]
+        scalars = {"gold_log_prob": gold_log_prob, "gold_rank": gold_rank, "entropy": entropy}
+        block = Block(relative, weights, normaliser, ids, top - highest, odds)
+        return scalars | self.kept(block, extra)
+
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+        """Return what is kept of the rows."""
+        return {}
+
+    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+        """Return the cache's columns (NumPy) of scores."""
+        found: Columns = {name: value.cpu().numpy() for name, value in scores.items()}
+        dtype = rank_dtype(self.info.vocabulary_size or 0)
+        return found | {
+            "gold_log_prob": fixed_point(-found["gold_log_prob"]),
+            "gold_rank": np.minimum(found["gold_rank"], np.iinfo(dtype).max).astype(dtype),
+            "entropy": fixed_point(np.maximum(found["entropy"], 0)),
+        }
+
+
+class TopKScorer(Scorer):
+    """The K likeliest ids and what lies outside them."""
+
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+        """Return ids and log-probabilities [N,K], log(kept mass / mass outside) [N,T]."""
+        log_probs = block.above - block.normaliser
+        return {"log_probs": log_probs, "ids": block.ids, "tail_log_odds": block.tail_log_odds}
+
+    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+        """Return the cache's columns (NumPy) of scores."""
+        columns = super().encoded(scores)
+        kept = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
+        codec = self.kind.codec
+        return columns | codec.encode(kept[0], kept[1], kept[2], self.info.vocabulary_size or 0)
+
+
+class ThresholdScorer(TopKScorer):
+    """An unbiased sample of K distinct ids."""
+
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+        """Return ids, and values that give their probabilities; nothing lies outside."""
+        assert self.info.k is not None
+        probs, keys = _tempered_probs(block, self.info, extra)
+        ids, values = threshold_sample(probs, self.info.k, uniforms(keys, 1)[:, 0])
+        # Readers divide by the temperature: log q · τ is what gives q at τ.
+        log_probs = values.log() * self.info.temperatures[0]
+        odds = torch.full((len(ids), 1), torch.inf, device=ids.device)
+        return {"log_probs": log_probs, "ids": ids, "tail_log_odds": odds}
+
+
+class RandomScorer(Scorer):
+    """K draws with replacement."""
+
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+        """Return the ids that were drawn [N,K] and how often."""
+        assert self.info.k is not None
+        probs, keys = _tempered_probs(block, self.info, extra)
+        ids, counts = random_sample(probs, self.info.k, uniforms(keys, self.info.k))
+        return {"ids": ids.to(torch.int32), "counts": counts}
+
+
+class DenseScorer(Scorer):
+    """The whole distribution."""
+
+    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+        """Return every log-probability [N,V]."""
+        return {"log_probs": block.relative - block.normaliser}
+
+
+class HiddenScorer(Scorer):
+    """The states that the output matrix multiplies."""
+
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
+        """Return the scalars and the states."""
+        stored, scale = encode_hidden(hidden.float().cpu().numpy())
+        scalars = super().columns(hidden, logits, gold, extra)
+        return scalars | {"hidden": stored, "hidden_scale": scale}
+
+
+class TailsScorer(Scorer):
+    """Tail masses of ids that are stored already."""
+
+    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
+        """Return log(kept mass / mass outside) [N,T], as it is stored."""
+        assert extra is not None
+        relative = _relative(logits, logits.max(dim=1, keepdim=True).values, self.info)
+        odds, _ = _tail_log_odds(relative, extra, self.info.temperatures)
+        return {"tail_log_odds": encode_odds(odds.cpu().numpy())}
+
+
+SCORERS: dict[str, type[Scorer]] = {
+    "topk": TopKScorer,
+    "threshold": ThresholdScorer,
+    "random": RandomScorer,
+    "dense": DenseScorer,
+    "hidden": HiddenScorer,
+    "tails": TailsScorer,
+}
 
 
 def _relative(logits: Tensor, highest: Tensor, info: TeacherInfo) -> Tensor:
@@ -148,23 +219,13 @@ def _tail_log_odds(
     return torch.stack([odds[tau] for tau in temperatures], dim=1), weights
 
 
-def _sampled(
-    scalars: RowScores, relative: Tensor, weights: Tensor, info: TeacherInfo, extras: Extras
-) -> RowScores:
-    """A sample of the distribution at the one temperature of ``info``."""
-    assert extras.keys is not None
-    assert info.k is not None
+def _tempered_probs(block: Block, info: TeacherInfo, extra: Extra) -> tuple[Tensor, Tensor]:
+    """Return probabilities [N,V] at a sample's one temperature, and the keys to draw with."""
+    assert extra is not None
     (tau,) = info.temperatures
     if tau != 1.0:
-        _exponentials(relative, tau, weights, None)
-    probs = weights / weights.sum(dim=1, keepdim=True)
-    if info.kind == "random":
-        ids, counts = random_sample(probs, info.k, uniforms(extras.keys, info.k))
-        return replace(scalars, ids=ids, counts=counts)
-    ids, values = threshold_sample(probs, info.k, uniforms(extras.keys, 1)[:, 0])
-    # Readers divide by the temperature: log q · τ is what gives q at τ. Nothing lies outside.
-    odds = torch.full((len(ids), 1), torch.inf, device=ids.device)
-    return replace(scalars, log_probs=values.log() * tau, ids=ids, tail_log_odds=odds)
+        _exponentials(block.relative, tau, block.weights, None)
+    return block.weights / block.weights.sum(dim=1, keepdim=True), extra
 
 
 def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None) -> None:
@@ -177,29 +238,3 @@ def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None
         return
     torch.div(relative, tau, out=out)
     out.exp_()
-
-
-def to_columns(scores: RowScores, info: TeacherInfo) -> Columns:
-    """The cache's columns (NumPy) of one block of scores."""
-    assert info.vocabulary_size is not None
-    dtype = rank_dtype(info.vocabulary_size)
-    rank = np.minimum(scores.gold_rank.cpu().numpy(), np.iinfo(dtype).max).astype(dtype)
-    columns: Columns = {
-        "gold_log_prob": fixed_point(-scores.gold_log_prob.cpu().numpy()),
-        "gold_rank": rank,
-        "entropy": fixed_point(scores.entropy.clamp_min(0).cpu().numpy()),
-    }
-    if scores.counts is not None and scores.ids is not None:
-        ids = scores.ids.to(torch.int32).cpu().numpy()
-        return columns | {"ids": ids, "counts": scores.counts.cpu().numpy()}
-    if scores.log_probs is None:
-        return columns
-    log_probs = scores.log_probs.cpu().numpy()
-    if scores.ids is None or scores.tail_log_odds is None:
-        return columns | {"log_probs": log_probs}
-    odds = scores.tail_log_odds.cpu().numpy()
-    values = (scores.ids.cpu().numpy(), log_probs, odds, info.vocabulary_size)
-    if info.codec == "precise":
-        return columns | encode_precise(*values)
-    kept = {name: value for name, value in vars(encode(*values)).items() if value is not None}
-    return columns | kept

@@ -19,11 +19,12 @@ from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
-from rekindle.data.targets.codec_compact import LARGEST_VOCABULARY
+from rekindle.data.targets.codecs import CODECS
 from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.targets.head import StoredHead
-from rekindle.data.targets.schema import SAMPLED, TeacherInfo
+from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.views import MaskedView, PairView
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
@@ -93,7 +94,7 @@ def plan_teacher(
         check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
     if config.vocabulary:
         info |= _vocabulary_info(config, settings, corpus, masked)
-        info |= {"seed": seed} if info["kind"] in SAMPLED else {}
+        info |= {"seed": seed} if KINDS[info["kind"]].sampled else {}
     else:
         info |= _head_info(config, settings)
         info["view"] = pairs.name if config.pair_expert and pairs else "text"
@@ -127,18 +128,16 @@ def _tokenizer_of(
 ) -> Tokenizer:
     """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
     if not has_tokenizer_files(directory):
-        ours = corpus.info["tokenizer"]["size"]
-        if settings.get_text_config().vocab_size != ours:
+        ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
+        if theirs != ours:
             raise InputError(
                 f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
-                f"({settings.get_text_config().vocab_size:,}) is not the corpus tokenizer's "
-                f"({ours:,}). "
-                "Save the teacher's tokenizer into its directory"
+                f"({theirs:,}) is not the corpus tokenizer's ({ours:,}). Save the teacher's "
+                "tokenizer into its directory"
             )
         log.info(
-            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, "
-            "so the "
-            "corpus tokenizer is used for it",
+            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so "
+            "the corpus tokenizer is used for it",
             config.name,
         )
         return corpus.tokenizer
@@ -146,12 +145,9 @@ def _tokenizer_of(
     if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
         raise InputError(
             f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} "
-            "against "
-            f"{corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same ids): "
-            "its "
-            "distributions over the vocabulary would be misread. A masked_lm or causal_lm teacher "
-            "must "
-            "share corpus.tokenizer; sequence experts may have their own"
+            f"against {corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same "
+            "ids): its distributions over the vocabulary would be misread. A masked_lm or "
+            "causal_lm teacher must share corpus.tokenizer; sequence experts may have their own"
         )
     return tokenizer
 
@@ -163,8 +159,7 @@ def _vocabulary_info(
     if settings.get_text_config().vocab_size < size:
         raise InputError(
             f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, "
-            "the "
-            f"tokenizer has {size:,}: it was not trained with it"
+            f"the tokenizer has {size:,}: it was not trained with it"
         )
     _check_length(config, settings, corpus.info["config"]["sequence_length"])
     saved_as = (settings.architectures or [""])[0]
@@ -174,39 +169,23 @@ def _vocabulary_info(
             f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
             "model was trained away; say `task: sequence_classification` or token_classification"
         )
-    info = {"vocabulary_size": size} | _estimator_info(config, settings, size)
-    if config.targets.codec == "compact":
+    targets, text = config.targets, settings.get_text_config()
+    width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
+    info = {"vocabulary_size": size} | VOCABULARY_KINDS[targets.vocabulary_kind].settings(
+        targets.k, targets.temperatures, targets.codec, size, width and int(width)
+    )
+    codec = CODECS[targets.codec]
+    if codec.compressed:
         share = 1.0 if masked is None or config.view == "clean" else masked.share
-        if size > LARGEST_VOCABULARY:
+        if size > codec.largest_vocabulary:
             raise InputError(
                 f"teacher {config.name!r}: the compact codec takes vocabularies up to "
-                f"{LARGEST_VOCABULARY:,} tokens, not {size:,}; use targets.codec: default"
+                f"{codec.largest_vocabulary:,} tokens, not {size:,}; use targets.codec: default"
             )
         per_sequence = corpus.info["config"]["sequence_length"] * share
         info["rows_per_batch"] = compact_rows(per_sequence)
-    if config.sees_masks:
-        assert masked is not None
-        return info | {"view": masked.name}
-    return info | {"view": "clean"}
-
-
-def _estimator_info(config: TeacherConfig, settings: Any, size: int) -> dict[str, Any]:
-    """What is kept of a distribution, and how it relates to the whole."""
-    kind = config.targets.vocabulary_kind
-    if kind == "dense":
-        return {"kind": kind}
-    if kind == "hidden":
-        width = getattr(settings, "embedding_size", None) or settings.get_text_config().hidden_size
-        return {"kind": kind, "hidden_size": int(width)}
-    k = min(config.targets.k, size) if kind != "random" else config.targets.k
-    bias = "unbiased" if kind in SAMPLED else "biased"
-    return {
-        "kind": kind,
-        "k": k,
-        "temperatures": config.targets.temperatures,
-        "codec": config.targets.codec,
-        "estimator": {"kind": kind, "bias": "exact" if k == size and kind != "random" else bias},
-    }
+    assert masked is not None or not config.sees_masks
+    return info | {"view": masked.name if masked and config.sees_masks else "clean"}
 
 
 def compact_rows(positions_per_sequence: float) -> int:

@@ -9,15 +9,10 @@ from numpy.typing import NDArray
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.example import Target
-from rekindle.data.targets.schema import (
-    SAMPLED,
-    Columns,
-    SequenceTargets,
-    TeacherInfo,
-    TokenLabelTargets,
-    TokenTargets,
-)
+from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
@@ -63,7 +58,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     directory = resolve_model(config.model)
     _check_same(info, config, directory)
     # A sample is drawn again: the same draws from the same distributions.
-    exact = config.vocabulary and info.kind not in SAMPLED
+    exact = config.vocabulary and not kind_of(info).sampled
     whole = info.model_copy(update={"kind": "dense", "codec": "default"} if exact else {})
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
     if teacher.tokenizer.digest != info.fingerprints.get("tokenizer"):

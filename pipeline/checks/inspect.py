@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.example import Example
+from rekindle.data.example import Example, SequenceTargets, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.targets.schema import SequenceTargets, TokenLabelTargets, TokenTargets
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
@@ -106,9 +106,10 @@ def _sample(cache: Cache, teacher: TeacherReader) -> dict[str, NDArray]:
             [teacher.info.name],
             masked_view=teacher.info.view if teacher.masked else None,
         ).targets[teacher.info.name]
-        entropy.append(batch.columns["entropy"] / STEP)  # type: ignore[union-attr]
-        if teacher.info.kind == "topk":
-            _, _, log_tail = batch.decode()  # type: ignore[union-attr]
+        assert isinstance(batch, TokenTargetBatch)
+        entropy.append(batch.columns["entropy"] / STEP)
+        if teacher.kind.has_tail:
+            _, _, log_tail = batch.decode()
             kept.append(-np.expm1(log_tail))
     sample = {"entropy": np.concatenate(entropy or [np.zeros(0)])}
     return sample | ({"kept_mass": np.concatenate(kept)} if kept else {})

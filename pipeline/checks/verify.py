@@ -6,14 +6,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.errors import CacheError, CacheFormatError
 from rekindle.data.inventory import (
     damaged_descriptions,
@@ -21,14 +20,14 @@ from rekindle.data.inventory import (
     orphans,
     shard_sets,
 )
-from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, damage
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.codec import join_ids
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.positions import target_positions
 from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.targets.schema import SPARSE, Columns
 from rekindle.data.views.views import ViewReader
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
@@ -186,46 +185,29 @@ def _check_teacher_unit(
     domains = corpus.shard(shard).table()["domain"].to_pylist()
     chosen = teacher.info.domains
     wanted = [chosen is None or domain in chosen for domain in domains]
-    if teacher.info.kind == "sequence":
-        present, _ = teacher.sequence_rows(shard, rows)
-        if (present & ~np.array(wanted, bool)).any():
+    if teacher.kind.per_sequence:
+        counts, _ = teacher.gather([(shard, row) for row in rows], replica)
+        if counts[~np.array(wanted, bool)].any():
             yield "it has targets of domains that the teacher is not for"
         return
     found = teacher.position_rows(shard, rows, replica)
-    if teacher.info.kind in (*SPARSE, "random"):
-        yield from _doubled_ids(teacher, found)
-    if teacher.is_vocabulary:
-        for row, expected in enumerate(_positions(corpus, teacher, shard, replica)):
+    if isinstance(teacher.kind, VocabularyKind):
+        yield from _doubled_ids(teacher.kind, found)
+        predicted = target_positions(corpus, teacher.info, teacher.view, shard, replica)
+        for row, expected in enumerate(predicted):
             part, columns = found[row]
-            if columns["positions"][part].tolist() != (expected if wanted[row] else []):
+            if columns["positions"][part].tolist() != (expected.tolist() if wanted[row] else []):
                 yield f"row {row} has targets at other positions than it should"
 
 
-def _doubled_ids(teacher: TeacherReader, found: list[tuple[slice, Columns]]) -> Iterator[str]:
+def _doubled_ids(kind: VocabularyKind, found: list[tuple[slice, Columns]]) -> Iterator[str]:
     """An id twice in one position's candidates would count its mass twice."""
     batches = {id(columns): columns for _, columns in found}
     for columns in batches.values():
-        ids = join_ids(columns["ids"], columns.get("ids_high"), teacher.info.vocabulary_size or 0)
+        ids = kind.candidate_ids(columns)
+        if ids is None:
+            return
         ordered = np.sort(ids, axis=1)
         doubled = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         if doubled.any():
             yield f"{int(doubled.any(axis=1).sum())} positions have a candidate twice"
-
-
-def _positions(
-    corpus: Corpus, teacher: TeacherReader, shard: int, replica: int | None
-) -> Iterator[list[int]]:
-    """The positions a vocabulary teacher predicts, row by row."""
-    for index in range(corpus.shard(shard).batch_count):
-        if teacher.view is not None:
-            batch = teacher.view.batch(shard, index, replica)
-            offsets, flat = list_views(batch["positions"], "positions")
-            yield from (flat[a:b].tolist() for a, b in pairwise(offsets))
-        elif teacher.info.sees_clean_text:
-            offsets, starts = list_views(
-                corpus.shard(shard).batch(index)["char_starts"], "char_starts"
-            )
-            yield from (np.flatnonzero(starts[a:b] >= 0).tolist() for a, b in pairwise(offsets))
-        else:
-            offsets, _ = list_views(corpus.shard(shard).batch(index)["input_ids"], "input_ids")
-            yield from (list(range(length - 1)) for length in np.diff(offsets).tolist())

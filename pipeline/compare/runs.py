@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
 from rekindle.pipeline.sweep.run import read_sweep
 from rekindle.train.method_names import is_better_upwards
+from rekindle.train.record.run_folder import reading
 from rekindle.train.record.run_log import read_metrics
 
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
@@ -148,14 +149,12 @@ def is_cycle(directory: Path) -> bool:
 
 def _open_run(directory: Path) -> _Found | None:
     path = directory / "run.json"
-    try:
+    if not path.is_file():
+        return None
+    with reading(path):
         about = json.loads(path.read_text(encoding="utf-8"))
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from None
     return _Found(directory, settings, cache)
 
 
@@ -238,12 +237,10 @@ def _task_scores(directory: Path) -> dict[str, float]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A file that a command has left; None where there is none. Raises CheckpointError."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from None
+    with reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 # --- comparing ------------------------------------------------------------------------------------

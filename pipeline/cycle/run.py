@@ -14,18 +14,16 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.documents import source_files
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import CheckpointError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
@@ -39,8 +37,7 @@ from rekindle.pipeline.processes.devices import cores, places_for, visible_devic
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
-
-LOCK_FILE = ".lock"
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
 
 
 def run_cycle(
@@ -58,23 +55,21 @@ def run_cycle(
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
     about = _about(config, tasks, check_start(config))
-    _check_ours(home, about)
-    if not (home / CYCLE_FILE).exists():  # later on the text may be gone: it is in the cache
-        source_files(config.corpus.source)
-    with _alone_in(home):
-        _check_ours(home, about)  # another process may have begun a cycle here meanwhile
-        _write(home / CYCLE_FILE, json.dumps(about, indent=1) + "\n")
-        _remove_half_made(home)
+    with open_folder(home, lambda: _look(home, config, about)):
+        write_json(home / CYCLE_FILE, about)
+        cache = Path(config.cache.path)  # others may write there at the same time
+        for folder in home.glob("**/"):
+            if cache not in (folder, *folder.parents):
+                remove_leftovers(folder)
         write_tasks(tasks, home)
-        _write(home / "run.yaml", dump_cycle(config))
+        write_text(home / "run.yaml", dump_cycle(config))
         for name, run in runs.items():
-            (home / name).parent.mkdir(parents=True, exist_ok=True)
-            _write(home / name, dump_config(run))
+            write_text(home / name, dump_config(run))
         _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
         results = read_results(home)
-        _write(home / "results.json", json.dumps(results.as_dict(), indent=1) + "\n")
+        write_json(home / "results.json", results.as_dict())
         students = compare_runs([home]) if any(home.glob("students/*/run.json")) else None
-        _write(home / "report.html", cycle_html(students, results))
+        write_text(home / "report.html", cycle_html(students, results))
     return results
 
 
@@ -90,12 +85,6 @@ def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
         return config
     path = str(home / "cache")
     return config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -118,47 +107,19 @@ def _about(
     }
 
 
-def _check_ours(home: Path, about: Mapping[str, Any]) -> None:
-    """Make sure that the directory is free, or holds this very cycle. Nothing is written."""
-    unborn = {LOCK_FILE, f".{CYCLE_FILE}.tmp"}  # what a kill at the very beginning leaves
-    if home.exists() and (not home.is_dir() or {p.name for p in home.iterdir()} - unborn):
-        _check_same(home, about)
-
-
-@contextmanager
-def _alone_in(home: Path) -> Iterator[None]:
-    """The only process that works on this cycle."""
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / LOCK_FILE, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process works on {home}; wait for it, or give another --out"
-            ) from None
-        yield
-
-
-def _remove_half_made(home: Path) -> None:
-    """Remove what killed processes have left. A task may be called tmp…: that is no such folder."""
-    for folder in (*home.glob("**/.*.new"), *home.glob("search/*/*/*/tmp*")):
-        shutil.rmtree(folder)
-
-
-def _check_same(home: Path, about: Mapping[str, Any]) -> None:
-    try:
+def _look(home: Path, config: CycleConfig, about: Mapping[str, Any]) -> None:
+    """Check that the directory is free, or holds this very cycle."""
+    if not goes_on(home, CYCLE_FILE, "cycle", resume=True):
+        source_files(config.corpus.source)  # later on the text may be gone: it is in the cache
+        return
+    with reading(home / CYCLE_FILE, "give another --out"):
         found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("written_by") != CYCLE_WRITER:
-        raise InputError(f"{home} holds something else; give another --out, or remove it")
-    before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
-    for key in now:
-        if key != "arms" and before.get(key) != now[key]:
-            raise CheckpointError(
-                f"{home} was begun with another configuration ({_difference(key, before, now)}). "
-                "Go on with its own (run.yaml in it), or give another --out"
-            )
+        if found["written_by"] != CYCLE_WRITER:
+            raise ValueError("it is not of a cycle")
+        before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+        before = {key: before.get(key) for key in now}
+    rule = "Go on with its own (run.yaml in it), or give another --out"
+    check_same(home, before, now, rule, free=("arms",))
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     if start != about["start"]:
         raise CheckpointError(
@@ -178,15 +139,6 @@ def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """The tasks as settings and as what was read of their files."""
     settings = {task["name"]: task for task in about["settings"]["tasks"]}
     return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    """Where two nested values first differ, and how."""
-    here, there = before.get(key), now.get(key)
-    while isinstance(here, dict) and isinstance(there, dict):
-        step = next(k for k in [*here, *there] if here.get(k) != there.get(k))
-        key, here, there = f"{key}.{step}", here.get(step), there.get(step)
-    return f"{key}: {here!r} there, {there!r} here"
 
 
 # --- the configurations of its runs ---------------------------------------------------------------

@@ -6,8 +6,6 @@ Every arm is fine-tuned on these very files. They are written once, and whole or
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
 from rekindle.train.finetune.metrics import check_metric, default_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -114,20 +113,10 @@ def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
     """Write the splits of every task whose files are not there."""
     for one in tasks:
         folder = home / TASKS_FOLDER / one.task.name
-        folder.mkdir(parents=True, exist_ok=True)
         for name, rows in one.rows.items():
             if not (folder / f"{name}.jsonl").exists():
-                _write(one.splits[name], rows, folder / f"{name}.jsonl")
-
-
-def _write(data: TaskData, rows: np.ndarray, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(_record(data, int(row)), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+                records = (_record(one.splits[name], int(row)) for row in rows)
+                write_lines(folder / f"{name}.jsonl", records)
 
 
 def _record(data: TaskData, row: int) -> dict[str, Any]:

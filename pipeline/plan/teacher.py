@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.targets.files import read_teacher
+from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views
@@ -77,7 +78,7 @@ def plan_one_teacher(
     return TeacherWork(
         name=teacher.name,
         task=teacher.task,
-        kept=_kept(wanted),
+        kept=kind_of(wanted).kept,
         share=domain_share(survey.reference, wanted.domains),
         units_to_make=sum(shards.count for shards in work),
         units_present=sum(part.units_present for part in parts),
@@ -112,15 +113,14 @@ def _bytes(
 ) -> int | None:
     """Bytes that are to be written of a part; None without a width of its columns."""
     info = part.info
-    if info.kind in ("sequence", "token") and not info.num_labels:
-        return None
-    if info.kind == "hidden" and not info.hidden_size:
+    kind = kind_of(info)
+    if not kind.sized:
         return None
     alike = (info.kind, info.k) == (wanted.kind, wanted.k)
     per_position = measured.bytes_per_position if measured and alike else None
     positions = positions_in(part.work, survey.steps, info)
     size = bytes_of(part.work, info, positions, per_position)
-    if info.kind == "hidden" and not part.units_present:  # with the output matrix, in fp32
+    if kind.has_head and not part.units_present:  # with the output matrix, in fp32
         size += 4 * (info.vocabulary_size or 0) * (info.hidden_size or 0)
     return size
 
@@ -183,23 +183,14 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     targets = teacher.targets
     size = survey.reference.info["tokenizer"]["size"]
     masked = views.masked if teacher.sees_masks else None
-    about |= {"kind": targets.vocabulary_kind, "view": masked.name if masked else "clean"}
-    about |= {"vocabulary_size": size, "hidden_size": known and known.hidden_size}
-    about |= {"k": targets.k if targets.kind == "random" else min(targets.k, size)}
-    return TeacherInfo(**about, temperatures=targets.temperatures, codec=targets.codec)
+    about |= {"view": masked.name if masked else "clean", "vocabulary_size": size}
+    about |= VOCABULARY_KINDS[targets.vocabulary_kind].settings(
+        targets.k, targets.temperatures, targets.codec, size, known.hidden_size if known else None
+    )
+    return TeacherInfo(**about)
 
 
 def _in_cache(teacher: TeacherConfig, survey: CorpusSurvey) -> TeacherInfo | None:
     if survey.present is None or not is_described(survey.present, teacher.name):
         return None
     return read_teacher(survey.present.store, teacher.name)
-
-
-def _kept(info: TeacherInfo) -> str:
-    if info.kind in ("sequence", "token"):
-        labels = "?" if info.num_labels is None else f"{info.num_labels:,}"
-        return f"{labels} {'logit' if labels == '1' else 'logits'}"
-    if info.kind == "topk":
-        return f"top {info.k:,}"
-    width = {"dense": info.vocabulary_size, "hidden": info.hidden_size}.get(info.kind, info.k)
-    return f"{info.kind} {'?' if width is None else f'{width:,}'}"

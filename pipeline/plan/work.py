@@ -12,11 +12,13 @@ import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.storage.shards import ShardSet, rows_in_batches
-from rekindle.data.targets.schema import TeacherInfo, entry_columns, position_columns, target_schema
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.positions import target_positions
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.views import ViewReader
 from rekindle.pipeline.caching.cache_teachers import missing_units
 from rekindle.pipeline.caching.extensions import view_of
-from rekindle.pipeline.caching.run_teacher import ShardRows, split_lists
+from rekindle.pipeline.caching.run_teacher import ShardRows
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
 
@@ -98,26 +100,17 @@ def positions_in(work: Iterable[Shards], steps: Corpus, info: TeacherInfo) -> fl
 
 def _positions(sample: ShardRows, view: ViewReader | None) -> float:
     """Positions of one sample shard that get a target in one replica (the mean over them)."""
-    info, batches = sample.info, range(len(sample.batches))
-    if view is not None and info.task == "masked_lm":
-        found = [
-            split_lists([view.batch(sample.shard, i, replica) for i in batches], "positions")
-            for replica in range(view.replicas)
-        ]
-        return sum(len(positions) for row in found for positions in row) / len(found)
+    info, corpus, shard = sample.info, sample.corpus, sample.shard
+    if info.is_vocabulary:
+        each: list[int | None] = [None] if view is None else [*range(view.replicas)]
+        found = [target_positions(corpus, info, view, shard, replica) for replica in each]
+        return sum(len(positions) for rows in found for positions in rows) / len(found)
     if view is not None:
-        return sum(len(b["text_a"]) - b["text_a"].null_count for b in _batches(sample, view))
-    if info.sees_clean_text:
-        return sum(len(positions) for positions in sample.content_positions())
-    if info.task == "causal_lm":
-        return sum(max(0, len(ids) - 1) for ids in sample.lists("input_ids"))
-    if info.kind == "token":
-        return sum(int(words.sum()) for words in sample.lists("word_starts"))
-    return len(sample.wanted)
-
-
-def _batches(sample: ShardRows, view: ViewReader) -> list[pa.RecordBatch]:
-    return [view.batch(sample.shard, index) for index in range(len(sample.batches))]
+        pairs = [view.batch(shard, i) for i in range(len(sample.batches))]
+        return sum(len(b["text_a"]) - b["text_a"].null_count for b in pairs)
+    if kind_of(info).per_sequence:
+        return len(sample.wanted)
+    return sum(int(words.sum()) for words in sample.lists("word_starts"))
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -132,25 +125,13 @@ def bytes_of(
     """
     frames = {rows: bytes_without_positions(info, rows) for rows in {w.rows for w in work}}
     if per_position is None:
-        per_position = bytes_per_position(info)
+        per_position = kind_of(info).bytes_per_position
     return round(sum(w.count * frames[w.rows] for w in work) + positions * per_position)
-
-
-def bytes_per_position(info: TeacherInfo) -> int:
-    """Bytes of one position in all columns, at most: uncompressed, and if all draws differ.
-
-    None of a sequence expert, which has no positions.
-    """
-    if info.kind == "sequence":
-        return 0
-    columns = [*position_columns(info).values()]
-    columns += [(dtype, info.k) for dtype in entry_columns(info).values()]
-    return sum(dtype.bit_width // 8 * (1 if width is None else width) for dtype, width in columns)
 
 
 def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
     """Bytes of a shard whose rows have no positions; of a sequence expert's, all of them."""
-    schema = target_schema(info, {"shard": 0, "replica": 0})
+    schema = kind_of(info).schema({"shard": 0, "replica": 0})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as file:
         for first, last in rows_in_batches(rows, info.rows_per_batch):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.targets.schema import SAMPLED
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
 
@@ -56,7 +55,7 @@ def _facts_of(cache: Cache) -> CacheFacts:
     teachers = [
         TeacherFacts(
             name=name,
-            targets=_targets(reader, vocabulary),
+            targets=_targets(reader),
             positions=reader.positions,
             bytes=reader.bytes,
             corpus_tokens=cache.corpus.tokens,
@@ -72,18 +71,9 @@ def _seconds_per_view(teacher: TeacherReader) -> float | None:
     return teacher.seconds / rows if teacher.seconds is not None and rows else None
 
 
-def _targets(teacher: TeacherReader, vocabulary: int) -> str:
-    info = teacher.info
-    if info.kind == "topk":
-        replicas = f", {teacher.replicas} masked replicas" if teacher.masked else ""
-        return f"{info.k} of {vocabulary:,} log-probabilities and the tail{replicas}"
-    if info.kind in SAMPLED:
-        return f"a {info.kind} sample of {info.k} of {vocabulary:,} tokens"
-    if info.kind == "hidden":
-        return f"hidden states of {info.hidden_size} values"
-    if info.kind == "dense":
-        return f"all {vocabulary:,} log-probabilities"
-    return f"{info.num_labels} logits" if info.num_labels != 1 else "a score"
+def _targets(teacher: TeacherReader) -> str:
+    masked = teacher.masked and teacher.kind.has_tail
+    return teacher.kind.sentence + (f", {teacher.replicas} masked replicas" if masked else "")
 
 
 # --- caches that runs speak of --------------------------------------------------------------------

@@ -5,20 +5,20 @@ probable label. Read shard by shard from the cache; the expert is not needed.
 """
 
 import filecmp
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.batch import SequenceTargetBatch, read_targets
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import remove_leftovers, write_lines
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.pipeline.stage_config import check_template, fill_template
 
@@ -67,17 +67,10 @@ def write_prompts(
     names = cache.teacher(teacher).info.label_names
     chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    remove_leftovers(target.parent, target.name)
     counts = PromptCounts()
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for line in _lines(cache, teacher, template, names, chosen, confidence, counts):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            _sync(file)
-        _publish(temporary, target, counts)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = _lines(cache, teacher, template, names, chosen, confidence, counts)
+    write_lines(target, lines, publish=lambda written, _: _publish(written, target, counts))
     return counts
 
 
@@ -118,8 +111,10 @@ def _judged(
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             rows = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
-            present, columns = reader.sequence_rows(shard, range(first, first + rows.num_rows))
-            yield rows, present, columns["logits"]
+            where = [(shard, first + row) for row in range(rows.num_rows)]
+            target = read_targets(reader, where, None)
+            assert isinstance(target, SequenceTargetBatch)
+            yield rows, target.present, target.logits
 
 
 def most_probable(
@@ -162,8 +157,8 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
         raise InputError(str(error)) from None
     reader = cache.teacher(teacher)
     info, where = reader.info, f"teacher {teacher!r} of {cache.store.location}"
-    if info.kind != "sequence" or info.problem != "single_label_classification":
-        what = info.problem if info.kind == "sequence" else info.task
+    if info.problem != "single_label_classification":
+        what = info.problem or info.task
         raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
     if reader.paired:
         raise InputError(
@@ -176,18 +171,13 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
         )
 
 
-def _publish(temporary: Path, target: Path, counts: PromptCounts) -> None:
+def _publish(written: Path, target: Path, counts: PromptCounts) -> None:
     if not counts.written:
         raise InputError(f"{target}: no line to write: {counts.as_text()}; lower the confidence")
     if not target.exists():
-        os.replace(temporary, target)
-    elif not filecmp.cmp(temporary, target, shallow=False):
+        os.replace(written, target)
+    elif not filecmp.cmp(written, target, shallow=False):
         raise InputError(
             f"{target} is there with other content. A corpus that may be in use is not written "
             "over: delete it, or give another name"
         )
-
-
-def _sync(file: TextIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

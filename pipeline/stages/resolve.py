@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError, naming
+from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
@@ -22,6 +22,7 @@ from rekindle.pipeline.stage_config import (
     with_directories,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.record.run_folder import reading
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
 
@@ -264,15 +265,11 @@ def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
     Raises CheckpointError when the file is damaged.
     """
     path = directory / STAGES_FILE
-    try:
+    if not path.is_file():
+        return None
+    with reading(path, "start again in another --out"):
         found = json.loads(path.read_text(encoding="utf-8"))
         return {str(stage["name"]): dict(stage) for stage in found["stages"]}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); start again in another --out"
-        ) from None
 
 
 @dataclass(frozen=True)

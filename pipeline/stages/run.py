@@ -6,10 +6,9 @@
 All that can be checked is checked before the first stage begins.
 """
 
-import json
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
@@ -35,6 +35,7 @@ from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult
 from rekindle.train.record.checkpoint import FREE
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder
 from rekindle.train.student import ABOUT_FILE
 
 log = logging.getLogger("rekindle")
@@ -55,9 +56,12 @@ def run_stages(
     """
     progress = progress or Progress.silent()
     results = []
-    with join_world() as world:
+    with join_world() as world, ExitStack() as held:  # by the main process: the folder
         stages = world.agree(lambda: plan_stages(config, out))
-        missing = world.decide(lambda: _open(out, stages, resume), patient=True)
+        folder = open_folder(out, lambda: _look(out, stages, resume))
+        missing = world.decide(lambda: held.enter_context(folder), patient=True)
+        record = {"stages": [stage.record for stage in stages]}
+        world.decide(lambda: write_json(out / STAGES_FILE, record))
         for stage in stages:
             if stage.name not in missing:
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
@@ -96,31 +100,18 @@ def _write_prompts(stage: Stage) -> None:
 # --- the directory --------------------------------------------------------------------------------
 
 
-def _open(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
-    """Write down in ``out`` what the stages are; returns the names of those that are not finished.
+def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
+    """Return the names of the stages that are not finished in ``out``.
 
     Stages that were not begun may have changed.
     """
-    recorded = read_stages(out)
-    unborn = {f".{STAGES_FILE}.tmp"}  # what a kill within this function leaves
-    used = out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - unborn))
-    if used and recorded is None:
-        raise InputError(f"{out} is not empty and holds no run of stages; give another --out")
-    if used and not resume:
-        raise InputError(
-            f"{out} is not empty. Give another --out, or --resume to go on with the stages in it"
-        )
-    _check_same(out, recorded or {}, stages)
+    if goes_on(out, STAGES_FILE, "run of stages", resume):
+        _check_same(out, read_stages(out) or {}, stages)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]
     make_missing(*(stage.config for stage in left))
     check_models(left)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{STAGES_FILE}.tmp"
-    record = {"stages": [stage.record for stage in stages]}
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / STAGES_FILE)
     return missing
 
 
@@ -134,32 +125,17 @@ def _check_same(
     out: Path, recorded: Mapping[str, Mapping[str, Any]], stages: Sequence[Stage]
 ) -> None:
     rule = "Resume it with its own configuration, or give another --out"
-    ours = {stage.name: json.loads(json.dumps(stage.record)) for stage in stages}
+    ours = {stage.name: stage.record for stage in stages}
     for name, old in recorded.items():
         if not (out / name).exists():
             continue
         if name not in ours:
             raise CheckpointError(f"{out} has a stage {name!r}, which the file has not. {rule}")
-        before, now = (dict(_flat(record)) for record in (old, ours[name]))
-        for key in sorted(before.keys() | now.keys()):
-            free = key.split(".")[-1] in FREE
-            if not free and before.get(key) != now.get(key):
-                shown = key.removeprefix("config.")
-                raise CheckpointError(
-                    f"{out / name} was begun with another configuration ({shown}: "
-                    f"{before.get(key)!r} there, {now.get(key)!r} here). {rule}"
-                )
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, plain value) of everything in nested mappings and lists."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for name, inside in items:
-        path = f"{key}.{name}" if key else str(name)
-        if isinstance(inside, Mapping | list) and inside:
-            yield from _flat(inside, path)
-        else:
-            yield path, inside
+        before, now = (
+            {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
+            for record in (old, ours[name])
+        )
+        check_same(out / name, before, now, rule, FREE)
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:

@@ -9,19 +9,21 @@ Every student is held against the cache before the first one is trained.
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
+from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.devices import places_for, visible_devices
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import WorkerKilled
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
 
 log = logging.getLogger("rekindle")
 
@@ -68,48 +70,28 @@ def read_sweep(directory: Path) -> dict[str, Any] | None:
     Raises CheckpointError when it is damaged.
     """
     path = directory / SWEEP_FILE
-    try:
+    if not path.is_file():
+        return None
+    with reading(path, "start a new sweep in another --out"):
         found = json.loads(path.read_text(encoding="utf-8"))
         sound = all({"name", "values", *SWEPT_SECTIONS} <= run.keys() for run in found["runs"])
         if not sound or not isinstance(found["corpus"], str):
             raise ValueError("it has not the keys of a sweep")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); start a new sweep in another --out"
-        ) from None
-    return dict(found)
+        return dict(found)
 
 
-def open_sweep(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
-    """Write down in ``out`` what the sweep is. A sweep that is resumed may have got more students.
+def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
+    """Check that ``out`` is free, or holds the sweep to go on with. It may have got more students.
 
     Raises InputError when the directory is in use, CheckpointError when the sweep in it is another.
     """
-    recorded = read_sweep(out)
-    unborn = {f".{SWEEP_FILE}.tmp"}  # what a kill within this function leaves
-    used = out.exists() and (not out.is_dir() or bool({p.name for p in out.iterdir()} - unborn))
-    if used and recorded is None:
-        raise InputError(f"{out} is not empty and holds no sweep; give another --out")
-    if used and not resume:
-        raise InputError(
-            f"{out} is not empty. Give another --out, or --resume to go on with the sweep in it"
-        )
-    record = {"corpus": corpus, "runs": [run.record for run in runs]}
-    if recorded is not None:
-        _check_same(out, recorded, record)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{SWEEP_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / SWEEP_FILE)
-
-
-def _check_same(out: Path, recorded: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    if not goes_on(out, SWEEP_FILE, "sweep", resume):
+        return
+    recorded = read_sweep(out) or {}
     rule = "Resume it with its own definition (more values may be added), or give another --out"
-    if recorded["corpus"] != record["corpus"]:
+    if recorded["corpus"] != corpus:
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
-    ours = {run["name"]: run for run in json.loads(json.dumps(record["runs"]))}
+    ours = {run.name: run.config.model_dump(mode="json", by_alias=True) for run in runs}
     for run in recorded["runs"]:
         mine = ours.get(run["name"])
         if mine is None:
@@ -117,14 +99,9 @@ def _check_same(out: Path, recorded: Mapping[str, Any], record: Mapping[str, Any
                 f"{out} is another sweep: its student {run['name']} is none of this one's "
                 f"({', '.join(ours)}). {rule}"
             )
-        for section in SWEPT_SECTIONS:
-            changed = [k for k, v in mine[section].items() if run[section].get(k) != v]
-            if changed:
-                raise CheckpointError(
-                    f"{out} is a sweep with another configuration ({section}.{changed[0]}: "
-                    f"{run[section].get(changed[0])!r} there, {mine[section][changed[0]]!r} here). "
-                    + rule
-                )
+        # What only the record has is of an older version.
+        before = {s: {k: run[s].get(k) for k in mine[s]} for s in SWEPT_SECTIONS}
+        check_same(out, before, {s: mine[s] for s in SWEPT_SECTIONS}, rule)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -150,7 +127,15 @@ def run_sweep(
             "--workers for several students at a time"
         )
     progress = progress or Progress.silent()
-    open_sweep(out, runs, _check_cache(runs), resume)
+    corpus = _check_cache(runs)
+    with open_folder(out, lambda: _look(out, runs, corpus, resume)):
+        write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
+        return _train_missing(runs, out, workers, progress)
+
+
+def _train_missing(
+    runs: Sequence[SweepRun], out: Path, workers: int | None, progress: Progress
+) -> list[Failure]:
     missing = [run for run in runs if not _is_finished(out / run.name)]
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))

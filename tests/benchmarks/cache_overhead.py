@@ -13,11 +13,12 @@ from results_csv import Row
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.columns import split_lists
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.views import MaskedView, ViewReader
 from rekindle.pipeline.caching.batching import length_buckets
 from rekindle.pipeline.caching.cache_teachers import write_unit
-from rekindle.pipeline.caching.run_teacher import Unit, run_unit, split_lists
+from rekindle.pipeline.caching.run_teacher import Unit, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
 from rekindle.pipeline.teacher_config import TeacherConfig
 

@@ -14,9 +14,9 @@ from rekindle.data.corpus.corpus import Corpus, CorpusConfig, build_corpus
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.codec import encode, fixed_point
+from rekindle.data.targets.codec import Columns, encode, fixed_point
 from rekindle.data.targets.codec_precise import encode_precise
-from rekindle.data.targets.schema import Columns, TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.cache_teachers import write_unit
 from rekindle.pipeline.caching.run_teacher import Unit, UnitResult
 from rekindle.pipeline.caching.teachers import compact_rows
@@ -99,8 +99,7 @@ def draw_columns(positions: int, seed: int, codec: str) -> Columns:
     }
     if codec == "precise":
         return columns | encode_precise(ids, log_probs, odds, VOCABULARY)
-    encoded = vars(encode(ids, log_probs, odds, VOCABULARY))
-    return columns | {name: value for name, value in encoded.items() if value is not None}
+    return columns | encode(ids, log_probs, odds, VOCABULARY)
 
 
 class Ours:

@@ -63,7 +63,7 @@ def make_targets(rows: int, vocabulary: int, k: int) -> TokenTargetBatch:
         k=k,
         temperatures=(1.0, 2.0),
     )
-    columns = {name: value for name, value in vars(encoded).items() if value is not None}
+    columns = dict(encoded)
     zeros = np.zeros(rows, np.int64)
     return TokenTargetBatch(info, zeros, zeros, columns)
 

@@ -29,21 +29,16 @@ def stored(rows: int, vocabulary: int, count: int, tau: float, **extra: Any) -> 
         odds = np.log(kept) - np.log(tempered.sum(axis=1))
     values = np.take_along_axis(log_probs, ids, axis=1).astype(np.float32)
     encoded = codec.encode(ids, values, odds[:, None].astype(np.float32), vocabulary)
-    tensors = {n: torch.from_numpy(v).to(DEVICE) for n, v in vars(encoded).items() if v is not None}
+    tensors = {n: torch.from_numpy(v).to(DEVICE) for n, v in encoded.items()}
     tensors["tail_log_odds"] = tensors["tail_log_odds"][:, 0].contiguous()
     return EncodedTargets(**tensors, planes=codec.high_planes(vocabulary), **extra)
 
 
-def as_numpy(targets: EncodedTargets) -> codec.EncodedTargets:
-    high = None if targets.ids_high is None else targets.ids_high.cpu().numpy()
-    odds = targets.tail_log_odds.cpu().numpy()[:, None]
-    names = ("values", "log_prob_max", "log_prob_min")
-    return codec.EncodedTargets(
-        ids=targets.ids.cpu().numpy(),
-        ids_high=high,
-        tail_log_odds=odds,
-        **{n: getattr(targets, n).cpu().numpy() for n in names},
-    )
+def as_numpy(targets: EncodedTargets) -> codec.Columns:
+    names = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
+    found = {name: getattr(targets, name) for name in names}
+    columns = {name: tensor.cpu().numpy() for name, tensor in found.items() if tensor is not None}
+    return columns | {"tail_log_odds": columns["tail_log_odds"][:, None]}
 
 
 @pytest.mark.parametrize("k", [None, 1, 5])

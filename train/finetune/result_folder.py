@@ -1,20 +1,15 @@
-"""The directory that a command writes its result into: it appears whole or not at all."""
+"""The directory that fine-tuning writes its result into, and replaces when it is its own."""
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError
 
 WRITER = "rekindle finetune"  # marks a directory that this command may replace
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write ``content`` as indented JSON; ValueError for a number that is not finite."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
@@ -35,23 +30,3 @@ def _is_earlier_result(out: Path) -> bool:
         return bool(json.loads((out / "metrics.json").read_text())["written_by"] == WRITER)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that takes its place at the end, or vanishes on any exception."""
-    out = out.resolve()
-    name = f".{out.name}.{uuid.uuid4().hex[:8]}"
-    staging, replaced = out.parent / f"{name}.new", out.parent / f"{name}.old"
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rename(replaced)
-        staging.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional
 
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import (
     Encoded,
     collate,
@@ -33,7 +34,7 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
-from rekindle.train.finetune.result_folder import WRITER, check_out, staging_folder, write_json
+from rekindle.train.finetune.result_folder import WRITER, check_out, write_json
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, place, quiet_transformers
 
@@ -131,7 +132,8 @@ def finetune(
     problem = data["train"].problem
     metric = metric or default_metric(problem)
     check_metric(metric, problem)
-    with staging_folder(Path(out)) as staging, quiet_transformers(), _progress() as progress:
+    folder = new_folder(Path(out).resolve())
+    with folder as staging, quiet_transformers(), _progress() as progress:
         job = _prepare(model, data, metric, config)
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):

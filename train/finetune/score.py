@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import evaluate
 from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric
-from rekindle.train.finetune.result_folder import check_out, staging_folder, write_json
+from rekindle.train.finetune.result_folder import check_out, write_json
 from rekindle.train.finetune.run import FinetuneResult, SeedResult, finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
@@ -81,7 +82,7 @@ def score_model(
         versions=package_versions(),
         baselines=baselines,
     )
-    with staging_folder(Path(out)) as staging:
+    with new_folder(Path(out).resolve()) as staging:
         write_json(staging / "metrics.json", result.as_dict())
     return result
 

@@ -10,7 +10,6 @@ N tokens that are judged.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rekindle.data.batch import Batch, TokenTargetBatch
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
+from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masking import generator
 from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
@@ -33,7 +33,6 @@ from rekindle.train.model.network import StudentNetwork
 from rekindle.train.objective.drawing import sample
 
 ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
-WHOLE = ("dense", "hidden")  # targets of which every probability is known
 
 
 class ReplacedTokensSettings(MethodSettings):
@@ -172,7 +171,7 @@ class ReplacedTokens(Method):
         """A token [P] for each position with a target."""
         uniforms = _uniforms(batch, target, self.run.seed)
         content = np.flatnonzero(~self.special)
-        if target.info.kind not in WHOLE:
+        if not target.kind.whole:
             kept = sparse_targets(target, self.settings.temperature, None, device)
             return sample(kept, send(uniforms, device), send(content, device))
         # Of whole distributions [P,V] a bounded block at a time.
@@ -181,7 +180,7 @@ class ReplacedTokens(Method):
         found = [torch.zeros(0, dtype=torch.int64, device=device)]
         for start in range(0, len(target.rows), size):
             part = slice(start, start + size)
-            kept = sparse_targets(_part(target, part), self.settings.temperature, None, device)
+            kept = sparse_targets(target.keep(part), self.settings.temperature, None, device)
             found.append(sample(kept, send(uniforms[part], device), None))
         return torch.cat(found)
 
@@ -238,13 +237,6 @@ def _uniforms(batch: Batch, target: TokenTargetBatch, seed: int) -> NDArray[np.f
     return found
 
 
-def _part(target: TokenTargetBatch, part: slice) -> TokenTargetBatch:
-    columns = {name: column[part] for name, column in target.columns.items()}
-    return replace(
-        target, rows=target.rows[part], positions=target.positions[part], columns=columns
-    )
-
-
 def _only_teacher(run: MethodRun) -> str:
     """The one masked LM that saw what the student sees."""
     infos = [reader.info for reader in run.cache.teachers.values()]
@@ -268,9 +260,5 @@ def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> Non
             f"replaced tokens are sampled from what a masked LM expects at masked positions, and "
             f"teacher {info.name!r} is a {info.task} that saw {info.view}. Name another teacher"
         )
-    if info.kind not in WHOLE and temperature not in info.temperatures:
-        raise InputError(
-            f"replaced tokens: teacher {info.name!r} stores the temperatures "
-            f"{list(info.temperatures)}, not {temperature}. Sample at a stored one, or cache it "
-            "with this one"
-        )
+    with naming("replaced tokens"):
+        vocabulary_kind(info).slot(temperature)

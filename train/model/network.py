@@ -32,14 +32,8 @@ class HeadConfig(Settings):
     @classmethod
     def of(cls, info: TeacherInfo) -> "HeadConfig":
         """Return the head that fits a cached expert."""
-        assert info.kind in ("sequence", "token")
-        assert info.num_labels is not None
-        return cls(
-            kind="sequence" if info.kind == "sequence" else "token",
-            num_labels=info.num_labels,
-            label_names=info.label_names,
-            problem=info.problem,
-        )
+        names = ("kind", "num_labels", "label_names", "problem")
+        return cls.model_validate({name: getattr(info, name) for name in names})
 
 
 class TaskHead(nn.Module):

@@ -6,10 +6,10 @@ P rows, K kept ids.
 import torch
 from torch import Tensor
 
-from rekindle.train.device_batch import SparseTargets
+from rekindle.train.device_batch import DecodedTargets
 
 
-def sample(targets: SparseTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:
+def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:
     """A token [P] of each row's distribution, by the inverse of its cumulative sum.
 
     ``uniforms`` [P,2] in [0,1): the first chooses among the K kept ids and the tail, the second

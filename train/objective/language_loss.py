@@ -19,8 +19,8 @@ from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, linear_kd_loss, merge_targets
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import (
+    DecodedTargets,
     LanguageRows,
-    SparseTargets,
     as_arguments,
     kd_targets,
     send,
@@ -148,7 +148,7 @@ class LanguageLoss:
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
         merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
-        return as_arguments(SparseTargets(*merged)), places[0]
+        return as_arguments(DecodedTargets(*merged)), places[0]
 
     def _least_certain(
         self, sequences: NDArray[np.int64], rows: NDArray[np.int64], fraction: float

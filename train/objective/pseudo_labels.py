@@ -5,7 +5,6 @@ Shapes: R rows (sequences or positions), C classes.
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,11 +25,10 @@ def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch
     of which several may hold: the answer to at least one of them does.
     """
     assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
-    sure = sure_rows(target.logits, target.info, confidence)
+    logits = target.logits
     if isinstance(target, SequenceTargetBatch):
-        return replace(target, present=target.present & sure)
-    rows, positions = target.rows[sure], target.positions[sure]
-    return replace(target, rows=rows, positions=positions, logits=target.logits[sure])
+        logits = logits[target.rows]
+    return target.keep(sure_rows(logits, target.info, confidence))
 
 
 def sure_rows(

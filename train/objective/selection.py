@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rekindle.data.batch import (
     Batch,
@@ -97,14 +96,11 @@ def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
 
 def common_rows(targets: Sequence[TargetBatch]) -> Ints:
     """What a mixture is made at: the sequences that all experts know, or the first one's rows."""
-    first = targets[0]
-    if not isinstance(first, SequenceTargetBatch):
-        return first.rows
-    known = first.present.copy()
-    for target in targets:
-        assert isinstance(target, SequenceTargetBatch)
-        known &= target.present
-    return np.flatnonzero(known)
+    known = targets[0].rows
+    if isinstance(targets[0], SequenceTargetBatch):
+        for target in targets[1:]:
+            known = np.intersect1d(known, target.rows)
+    return known
 
 
 def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
@@ -120,8 +116,6 @@ def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
 
 
 def _row_count(target: TargetBatch, fraction: float | None) -> int:
-    if isinstance(target, SequenceTargetBatch):
-        return int(target.present.sum())
     if fraction is None:
         return len(target.rows)
     first = np.unique(target.rows, return_index=True)[1]
@@ -129,12 +123,12 @@ def _row_count(target: TargetBatch, fraction: float | None) -> int:
 
 
 def _masked_only(target: TargetBatch, batch: Batch) -> TargetBatch:
-    if isinstance(target, SequenceTargetBatch):
+    if not isinstance(target, TokenTargetBatch | TokenLabelBatch):
         return target
     assert batch.masked is not None
     width = batch.input_ids.shape[1]
     masked = batch.masked.rows * width + batch.masked.positions
-    return _keep(target, np.isin(target.rows * width + target.positions, masked))
+    return target.keep(np.isin(target.rows * width + target.positions, masked))
 
 
 def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:
@@ -142,22 +136,6 @@ def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, Tar
     free = np.ones(sequences, bool)
     routed: dict[str, TargetBatch] = {}
     for name, target in targets.items():
-        if isinstance(target, SequenceTargetBatch):
-            routed[name] = replace(target, present=target.present & free)
-            free &= ~target.present
-        else:
-            routed[name] = _keep(target, free[target.rows])
-            free[target.rows] = False
+        routed[name] = target.keep(free[target.rows])
+        free[target.rows] = False
     return routed
-
-
-def _keep(
-    target: TokenTargetBatch | TokenLabelBatch, keep: NDArray[np.bool_]
-) -> TokenTargetBatch | TokenLabelBatch:
-    if keep.all():
-        return target
-    rows, positions = target.rows[keep], target.positions[keep]
-    if isinstance(target, TokenLabelBatch):
-        return replace(target, rows=rows, positions=positions, logits=target.logits[keep])
-    columns = {name: column[keep] for name, column in target.columns.items()}
-    return replace(target, rows=rows, positions=positions, columns=columns)

@@ -11,7 +11,7 @@ def check_ranking(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -
     """Raise InputError where ``ranking`` is set and the term has no scores to rank by."""
     if term.ranking is None:
         return
-    other = next((i for i in infos if i.kind != "sequence" or i.problem != "regression"), None)
+    other = next((i for i in infos if i.problem != "regression"), None)
     if other is not None:
         raise InputError(
             f"{where}: ranking is for regression experts, whose score is an order, and "

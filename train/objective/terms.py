@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from rekindle.data.errors import InputError, naming
-from rekindle.data.targets.schema import SAMPLED, TeacherInfo
+from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.objective.task_terms import check_pseudo_labels, check_ranking
@@ -81,7 +82,8 @@ def _check_vocabulary_mixture(where: str, term: DistillTerm, infos: Sequence[Tea
 
 def _check_classifier_mixture(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
     for info in infos:
-        if info.kind != "sequence" or info.problem in ("regression", "multi_label_classification"):
+        others = ("regression", "multi_label_classification")
+        if not kind_of(info).per_sequence or info.problem in others:
             raise InputError(
                 f"{where}: combine: {term.combine} merges classifiers of sequences, and "
                 f"{info.name!r} is a {info.problem or info.task} expert; use separate"
@@ -116,18 +118,5 @@ def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: st
             f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
             "at its positions"
         )
-    if info.temperatures and term.temperature not in info.temperatures:
-        raise InputError(
-            f"{where}: teacher {info.name!r} stores the temperatures "
-            f"{list(info.temperatures)}, not "
-            f"{term.temperature}. Train at a stored one, or cache it with this one"
-        )
-    if term.k is not None and info.kind in SAMPLED and term.k != info.k:
-        raise InputError(
-            f"{where}: teacher {info.name!r} keeps a sample of {info.k}; a part of it would be "
-            "biased. Leave k out"
-        )
-    if term.k is not None and info.k is not None and term.k > info.k:
-        raise InputError(
-            f"{where}: k = {term.k}, but teacher {info.name!r} keeps {info.k} candidates"
-        )
+    with naming(where):
+        vocabulary_kind(info).slot(term.temperature, term.k)

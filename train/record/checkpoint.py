@@ -12,7 +12,6 @@ another number of processes.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,12 @@ from torch import Tensor
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.storage.atomic import new_folder, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
 from rekindle.train.method import find_method
+from rekindle.train.record.run_folder import check_same, goes_on, reading
 from rekindle.train.student import MODEL, Student, own_weights
 
 log = logging.getLogger("rekindle")
@@ -40,52 +41,32 @@ SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainC
 # What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
 # the same); the others decide how the run is made, not what it computes.
 FREE = (
-    *("path", "teacher_seconds"),
-    *("parallel", "compile", "gradient_checkpointing", "prefetch_threads"),
-    *("checkpoint_every", "keep_checkpoints", "keep_best", "explosion_factor"),
+    *("cache.path", "cache.teacher_seconds"),
+    *("train.parallel", "train.compile", "train.gradient_checkpointing", "train.prefetch_threads"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
+    "train.explosion_factor",
 )
 
 
-def open_run(run: Path, about: Mapping[str, Any], resume: bool) -> bool:
-    """Whether ``run`` holds a run to go on with. Nothing is written yet.
+def check_run(run: Path, about: Mapping[str, Mapping[str, object]], resume: bool) -> bool:
+    """Return whether ``run`` holds the run ``about`` to go on with; False where it is free.
 
     Raises InputError when the directory is in use for something else, or for a run that is not to
-    be resumed; CheckpointError, naming the key, when the run in it is not the one of ``about``.
+    be resumed; CheckpointError, naming the key, when the run in it is another one.
     """
-    started = (run / RUN_FILE).is_file()
-    if started and resume:
-        _check_same(run, about)
-        return True
-    unborn = {f".{RUN_FILE}.tmp"}  # what a kill within `start_run` leaves
-    if run.exists() and (not run.is_dir() or {p.name for p in run.iterdir()} - unborn):
-        raise InputError(
-            f"{run} is not empty. Give another --out, or --resume to go on with the run in it"
-            if started
-            else f"{run} is not empty and holds no run; give another --out"
-        )
-    return False
+    if not goes_on(run, RUN_FILE, "run", resume):
+        return False
+    with reading(run / RUN_FILE, "start a new run in another --out"):
+        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        recorded = {name: _with_defaults(name, found[name]) for name in about}
+        # What only the record has is of an older version.
+        before = {name: {k: recorded[name].get(k) for k in about[name]} for name in about}
+    rule = "Resume it with its own configuration, or start a new run in another --out"
+    check_same(run, before, about, rule, FREE)
+    return True
 
 
-def _check_same(run: Path, about: Mapping[str, Any]) -> None:
-    try:
-        recorded = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-        parts = {name: (recorded[name], json.loads(json.dumps(about[name]))) for name in about}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{run}/{RUN_FILE} is damaged ({error}); start a new run in another --out"
-        ) from None
-    for part, (old, new) in parts.items():
-        old = _with_defaults(part, old)
-        changed = sorted(k for k in new if k not in FREE and old.get(k) != new[k])
-        if changed:
-            raise CheckpointError(
-                f"{run} is a run with another configuration ({part}.{changed[0]}: "
-                f"{old.get(changed[0])!r} there, {new[changed[0]]!r} here). Resume it with its own "
-                "configuration, or start a new run in another --out"
-            )
-
-
-def _with_defaults(part: str, recorded: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(part: str, recorded: Mapping[str, object]) -> Mapping[str, object]:
     """A recorded section with the defaults of keys that are younger than the run."""
     section = SECTIONS.get(part)
     if section is None:
@@ -100,17 +81,9 @@ def _with_defaults(part: str, recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
-def _method_with_defaults(term: dict[str, Any]) -> dict[str, Any]:
-    settings = find_method(term["method"]).Settings
+def _method_with_defaults(term: Mapping[str, object]) -> dict[str, object]:
+    settings = find_method(str(term["method"])).Settings
     return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
-
-
-def start_run(run: Path, about: Mapping[str, Any]) -> None:
-    """Record what the run in this directory is."""
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, run / RUN_FILE)
 
 
 def restore(
@@ -144,18 +117,13 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
 
     def write() -> Path:
-        temporary = folder / f".step-{step:08d}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        student.student.save_pretrained(temporary, tensors=weights)
-        save_file(moments, temporary / OPTIMIZER_FILE)
-        digests = {f.name: _sha256(f) for f in sorted(temporary.iterdir()) if f.is_file()}
-        content = dict(state) | {"step": step, "files": digests}
-        (temporary / TRAINER_FILE).write_bytes(seal(content))
-        for file in temporary.iterdir():
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-        _sync(folder)
+        with new_folder(target) as staged:
+            student.student.save_pretrained(staged, tensors=weights)
+            save_file(moments, staged / OPTIMIZER_FILE)
+            digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
+            content = dict(state) | {"step": step, "files": digests}
+            (staged / TRAINER_FILE).write_bytes(seal(content))
+        remove_leftovers(folder)
         best = (state.get("best") or {}).get("step")
         # A newer one is damaged, or it would have been gone on with: it must not take a place.
         done = [path for path in _checkpoints(run) if path.name <= target.name]
@@ -236,11 +204,3 @@ def _checkpoints(run: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenTargetBatch
+from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.selection import common_rows, count_rows, taught_per_sequence
 
@@ -54,10 +54,7 @@ def _sequences_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
             covered[common_rows(targets)] = True
             continue
         for target in targets:
-            if isinstance(target, SequenceTargetBatch):
-                covered |= target.present
-            else:
-                covered[target.rows] = True
+            covered[target.rows] = True
     return int(covered.sum())
 
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from rekindle.data.storage.atomic import write_text
+
 
 class RunLog:
     """Appends one JSON object per line; on resume, lines past the checkpoint's step are dropped.
@@ -30,9 +32,7 @@ class RunLog:
             return
         records = read_metrics(self.path.parent)
         kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record: ``kind`` is train or evaluate, ``step`` the steps done.

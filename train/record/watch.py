@@ -1,12 +1,13 @@
 """When to stop a run whose loss is not finite, or explodes, and what to leave for the search."""
 
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from rekindle.data.storage.atomic import write_json
 
 WINDOW = 100  # steps whose median is the usual loss
 EARLIEST = 20  # steps before there is a median; until then the first loss is the usual one
@@ -74,5 +75,5 @@ def save_suspect(
     """Write which examples the step was made of: numbers in the cache, and digests."""
     path = run / f"stopped-at-step-{step:08d}.json"
     content = {"step": step, "reason": reason, "sequences": sequences, "digests": digests}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.data.targets.schema import (
-    TokenTargets,
-)
+from rekindle.data.example import TokenTargets
 from testlib.cache_format import PER_SHARD
 
 

@@ -8,12 +8,8 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import (
-    SequenceTargets,
-    TeacherInfo,
-    TokenLabelTargets,
-    TokenTargets,
-)
+from rekindle.data.example import SequenceTargets, TokenLabelTargets, TokenTargets
+from rekindle.data.targets.schema import TeacherInfo
 from testlib.cache_format import (
     PER_SHARD,
     READERS,

@@ -7,14 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.errors import CacheFormatError
-from rekindle.data.storage.columns import list_array, list_type, offsets_of
+from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
 from rekindle.data.storage.shards import Shard, ShardSet, describe
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.scalars import (
     FACT,
     ScalarSums,
     decode_scalars,
-    flat_scalars,
     read_scalars,
 )
 from rekindle.data.targets.schema import SCALARS
@@ -213,7 +212,7 @@ def test_changed_targets_beside_them_are_not_even_read(tmp_path, number):
 @given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 100))
 def test_flat_columns_and_numbers(counts, seed):
     flat = columns_of(counts, seed)
-    offsets, columns = flat_scalars(batch_of(counts, flat))
+    offsets, columns = flat_lists(batch_of(counts, flat), SCALARS)
     assert np.diff(offsets).tolist() == counts
     assert columns.keys() == set(SCALARS)
     found = decode_scalars(offsets, columns)
@@ -228,7 +227,7 @@ def test_flat_columns_and_numbers(counts, seed):
 def test_flat_columns_of_a_slice():
     counts = [2, 3, 1, 4]
     flat = columns_of(counts)
-    offsets, columns = flat_scalars(batch_of(counts, flat).slice(1, 2))
+    offsets, columns = flat_lists(batch_of(counts, flat).slice(1, 2), SCALARS)
     assert offsets.tolist() == [0, 3, 4]
     assert np.array_equal(columns["entropy"], flat["entropy"][2:6])
 
@@ -239,4 +238,4 @@ def test_columns_of_other_lengths_are_refused():
     other = list_array(offsets_of([1, 2]), flat["entropy"])
     wrong = batch.set_column(batch.schema.get_field_index("entropy"), "entropy", other)
     with pytest.raises(CacheFormatError, match="'entropy' has other list lengths"):
-        flat_scalars(wrong)
+        flat_lists(wrong, SCALARS)

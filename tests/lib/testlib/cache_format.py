@@ -12,11 +12,8 @@ from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.codec import encode
-from rekindle.data.targets.schema import (
-    TeacherInfo,
-    position_batches,
-    target_schema,
-)
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.schema import TeacherInfo
 from testlib.models import NARROW
 
 PER_SHARD = 140  # the first shard has two record batches
@@ -174,11 +171,11 @@ def write_teacher(path, name="big", size=200_000, k=5, change=None):
             "gold_rank": np.zeros(len(rows), np.uint32),
             "entropy": np.zeros(len(rows), np.uint16),
         }
-        columns = {"positions": positions} | vars(encode(ids, log_probs, odds, size)) | scalars
+        columns = {"positions": positions} | encode(ids, log_probs, odds, size) | scalars
         if change is not None:
             change(columns)
-        schema = target_schema(info, {"shard": shard, "replica": None})
-        batches = position_batches(schema, info, table["digest"].to_pylist(), rows, columns)
+        schema = kind_of(info).schema({"shard": shard, "replica": None})
+        batches = kind_of(info).batches(schema, table["digest"].to_pylist(), rows, columns)
         facts = {"positions": len(rows), "tokens": 0}
         ShardSet(store, f"targets/{name}").write(unit_of(shard), schema, batches, facts)
         kept.append((rows, ids))

@@ -14,7 +14,7 @@ import numpy as np
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import TokenTargets
+from rekindle.data.example import TokenTargets
 from testlib.models import AUTO
 from testlib.run_alone import logits_of
 

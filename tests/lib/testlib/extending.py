@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import TokenTargets
+from rekindle.data.example import TokenTargets
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.caches import examples

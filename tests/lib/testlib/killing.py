@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from rekindle.data.cache import Cache
+from rekindle.data.storage import atomic as atomic_module
 from rekindle.data.storage import shards as shards_module
-from rekindle.data.storage import store as store_module
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
@@ -119,7 +119,7 @@ class Journal:
         by_descriptor = lambda number: os.readlink(f"/proc/self/fd/{number}")  # noqa: E731
         os.fsync = self.around("sync", os.fsync, by_descriptor)
         Path.unlink = self.around("unlink", Path.unlink, lambda path, **_: path)
-        store_module.open = shards_module.open = self.open
+        atomic_module.open = shards_module.open = self.open
         original = stage_one.run_unit
 
         def run(*arguments: Any, **named: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from rekindle.data.targets.schema import TokenTargets
+from rekindle.data.example import TokenTargets
 
 TEMPERATURES = [1.0, 2.0, 4.0, 0.5]
 # float32 noise between a padded batch and a sequence alone, in nats, at logits of about ±30.

@@ -38,6 +38,7 @@ from rekindle.pipeline.builtin.tasks import HALVES, place_records, write_documen
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.demo.tasks import TaskSizes, split_of
 from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
+from rekindle.train.record.run_folder import alone_in
 
 
 @pytest.fixture
@@ -322,21 +323,26 @@ def test_what_another_process_made_first_stays(tmp_path):
     assert (tmp_path / "out" / "whole").stat().st_ino == first
 
 
-def test_the_lock_lets_one_process_in_at_a_time_and_clears_what_was_killed(tmp_path):
-    left = tmp_path / ".begun-old"
-    left.mkdir()
+def test_one_process_at_a_time_makes_models_and_clears_what_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
+    where = docs_models.folder()
+    left = where / ".begun-old"
+    left.mkdir(parents=True)
+    (where / "documents").mkdir()
     code = (
-        "import sys, pathlib; from rekindle.pipeline.make_builtin import _alone\n"
+        "from rekindle.pipeline.make_builtin import make\n"
+        "from rekindle.pipeline.progress import Progress\n"
         "print('ready', flush=True)\n"
-        "with _alone(pathlib.Path(sys.argv[1])): print('inside', flush=True)"
+        "make([], Progress.silent())\n"
+        "print('made', flush=True)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with make_builtin._alone(tmp_path):
-        assert not left.exists()
-        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with alone_in(where):
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "ready\n"
         assert not select.select([other.stdout], [], [], 0.5)[0]
-    assert other.communicate(timeout=60)[0] == "inside\n"
+        assert left.exists()
+    assert other.communicate(timeout=60)[0] == "made\n"
+    assert not left.exists()
 
 
 def test_a_home_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -411,7 +417,7 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path):
     assert "Traceback" not in errors
     (made,) = (tmp_path / "home").iterdir()
     there = {path.name for path in made.iterdir()}
-    assert there <= {"documents", "tokenizer", "bert-larger", "lock", "log"}
+    assert there <= {"documents", "tokenizer", "bert-larger", "log"}
     assert (made / "documents" / "corpus.jsonl").is_file()
 
     kept = (made / "documents" / "corpus.jsonl").stat().st_mtime_ns

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
-from rekindle.data.targets.codec import EncodedTargets, decode_ids, decode_log_probs
+from rekindle.data.targets.codec import decode_ids, decode_log_probs
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching import scoring
-from rekindle.pipeline.caching.scoring import score_hidden, score_logits, to_columns
+from rekindle.pipeline.caching.scoring import SCORERS, score_hidden
 from rekindle.train.model.split_model import OutputHead
 
 INF = float("inf")
@@ -31,8 +31,9 @@ def info_of(size: int, k: int | None, temperatures: tuple[float, ...] = (1.0,)) 
     )
 
 
-def scores(rows: np.ndarray, gold: list[int], info: TeacherInfo) -> scoring.RowScores:
-    return score_logits(torch.tensor(rows, dtype=torch.float32), torch.tensor(gold), info)
+def scores(rows: np.ndarray, gold: list[int], info: TeacherInfo) -> dict[str, torch.Tensor]:
+    logits = torch.tensor(rows, dtype=torch.float32)
+    return SCORERS[info.kind](info).scores(logits, torch.tensor(gold), None)
 
 
 def reference(rows: np.ndarray, tau: float = 1.0) -> np.ndarray:
@@ -63,22 +64,22 @@ def test_scores_are_those_of_float64(case, temperatures):
     rows = np.array(values, np.float32)
     found = scores(rows, [gold] * len(rows), info_of(rows.shape[1], k, temperatures))
     exact = reference(rows)
-    ids = found.ids.numpy()
+    ids = found["ids"].numpy()
     kept = np.take_along_axis(rows, ids, axis=1)
     assert (np.sort(rows, axis=1)[:, ::-1][:, :k] == kept).all()  # the k largest, by falling value
     assert all(len(set(row)) == k for row in ids.tolist())
     np.testing.assert_allclose(
-        found.log_probs.numpy(), np.take_along_axis(exact, ids, 1), atol=2e-5, rtol=1e-5
+        found["log_probs"].numpy(), np.take_along_axis(exact, ids, 1), atol=2e-5, rtol=1e-5
     )
-    np.testing.assert_allclose(found.gold_log_prob.numpy(), exact[:, gold], atol=2e-5, rtol=1e-5)
-    assert found.gold_rank.tolist() == (rows > rows[:, gold : gold + 1]).sum(axis=1).tolist()
+    np.testing.assert_allclose(found["gold_log_prob"].numpy(), exact[:, gold], atol=2e-5, rtol=1e-5)
+    assert found["gold_rank"].tolist() == (rows > rows[:, gold : gold + 1]).sum(axis=1).tolist()
     entropy = -(np.exp(exact) * exact).sum(axis=1)
-    np.testing.assert_allclose(found.entropy.numpy(), entropy, atol=5e-5)
+    np.testing.assert_allclose(found["entropy"].numpy(), entropy, atol=5e-5)
     for slot, tau in enumerate(temperatures):
         at_tau = reference(rows, tau)
         outside = np.exp(at_tau)
         np.put_along_axis(outside, ids, 0.0, axis=1)
-        odds = found.tail_log_odds[:, slot].numpy().astype(np.float64)
+        odds = found["tail_log_odds"][:, slot].numpy().astype(np.float64)
         for row in range(len(rows)):
             inside = np.exp(at_tau[row, ids[row]]).sum()
             tail = outside[row].sum()
@@ -94,8 +95,8 @@ def test_dense_log_probs_are_those_of_float64(case):
     values, _, gold = case
     rows = np.array(values, np.float32)
     found = scores(rows, [gold] * len(rows), info_of(rows.shape[1], None))
-    assert found.ids is None
-    np.testing.assert_allclose(found.log_probs.numpy(), reference(rows), atol=2e-5, rtol=1e-5)
+    assert "ids" not in found
+    np.testing.assert_allclose(found["log_probs"].numpy(), reference(rows), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 6])
@@ -103,15 +104,10 @@ def test_tokens_of_logit_minus_infinity(k):
     """Grammars and banned tokens: no probability, no NaN anywhere, whether kept or not."""
     rows = np.array([[2.0, -INF, 1.0, -INF, -INF, 0.0], [-INF, 3.0, -INF, -INF, -INF, -INF]])
     found = scores(rows, [1, 1], info_of(6, k, (1.0, 2.0)))
-    columns = to_columns(found, info_of(6, k, (1.0, 2.0)))
+    columns = SCORERS["topk"](info_of(6, k, (1.0, 2.0))).encoded(found)
     assert not any(np.isnan(column).any() for column in columns.values())
-    encoded = EncodedTargets(
-        columns["ids"],
-        None,
-        *(columns[n] for n in ("values", "log_prob_max", "log_prob_min", "tail_log_odds")),
-    )
     for slot, tau in enumerate((1.0, 2.0)):
-        log_probs, log_tail = decode_log_probs(encoded, tau, slot)
+        log_probs, log_tail = decode_log_probs(columns, tau, slot)
         total = np.exp(log_probs).sum(axis=1) + np.exp(log_tail)
         np.testing.assert_allclose(total, 1, atol=1e-5)
         best = 1 / (1 + np.exp(-1 / tau) + np.exp(-2 / tau))
@@ -139,9 +135,9 @@ def test_a_row_of_minus_infinity_is_refused():
 def test_a_large_shift_of_all_logits_changes_nothing():
     rows = np.arange(12, dtype=np.float64).reshape(2, 6) / 3
     low, high = (scores(rows + shift, [1, 2], info_of(6, 3)) for shift in (0, 4096))
-    assert (low.ids == high.ids).all()
-    torch.testing.assert_close(low.log_probs, high.log_probs, atol=2e-3, rtol=0)
-    torch.testing.assert_close(low.tail_log_odds, high.tail_log_odds, atol=2e-3, rtol=0)
+    assert (low["ids"] == high["ids"]).all()
+    torch.testing.assert_close(low["log_probs"], high["log_probs"], atol=2e-3, rtol=0)
+    torch.testing.assert_close(low["tail_log_odds"], high["tail_log_odds"], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("padding", [0, 6])
@@ -180,13 +176,8 @@ def test_ids_and_ranks_of_large_vocabularies(size):
     rows[0, best] = [9.0, 8.0, 7.0, 6.0]
     rows[1] = np.arange(size)[::-1] / 1000
     info = info_of(size, 4)
-    columns = to_columns(scores(rows, [0, size - 1], info), info)
-    encoded = EncodedTargets(
-        columns["ids"],
-        columns.get("ids_high"),
-        *(columns[n] for n in ("values", "log_prob_max", "log_prob_min", "tail_log_odds")),
-    )
-    ids = decode_ids(encoded, size)
+    columns = SCORERS["topk"](info).encoded(scores(rows, [0, size - 1], info))
+    ids = decode_ids(columns, size)
     assert ids[0].tolist() == list(dict.fromkeys([*best, *ids[0].tolist()]))[:4]
     assert ids[1].tolist() == [0, 1, 2, 3]
     assert columns["gold_rank"].tolist() == [len(set(best)), size - 1]

@@ -22,10 +22,12 @@ from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.arms import plan_jobs, result_folder, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
-from rekindle.pipeline.cycle.run import _alone_in, configs, run_cycle
+from rekindle.pipeline.cycle.run import configs, run_cycle
 from rekindle.pipeline.cycle.tasks import read_tasks
 from rekindle.pipeline.job_functions import save_start
 from rekindle.train.model.load import load_language_model
+from rekindle.train.record import run_folder
+from rekindle.train.record.run_folder import alone_in
 from rekindle.train.record.run_log import read_metrics
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24}
@@ -183,7 +185,7 @@ def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
 
 def test_something_else_is_refused_and_left(config, tmp_path, nothing_runs):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="is not empty and holds no cycle"):
         run_cycle(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -228,7 +230,7 @@ def test_arms_may_be_added(config, tmp_path, nothing_runs):
 
 def test_two_processes_do_not_work_on_one_cycle(config, tmp_path, nothing_runs):
     run_cycle(config, tmp_path)
-    with _alone_in(tmp_path), pytest.raises(InputError, match="another process works on"):
+    with alone_in(tmp_path), pytest.raises(InputError, match="another process works on"):
         run_cycle(config, tmp_path)
     run_cycle(config, tmp_path)
 
@@ -237,7 +239,7 @@ def test_what_a_kill_left_half_made_is_removed(config, tmp_path, nothing_runs):
     run_cycle(config, tmp_path)
     left = [
         tmp_path / "experts" / ".colour.0a1b2c3d.new",
-        tmp_path / "search" / "mlm" / "colour" / "x" / "tmpabc",
+        tmp_path / "search" / "mlm" / "colour" / "x" / ".files.0a1b2c3d.new",
     ]
     done = tmp_path / "search" / "mlm" / "tmp-task" / "x" / "metrics.json"
     done.parent.mkdir(parents=True)
@@ -258,21 +260,21 @@ def test_a_cycle_without_students_has_a_report(config, tmp_path, nothing_runs):
 
 
 def test_a_kill_at_the_very_beginning_leaves_nothing_in_the_way(config, tmp_path, nothing_runs):
-    for name in (".lock", ".cycle.json.tmp"):
+    for name in (".lock", ".cycle.json.tmp", ".cycle.json.0a1b2c3d.tmp"):
         (tmp_path / name).write_text("{")
     run_cycle(config, tmp_path)
 
 
 def test_of_two_that_begin_at_once_one_is_refused(config, tmp_path, nothing_runs, monkeypatch):
     """The other one is between its look at the empty directory and its lock."""
-    other, alone = config.model_copy(update={"seeds": 3}), _alone_in
+    other = config.model_copy(update={"seeds": 3})
 
     def meanwhile(home):
-        monkeypatch.setattr("rekindle.pipeline.cycle.run._alone_in", alone)
+        monkeypatch.setattr(run_folder, "alone_in", alone_in)
         run_cycle(other, home)
-        return alone(home)
+        return alone_in(home)
 
-    monkeypatch.setattr("rekindle.pipeline.cycle.run._alone_in", meanwhile)
+    monkeypatch.setattr(run_folder, "alone_in", meanwhile)
     with pytest.raises(CheckpointError, match="seeds: 3 there, 2 here"):
         run_cycle(config, tmp_path)
     assert json.loads((tmp_path / "cycle.json").read_text())["seeds"] == 3

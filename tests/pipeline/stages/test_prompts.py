@@ -19,7 +19,6 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.stage_config import PromptsConfig, fill_template
-from rekindle.pipeline.stages import prompts as module
 from rekindle.pipeline.stages.prompts import most_probable, write_prompts
 from rekindle.pipeline.stages.run import cache_stages, run_stages
 
@@ -152,7 +151,7 @@ def test_a_kill_leaves_no_half_of_it_and_twice_is_the_same(cache, tmp_path, monk
     path = tmp_path / "deep" / "p.jsonl"
     pid = os.fork()
     if pid == 0:
-        monkeypatch.setattr(module, "_sync", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
         write_prompts(cache, "classes", path)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

@@ -28,6 +28,7 @@ from rekindle.pipeline.stages.run import cache_stages, run_stages
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.model.files import weights_fingerprint
+from rekindle.train.record.run_folder import alone_in
 from testlib.processes import Child
 
 STEPS = 6
@@ -298,6 +299,18 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
     for resume in (False, True):
         with pytest.raises(InputError, match="holds no run of stages"):
             run_stages(load_config(chain(tmp_path / "home")), out, resume=resume)
+    assert not (tmp_path / "home" / "cache").exists()
+
+
+def test_a_second_process_on_stages_is_refused(chain, tmp_path):
+    """With the exit code of wrong input, whether it is to resume or not."""
+    path, out = chain(tmp_path / "home"), tmp_path / "out"
+    with alone_in(out):
+        for options in ((), ("--resume",)):
+            with pytest.raises(SystemExit) as ended:
+                main(["train-student", str(path), "--out", str(out), *options])
+            assert ended.value.code == 2
+        assert [p.name for p in out.iterdir()] == [".lock"]
     assert not (tmp_path / "home" / "cache").exists()
 
 

@@ -25,6 +25,7 @@ from rekindle.pipeline.sweep import run as module
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.record.run_folder import alone_in
 from testlib.processes import descendants
 from testlib.students import same_weights
 
@@ -331,6 +332,13 @@ def test_a_used_directory_is_refused(run_file, swept, tmp_path):
     for resume in (False, True):
         refused(InputError, runs, tmp_path / "other", "holds no sweep", resume=resume)
     refused(InputError, runs, tmp_path / "other" / "file", "holds no sweep")
+
+
+def test_a_second_process_on_a_sweep_is_refused(run_file, swept):
+    with alone_in(swept):
+        runs = plan_sweep(run_file, ["train.seed=0,1"])
+        refused(InputError, runs, swept, "another process works on", resume=True)
+    assert run_sweep(runs, swept, resume=True) == []
 
 
 @pytest.mark.parametrize(

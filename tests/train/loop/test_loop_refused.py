@@ -129,7 +129,7 @@ def test_a_student_that_takes_shorter_sequences_is_refused(
     [
         ([{"teachers": ["bigg"]}], r"no teacher 'bigg' \(it has: big, even.lm,"),
         ([{"teachers": ["big"], "temperature": 3.0}], "stores the temperatures"),
-        ([{"teachers": ["big"], "k": 9}], "k = 9, but teacher 'big' keeps 8"),
+        ([{"teachers": ["big"], "k": 9}], "teacher 'big' keeps 8 candidates; k = 9"),
     ],
 )
 def test_what_the_cache_does_not_have_is_refused(masked_world, tmp_path, distill, message):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from rekindle.train.device_batch import SparseTargets, split_batch
+from rekindle.train.device_batch import DecodedTargets, split_batch
 from rekindle.train.objective.drawing import sample
 from testlib.replaced_tokens import CPU, KINDS, gather, method_of, replacements
 
@@ -100,7 +100,7 @@ def test_every_outcome_has_exactly_its_share_of_the_random_numbers(row):
     fine = max(len(others), 1)
     first, second = np.meshgrid((np.arange(total) + 0.5) / total, (np.arange(fine) + 0.5) / fine)
     uniforms = torch.tensor(np.stack([first.ravel(), second.ravel()], 1))
-    targets = SparseTargets(
+    targets = DecodedTargets(
         torch.tensor([ids] * len(uniforms)),
         torch.tensor([probs] * len(uniforms)),
         torch.full((len(uniforms),), tail / total),
@@ -117,7 +117,7 @@ def test_the_ends_of_the_random_numbers_choose_what_has_mass(edge):
     ids = torch.tensor([[4, 2, 7, -1], [4, 2, 7, -1], [1, 3, 5, 6]])
     probs = torch.tensor([[0.0, 0.7, 0.3, 0.0], [0.0, 0.6, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
     tail = torch.tensor([0.0, 0.4, 0.0])
-    found = sample(SparseTargets(ids, probs, tail), torch.full((3, 2), edge), torch.arange(1, 9))
+    found = sample(DecodedTargets(ids, probs, tail), torch.full((3, 2), edge), torch.arange(1, 9))
     assert found.tolist() == ([2, 2, 1] if edge == 0 else [7, 8, 6])
 
 

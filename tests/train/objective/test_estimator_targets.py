@@ -389,7 +389,7 @@ def test_whole_distributions_serve_any_temperature_and_k(world, cache, name):
 
 
 def test_more_candidates_than_are_kept_are_refused(world, cache):
-    with pytest.raises(InputError, match=r"k = 9, but teacher 'topk-precise' keeps 8"):
+    with pytest.raises(InputError, match=r"teacher 'topk-precise' keeps 8 candidates; k = 9"):
         objective(cache, world[1], teachers=["topk-precise"], k=9)
     target = gathered(cache, ["topk-precise"]).targets["topk-precise"]
     with pytest.raises(InputError, match="keeps 8 candidates; k = 9 is not cached"):

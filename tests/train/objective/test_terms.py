@@ -208,15 +208,17 @@ REFUSED = [
     ),
     (
         term("big", temperature=3.0),
-        "teacher 'big' stores the temperatures [1.0, 2.0], not 3.0. Train at a stored one, or "
-        "cache it with this one",
+        "teacher 'big' stores the temperatures [1.0, 2.0], not 3.0: the mass outside its top 8 at "
+        "another one is not known (or not yet of all text: `pipeline cache-teachers` was not "
+        "finished). Add it to the teacher's targets.temperatures, or train at a stored one",
     ),
     (
         term("drawn", k=4),
-        "teacher 'drawn' keeps a sample of 8; a part of it would be biased. Leave k out",
+        "teacher 'drawn' keeps a sample of 8 (random): a part of it would be biased. Leave k "
+        "out, or cache a smaller sample",
     ),
-    (term("big", k=9), "k = 9, but teacher 'big' keeps 8 candidates"),
-    (term("wide", "big", k=9), "k = 9, but teacher 'big' keeps 8 candidates"),
+    (term("big", k=9), "teacher 'big' keeps 8 candidates; k = 9 is not cached"),
+    (term("wide", "big", k=9), "teacher 'big' keeps 8 candidates; k = 9 is not cached"),
 ]
 
 

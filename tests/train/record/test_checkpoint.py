@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import shutil
 
 import pytest
@@ -11,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.optimizer import make_optimizer
 from rekindle.train.record import checkpoint as module
-from rekindle.train.record.checkpoint import latest_checkpoint, load_checkpoint, open_run, start_run
+from rekindle.train.record.checkpoint import RUN_FILE, check_run, latest_checkpoint, load_checkpoint
 from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
@@ -209,7 +212,7 @@ def test_without_a_sound_checkpoint_the_run_begins_anew(tmp_path, make_student):
     assert same(state(student, optimizer), before)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_sync", "rename"])
+@pytest.mark.parametrize("moment", ["save_file", "fsync", "rename"])
 def test_a_save_that_is_interrupted_leaves_the_last_one(
     tmp_path, make_student, monkeypatch, moment
 ):
@@ -220,7 +223,7 @@ def test_a_save_that_is_interrupted_leaves_the_last_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        owner = module.os if moment == "rename" else module
+        owner = module if moment == "save_file" else os
         patched.setattr(owner, moment, interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=1)
@@ -259,41 +262,41 @@ def changed(part, key, value):
 
 
 def test_a_new_directory_is_free(tmp_path):
-    assert open_run(tmp_path / "new", ABOUT, resume=False) is False
-    assert open_run(tmp_path / "new", ABOUT, resume=True) is False
-    assert open_run(tmp_path, ABOUT, resume=True) is False
+    assert check_run(tmp_path / "new", ABOUT, resume=False) is False
+    assert check_run(tmp_path / "new", ABOUT, resume=True) is False
+    assert check_run(tmp_path, ABOUT, resume=True) is False
     assert not (tmp_path / "new").exists()
-    start_run(tmp_path / "new/deep", ABOUT)
-    assert open_run(tmp_path / "new/deep", ABOUT, resume=True) is True
+    write_json(tmp_path / "new/deep" / RUN_FILE, ABOUT)
+    assert check_run(tmp_path / "new/deep", ABOUT, resume=True) is True
 
 
 def test_a_used_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for resume in (False, True):
         with pytest.raises(InputError, match="is not empty and holds no run"):
-            open_run(tmp_path, ABOUT, resume)
+            check_run(tmp_path, ABOUT, resume)
         with pytest.raises(InputError, match="is not empty"):
-            open_run(tmp_path / "file", ABOUT, resume)
-    start_run(tmp_path / "run", ABOUT)
+            check_run(tmp_path / "file", ABOUT, resume)
+    write_json(tmp_path / "run" / RUN_FILE, ABOUT)
     with pytest.raises(InputError, match="or --resume to go on"):
-        open_run(tmp_path / "run", ABOUT, resume=False)
+        check_run(tmp_path / "run", ABOUT, resume=False)
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value"),
+    ("part", "key", "value", "named"),
     [
-        ("student", "model", "other"),
-        ("train", "steps", 11),
-        ("train", "objective", {"hard": {"weight": 0.5}}),
-        ("train", "brand_new", 1),
-        ("cache", "corpus", "abd"),
-        ("cache", "teachers", {"big": "124"}),
+        ("student", "model", "other", "student.model"),
+        ("train", "steps", 11, "train.steps"),
+        ("train", "objective", {"hard": {"weight": 0.5}}, "train.objective.hard.weight"),
+        ("train", "brand_new", 1, "train.brand_new"),
+        ("cache", "corpus", "abd", "cache.corpus"),
+        ("cache", "teachers", {"big": "124"}, "cache.teachers.big"),
     ],
 )
-def test_another_configuration_is_refused_by_its_key(tmp_path, part, key, value):
-    start_run(tmp_path, ABOUT)
-    with pytest.raises(CheckpointError, match=rf"\({part}\.{key}: "):
-        open_run(tmp_path, changed(part, key, value), resume=True)
+def test_another_configuration_is_refused_by_its_key(tmp_path, part, key, value, named):
+    write_json(tmp_path / RUN_FILE, ABOUT)
+    with pytest.raises(CheckpointError, match=rf"\({re.escape(named)}: "):
+        check_run(tmp_path, changed(part, key, value), resume=True)
 
 
 def about_of(**train):
@@ -312,27 +315,27 @@ def test_a_run_goes_on_although_it_is_older_than_some_keys(tmp_path):
     del older["student"]["grow"], older["train"]["curriculum"]
     (term,), (method,) = (older["train"]["objective"][name] for name in ("distill", "methods"))
     del term["ranking"], method["temperature"]
-    start_run(tmp_path, older)
-    assert open_run(tmp_path, about_of(), resume=True)
+    write_json(tmp_path / RUN_FILE, older)
+    assert check_run(tmp_path, about_of(), resume=True)
     for key, value in {"curriculum": {"teacher": "big"}, "steps": 10, "seed": 1}.items():
         with pytest.raises(CheckpointError, match=rf"\(train\.{key}: "):
-            open_run(tmp_path, about_of(**{key: value}), resume=True)
+            check_run(tmp_path, about_of(**{key: value}), resume=True)
     other = about_of()
     other["train"]["objective"]["methods"][0]["temperature"] = 2.0
     with pytest.raises(CheckpointError, match=r"train\.objective"):
-        open_run(tmp_path, other, resume=True)
+        check_run(tmp_path, other, resume=True)
 
 
 def test_a_cache_that_moved_is_the_same_cache(tmp_path):
-    start_run(tmp_path, ABOUT)
-    assert open_run(tmp_path, changed("cache", "path", "/there"), resume=True)
+    write_json(tmp_path / RUN_FILE, ABOUT)
+    assert check_run(tmp_path, changed("cache", "path", "/there"), resume=True)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
 def test_a_damaged_record_is_no_reason_for_a_traceback(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        open_run(tmp_path, ABOUT, resume=True)
+        check_run(tmp_path, ABOUT, resume=True)
 
 
 def test_checkpoints_may_be_copied_elsewhere(tmp_path, make_student):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
@@ -234,6 +235,24 @@ def test_seconds_go_on_counting(domains_world, tmp_path):
     assert seconds[STEPS] <= json.loads((out / "summary.json").read_text())["seconds"]
 
 
+def test_a_second_process_on_a_run_is_refused_and_touches_nothing(masked_world, whole, tmp_path):
+    out = tmp_path / "run"
+
+    def touched():
+        return {path: path.stat().st_mtime_ns for path in out.glob("**/*")}
+
+    def begin_again(step, values):
+        if step in (1, 8):
+            before = touched()
+            with pytest.raises(InputError, match=f"another process works on .*{os.getpid()}"):
+                train(masked_world, out)()
+            assert touched() == before
+
+    train(masked_world, out)(begin_again)
+    assert_same(out, whole)
+    assert not list(out.glob("**/.*"))  # neither a lock nor anything unfinished
+
+
 # --- around everything that touches the disk ---
 
 
@@ -254,7 +273,7 @@ def dying_at(number):
         setattr(module, name, call)
         return lambda: setattr(module, name, real)
 
-    places = [(checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint, "_sha256")]
+    places = [(checkpoint, "save_file"), (checkpoint, "_sha256")]
     places += [(os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "fsync")]
     places += [(run_log.RunLog, "write"), (loop, "save_checkpoint"), (checkpoint, "seal")]
     undo = [deadly(module, name) for module, name in places]

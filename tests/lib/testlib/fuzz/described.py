@@ -8,10 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.storage.seal import SEAL, VERSION, seal
-from rekindle.data.targets.schema import (
-    TeacherInfo,
-    target_schema,
-)
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.schema import TeacherInfo
 from testlib.fuzz.signed import WORDS, batches_of, compression_of, rewrite
 from testlib.fuzz.strangers import describe_as, sealed_record
 
@@ -134,7 +132,7 @@ def agreed(stranger):
 def announced(described, schema, batches):
     """Null or zero columns of the types that a changed description asks for, where it can be."""
     try:
-        wanted = target_schema(TeacherInfo(**described), {})
+        wanted = kind_of(TeacherInfo(**described)).schema({})
     except Exception:
         return schema, batches
     if any(str(field.type).count("[") and width_of(field.type) > 4096 for field in wanted):

@@ -15,14 +15,9 @@ from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.codec import encode
 from rekindle.data.targets.codec_precise import encode_precise
 from rekindle.data.targets.head import StoredHead, encode_hidden, write_head
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.scalars import ScalarSums
-from rekindle.data.targets.schema import (
-    TeacherInfo,
-    position_batches,
-    rank_dtype,
-    sequence_batches,
-    target_schema,
-)
+from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 from rekindle.data.views.views import ViewReader
 
 TESTS = Path(__file__).parents[3]
@@ -76,8 +71,7 @@ def candidates(draw, info, count):
     odds[::3] = np.inf
     if info.codec == "precise":
         return encode_precise(ids, log_probs, odds, size)
-    found = vars(encode(ids, log_probs, odds, size))
-    return {name: column for name, column in found.items() if column is not None}
+    return encode(ids, log_probs, odds, size)
 
 
 def position_columns_of(draw, info, count):
@@ -106,7 +100,7 @@ def position_columns_of(draw, info, count):
 def write_unit(corpus, info, view, shard, replica, draw):
     table = corpus.shard(shard).table()
     digests = table["digest"].to_pylist()
-    schema = target_schema(info, {"shard": shard, "replica": replica})
+    schema = kind_of(info).schema({"shard": shard, "replica": replica})
     facts = {"tokens": 0, "corpus_sha256": corpus.commits[shard].sha256}
     options = None
     if info.kind == "sequence":
@@ -115,12 +109,12 @@ def write_unit(corpus, info, view, shard, replica, draw):
         )
         shape = (len(digests), info.num_labels)
         columns = {n: draw.random(shape).astype(np.float32) for n in schema.names[1:]}
-        batches = sequence_batches(schema, digests, present, columns)
+        batches = kind_of(info).batches(schema, digests, np.flatnonzero(present), columns)
         facts["positions"] = int(present.sum())
     else:
         rows, positions = predicted(corpus, view, shard, replica)
         columns = {"positions": positions} | position_columns_of(draw, info, len(rows))
-        batches = position_batches(schema, info, digests, rows, columns)
+        batches = kind_of(info).batches(schema, digests, rows, columns)
         facts["positions"] = len(rows)
     if info.codec == "compact":
         options = pa.ipc.IpcWriteOptions(compression="zstd")

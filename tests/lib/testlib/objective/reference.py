@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rekindle.data.targets.schema import SequenceTargets, TokenLabelTargets
+from rekindle.data.example import SequenceTargets, TokenLabelTargets
 
 EPOCH = 1
 LOG_OF_ZERO = -126 * math.log(2)  # of a probability of 0, where reverse KL needs it

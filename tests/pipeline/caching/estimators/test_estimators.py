@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rekindle.data.cache import Cache
-from rekindle.data.targets.schema import TokenTargets
+from rekindle.data.example import TokenTargets
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.estimators import (

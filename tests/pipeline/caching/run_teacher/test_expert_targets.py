@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.targets.schema import SequenceTargets, TokenLabelTargets
+from rekindle.data.example import SequenceTargets, TokenLabelTargets
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from testlib.caches import examples
 from testlib.models import STILL

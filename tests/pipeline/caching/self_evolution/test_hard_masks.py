@@ -196,7 +196,7 @@ def test_what_decides_the_masks_is_in_the_name(tmp_path, evolve, make_model, wor
 def test_another_threshold_is_another_view_of_one_pass(tmp_path, evolve, monkeypatch):
     cache_teachers(evolve(tmp_path))
     before = contents(tmp_path)
-    monkeypatch.setattr(run_teacher, "_run_batches", None)  # no model may run
+    monkeypatch.setattr(run_teacher, "run_batches", None)  # no model may run
     again = evolve(tmp_path, {"loss_above": 2.0})
     done = cache_teachers(again)
     assert done.units_done == 0

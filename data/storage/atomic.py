@@ -1,0 +1,159 @@
+"""Write local files and folders so that each is there whole or not at all.
+
+Whatever fails, and whenever the process or the machine stops, a name stands for the old content or
+for the new. What is being written has a hidden name beside it: ``.NAME.0123abcd.tmp`` a file,
+``.NAME.0123abcd.new`` a folder. An error removes it. A killed process leaves it, which
+``remove_leftovers`` sees to.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_ATTEMPT = "[0-9a-f]" * 8
+_ENDINGS = (".tmp", ".new", ".old")
+
+
+def new_attempt() -> str:
+    """Return eight hexadecimal digits that make a name unique to one attempt."""
+    return uuid.uuid4().hex[:8]
+
+
+Publish = Callable[[Path, Path], None]
+
+
+@contextmanager
+def new_file(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
+    """Open a file that becomes ``path`` at the end, in place of what is there.
+
+    ``publish`` gives the temporary file its name in another way.
+    """
+    temporary = _temporary(path, ".tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        (publish or os.replace)(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if str(error.filename) == str(temporary):  # a name that means nothing to who reads of it
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes, publish: Publish | None = None) -> None:
+    """Write ``content``; ``publish`` as of ``new_file``."""
+    with new_file(path, publish) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` as JSON that people can read."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_lines(
+    path: Path, records: Iterable[Mapping[str, object]], publish: Publish | None = None
+) -> None:
+    """Write ``records`` as JSON lines; ``publish`` as of ``new_file``."""
+    with new_file(path, publish) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` at the end, in place of what is there."""
+    with _staged(path) as staged:
+        yield staged
+        publish_folder(staged, path)
+
+
+def publish_folder(made: Path, path: Path) -> None:
+    """Give the folder ``made`` the name ``path``, in place of what is there.
+
+    What was there comes back when that fails. A process that is killed between two renames leaves
+    both under their hidden names.
+    """
+    for inside in sorted(made.rglob("*")):
+        sync(inside)
+    sync(made)
+    replaced = _temporary(path, ".old")
+    if path.exists():
+        os.rename(path, replaced)
+    try:
+        os.rename(made, path)
+    except BaseException:
+        if replaced.exists():
+            os.rename(replaced, path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files move into ``folder`` at the end, each of them whole."""
+    with _staged(folder / "files") as staged:
+        yield staged
+        files = sorted(path for path in staged.iterdir() if path.is_file())
+        for file in files:
+            sync(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        sync(folder)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    staged = _temporary(path, ".new")
+    staged.mkdir()
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".{path.name}.{new_attempt()}{ending}"
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether ``name`` is one that unfinished work has."""
+    return name.startswith(".") and name.endswith(_ENDINGS)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left in ``folder`` of writing ``name`` (or anything).
+
+    Only for who works there alone: another process may be about to give it its name.
+    """
+    for ending in _ENDINGS:
+        for left in folder.glob(f".{name}.{_ATTEMPT}{ending}"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)

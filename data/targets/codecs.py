@@ -1,0 +1,61 @@
+"""The codecs of candidates by name, and what each makes of the columns of a record batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.targets import codec_compact
+from rekindle.data.targets.codec import Columns, Floats, decode_log_probs, encode, high_bytes
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.codec_precise import decode_precise, encode_precise
+
+BYTE = pa.uint8()
+
+
+def _unchanged(columns: Columns, vocabulary_size: int) -> Columns:
+    return columns
+
+
+def _same_widths(columns: Widths, vocabulary_size: int) -> Widths:
+    return columns
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How candidates become integers, and how a record batch's columns are arranged on disk."""
+
+    encode: Callable[[NDArray, Floats, Floats, int], Columns] = encode
+    decode: Callable[[Columns, float, int, int | None], tuple[Floats, Floats]] = decode_log_probs
+    value_type: pa.DataType = BYTE
+    spans: bool = True  # values are parts of the row's span, so log_prob_min is stored
+    stored: Callable[[Widths, int], Widths] = _same_widths  # (columns as used, V) -> on disk
+    pack: Callable[[Columns, int], Columns] = _unchanged
+    unpack: Callable[[Columns, int], Columns] = _unchanged  # the inverse of `pack`
+    per_position: str = "positions"  # a column of which every position has an entry on disk
+    compressed: bool = False  # shards are; then record batches are small and read as a whole
+    largest_vocabulary: int = 2**31
+
+    def widths(self, vocabulary_size: int, k: int, temperatures: int) -> Widths:
+        """Name -> (value type, width) of the candidates' columns."""
+        high = high_bytes(vocabulary_size, k)
+        columns: Widths = {"ids": (pa.uint16(), k)}
+        columns |= {"ids_high": (pa.uint8(), high)} if high else {}
+        columns |= {"values": (self.value_type, k), "log_prob_max": (pa.uint16(), None)}
+        columns |= {"log_prob_min": (pa.uint16(), None)} if self.spans else {}
+        return columns | {"tail_log_odds": (pa.int16(), temperatures)}
+
+
+CODECS = {
+    "default": Codec(),
+    "precise": Codec(encode_precise, decode_precise, pa.uint16(), spans=False),
+    "compact": Codec(
+        stored=codec_compact.compact_columns,
+        pack=codec_compact.to_compact,
+        unpack=codec_compact.from_compact,
+        per_position="ids_class",
+        compressed=True,
+        largest_vocabulary=codec_compact.LARGEST_VOCABULARY,
+    ),
+}

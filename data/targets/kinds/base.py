@@ -1,0 +1,298 @@
+"""What all kinds of targets share, and the questions that other code may ask of one.
+
+A kind describes itself, with NumPy alone: how its columns are stored, written, read, checked and
+decoded. How it is taken from logits stands in ``pipeline/caching/scoring.py``, what a loss takes of
+it in ``train/device_batch.py``; each is registered there by the kind's name.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.errors import InputError
+from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
+from rekindle.data.storage.seal import FORMAT_VERSION
+from rekindle.data.storage.shards import describe, rows_in_batches
+from rekindle.data.targets.codec import Columns, Floats
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.codecs import CODECS, Codec
+from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
+
+SHOWN = {  # task -> how the names of the views begin that such a teacher may see
+    "masked_lm": ("masked-", "clean"),
+    "causal_lm": ("clean",),
+    "token_classification": ("text",),
+}
+POSITIONS: Widths = {"positions": (pa.uint16(), None)}
+
+
+class TargetKind(ABC):
+    """One kind of target, of the teacher (or the extension) that ``info`` describes.
+
+    On disk a column holds, for each row, the list of its positions' entries.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that the columns' widths come from
+    codecs: ClassVar[tuple[str, ...]] = ("default",)
+    tempered: ClassVar[bool] = False  # it is stored for certain temperatures
+    sampled: ClassVar[bool] = False  # unbiased, at the one temperature it was drawn at
+    whole: ClassVar[bool] = False  # every probability is known, at any temperature
+    has_tail: ClassVar[bool] = False  # the mass outside its ids is stored
+    has_head: ClassVar[bool] = False  # the teacher's output matrix lies beside it
+    grows: ClassVar[bool] = False  # a larger k and more temperatures can be cached beside it
+    extends: ClassVar[bool] = False  # it is a further part of another kind's targets
+    per_sequence: ClassVar[bool] = False  # one target a row, none at positions
+    largest_k: ClassVar[int | None] = None  # whatever the vocabulary
+
+    def __init__(self, info: TeacherInfo):
+        self.info = info
+
+    @property
+    def codec(self) -> Codec:
+        """How its columns are encoded and arranged."""
+        return CODECS[self.info.codec]
+
+    @property
+    def sized(self) -> bool:
+        """Whether the widths of all its columns are known."""
+        return all(getattr(self.info, name) is not None for name in self.needs)
+
+    @property
+    def read_at(self) -> float:
+        """A temperature it can be read at: 1, or the one that a sample was drawn at."""
+        return self.info.temperatures[0] if self.sampled else 1.0
+
+    def contradiction(self) -> str | None:
+        """Why there can be no such targets, if so: readers rely on it once teacher.json is read."""
+        info, size, k = self.info, self.info.vocabulary_size or 0, self.info.k
+        largest = self.largest_k or (size if "k" in self.needs else None)
+        rules = {
+            "its kind is not of its task": info.task in self.tasks,
+            "its view is not of its task": info.view.startswith(
+                SHOWN.get(info.task, ("text", "pairs-"))
+            ),
+            "its size is missing": self.sized,
+            "its sizes are too large": max(size, info.num_labels or 0, info.hidden_size or 0)
+            < 2**31,
+            "its k is too large": k is None or largest is None or k <= largest,
+            "its temperatures are none": all(0 < t < math.inf for t in info.temperatures)
+            and (len(info.temperatures) > 0 or not self.tempered),
+            "its codec is not of its kind": info.codec in self.codecs
+            and size <= self.codec.largest_vocabulary,
+            "tails extend a part": self.extends == (info.extends is not None)
+            and (not self.extends or info.part != ""),
+        }
+        return next((told for told, kept in rules.items() if not kept), None)
+
+    def schema(self, about: Mapping[str, object]) -> pa.Schema:
+        """Return the Arrow schema of one unit; its metadata repeats ``info`` and adds ``about``."""
+        fields = [pa.field("digest", pa.string()), *self._fields()]
+        described = {
+            "kind": "targets",
+            "format_version": FORMAT_VERSION,
+            "teacher": self.info.model_dump(mode="json"),
+        }
+        return describe(fields, described | dict(about))
+
+    @property
+    def width(self) -> str:
+        """How many values are kept of each target."""
+        found = getattr(self.info, self.needs[-1])
+        return "?" if found is None else f"{found:,}"
+
+    @property
+    def kept(self) -> str:
+        """What is kept of each target, in two words."""
+        return f"{self.name.removesuffix('k')} {self.width}"  # "top 64"
+
+    @property
+    def sentence(self) -> str:
+        """What is kept of each target, in a line."""
+        return self.kept
+
+    @abstractmethod
+    def used_columns(self) -> Widths:
+        """Return the columns as they are used, without ``positions``."""
+
+    def stored_columns(self) -> Widths:
+        """Return the columns on disk that have one entry per position."""
+        return self.codec.stored(POSITIONS | self.used_columns(), self.info.vocabulary_size or 0)
+
+    def entry_columns(self) -> dict[str, pa.DataType]:
+        """Return the columns on disk with ``distinct`` entries per position."""
+        return {}
+
+    def _fields(self) -> list[pa.Field]:
+        fields = [pa.field(n, list_type(t, w)) for n, (t, w) in self.stored_columns().items()]
+        return fields + [pa.field(n, list_type(t)) for n, t in self.entry_columns().items()]
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of one position in all columns, at most: uncompressed, and if all draws differ."""
+        columns = [*self.stored_columns().values()]
+        columns += [(dtype, self.info.k) for dtype in self.entry_columns().values()]
+        return sum(dtype.bit_width // 8 * (1 if w is None else w) for dtype, w in columns)
+
+    @property
+    def copied(self) -> bool:
+        """Whether reading copies its columns; else they are views of the file."""
+        return self.codec.compressed
+
+    def nothing(self) -> Columns:
+        """Return the columns, as they are used, of no targets."""
+        columns = ({} if self.per_sequence else POSITIONS) | self.used_columns()
+        return {
+            name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
+            for name, (dtype, width) in columns.items()
+        }
+
+    def batches(
+        self, schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of a unit with the ``digests`` of its rows.
+
+        Columns are [P,…] as they are used, ``rows`` [P] ascends: the row of each position.
+        """
+        columns = columns if len(rows) else self.nothing()
+        counts = np.bincount(rows, minlength=len(digests))
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        for first, last in rows_in_batches(len(digests), self.info.rows_per_batch):
+            part = slice(starts[first], starts[last])
+            stored = self._packed({name: flat[part] for name, flat in columns.items()})
+            offsets = dict.fromkeys(schema.names[1:], offsets_of(counts[first:last]))
+            if entries := self.entry_columns():
+                drawn = np.bincount(rows[part] - first, stored["distinct"], last - first)
+                offsets |= dict.fromkeys(entries, offsets_of(drawn.astype(np.int64)))
+            arrays = [list_array(offsets[name], stored[name]) for name in schema.names[1:]]
+            digest = pa.array(digests[first:last], pa.string())
+            yield pa.record_batch([digest, *arrays], schema=schema)
+
+    def _packed(self, columns: Columns) -> Columns:
+        return self.codec.pack(columns, self.info.vocabulary_size or 0)
+
+    def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+        """Return list offsets [R+1] and the columns [P,…] of a record batch, as they are used."""
+        offsets, columns = flat_lists(batch, [*self.stored_columns()])
+        return offsets, self.codec.unpack(columns, self.info.vocabulary_size or 0)
+
+    def problems(self, columns: Columns) -> Iterator[str]:
+        """Yield what no writer of ours would have written."""
+        yield from ()
+
+
+class TaskKind(TargetKind):
+    """The logits of a task head, all of them."""
+
+    needs = ("num_labels",)
+
+    @property
+    def kept(self) -> str:
+        """What is kept of each target, in two words."""
+        return f"{self.width} {'logit' if self.info.num_labels == 1 else 'logits'}"
+
+    @property
+    def sentence(self) -> str:
+        """What is kept of each target, in a line."""
+        return "a score" if self.info.num_labels == 1 else f"{self.info.num_labels} logits"
+
+
+class VocabularyKind(TargetKind):
+    """Distributions over the vocabulary, each with the scalars of its position."""
+
+    tasks = VOCABULARY_TASKS
+    needs: ClassVar[tuple[str, ...]] = ("vocabulary_size",)
+
+    @classmethod
+    def settings(
+        cls,
+        k: int,
+        temperatures: tuple[float, ...],
+        codec: str,
+        vocabulary_size: int,
+        hidden_size: int | None,
+    ) -> dict[str, object]:
+        """Return the fields of ``teacher.json`` that say what is kept of a distribution."""
+        found: dict[str, object] = {"kind": cls.name}
+        if "hidden_size" in cls.needs:
+            found["hidden_size"] = hidden_size
+        if "k" in cls.needs:
+            k = min(k, cls.largest_k or vocabulary_size)
+            bias = "unbiased" if cls.sampled else "biased"
+            if k == vocabulary_size and cls.largest_k is None:  # draws may miss an id at any k
+                bias = "exact"
+            found |= {"k": k, "temperatures": temperatures, "codec": codec}
+            found["estimator"] = {"kind": cls.name, "bias": bias}
+        return found
+
+    @property
+    def size(self) -> int:
+        """V, the number of real tokens."""
+        assert self.info.vocabulary_size is not None
+        return self.info.vocabulary_size
+
+    @property
+    def k(self) -> int:
+        """K, how many ids of a position are kept."""
+        return self.info.k if self.info.k is not None and "k" in self.needs else self.size
+
+    @abstractmethod
+    def kept_columns(self) -> Widths:
+        """Return the columns of what is kept, as they are used."""
+
+    def used_columns(self) -> Widths:
+        """Return the columns as they are used, without ``positions``."""
+        rank = pa.from_numpy_dtype(rank_dtype(self.size))
+        scalars: Widths = {"gold_log_prob": (pa.uint16(), None), "gold_rank": (rank, None)}
+        return self.kept_columns() | scalars | {"entropy": (pa.uint16(), None)}
+
+    def candidate_ids(self, columns: Columns) -> NDArray[np.int64] | None:
+        """Return the ids [P,K] that were kept, −1 for none; None where all ids are."""
+        return None
+
+    @abstractmethod
+    def decode(
+        self, columns: Columns, head: StoredHead | None, temperature: float, k: int | None
+    ) -> tuple[NDArray[np.int64], Floats, Floats]:
+        """Return ids [P,k], log-probabilities [P,k] at ``temperature`` and log tail mass [P].
+
+        Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample.
+        """
+
+    def slot(self, temperature: float, k: int | None = None) -> int:
+        """Return which of the stored temperatures it is; 0 where all of them can be read.
+
+        Raises InputError at a temperature that is not stored, for a ``k`` below that of a sample,
+        and for one above what is kept.
+        """
+        info = self.info
+        if self.whole:
+            return 0
+        if k is not None and k != self.k and self.sampled:
+            raise InputError(
+                f"teacher {info.name!r} keeps a sample of {self.k} ({self.name}): a part of it "
+                "would be biased. Leave k out, or cache a smaller sample"
+            )
+        if k is not None and k > self.k:
+            raise InputError(
+                f"teacher {info.name!r} keeps {self.k} candidates; k = {k} is not cached"
+            )
+        if temperature in info.temperatures:
+            return info.temperatures.index(temperature)
+        reason = (
+            "a sample is of one distribution. Change"
+            if self.sampled
+            else f"the mass outside its top {self.k} at another one is not known (or not yet of "
+            "all text: `pipeline cache-teachers` was not finished). Add it to"
+        )
+        raise InputError(
+            f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
+            f"{temperature}: {reason} the teacher's targets.temperatures, or train at a stored one"
+        )

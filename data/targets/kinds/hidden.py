@@ -1,0 +1,48 @@
+"""``hidden``: what the output matrix multiplies, so that every probability can be had from it.
+
+On disk: ``hidden`` int16 [P,H] times ``hidden_scale`` float32 [P]; the matrix lies once in
+``head.safetensors`` (``head.py``).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.targets.codec import Columns, Floats
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.head import StoredHead, decode_hidden
+from rekindle.data.targets.kinds.dense import Dense
+
+
+class Hidden(Dense):
+    """The teacher's final hidden states."""
+
+    name = "hidden"
+    needs = ("vocabulary_size", "hidden_size")
+    has_head = True
+
+    @property
+    def sentence(self) -> str:
+        """What is kept of each target, in a line."""
+        return f"hidden states of {self.info.hidden_size} values"
+
+    def kept_columns(self) -> Widths:
+        """Return the columns of what is kept, as they are used."""
+        return {"hidden": (pa.int16(), self.info.hidden_size), "hidden_scale": (pa.float32(), None)}
+
+    def log_probs(self, columns: Columns, head: StoredHead | None) -> Floats:
+        """Return the log-probabilities [P,V] at τ = 1."""
+        assert head is not None
+        log_probs = head.log_probs(decode_hidden(columns["hidden"], columns["hidden_scale"]))
+        if np.isnan(log_probs).any():  # finite numbers, but too large ones
+            raise CacheFormatError(
+                f"the hidden states of teacher {self.info.name!r} give no probabilities"
+            )
+        return log_probs
+
+    def problems(self, columns: Columns) -> Iterator[str]:
+        """Yield what no writer of ours would have written."""
+        if not np.isfinite(columns["hidden_scale"]).all():
+            yield "NaN or infinity in 'hidden_scale'"

@@ -1,0 +1,68 @@
+"""``sequence``: classifiers and regressors (C = 1) of whole sequences or sentence pairs.
+
+On disk, per row: ``logits`` float32 [C], null where the teacher does not apply; with Monte-Carlo
+passes ``mc_probs`` float32 [C].
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.columns import offsets_of, plain_array
+from rekindle.data.storage.shards import rows_in_batches
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.kinds.base import TaskKind
+
+
+class SequenceLogits(TaskKind):
+    """Logits of C classes a sequence."""
+
+    name = "sequence"
+    tasks = ("sequence_classification", "regression")
+    copied = True
+    bytes_per_position = 0  # there are no positions
+    per_sequence = True
+
+    def used_columns(self) -> Widths:
+        """Return the columns as they are used."""
+        names = ["logits"] + (["mc_probs"] if self.info.monte_carlo_passes else [])
+        return dict.fromkeys(names, (pa.float32(), self.info.num_labels))
+
+    def _fields(self) -> list[pa.Field]:
+        return [pa.field(n, pa.list_(t, width)) for n, (t, width) in self.used_columns().items()]
+
+    def batches(
+        self, schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the record batches of a unit from columns [R,C]; ``rows`` are those with a target.
+
+        The others become null.
+        """
+        absent = ~np.isin(np.arange(len(digests)), rows)
+        for first, last in rows_in_batches(len(digests)):
+            missing = pa.array(absent[first:last])
+            arrays = [pa.array(digests[first:last], pa.string())]
+            for name in schema.names[1:]:
+                flat = plain_array(columns[name][first:last])
+                width = columns[name].shape[1]
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat.values, width, mask=missing))
+            yield pa.record_batch(arrays, schema=schema)
+
+    def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+        """Return offsets [R+1], one more after each row that has a target, and those targets."""
+        present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
+        columns: Columns = {}
+        for name in batch.schema.names[1:]:
+            array = batch[name]
+            flat = array.values.to_numpy(zero_copy_only=False)
+            start = array.offset * array.type.list_size
+            values = flat[start : start + len(array) * array.type.list_size]
+            columns[name] = values.reshape(len(array), -1)[present]
+            same = array.null_count == batch["logits"].null_count
+            if not np.isfinite(columns[name]).all() or not same:
+                raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
+        return offsets_of(present.astype(np.int64)), columns

@@ -1,0 +1,24 @@
+"""``tails``: an extension of a topk teacher: the mass outside its ids at further temperatures.
+
+On disk: ``tail_log_odds`` int16 [P,T], beside the part that ``extends`` names.
+"""
+
+import pyarrow as pa
+
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.kinds.base import TargetKind
+from rekindle.data.targets.schema import VOCABULARY_TASKS
+
+
+class Tails(TargetKind):
+    """Tail masses alone."""
+
+    name = "tails"
+    tasks = VOCABULARY_TASKS
+    needs = ("k",)
+    codecs = ("default", "precise")
+    tempered = extends = True
+
+    def used_columns(self) -> Widths:
+        """Return the columns as they are used, without ``positions``."""
+        return {"tail_log_odds": (pa.int16(), len(self.info.temperatures))}

@@ -1,0 +1,51 @@
+"""``topk``: the K likeliest ids of each position, and the mass outside them, in one of the codecs.
+
+On disk: the columns of the codec (``codec.py``, ``codec_precise.py``, ``codec_compact.py``).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.targets.codec import Columns, Floats, decode_ids
+from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.kinds.base import VocabularyKind
+
+
+class TopK(VocabularyKind):
+    """K candidates a position by falling probability."""
+
+    name = "topk"
+    needs = ("vocabulary_size", "k")
+    codecs = ("default", "precise", "compact")
+    tempered = has_tail = grows = True
+
+    @property
+    def sentence(self) -> str:
+        """What is kept of each target, in a line."""
+        return f"{self.k} of {self.size:,} log-probabilities and the tail"
+
+    def kept_columns(self) -> Widths:
+        """Return the columns of what is kept, as they are used."""
+        return self.codec.widths(self.size, self.k, len(self.info.temperatures))
+
+    def candidate_ids(self, columns: Columns) -> NDArray[np.int64]:
+        """Return the ids [P,K] that were kept."""
+        return decode_ids(columns, self.size)
+
+    def decode(
+        self, columns: Columns, head: StoredHead | None, temperature: float, k: int | None
+    ) -> tuple[NDArray[np.int64], Floats, Floats]:
+        """Return ids [P,k], log-probabilities [P,k] at ``temperature`` and log tail mass [P]."""
+        slot = self.slot(temperature, k)
+        log_probs, log_tail = self.codec.decode(columns, temperature, slot, k)
+        return self.candidate_ids(columns)[:, :k], log_probs, log_tail
+
+    def problems(self, columns: Columns) -> Iterator[str]:
+        """Yield what no writer of ours would have written."""
+        if self.candidate_ids(columns).max(initial=0) >= self.size:
+            yield "ids outside the vocabulary"
+        if self.codec.spans and (columns["log_prob_min"] < columns["log_prob_max"]).any():
+            yield "rising probabilities"

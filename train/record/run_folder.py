@@ -1,0 +1,145 @@
+"""Open the folder that a command writes into: a new one, or one to go on with, and for one process
+at a time.
+
+A file in the folder says what the run in it is (``run.json``, ``sweep.json``, …).
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO, TypeGuard, TypeVar
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.storage.atomic import is_temporary, remove_leftovers
+
+LOCK_FILE = ".lock"  # there while a process works in the folder, and after one that was killed
+
+Found = TypeVar("Found")
+
+
+@contextmanager
+def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
+    """Hold ``out`` alone; yield what ``look`` finds there.
+
+    ``look`` raises where the command must not go on, and is called twice: before anything is
+    written, and once no other process can begin there any more. Raises InputError where one works
+    in ``out``.
+    """
+    look()
+    with alone_in(out):
+        found = look()
+        remove_leftovers(out)
+        yield found
+
+
+def goes_on(out: Path, file: str, what: str, resume: bool) -> bool:
+    """Return whether ``out`` holds a ``what`` to go on with; False where it is new or empty.
+
+    Raises InputError where it holds anything else, or is not to be resumed.
+    """
+    begun = (out / file).is_file()
+    if begun and resume:
+        return True
+    if out.exists() and (not out.is_dir() or any(map(_counts, out.iterdir()))):
+        raise InputError(
+            f"{out} is not empty. Give another --out, or --resume to go on with the {what} in it"
+            if begun
+            else f"{out} is not empty and holds no {what}; give another --out"
+        )
+    return False
+
+
+def _counts(path: Path) -> bool:
+    return path.name != LOCK_FILE and not is_temporary(path.name)
+
+
+@contextmanager
+def reading(record: Path, advice: str = "") -> Iterator[None]:
+    """Turn what is wrong with a file that a run left into a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{record} is damaged ({error}){advice and '; ' + advice}") from None
+
+
+def check_same(
+    where: Path, before: object, now: object, rule: str, free: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError, naming the key, where ``now`` differs from what was begun ``before``.
+
+    Of ``free`` keys, dotted, any may differ. ``rule`` says what to do.
+    """
+    if found := _difference(before, json.loads(json.dumps(now)), free):
+        raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
+
+
+def _difference(before: object, now: object, free: Collection[str], key: str = "") -> str | None:
+    """Return where two nested values first differ, and how."""
+    pairs: Iterable[tuple[str, object, object]]
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        pairs = ((name, before.get(name), now.get(name)) for name in {**before, **now})
+    elif _records(before) and _records(now) and len(before) == len(now):
+        pairs = ((str(i), *pair) for i, pair in enumerate(zip(before, now, strict=True)))
+    else:
+        return None if before == now else f"{key}: {before!r} there, {now!r} here"
+    for name, there, here in pairs:
+        inner = f"{key}.{name}" if key else name
+        if inner not in free and (found := _difference(there, here, free, inner)):
+            return found
+    return None
+
+
+def _records(value: object) -> TypeGuard[list[Mapping[str, object]]]:
+    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+@contextmanager
+def alone_in(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the folder's lock, which a killed process lets go of. Yield False without one.
+
+    Some file systems have none: nothing is held there. Raises InputError where another process
+    holds it, unless this one is to ``wait``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    while True:
+        with open(path, "a+", encoding="utf-8") as lock:
+            held = _lock(lock, folder, wait)
+            if held and not _is_at(lock, path):
+                continue  # whoever held it has removed it
+            try:
+                yield held
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.seek(0)
+        raise InputError(
+            f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for "
+            "it, or give another --out"
+        ) from None
+    except OSError:
+        return False
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return True
+
+
+def _is_at(lock: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
