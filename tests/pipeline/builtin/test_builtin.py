@@ -325,7 +325,7 @@ def test_what_another_process_made_first_stays(tmp_path):
 
 def test_one_process_at_a_time_makes_models_and_clears_what_was_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
-    where = docs_models.folder()
+    where = names_module.folder()
     left = where / ".begun-old"
     left.mkdir(parents=True)
     (where / "documents").mkdir()

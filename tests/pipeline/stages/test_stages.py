@@ -18,6 +18,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache
+from rekindle.pipeline.cli import main
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.plan.run import plan_run
