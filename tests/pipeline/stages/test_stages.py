@@ -18,7 +18,6 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache
-from rekindle.pipeline.cli import main
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.plan.run import plan_run
@@ -303,14 +302,15 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
     assert not (tmp_path / "home" / "cache").exists()
 
 
-def test_a_second_process_on_stages_is_refused(chain, tmp_path):
+def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
     """With the exit code of wrong input, whether it is to resume or not."""
-    path, out = chain(tmp_path / "home"), tmp_path / "out"
+    out = tmp_path / "out"
+    given = ("train-student", chain(tmp_path / "home"), "--out", out)
     with alone_in(out):
         for options in ((), ("--resume",)):
-            with pytest.raises(SystemExit) as ended:
-                main(["train-student", str(path), "--out", str(out), *options])
-            assert ended.value.code == 2
+            code, _, told = command(*given, *options)
+            assert code == 2
+            assert f"another process works on {out}" in told
         assert [p.name for p in out.iterdir()] == [".lock"]
     assert not (tmp_path / "home" / "cache").exists()
 
