@@ -42,10 +42,9 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its question, in words for the report, and how a document becomes examples."""
+    """A task: how a document becomes examples."""
 
     name: str
-    question: str
     examples: Callable[[PythonDoc], Iterator[Example]]
     paired: bool = False
 
@@ -107,9 +106,9 @@ def _next_examples(page: PythonDoc) -> Iterator[Example]:
 
 
 TASKS = (
-    Task("part", "which part of the library is this from?", _part_examples),
-    Task("kind", "does this describe a module, class, function or topic?", _kind_examples),
-    Task("next", "does sentence B follow sentence A?", _next_examples, paired=True),
+    Task("part", _part_examples),
+    Task("kind", _kind_examples),
+    Task("next", _next_examples, paired=True),
 )
 
 
@@ -198,7 +197,7 @@ def write_documents(
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
-    halves = [Task(name, _PART.question, partial(_examples_of, HALVES[name])) for name in HALVES]
+    halves = [Task(name, partial(_examples_of, HALVES[name])) for name in HALVES]
     for task in (*halves, PLACE):
         _write_task(out, task, pages, sizes)
 
@@ -221,4 +220,4 @@ def _place_examples(page: PythonDoc) -> Iterator[Example]:
             yield Example(page.id, text, None, places[text], group=str(third))
 
 
-PLACE = Task("place", "how far into its document?", _place_examples)
+PLACE = Task("place", _place_examples)
