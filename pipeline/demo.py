@@ -23,12 +23,13 @@ from rekindle.pipeline.config import RunConfig, dump_config, read_values
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.results import CycleResults
 from rekindle.pipeline.cycle.run import run_cycle
-from rekindle.pipeline.job_functions import cache, make_model, pretrain
+from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.stage_config import with_directories
+from rekindle.pipeline.tiny_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, reading
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one

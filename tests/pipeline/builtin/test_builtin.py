@@ -36,8 +36,10 @@ from rekindle.pipeline.builtin.names import (
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import (
     HALVES,
+    PLACE,
     TaskSizes,
-    place_records,
+    labelled_examples,
+    record_of,
     split_of,
     write_documents,
 )
@@ -295,8 +297,8 @@ def test_the_halves_share_no_label_and_miss_none(tmp_path, monkeypatch):
 def test_a_place_is_how_far_into_its_document_a_passage_stands():
     texts = {page.id: page.text for page in pages()}
     seen = set()
-    for records in place_records(pages(), SIZES).values():
-        for record in records:
+    for examples in labelled_examples(PLACE, pages(), SIZES).values():
+        for record in map(record_of, examples):
             text = texts[record["document"]]
             passage, label = record["text"], record["label"]
             assert isinstance(label, float)
