@@ -266,10 +266,11 @@ def test_help_is_instant():
 
 
 def test_the_ground_floor_needs_no_torch():
-    """Reading a cache or a configuration loads neither torch nor transformers."""
+    """Reading a cache or a configuration loads neither torch nor transformers; nor does a plan of
+    models that are not made yet."""
     names = [name.removesuffix(".py").replace("/", ".") for name in NAMES]
     modules = [f"rekindle.{name}" for name in names if name.startswith("data.")]
-    modules += ["rekindle.pipeline.config", "rekindle.train.config"]
+    modules += ["rekindle.pipeline.config", "rekindle.train.config", "rekindle.pipeline.plan.run"]
     code = (
         f"import sys, {', '.join(modules)}\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'triton') if m in sys.modules])"
