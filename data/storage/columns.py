@@ -76,6 +76,20 @@ def flat_lists(
     return shared - shared[0], columns
 
 
+def ascend_within(
+    offsets: NDArray[np.int32], positions: NDArray[np.integer], lengths: NDArray[np.int64]
+) -> bool:
+    """Whether the positions of each list ascend, and lie below its entry of ``lengths`` [R].
+
+    ``offsets`` [R+1] point into ``positions``.
+    """
+    counts = np.diff(offsets)
+    within = positions[offsets[0] : offsets[-1]].astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
+    return bool((within < np.repeat(lengths, counts)).all() and ascending.all())
+
+
 def split_lists(batches: Sequence[pa.RecordBatch], name: str) -> list[NDArray]:
     """Return the lists of a list column over several record batches, as views."""
     out: list[NDArray] = []

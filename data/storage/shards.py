@@ -10,7 +10,7 @@ footer), and a checksum of itself.
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -296,6 +296,10 @@ class Shard:
                 self._batches[index] = found
         return found
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All record batches, verified."""
+        return map(self.batch, range(self.batch_count))
+
     def _read(self, index: int) -> pa.RecordBatch:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
         start, stop = self._rows[index]
@@ -346,7 +350,7 @@ class Shard:
 
     def table(self) -> pa.Table:
         """The whole shard, verified."""
-        return pa.Table.from_batches([self.batch(i) for i in range(self.batch_count)], self.schema)
+        return pa.Table.from_batches(self.batches(), self.schema)
 
     def check(self) -> None:
         """Hold the whole file against its checksums."""

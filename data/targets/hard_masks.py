@@ -6,24 +6,18 @@ students read them as they read random masks. No model is run here.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.storage.columns import list_views
-from rekindle.data.storage.seal import seal
-from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.targets.files import read_parts
 from rekindle.data.targets.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.masking import Mask, MaskConfig, replace_tokens
-from rekindle.data.views.views import MaskedView, masked_batch, masking_vocabulary, view_fingerprint
-
-ALGORITHM = 1  # raise it when masks would come out differently
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.masking import MaskConfig
 
 
 def hard_tokens(
@@ -41,7 +35,7 @@ def hard_tokens(
     return np.sort(hard[np.argsort(-losses[hard], kind="stable")[:most]])
 
 
-class HardMaskedView:
+class HardMaskedView(MaskedView):
     """The masked replica of a corpus in which one teacher's hard tokens are masked.
 
     ``teacher`` describes a masked LM that saw the clean text of all domains; its losses are those
@@ -49,76 +43,34 @@ class HardMaskedView:
     InputError for another kind of teacher.
     """
 
-    replicas = 1  # what is hard is the same every time
-
     def __init__(self, corpus: Corpus, config: MaskConfig, seed: int, teacher: TeacherInfo):
         _check_teacher(teacher)
-        self.corpus, self.config, self.seed, self.teacher = corpus, config, seed, teacher
-        self.identity: dict[str, Any] = {
-            "algorithm": ALGORITHM,
-            "mask": config.identity(),
-            "seed": seed,
-            "tokenizer": corpus.info["tokenizer"]["digest"],
-            "teacher": {
-                "weights": teacher.fingerprints.get("weights"),
-                "config": teacher.fingerprints.get("config"),
-                "precision": teacher.precision,
-            },
+        self.teacher = teacher
+        decides = {
+            "weights": teacher.fingerprints.get("weights"),
+            "config": teacher.fingerprints.get("config"),
+            "precision": teacher.precision,
         }
-        self.name = f"masked-{view_fingerprint(self.identity)}"
-        self.vocabulary = masking_vocabulary(corpus)
-        self.shards = ShardSet(corpus.store, f"views/{self.name}")
+        # What is hard is the same every time: one replica.
+        super().__init__(corpus, config, seed, 1, {"teacher": decides})
 
     @property
     def share(self) -> float:
         """How much of a sequence is masked at most."""
         return self.config.limit or 1.0
 
-    def build(self) -> None:
-        """Write what is missing. CacheMismatchError where the teacher's losses are."""
-        content = seal(self.identity | {"replicas": self.replicas})
-        self.corpus.store.create(f"views/{self.name}/view.json", content)
-        done = self.shards.committed()
-        missing = [n for n in range(len(self.corpus.commits)) if unit_of(n, 0) not in done]
-        for shard in missing:
-            about = {"kind": "view", "view": self.name, "shard": shard, "replica": 0}
-            schema = describe(list(MaskedView.FIELDS), about | self.identity)
-            self.shards.write(unit_of(shard, 0), schema, self._batches(shard, schema))
+    def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions to be masked of each row of a corpus shard.
 
-    def hard_positions(self, shard: int) -> Iterator[NDArray[np.int64]]:
-        """The positions to be masked of each row of a corpus shard."""
+        Raises CacheMismatchError where the teacher's losses are missing.
+        """
         infos = read_parts(self.corpus.store, self.teacher.name)
-        # Record batches of the teacher and of the corpus may be of different sizes.
-        for scalars in TeacherReader(self.corpus, infos, None).scalars(shard, None):
+        for scalars in TeacherReader(self.corpus, infos, None).scalars(number, None):
             losses = -scalars.gold_log_prob
-            for start, stop in zip(scalars.offsets, scalars.offsets[1:], strict=False):
+            for start, stop in pairwise(scalars.offsets):
                 part = slice(start, stop)
                 hard = hard_tokens(losses[part], self.config.loss_above, self.config.limit)
                 yield scalars.positions[part][hard]
-
-    def _batches(self, number: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        shard, hard = self.corpus.shard(number), list(self.hard_positions(number))
-        for index in range(shard.batch_count):
-            batch = shard.batch(index)
-            first = index * ROWS_PER_BATCH
-            masks = self._masks(batch, hard[first : first + len(batch)])
-            yield masked_batch(batch["digest"], masks, schema)
-
-    def _masks(self, batch: pa.RecordBatch, hard: list[NDArray[np.int64]]) -> list[Mask]:
-        offsets, ids = list_views(batch["input_ids"], "input_ids")
-        rows = zip(batch["digest"].to_pylist(), offsets, offsets[1:], hard, strict=False)
-        return [
-            replace_tokens(
-                ids[a:b],
-                chosen,
-                self.vocabulary,
-                self.config,
-                seed=self.seed,
-                digest=digest,
-                replica=0,
-            )
-            for digest, a, b, chosen in rows
-        ]
 
 
 def _check_teacher(teacher: TeacherInfo) -> None:

@@ -51,9 +51,7 @@ def sequence_scores(
     """
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
-    each: list[int | None] = [replica]
-    if teacher.masked and replica is None:
-        each = list(range(teacher.replicas))
+    each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
     total, count = np.zeros(len(corpus)), np.zeros(len(corpus))
     for number in each:
         found = np.full(len(corpus), np.nan)

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.columns import flat_lists, list_views
+from rekindle.data.storage.columns import ascend_within, flat_lists, list_views
 from rekindle.data.storage.commits import seconds_of
 from rekindle.data.storage.cuts import RowLists, joined
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
@@ -26,7 +26,7 @@ from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import SCALARS, TeacherInfo
-from rekindle.data.views.views import ViewReader, check_aligned
+from rekindle.data.views.reader import ViewReader, check_aligned
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
 DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
@@ -103,12 +103,7 @@ class TeacherReader:
     @property
     def masked(self) -> bool:
         """Whether there is one unit per masked replica."""
-        return self.info.view.startswith("masked-")
-
-    @property
-    def paired(self) -> bool:
-        """Whether it is shown text pairs."""
-        return self.info.view.startswith("pairs-")
+        return self.info.shown.masked
 
     @cached_property
     def replicas(self) -> int:
@@ -149,7 +144,7 @@ class TeacherReader:
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
-        return unit_of(shard, replica if self.masked else None) in self.commits
+        return self.info.shown.unit(shard, replica) in self.commits
 
     def position_rows(
         self, shard: int, rows: Iterable[int], replica: int | None
@@ -202,7 +197,7 @@ class TeacherReader:
     def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
         found = self._views.get((shard, index, replica))
         if found is None:
-            unit = unit_of(shard, replica if self.masked else None)
+            unit = self.info.shown.unit(shard, replica)
             found = RowLists(*self._read_columns(unit, shard, index, replica))
             with self._evicting:
                 while self.kind.copied and len(self._views) >= DECODED_BATCHES:
@@ -251,7 +246,7 @@ class TeacherReader:
 
     def shard_of(self, shard: int, replica: int | None) -> Shard:
         """The unit's own file, its description checked."""
-        unit = unit_of(shard, replica if self.masked else None)
+        unit = self.info.shown.unit(shard, replica)
         return self._shard(self.main, unit, shard, replica)
 
     def _shard(self, part: Part, unit: str, shard_number: int, replica: int | None) -> Shard:
@@ -294,7 +289,7 @@ class TeacherReader:
             return [decode_scalars(*self.batch_columns(shard, i, replica)) for i in count]
         found = []
         for index, batch in enumerate(read_scalars(file)):
-            what = f"{self.main.info.folder}/{unit_of(shard, replica if self.masked else None)}"
+            what = f"{self.main.info.folder}/{self.info.shown.unit(shard, replica)}"
             check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
             found.append(decode_scalars(*flat_lists(batch, SCALARS)))
         return found
@@ -318,16 +313,10 @@ class TeacherReader:
         what: str,
     ) -> None:
         """Positions ascend within their sequence; ids lie within the vocabulary."""
-        positions = columns["positions"].astype(np.int64)
-        counts = np.diff(offsets)
-        tokens = self.corpus.lengths(shard, index * self.info.rows_per_batch, len(counts))
+        first, count = index * self.info.rows_per_batch, len(offsets) - 1
         # A causal target is the distribution of the next token: the last one has none.
-        lengths = tokens - (self.info.task == "causal_lm")
-        limit = np.repeat(lengths, counts)
-        within = positions[offsets[0] : offsets[-1]]
-        row = np.repeat(np.arange(len(counts)), counts)
-        ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
-        if (within >= limit).any() or not ascending.all():
+        lengths = self.corpus.lengths(shard, first, count) - (self.info.task == "causal_lm")
+        if not ascend_within(offsets, columns["positions"], lengths):
             raise CacheFormatError(
                 f"{what}: record batch {index} has positions outside its sequences"
             )

@@ -70,7 +70,7 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
     names = ["digest", *SCALARS]
     stated = shard.commit.facts.get(FACT)
     if stated is None:
-        return [shard.batch(index).select(names) for index in range(shard.batch_count)]
+        return [batch.select(names) for batch in shard.batches()]
     batches = shard.columns(names)
     sums = ScalarSums()
     for batch in batches:

@@ -13,7 +13,7 @@ reaches over a special token.
 """
 
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -97,7 +97,7 @@ class MaskConfig(Settings):
             )
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What of it decides masks; the same for every version that has made them.
 
         The teacher of policy hard counts by what it is, not by its name: see ``HardMaskedView``.
@@ -131,34 +131,28 @@ def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def mask_sequence(
-    input_ids: NDArray[np.int32],
+def chosen_positions(
     content: NDArray[np.bool_],
     word_starts: NDArray[np.bool_],
-    vocabulary: MaskingVocabulary,
     config: MaskConfig,
     *,
     seed: int,
     digest: str,
     replica: int,
     replicas: int,
-) -> Mask:
-    """Mask one sequence.
+) -> NDArray[np.intp]:
+    """Return the positions of one sequence of S tokens that are masked, ascending.
 
-    ``input_ids`` [S]; ``content`` [S] is False at special tokens, which are never masked;
-    ``word_starts`` [S] is True where a word begins. At least one token is masked if there is any
-    content and the policy is ``random``. ValueError for policy ``hard``, which needs losses.
+    ``content`` [S] is False at special tokens, which are never masked; ``word_starts`` [S] is True
+    where a word begins. At least one token is masked if there is any content and the policy is
+    ``random``. ValueError for policy ``hard``, which needs losses.
     """
     if config.policy == "hard":
         raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
     positions = np.flatnonzero(content)
     if config.policy == "cover":
-        chosen = _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
-    else:
-        chosen = _random(positions, word_starts, config, seed, digest, replica)
-    return replace_tokens(
-        input_ids, chosen, vocabulary, config, seed=seed, digest=digest, replica=replica
-    )
+        return _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
+    return _random(positions, word_starts, config, seed, digest, replica)
 
 
 def replace_tokens(

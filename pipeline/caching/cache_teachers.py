@@ -23,13 +23,13 @@ from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import Store, open_store
 from rekindle.data.targets.files import read_teacher
-from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.targets.head import HEAD_FILES, write_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reader import FINISHED, TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
@@ -151,7 +151,7 @@ def _build_corpus(store: Store, config: RunConfig, progress: Progress) -> Corpus
 class Views:
     """The views that the configured teachers and student need."""
 
-    masked: MaskedView | HardMaskedView | None
+    masked: MaskedView | None
     pairs: dict[str, PairView]
 
 
@@ -173,16 +173,15 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
     pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
     for view in pairs.values():
-        with progress.task(f"pairs ({view.kind})", unit="sequences"):
+        with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()
     return Views(masked, pairs)
 
 
 def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
     """Return the units of a teacher that are not committed, in order, and how many are."""
-    masked = info.view.startswith("masked-")
-    each: Sequence[int | None] = range(replicas) if masked else [None]
-    planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
+    shards = range(len(corpus.commits))
+    planned = [Unit(s, replica) for replica in info.shown.numbers(replicas) for s in shards]
     done = ShardSet(corpus.store, info.folder).committed()
     missing = [unit for unit in planned if unit.name not in done]
     return missing, len(planned) - len(missing)
@@ -267,7 +266,7 @@ def write_unit(
     shard = corpus.shard(unit.shard)
     kind = kind_of(info)
     schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
-    digests = [d for i in range(shard.batch_count) for d in shard.batch(i)["digest"].to_pylist()]
+    digests = [d for batch in shard.batches() for d in batch["digest"].to_pylist()]
     batches = kind.batches(schema, digests, result.rows, result.columns)
     facts = {
         "positions": len(result.rows),

@@ -21,11 +21,12 @@ from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codecs import CODECS
 from rekindle.data.targets.files import read_teacher
-from rekindle.data.targets.hard_masks import HardMaskedView
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.pairs import PairView
+from rekindle.data.views.plain import Clean, Text
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
@@ -67,7 +68,7 @@ class TeacherPlan:
 def plan_teacher(
     config: TeacherConfig,
     corpus: Corpus,
-    masked: MaskedView | HardMaskedView | None,
+    masked: MaskedView | None,
     pairs: PairView | None,
     seed: int,
 ) -> TeacherPlan:
@@ -97,7 +98,7 @@ def plan_teacher(
         info |= {"seed": seed} if KINDS[info["kind"]].sampled else {}
     else:
         info |= _head_info(config, settings)
-        info["view"] = pairs.name if config.pair_expert and pairs else "text"
+        info["view"] = pairs.name if config.pair_expert and pairs else Text.kind
         info |= {"monte_carlo_passes": config.monte_carlo.passes}
         info |= {"seed": seed} if config.monte_carlo.passes else {}
     return TeacherPlan(config, directory, TeacherInfo(**info))
@@ -153,7 +154,7 @@ def _tokenizer_of(
 
 
 def _vocabulary_info(
-    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | HardMaskedView | None
+    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | None
 ) -> dict[str, Any]:
     size = corpus.info["tokenizer"]["size"]
     if settings.get_text_config().vocab_size < size:
@@ -185,7 +186,7 @@ def _vocabulary_info(
         per_sequence = corpus.info["config"]["sequence_length"] * share
         info["rows_per_batch"] = compact_rows(per_sequence)
     assert masked is not None or not config.sees_masks
-    return info | {"view": masked.name if masked and config.sees_masks else "clean"}
+    return info | {"view": masked.name if masked and config.sees_masks else Clean.kind}
 
 
 def compact_rows(positions_per_sequence: float) -> int:
@@ -224,7 +225,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     if config.task == "token_classification":
-        return {"kind": "token", "num_labels": labels, "label_names": names, "view": "text"}
+        return {"kind": "token", "num_labels": labels, "label_names": names, "view": Text.kind}
     problem = settings.problem_type or ("regression" if labels == 1 else None)
     if config.monte_carlo.passes and problem == "multi_label_classification":
         raise InputError(

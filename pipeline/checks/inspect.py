@@ -16,6 +16,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.example import Example, SequenceTargets, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.views.registry import view_kind
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
@@ -146,7 +147,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         soft_wrap=True,
     )
     for name, replicas in corpus["views"].items():
-        shown = f", {replicas} replicas" if name.startswith("masked-") else ""
+        shown = f", {replicas} replicas" if view_kind(name).masked else ""
         console.print(f"view {name}{shown}")
     if corpus["domains"]:
         shares = ", ".join(f"{name} {count:,}" for name, count in corpus["domains"].items())

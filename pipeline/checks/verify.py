@@ -28,7 +28,7 @@ from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.positions import target_positions
 from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
 Reader = ViewReader | TeacherReader
@@ -103,7 +103,7 @@ def _check_bytes(shards: ShardSet, commit: Commit) -> None:
         raise CacheFormatError(
             f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
-    rows = sum(shard.batch(i).num_rows for i in range(shard.batch_count))
+    rows = sum(batch.num_rows for batch in shard.batches())
     if rows != commit.rows:
         raise CacheFormatError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
 
@@ -144,10 +144,10 @@ def _check_units(
     check: Callable[[Cache, Any, int, int | None], Iterator[str]],
 ) -> None:
     """Every committed unit, of complete replicas or not; all that is wrong is named at once."""
-    name = reader.info.view if isinstance(reader, TeacherReader) else reader.name
+    kind = reader.info.shown if isinstance(reader, TeacherReader) else reader.kind
     for unit in reader.commits:
         place = _place(unit, len(cache.corpus.commits))
-        if place is None or (place[1] is None) == name.startswith("masked-"):
+        if place is None or (place[1] is None) == kind.masked:
             report.problems.append(f"{reader.folder}: unit {unit} is of no corpus shard")
             continue
         try:
@@ -169,8 +169,7 @@ def _check_view_unit(
     cache: Cache, view: ViewReader, shard: int, replica: int | None
 ) -> Iterator[str]:
     """Alignment with the corpus, over every record batch (the reader raises)."""
-    for index in range(cache.corpus.shard(shard).batch_count):
-        view.batch(shard, index, replica)
+    view.batches(shard, replica)
     yield from ()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.hard_masks import HardMaskedView
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.views.base import StoredView
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views, build_views
 from rekindle.pipeline.config import RunConfig
@@ -157,9 +157,8 @@ def _corpus_plan(config: RunConfig, survey: CorpusSurvey) -> CorpusPlan:
 def _view_plans(config: RunConfig, survey: CorpusSurvey, views: Views) -> tuple[ViewPlan, ...]:
     last = len(survey.steps.commits) - 1  # the largest: what each file has anyway counts least
     plans = []
-    found: list[MaskedView | HardMaskedView | PairView] = []
-    found += [views.masked] if views.masked else []
-    for view in [*found, *views.pairs.values()]:
+    masked: list[StoredView] = [views.masked] if views.masked else []
+    for view in [*masked, *views.pairs.values()]:
         work, present = work_of_view(
             survey, view.name, config.cache.masked_replicas, config.cache.sequences_per_shard
         )

@@ -10,6 +10,7 @@ from typing import Any
 from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.plain import Clean, Text
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views
 from rekindle.pipeline.caching.extensions import plan_parts
@@ -87,7 +88,7 @@ def plan_one_teacher(
         seconds_per_token=measured.seconds_per_token if measured else None,
         seconds=seconds,
         reason=reason,
-        replicas=replicas if wanted.view.startswith("masked-") else 1,
+        replicas=len(wanted.shown.numbers(replicas)),
     )
 
 
@@ -178,12 +179,12 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
         pairs = views.pairs.get(teacher.pairs or "") if teacher.pair_expert else None
         labels = 1 if teacher.task == "regression" else known and known.num_labels
         about |= {"kind": "token" if teacher.task == "token_classification" else "sequence"}
-        about |= {"view": pairs.name if pairs else "text", "num_labels": labels}
+        about |= {"view": pairs.name if pairs else Text.kind, "num_labels": labels}
         return TeacherInfo(**about, monte_carlo_passes=teacher.monte_carlo.passes)
     targets = teacher.targets
     size = survey.reference.info["tokenizer"]["size"]
     masked = views.masked if teacher.sees_masks else None
-    about |= {"view": masked.name if masked else "clean", "vocabulary_size": size}
+    about |= {"view": masked.name if masked else Clean.kind, "vocabulary_size": size}
     about |= VOCABULARY_KINDS[targets.vocabulary_kind].settings(
         targets.k, targets.temperatures, targets.codec, size, known.hidden_size if known else None
     )

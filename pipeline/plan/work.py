@@ -15,7 +15,8 @@ from rekindle.data.storage.shards import ShardSet, rows_in_batches
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.positions import target_positions
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import ShardRows
@@ -53,7 +54,7 @@ def work_of_part(
             if info.domains is not None:
                 share = sum(known.get(domain, 0) for domain in info.domains) / commit.rows
             work.append(Shards(1, commit.rows, commit.facts["tokens"], share))
-    times = replicas if info.view.startswith("masked-") else 1
+    times = len(info.shown.numbers(replicas))
     return work + _new_shards(survey, info.domains, times, per_shard), present
 
 
@@ -61,7 +62,7 @@ def work_of_view(
     survey: CorpusSurvey, name: str, replicas: int, per_shard: int
 ) -> tuple[list[Shards], int]:
     """The shards that are missing of a view, and how many of its units are there."""
-    each: list[int | None] = list(range(replicas)) if name.startswith("masked-") else [None]
+    each = view_kind(name).numbers(replicas)
     work: list[Shards] = []
     present = 0
     if survey.present is not None:
@@ -102,12 +103,11 @@ def _positions(sample: ShardRows, view: ViewReader | None) -> float:
     """Positions of one sample shard that get a target in one replica (the mean over them)."""
     info, corpus, shard = sample.info, sample.corpus, sample.shard
     if info.is_vocabulary:
-        each: list[int | None] = [None] if view is None else [*range(view.replicas)]
+        each = info.shown.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
     if view is not None:
-        pairs = [view.batch(shard, i) for i in range(len(sample.batches))]
-        return sum(len(b["text_a"]) - b["text_a"].null_count for b in pairs)
+        return sum(len(b["text_a"]) - b["text_a"].null_count for b in view.batches(shard))
     if kind_of(info).per_sequence:
         return len(sample.wanted)
     return sum(int(words.sum()) for words in sample.lists("word_starts"))

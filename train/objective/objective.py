@@ -15,6 +15,7 @@ from torch import Tensor
 from rekindle.data.batch import Batch, TokenLabelBatch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.registry import view_kind
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import language_rows, model_inputs, send
 from rekindle.train.method import Method
@@ -147,8 +148,8 @@ class Objective:
         apart = [(t, w) for t, w in task if not self._joins_language_pass(t)]
         by_view: dict[str, list[tuple[DistillTerm, float]]] = {}
         for term, weight in apart:
-            view = self.teachers[term.teachers[0]].view
-            by_view.setdefault(view if view.startswith("pairs-") else "", []).append((term, weight))
+            info = self.teachers[term.teachers[0]]
+            by_view.setdefault(info.view if info.shown.paired else "", []).append((term, weight))
         for view, own in sorted(by_view.items()):
             inputs = inputs_of(student, batch, view, device)
             output = self._run(student, inputs, batch, own, None)
@@ -161,7 +162,7 @@ class Objective:
 
     def _joins_language_pass(self, term: DistillTerm) -> bool:
         """Whether the student imitates these logits in the very pass that the LM loss uses."""
-        paired = self.teachers[term.teachers[0]].view.startswith("pairs-")
+        paired = self.teachers[term.teachers[0]].shown.paired
         return not paired and (term.view == "masked" or self.task == "causal_lm")
 
     def _language_pass(
@@ -236,7 +237,7 @@ def inputs_of(
     """What the student sees beside an expert that saw ``view``: the sentence pairs of that view,
     or the clean text.
     """
-    if not view.startswith("pairs-"):
+    if not view_kind(view).paired:
         return model_inputs(batch.input_ids, batch.lengths, device)
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.views.masking import MaskConfig, MaskingVocabulary, mask_sequence
+from rekindle.data.views.masking import (
+    MaskConfig,
+    MaskingVocabulary,
+    chosen_positions,
+    replace_tokens,
+)
 
 SPECIAL = frozenset({0, 1, 2, 3, 4, 250})
 MASK_ID = 4
@@ -34,11 +39,11 @@ def sequence(size, seed, specials=2):
 
 
 def mask(parts, unit="token", policy="random", probability=0.15, replica=0, replicas=1, **other):
-    digest, seed = other.pop("digest", "d"), other.pop("seed", 0)
+    key = {"digest": other.pop("digest", "d"), "seed": other.pop("seed", 0), "replica": replica}
     config = MaskConfig(policy=policy, unit=unit, probability=probability, **other)
-    return mask_sequence(
-        *parts, VOCABULARY, config, seed=seed, digest=digest, replica=replica, replicas=replicas
-    )
+    ids, content, starts = parts
+    chosen = chosen_positions(content, starts, config, **key, replicas=replicas)
+    return replace_tokens(ids, chosen, VOCABULARY, config, **key)
 
 
 def words_of(parts):
