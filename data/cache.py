@@ -174,8 +174,8 @@ class Cache:
             if info.shown.masked and info.view != masked_view:
                 raise InputError(
                     f"teacher {name!r} saw {info.view}, this batch has "
-                    f"{masked_view or 'no masks'}: its targets belong to other inputs. Use the masks "
-                    "it was cached with"
+                    f"{masked_view or 'no masks'}: its targets belong to other inputs. Use the "
+                    "masks it was cached with"
                 )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
 
+Lists = tuple[NDArray[np.int32], NDArray]  # offsets [R+1] and the values that they point into
+
 
 def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
     """List offsets from list lengths; ValueError past the 32 bits that Arrow's lists have."""
@@ -37,7 +39,7 @@ def list_type(dtype: pa.DataType, width: int | None = None) -> pa.DataType:
     return pa.list_(pa.list_(dtype, width) if width is not None else dtype)
 
 
-def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDArray]:
+def list_views(column: pa.ListArray, name: str) -> Lists:
     """Offsets [R+1] and the values they point into: 1-D, or 2-D for lists of fixed-size lists.
 
     Zero-copy. Raises CacheFormatError for nulls, and when the offsets do not ascend within the

@@ -17,9 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.storage.columns import Lists
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet, describe
 
+Lengths = NDArray[np.int64]
 ALGORITHM = 1  # raise it when masks or pairs would come out differently
 
 
@@ -45,17 +47,10 @@ class View:
         return unit_of(shard, replica if cls.masked else None)
 
     @classmethod
-    def is_sound(
-        cls,
-        batch: pa.RecordBatch,
-        offsets: NDArray[np.int32],
-        beside: NDArray,
-        lengths: NDArray[np.int64],
-    ) -> bool:
+    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
         """Return whether a writer of ours can have written the batch, by more than its ids.
 
-        ``offsets`` [R+1] and ``beside`` are the lists of the column of that name, ``lengths`` [R]
-        the tokens of the corpus's sequences.
+        ``lengths`` [R] are the tokens of the corpus's sequences.
         """
         return True
 
@@ -90,13 +85,13 @@ class StoredView(View):
                 if unit not in done:
                     about = about_unit(self.name, shard, replica) | self.identity
                     schema = describe(list(self.fields), about)
-                    self.shards.write(unit, schema, self._batches(shard, replica, schema))
+                    columns = self._columns(shard, replica)
+                    batches = (pa.record_batch(found, schema=schema) for found in columns)
+                    self.shards.write(unit, schema, batches)
 
     @abstractmethod
-    def _batches(
-        self, number: int, replica: int | None, schema: pa.Schema
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of one unit."""
+    def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
+        """Yield the columns of each record batch of one unit."""
 
 
 def about_unit(name: str, shard: int, replica: int | None) -> dict[str, object]:

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
+    Lists,
     ascend_within,
     list_array,
     list_type,
     list_views,
     offsets_of,
 )
-from rekindle.data.views.base import StoredView
+from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import (
+    Draw,
     MaskConfig,
     MaskingVocabulary,
     chosen_positions,
@@ -63,15 +65,9 @@ class MaskedView(StoredView):
         return self.config.probability
 
     @classmethod
-    def is_sound(
-        cls,
-        batch: pa.RecordBatch,
-        offsets: NDArray[np.int32],
-        beside: NDArray,
-        lengths: NDArray[np.int64],
-    ) -> bool:
+    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
         """Return whether positions ascend within their sequences."""
-        return ascend_within(offsets, beside, lengths)
+        return ascend_within(*beside, lengths)
 
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.intp]]:
         """Yield the positions to be masked of each row of a corpus shard, ascending."""
@@ -79,19 +75,11 @@ class MaskedView(StoredView):
             offsets, starts = list_views(batch["char_starts"], "char_starts")
             words = list_views(batch["word_starts"], "word_starts")[1]
             for digest, (a, b) in zip(batch["digest"].to_pylist(), pairwise(offsets), strict=True):
-                yield chosen_positions(
-                    starts[a:b] >= 0,
-                    words[a:b],
-                    self.config,
-                    seed=self.seed,
-                    digest=digest,
-                    replica=replica,
-                    replicas=self.replicas,
-                )
+                draw = Draw(self.seed, digest, replica)
+                content = starts[a:b] >= 0
+                yield chosen_positions(content, words[a:b], self.config, draw, self.replicas)
 
-    def _batches(
-        self, number: int, replica: int | None, schema: pa.Schema
-    ) -> Iterator[pa.RecordBatch]:
+    def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
         which = replica or 0
         positions = self.masked_positions(number, which)
         for batch in self.corpus.shard(number).batches():
@@ -100,17 +88,10 @@ class MaskedView(StoredView):
             rows = zip(batch["digest"].to_pylist(), pairwise(offsets), chosen, strict=True)
             seen = [
                 replace_tokens(
-                    ids[a:b],
-                    masked,
-                    self.vocabulary,
-                    self.config,
-                    seed=self.seed,
-                    digest=digest,
-                    replica=which,
-                ).input_ids
+                    ids[a:b], masked, self.vocabulary, self.config, Draw(self.seed, digest, which)
+                )
                 for digest, (a, b), masked in rows
             ]
             lists = offsets_of([len(row) for row in chosen])
             places = list_array(lists, np.concatenate(chosen).astype(np.uint16))
-            columns = [batch["digest"], places, list_array(lists, np.concatenate(seen))]
-            yield pa.record_batch(columns, schema=schema)
+            yield [batch["digest"], places, list_array(lists, np.concatenate(seen))]

@@ -118,27 +118,29 @@ class MaskingVocabulary(NamedTuple):
         return cls(mask_id, np.setdiff1d(np.arange(size), sorted(special_ids)).astype(np.int32))
 
 
-class Mask(NamedTuple):
-    """One replica's masked positions of one sequence, ascending, and what stands there instead."""
-
-    positions: NDArray[np.uint16]
-    input_ids: NDArray[np.int32]
-
-
 def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
     """A Philox generator keyed by (purpose, seed, example digest)."""
     key = xxhash.xxh3_128_intdigest(f"{purpose}\0{seed}\0{digest}".encode())
     return np.random.Generator(np.random.Philox(key=key))
 
 
+class Draw(NamedTuple):
+    """What decides the mask of one sequence beside the configuration."""
+
+    seed: int
+    digest: str
+    replica: int
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """The generator for that purpose; the replica counts where the purpose names it."""
+        return generator(purpose, self.seed, self.digest)
+
+
 def chosen_positions(
     content: NDArray[np.bool_],
     word_starts: NDArray[np.bool_],
     config: MaskConfig,
-    *,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
     replicas: int,
 ) -> NDArray[np.intp]:
     """Return the positions of one sequence of S tokens that are masked, ascending.
@@ -151,8 +153,8 @@ def chosen_positions(
         raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
     positions = np.flatnonzero(content)
     if config.policy == "cover":
-        return _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
-    return _random(positions, word_starts, config, seed, digest, replica)
+        return _cover(positions, word_starts, config.unit, draw, replicas)
+    return _random(positions, word_starts, config, draw)
 
 
 def replace_tokens(
@@ -160,32 +162,27 @@ def replace_tokens(
     chosen: NDArray[np.intp],
     vocabulary: MaskingVocabulary,
     config: MaskConfig,
-    *,
-    seed: int,
-    digest: str,
-    replica: int,
-) -> Mask:
-    """The mask at the positions ``chosen``, ascending, of one sequence ``input_ids`` [S]."""
-    random = generator(f"replace/{replica}", seed, digest)
-    draw = random.random(len(chosen))
+    draw: Draw,
+) -> NDArray[np.int32]:
+    """Return what stands at the positions ``chosen`` of one sequence ``input_ids`` [S] instead."""
+    random = draw.generator(f"replace/{draw.replica}")
+    lot = random.random(len(chosen))
     replaced = input_ids[chosen].astype(np.int32)
-    replaced[draw < config.mask_token] = vocabulary.mask_id
-    swap = (draw >= config.mask_token) & (draw < config.mask_token + config.random_token)
+    replaced[lot < config.mask_token] = vocabulary.mask_id
+    swap = (lot >= config.mask_token) & (lot < config.mask_token + config.random_token)
     replaced[swap] = random.choice(vocabulary.content_ids, size=int(swap.sum()))
-    return Mask(chosen.astype(np.uint16), replaced)
+    return replaced
 
 
 def _random(
     positions: NDArray[np.intp],
     word_starts: NDArray[np.bool_],
     config: MaskConfig,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
 ) -> NDArray[np.intp]:
     if not len(positions):
         return positions
-    random = generator(f"mask/{replica}", seed, digest)
+    random = draw.generator(f"mask/{draw.replica}")
     budget = max(1, round(config.probability * len(positions)))
     if config.unit == "token":
         return np.sort(random.choice(positions, size=budget, replace=False))
@@ -206,16 +203,14 @@ def _cover(
     positions: NDArray[np.intp],
     word_starts: NDArray[np.bool_],
     unit: str,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
     replicas: int,
 ) -> NDArray[np.intp]:
-    random = generator(f"cover/{replicas}", seed, digest)  # the same deal for every replica
+    random = draw.generator(f"cover/{replicas}")  # the same deal for every replica
     units = _units(positions, word_starts, unit, random, longest=SPAN_MAX)
     # A shuffled deal: every replica gets as many units as any other, give or take one.
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
-    mine = [piece for piece, own in zip(units, owner, strict=True) if own == replica]
+    mine = [piece for piece, own in zip(units, owner, strict=True) if own == draw.replica]
     return np.sort(np.concatenate(mine)) if mine else positions[:0]
 
 

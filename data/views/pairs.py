@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.sentences import split_sentences
-from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.columns import Lists, list_array, list_type, list_views, offsets_of
 from rekindle.data.storage.shards import rows_in_batches
-from rekindle.data.views.base import StoredView
+from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import generator
 
 PairKind = Literal["adjacent", "same-document", "random"]
@@ -52,19 +52,11 @@ class PairView(StoredView):
         return name.removeprefix("pairs-").rpartition("-")[0]
 
     @classmethod
-    def is_sound(
-        cls,
-        batch: pa.RecordBatch,
-        offsets: NDArray[np.int32],
-        beside: NDArray,
-        lengths: NDArray[np.int64],
-    ) -> bool:
+    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
         """Return whether each row has both texts or none."""
         return bool(batch["text_a"].is_null().equals(batch["text_b"].is_null()))
 
-    def _batches(
-        self, number: int, replica: int | None, schema: pa.Schema
-    ) -> Iterator[pa.RecordBatch]:
+    def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
         shard = self.corpus.shard(number)
         table = shard.table()
         digests = table["digest"].to_pylist()
@@ -81,14 +73,13 @@ class PairView(StoredView):
                 for pair in pairs[first:last]
             ]
             lists = offsets_of([len(ids) for ids, _ in encoded])
-            columns = [
+            yield [
                 pa.array(digests[first:last], pa.string()),
                 pa.array([p and p[0] for p in pairs[first:last]], pa.string()),
                 pa.array([p and p[1] for p in pairs[first:last]], pa.string()),
                 list_array(lists, np.concatenate([np.array(i, np.int32) for i, _ in encoded])),
                 list_array(lists, np.concatenate([np.array(t, np.uint8) for _, t in encoded])),
             ]
-            yield pa.record_batch(columns, schema=schema)
 
 
 def _parts(batch: pa.RecordBatch) -> list[list[str]]:

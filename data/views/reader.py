@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
-from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.columns import Lists, list_views
 from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
 from rekindle.data.views.base import about_unit
 from rekindle.data.views.registry import view_kind
@@ -23,7 +23,7 @@ class ViewReader:
         self.commits: dict[str, Commit] = self.shards.committed()
         self._open: dict[str, Shard] = {}
         self._batches: dict[tuple[str, int], pa.RecordBatch] = {}
-        self._lists: dict[tuple[str, int, str], tuple[NDArray[np.int32], NDArray]] = {}
+        self._lists: dict[tuple[str, int, str], Lists] = {}
 
     @property
     def folder(self) -> str:
@@ -85,14 +85,12 @@ class ViewReader:
     def _check_rows(self, batch: pa.RecordBatch, shard: int, index: int) -> None:
         """CacheFormatError for what no writer of ours would have written."""
         offsets, ids = list_views(batch["input_ids"], "input_ids")
-        others, values = list_views(batch[self.kind.beside], self.kind.beside)
+        beside = list_views(batch[self.kind.beside], self.kind.beside)
         ids = ids[offsets[0] : offsets[-1]]
         size = self.corpus.info["tokenizer"]["size"]
-        sound = np.array_equal(offsets, others) and bool(((ids >= 0) & (ids < size)).all())
+        sound = np.array_equal(offsets, beside[0]) and bool(((ids >= 0) & (ids < size)).all())
         lengths = self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch))
-        if sound:
-            sound = self.kind.is_sound(batch, offsets, values, lengths)
-        if not sound:
+        if not sound or not self.kind.is_sound(batch, beside, lengths):
             raise CacheFormatError(
                 f"views/{self.name}: record batch {index} of shard {shard} has ids outside the "
                 "vocabulary, positions outside its sequences or columns that do not agree"
