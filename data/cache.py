@@ -7,7 +7,7 @@ touched.
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from rekindle.data.targets.ranking import (
     HARD,
     HardPositions,
     Score,
+    ScoreSettings,
     hard_positions,
     sequence_scores,
 )
@@ -230,7 +231,7 @@ class Cache:
         teacher: str,
         score: Score = "median_loss",
         replica: int | None = None,
-        **settings: Any,
+        **settings: Unpack[ScoreSettings],
     ) -> NDArray[np.float64]:
         """A score [N] of every sequence from the teacher's stored scalars: see ``selection.py``."""
         return sequence_scores(self.corpus, self.teacher(teacher), score, replica, **settings)
@@ -240,7 +241,7 @@ class Cache:
         teacher: str,
         score: Score = "median_loss",
         replica: int | None = None,
-        **settings: Any,
+        **settings: Unpack[ScoreSettings],
     ) -> Ints:
         """The sequences by falling score, ties in corpus order; those without a score last."""
         found = self.scores(teacher, score, replica, **settings)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +66,7 @@ class _Origin(NamedTuple):
 
 class _Record(NamedTuple):
     row: int
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     fields: Iterable[str]  # every field the record has, also those that were not read
 
 
@@ -213,7 +213,7 @@ def _documents(origin: _Origin, text_field: str, domain_field: str | None) -> It
             yield Document(_identity(record, origin), text, domain)
 
 
-def _field(record: _Record, field: str, setting: str, where: str) -> Any:
+def _field(record: _Record, field: str, setting: str, where: str) -> object:
     if record.values.get(field) is not None:
         return record.values[field]
     fields = list(record.fields)

@@ -3,7 +3,7 @@
 import builtins
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError
@@ -30,17 +30,9 @@ class Commit:
 
     def to_bytes(self) -> builtins.bytes:
         """The record as JSON, with its own checksum last."""
-        body = {
-            "unit": self.unit,
-            "path": self.path,
-            "rows": self.rows,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "regions": [list(region) for region in self.regions],
-            "facts": self.facts,
-        }
-        if self.rows_per_batch != ROWS_PER_BATCH:
-            body["rows_per_batch"] = self.rows_per_batch
+        body = asdict(self)
+        if self.rows_per_batch == ROWS_PER_BATCH:  # as before there were others
+            del body["rows_per_batch"]
         return (json.dumps(body | {SEAL: checksum(body)}, indent=1) + "\n").encode()
 
     def count(self, fact: str) -> int:
@@ -93,9 +85,9 @@ def seconds_of(commit: Commit) -> float | None:
     of one unit still give the same bytes of data.
     """
     found: Any = commit.facts.get(SECONDS)
-    if type(found) not in (int, float) or not 0 <= found < math.inf:
-        return None
-    return float(found)
+    if type(found) in (int, float) and 0 <= found < math.inf:
+        return float(found)
+    return None
 
 
 def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:

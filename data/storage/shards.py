@@ -92,10 +92,10 @@ class ShardSet:
         unit: str,
         schema: pa.Schema,
         batches: Iterable[pa.RecordBatch],
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
         write_options: pa.ipc.IpcWriteOptions | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
-        late_facts: Callable[[], Mapping[str, Any]] = dict,
+        late_facts: Callable[[], Mapping[str, object]] = dict,
     ) -> Commit:
         """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
 
@@ -133,7 +133,7 @@ class ShardSet:
     def open(
         self,
         commit: Commit,
-        about: Mapping[str, Any] | None = None,
+        about: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
         hold: Callable[[pa.RecordBatch], None] | None = None,
     ) -> "Shard":
@@ -176,7 +176,7 @@ class _HashingFile:
         self._start = 0
         self._region = xxhash.xxh3_64()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         # Arrow writes the schema together with the first batch; it gets a region of its own.
         if self.position < self._schema_end < self.position + len(data):
             cut = self._schema_end - self.position
@@ -369,7 +369,7 @@ class Shard:
         self._checked.add(region)
 
 
-def describe(fields: list[pa.Field], metadata: dict[str, Any]) -> pa.Schema:
+def describe(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:
     """A schema whose metadata says, in JSON under the key ``rekindle``, what the shard holds."""
     return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
 

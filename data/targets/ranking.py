@@ -7,7 +7,7 @@ not read for it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ from rekindle.data.targets.scalars import PositionScalars
 Score = Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"]
 HARD = 0.1  # nats of −log p of the true token above which a position is hard (Vega v2)
 PREDICTABLE = 10  # SALT's median is over tokens whose rank is below this
+
+
+class ScoreSettings(TypedDict, total=False):
+    """What else a score is given, see ``sequence_scores``."""
+
+    predictable: int
+    threshold: float
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token i
 ``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -65,9 +65,9 @@ class TeacherInfo(Settings):
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_lineage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_an_empty_lineage(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
         """As before there were lineages: earlier versions refuse a key that they do not know."""
-        values: dict[str, Any] = handler(self)
+        values: dict[str, object] = rest(self)
         return {key: value for key, value in values.items() if key != "lineage" or value}
 
     def identity(self) -> dict:

@@ -109,11 +109,11 @@ class MaskConfig(Settings):
 class MaskingVocabulary(NamedTuple):
     """What masks need of a tokenizer: the mask token and the ids random tokens are drawn from."""
 
-    mask_id: int
+    mask_id: int | None
     content_ids: NDArray[np.int32]
 
     @classmethod
-    def of(cls, size: int, mask_id: int, special_ids: frozenset[int]) -> "MaskingVocabulary":
+    def of(cls, size: int, mask_id: int | None, special_ids: frozenset[int]) -> "MaskingVocabulary":
         """The vocabulary of ``size`` ids without its special tokens."""
         return cls(mask_id, np.setdiff1d(np.arange(size), sorted(special_ids)).astype(np.int32))
 
@@ -167,6 +167,7 @@ def replace_tokens(
     """Return what stands at the positions ``chosen`` of one sequence ``input_ids`` [S] instead."""
     random = draw.generator(f"replace/{draw.replica}")
     lot = random.random(len(chosen))
+    assert vocabulary.mask_id is not None  # whoever masks has looked
     replaced = input_ids[chosen].astype(np.int32)
     replaced[lot < config.mask_token] = vocabulary.mask_id
     swap = (lot >= config.mask_token) & (lot < config.mask_token + config.random_token)

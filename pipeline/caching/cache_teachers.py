@@ -284,7 +284,7 @@ def write_unit(
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
 
-    def late() -> dict[str, float]:
+    def late() -> dict[str, str | float]:
         spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
         return sums.facts() | spent
 

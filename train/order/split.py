@@ -1,9 +1,9 @@
 """What is trained on and what is held out: a few stretches of whole documents all over a corpus.
 
 Constant memory and a bounded number of reads for any number of sequences: a side is a short list
-of ranges, and only the rows about a stretch's ends are looked at. A corpus is split stage by stage
-(see ``corpus_stages.py``): when it grows, what was held out stays so, and so does what was trained
-on.
+of ranges, and only the rows about a stretch's ends are looked at. A corpus is split addition by
+addition (``data/corpus/additions.py``): when it grows, what was held out stays so, and so does what
+was trained on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -128,17 +128,17 @@ class _Span:
 
 
 def _spans(corpus: Corpus) -> Iterator[_Span]:
-    shards = [min(stage.first_shard, len(corpus.commits)) for stage in corpus.stages]
+    shards = [min(one.first_shard, len(corpus.commits)) for one in corpus.additions]
     if shards != sorted(shards) or shards[0] < 0:
         raise CacheFormatError(
             f"{corpus.store.location}/corpus: its stages begin at shards {shards}, not one after "
             f"another. {REPAIR}"
         )
     edges = [*map(corpus.first, shards), len(corpus)]
-    for stage, (start, stop) in zip(corpus.stages, pairwise(edges), strict=True):
+    for one, (start, stop) in zip(corpus.additions, pairwise(edges), strict=True):
         if stop > start:
             # Source files are read to their ends, unless there is a limit that can be raised.
-            yield _Span(start, stop, cut=stage.config.get("limit_sequences") is not None)
+            yield _Span(start, stop, cut=one.config.get("limit_sequences") is not None)
 
 
 class _Rows:

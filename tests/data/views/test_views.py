@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
 from rekindle.data.corpus.documents import read_documents
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.corpus.sentences import split_sentences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError

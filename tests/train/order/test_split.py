@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import open_store
 from rekindle.train.order.split import FAR_TOO_MUCH, PLACES, Ranges, split_corpus
@@ -113,10 +113,10 @@ class FakeCorpus:
         self.rows_of, self.reads = [row for rows in stages for row in rows], 0
         self.info = {"config": {"packing": packing}}
         self.store = SimpleNamespace(location="fake")
-        shards, self._firsts, self.stages = 0, [0], []
+        shards, self._firsts, self.additions = 0, [0], []
         for rows, limit in zip(stages, limits, strict=True):
             config = {"limit_sequences": limit}
-            self.stages.append(SimpleNamespace(first_shard=shards, config=config))
+            self.additions.append(SimpleNamespace(first_shard=shards, config=config))
             for start in range(0, len(rows), 7):
                 self._firsts.append(self._firsts[-1] + len(rows[start : start + 7]))
                 shards += 1
@@ -301,7 +301,7 @@ def test_appended_text_is_represented():
 def test_stages_in_another_order_are_refused():
     rows = packed([35] * 100, "document")
     corpus = FakeCorpus([rows, rows], "document", [None, None])
-    corpus.stages.reverse()
+    corpus.additions.reverse()
     with pytest.raises(CacheFormatError, match="stages begin at shards"):
         split_corpus(SimpleNamespace(corpus=corpus), 0.1)
 
@@ -315,7 +315,7 @@ class HugeCorpus:
     def __init__(self):
         self.reads, self.commits = 0, range(1)
         self.info = {"config": {"packing": "contiguous"}}
-        self.stages = [SimpleNamespace(first_shard=0, config={})]
+        self.additions = [SimpleNamespace(first_shard=0, config={})]
 
     def __len__(self):
         return 10**12

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus, unit_of
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet
