@@ -5,13 +5,14 @@ Rows without loss are dropped before the first product. Nothing here talks to au
 rows, H hidden, V vocabulary, K kept ids, C block rows.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rekindle.kernels.closed_form import BlockLosses, Coefficients, block_buffers, loss_block
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
 
 # Bytes of all [C,V] buffers of a call together. On a GPU few rows a block would make reading and
@@ -35,6 +36,15 @@ def block_rows(rows: int, vocabulary: int, bytes_per_entry: int, budget: int) ->
     return max(1, -(-rows // blocks))
 
 
+def row_blocks(
+    rows: int, vocabulary: int, bytes_per_entry: int, device: torch.device
+) -> list[slice]:
+    """Consecutive slices of `rows`, whose [C,V] buffers keep within the device's BLOCK_BYTES."""
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+    step = block_rows(rows, vocabulary, bytes_per_entry, budget)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: sixteen-bit inputs are computed in float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -43,7 +53,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def logits_blockwise(
     logits: Tensor,
     targets: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     factors: Coefficients | None,
     teacher: Teacher | None = None,
 ) -> tuple[BlockLosses, Tensor | None]:
@@ -52,16 +62,16 @@ def logits_blockwise(
     With a teacher, `targets` hold labels and weights only, and list no ids.
     """
     dtype = compute_dtype(logits)
-    rows = _rows_with_loss(targets, objective, teacher)
+    rows = _rows_with_loss(targets, settings, teacher)
     kept = targets.take(rows)
     ce, kd = (torch.zeros(len(logits), dtype=dtype, device=logits.device) for _ in range(2))
     gradient = None if factors is None else torch.zeros_like(logits)
     like = logits[:0].to(dtype)
-    for block in _blocks(rows.numel(), logits.shape[1], like, kept, objective, teacher):
+    for block in _blocks(rows.numel(), logits.shape[1], like, kept, settings, teacher):
         here = rows[block]
         z = logits[here].to(dtype)  # indexing copies
-        own = None if factors is None else Coefficients(*(f[here] for f in factors))
-        ce[here], kd[here] = _losses(z, here, kept.take(block), objective, own, teacher)
+        own = None if factors is None else factors.take(here)
+        ce[here], kd[here] = _losses(z, here, kept.take(block), settings, own, teacher)
         if gradient is not None:
             gradient[here] = z.to(logits.dtype)
     return BlockLosses(ce, kd), gradient
@@ -72,9 +82,9 @@ def linear_blockwise(
     weight: Tensor,
     bias: Tensor | None,
     targets: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     factors: Coefficients | None,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],
     teacher: Teacher | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> tuple[BlockLosses, Gradients]:
@@ -86,7 +96,7 @@ def linear_blockwise(
     """
     dtype = compute_dtype(hidden, weight)
     product_dtype = product_dtype or dtype
-    rows = _rows_with_loss(targets, objective, teacher)
+    rows = _rows_with_loss(targets, settings, teacher)
     kept = targets.take(rows)
     x, w = hidden[rows].to(product_dtype), weight.to(product_dtype)
     b = None if bias is None else bias.to(dtype)
@@ -96,15 +106,15 @@ def linear_blockwise(
     dw = fresh(w.shape, dtype=dtype, device=w.device) if factors is not None and wanted[1] else None
     db = torch.zeros_like(b) if factors is not None and wanted[2] and b is not None else None
     ce, kd = (torch.zeros(hidden.shape[0], dtype=dtype, device=x.device) for _ in range(2))
-    blocks = _blocks(rows.numel(), weight.shape[0], x[:0].to(dtype), kept, objective, teacher)
+    blocks = _blocks(rows.numel(), weight.shape[0], x[:0].to(dtype), kept, settings, teacher)
     logits = torch.empty(blocks[0].stop if blocks else 0, len(w), dtype=dtype, device=x.device)
     for block in blocks:
         z, here = logits[: block.stop - block.start], rows[block]
         product_(z, x[block], w.t())
         if b is not None:
             z.add_(b)
-        own = None if factors is None else Coefficients(*(f[here] for f in factors))
-        ce[here], kd[here] = _losses(z, here, kept.take(block), objective, own, teacher)
+        own = None if factors is None else factors.take(here)
+        ce[here], kd[here] = _losses(z, here, kept.take(block), settings, own, teacher)
         gradient = z.to(product_dtype)
         if dx is not None:
             torch.mm(gradient, w, out=dx[block])
@@ -143,26 +153,26 @@ def _losses(
     z: Tensor,
     rows: Tensor,
     kept: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     factors: Coefficients | None,
     teacher: Teacher | None,
 ) -> BlockLosses:
     """Losses of one block's raw logits z [C,V], which become their gradient."""
     if teacher is None:
-        return loss_block(z, kept, objective, factors)
-    log_q = teacher.log_probs(rows, objective.temperature)
-    return whole_loss_block(z, log_q, kept.labels, objective, factors)
+        return loss_block(z, kept, settings, factors)
+    log_q = teacher.log_probs(rows, settings.temperature)
+    return whole_loss_block(z, log_q, kept.labels, settings, factors)
 
 
 def _rows_with_loss(
-    targets: SparseTargets, objective: Objective, teacher: Teacher | None
+    targets: SparseTargets, settings: LossSettings, teacher: Teacher | None
 ) -> Tensor:
     """Indices of the rows that weigh something and have a label or a target."""
     if teacher is not None and targets.weight is None:
         return torch.arange(len(targets.ids), device=targets.ids.device)  # without waiting for it
     if teacher is not None:
         return targets.active().nonzero()[:, 0]
-    useful = targets.labelled(objective.ignore_index) | (targets.ids >= 0).any(1)
+    useful = targets.labelled(settings.ignore_index) | (targets.ids >= 0).any(1)
     return (targets.active() & useful).nonzero()[:, 0]
 
 
@@ -171,12 +181,10 @@ def _blocks(
     vocabulary: int,
     like: Tensor,
     targets: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     teacher: Teacher | None,
 ) -> list[slice]:
     """Consecutive slices of `rows`, sized for buffers of `like`'s dtype on its device."""
     count = block_buffers if teacher is None else whole_buffers
-    buffers = count(objective, targets.labels is not None)
-    budget = BLOCK_BYTES.get(like.device.type, BLOCK_BYTES["cuda"])
-    step = block_rows(rows, vocabulary, buffers * like.element_size(), budget)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    buffers = count(settings, targets.labels is not None)
+    return row_blocks(rows, vocabulary, buffers * like.element_size(), like.device)

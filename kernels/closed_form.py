@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rekindle.kernels.targets import LOG_OF_ZERO, Objective, SparseTargets, target_masses
+from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings, SparseTargets, target_masses
 
 
 class BlockLosses(NamedTuple):
@@ -32,15 +32,19 @@ class Coefficients(NamedTuple):
     ce: Tensor
     kd: Tensor
 
+    def take(self, rows: Tensor | slice) -> "Coefficients":
+        """Those of some rows only."""
+        return Coefficients(self.ce[rows], self.kd[rows])
 
-def block_buffers(objective: Objective, has_labels: bool) -> int:
+
+def block_buffers(settings: LossSettings, has_labels: bool) -> int:
     """How many [C,V] blocks `loss_block` holds at once, the logits included."""
-    second_softmax = objective.temperature != 1.0 and has_labels
-    return 1 + second_softmax + (objective.softcap is not None)
+    second_softmax = settings.temperature != 1.0 and has_labels
+    return 1 + second_softmax + (settings.softcap is not None)
 
 
 def loss_block(
-    z: Tensor, targets: SparseTargets, objective: Objective, coefficients: Coefficients | None
+    z: Tensor, targets: SparseTargets, settings: LossSettings, coefficients: Coefficients | None
 ) -> BlockLosses:
     """Per-row losses of raw logits z [C,V], a private float32 or float64 buffer, overwritten.
 
@@ -49,29 +53,29 @@ def loss_block(
     where they count.
     """
     wanted = coefficients is not None
-    slope = transform_(z, objective.logit_scale, objective.softcap, keep_slope=wanted)
+    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
     slots = _Slots.gather(z, targets.ids)
-    label = _Label.gather(z, targets, objective.ignore_index)
-    tau = objective.temperature
+    label = _Label.gather(z, targets, settings.ignore_index)
+    tau = settings.temperature
     if tau == 1.0:
         tempered = at_one = _split_(z, slots, 1.0)
     elif label is None:
         tempered = at_one = _split_(z.div_(tau), slots, tau)
     else:
         tempered, at_one = _split_(z / tau, slots, tau), _split_(z, slots, 1.0)
-    q, q_rest, has_target = target_masses(targets, objective.tail, z.dtype)
-    parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, objective.divergence)
+    q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
+    parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, settings.divergence)
     kd = torch.where(has_target, parts.value, 0.0)
     ce = torch.zeros_like(kd) if label is None else label.cross_entropy(at_one)
     if coefficients is None:
         return BlockLosses(ce, kd)
-    b = torch.where(has_target, coefficients.kd, 0.0)[:, None] * (objective.logit_scale / tau)
+    b = torch.where(has_target, coefficients.kd, 0.0)[:, None] * (settings.logit_scale / tau)
     rest, inside = b * parts.rest[:, None], b * parts.inside
     if label is None:
         z.mul_(rest)
         slots.write_(z, inside)
     else:
-        a = torch.where(label.possible, coefficients.ce, 0.0)[:, None] * objective.logit_scale
+        a = torch.where(label.possible, coefficients.ce, 0.0)[:, None] * settings.logit_scale
         rest_at_one = a * at_one.log_rest.exp()[:, None]
         if tempered is at_one:
             z.mul_(rest + rest_at_one)

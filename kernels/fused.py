@@ -1,23 +1,23 @@
-"""Launches of the row kernel: memory, tile sizes and compile-time switches; no arithmetic of its
-own.
+"""Launch the row kernel: memory, tile sizes and compile-time switches; and scale a gradient.
 
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
-from rekindle.kernels.row_kernel import row_kernel, scale_kernel
-from rekindle.kernels.targets import DIVERGENCES, TAILS, Objective, SparseTargets
+from rekindle.kernels.row_kernel import row_kernel
+from rekindle.kernels.targets import DIVERGENCES, TAILS, LossSettings, SparseTargets
 
 
 def losses_of_rows(
     logits: Tensor,
     gradient: Tensor,
     targets: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     factors: Coefficients | None,
 ) -> BlockLosses:
     """Per-row CE and D [N] of logits [N,V], and in `gradient` the derivative of Σ factors·losses.
@@ -49,13 +49,13 @@ def losses_of_rows(
             logits.stride(0),
             vocabulary,
             targets.ids.shape[1],
-            objective.kept,
-            objective.ignore_index,
-            1.0 / objective.temperature,
-            float(objective.logit_scale),
-            0.0 if objective.softcap is None else float(objective.softcap),
+            settings.kept,
+            settings.ignore_index,
+            1.0 / settings.temperature,
+            float(settings.logit_scale),
+            0.0 if settings.softcap is None else float(settings.softcap),
             _resolution(logits.dtype),
-            **_constants(targets, objective, gradient is logits, factors is not None),
+            **_constants(targets, settings, gradient is logits, factors is not None),
             **_tile(vocabulary, block_k),
             BLOCK_K=block_k,
         )
@@ -63,21 +63,21 @@ def losses_of_rows(
 
 
 def _constants(
-    targets: SparseTargets, objective: Objective, hide: bool, gradient: bool
+    targets: SparseTargets, settings: LossSettings, hide: bool, gradient: bool
 ) -> dict[str, int | bool]:
     """The kernel's compile-time switches."""
-    tau, has_labels = objective.temperature, targets.labels is not None
+    tau, has_labels = settings.temperature, targets.labels is not None
     power = {1.0: 1, 2.0: 2, 4.0: 4}.get(tau, 0)
     return {
-        "DIVERGENCE": DIVERGENCES.index(objective.divergence),
-        "TAIL": TAILS.index(objective.tail),
+        "DIVERGENCE": DIVERGENCES.index(settings.divergence),
+        "TAIL": TAILS.index(settings.tail),
         "ENCODED": targets.probs.dtype == torch.uint8,
-        "PLANES": objective.planes,
+        "PLANES": settings.planes,
         "POWER": power if has_labels or tau == 1.0 else -1,
         "HAS_TAIL": targets.tail is not None,
         "HAS_LABELS": has_labels,
         "HAS_WEIGHT": targets.weight is not None,
-        "SOFTCAP": objective.softcap is not None,
+        "SOFTCAP": settings.softcap is not None,
         "HIDE": hide,
         "GRADIENT": gradient,
     }
@@ -105,6 +105,17 @@ def _resolution(dtype: torch.dtype) -> float:
     return 2.0**-3 if dtype == torch.float32 else 2.0**-9
 
 
+@triton.jit
+def _scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values [n] *= factor [], without touching them if the factor is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor == 1.0:
+        return
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(values_ptr + o, mask=o < n).to(tl.float32) * factor
+    tl.store(values_ptr + o, x.to(values_ptr.dtype.element_ty), mask=o < n)
+
+
 def scale_unless_one(values: Tensor, factor: Tensor) -> None:
     """In place values · factor, a scalar on the device; if it is 1, memory is not touched."""
     if not values.is_contiguous():
@@ -112,6 +123,6 @@ def scale_unless_one(values: Tensor, factor: Tensor) -> None:
     elif values.numel():
         block = 4096
         with torch.cuda.device_of(values):
-            scale_kernel[(triton.cdiv(values.numel(), block),)](
+            _scale_kernel[(triton.cdiv(values.numel(), block),)](
                 values, factor, values.numel(), BLOCK=block
             )

@@ -6,14 +6,15 @@ rows.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import BLOCK_BYTES, Gradients, block_rows
+from rekindle.kernels.chunked import Gradients, product_, row_blocks
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.fused import losses_of_rows
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 
 def linear_fused(
@@ -21,9 +22,9 @@ def linear_fused(
     weight: Tensor,
     bias: Tensor | None,
     targets: SparseTargets,
-    objective: Objective,
+    settings: LossSettings,
     factors: Coefficients | None,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],
     product_dtype: torch.dtype,
 ) -> tuple[BlockLosses, Gradients]:
     """As `chunked.linear_blockwise`; products and the logits buffer are in `product_dtype`.
@@ -35,8 +36,8 @@ def linear_fused(
     kept = targets if rows is None else targets.take(rows)._replace(weight=None)
     if rows is None and targets.weight is not None:
         x = x.masked_fill(~targets.active()[:, None], 0.0)  # 0 · NaN would reach dW
-    if rows is not None:
-        factors = None if factors is None else Coefficients(*(f[rows] for f in factors))
+    if rows is not None and factors is not None:
+        factors = factors.take(rows)
     w = weight.to(product_dtype)
     b = None if bias is None else bias.to(product_dtype)
     lift = _lift(len(x), product_dtype)
@@ -47,22 +48,20 @@ def linear_fused(
     db = torch.zeros(len(w), dtype=torch.float32, device=w.device) if wanted[2] else None
     ce, kd = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     stride = -(-len(w) // 64) * 64  # products want rows that start on 128 bytes
-    budget = BLOCK_BYTES.get(x.device.type, BLOCK_BYTES["cuda"])
-    step = block_rows(len(x), stride, x.element_size(), budget)
-    buffer = x.new_empty(min(step, len(x)), stride)
-    for start in range(0, len(x), step):
-        block = slice(start, min(start + step, len(x)))
-        z = buffer[: block.stop - start, : len(w)]
+    blocks = row_blocks(len(x), stride, x.element_size(), x.device)
+    buffer = x.new_empty(blocks[0].stop if blocks else 0, stride)
+    for block in blocks:
+        z = buffer[: block.stop - block.start, : len(w)]
         if b is None:
             torch.mm(x[block], w.t(), out=z)
         else:
             torch.addmm(b, x[block], w.t(), out=z)
-        own = None if lifted is None else Coefficients(*(f[block] for f in lifted))
-        ce[block], kd[block] = losses_of_rows(z, z, kept.take(block), objective, own)
+        own = None if lifted is None else lifted.take(block)
+        ce[block], kd[block] = losses_of_rows(z, z, kept.take(block), settings, own)
         if dx is not None:
             torch.mm(z, w, out=dx[block])
         if dw is not None:
-            dw = _plus_product(dw, z.t(), x[block])
+            product_(dw, z.t(), x[block], plus=True)
         if db is not None:
             db += z.sum(0, dtype=torch.float32)
     if lift != 1.0:
@@ -73,11 +72,8 @@ def linear_fused(
         ce, kd = (
             torch.zeros_like(hidden[:, 0], dtype=ce.dtype).index_copy_(0, rows, v) for v in (ce, kd)
         )
-        dx = (
-            None
-            if dx is None
-            else torch.zeros_like(hidden).index_copy_(0, rows, dx.to(hidden.dtype))
-        )
+        if dx is not None:
+            dx = torch.zeros_like(hidden).index_copy_(0, rows, dx.to(hidden.dtype))
     return BlockLosses(ce, kd), (
         None if dx is None else dx.to(hidden.dtype),
         None if dw is None else dw.to(weight.dtype),
@@ -101,12 +97,3 @@ def _rows_to_keep(targets: SparseTargets) -> Tensor | None:
 def _lift(rows: int, dtype: torch.dtype) -> float:
     """A power of two near the row count, so that gradients of a mean stay normal in float16."""
     return 2.0 ** math.ceil(math.log2(max(rows, 1))) if dtype == torch.float16 else 1.0
-
-
-def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """float32 total + a @ b, the product of sixteen-bit matrices too summed in float32."""
-    if a.dtype == torch.float32:
-        return total.addmm_(a, b)
-    if a.device.type == "cuda":
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())

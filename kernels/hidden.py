@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import BLOCK_BYTES, block_rows, compute_dtype, product_
+from rekindle.kernels.chunked import compute_dtype, product_, row_blocks
 from rekindle.kernels.closed_form import transform_
 from rekindle.kernels.whole_vocabulary import log_softmax_
 
@@ -91,13 +91,11 @@ def row_entropy(
         dtype = compute_dtype(hidden, weight)
         product_dtype = block_product_dtype(hidden, weight)
         x, w = hidden.to(product_dtype), weight.to(product_dtype)
-        budget = BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cuda"])
-        step = block_rows(len(x), len(w), 3 * dtype.itemsize, budget)
-        buffer = torch.empty(min(step, len(x)), len(w), dtype=dtype, device=x.device)
+        blocks = row_blocks(len(x), len(w), 3 * dtype.itemsize, x.device)
+        buffer = torch.empty(blocks[0].stop if blocks else 0, len(w), dtype=dtype, device=x.device)
         entropy = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        for start in range(0, len(x), step):
-            block = slice(start, min(start + step, len(x)))
-            z = buffer[: block.stop - start]
+        for block in blocks:
+            z = buffer[: block.stop - block.start]
             product_(z, x[block], w.t())
             if bias is not None:
                 z.add_(bias)

@@ -8,19 +8,16 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import compute_dtype
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import WholeTargets, block_product_dtype, check_whole
 from rekindle.kernels.merge import SparseRow, merge_rows
-from rekindle.kernels.ops import linear_losses, logits_losses
-from rekindle.kernels.targets import MAX_KEPT, Objective, SparseTargets, check_values
-from rekindle.kernels.whole_ops import whole_losses
+from rekindle.kernels.ops import Call, Computation, StudentLogits, WholeTeacher, losses
+from rekindle.kernels.targets import MAX_KEPT, LossSettings, SparseTargets, check_values
 
 logger = logging.getLogger("rekindle")
 
@@ -106,29 +103,12 @@ def kd_loss(
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
     """
     _check_matrix("logits", logits)
-    objective = Objective(
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        divergence=divergence,
-        tail=tail,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        softcap=softcap,
-        logit_scale=logit_scale,
+    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
+    settings = LossSettings(
+        *(temperature, ce_weight, kd_weight, divergence, tail),
+        *(ignore_index, reduction, softcap, logit_scale),
     )
-    if isinstance(target_ids, WholeTargets):
-        check_whole(target_ids, len(logits), logits.shape[1], logits.device)
-    chosen = _choose(impl, logits.device, logits.dtype, target_ids)
-    given = (target_ids, target_probs, tail_prob)
-    sparse, objective = _sparse(*given, objective, chosen)
-    targets = _targets(logits, logits.shape[1], *sparse, labels, row_weight, objective)
-    if isinstance(target_ids, WholeTargets):
-        whole = (logits.contiguous(), None, None, target_ids, targets, objective)
-        return KDLoss(*whole_losses(*whole, compute_dtype(logits)))
-    if logits.stride(1) != 1 or not logits.shape[1] <= logits.stride(0) <= 2 * logits.shape[1]:
-        logits = logits.contiguous()  # the gradient takes the logits' layout
-    return KDLoss(*logits_losses(logits, targets, objective, chosen))
+    return _loss(StudentLogits(logits), given, settings, impl)
 
 
 def linear_kd_loss(
@@ -180,30 +160,12 @@ def linear_kd_loss(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}; it must be [V] = [{weight.shape[0]}]")
-    objective = Objective(
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        divergence=divergence,
-        tail=tail,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        softcap=softcap,
-        logit_scale=logit_scale,
+    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
+    settings = LossSettings(
+        *(temperature, ce_weight, kd_weight, divergence, tail),
+        *(ignore_index, reduction, softcap, logit_scale),
     )
-    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        product_dtype = torch.get_autocast_dtype(hidden.device.type)
-    if isinstance(target_ids, WholeTargets):
-        check_whole(target_ids, len(hidden), len(weight), hidden.device)
-    chosen = _choose(impl, hidden.device, product_dtype, target_ids)
-    given = (target_ids, target_probs, tail_prob)
-    sparse, objective = _sparse(*given, objective, chosen)
-    targets = _targets(hidden, weight.shape[0], *sparse, labels, row_weight, objective)
-    if isinstance(target_ids, WholeTargets):
-        rounded = block_product_dtype(hidden, weight, exactly=impl == "torch")
-        return KDLoss(*whole_losses(hidden, weight, bias, target_ids, targets, objective, rounded))
-    return KDLoss(*linear_losses(hidden, weight, bias, targets, objective, chosen, product_dtype))
+    return _loss(StudentLogits(hidden, weight, bias), given, settings, impl)
 
 
 def merge_targets(
@@ -258,59 +220,93 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
         )
 
 
-class _Sparse(NamedTuple):
-    """Targets on their way in: plain, or packed (see targets.SparseTargets)."""
+class _Given(NamedTuple):
+    """A caller's targets, before anything is checked."""
 
-    ids: Tensor
-    probs: Tensor
+    ids: Targets
+    probs: Tensor | None
     tail: Tensor | None
-    high: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+
+
+def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: str) -> KDLoss:
+    """Check a call, choose what computes it, and compute it."""
+    settings.check()
+    inputs, weight, _ = student
+    whole = given.ids if isinstance(given.ids, WholeTargets) else None
+    if whole is not None:
+        check_whole(whole, len(inputs), student.vocabulary, inputs.device)
+    product_dtype = _product_dtype(student)
+    chosen = _choose(impl, inputs.device, product_dtype, given.ids)
+    targets, settings = _sparse(given, settings, chosen)
+    _check_targets(targets, student, encoded=settings.kept > 0)
+    targets = _detached(targets, encoded=settings.kept > 0)
+    if inputs.device.type == "cpu" and not settings.kept and not torch.compiler.is_compiling():
+        kept = targets.take(targets.active())
+        check_values(kept, student.vocabulary, settings.ignore_index)
+    teacher, computation = WholeTeacher(), Computation(chosen)
+    if whole is not None:
+        teacher = WholeTeacher.of(whole)
+    if weight is None:
+        if whole is not None or not _rows_are_dense(inputs):
+            student = StudentLogits(inputs.contiguous())  # the gradient takes the logits' layout
+    elif whole is not None:
+        rounded = block_product_dtype(inputs, weight, exactly=impl == "torch")
+        computation = Computation(chosen, rounded)
+    elif chosen == "triton":
+        computation = Computation(chosen, product_dtype)
+    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
+
+
+def _product_dtype(student: StudentLogits) -> torch.dtype:
+    """What the Triton path's logits are in: as given, or as autocast wants products."""
+    if student.weight is None:
+        return student.inputs.dtype
+    if torch.is_autocast_enabled(student.inputs.device.type):
+        return torch.get_autocast_dtype(student.inputs.device.type)
+    return torch.promote_types(student.inputs.dtype, student.weight.dtype)
+
+
+def _rows_are_dense(logits: Tensor) -> bool:
+    """Whether a row's logits stand side by side, and the rows not far apart."""
+    size = logits.shape[1]
+    return logits.stride(1) == 1 and size <= logits.stride(0) <= 2 * size
 
 
 def _sparse(
-    ids: Targets,
-    probs: Tensor | None,
-    tail: Tensor | None,
-    objective: Objective,
-    chosen: str,
-) -> tuple[_Sparse, Objective]:
+    given: _Given, settings: LossSettings, chosen: str
+) -> tuple[SparseTargets, LossSettings]:
     """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is; of
     whole distributions no ids.
     """
+    ids, probs, tail, labels, weight = given
     if isinstance(ids, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
-        return _Sparse(ids, probs, tail, None), objective
+        return SparseTargets(ids, probs, tail, labels, weight), settings
     if probs is not None or tail is not None:
         kind = type(ids).__name__
         raise ValueError(f"{kind} carry their probabilities and tail; give no others")
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
-        return _Sparse(none, none, None, None), objective
+        return SparseTargets(none, none, None, labels, weight), settings
     if chosen == "torch":
-        return _Sparse(*decode(ids, objective.temperature), None), objective
-    return _Sparse(*ids.packed()), replace(objective, kept=ids.kept, planes=ids.planes)
+        return SparseTargets(*decode(ids, settings.temperature), labels, weight), settings
+    low, values, scalars, high = ids.packed()
+    packed = SparseTargets(low, values, scalars, labels, weight, high)
+    return packed, settings._replace(kept=ids.kept, planes=ids.planes)
 
 
-def _targets(
-    rows_of: Tensor,
-    vocabulary: int,
-    ids: Tensor,
-    probs: Tensor,
-    tail: Tensor | None,
-    high: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    objective: Objective,
-) -> SparseTargets:
-    """The targets, checked against the student's N and V; detached, ids and labels int64."""
-    rows = rows_of.shape[0]
+def _check_targets(targets: SparseTargets, student: StudentLogits, encoded: bool) -> None:
+    """Raise ValueError for targets that are not of the student's N rows, on its device."""
+    rows, device = len(student.inputs), student.inputs.device
+    ids, probs, tail, labels, weight, _ = targets
     if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
         raise ValueError(
             f"target_ids is {tuple(ids.shape)} and target_probs {tuple(probs.shape)}; "
             f"both must be [N,K] with N = {rows}"
         )
-    encoded = objective.kept > 0
     vectors = (("tail_prob", None if encoded else tail), ("labels", labels), ("row_weight", weight))
     for name, vector in vectors:
         if vector is not None and vector.shape != (rows,):
@@ -318,14 +314,18 @@ def _targets(
     for name, integers in (("target_ids", ids), ("labels", labels)):
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    tensors = (ids, probs, tail, labels, weight, high)
-    for tensor in tensors:
-        if tensor is not None and tensor.device != rows_of.device:
+    for tensor in targets:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"a target tensor is on {tensor.device} and the student on {rows_of.device}; "
+                f"a target tensor is on {tensor.device} and the student on {device}; "
                 "all tensors of a call must be on one device"
             )
-    targets = SparseTargets(
+
+
+def _detached(targets: SparseTargets, encoded: bool) -> SparseTargets:
+    """The targets without gradient; ids (but for packed ones) and labels int64."""
+    ids, probs, tail, labels, weight, high = targets
+    return SparseTargets(
         ids.detach() if encoded else ids.detach().long(),
         probs.detach(),
         None if tail is None else tail.detach(),
@@ -333,9 +333,6 @@ def _targets(
         None if weight is None else weight.detach(),
         high,
     )
-    if rows_of.device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
-        check_values(targets.take(targets.active()), vocabulary, objective.ignore_index)
-    return targets
 
 
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Targets) -> str:

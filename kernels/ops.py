@@ -1,306 +1,281 @@
-"""The losses as registered operators: what autograd, autocast and torch.compile see of them.
+"""The loss as a registered operator: what autograd, autocast and torch.compile see of it.
 
-`kd_logits` and `kd_linear` return (loss, ce, kd) and, formed in the same go, the gradients of the
-loss. Their `…_backward` form the gradients for an upstream gradient instead: for reduction
-"none", and when a graph is walked backward twice. No arithmetic of a loss is here.
+`rekindle::kd_loss` returns (loss, ce, kd) and, formed in the same go, the gradients of the loss.
+`rekindle::kd_loss_backward` forms them for an upstream gradient instead: for reduction "none", and
+when a graph is walked backward twice. No arithmetic of a loss is here.
 """
 
-import dataclasses
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
 from rekindle.kernels.chunked import Gradients, compute_dtype, linear_blockwise, logits_blockwise
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
-from rekindle.kernels.targets import Objective, SparseTargets, loss_scales
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
 
-SETTINGS = (  # the fields of Objective
-    "float temperature, float ce_weight, float kd_weight, str divergence, str tail_rule, "
-    "int ignore_index, str reduction, float? softcap, float logit_scale, int kept, int planes"
-)
-_CALL = (
-    "Tensor ids, Tensor probs, Tensor? tail, Tensor? labels, Tensor? row_weight, Tensor? high, "
-    f"{SETTINGS}, str impl"
-)
-_HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, {_CALL}, ScalarType product_dtype"
-_LOSSES = "Tensor, Tensor, Tensor"
-TENSORS = len(SparseTargets._fields)
-ARGUMENTS = _CALL.count(",") + 2  # of an operator past its inputs: _CALL and `wanted`
+# ---- what the operator is told ------------------------------------------------------------------
 
 
-def logits_losses(
-    logits: Tensor, targets: SparseTargets, objective: Objective, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd) of logits [N,V]: scalars, or [N] for "none"; `loss` carries the gradient."""
-    wanted = torch.is_grad_enabled() and logits.requires_grad
-    loss, ce, kd, _ = _kd_logits(logits, *_packed(targets, objective, impl), wanted)
+Wanted = Sequence[bool]  # of the student's inputs, weight and bias
+
+
+class StudentLogits(NamedTuple):
+    """The student's logits [N,V]: `inputs`, or inputs [N,H] @ weight.T + bias."""
+
+    inputs: Tensor
+    weight: Tensor | None = None  # [V,H]
+    bias: Tensor | None = None  # [V]
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 if any factor is, else float32."""
+        return compute_dtype(*(t for t in self[:2] if t is not None))
+
+
+class WholeTeacher(NamedTuple):
+    """The fields of HiddenTargets; without `weight`, log-probabilities stand in for the states."""
+
+    states: Tensor | None = None  # None: the targets are sparse
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, targets: WholeTargets) -> "WholeTeacher":
+        """The teacher, detached."""
+        if isinstance(targets, DenseTargets):
+            return cls(targets.log_probs.detach())
+        tensors = (None if t is None else t.detach() for t in targets[:4])
+        return cls._make((*tensors, targets.softcap, float(targets.logit_scale)))
+
+    def blocks(self, dtype: torch.dtype, product_dtype: torch.dtype | None) -> TeacherBlocks | None:
+        """Its log-probabilities, a block at a time; None where the targets are sparse."""
+        if self.states is None:
+            return None
+        targets: WholeTargets = DenseTargets(self.states)
+        if self.weight is not None:
+            targets = HiddenTargets(self.states, self.scale, self.weight, *self[3:])
+        return TeacherBlocks(targets, dtype, product_dtype or dtype)
+
+
+class Computation(NamedTuple):
+    """How a loss is computed."""
+
+    impl: str  # triton | torch
+    product_dtype: torch.dtype | None = None  # of a head's products; None: that of the arithmetic
+    wanted: Wanted = (False, False, False)  # gradients
+
+
+class Call(NamedTuple):
+    """What the operator is told."""
+
+    student: StudentLogits
+    targets: SparseTargets  # of a whole teacher: labels and weights, no ids
+    teacher: WholeTeacher
+    settings: LossSettings
+    computation: Computation
+
+    def flat(self) -> list[object]:
+        """The fields of all parts, in the order of the schema."""
+        return [value for part in self for value in part]
+
+    @classmethod
+    def of(cls, flat: Sequence[object]) -> "Call":
+        """The record that `flat` was made of."""
+        return cls._make(part._make(flat[place]) for part, place in _PARTS)
+
+
+_TYPES: dict[object, str] = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype | None: "ScalarType?"},
+    **{int: "int", float: "float", float | None: "float?", str: "str", Wanted: "bool[]"},
+}
+_ARGUMENTS: list[str] = []  # of the schema, one per field of a part of Call
+_PARTS: list[tuple[type[NamedTuple], slice]] = []  # of Call, with their places in `Call.flat`
+for _name, _part in get_type_hints(Call).items():
+    _fields = [f"{_TYPES[kind]} {_name}_{f}" for f, kind in get_type_hints(_part).items()]
+    _PARTS.append((_part, slice(len(_ARGUMENTS), len(_ARGUMENTS) + len(_fields))))
+    _ARGUMENTS += _fields
+_SCHEMA = ", ".join(_ARGUMENTS)
+TENSORS = sum(argument.startswith("Tensor") for argument in _ARGUMENTS)  # at the head of them
+
+
+def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
+    enabled = torch.is_grad_enabled()
+    wanted = [enabled and t is not None and t.requires_grad for t in call.student]
+    call = call._replace(computation=call.computation._replace(wanted=wanted))
+    loss, ce, kd, *_ = _kd_loss(*call.flat())
     return loss, ce.detach(), kd.detach()
 
 
-def linear_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: SparseTargets,
-    objective: Objective,
-    impl: str,
-    product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd) of hidden @ weight.T + bias; as `logits_losses`."""
-    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    wanted = [torch.is_grad_enabled() and n for n in needs]
-    loss, ce, kd, *_ = _kd_linear(
-        hidden, weight, bias, *_packed(targets, objective, impl), product_dtype, wanted
-    )
-    return loss, ce.detach(), kd.detach()
+# ---- what it does -------------------------------------------------------------------------------
 
 
-def _packed(targets: SparseTargets, objective: Objective, impl: str) -> tuple[Any, ...]:
-    return (*targets, *dataclasses.astuple(objective), impl)
+def _run(
+    call: Call, wanted: Wanted, upstream: Tensor | None
+) -> tuple[BlockLosses, tuple[Tensor, Tensor, Tensor]]:
+    """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
+    (inputs, weight, bias), targets, whole, settings, computation = call
+    dtype = call.student.compute_dtype
+    factors = _loss_factors(targets, settings, dtype, upstream) if any(wanted) else None
+    teacher = whole.blocks(dtype, computation.product_dtype)
+    gradients: Gradients
+    if weight is None and computation.impl == "triton":
+        from rekindle.kernels.fused import losses_of_rows
+
+        gradient = _like(inputs)  # scratch where it is not wanted
+        found = losses_of_rows(inputs, gradient, targets, settings, factors)
+        gradients = (gradient if factors is not None else None, None, None)
+    elif weight is None:
+        found, logits_gradient = logits_blockwise(inputs, targets, settings, factors, teacher)
+        gradients = (logits_gradient, None, None)
+    elif computation.impl == "triton":
+        from rekindle.kernels.fused_linear import linear_fused
+
+        assert computation.product_dtype is not None
+        found, gradients = linear_fused(
+            inputs, weight, bias, targets, settings, factors, wanted, computation.product_dtype
+        )
+    else:
+        found, gradients = linear_blockwise(
+            *(inputs, weight, bias, targets, settings, factors, wanted),
+            *(teacher, computation.product_dtype),
+        )
+    first, second, third = (inputs.new_empty(0) if g is None else g for g in gradients)
+    return found, (first, second, third)
 
 
-def _unpacked(call: tuple[Any, ...]) -> tuple[SparseTargets, Objective, str]:
-    return SparseTargets(*call[:TENSORS]), Objective(*call[TENSORS:-1]), call[-1]
-
-
-def reduced(
-    losses: BlockLosses, targets: SparseTargets, objective: Objective
+def _reduced(
+    found: BlockLosses, targets: SparseTargets, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd) of unweighted losses [N]."""
-    ce_scale, kd_scale = loss_scales(targets, objective, losses.kd.dtype)
-    ce, kd = losses.ce * ce_scale, losses.kd * kd_scale
-    if objective.reduction != "none":
+    ce_scale, kd_scale = loss_scales(targets, settings, found.kd.dtype)
+    ce, kd = found.ce * ce_scale, found.kd * kd_scale
+    if settings.reduction != "none":
         ce, kd = ce.sum(), kd.sum()
-    return objective.ce_weight * ce + objective.kd_weight * objective.temperature**2 * kd, ce, kd
+    return settings.ce_weight * ce + settings.kd_weight * settings.temperature**2 * kd, ce, kd
 
 
-def loss_factors(
-    targets: SparseTargets, objective: Objective, dtype: torch.dtype, upstream: Tensor | None
+def _loss_factors(
+    targets: SparseTargets, settings: LossSettings, dtype: torch.dtype, upstream: Tensor | None
 ) -> Coefficients:
     """What each row's CE and D are multiplied by in the loss, times the upstream gradient."""
-    ce, kd = loss_scales(targets, objective, dtype)
+    ce, kd = loss_scales(targets, settings, dtype)
     if upstream is not None:
         ce, kd = ce * upstream, kd * upstream
     return Coefficients(
-        ce * objective.ce_weight, kd * (objective.kd_weight * objective.temperature**2)
+        ce * settings.ce_weight, kd * (settings.kd_weight * settings.temperature**2)
     )
 
 
-def fake_losses(reference: Tensor, objective: Objective, *inputs: Tensor) -> list[Tensor]:
-    """(loss, ce, kd) as the compiler sees them; N is the reference's first size."""
-    shape = reference.shape[:1] if objective.reduction == "none" else ()
-    return [reference.new_empty(shape, dtype=compute_dtype(*inputs)) for _ in range(3)]
-
-
-# ---- from logits
-# -------------------------------------------------------------------------------------------
-
-
-def _run_logits(
-    logits: Tensor, call: tuple[Any, ...], wanted: bool, upstream: Tensor | None
-) -> tuple[BlockLosses, Tensor]:
-    targets, objective, impl = _unpacked(call)
-    dtype = compute_dtype(logits)
-    factors = loss_factors(targets, objective, dtype, upstream) if wanted else None
-    if impl == "triton":
-        from rekindle.kernels.fused import losses_of_rows
-
-        gradient = _gradient_like(logits, True)
-        return losses_of_rows(logits, gradient, targets, objective, factors), gradient
-    losses, gradient_or_none = logits_blockwise(logits, targets, objective, factors)
-    return losses, logits.new_empty(0) if gradient_or_none is None else gradient_or_none
-
-
-def _gradient_like(logits: Tensor, wanted: bool) -> Tensor:
+def _like(logits: Tensor) -> Tensor:
     """Memory for a gradient, laid out as the logits are, so that both are read in aligned steps."""
-    if not wanted:
-        return logits.new_empty(0)
     return torch.empty_strided(
         logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
     )
 
 
-@torch.library.custom_op(
-    "rekindle::kd_logits",
-    mutates_args=(),
-    schema=f"(Tensor logits, {_CALL}, bool wanted) -> ({_LOSSES}, Tensor)",
-)
-def _kd_logits(logits: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *call_, wanted = call
-    targets, objective, _ = _unpacked(tuple(call_))
-    now = wanted and objective.reduction != "none"
-    losses, gradient = _run_logits(logits, tuple(call_), now, None)
-    return *reduced(losses, targets, objective), gradient if now else logits.new_empty(0)
+def _at_once(call: Call) -> Wanted:
+    """Which gradients the forward pass forms: none where the upstream differs from row to row."""
+    return call.computation.wanted if call.settings.reduction != "none" else [False] * 3
 
 
-@_kd_logits.register_fake
-def _(logits: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    *call_, wanted = call
-    _, objective, _ = _unpacked(tuple(call_))
-    now = wanted and objective.reduction != "none"
-    return *fake_losses(logits, objective, logits), _gradient_like(logits, now)
-
-
-@torch.library.custom_op(
-    "rekindle::kd_logits_backward",
-    mutates_args=(),
-    schema=f"(Tensor upstream, Tensor logits, {_CALL}) -> Tensor",
-)
-def _kd_logits_backward(upstream: Tensor, logits: Tensor, *call: Any) -> Tensor:
-    return _run_logits(logits, call, True, upstream)[1]
-
-
-@_kd_logits_backward.register_fake
-def _(upstream: Tensor, logits: Tensor, *call: Any) -> Tensor:
-    return _gradient_like(logits, True)
-
-
-def _setup_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, *call, wanted = inputs
-    _stash(ctx, (logits,), call, (wanted,), output[3:])
-
-
-def _backward_logits(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = stored_gradients(ctx, upstream)
-    if gradients is None:
-        (logits,), call = _restored(ctx, 1)
-        gradients = [_kd_logits_backward(upstream, logits, *call)]
-    return (*gradients, *[None] * ARGUMENTS)
-
-
-_kd_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
-
-
-# ---- from hidden states
-# ------------------------------------------------------------------------------------
-
-
-def _run_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    call: tuple[Any, ...],
-    product_dtype: torch.dtype,
-    wanted: list[bool],
-    upstream: Tensor | None,
-) -> tuple[BlockLosses, list[Tensor]]:
-    targets, objective, impl = _unpacked(call)
-    dtype = compute_dtype(hidden, weight)
-    factors = loss_factors(targets, objective, dtype, upstream) if any(wanted) else None
-    gradients: Gradients
-    flags = (wanted[0], wanted[1], wanted[2])
-    if impl == "triton":
-        from rekindle.kernels.fused_linear import linear_fused
-
-        losses, gradients = linear_fused(
-            hidden, weight, bias, targets, objective, factors, flags, product_dtype
-        )
-    else:
-        losses, gradients = linear_blockwise(
-            hidden, weight, bias, targets, objective, factors, flags
-        )
-    return losses, [hidden.new_empty(0) if g is None else g for g in gradients]
-
-
-def fake_gradients(
-    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
-) -> list[Tensor]:
-    """The gradients of a head's inputs as the compiler sees them; empty where not wanted."""
-    return [
-        t.new_empty(t.shape) if w and t is not None else hidden.new_empty(0)
-        for t, w in zip((hidden, weight, bias), wanted, strict=True)
-    ]
-
-
-@torch.library.custom_op(
-    "rekindle::kd_linear",
-    mutates_args=(),
-    schema=f"({_HEAD}, bool[] wanted) -> ({_LOSSES}, Tensor, Tensor, Tensor)",
-)
-def _kd_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any
-) -> tuple[Tensor, ...]:
-    *call_, product_dtype, wanted = call
-    targets, objective, _ = _unpacked(tuple(call_))
-    now = wanted if objective.reduction != "none" else [False] * 3
-    losses, gradients = _run_linear(hidden, weight, bias, tuple(call_), product_dtype, now, None)
-    return *reduced(losses, targets, objective), *gradients
-
-
-@_kd_linear.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
-    *call_, _, wanted = call
-    _, objective, _ = _unpacked(tuple(call_))
-    now = wanted if objective.reduction != "none" else [False] * 3
-    losses = fake_losses(hidden, objective, hidden, weight)
-    return *losses, *fake_gradients(hidden, weight, bias, now)
-
-
-@torch.library.custom_op(
-    "rekindle::kd_linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor upstream, {_HEAD}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-)
-def _kd_linear_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any
-) -> tuple[Tensor, ...]:
-    *call_, product_dtype, wanted = call
+def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...]:
+    """The gradients as the compiler sees them; empty where not wanted."""
+    inputs = student.inputs
+    if student.weight is None:
+        return _like(inputs) if wanted[0] else inputs.new_empty(0), *map(inputs.new_empty, (0, 0))
     return tuple(
-        _run_linear(hidden, weight, bias, tuple(call_), product_dtype, wanted, upstream)[1]
+        t.new_empty(t.shape) if w and t is not None else inputs.new_empty(0)
+        for t, w in zip(student, wanted, strict=True)
     )
 
 
-@_kd_linear_backward.register_fake
-def _(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any
-) -> tuple[Tensor, ...]:
-    return tuple(fake_gradients(hidden, weight, bias, call[-1]))
+# ---- how it is registered -----------------------------------------------------------------------
+
+_LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, *call, product_dtype, wanted = inputs
-    ctx.product_dtype = product_dtype
-    _stash(ctx, (hidden, weight, bias), call, wanted, output[3:])
+@torch.library.custom_op(
+    "rekindle::kd_loss", mutates_args=(), schema=f"({_SCHEMA}) -> ({_LOSSES}, {_GRADIENTS})"
+)
+def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    found, gradients = _run(call, _at_once(call), None)
+    return *_reduced(found, call.targets, call.settings), *gradients
 
 
-def _backward_linear(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = stored_gradients(ctx, upstream)
-    if gradients is None:
-        inputs, call = _restored(ctx, 3)
-        gradients = _kd_linear_backward(
-            upstream, *inputs, *call, ctx.product_dtype, list(ctx.wanted)
-        )
-    kept = [g if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
-    return (*kept, *[None] * (ARGUMENTS + 1))
+@_kd_loss.register_fake
+def _(*flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    inputs, dtype = call.student.inputs, call.student.compute_dtype
+    shape = inputs.shape[:1] if call.settings.reduction == "none" else ()
+    fakes = [inputs.new_empty(shape, dtype=dtype) for _ in range(3)]
+    return *fakes, *_fake_gradients(call.student, _at_once(call))
 
 
-_kd_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+@torch.library.custom_op(
+    "rekindle::kd_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, {_SCHEMA}) -> ({_GRADIENTS})",
+)
+def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    return _run(call, call.computation.wanted, upstream)[1]
 
 
-# ---- gradients kept between forward and backward
-# -----------------------------------------------------------
+@_kd_loss_backward.register_fake
+def _(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
+    call = Call.of(flat)
+    return _fake_gradients(call.student, call.computation.wanted)
 
 
-def _stash(
-    ctx: Any, inputs: tuple[Any, ...], call: list[Any], wanted: Any, gradients: tuple[Tensor, ...]
-) -> None:
-    ctx.wanted = tuple(wanted)
-    ctx.settings = call[TENSORS:]
-    ctx.save_for_backward(*inputs, *call[:TENSORS])
-    at_once = any(wanted) and Objective(*call[TENSORS:-1]).reduction != "none"
+class _Context(Protocol):
+    """What is kept from the forward pass for the backward one."""
+
+    saved_tensors: tuple[Tensor | None, ...]  # at the head of the call
+    rest: tuple[object, ...]  # of the call
+    wanted: Wanted
+    gradients: list[Tensor] | None  # formed in the forward pass, and not handed over yet
+
+    def save_for_backward(self, *tensors: object) -> None:
+        """Keep tensors."""
+
+
+def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.rest, ctx.wanted = inputs[TENSORS:], Computation._make(inputs[-3:]).wanted
+    formed = any(ctx.wanted) and output[0].dim() == 0  # one loss of all rows, not one of each
     # detached: an output that is kept on its own graph node would keep that node alive
-    ctx.gradients = [g.detach() for g in gradients] if at_once else None
+    ctx.gradients = [g.detach() for g in output[3:]] if formed else None
 
 
-def stored_gradients(ctx: Any, upstream: Tensor) -> list[Tensor] | None:
+def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    gradients = _formed(context, upstream)
+    if gradients is None:
+        gradients = _kd_loss_backward(upstream, *context.saved_tensors, *context.rest)
+    kept = [g if w else None for g, w in zip(gradients, context.wanted, strict=True)]
+    return (*kept, *[None] * (len(_ARGUMENTS) - len(kept)))
+
+
+def _formed(context: _Context, upstream: Tensor) -> list[Tensor] | None:
     """The gradients formed in the forward pass, times `upstream`; None after the first time.
 
     They are handed over, not copied: autograd may make one a parameter's .grad and add to it in
     place. A second backward through the same graph therefore forms them anew.
     """
-    gradients, ctx.gradients = ctx.gradients, None
+    gradients, context.gradients = context.gradients, None
     if gradients is None:
         return None
     if type(upstream) is not Tensor:  # traced: a graph's saved values must not be written over
@@ -323,6 +298,4 @@ def _scale_(values: Tensor, factor: Tensor) -> None:
         scale_unless_one(values, factor)
 
 
-def _restored(ctx: Any, inputs: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    saved = ctx.saved_tensors
-    return saved[:inputs], (*saved[inputs:], *ctx.settings)
+_kd_loss.register_autograd(_backward, setup_context=_keep)

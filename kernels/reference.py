@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rekindle.kernels.targets import (
     LOG_OF_ZERO,
-    Objective,
+    LossSettings,
     SparseTargets,
     loss_scales,
     target_masses,
@@ -20,7 +20,7 @@ from rekindle.kernels.targets import (
 
 
 def reference_losses(
-    logits: Tensor, targets: SparseTargets, objective: Objective
+    logits: Tensor, targets: SparseTargets, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd): scalars, or [N] each for reduction "none"; `loss` carries the gradient.
 
@@ -29,15 +29,15 @@ def reference_losses(
     exactly zero.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ce_scale, kd_scale = loss_scales(targets, objective, dtype)
+    ce_scale, kd_scale = loss_scales(targets, settings, dtype)
     rows = targets.active().nonzero()[:, 0]
     kept = targets.take(rows)
-    z = _transformed(logits[rows].to(dtype), objective)
-    ce_rows = _cross_entropy(z, kept, objective) * ce_scale[rows]
-    kd_rows = _divergence(z, kept, objective) * kd_scale[rows]
-    kd_factor = objective.kd_weight * objective.temperature**2
-    loss_rows = objective.ce_weight * ce_rows + kd_factor * kd_rows
-    if objective.reduction != "none":
+    z = _transformed(logits[rows].to(dtype), settings)
+    ce_rows = _cross_entropy(z, kept, settings) * ce_scale[rows]
+    kd_rows = _divergence(z, kept, settings) * kd_scale[rows]
+    kd_factor = settings.kd_weight * settings.temperature**2
+    loss_rows = settings.ce_weight * ce_rows + kd_factor * kd_rows
+    if settings.reduction != "none":
         return loss_rows.sum(), ce_rows.sum().detach(), kd_rows.sum().detach()
     empty = z.new_zeros(logits.shape[0])
     return (
@@ -47,28 +47,28 @@ def reference_losses(
     )
 
 
-def _transformed(z: Tensor, objective: Objective) -> Tensor:
-    if objective.logit_scale != 1.0:
-        z = z * objective.logit_scale
-    if objective.softcap is not None:
+def _transformed(z: Tensor, settings: LossSettings) -> Tensor:
+    if settings.logit_scale != 1.0:
+        z = z * settings.logit_scale
+    if settings.softcap is not None:
         # an id that is ruled out stays ruled out
-        capped = objective.softcap * torch.tanh(z / objective.softcap)
+        capped = settings.softcap * torch.tanh(z / settings.softcap)
         z = torch.where(z == -math.inf, z, capped)
     return z
 
 
-def _cross_entropy(z: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
+def _cross_entropy(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
     if targets.labels is None:
         return z.new_zeros(z.shape[0])
-    labelled = targets.labelled(objective.ignore_index)
+    labelled = targets.labelled(settings.ignore_index)
     label = torch.where(labelled, targets.labels, 0).long()
     log_p = _without_infinity(F.log_softmax(z, 1).gather(1, label[:, None])[:, 0])
     return torch.where(labelled, -log_p, 0.0)
 
 
-def _divergence(z: Tensor, targets: SparseTargets, objective: Objective) -> Tensor:
-    q, q_rest, has_target = target_masses(targets, objective.tail, z.dtype)
-    log_p, log_p_rest = _student(z / objective.temperature, targets.ids)
+def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
+    q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
+    log_p, log_p_rest = _student(z / settings.temperature, targets.ids)
     # An empty rest (every possible id is listed) is no outcome: whatever mass the target has
     # there is rounding.
     q_rest = torch.where(log_p_rest == -math.inf, 0.0, q_rest)
@@ -78,7 +78,7 @@ def _divergence(z: Tensor, targets: SparseTargets, objective: Objective) -> Tens
     possible = (log_p != -math.inf) & listed
     log_p = _without_infinity(log_p)
     p = torch.where(possible, log_p.exp(), 0.0)
-    terms = _TERMS[objective.divergence](q, _log_of_target(q), p, log_p)
+    terms = _TERMS[settings.divergence](q, _log_of_target(q), p, log_p)
     return torch.where(has_target, torch.where(listed, terms, 0.0).sum(1), 0.0)
 
 

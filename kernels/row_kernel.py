@@ -11,10 +11,9 @@ log-sum-exp of all *other* ids, forms both losses and the row's constants, strea
 
 The complement's sum is exact, never total minus listed where that cancels. A private buffer is
 written over anyway, so its listed entries are set to -inf before the row is streamed. A caller's
-logits must stay as they
-are: the sum is total − listed while the remainder is large enough to be resolved, and otherwise
-the row is copied to the gradient's memory, the listed entries taken out there, and streamed
-again.
+logits must stay as they are: the sum is total − listed while the remainder is large enough to be
+resolved, and otherwise the row is copied to the gradient's memory, the listed entries taken out
+there, and streamed again.
 
 Memory: rows start anywhere (V = 30,522 is a multiple of 2 only), so a row is cut into a middle
 that starts and ends on multiples of eight elements, read and written by 128-bit instructions, and
@@ -396,14 +395,3 @@ def row_kernel(
             tl.store(grad_base + label, g_y.to(out), mask=alone)
         g_k *= _slope(z_k, scale, softcap, SOFTCAP)
         tl.store(grad_base + ids, g_k.to(out), mask=listed)
-
-
-@triton.jit
-def scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """Values [n] *= factor [], without touching them if the factor is 1."""
-    factor = tl.load(factor_ptr).to(tl.float32)
-    if factor == 1.0:
-        return
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(values_ptr + o, mask=o < n).to(tl.float32) * factor
-    tl.store(values_ptr + o, x.to(values_ptr.dtype.element_ty), mask=o < n)

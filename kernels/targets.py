@@ -4,7 +4,6 @@ Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,7 @@ LOG_OF_ZERO = -87.33654475055310
 MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
 
 
-@dataclass(frozen=True)
-class Objective:
+class LossSettings(NamedTuple):
     """loss = ce_weight·CE + kd_weight·τ²·D of the logits cap·tanh(logit_scale·z / cap)."""
 
     temperature: float = 1.0
@@ -38,24 +36,23 @@ class Objective:
     kept: int = 0  # candidates in use of encoded targets
     planes: int = 0  # their id planes
 
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("divergence", DIVERGENCES),
-            ("tail", TAILS),
-            ("reduction", REDUCTIONS),
+    def check(self) -> None:
+        """Raise ValueError for a setting that no loss has."""
+        for name, given, allowed in (
+            ("divergence", self.divergence, DIVERGENCES),
+            ("tail", self.tail, TAILS),
+            ("reduction", self.reduction, REDUCTIONS),
         ):
-            given = getattr(self, name)
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
-        for name in ("temperature", "logit_scale"):
-            given = getattr(self, name)
-            if not 0 < given < math.inf:
-                raise ValueError(f"{name} is {given}; it must be positive and finite")
+        for name, factor in (("temperature", self.temperature), ("logit_scale", self.logit_scale)):
+            if not 0 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}; it must be positive and finite")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
-        for name in ("ce_weight", "kd_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite")
+        for name, weight in (("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)):
+            if not math.isfinite(weight):
+                raise ValueError(f"{name} is {weight}; it must be finite")
 
 
 class SparseTargets(NamedTuple):
@@ -118,7 +115,7 @@ def target_masses(
 
 
 def loss_scales(
-    targets: SparseTargets, objective: Objective, dtype: torch.dtype
+    targets: SparseTargets, settings: LossSettings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What each row's CE and D are multiplied by to give the *reported* ce and kd, [N] each.
 
@@ -126,10 +123,10 @@ def loss_scales(
     weight ≠ 0 whose label counts, D over all rows with weight ≠ 0 (a row of weight ≠ 0 without
     target counts and adds nothing).
     """
-    active, labelled = targets.active(), targets.labelled(objective.ignore_index)
+    active, labelled = targets.active(), targets.labelled(settings.ignore_index)
     weight = torch.where(active, targets.weights(dtype), 0.0)
     ce, kd = torch.where(labelled, weight, 0.0), weight
-    if objective.reduction == "mean":
+    if settings.reduction == "mean":
         ce = ce / (active & labelled).sum().clamp(min=1)
         kd = kd / active.sum().clamp(min=1)
     return ce, kd

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.closed_form import BlockLosses, Coefficients, transform_
-from rekindle.kernels.targets import LOG_OF_ZERO, Objective
+from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
 
 
-def whole_buffers(objective: Objective, has_labels: bool) -> int:
+def whole_buffers(settings: LossSettings, has_labels: bool) -> int:
     """How many [C,V] blocks are held at once, both models' logits included."""
     # two models' logits, one or two terms, and masks of a byte an entry
-    terms = 2 if objective.divergence == "jsd" else 1
-    return 3 + terms + has_labels + (objective.softcap is not None)
+    terms = 2 if settings.divergence == "jsd" else 1
+    return 3 + terms + has_labels + (settings.softcap is not None)
 
 
 def whole_loss_block(
     z: Tensor,
     log_q: Tensor,
     labels: Tensor | None,
-    objective: Objective,
+    settings: LossSettings,
     coefficients: Coefficients | None,
 ) -> BlockLosses:
     """Per-row losses of raw logits z [C,V] against log-probabilities log_q [C,V] at τ.
@@ -36,13 +36,13 @@ def whole_loss_block(
     must lie in [0, V) where they count.
     """
     wanted = coefficients is not None
-    slope = transform_(z, objective.logit_scale, objective.softcap, keep_slope=wanted)
+    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
     ce, ce_gradient = torch.zeros_like(z[:, 0]), None
-    tau = objective.temperature
+    tau = settings.temperature
     if labels is not None:
         log_softmax_(z)  # z/τ − c and z/τ are the same to a softmax
         scale = None if coefficients is None else coefficients.ce
-        ce, ce_gradient = _cross_entropy(z, labels, objective.ignore_index, scale)
+        ce, ce_gradient = _cross_entropy(z, labels, settings.ignore_index, scale)
     if tau != 1.0:
         z.div_(tau)
     if tau != 1.0 or labels is None:
@@ -50,14 +50,14 @@ def whole_loss_block(
     impossible = z == -math.inf
     z.masked_fill_(impossible, LOG_OF_ZERO)
     log_q.masked_fill_(log_q == -math.inf, LOG_OF_ZERO)
-    kd = _DIVERGENCES[objective.divergence](z, log_q, impossible)
+    kd = _DIVERGENCES[settings.divergence](z, log_q, impossible)
     if coefficients is None:
         return BlockLosses(ce, kd)
     z.masked_fill_(impossible, 0.0).mul_(coefficients.kd[:, None] / tau)
     if ce_gradient is not None:
         z.add_(ce_gradient)
-    if objective.logit_scale != 1.0:
-        z.mul_(objective.logit_scale)
+    if settings.logit_scale != 1.0:
+        z.mul_(settings.logit_scale)
     if slope is not None:
         z.mul_(slope)
     return BlockLosses(ce, kd)

@@ -45,12 +45,14 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    from rekindle.pipeline.demo.run import run_demo
+    from rekindle.pipeline.demo import run_demo
     from rekindle.pipeline.progress import Progress
 
     with Progress.to_terminal() as progress:
-        report = run_demo(out, quick=quick, progress=progress)
-    typer.echo(report)
+        results = run_demo(out, quick=quick, progress=progress)
+    from rekindle.pipeline.cycle.page import printed
+
+    typer.echo(printed(out, results))
 
 
 @app.command()
@@ -239,9 +241,9 @@ def rekindle(
 
         with Progress.to_terminal() as progress:
             results = run_cycle(config, target, workers=workers, progress=progress)
-    from rekindle.pipeline.cycle.tables import as_text
+    from rekindle.pipeline.cycle.page import printed
 
-    typer.echo(json.dumps(results.as_dict()) if as_json else as_text(results))
+    typer.echo(json.dumps(results.as_dict()) if as_json else printed(target, results))
 
 
 @app.command()

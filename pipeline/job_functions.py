@@ -4,20 +4,19 @@ torch is imported within the functions only: the process that starts the jobs ha
 """
 
 import json
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import new_files, new_folder, write_json
-from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.pipeline.tiny_model import write_model
 
 
 def make_model(
-    corpus: Path, out: Path, vocabulary: int, config: dict[str, Any], report: Report
+    corpus: Path, out: Path, vocabulary: int, config: Mapping[str, int | float], report: Report
 ) -> None:
     """A tokenizer trained on the corpus, and a model's configuration, in ``out``."""
     with open(corpus, encoding="utf-8") as file:
@@ -37,7 +36,7 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
     """``pipeline cache-teachers`` without teachers, for corpus and masks; then ``train``."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
 
-    cache_teachers(load_config(config_file))
+    cache_teachers(load_config(config_file).model_copy(update={"teachers": ()}))
     train(config_file, out, report)
 
 
@@ -70,109 +69,62 @@ def save_start(model: str, out: Path, report: Report) -> None:
     report(1)
 
 
-def fine_tune(
-    model: Path, task: Path, out: Path, seeds: int, values: dict[str, Any], report: Report
-) -> None:
-    """``pipeline finetune`` on the files of a task, with the test split scored for every seed."""
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
-    train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
-    finetune(
-        str(model), train, dev, str(out), seeds=seeds, test=test, config=FinetuneConfig(**values)
-    )
-    report(1)
-
-
 def search(
     model: str,
     task: Path,
     out: Path,
     seeds: range,
     metric: str,
-    values: dict[str, Any],
+    values: Mapping[str, object],
     report: Report,
 ) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
     with new_files(out) as folder:
-        finetune(
-            model,
-            str(task / "train.jsonl"),
-            str(task / "dev.jsonl"),
-            str(folder / "model"),
-            seeds=len(seeds),
-            first_seed=seeds.start,
-            metric=metric,
-            config=FinetuneConfig(**values),
-        )
+        _finetune(model, task, folder / "model", seeds, metric, values)
         (folder / "model" / "metrics.json").rename(folder / "metrics.json")
     report(1)
 
 
-def fine_tune_best(
+def fine_tune(
     model: str,
     task: Path,
     out: Path,
     seeds: int,
-    metric: str,
-    tried: list[tuple[dict[str, Any], Path]],
+    metric: str | None,
+    tried: Sequence[tuple[Mapping[str, object], Path]],
     report: Report,
 ) -> None:
-    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev was best
-    (the first of equals), test scored for every seed.
+    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
+    metrics.json beside them, was best (the first of equals); test is scored for every seed.
     """
-    from rekindle.train.finetune.config import FinetuneConfig
-    from rekindle.train.finetune.run import finetune
-
-    train, dev, test = (str(task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     values = tried[0][0]
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         values = tried[means.index(max(means))][0]
-    config = FinetuneConfig(**values)
-    finetune(model, train, dev, str(out), seeds=seeds, metric=metric, test=test, config=config)
+    _finetune(model, task, out, range(seeds), metric, values, test=str(task / "test.jsonl"))
     report(1)
 
 
-def cache_teacher(config_file: Path, name: str, cost_file: Path, report: Report) -> None:
-    """``pipeline cache-teachers --teacher NAME``, timed: the seconds go to ``cost_file``.
+def _finetune(
+    model: str,
+    task: Path,
+    out: Path,
+    seeds: range,
+    metric: str | None,
+    values: Mapping[str, object],
+    test: str | None = None,
+) -> None:
+    from rekindle.train.finetune.config import FinetuneConfig
+    from rekindle.train.finetune.run import finetune
 
-    An interrupted teacher is begun anew, although the command would go on: half a run has no time
-    to report.
-    """
-    from rekindle.pipeline.caching.cache_teachers import cache_teachers
-
-    config = load_config(config_file)
-    shutil.rmtree(Path(config.cache.path) / "targets" / name, ignore_errors=True)
-    began = time.perf_counter()
-    cache_teachers(config, [name], progress=StepReports(report))
-    cost = {"once": time.perf_counter() - began}
-    cost["live_per_sequence"] = _forward_seconds(config, name)
-    write_json(cost_file, cost)
-
-
-def _forward_seconds(config: RunConfig, name: str) -> float:
-    """Seconds per sequence of the teacher's forward passes alone, over the first shard.
-
-    That is the least it would cost beside a student: stage 1 sorts its batches by length, which a
-    student's shuffled batches are not.
-    """
-    from rekindle.data.corpus.corpus import Corpus
-    from rekindle.data.storage.store import open_store
-    from rekindle.pipeline.caching.cache_teachers import build_views, view_of
-    from rekindle.pipeline.caching.run_teacher import Unit, run_unit
-    from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
-    from rekindle.pipeline.progress import Progress
-
-    corpus = Corpus(open_store(config.cache.path))
-    views = build_views(corpus, config, Progress.silent())
-    chosen = next(teacher for teacher in config.teachers if teacher.name == name)
-    pairs = views.pairs.get(chosen.pairs or "")
-    plan = plan_teacher(chosen, corpus, views.masked, pairs, config.cache.seed)
-    teacher, view = Teacher(plan, corpus), view_of(plan.info, corpus)
-    began = time.perf_counter()
-    run_unit(teacher, corpus, view, Unit(0, 0 if chosen.vocabulary else None))
-    return (time.perf_counter() - began) / corpus.commits[0].rows
+    finetune(
+        model,
+        str(task / "train.jsonl"),
+        str(task / "dev.jsonl"),
+        str(out),
+        seeds=len(seeds),
+        first_seed=seeds.start,
+        metric=metric,
+        test=test,
+        config=parse_settings(FinetuneConfig, dict(values), "finetune"),
+    )

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
@@ -136,11 +136,11 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[objec
     if name == "gpt2":
         return pretrain_gpt2, (where / "tokenizer", corpus), settings.pretrain["steps"]
     if name == "bert":
-        values = settings.pretrain
-        return pretrain, (where / "tokenizer", corpus, "masked_lm", True, values), values["steps"]
+        train = settings.pretrain
+        return pretrain, (where / "tokenizer", corpus, "masked_lm", True, train), train["steps"]
     text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
-    values = settings.further
-    return pretrain, (where / "bert", text, "masked_lm", False, values), values["steps"]
+    train = settings.further
+    return pretrain, (where / "bert", text, "masked_lm", False, train), train["steps"]
 
 
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
@@ -150,7 +150,7 @@ def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
 
 
 def write_untrained(
-    tokenizer: Path, kind: str, values: dict[str, object], out: Path, report: Report
+    tokenizer: Path, kind: str, values: Mapping[str, object], out: Path, report: Report
 ) -> None:
     """A configuration and the tokenizer, without weights."""
     from transformers import BertConfig, GPT2Config
@@ -173,7 +173,7 @@ def write_untrained(
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
-    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report(lambda _: None))
+    write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report())
     pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
 
 
@@ -217,7 +217,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_functions.fine_tune(model, task, out, 1, values, report)
+    job_functions.fine_tune(str(model), task, out, 1, None, [(values, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

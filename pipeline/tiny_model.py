@@ -1,9 +1,8 @@
 """The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -47,7 +46,9 @@ def _blank(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def write_model(texts: Sequence[str], vocabulary: int, config: dict[str, Any], out: Path) -> None:
+def write_model(
+    texts: Sequence[str], vocabulary: int, config: Mapping[str, int | float], out: Path
+) -> None:
     """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``) to ``out``.
 
     ``out`` appears whole or not at all.

@@ -14,6 +14,11 @@ METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
+def _in_list(value: object) -> object:
+    """Put a name that stands alone into a list."""
+    return [value] if isinstance(value, str) else value
+
+
 class GrowConfig(Settings):
     """ELLE: a larger student that begins as a copy of ``model``. Null: as it is, or in proportion
     to what else grows.
@@ -218,10 +223,7 @@ class ReplayConfig(Settings):
         "its held-out loss has changed of late",
     )
 
-    @field_validator("domains", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
+    _one_or_many = field_validator("domains", mode="before")(_in_list)
 
 
 class CurriculumConfig(Settings):
@@ -302,12 +304,4 @@ class TrainConfig(Settings):
         None, description="begin with a part of the sequences"
     )
 
-    @field_validator("domains", mode="before")
-    @classmethod
-    def _one_or_many_domains(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("allow_missing", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
+    _one_or_many = field_validator("domains", "allow_missing", mode="before")(_in_list)

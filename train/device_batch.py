@@ -18,7 +18,7 @@ from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
-from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
+from rekindle.kernels.chunked import row_blocks
 from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
 from rekindle.train.model.split_model import OutputHead
@@ -165,9 +165,8 @@ def _decoded(
         probs = teacher.log_probs(rows, temperature).exp_()
         ids = torch.arange(size, device=device).expand_as(probs)
         return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
-    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
-    step = block_rows(len(rows), size, 3 * torch.float32.itemsize, budget)
-    parts = [_top(teacher.log_probs(part, temperature).exp_(), k) for part in rows.split(step)]
+    blocks = row_blocks(len(rows), size, 3 * torch.float32.itemsize, device) or [slice(0)]
+    parts = [_top(teacher.log_probs(rows[b], temperature).exp_(), k) for b in blocks]
     return DecodedTargets(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

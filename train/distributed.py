@@ -100,7 +100,7 @@ class World:
         if self.size == 1:
             return make()
         group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient else None
-        found: list[Any] = [None, None]
+        found: list[object] = [None, None]  # the answer, or the exit code of an error
         error: BaseException | None = None
         if self.main:
             try:
@@ -116,9 +116,8 @@ class World:
             if error is not None:  # it says more than that the others are gone
                 raise error
         if found[1] is not None:
-            raise ElsewhereError(found[1])
-        answer: Answer = found[0]
-        return answer
+            raise ElsewhereError(cast(int, found[1]))
+        return cast(Answer, found[0])
 
 
 @contextmanager
@@ -178,7 +177,7 @@ class _Whole(nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def forward(self, work: Callable[..., Answer], *arguments: object) -> Answer:
         return work(self.student, *arguments)
 
 
@@ -201,7 +200,7 @@ class ParallelStudent:
                     gradient_as_bucket_view=True,
                 )
 
-    def run(self, work: Callable[..., Answer], *arguments: Any) -> Answer:
+    def run(self, work: Callable[..., Answer], *arguments: object) -> Answer:
         """``work(student, *arguments)``, with all parameters whole."""
         answer: Answer = self.module(work, *arguments)
         return answer

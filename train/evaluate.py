@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,19 +14,12 @@ from torch import Tensor
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.kernels.losses import linear_kd_loss
-from rekindle.train.device_batch import (
-    as_arguments,
-    kd_targets,
-    language_rows,
-    model_inputs,
-    send,
-    sparse_targets,
-)
+from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.objective.objective import inputs_of
+from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.selection import at_masked_positions
+from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
 from rekindle.train.student import Student
 
 
@@ -44,39 +37,47 @@ class EvaluationData:
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
 
     def batches(self) -> list[NDArray[np.int64]]:
-        """The sequence numbers of each batch."""
+        """Return the sequence numbers of each batch."""
         size = self.batch_sequences
         return [self.index[i : i + size] for i in range(0, len(self.index), size)]
 
 
+class Best(TypedDict):
+    """The best value of an evaluation so far, and after how many steps it was measured."""
+
+    step: int
+    name: str
+    value: float
+
+
 def best_of(
-    evaluation: Mapping[str, float], name: str | None, step: int, best: Mapping[str, Any] | None
-) -> Mapping[str, Any] | None:
-    """The better of ``best``, {"step", "name", "value"}, and of what was measured at ``step``.
+    evaluation: Mapping[str, float], name: str | None, step: int, best: Best | None
+) -> Best | None:
+    """Return the better of ``best`` and of what was measured at ``step``.
 
     Agreement is better upwards, all else downwards, but for a method's values as ``Method.values``
-    says. Any value beats one of another name; one that
-    is not finite beats none.
+    says. A value beats any of another name; one that is not finite beats none.
     """
     value = evaluation.get(name or "", math.nan)
     if name is None or not math.isfinite(value):
         return best
-    if best is not None and best.get("name") == name:
+    if best is not None and best["name"] == name:
         gain = value - best["value"] if is_better_upwards(name) else best["value"] - value
         if gain <= 0:
             return best
     return {"step": step, "name": name, "value": value}
 
 
-Run = Callable[..., Any]
+Sums = dict[str, tuple[float, int]]
+Run = Callable[..., Sums]
 
 
 @torch.no_grad()
 def evaluate(
     student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
 ) -> dict[str, float]:
-    """``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or ``mse/…``, and
-    per method its own values as ``METHOD/…``.
+    """Return ``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or
+    ``mse/…``, and per method its own values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
@@ -101,7 +102,7 @@ def evaluate(
 
 
 def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
-    """Every value, in the mean over what it counts."""
+    """Return every value, in the mean over what it counts."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for index in data.batches():
@@ -122,32 +123,15 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 
-def _run_alone(student: Student, work: Run, *arguments: Any) -> Any:
+def _run_alone(student: Student, work: Run, *arguments: object) -> Sums:
     return work(student, *arguments)
-
-
-Sums = dict[str, tuple[float, int]]
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
-    head = student.output_head
     hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
-    nothing = torch.full((len(hidden), 1), -1, device=device)
-    ce = linear_kd_loss(
-        hidden,
-        head.weight,
-        nothing,
-        torch.zeros(nothing.shape, device=device),
-        bias=head.bias,
-        labels=rows.labels,
-        ce_weight=1.0,
-        kd_weight=0.0,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    ).ce
+    ce = head_loss(hidden, student.output_head, None, labels=rows.labels, ce_weight=1.0).ce
     sums: Sums = {"loss": (float(ce), len(hidden))}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
@@ -165,16 +149,8 @@ def _vocabulary_sums(
 ) -> Sums:
     head = student.output_head
     temperature = target.kind.read_at
-    kd = linear_kd_loss(
-        hidden,
-        head.weight,
-        **as_arguments(kd_targets(target, temperature, None, device)),
-        bias=head.bias,
-        temperature=temperature,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-    ).kd
+    targets = kd_targets(target, temperature, None, device)
+    kd = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
@@ -192,7 +168,11 @@ def _task_sums(
     head = _head_of(name, student, target.info)
     if head is None:
         return {}
-    logits, wanted = _task_logits(*head, student, batch, target, device)
+    name_of_head, places = head
+    inputs = inputs_of(student, batch, target.info.view, device)
+    found = run_heads(student, inputs, batch, {name_of_head: target})
+    logits, wanted = taught_rows(found.logits[name_of_head], target)
+    logits = logits.float()[:, places]
     count = len(logits)
     if not count:
         return {}
@@ -209,7 +189,7 @@ def _task_sums(
 
 
 def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
-    """The head that imitates the expert, and the places of its classes there; None without one."""
+    """Return the head that imitates the expert and the places of its classes there, if any."""
     if name in student.head_configs:
         return name, list(range(info.num_labels or 0))
     for head, config in student.head_configs.items():
@@ -219,24 +199,3 @@ def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[
             wanted = [f"{name}/{n}" if apart else n for n in info.label_names]
             return head, [names.index(n) for n in wanted]
     return None
-
-
-def _task_logits(
-    name: str,
-    places: list[int],
-    student: Student,
-    batch: Batch,
-    target: SequenceTargetBatch | TokenLabelBatch,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    if isinstance(target, TokenLabelBatch):
-        inputs = model_inputs(batch.input_ids, batch.lengths, device)
-        flat = torch.from_numpy(target.rows * batch.input_ids.shape[1] + target.positions)
-        shown = student.with_domains(inputs, batch.domains)
-        logits = student(shown, token_heads={name: flat.to(device)}).logits[name]
-        return logits.float(), send(target.logits, device)
-    keep = torch.from_numpy(target.present).to(device)
-    seen = inputs_of(student, batch, target.info.view, device)
-    shown = student.with_domains(seen, batch.domains)
-    logits = student(shown, sequence_heads=[name]).logits[name][keep][:, places]
-    return logits.float(), torch.from_numpy(target.logits).to(device)[keep]

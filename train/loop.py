@@ -24,12 +24,13 @@ from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import best_of, evaluate
+from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking_pass import with_centres
 from rekindle.train.objective.selection import Counts
-from rekindle.train.optimizer import make_optimizer, set_learning_rate
+from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
 from rekindle.train.record.checkpoint import (
@@ -43,7 +44,7 @@ from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_folder import open_folder
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.watch import LossWatch, recent_losses, save_suspect
+from rekindle.train.record.watch import LossWatch, Weights, recent_losses, save_suspect
 from rekindle.train.student import Student
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -62,7 +63,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Training:
-    """What every step of a run needs."""
+    """Everything that a step of a run needs."""
 
     out: Path
     cache: Cache
@@ -70,7 +71,7 @@ class Training:
     student: ParallelStudent
     optimizer: torch.optim.Optimizer
     prepared: Prepared
-    lineage: list[dict[str, Any]]  # of the student, as its files have it
+    lineage: list[dict[str, object]]  # of the student, as its files have it
 
     @property
     def objective(self) -> Objective:
@@ -120,7 +121,7 @@ def _train(
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
     stream.order.restore(state.get("order"))
-    recent = world.decide(lambda: recent_losses(read_metrics(out), first, objective.weights))
+    recent = world.decide(lambda: _recent_losses(out, first, objective))
     watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
     student.student.train()
@@ -133,11 +134,10 @@ def _train(
         for step, read in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
-            batch = objective.select(read, step)
-            values = _step(training, batch, step, watch)
-            coverage.count(
-                batch, objective.task, objective.users(step), objective.hard_weight(step)
-            )
+            plan = objective.plan(step)
+            batch = objective.select(read, plan)
+            values = _step(training, batch, plan, watch)
+            coverage.count(batch, objective.task, plan)
             done = step + 1
             waited = stream.waited - waited_before
             values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
@@ -147,15 +147,16 @@ def _train(
                 report(done, values)
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
-                evaluation = _evaluate(training, step)
+                evaluation = _evaluate(training, plan)
                 stream.order.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
-            if last or done % config.checkpoint_every == 0 or (best or {}).get("step") == done:
+            is_best = best is not None and best["step"] == done
+            if last or done % config.checkpoint_every == 0 or is_best:
                 run_log.sync()
                 _save(training, done, coverage, best, earlier + time.monotonic() - started)
     if first == config.steps:
-        evaluation = _evaluate(training, first - 1)
+        evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
@@ -167,11 +168,11 @@ def _train(
 def _begin(
     out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resuming: bool
 ) -> tuple[Training, dict[str, Any]]:
-    """The run in ``out``, begun or gone on with, and the state of its checkpoint, if any."""
-    # While the student is whole and untrained. Of a run that was killed before this, once more.
+    """Begin the run in ``out`` or go on with it; return it, and its checkpoint's state if any."""
+    # Measured before sharding and training; again where an earlier process died before it.
     growth = world.decide(lambda: measure_growth(out, prepared, world.device))
     student = ParallelStudent(prepared.student, world, config.parallel)
-    optimizer = make_optimizer(student.student, config, world.device)
+    optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
     made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
     lineage = [run.model_dump(mode="json") for run in made_by]
     training = Training(out, cache, config, student, optimizer, prepared, lineage)
@@ -185,69 +186,69 @@ def _save(
     training: Training,
     done: int,
     coverage: Coverage,
-    best: Mapping[str, Any] | None,
+    best: Best | None,
     seconds: float,
 ) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
     total = coverage.over(training.world.sum)
     order = training.prepared.stream.order.state
     state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
-    state[LINEAGE] = training.lineage
+    state |= {LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
     about = training.prepared.about
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
 
 
-def _evaluate(training: Training, step: int) -> dict[str, float]:
-    """Evaluate against the teachers of ``step`` alone: one of weight 0 is not read any more.
+def _recent_losses(out: Path, step: int, objective: Objective) -> list[tuple[float, Weights]]:
+    """Return the last losses of the first ``step`` steps, each with its step's weights."""
+    return recent_losses(read_metrics(out), step, lambda done: objective.plan(done).weights)
+
+
+def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
+    """Evaluate against the teachers of the step alone: one of weight 0 is not read any more.
 
     The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
     them save a checkpoint that the others do not.
     """
-    objective = training.objective
-    data = replace(
-        training.prepared.held_out,
-        teachers=tuple(objective.teachers_at(step)),
-        methods=tuple(method for method, _ in objective.active_methods(step)),
-    )
+    methods = tuple(method for method, _ in plan.methods)
+    data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
     student, world = training.student, training.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)
     return world.decide(lambda: found)
 
 
-def _step(training: Training, batch: Batch, step: int, watch: LossWatch) -> dict[str, float]:
-    """One optimiser step on this process's share of a batch. Returns what is shown and logged.
+def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) -> dict[str, float]:
+    """Do an optimiser step on this process's share of a batch; return what is shown and logged.
 
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
     began = time.perf_counter()
     config, world, objective = training.config, training.world, training.objective
+    step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
     rate = set_learning_rate(training.optimizer, config, step)
-    counts = objective.counts(batch, step).over(world.sum)
+    counts = objective.counts(batch, plan).over(world.sum)
     loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
     with autocast(config.precision, world.device):
-        counts = with_centres(counts, objective, parts, step, world, training.student.run)
+        counts = with_centres(counts, objective.task, parts, plan, world, run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
-                total, shown = training.student.run(
-                    _attached_loss, objective, part, counts, step, world.device
-                )
+                total, shown = run(_attached_loss, objective, part, counts, plan, world.device)
             (total * world.size).backward()
         loss = loss + total.detach()
         for name, value in shown.items():
             terms[name] = terms.get(name, nothing) + value
     norm_here = training.student.clip(config.max_grad_norm or math.inf)
-    names = objective.shown(counts, step)
+    names = objective.shown(counts, plan)
     shown_here = [norm_here, loss, *(terms.get(name, nothing) for name in names)]
     norm, *own = torch.stack([value.float() for value in shown_here]).tolist()  # waits for the GPU
     summed, *values, tokens = world.sum([*own, int(batch.lengths.sum())])
-    complaint = watch.complaint(summed, norm, objective.weights(step))
+    complaint = watch.complaint(summed, norm, plan.weights)
     if complaint is not None:
         world.decide(lambda: _stop(training, step, complaint))
     training.optimizer.step()
@@ -265,13 +266,13 @@ def _attached_loss(
     objective: Objective,
     part: Batch,
     counts: Counts,
-    step: int,
+    plan: StepPlan,
     device: torch.device,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch, always with a gradient: where this process's rows have no loss,
-    another's may have one, and all must take part in its backward pass.
+    """Return the loss of a micro-batch, always with a gradient: where this process's rows have no
+    loss, another's may have one, and all must take part in its backward pass.
     """
-    result = objective.loss(student, part, counts, step, device)
+    result = objective.loss(student, part, counts, plan, device)
     if not result.total.requires_grad:
         used_always = student.model.get_input_embeddings().weight
         result.total = result.total + 0.0 * used_always[0].sum()
@@ -279,7 +280,7 @@ def _attached_loss(
 
 
 def _stop(training: Training, step: int, complaint: str) -> None:
-    """Leave the ids of the step's examples in a file; raises InputError that says where."""
+    """Write the ids of the step's examples into a file; raise the InputError that says where."""
     index = training.prepared.stream.sequences_at(step)
     digests = [str(digest) for digest in training.cache.gather(index, []).digests]
     path = save_suspect(training.out, step + 1, complaint, index.tolist(), digests)
@@ -296,7 +297,7 @@ def _finish(
     student: Student,
     weights: Mapping[str, Tensor] | None,
     cache: Cache,
-    about: Mapping[str, Any],
+    about: Mapping[str, object],
 ) -> None:
     """Make the run's directory a model directory."""
     summary = {name: value for name, value in vars(result).items() if name != "directory"}

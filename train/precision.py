@@ -5,10 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def chosen_precision(precision: str, device_type: str) -> str:
+    """Return what ``auto`` means on a device: bf16 on a GPU that has it; any other as it is."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """bf16 autocast where ``precision`` asks for it; ``auto`` means a GPU that has bf16."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp32":
+    """bf16 autocast where ``precision`` asks for it."""
+    if chosen_precision(precision, device.type) == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -22,6 +22,7 @@ from rekindle.train.student import Student, build_student
 
 log = logging.getLogger("rekindle")
 
+About = dict[str, Any]  # what a run is, as JSON: see ``describe_run``
 DATA_ORDER = 2  # rises when the same seed would mean another split or another order
 
 
@@ -29,7 +30,7 @@ DATA_ORDER = 2  # rises when the same seed would mean another split or another o
 class Prepared:
     """What a run needs before its processes are joined to one."""
 
-    about: dict[str, Any]  # what the run is
+    about: About
     objective: Objective
     student: Student
     stream: TrainingStream
@@ -61,14 +62,12 @@ def prepare(
 def _data(
     cache: Cache, objective: Objective, config: TrainConfig, view: str | None, world: World
 ) -> tuple[TrainingStream, EvaluationData]:
-    """What is trained on, and what is held out for evaluation."""
+    """Choose what is trained on, and what is held out for evaluation."""
     chosen = choose_sequences(cache, config)
     stream = TrainingStream(
         cache,
         chosen.order,
-        config.batch_sequences,
-        config.seed,
-        objective.teachers_at,
+        lambda step: objective.plan(step).teachers,
         view,
         config.allow_missing,
         rank=world.rank,
@@ -85,8 +84,8 @@ def _data(
 def prepare_objective(
     cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
 ) -> Objective:
-    """The loss, after checking that every teacher it names is in the cache, complete, and saw what
-    the student will see.
+    """Make the loss, after checking that every teacher it names is in the cache, complete, and saw
+    what the student will see.
     """
     task = student.language_task
     run = MethodRun(cache, task, masked_view, config.steps, config.seed)
@@ -114,7 +113,7 @@ def prepare_objective(
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None:
-    """That ``keep_best`` names something that an evaluation can measure."""
+    """Check that ``keep_best`` names something that an evaluation can measure."""
     known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
     for name in objective.teachers:
         problem = objective.teachers[name].problem
@@ -149,7 +148,7 @@ def _student(
     objective: Objective,
     world: World,
 ) -> Student:
-    """The student on its device, as the configuration wants it run."""
+    """Build the student on its device, as the configuration wants it run."""
     student = _built(cache, config, train, objective)
     if config.grow is not None:
         student = grow_student(student, config.grow)
@@ -168,7 +167,7 @@ def _student(
 def _built(
     cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
-    """The student as it is before it grows."""
+    """Build the student as it is before it grows."""
     info = cache.corpus.info
     return build_student(
         config,
@@ -204,9 +203,7 @@ def _checkpoint_activations(student: Student) -> None:
 
 
 def _compile(student: Student) -> None:
-    """Each block by itself: equal blocks share the compiled code, and the names of parameters
-    stay.
-    """
+    """Compile each block by itself: equal ones share the code, and parameters keep their names."""
     found = blocks(student.model)
     if not found:
         log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
@@ -220,8 +217,8 @@ def describe_run(
     config: TrainConfig,
     masked_view: str | None,
     objective: Objective,
-) -> dict[str, Any]:
-    """What a run is: enough to refuse to resume it as another, and to make its model a teacher
+) -> About:
+    """Describe a run: enough to refuse to resume it as another, and to make its model a teacher
     later.
     """
     train = config.model_dump(mode="json", by_alias=True)
@@ -245,8 +242,8 @@ def describe_run(
     }
 
 
-def _other_views(cache: Cache, objective: Objective) -> dict[str, Any]:
-    """The view of each masked LM that saw other inputs than the student, where there are some."""
+def _other_views(cache: Cache, objective: Objective) -> dict[str, dict[str, str]]:
+    """Name the view of each masked LM that saw other inputs than the student, if there are any."""
     infos = {name: cache.teacher(name).info for name in objective.teachers}
     views = {name: info.view for name, info in infos.items() if info.sees_clean_text}
     return {"teacher_views": views} if views else {}

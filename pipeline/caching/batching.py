@@ -46,10 +46,8 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str,
     lengths = np.array([len(s) for s in sequences])
     ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return {
-        "input_ids": teacher.tensor(ids),
-        "attention_mask": teacher.tensor(mask),
-    }, ids.shape[1]
+    inputs = {"input_ids": teacher.tensor(ids), "attention_mask": teacher.tensor(mask)}
+    return inputs, ids.shape[1]
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:

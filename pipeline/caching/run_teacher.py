@@ -34,9 +34,9 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UnitResult:
-    """A unit's columns in corpus order: flat per position, or one row per sequence."""
+    """A unit's columns in corpus order: an entry per position, or per sequence with a target."""
 
-    rows: Rows  # [P] the row of each position; for sequence teachers the rows with a target
+    rows: Rows  # [P] the row of each
     columns: Columns
 
 
@@ -211,15 +211,7 @@ def _sequence_unit(
             columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows, logits)
         return columns
 
-    done = list(run_batches(teacher, lengths, forward))
-    names = ["logits"] + (["mc_probs"] if teacher.info.monte_carlo_passes else [])
-    assert teacher.info.num_labels is not None
-    shape = (len(seen), teacher.info.num_labels)
-    columns = {name: np.zeros(shape, np.float32) for name in names}
-    for rows, found in done:
-        for name in names:
-            columns[name][rows] = found[name]
-    return UnitResult(np.flatnonzero(lengths), columns)
+    return _in_corpus_order(run_batches(teacher, lengths, forward))
 
 
 def _expert_inputs(
@@ -273,15 +265,17 @@ def _monte_carlo(
 
 
 def _in_corpus_order(
-    done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]]
+    done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]] | None = None
 ) -> UnitResult:
-    """Flat columns sorted by corpus row; positions ascend within a row already."""
+    """Flat columns sorted by corpus row, whose positions ascend already; or one target a row."""
     finished = list(done)
     if not finished:
-        return UnitResult(np.zeros(0, np.int64), {"positions": np.zeros(0, np.uint16)})
-    rows = np.concatenate([np.repeat(r, [len(positions[i]) for i in r]) for r, _ in finished])
-    where = np.concatenate([positions[i] for r, _ in finished for i in r])
-    columns = joined_columns([c for _, c in finished]) | {"positions": where.astype(np.uint16)}
+        return UnitResult(np.zeros(0, np.int64), {})
+    rows = np.concatenate([batch for batch, _ in finished])
+    columns = joined_columns([found for _, found in finished])
+    if positions is not None:
+        columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
+        rows = np.repeat(rows, [len(positions[r]) for r in rows])
     order = np.argsort(rows, kind="stable")
     return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
 

@@ -212,12 +212,8 @@ def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) ->
 def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:
-        log.warning(
-            "teacher %s has %d classes; all logits are kept (%d bytes a row)",
-            config.name,
-            labels,
-            4 * labels,
-        )
+        told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
+        log.warning(told, config.name, labels, 4 * labels)
     if config.task == "regression" and labels != 1:
         raise InputError(
             f"teacher {config.name!r} has {labels} outputs; task regression needs 1. "

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Target, TokenTargets
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
@@ -120,12 +120,10 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
 def _compare(
     cached: Target, live: UnitResult, row: int, info: TeacherInfo
 ) -> dict[str, list[float]]:
-    if isinstance(cached, SequenceTargets):
-        return {"error": [float(np.abs(live.columns["logits"][row] - cached.logits).max())]}
     mine = live.rows == row
     if not mine.any():  # of a domain that is not the teacher's, or without a word
         return {}
-    if isinstance(cached, TokenLabelTargets):
+    if not isinstance(cached, TokenTargets):
         return {"error": np.abs(live.columns["logits"][mine] - cached.logits).max(axis=1).tolist()}
     if "log_probs" not in live.columns:
         return _compare_sample(cached, {k: v[mine] for k, v in live.columns.items()}, info)

@@ -20,8 +20,14 @@ from rekindle.pipeline.compare.tables import (
     step_tables,
 )
 from rekindle.pipeline.plan.break_even import taught_sequences
-from rekindle.pipeline.report.cache import KnownCache, cache_section, find_cache
-from rekindle.pipeline.report.cost import ESTIMATED, StudentCost, cost_section, typical_cost
+from rekindle.pipeline.report.cache import CacheFacts, KnownCache, cache_section, find_cache
+from rekindle.pipeline.report.cost import (
+    ESTIMATED,
+    Cost,
+    StudentCost,
+    cost_section,
+    typical_cost,
+)
 from rekindle.pipeline.report.losses import curves_of, losses_section
 from rekindle.pipeline.report.page import Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
@@ -39,11 +45,20 @@ def comparison_html(comparison: Comparison, scores: Section | None = None) -> st
     return as_html(comparison_page(comparison, scores))
 
 
-def comparison_page(comparison: Comparison, scores: Section | None = None) -> Page:
-    """Its parts: the runs, their losses, scores, cost and caches, and what sets them apart."""
+def comparison_page(
+    comparison: Comparison, scores: Section | None = None, lines: Sequence[str] = ()
+) -> Page:
+    """Its parts: the runs, their losses, scores, cost and caches, and what sets them apart.
+
+    ``lines`` are the names of all lines of the pictures in their order, if others than the runs
+    have any.
+    """
     runs = [_read(run) for run in comparison.runs]
     names = [run.name for run in comparison.runs]
-    curves = [curves_of(run.name, run.records) for run in runs]
+    lines = lines or names
+    samples = [lines.index(name) for name in names]
+    records = {run.name: run.records for run in runs}
+    curves = [curves_of(name, records.get(name, [])) for name in lines]
     caches = _caches(runs)
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
@@ -55,11 +70,11 @@ def comparison_page(comparison: Comparison, scores: Section | None = None) -> Pa
         title="Students of one corpus",
         lead=_lead(comparison),
         sections=[
-            Section("Runs", [_runs_table(comparison)]),
+            Section("Runs", [_runs_table(comparison, samples)]),
             settings_section(names, differing),
             losses_section(curves, more, _capital(comparison.notes)),
             scores or own_scores,
-            _costs(runs, caches, cost_tables(comparison)),
+            _cost_section(runs, caches, cost_tables(comparison), samples),
             cache_section(list(caches.values())),
         ],
     )
@@ -77,11 +92,11 @@ def _capital(notes: Sequence[str]) -> list[str]:
     return [note[:1].upper() + note[1:] for note in notes]
 
 
-def _runs_table(comparison: Comparison) -> Table:
+def _runs_table(comparison: Comparison, samples: Sequence[int]) -> Table:
     names = Column("run", [run.name for run in comparison.runs])
     columns = [names, *result_columns(comparison, scores=False)]
     marked = any(column.best for column in columns)
-    return Table("", columns, BEST if marked else "", samples=range(len(comparison.runs)))
+    return Table("", columns, BEST if marked else "", samples)
 
 
 # --- what the pictures need -----------------------------------------------------------------------
@@ -154,9 +169,33 @@ def _caches(runs: Sequence[_Read]) -> dict[str, KnownCache]:
     return {path: find_cache(path, corpora[path], teachers[path]) for path in corpora}
 
 
-def _costs(
-    runs: Sequence[_Read], caches: Mapping[str, KnownCache], tables: Sequence[Table]
+def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | None]:
+    """What the runs' one cache holds, and what a student with teachers costs with it and without;
+    None where that is not known.
+    """
+    runs = [_read(run) for run in comparison.runs]
+    caches = _caches(runs)
+    known = [cache.facts for cache in caches.values()]
+    cost, _ = typical_cost(*_costs(runs, caches))
+    return known[0] if len(known) == 1 else None, cost
+
+
+def _cost_section(
+    runs: Sequence[_Read],
+    caches: Mapping[str, KnownCache],
+    tables: Sequence[Table],
+    samples: Sequence[int],
 ) -> Section:
+    once, students = _costs(runs, caches)
+    cost, note = typical_cost(once, students)
+    notes = [note, ESTIMATED] if cost is not None else [note]
+    return cost_section(once, students, cost, notes, tables, samples)
+
+
+def _costs(
+    runs: Sequence[_Read], caches: Mapping[str, KnownCache]
+) -> tuple[dict[str, float | None], list[StudentCost]]:
+    """Each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
     for run in runs:
@@ -165,9 +204,7 @@ def _costs(
         once |= {label: seconds.get(name) for name, label in labels.items()}
         live = _live_seconds(run, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
-    cost, note = typical_cost(once, students)
-    notes = [note, ESTIMATED] if cost is not None else [note]
-    return cost_section(once, students, cost, notes, tables)
+    return once, students
 
 
 def _label(teacher: str, run: _Read, caches: Mapping[str, KnownCache]) -> str:

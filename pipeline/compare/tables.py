@@ -1,16 +1,10 @@
 """A comparison as tables of finished cells, and these in plain text."""
 
-import io
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.table
 import yaml
-from rich import box
-from rich.console import Console
-from rich.text import Text
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
@@ -25,11 +19,10 @@ from rekindle.pipeline.compare.runs import (
     values_of,
 )
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
 
-_WIDEST = 10_000  # characters: no cell is ever cut
-_WIDEST_CELL = 28  # of a run that is a column: longer ones are folded
 COST = (
     "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
     "last evaluation that had cost no more, nothing is interpolated"
@@ -138,7 +131,7 @@ def domain_matrix(runs: Sequence[Path]) -> str:
     """
     matrices = [compare_runs(group).domains for group in by_corpus(runs)]
     return "\n".join(
-        line for one in matrices if one.runs for line in _table_lines(_domain_table(one), 0)
+        line for one in matrices if one.runs for line in text_lines(_domain_table(one), WIDEST)
     )
 
 
@@ -158,7 +151,7 @@ def setting_words(key: str, value: Any) -> str:
     if key == "train.objective.distill":
         value = [_without_defaults(term) for term in value]
     if isinstance(value, dict | list):
-        return yaml.safe_dump(value, default_flow_style=True, width=_WIDEST, sort_keys=False)[:-1]
+        return yaml.safe_dump(value, default_flow_style=True, width=WIDEST, sort_keys=False)[:-1]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -190,60 +183,10 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     a run is a column, if that is narrower. Nothing is ever cut.
     """
     columns = columns_of(comparison)
-    width = width or shutil.get_terminal_size((160, 24)).columns
-    lines = _fitting(columns, width)
+    width = width or terminal_width()
+    lines = text_lines(Table("", columns), width)
     notes = [f" note: {note}" for note in comparison.notes]
     if any(column.best for column in columns):
         notes.append(" * the best of the runs")
-    below = [line for s in sections_of(comparison) for line in ("", *_table_lines(s, width))]
+    below = [line for s in sections_of(comparison) for line in ("", *text_lines(s, width))]
     return "\n".join([*lines, *notes, *below])
-
-
-def _table_lines(table: Table, width: int) -> list[str]:
-    """A further table with its title; ``width`` 0: as it stands."""
-    lines = _fitting(table.columns, width or _WIDEST) if table.columns else []
-    return [f" {table.title}", *lines, *([f" {table.note}"] if table.note else [])]
-
-
-def _fitting(columns: list[Column], width: int) -> list[str]:
-    lines = _drawn(_upright(columns))
-    if _width(lines) > width:
-        lines = min(lines, _drawn(_lying(columns)), key=_width)
-    return lines
-
-
-def _upright(columns: list[Column]) -> rich.table.Table:
-    table = rich.table.Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
-    for row in range(len(columns[0].cells)):
-        table.add_row(*(_cell(column, row) for column in columns))
-    return table
-
-
-def _lying(columns: list[Column]) -> rich.table.Table:
-    names, *others = columns
-    table = rich.table.Table(box=box.SIMPLE_HEAD)
-    table.add_column(names.title, no_wrap=True)
-    for name in names.cells:
-        table.add_column(name, justify="right", overflow="fold", max_width=_WIDEST_CELL)
-    for column in others:
-        table.add_row(column.title, *(_cell(column, row) for row in range(len(column.cells))))
-    return table
-
-
-def _drawn(table: rich.table.Table) -> list[str]:
-    stream = io.StringIO()
-    Console(file=stream, width=_WIDEST, color_system=None).print(table)
-    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return [line for line in lines if line]
-
-
-def _width(lines: list[str]) -> int:
-    return max(map(len, lines))
-
-
-def _cell(column: Column, row: int) -> Text:
-    # The others get a blank for the star, so that digits stand below digits.
-    star = ("*" if row in column.best else " ") if column.best else ""
-    return Text(column.cells[row] + star)

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
-from rekindle.pipeline.cycle.tasks import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.processes.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
@@ -85,7 +84,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     start = str(home / "students" / student if student else home / START_FOLDER)
     after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
-    tried: list[tuple[dict[str, Any], Path]] = []
+    tried: list[tuple[dict[str, object], Path]] = []
     for point in points:
         values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
         folder = home / "search" / arm / name / point_name(point)
@@ -102,7 +101,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     out = result_folder(home, arm, name)
     yield Job(
         f"{arm} on {name}",
-        stages.fine_tune_best,
+        stages.fine_tune,
         (start, files, out, config.seeds, one.metric, tried),
         output=out / "metrics.json",
         after=(*after, *(searched if len(points) > 1 else ())),

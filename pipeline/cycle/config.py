@@ -6,7 +6,7 @@ made by ``cycle.configs``.
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,9 @@ from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import METRICS
 
+Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
+Point = dict[str, Setting]  # what a search tries
+Search = dict[str, tuple[Setting, ...]]
 Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
 ARMS: dict[Arm, str] = {
     "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
@@ -44,6 +47,7 @@ class CycleTask(Settings):
     """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
+    about: str = Field("", description="what it asks, for the report")
     train: str = Field(description="labelled examples: jsonl, csv, tsv or parquet")
     test: str = Field(description="scored once for each fine-tuning; selects nothing")
     dev: str | None = Field(
@@ -63,10 +67,10 @@ class CycleTask(Settings):
         description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
         "task has sentence2",
     )
-    distill: dict[str, Any] = Field(
+    distill: dict[str, object] = Field(
         default_factory=dict, description="of its expert's term, over the file's distill"
     )
-    finetune: dict[str, Any] = Field(
+    finetune: dict[str, object] = Field(
         default_factory=dict, description="over the file's finetune, for every arm alike"
     )
 
@@ -82,6 +86,7 @@ class CycleTask(Settings):
 class CycleConfig(Settings):
     """The whole file."""
 
+    about: str = Field("", description="what is compared on which text, for the report")
     corpus: CorpusConfig = Field(description="the unlabelled text")
     cache: CycleCacheConfig = Field(
         default_factory=lambda: CycleCacheConfig(), description="where the cache is"
@@ -94,7 +99,7 @@ class CycleConfig(Settings):
         description="how students are trained, all alike; objective.hard is μ of masked LM",
     )
     tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
-    distill: dict[str, Any] = Field(
+    distill: dict[str, object] = Field(
         default_factory=dict,
         description="of every expert's term (weight is λ, temperature, view, …); regressions "
         "have divergence mse unless told",
@@ -105,7 +110,7 @@ class CycleConfig(Settings):
     finetune: FinetuneConfig = Field(
         default_factory=FinetuneConfig, description="how every model is fine-tuned"
     )
-    search: dict[str, tuple[Any, ...]] = Field(
+    search: Search = Field(
         default_factory=dict,
         description="values of finetune to try for every arm and task; the best on dev is taken",
     )
@@ -120,7 +125,7 @@ class CycleConfig(Settings):
 
     @field_validator("search")
     @classmethod
-    def _searched(cls, value: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    def _searched(cls, value: Search) -> Search:
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
@@ -199,14 +204,12 @@ class CycleConfig(Settings):
         """None of those that are compared: these have selected nothing."""
         return range(self.seeds, self.seeds + self.search_seeds)
 
-    def search_points(self) -> list[dict[str, Any]]:
+    def search_points(self) -> list[Point]:
         """Every combination of the searched values; [{}] where nothing is searched."""
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
-    def finetune_of(
-        self, task: CycleTask, point: dict[str, Any], longer: bool = False
-    ) -> FinetuneConfig:
+    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FinetuneConfig:
         """How a model is fine-tuned on ``task``; ``longer``: for twice the epochs and steps."""
         values = self.finetune.model_dump() | task.finetune | point
         if longer:
@@ -228,9 +231,10 @@ def _check_finetune(config: FinetuneConfig) -> None:
         raise ValueError("finetune.head and merge are for scoring without training; leave them out")
 
 
-def _setting(key: str, value: Any) -> Any:
+def _setting(key: str, value: Setting) -> Setting:
     """A value of fine-tuning as it is understood: of its own type, not of the file's."""
-    return getattr(parse_settings(FinetuneConfig, {key: value}), key)
+    setting: Setting = getattr(parse_settings(FinetuneConfig, {key: value}), key)
+    return setting
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:
@@ -250,7 +254,7 @@ def dump_cycle(config: CycleConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def point_name(point: dict[str, Any]) -> str:
+def point_name(point: Point) -> str:
     """A point of the search as the name of a folder."""
     name = ",".join(f"{key}={value}" for key, value in point.items())
     if "/" in name:

@@ -2,16 +2,22 @@
 
 An arm has had the same budget as another if every setting is the same, but for those that were
 searched on dev; the arm ``longer`` has twice the epochs, and twice the steps if those are limited.
+A search is part of the budget: every arm must have tried the same settings with the same seeds.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from rekindle.data.errors import CheckpointError
+from rekindle.train.finetune.result import FinetuneResult
 from rekindle.train.finetune.result_folder import WRITER
 
 EXPERT = "expert"
@@ -21,32 +27,41 @@ TAUGHT = ("kd", "both", "mixture")  # students of experts
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
+_EQUAL = 1e-9  # of two means: rounding decides between them
+
+Grid = Mapping[str, Sequence[object]]  # setting -> the values that are tried
 
 
-@dataclass(frozen=True)
-class FineTuned:
-    """One metrics.json. ``dev`` and ``test`` have the scores by metric, in the order of ``seeds``.
-
-    ``folder`` is relative to the cycle; ``files`` are the last three parts of the paths of the
-    splits, for the cycle's directory may have been moved, or named from elsewhere.
-    """
+@dataclass(frozen=True, kw_only=True)
+class FineTuned(FinetuneResult):
+    """One metrics.json, of an ``arm`` on a ``task``; ``folder`` is relative to the cycle."""
 
     folder: str
     arm: str
     task: str
-    model: str
-    files: dict[str, str]
-    problem: str
-    label_names: list[str]
-    metric: str
-    seeds: list[int]
-    dev: list[dict[str, float]]
-    test: list[dict[str, float]]  # empty where there was no test split
-    best_seed: int
-    seconds: float
-    precision: str
-    config: dict[str, Any]
-    versions: dict[str, str]
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The last three parts of the paths of the splits: the cycle's directory may have been
+        moved, or named from elsewhere.
+        """
+        return {split: "/".join(Path(path).parts[-3:]) for split, path in self.files.items()}
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in the order of all scores."""
+        return [one.seed for one in self.per_seed]
+
+    @property
+    def dev(self) -> list[dict[str, float]]:
+        """Scores on dev by metric."""
+        return [one.scores for one in self.per_seed]
+
+    @property
+    def test(self) -> list[dict[str, float]]:
+        """Scores on test by metric; empty where not all seeds have some."""
+        found = [one.test_scores for one in self.per_seed if one.test_scores is not None]
+        return found if len(found) == len(self.per_seed) else []
 
     @property
     def shown(self) -> list[str]:
@@ -57,7 +72,7 @@ class FineTuned:
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
 
     @property
-    def budget(self) -> dict[str, Any]:
+    def budget(self) -> dict[str, object]:
         """The settings; in the arm ``longer`` those that it would have at the common length."""
         if self.arm != LONGER:
             return self.config
@@ -94,37 +109,15 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
     if values is None:
         return None
     try:
-        return _checked(_parsed(values, folder, arm, task))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if values["written_by"] != WRITER:
+            raise ValueError(f"written by {values['written_by']!r}")
+        whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
+        return _checked(TypeAdapter(FineTuned).validate_json(whole, strict=True))
+    except (KeyError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
         ) from None
-
-
-def _parsed(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
-    if values["written_by"] != WRITER:
-        raise ValueError(f"written by {values['written_by']!r}")
-    runs = values["per_seed"]
-    tests = [run["test_scores"] for run in runs]
-    return FineTuned(
-        folder=folder,
-        arm=arm,
-        task=task,
-        model=values["model"],
-        files={split: "/".join(Path(f).parts[-3:]) for split, f in values["files"].items()},
-        problem=values["problem"],
-        label_names=list(values["label_names"]),
-        metric=values["metric"],
-        seeds=[run["seed"] for run in runs],
-        dev=[run["scores"] for run in runs],
-        test=[] if None in tests else tests,
-        best_seed=values["best_seed"],
-        seconds=float(values["seconds"]),
-        precision=values["precision"],
-        config=dict(values["config"]),
-        versions=dict(values["versions"]),
-    )
 
 
 def _checked(one: FineTuned) -> FineTuned:
@@ -153,7 +146,9 @@ def check_together(out: Path, found: Sequence[FineTuned], searched: Sequence[str
             refuse(out, found[0], other, key, first[key], None)
 
 
-def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, two: Any) -> None:
+def refuse(
+    out: Path, first: FineTuned, other: FineTuned, key: str, one: object, two: object
+) -> None:
     """Raise the CheckpointError of two results that had not the same ``key``."""
     doubled = " (longer: halved)" if LONGER in (first.arm, other.arm) and key in _DOUBLED else ""
     raise CheckpointError(
@@ -163,10 +158,117 @@ def refuse(out: Path, first: FineTuned, other: FineTuned, key: str, one: Any, tw
     )
 
 
-def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, Any]:
+def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, object]:
     """Everything that must be the same in all arms."""
-    names = ("problem", "label_names", "metric", "seeds", "files")
+    names = ("problem", "label_names", "metric", "seeds")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
     # The setting may be "auto"; where it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
-    return {name: getattr(one, name) for name in names} | precision | settings
+    own = {name: getattr(one, name) for name in names} | {"files": one.splits}
+    return own | precision | settings
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One point of a search: the settings, and the main metric on dev by seed."""
+
+    settings: dict[str, object]
+    seeds: list[int]
+    dev_scores: list[float]
+    mean: float
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search over fine-tuning settings; ``chosen`` is None before the arm is fine-tuned."""
+
+    arm: str
+    task: str
+    tried: list[Tried]
+    chosen: dict[str, object] | None
+
+
+def points_of(grid: Grid) -> list[tuple[object, ...]]:
+    """All combinations of the values, in the order of the grid; none without a grid."""
+    return list(product(*grid.values())) if grid else []
+
+
+def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
+    """What the arm has tried so far, in the order of the grid.
+
+    Raises CheckpointError for what is damaged, or not of this grid.
+    """
+    points = points_of(grid)
+    home = out / "search" / arm / task
+    folders = sorted(path for path in home.glob("*") if path.is_dir() and path.name[0] != ".")
+    found: dict[int, FineTuned] = {}
+    for folder in folders if points else []:
+        one = read_finetuned(out, str(folder.relative_to(out)), arm, task)
+        if one is None:
+            continue
+        point = tuple(one.budget.get(key) for key in grid)
+        if point not in points or points.index(point) in found:
+            raise CheckpointError(
+                f"{folder} has tried {_told(grid, point)}, which is not of this search or is there "
+                "twice: every arm tries the same settings, each once; remove the folder and resume"
+            )
+        found[points.index(point)] = one
+    return [found[number] for number in sorted(found)]
+
+
+def check_search(
+    out: Path, grid: Grid, tried: Sequence[FineTuned], final: Mapping[str, FineTuned]
+) -> None:
+    """Raise CheckpointError where the arms of a task were not searched alike.
+
+    ``tried``: of all arms, see ``read_search``; ``final``: by arm, what was fine-tuned with what
+    the search chose, on dev, after all its points.
+    """
+    check_together(out, tried, list(grid))
+    for one in tried[:1]:
+        for other in list(final.values())[:1]:
+            for split in ("train", "dev"):
+                if one.splits.get(split) != other.splits.get(split):
+                    refuse(out, one, other, split, one.splits.get(split), other.splits.get(split))
+    points = points_of(grid)
+    for arm, one in final.items() if len(points) > 1 else ():
+        dev = {tuple(t.budget.get(k) for k in grid): dev_mean(t) for t in tried if t.arm == arm}
+        if missing := [point for point in points if point not in dev]:
+            raise CheckpointError(
+                f"{out / one.folder} is there, but its search in {out / 'search' / arm / one.task} "
+                f"lacks {_told(grid, missing[0])}: without it arms are not searched alike; remove "
+                "the first and resume"
+            )
+        taken = tuple(one.budget.get(key) for key in grid)
+        if dev.get(taken, float("-inf")) < max(dev.values()) - _EQUAL:
+            raise CheckpointError(
+                f"{out / one.folder} has {_told(grid, taken)}, which is not what its search in "
+                f"{out / 'search' / arm / one.task} found best on dev; remove it and resume"
+            )
+
+
+def searched_of(
+    arm: str, task: str, grid: Grid, tried: Sequence[FineTuned], final: FineTuned | None
+) -> Searched:
+    """An arm's search on a task, as it is told."""
+    points = [
+        Tried(_settings(grid, one), one.seeds, [s[one.metric] for s in one.dev], dev_mean(one))
+        for one in tried
+    ]
+    return Searched(arm, task, points, _settings(grid, final) if final else None)
+
+
+def dev_mean(one: FineTuned) -> float:
+    """The mean over seeds of the main metric on dev, which the search maximises."""
+    return fmean(scores[one.metric] for scores in one.dev)
+
+
+def _settings(grid: Grid, one: FineTuned) -> dict[str, object]:
+    return {key: one.config.get(key) for key in grid}
+
+
+def _told(grid: Grid, point: Sequence[object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in zip(grid, point, strict=True))

@@ -3,18 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, FineTuned
-from rekindle.pipeline.cycle.scores import (
-    MEAN,
-    SELECTED,
-    ArmScores,
-    Difference,
-    main_scores,
-)
-from rekindle.pipeline.cycle.searched import Searched
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
+from rekindle.pipeline.cycle.scores import MEAN, SELECTED, ArmScores, main_scores
+from rekindle.pipeline.report.significance import Difference
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
+UNHELPFUL = "guidance is not shown to help"  # and the one that says this
+_SURE = 0.05  # adjusted p below which a difference counts as more than chance
 FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 
 
@@ -39,6 +36,7 @@ def notes_of(told: Told) -> list[str]:
         return [*_missing(told), f"{UNFINISHED}: nothing is fine-tuned yet"]
     return [
         *_missing(told),
+        *_guidance(told.differences),
         *_tests(told.differences),
         *_without_test(told.differences),
         *_seeds(told),
@@ -59,6 +57,37 @@ def _missing(told: Told) -> list[str]:
     listed = "; ".join(f"{arm} on {', '.join(tasks)}" for arm, tasks in arms.items())
     means = ": these arms have no mean over tasks" if len(told.metrics) > 1 else ""
     return [f"{UNFINISHED}, not there yet: {listed}{means}"]
+
+
+def _guidance(differences: Sequence[Difference]) -> list[str]:
+    """One sentence where no student of experts beats the one of the text alone (else the expert):
+    on the mean over tasks, or on the only task.
+    """
+    taught = [one for one in differences if one.arm in TAUGHT]
+    for against in (MLM, EXPERT):
+        ones = [one for one in taught if one.against == against]
+        ones = [one for one in ones if one.task == MEAN] or ones
+        if len({one.task for one in ones}) != 1:
+            continue
+        if any(_is_gain(one) for one in ones):
+            return []
+        spread = [f" ({one.interval})" if one.n > 1 else " with one seed" for one in ones]
+        listed = ", ".join(
+            f"{one.arm} {100 * one.mean:+.2f}{words}"
+            for one, words in zip(ones, spread, strict=True)
+        )
+        where = "the mean over tasks" if ones[0].task == MEAN else ones[0].task
+        return [
+            f"{UNHELPFUL}: no student of experts scores more than {against} on {where} by more "
+            f"than chance ({listed}, in points)"
+        ]
+    return []
+
+
+def _is_gain(one: Difference) -> bool:
+    """Whether it is more than chance; the same gain with every seed, which has no p, is."""
+    p = one.p_adjusted
+    return one.mean > 0 and (one.n > 1 if p is None else p < _SURE)
 
 
 def _tests(differences: Sequence[Difference]) -> list[str]:
@@ -149,13 +178,14 @@ def _searched(searched: Sequence[Searched]) -> list[str]:
 def _at_edge(one: Searched) -> bool:
     """Whether a number that was chosen is the smallest or largest of three or more."""
     for key, value in (one.chosen or {}).items():
-        tried = {point.settings[key] for point in one.tried if _is_number(point.settings[key])}
+        values = (point.settings[key] for point in one.tried)
+        tried = {value for value in values if _is_number(value)}
         if len(tried) > 2 and value in (min(tried), max(tried)):
             return True
     return False
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,20 +1,25 @@
-"""A cycle's report: its students as runs, and its scores with the differences between the arms."""
+"""A cycle's report: its scores with the differences between the arms, and its students as runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
-from rekindle.pipeline.cycle.config import ARMS
-from rekindle.pipeline.cycle.notes import UNFINISHED
-from rekindle.pipeline.cycle.results import CycleResults, read_results
+from rekindle.pipeline.cycle.arms import CACHE_FILE, START_FOLDER, student_names
+from rekindle.pipeline.cycle.config import ARMS, CycleConfig
+from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
+from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL
+from rekindle.pipeline.cycle.results import CycleResults, TaskFacts, read_results
 from rekindle.pipeline.cycle.scores import MEAN
-from rekindle.pipeline.cycle.tables import tables_of
-from rekindle.pipeline.report.page import Block, Facts, Note, Page, Section, as_html
-from rekindle.pipeline.report.scores import ScoreDifference, TaskScores, scores_section
-from rekindle.pipeline.report.table import Column, Table
+from rekindle.pipeline.cycle.tables import as_text, own_tables
+from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
+from rekindle.pipeline.report.scores import TaskScores, scores_section
 
 TITLE = "Knowledge rekindle: experts, and students that they guided"
+_FIRST = (UNFINISHED, UNHELPFUL)  # how the notes begin that stand above all
 
 
 def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
@@ -22,64 +27,134 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     cycle = directories[0] if len(directories) == 1 and is_cycle(directories[0]) else None
     if cycle is None:
         return comparison_html(comparison)
-    return cycle_html(comparison, read_results(cycle))
+    return cycle_html(cycle, comparison, read_results(cycle))
 
 
-def cycle_html(comparison: Comparison | None, results: CycleResults) -> str:
-    """The page of a cycle whose students are ``comparison``, whole; None: it has no students."""
+def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults) -> str:
+    """The page of the cycle in ``home`` whose students are ``comparison``, whole; None: it has no
+    students.
+    """
     scores = cycle_section(results)
-    lead = (
+    about = results.settings.get("settings", {}).get("about") or (
         "Experts are fine-tuned from one model and run once over unlabelled text; students begin "
-        "as that model, are guided on that text, and are fine-tuned again with the same budget. "
-        f"{len(results.tasks)} tasks, {len(results.arms)} arms"
+        "as that model, are guided on that text, and are fine-tuned again with the same budget."
     )
+    lead = f"{about} {len(results.tasks)} tasks, {len(results.arms)} arms"
+    sections = [scores]
     if comparison is None:
-        return as_html(Page(TITLE, f"{lead}.", [scores]))
-    page = comparison_page(comparison, scores)
-    # What the cycle is about comes first; how the students were trained comes after it.
-    others = [section for section in page.sections if section is not scores]
-    return as_html(Page(TITLE, f"{lead}; {page.lead}", [scores, *others]))
+        lead += "."
+    else:
+        # A student that is an arm's only one has the line of that arm in all pictures.
+        names = [run.name for run in comparison.runs]
+        page = comparison_page(comparison, scores, list(dict.fromkeys([*results.arms, *names])))
+        # What the cycle is about comes first; how the students were trained comes after it.
+        sections += [section for section in page.sections if section is not scores]
+        lead += f"; {page.lead}"
+    return as_html(Page(TITLE, lead, [*sections, *_by_hand(home, results)]))
 
 
 def cycle_section(results: CycleResults) -> Section:
     """Scores on test by arm and task, differences, and what must be said beside them."""
+    first = [note for note in results.notes if note.startswith(_FIRST)]
     section = scores_section(
         results.arms,
-        [_task_scores(results, task.name, task.metric) for task in results.tasks],
-        [
-            ScoreDifference(
-                one.arm, one.against, one.task, one.mean, one.low, one.high, one.p, one.p_adjusted
-            )
-            for one in results.differences
-        ],
-        [_sentence(note) for note in results.notes if note.startswith(UNFINISHED)],
+        [_task_scores(results, task) for task in results.tasks],
+        results.differences,
+        [_sentence(note) for note in first],
     )
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
-    tables: list[Block] = [
-        _as_table(cells.title, cells.head, cells.rows, cells.words)
-        for cells in tables_of(results)
-        if not cells.title.startswith("differences")  # they are above
-    ]
-    told = [Note(_sentence(note)) for note in results.notes if not note.startswith(UNFINISHED)]
-    return Section(section.title, [arms, *section.blocks, *told, *tables])
+    told = [Note(_sentence(note)) for note in results.notes if note not in first]
+    return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])
 
 
 def _sentence(note: str) -> str:
     return f"{note[:1].upper()}{note[1:]}."
 
 
-def _task_scores(results: CycleResults, task: str, metric: str) -> TaskScores:
+def _task_scores(results: CycleResults, task: TaskFacts) -> TaskScores:
     scores = {
         one.arm: one.scores
         for one in results.scores
-        if (one.task, one.metric) == (task, metric) and one.task != MEAN
+        if (one.task, one.metric) == (task.name, task.metric) and one.task != MEAN
     }
-    return TaskScores(task, metric, "test", scores)
+    sizes = f"{task.train:,} examples to train on, {task.test:,} to test"
+    about = f"{task.about} {sizes}" if task.about else ""
+    return TaskScores(task.name, task.metric, "test", scores, task.chance, about)
 
 
-def _as_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
-    columns = [
-        Column(name, [row[number] for row in rows], words=number < words)
-        for number, name in enumerate(head)
+# --- what was run ---------------------------------------------------------------------------------
+
+
+def shown(path: str | Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    inside = Path(path).is_relative_to(here)
+    return str(Path(path).relative_to(here) if inside else path)
+
+
+def _by_hand(home: Path, results: CycleResults) -> list[Section]:
+    """What was run, and the commands that do each kind of stage again, beside the cycle's own."""
+    try:
+        config = parse_settings(CycleConfig, results.settings.get("settings"), "cycle.json")
+    except InputError:  # of another version
+        return []
+    facts, commands = Facts(facts_of(config)), Commands(commands_of(home.absolute(), config))
+    return [Section("What was run", [facts]), Section("By hand", [commands])]
+
+
+def facts_of(config: CycleConfig) -> list[tuple[str, str]]:
+    """Text, start model and budgets, as pairs of what and value."""
+    train, tuning = config.train, config.finetune
+    return [
+        ("text", ", ".join(map(shown, config.corpus.source))),
+        ("start model", shown(config.student.model)),
+        (
+            "students",
+            f"{train.steps:,} steps of {train.batch_sequences} sequences, all in the same order of "
+            f"the same masks; learning rate {train.learning_rate:g}",
+        ),
+        (
+            "fine-tuning",
+            f"{tuning.epochs} epochs, learning rate {tuning.learning_rate:g}, seeds: "
+            f"{config.seeds}; the experts that teach are the best on dev",
+        ),
     ]
-    return Table(title, columns)
+
+
+def commands_of(home: Path, config: CycleConfig) -> list[tuple[str, str]]:
+    """Every kind of stage by hand, into a directory of its own, as pairs of what for and line."""
+    where, task = shown(home), config.tasks[0]
+    tuning = config.finetune_of(task, {}).model_dump(mode="json", exclude_defaults=True)
+    splits = (
+        f"--{name} {where}/{TASKS_FOLDER}/{task.name}/{name}.jsonl"
+        for name in ("train", "dev", "test")
+    )
+    options = [*splits, f"--seeds {config.seeds}", *(f"--set {k}={v}" for k, v in tuning.items())]
+    finetune = f"pipeline finetune {where}/{{}} {' '.join(options)} --out {where}/by-hand/{{}}"
+    commands = [
+        (f"The expert on {task.name}", finetune.format(START_FOLDER, task.name)),
+        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
+        ("What is in it", f"pipeline inspect {shown(config.cache.path or home / 'cache')}"),
+    ]
+    for student in list(student_names(config))[:1]:
+        run = f"students/{student}"
+        line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
+        commands += [
+            (f"Stage 2: the student {student}", line),
+            ("It on the task again", finetune.format(run, f"{student}-{task.name}")),
+        ]
+    return commands
+
+
+def printed(home: Path, results: CycleResults) -> str:
+    """What the command prints: tables and notes, and where everything is."""
+    where, task = shown(home.absolute()), results.tasks[0].name
+    places = {
+        "report": "report.html",
+        "results": "results.json",
+        "experts": f"{folder_of('expert', task)}, …",
+        "students": "students/",
+        "configuration": f"run.yaml; of each stage: {CACHE_FILE}, students/*.yaml",
+    }
+    lines = (f"{what + ':':15}{where}/{path}" for what, path in places.items())
+    return "\n".join([as_text(results), "", *lines])

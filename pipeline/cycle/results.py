@@ -5,35 +5,39 @@ does not fit together (other seeds, other budgets, other files) is refused, neve
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
+    Grid,
+    Searched,
+    check_search,
     check_together,
     folder_of,
     read_finetuned,
     read_json,
-    refuse,
-)
-from rekindle.pipeline.cycle.notes import Told, notes_of
-from rekindle.pipeline.cycle.scores import MEAN, ArmScores, Difference, differences_of, scores_of
-from rekindle.pipeline.cycle.searched import (
-    Grid,
-    Searched,
-    Tried,
-    check_search,
     read_search,
+    refuse,
     searched_of,
 )
+from rekindle.pipeline.cycle.notes import Told, notes_of
+from rekindle.pipeline.cycle.scores import MEAN, ArmScores, differences_of, scores_of
+from rekindle.pipeline.report.cache import CacheFacts
+from rekindle.pipeline.report.cost import Cost
+from rekindle.pipeline.report.significance import Difference
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task: its main metric, the examples in each split, and those of test that train has."""
+    """A task: its main metric, the examples in each split, those of test that train has, what
+    guessing scores (None: unknown), and what it asks.
+    """
 
     name: str
     metric: str
@@ -41,6 +45,8 @@ class TaskFacts:
     dev: int
     test: int
     test_in_train: int = 0
+    chance: float | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class CycleResults:
 
     ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
     a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
-    beside the tables. ``settings``: what else cycle.json says.
+    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
+    the cache, and what a student costs with it and without; None where that is not known.
     """
 
     arms: list[str]
@@ -60,32 +67,23 @@ class CycleResults:
     costs: dict[str, float]
     notes: list[str]
     settings: dict[str, Any]
+    cache: CacheFacts | None = None
+    cost: Cost | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything as plain values for JSON; all numbers are finite."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CycleResults":
+    def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
         """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
 
         Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
         """
         try:
-            read = {field.name: values[field.name] for field in fields(cls)}
-            searched = [
-                Searched(**one | {"tried": [Tried(**point) for point in one["tried"]]})
-                for one in read["searched"]
-            ]
-            nested = {
-                "tasks": [TaskFacts(**one) for one in read["tasks"]],
-                "scores": [ArmScores(**one) for one in read["scores"]],
-                "differences": [Difference(**one) for one in read["differences"]],
-                "searched": searched,
-            }
-        except (KeyError, TypeError) as error:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
             raise InputError(f"these are not the results of a cycle ({error})") from None
-        return cls(**read | nested)
 
 
 @dataclass(frozen=True)
@@ -141,15 +139,10 @@ def _read_plan(out: Path) -> _Plan:
             "the one that its --out named"
         )
     try:
+        read = TypeAdapter(TaskFacts).validate_python
+        about = {one["name"]: one for one in values.get("settings", {}).get("tasks", [])}
         tasks = [
-            TaskFacts(
-                _name(name),
-                task["metric"],
-                train=int(task["train"]),
-                dev=int(task["dev"]),
-                test=int(task["test"]),
-                test_in_train=int(task.get("test_in_train", 0)),
-            )
+            read({"about": about.get(name, {}).get("about", "")} | task | {"name": _name(name)})
             for name, task in values["tasks"].items()
         ]
         arms = [_name(arm) for arm in values["arms"]]
@@ -161,7 +154,7 @@ def _read_plan(out: Path) -> _Plan:
     return _Plan(arms, tasks, grid, seeds if isinstance(seeds, int) else None, settings)
 
 
-def _name(name: Any) -> str:
+def _name(name: object) -> str:
     """A name of an arm or a task is one of a folder, and the mean over tasks is no task."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..", MEAN):
         raise ValueError(f"{name!r} is no name")

@@ -16,7 +16,8 @@ recognised by what it leaves, so the same command again goes on where it stopped
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from rekindle.data.errors import CheckpointError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import CycleResults, read_results
-from rekindle.pipeline.cycle.start import check_start
-from rekindle.pipeline.cycle.tasks import TaskFiles, read_tasks, write_tasks
-from rekindle.pipeline.processes.devices import cores, places_for, visible_devices
+from rekindle.pipeline.processes.devices import Place, cores, places_for, visible_devices
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
@@ -41,13 +42,21 @@ from rekindle.train.record.run_folder import check_same, goes_on, open_folder, r
 
 
 def run_cycle(
-    config: CycleConfig, out: Path, *, workers: int | None = None, progress: Progress | None = None
+    config: CycleConfig,
+    out: Path,
+    *,
+    workers: int | None = None,
+    places: Sequence[Place] = (),
+    beside: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> CycleResults:
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
-    ``workers`` jobs at a time; by default one per CUDA device, without one as many as there are
-    cores, at most 4. Raises InputError for wrong files, models and settings before anything is run,
-    and for an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    ``workers`` jobs at a time, or one at each of ``places``; by default one per CUDA device,
+    without one as many as there are cores, at most 4. ``beside`` names what else may be in ``out``
+    before the cycle begins. Raises InputError for wrong files, models and settings before anything
+    is run, and for an ``out`` that holds something else; CheckpointError for one that holds another
+    cycle.
     """
     home = Path(os.path.abspath(out))
     config = _with_cache(config, home)
@@ -55,7 +64,7 @@ def run_cycle(
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
     about = _about(config, tasks, check_start(config))
-    with open_folder(home, lambda: _look(home, config, about)):
+    with open_folder(home, lambda: _look(home, config, about, beside)):
         write_json(home / CYCLE_FILE, about)
         cache = Path(config.cache.path)  # others may write there at the same time
         for folder in home.glob("**/"):
@@ -65,16 +74,25 @@ def run_cycle(
         write_text(home / "run.yaml", dump_cycle(config))
         for name, run in runs.items():
             write_text(home / name, dump_config(run))
-        _run(list(plan_jobs(home, config, tasks)), home, workers, progress or Progress.silent())
-        results = read_results(home)
-        write_json(home / "results.json", results.as_dict())
-        students = compare_runs([home]) if any(home.glob("students/*/run.json")) else None
-        write_text(home / "report.html", cycle_html(students, results))
+        places = places or places_for(
+            workers or len(visible_devices()) or min(cores(), MOST_WORKERS)
+        )
+        _run(list(plan_jobs(home, config, tasks)), home, places, progress or Progress.silent())
+        return _write_results(home)
+
+
+def _write_results(home: Path) -> CycleResults:
+    results, students = read_results(home), None
+    if any(home.glob("students/*/run.json")):
+        students = compare_runs([home])
+        cache, cost = cache_and_cost(students)
+        results = replace(results, cache=cache, cost=cost)
+    write_json(home / "results.json", results.as_dict())
+    write_text(home / "report.html", cycle_html(home, students, results))
     return results
 
 
-def _run(jobs: Sequence[Job], home: Path, workers: int | None, progress: Progress) -> None:
-    places = places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+def _run(jobs: Sequence[Job], home: Path, places: Sequence[Place], progress: Progress) -> None:
     if places[0].device is None:  # nothing may look at a device before a fork
         warm_up()
     run_jobs(jobs, home / "cycle.log", progress, places)
@@ -107,9 +125,11 @@ def _about(
     }
 
 
-def _look(home: Path, config: CycleConfig, about: Mapping[str, Any]) -> None:
+def _look(
+    home: Path, config: CycleConfig, about: Mapping[str, Any], beside: Collection[str]
+) -> None:
     """Check that the directory is free, or holds this very cycle."""
-    if not goes_on(home, CYCLE_FILE, "cycle", resume=True):
+    if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
         source_files(config.corpus.source)  # later on the text may be gone: it is in the cache
         return
     with reading(home / CYCLE_FILE, "give another --out"):
@@ -119,7 +139,9 @@ def _look(home: Path, config: CycleConfig, about: Mapping[str, Any]) -> None:
         before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
-    check_same(home, before, now, rule, free=("arms",))
+    # Arms may be added; the others only describe, and older versions did not record them.
+    described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
+    check_same(home, before, now, rule, free=("arms", "about", *described))
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     if start != about["start"]:
         raise CheckpointError(

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
-from rekindle.pipeline.report.significance import holm, mean_interval, paired
+from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
 SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
 MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' main metrics
-LEVEL = 0.95  # of all intervals
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,6 @@ class ArmScores:
     std: float | None
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``arm`` − ``against`` on a task's main metric, paired by seed; see ``significance.Paired``.
-
-    ``p_adjusted``: Holm's, over all tests with the same ``against``: every arm on every task, and
-    on the mean over tasks.
-    """
-
-    arm: str
-    against: str
-    task: str
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_adjusted: float | None
-    n: int
 
 
 def scores_of(
@@ -91,7 +71,7 @@ def _selected(experts: Sequence[FineTuned], whole: bool) -> list[ArmScores]:
 def _summary(
     arm: str, task: str, metric: str, seeds: Sequence[int], values: Sequence[float]
 ) -> ArmScores:
-    low, high = mean_interval(values, LEVEL) or (None, None)
+    low, high = mean_interval(values) or (None, None)
     std = stdev(values) if len(values) > 1 else None
     return ArmScores(arm, task, metric, list(seeds), list(values), fmean(values), std, low, high)
 
@@ -128,7 +108,7 @@ def differences_of(
 
 def _family(against: str, pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
     """The tests that are adjusted together."""
-    results = [paired(second.scores, first.scores, LEVEL) for first, second in pairs]
+    results = [paired(second.scores, first.scores) for first, second in pairs]
     adjusted = holm([result.p for result in results])
     return [
         Difference(one.arm, against, one.task, r.mean, r.low, r.high, r.p, p_adjusted, r.n)

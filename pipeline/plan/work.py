@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
-from rekindle.data.storage.shards import ShardSet, rows_in_batches
+from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.positions import target_positions
 from rekindle.data.targets.schema import TeacherInfo
@@ -131,19 +131,10 @@ def bytes_of(
 
 def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
     """Bytes of a shard whose rows have no positions; of a sequence expert's, all of them."""
-    schema = kind_of(info).schema({"shard": 0, "replica": 0})
-    sink = pa.BufferOutputStream()
+    kind, sink = kind_of(info), pa.BufferOutputStream()
+    schema = kind.schema({"shard": 0, "replica": 0})
+    nowhere = np.zeros(0, np.int64)
     with pa.ipc.new_file(sink, schema) as file:
-        for first, last in rows_in_batches(rows, info.rows_per_batch):
-            digests = pa.array(["0" * 32] * (last - first), pa.string())
-            columns = [_empty(field.type, last - first) for field in list(schema)[1:]]
-            file.write_batch(pa.record_batch([digests, *columns], schema=schema))
+        for batch in kind.batches(schema, ["0" * 32] * rows, nowhere, {}):
+            file.write_batch(batch)
     return int(sink.getvalue().size)
-
-
-def _empty(kind: pa.DataType, rows: int) -> pa.Array:
-    """Empty lists, or zeros where the lists have a fixed size;"""
-    if not pa.types.is_fixed_size_list(kind):
-        return pa.array([[]] * rows, kind)
-    zeros = pa.array(np.zeros(rows * kind.list_size, np.float32))
-    return pa.FixedSizeListArray.from_arrays(zeros, kind.list_size)

@@ -26,10 +26,10 @@ _Tell = Callable[[Task], None]  # what a job tells: a call of a method of its ta
 class Report(Task):
     """A job's own task, shown by the process that started the job. ``report(n)``: n steps more.
 
-    ``send`` takes what is to be done with the task there.
+    ``send`` takes what is to be done with the task there; by default nobody is told.
     """
 
-    def __init__(self, send: Callable[[_Tell], None]):
+    def __init__(self, send: Callable[[_Tell], None] = lambda tell: None):
         super().__init__("", "steps")
         self.send = send
 

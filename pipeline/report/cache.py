@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.targets.reader import TeacherReader
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+
+NOTE = (
+    "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each token of "
+    "the corpus, of all masked replicas together. Ms/sequence: of stage 1, for each sequence that "
+    f"the teacher was run on ({NOTHING}: not recorded)."
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,6 @@ class CacheFacts:
     tokens: int
     vocabulary: int
     teachers: list[TeacherFacts]
-
-
-def read_cache(path: str | Path) -> CacheFacts:
-    """What the cache at ``path`` holds; raises what ``Cache.open`` raises."""
-    return _facts_of(Cache.open(str(path)))
 
 
 def _facts_of(cache: Cache) -> CacheFacts:
@@ -111,21 +111,21 @@ def find_cache(path: str, corpus: str, teachers: Mapping[str, str]) -> KnownCach
     return KnownCache(path, facts, changed=changed)
 
 
-def cache_section(caches: Sequence[KnownCache], with_path: bool = True) -> Section:
+def cache_section(caches: Sequence[KnownCache]) -> Section:
     """What each cache holds, or why that cannot be said."""
     blocks: list[Block] = []
     for cache in caches:
-        blocks += _blocks(cache, with_path)
+        blocks += _blocks(cache)
     return Section("The cache" if len(caches) < 2 else "The caches", blocks)
 
 
-def _blocks(cache: KnownCache, with_path: bool) -> list[Block]:
+def _blocks(cache: KnownCache) -> list[Block]:
     facts = cache.facts
     if facts is None:
         note = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
         return [Note(note, warns=True)]
-    about = [("at", cache.path)] if with_path else []
-    about += [
+    about = [
+        ("at", cache.path),
         ("text", f"{facts.sequences:,} sequences, {facts.tokens:,} tokens"),
         ("vocabulary", f"{facts.vocabulary:,} tokens"),
         ("targets", f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes"),
@@ -135,15 +135,16 @@ def _blocks(cache: KnownCache, with_path: bool) -> list[Block]:
         changed = ", ".join(cache.changed)
         note = f"Not as the runs have read it: {changed}. What follows is what is there now."
         blocks.append(Note(note, warns=True))
-    return [*blocks, _teacher_table(facts.teachers)] if facts.teachers else blocks
+    return [*blocks, teacher_table(facts.teachers, note=NOTE)] if facts.teachers else blocks
 
 
-def _teacher_table(teachers: Sequence[TeacherFacts]) -> Table:
+def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str = "") -> Table:
+    """A line for each teacher: what is kept, how large it is, how long it took."""
     milliseconds = [
         None if t.seconds_per_view is None else 1000 * t.seconds_per_view for t in teachers
     ]
     columns = [
-        Column("teacher", [t.name for t in teachers]),
+        Column("teacher", [t.name for t in teachers], words=True),
         Column("kept for each target", [t.targets for t in teachers], words=True),
         Column("targets", [f"{t.positions:,}" for t in teachers]),
         Column("bytes", [f"{t.bytes:,}" for t in teachers]),
@@ -151,9 +152,4 @@ def _teacher_table(teachers: Sequence[TeacherFacts]) -> Table:
         Column("bytes/token", [f"{t.bytes_per_token:.2f}" for t in teachers]),
         Column("ms/sequence", [formatted(value, "{:,.2f}") for value in milliseconds]),
     ]
-    note = (
-        "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each "
-        "token of the corpus, of all masked replicas together. Ms/sequence: of stage 1, for each "
-        f"sequence that the teacher was run on ({NOTHING}: not recorded)."
-    )
-    return Table("", columns, note)
+    return Table(title, columns, note)

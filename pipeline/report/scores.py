@@ -1,16 +1,16 @@
 """The page's scores: each task's, with an interval over seeds and a dot for every seed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
-from rekindle.pipeline.report.significance import mean_interval
-from rekindle.pipeline.report.table import NOTHING, Column, Table
+from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
+from rekindle.pipeline.report.table import NOTHING, Column, Table, table_of
 
-LEVEL = 0.95
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over seeds of fine-tuning ± their sample "
     "deviation; below it, the 95 % interval of the mean by Student's t over the seeds, and their "
@@ -43,26 +43,10 @@ class TaskScores:
         return " ".join(word for word in (self.task, self.metric, f"({self.split})") if word)
 
 
-@dataclass(frozen=True)
-class ScoreDifference:
-    """How much higher ``model`` scores than ``against`` on a task, as a fraction, with its interval
-    and p-value, alone and among all that were asked.
-    """
-
-    model: str
-    against: str
-    task: str
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_adjusted: float | None = None
-
-
 def scores_section(
     models: Sequence[str],
     tasks: Sequence[TaskScores],
-    differences: Sequence[ScoreDifference] = (),
+    differences: Sequence[Difference] = (),
     notes: Sequence[str] = (),
 ) -> Section:
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
@@ -71,7 +55,7 @@ def scores_section(
         blocks += [_table(models, tasks), Note(ABOUT), *_told(tasks)]
         blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
     if differences:
-        blocks += [_difference_table(differences), _difference_pictures(differences)]
+        blocks += [*difference_tables(differences), _difference_pictures(differences)]
     return Section("Scores", blocks)
 
 
@@ -126,16 +110,16 @@ def percent(values: Sequence[float]) -> str:
     """The mean over seeds × 100, and the sample deviation where there are several."""
     if not values:
         return NOTHING
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"
+    spread = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.2f}{spread}"
 
 
 def interval_words(values: Sequence[float]) -> str:
     """The interval of the mean × 100, and over how many seeds."""
-    found = mean_interval(values, LEVEL)
+    found = mean_interval(values)
     if found is None:
         return "1 seed" if values else ""
-    return f"[{100 * found[0]:.1f}, {100 * found[1]:.1f}] n={len(values)}"
+    return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
 
 
 def _told(tasks: Sequence[TaskScores]) -> list[Facts]:
@@ -143,36 +127,27 @@ def _told(tasks: Sequence[TaskScores]) -> list[Facts]:
     return [Facts(told, quiet=True)] if told else []
 
 
-def _difference_table(differences: Sequence[ScoreDifference]) -> Table:
-    def column(title: str, value: Callable[[ScoreDifference], str]) -> Column:
-        return Column(title, [value(one) for one in differences])
-
-    return Table(
-        "Differences",
-        [
-            Column("model", [one.model for one in differences]),
-            Column("against", [one.against for one in differences], words=True),
-            Column("task", [one.task for one in differences], words=True),
-            column("mean", lambda one: f"{100 * one.mean:+.1f}"),
-            column("95 % interval", _bounds),
-            column("p", lambda one: _p(one.p)),
-            column("p, adjusted", lambda one: _p(one.p_adjusted)),
-        ],
-        "Model less the other, × 100, seed by seed. The adjusted p allows for all comparisons "
-        "against the same model.",
-    )
-
-
-def _bounds(one: ScoreDifference) -> str:
-    if one.low is None or one.high is None:
-        return NOTHING
-    return f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def difference_tables(differences: Sequence[Difference]) -> list[Table]:
+    """A table for each arm that others are compared with."""
+    head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
+    tables = []
+    for against in dict.fromkeys(one.against for one in differences):
+        rows = [
+            [
+                one.arm,
+                one.task,
+                f"{100 * one.mean:+.2f}",
+                one.interval,
+                p_words(one.p),
+                p_words(one.p_adjusted),
+                str(one.n),
+            ]
+            for one in differences
+            if one.against == against
+        ]
+        title = f"differences to {against} on test, main metrics, in points of 100"
+        tables.append(table_of(title, head, rows, words=2))
+    return tables
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -204,7 +179,7 @@ def _dots(
         if values:
             middle = sum(values) / len(values)
             axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
-        if (found := mean_interval(values, LEVEL)) is not None:
+        if (found := mean_interval(values)) is not None:
             axes.hlines(place, *plottable(found), color=colour(number), lw=1.3)
     _score_axis(axes, points, [name for _, name, _ in rows])
     low, high = axes.get_xlim()
@@ -228,33 +203,27 @@ def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> Non
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
-def _difference_pictures(differences: Sequence[ScoreDifference]) -> Figures:
-    groups: dict[tuple[str, str], list[ScoreDifference]] = {}
+def _difference_pictures(differences: Sequence[Difference]) -> Figures:
+    groups: dict[tuple[str, str], list[Difference]] = {}
     for one in differences:
         groups.setdefault((one.task, one.against), []).append(one)
     figures = []
     for (task, against), ones in groups.items():
         caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
-        draw = _Forest(ones)
-        figures.append(Figure(caption, draw, _size(len(ones))))
+        figures.append(Figure(caption, partial(_draw_differences, ones), _size(len(ones))))
     return Figures(figures, small=True)
 
 
-@dataclass(frozen=True)
-class _Forest:
-    """Draws differences below each other, with intervals, around a line at none."""
+def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
+    """Draw differences below each other, with intervals, around a line at none."""
+    from rekindle.pipeline.report.svg import INK, colour, plottable
 
-    ones: Sequence[ScoreDifference] = field(default_factory=list)
-
-    def __call__(self, axes: Any) -> None:
-        from rekindle.pipeline.report.svg import INK, colour, plottable
-
-        values = [0.0]
-        for place, one in enumerate(self.ones):
-            bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
-            values += bounds
-            axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
-            if len(bounds) == 3:
-                axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
-        _score_axis(axes, values, [one.model for one in self.ones])
-        axes.axvline(0, color=INK, lw=0.8)
+    values = [0.0]
+    for place, one in enumerate(ones):
+        bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
+        values += bounds
+        axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
+        if len(bounds) == 3:
+            axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
+    _score_axis(axes, values, [one.arm for one in ones])
+    axes.axvline(0, color=INK, lw=0.8)

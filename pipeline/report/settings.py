@@ -13,16 +13,14 @@ MARKED = (
 )
 
 
-def settings_section(
-    names: Sequence[str], differing: Mapping[str, Sequence[str]], title: str = "Configuration"
-) -> Section:
+def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:
     """A line for each key of ``differing``, which has its value, in words, for every run."""
     if len(names) < 2:
-        return Section(title, [])
+        return Section("Configuration", [])
     blocks: list[Block] = [Note("All settings of the runs are the same.")]
     if differing:
         blocks = [_table(names, differing), Note(MARKED)]
-    return Section(title, blocks)
+    return Section("Configuration", blocks)
 
 
 def _table(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Table:

@@ -1,4 +1,5 @@
-"""Intervals of means, paired t-tests and Holm's adjustment (scipy). Knows no file and no task.
+"""Intervals of means, paired t-tests and Holm's adjustment (scipy), and how they are written. Knows
+no file.
 
 What is equal to all digits that float64 has left is taken as equal: scores such as 0.9 − 0.8 and
 0.7 − 0.6 differ by rounding alone, and a t-test would take that for a spread.
@@ -11,6 +12,10 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
+from rekindle.pipeline.report.table import NOTHING
+
+LEVEL = 0.95  # of all intervals that are shown
+_SMALLEST_P = 0.001
 _ROUNDING = 1e-12  # of the largest value: spreads below are none
 
 
@@ -30,7 +35,33 @@ class Paired:
     n: int
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+@dataclass(frozen=True)
+class Difference:
+    """``arm`` − ``against`` on a task, as a fraction, paired by seed; see ``Paired``.
+
+    ``p_adjusted``: Holm's, over all tests with the same ``against``: every arm on every task, and
+    on the mean over tasks.
+    """
+
+    arm: str
+    against: str
+    task: str
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_adjusted: float | None
+    n: int
+
+    @property
+    def interval(self) -> str:
+        """Its interval in points of 100, as words."""
+        if self.low is None or self.high is None:
+            return NOTHING
+        return f"{100 * self.low:+.2f} … {100 * self.high:+.2f}"
+
+
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
     """Student's t interval of the mean; None for fewer than two values.
 
     Raises ValueError for values that are not finite, or a ``level`` outside (0, 1).
@@ -43,7 +74,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean - half, mean + half
 
 
-def paired(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Paired:
+def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Paired:
     """The difference ``second`` − ``first`` of runs that belong together, such as by seed.
 
     ``p`` is that of the paired t-test (two-sided; H0: the mean difference is 0), the interval the
@@ -87,6 +118,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(tests) - rank)))
         adjusted[place] = largest
     return adjusted
+
+
+def p_words(p: float | None) -> str:
+    """A p-value as it is shown everywhere; a dash where no test could be made."""
+    if p is None:
+        return NOTHING
+    return f"< {_SMALLEST_P}" if p < _SMALLEST_P else f"{p:.3f}"
 
 
 def _half_width(values: Sequence[float], level: float) -> float:

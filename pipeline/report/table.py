@@ -34,6 +34,25 @@ class Table:
     note: str = ""
     samples: Sequence[int] = ()
 
+    @property
+    def head(self) -> list[str]:
+        """The titles of the columns."""
+        return [column.title for column in self.columns]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells, row by row."""
+        return [list(row) for row in zip(*(c.cells for c in self.columns), strict=True)]
+
+
+def table_of(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
+    """The table with these ``rows``; the first ``words`` columns are words, the others numbers."""
+    columns = [
+        Column(name, [row[number] for row in rows], words=number < words)
+        for number, name in enumerate(head)
+    ]
+    return Table(title, columns)
+
 
 def formatted(value: float | None, form: str) -> str:
     """The value in a format such as ``{:.1f}``; a dash where there is none."""

@@ -11,7 +11,7 @@ from rekindle.data.targets import codec
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.reference import reference_losses
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -84,7 +84,7 @@ def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):
     ids, probs, rest = decode(targets, tau)
     exact = logits.double().requires_grad_()
     plain = SparseTargets(ids, probs.double(), rest.double(), labels, weight.double())
-    loss, _, _ = reference_losses(exact, plain, Objective(**options))
+    loss, _, _ = reference_losses(exact, plain, LossSettings(**options))
     (expected,) = torch.autograd.grad(loss, exact)
     torch.testing.assert_close(out.loss.double(), loss.detach(), rtol=3e-6, atol=3e-6)
     scale = float(expected.abs().max())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.reference import reference_losses
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 pytest.importorskip("triton")
 
@@ -61,7 +61,7 @@ def truth(case: dict, logits: Tensor | None = None, **options: Any) -> tuple[KDL
     z = (case["logits"] if logits is None else logits).detach().double().requires_grad_()
     tensors = [options.pop(name, None) for name in ("tail_prob", "labels", "row_weight")]
     targets = SparseTargets(case["ids"], case["probs"].double(), *tensors)
-    out = KDLoss(*reference_losses(z, targets, Objective(**options)))
+    out = KDLoss(*reference_losses(z, targets, LossSettings(**options)))
     return out, torch.autograd.grad(out.loss.sum(), z)[0]
 
 
@@ -186,7 +186,7 @@ def test_an_id_out_of_range_is_loud() -> None:
     case["ids"][1, 2] = 50
     targets = SparseTargets(case["ids"], case["probs"], None, None, None)
     losses = losses_of_rows(
-        case["logits"], torch.empty_like(case["logits"]), targets, Objective(), None
+        case["logits"], torch.empty_like(case["logits"]), targets, LossSettings(), None
     )
     assert losses.kd.isnan().tolist() == [False, True, False]
 
@@ -203,7 +203,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     z.copy_(case["logits"])
     ones = torch.ones(rows, device=DEVICE)
     targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], None)
-    losses = losses_of_rows(z, z, targets, Objective(), Coefficients(ones, ones))
+    losses = losses_of_rows(z, z, targets, LossSettings(), Coefficients(ones, ones))
     expected, gradient = truth(case, labels=case["labels"], ce_weight=1.0, reduction="none")
     torch.testing.assert_close(losses.kd.double(), expected.kd, rtol=3e-6, atol=3e-6)
     assert_gradient(z, gradient)
@@ -252,7 +252,7 @@ def test_linear_head_in_sixteen_bits_loses_no_more_than_plain_low_precision(
         else:
             probs = args[1].double() if name == "truth" else args[1]
             targets = SparseTargets(args[0], probs, None, None, None)
-            loss = reference_losses(a @ b.t(), targets, Objective(temperature=2.0))[0]
+            loss = reference_losses(a @ b.t(), targets, LossSettings(temperature=2.0))[0]
         results[name] = [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (a, b)))]
     for ours, plain, exact in zip(*(results[n] for n in ("triton", "plain", "truth")), strict=True):
         assert (ours - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-5 * exact.norm()

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import chunked, whole_ops
+from rekindle.kernels import chunked, ops
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LOG_OF_ZERO, Objective
+from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
 from rekindle.kernels.whole_vocabulary import whole_buffers
 from testlib.hidden import (
     DEVICE,
@@ -195,7 +195,7 @@ def test_blocks_of_any_size_give_the_same(
 ) -> None:
     options: dict[str, Any] = {"divergence": kind, "temperature": 2.0, "labels": labels()}
     options |= {"ce_weight": 0.3, "softcap": 6.0, "impl": "torch"}
-    buffers = whole_buffers(Objective(softcap=6.0, divergence=kind), True)
+    buffers = whole_buffers(LossSettings(softcap=6.0, divergence=kind), True)
     seen = []
     inner = chunked.whole_loss_block
     monkeypatch.setattr(
@@ -222,18 +222,18 @@ def test_no_more_than_blocks_of_logits_are_ever_made(
     teachers', gradients included.
     """
     rows, block = 24, 4
-    objective = Objective(divergence=kind, temperature=tau, ce_weight=0.5 * labelled)
+    objective = LossSettings(divergence=kind, temperature=tau, ce_weight=0.5 * labelled)
     buffers = whole_buffers(objective, labelled)
     monkeypatch.setitem(chunked.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
     x, w, b = head(torch.float32, rows=rows)
     mode = Largest((block, VOCABULARY))
-    inner = whole_ops._run
+    inner = ops._run
 
     def watched(*arguments: Any) -> Any:
         with mode:  # inside the operator, which no mode sees into
             return inner(*arguments)
 
-    monkeypatch.setattr(whole_ops, "_run", watched)
+    monkeypatch.setattr(ops, "_run", watched)
     targets: Any = teacher(rows=rows)
     if form == "dense":
         targets = DenseTargets(teacher_logits(targets).float())

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.kernels import chunked, losses, whole_ops
+from rekindle.kernels import chunked, losses, ops
 from rekindle.kernels.closed_form import Coefficients
-from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
+from rekindle.kernels.hidden import DenseTargets, TeacherBlocks
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 from testlib.hidden import (
     DEVICE,
     DIVERGENCES,
@@ -32,26 +32,29 @@ from testlib.hidden import (
 )
 
 
-def call(targets: Any, reduction: str) -> tuple[Any, ...]:
+def call(student: ops.StudentLogits, targets: Any, reduction: str) -> list[object]:
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.5], device=DEVICE)
-    objective = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction)
-    fields = (*targets[:4], labels(), weight, targets.softcap, targets.logit_scale)
-    return (*fields, *vars(objective).values(), torch.float32)
+    none = torch.empty(ROWS, 0, dtype=torch.int64, device=DEVICE)
+    rows = SparseTargets(none, none, None, labels(), weight)
+    settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
+    computation = ops.Computation("torch", torch.float32, [t is not None for t in student])
+    teacher = ops.WholeTeacher.of(targets)
+    return ops.Call(student, rows, teacher, settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction: str) -> None:
-    x, w, b = (t.requires_grad_() for t in head(torch.float32))
-    arguments = (*call(teacher(softcap=9.0), reduction), [True] * 3)
-    torch.library.opcheck(whole_ops._kd_whole, (x, w, b, *arguments))
-    logits = F.linear(x, w, b).detach().requires_grad_()
-    dense = HiddenTargets(teacher_logits(teacher()).float(), None, None)
-    only = (*call(dense, reduction), [True, False, False])
-    torch.library.opcheck(whole_ops._kd_whole, (logits, None, None, *only))
+    plain = ops.StudentLogits(*head(torch.float32))
+    leaves = ops.StudentLogits(*(t.requires_grad_() for t in head(torch.float32)))
+    targets = teacher(softcap=9.0)
+    torch.library.opcheck(ops._kd_loss, call(leaves, targets, reduction))
+    logits = ops.StudentLogits(F.linear(*plain).requires_grad_())
+    dense = DenseTargets(teacher_logits(teacher()).float())
+    torch.library.opcheck(ops._kd_loss, call(logits, dense, reduction))
     if reduction == "none":
         upstream = torch.rand(ROWS, device=DEVICE)
-        detached = (upstream, x.detach(), w.detach(), b.detach())
-        torch.library.opcheck(whole_ops._kd_whole_backward, (*detached, *arguments))
+        arguments = (upstream, *call(plain, targets, reduction))
+        torch.library.opcheck(ops._kd_loss_backward, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -89,7 +92,7 @@ def test_autocast_changes_nothing_of_float32_inputs_on_cpu(path: Any) -> None:
 def test_products_may_be_of_sixteen_bits(kind: str) -> None:
     """As on a GPU under autocast: factors are rounded, and nothing else is."""
     x, w, b = head(torch.float32, rows=64)
-    targets, objective = teacher(rows=64), Objective(divergence=kind)
+    targets, objective = teacher(rows=64), LossSettings(divergence=kind)
     none = torch.empty(64, 0, dtype=torch.long, device=DEVICE)
     rows = SparseTargets(none, none, None, None, None)
     ones = torch.full((64,), 1 / 64, device=DEVICE)

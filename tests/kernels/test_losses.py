@@ -14,7 +14,7 @@ from torch import Tensor
 from rekindle.kernels import chunked, losses, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.reference import reference_losses
-from rekindle.kernels.targets import Objective, SparseTargets
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 TAILS = ("bucket", "renormalise", "none")
@@ -93,7 +93,7 @@ def reference(logits: Tensor, ids: Tensor, probs: Tensor, **options: Any) -> KDL
     """The defining implementation, through autograd."""
     tensors = (options.pop(name, None) for name in ("tail_prob", "labels", "row_weight"))
     return KDLoss(
-        *reference_losses(logits, SparseTargets(ids, probs, *tensors), Objective(**options))
+        *reference_losses(logits, SparseTargets(ids, probs, *tensors), LossSettings(**options))
     )
 
 
@@ -440,13 +440,13 @@ def test_gradients_only_where_needed_and_none_under_no_grad(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[bool, ...]] = []
-    original = ops._run_linear
+    original = ops._run
 
     def spy(*args: Any) -> Any:
         asked.append(tuple(args[-2]))
         return original(*args)
 
-    monkeypatch.setattr(ops, "_run_linear", spy)
+    monkeypatch.setattr(ops, "_run", spy)
     case = make()
     x, w, b = head(case)
     args = (case["ids"], case["probs"])

@@ -1,6 +1,5 @@
 """The registered operators: schema and fakes, autograd, torch.compile, autocast, accumulation."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from rekindle.kernels import ops
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.targets import Objective
+from rekindle.kernels.targets import LossSettings, SparseTargets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,27 +36,26 @@ def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tens
     return {name: t.to(DEVICE) for name, t in case.items()}
 
 
-def call(case: dict, impl: str, reduction: str, **objective: Any) -> tuple[Any, ...]:
-    settings = Objective(ce_weight=0.5, temperature=2.0, reduction=reduction, **objective)
-    targets = (case["ids"], case["probs"], None, case["labels"], case["row_weight"], None)
-    return (*targets, *dataclasses.astuple(settings), impl)
+def call(case: dict, student: ops.StudentLogits, impl: str, reduction: str) -> list[object]:
+    settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
+    targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
+    computation = ops.Computation(impl, torch.float32, [t is not None for t in student])
+    return ops.Call(student, targets, ops.WholeTeacher(), settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(impl: str, reduction: str) -> None:
     """Schemas, fakes, autograd registration and ahead-of-time tracing with dynamic shapes."""
     case = make()
-    arguments = call(case, impl, reduction)
-    x, w, b = (case[n].clone().requires_grad_() for n in ("hidden", "weight", "bias"))
-    flags = (torch.float32, [True, True, True])
-    torch.library.opcheck(ops._kd_linear, (x, w, b, *arguments, *flags))
-    logits = (case["hidden"] @ case["weight"].t()).requires_grad_()
-    torch.library.opcheck(ops._kd_logits, (logits, *arguments, True))
-    if reduction == "none":
-        upstream = torch.rand(5, device=DEVICE)
-        detached = (x.detach(), w.detach(), b.detach())
-        torch.library.opcheck(ops._kd_linear_backward, (upstream, *detached, *arguments, *flags))
-        torch.library.opcheck(ops._kd_logits_backward, (upstream, logits.detach(), *arguments))
+    head = ops.StudentLogits(*(case[n] for n in ("hidden", "weight", "bias")))
+    for student in (head, ops.StudentLogits(case["hidden"] @ case["weight"].t())):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in student]
+        arguments = call(case, ops.StudentLogits._make(leaves), impl, reduction)
+        torch.library.opcheck(ops._kd_loss, arguments)
+        if reduction == "none":
+            upstream = torch.rand(5, device=DEVICE)
+            arguments = call(case, student, impl, reduction)
+            torch.library.opcheck(ops._kd_loss_backward, (upstream, *arguments))
 
 
 def gradients(case: dict, function: Any, factor: float = 1.0) -> list[Tensor]:

@@ -4,19 +4,30 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
+from rekindle.train.model.files import (
+    load_weights,
+    longest_input,
+    place,
+    quiet_transformers,
+    refusing,
+    resolve_model,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger("rekindle")
 
@@ -37,7 +48,12 @@ class Encoded:
 # ---- tokens ------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, model_config: Any, data: TaskData, max_length: int) -> Encoded:
+def encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    model_config: "PretrainedConfig",
+    data: TaskData,
+    max_length: int,
+) -> Encoded:
     """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
 
     ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
@@ -55,14 +71,16 @@ def encode(tokenizer: Any, model_config: Any, data: TaskData, max_length: int) -
     return Encoded(ids, found.get("token_type_ids") if knows_segments else None)
 
 
-def _padding_id(model_config: Any, tokenizer: Any) -> int:
+def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> int:
     """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
     own = getattr(model_config, "pad_token_id", None)
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((number for number in known if number is not None), 0)
 
 
-def collate(encoded: Encoded, rows: np.ndarray, model: Any) -> dict[str, torch.Tensor]:
+def collate(
+    encoded: Encoded, rows: np.ndarray, model: "PreTrainedModel"
+) -> dict[str, torch.Tensor]:
     """The model's arguments for some rows: int64 [B, longest], padded on the right."""
     ids = [encoded.input_ids[row] for row in rows]
     batch = {
@@ -82,8 +100,8 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
 # ---- models ------------------------------------------------------------------------------------
 
 
-def padded_tokenizer(model: str) -> Any:
-    """The model's fast tokenizer, which pads and cuts on the right."""
+def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
+    """Load the model's fast tokenizer, which pads and cuts on the right."""
     tokenizer = load_tokenizer(str(resolve_model(model))).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
@@ -91,21 +109,26 @@ def padded_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_config(model: str, **overrides: Any) -> Any:
-    """The model's configuration."""
-    return _loaded(AutoConfig, model, **overrides)
+def load_config(model: str, **overrides: object) -> "PretrainedConfig":
+    """Load the model's configuration."""
+    with _refusing(model):
+        return AutoConfig.from_pretrained(
+            str(resolve_model(model)), trust_remote_code=False, **overrides
+        )
 
 
-def load_classifier(model: str, tokenizer: Any, data: TaskData) -> torch.nn.Module:
-    """``model`` with a head for ``data``, fp32; fresh from torch's generator where it has none.
+def load_classifier(
+    model: str, tokenizer: "PreTrainedTokenizerFast", data: TaskData
+) -> "PreTrainedModel":
+    """Load ``model`` in fp32 with a head for ``data``, fresh from torch's generator if need be.
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
     """
     config = load_config(model)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        labels: dict[str, Any] = {"id2label": names}
-        labels["label2id"] = {name: number for number, name in names.items()}
+        numbers = {name: number for number, name in names.items()}
+        labels: dict[str, object] = {"id2label": names, "label2id": numbers}
         same = config.id2label == names
     else:
         labels = {"num_labels": 1}
@@ -118,18 +141,19 @@ def load_classifier(model: str, tokenizer: Any, data: TaskData) -> torch.nn.Modu
     return network
 
 
-def _load_weights(model: str, config: Any, tokenizer: Any) -> tuple[torch.nn.Module, list[str]]:
-    """The classifier and the names of its head's weights that the checkpoint does not set."""
+def _load_weights(
+    model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast"
+) -> tuple["PreTrainedModel", list[str]]:
+    """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
-    network, report = _loaded(
-        AutoModelForSequenceClassification,
-        model,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # in the head; a body is refused below
-        output_loading_info=True,
-    )
+    with _refusing(model):
+        network, report = load_weights(
+            resolve_model(model),
+            "AutoModelForSequenceClassification",
+            torch.float32,
+            config=config,
+            ignore_mismatched_sizes=True,  # in the head; a body is refused below
+        )
     unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     body = f"{network.base_model_prefix}."
     # A pooler sits in the body but belongs to the head: a masked LM has none.
@@ -143,7 +167,7 @@ def _load_weights(model: str, config: Any, tokenizer: Any) -> tuple[torch.nn.Mod
     return network, [key for key in unset if not key.startswith(body)]
 
 
-def _renew_output_layer(network: Any) -> None:
+def _renew_output_layer(network: "PreTrainedModel") -> None:
     width = network.config.num_labels
     head = [
         module
@@ -157,49 +181,60 @@ def _renew_output_layer(network: Any) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def _loaded(loader: Any, model: str, **arguments: Any) -> Any:
-    directory = resolve_model(model)
-    try:
-        return loader.from_pretrained(str(directory), trust_remote_code=False, **arguments)
-    except SafetensorError as error:
-        raise CheckpointError(f"the weights of {model!r} are damaged: {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{model!r} cannot be loaded for text classification: {reason.rstrip('.')}; give a "
-            "model with config.json and safetensors weights (pickled ones are not loaded)"
-        ) from None
+def _refusing(model: str) -> AbstractContextManager[None]:
+    return refusing(
+        f"{model!r} cannot be loaded for text classification",
+        "; give a model with config.json and safetensors weights (pickled ones are not loaded)",
+        damaged=CheckpointError,
+    )
 
 
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-def predict(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+def predict(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.eval()
     return logits_of(model, encoded, batch_size)
 
 
-@torch.inference_mode()
-def logits_of(model: Any, encoded: Encoded, batch_size: int) -> np.ndarray:
+def logits_of(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
     """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
-    order = np.argsort(encoded.lengths, kind="stable")
-    logits = np.empty((len(order), model.config.num_labels), dtype=np.float32)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logits[rows] = model(**collate(encoded, rows, model)).logits.float().cpu().numpy()
+
+    def run(rows: np.ndarray) -> torch.Tensor:
+        logits: torch.Tensor = model(**collate(encoded, rows, model)).logits
+        return logits
+
+    return by_length(encoded.lengths, batch_size, run)
+
+
+@torch.inference_mode()
+def by_length(
+    lengths: np.ndarray, batch_size: int, run: Callable[[np.ndarray], torch.Tensor]
+) -> np.ndarray:
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order."""
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = np.concatenate([run(rows).float().cpu().numpy() for rows in batches])
+    logits = np.empty_like(found)
+    logits[order] = found
     return logits
 
 
-def load_trained(model_dir: str, config: Any, tokenizer: Any) -> Any:
-    """A classifier with all its weights; InputError for one without a trained head."""
+def load_expert(
+    model_dir: str, data: TaskData, max_length: int
+) -> tuple["PreTrainedModel", Encoded]:
+    """Load a classifier with all its weights onto its device, and the texts as it reads them;
+    InputError for one without a trained head.
+    """
+    tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
     network, unset = _load_weights(model_dir, config, tokenizer)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
             "fine-tune it first"
         )
-    return network
+    return network.to(place("fp32").device), encode(tokenizer, config, data, max_length)
 
 
 def evaluate(
@@ -211,15 +246,13 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     with quiet_transformers():
-        tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
-        labels = _labels_for(model_dir, config, data)
-        network = load_trained(model_dir, config, tokenizer)
-        encoded = encode(tokenizer, config, data, max_length)
-        logits = predict(network.to(place("fp32").device), encoded, batch_size)
+        labels = _labels_for(model_dir, load_config(model_dir), data)
+        network, encoded = load_expert(model_dir, data, max_length)
+        logits = predict(network, encoded, batch_size)
     return all_scores(data.problem, logits, labels), logits
 
 
-def _labels_for(model_dir: str, config: Any, data: TaskData) -> np.ndarray:
+def _labels_for(model_dir: str, config: "PretrainedConfig", data: TaskData) -> np.ndarray:
     if not data.label_names:
         if config.num_labels != 1:
             raise InputError(

@@ -15,14 +15,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.classifier import (
-    encode,
-    load_config,
-    load_trained,
-    logits_of,
-    padded_tokenizer,
-    predict,
-)
+from rekindle.train.finetune.classifier import by_length, load_expert, logits_of, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -46,9 +39,7 @@ def expert_output(
     Raises InputError for a model without a trained head, or without dropout where passes are asked.
     """
     with quiet_transformers():
-        tokenizer, config = padded_tokenizer(model), load_config(model)
-        network = load_trained(model, config, tokenizer).to(place("fp32").device)
-        encoded = encode(tokenizer, config, data, max_length)
+        network, encoded = load_expert(model, data, max_length)
         logits = predict(network, encoded, batch)
         means = None
         if passes:
@@ -63,6 +54,7 @@ def expert_output(
                 )
             means = np.mean([_softmax(one) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
+    config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
     return ExpertOutput(info, logits, means)
@@ -92,7 +84,6 @@ def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, 
     return wanted, heads[wanted]
 
 
-@torch.inference_mode()
 def student_logits(
     student: Student, head: str, directory: str, data: TaskData, max_length: int, batch: int
 ) -> np.ndarray:
@@ -100,17 +91,15 @@ def student_logits(
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
     shown = _student_inputs(student, directory, data, max_length)
-    order = np.argsort([len(ids) for ids, _ in shown], kind="stable")
-    logits = np.empty((len(shown), student.head_configs[head].num_labels), np.float32)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
+
+    def run(rows: np.ndarray) -> torch.Tensor:
         lengths = np.array([len(shown[row][0]) for row in rows], np.int64)
-        ids = pad([shown[row][0] for row in rows], lengths, 0)
-        types = pad([shown[row][1] for row in rows], lengths, 0)
+        ids, types = (pad([shown[row][part] for row in rows], lengths, 0) for part in (0, 1))
         inputs = model_inputs(ids, lengths, device, types if data.pairs is not None else None)
-        found = student(inputs, sequence_heads=[head]).logits[head]
-        logits[rows] = found.float().cpu().numpy()
-    return logits
+        logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
+        return logits
+
+    return by_length(np.array([len(ids) for ids, _ in shown]), batch, run)
 
 
 def _student_inputs(

@@ -10,10 +10,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +33,14 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
-from rekindle.train.finetune.result_folder import WRITER, check_out, write_json
+from rekindle.train.finetune.result import FinetuneResult, SeedResult
+from rekindle.train.finetune.result_folder import check_out, write_json
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, place, quiet_transformers
+from rekindle.train.optimizer import adamw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
@@ -46,48 +50,12 @@ logger = logging.getLogger("rekindle")
 
 
 @dataclass(frozen=True)
-class SeedResult:
-    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
-
-    seed: int
-    scores: dict[str, float]
-    test_scores: dict[str, float] | None
-    epochs: list[dict[str, Any]]  # epoch, steps so far, mean train loss, dev scores
-    seconds: float
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
-
-    model: str
-    files: dict[str, str]
-    problem: str
-    label_names: tuple[str, ...]
-    metric: str
-    per_seed: tuple[SeedResult, ...]
-    mean: float
-    std: float | None
-    test_mean: float | None
-    best_seed: int
-    seconds: float
-    precision: str
-    config: dict[str, Any]
-    versions: dict[str, str]
-    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
-        return {"written_by": WRITER, **asdict(self)}
-
-
-@dataclass(frozen=True)
 class _Job:
     """Everything that the seeds share."""
 
     model: str
     config: FinetuneConfig
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerFast"
     data: dict[str, TaskData]  # train, dev and maybe test
     encoded: dict[str, Encoded]
     metric: str
@@ -191,7 +159,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 def _run_seed(
     job: _Job, seed: int, progress: Progress
-) -> tuple[torch.nn.Module, SeedResult, np.ndarray]:
+) -> tuple["PreTrainedModel", SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
@@ -199,7 +167,7 @@ def _run_seed(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
-        optimizer = _adamw(model, config)
+        optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
         bar = progress.add_task(f"seed {seed}", total=total)
         step, best, best_weights, epochs = 0, -math.inf, None, []
@@ -281,18 +249,6 @@ def epoch_batches(
     return [batches[number] for number in generator.permutation(len(batches))]
 
 
-def _adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-    plain = [weight for weight in model.parameters() if weight.ndim <= 1]  # biases and norms
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    # The fused one: on a CPU the others take a multiple of its time, as in stage 2.
-    fused = decayed[0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-
-
 def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
     target = torch.from_numpy(labels).to(logits.device)
     if problem == "regression":
@@ -312,7 +268,7 @@ def _finite(loss: float, seed: int, step: int) -> float:
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _save_model(network: Any, job: _Job, logits: np.ndarray, staging: Path) -> None:
+def _save_model(network: "PreTrainedModel", job: _Job, logits: np.ndarray, staging: Path) -> None:
     """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
     network.save_pretrained(staging)
     backend = job.tokenizer.backend_tokenizer
@@ -320,12 +276,15 @@ def _save_model(network: Any, job: _Job, logits: np.ndarray, staging: Path) -> N
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
     dev = job.data["dev"]
-    name: Callable[[Any], Any] = (lambda i: dev.label_names[i]) if dev.label_names else float
     predictions = predictions_of(dev.problem, logits)
+
+    def name(value: np.int64 | np.float32) -> str | float:
+        return dev.label_names[int(value)] if dev.label_names else float(value)
+
     with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for row, (label, guess) in enumerate(zip(dev.labels, predictions, strict=True), start=1):
             line = {"row": row, "label": name(label), "prediction": name(guess)}
-            line["logits"] = logits[row - 1].tolist()
+            line |= {"logits": logits[row - 1].tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
@@ -11,8 +10,9 @@ from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric
+from rekindle.train.finetune.result import FinetuneResult, SeedResult
 from rekindle.train.finetune.result_folder import check_out, write_json
-from rekindle.train.finetune.run import FinetuneResult, SeedResult, finetune
+from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
 from rekindle.train.student import ABOUT_FILE, Student
@@ -73,9 +73,6 @@ def score_model(
         metric=metric,
         per_seed=(SeedResult(0, scores, None, [], seconds),),
         mean=scores[metric],
-        std=None,
-        test_mean=None,
-        best_seed=0,
         seconds=seconds,
         precision="fp32",
         config=config.model_dump(mode="json"),
@@ -149,7 +146,7 @@ def _baselines(
         expert_output(name, directory, data, merge.passes, merge.seed, **sizes)
         for name, directory in zip(names_for(models), models, strict=True)
     ]
-    means: dict[str, Any] = {o.info.name: o.mc_probs for o in outputs}
+    means = {o.info.name: o.mc_probs for o in outputs if o.mc_probs is not None}
     found |= merge_scores(
         [o.info for o in outputs],
         {o.info.name: o.logits for o in outputs},

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ _FIELDS = ("text", "sentence1", "sentence2", "label")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
 _SHOWN_LABELS = 20
+Label = bool | int | float | str
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Split:
     path: str
     texts: list[str]
     pairs: list[str] | None
-    labels: list[Any]
+    labels: list[Label]
     kind: str
 
 
@@ -89,17 +89,18 @@ def _check_same_shape(train: _Split, split: _Split) -> None:
 
 def _class_names(train: _Split) -> tuple[str, ...]:
     by_name = {_class_name(label): label for label in train.labels}
+    numbers = {name: label for name, label in by_name.items() if not isinstance(label, str)}
     if len(by_name) < 2:
         raise InputError(
             f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
             "least two classes in train"
         )
     if train.kind == "number":
-        return tuple(sorted(by_name, key=lambda name: by_name[name]))
+        return tuple(sorted(numbers, key=numbers.__getitem__))
     return tuple(sorted(by_name))
 
 
-def _class_name(label: Any) -> str:
+def _class_name(label: Label) -> str:
     if isinstance(label, bool):
         return str(label).lower()
     if isinstance(label, float) and label.is_integer():
@@ -135,40 +136,43 @@ def _read_split(path: str) -> _Split:
     rows = len(columns["label"])
     if not rows:
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    texts = columns.get("text") or columns["sentence1"]
-    for field in columns.keys() - {"label"}:
-        _check_texts(path, field, columns[field])
-    labels = columns["label"]
-    return _Split(path, texts, columns.get("sentence2"), labels, _label_kind(path, labels))
+    given = {
+        field: _checked_texts(path, field, columns[field]) for field in columns.keys() - {"label"}
+    }
+    texts = given.get("text") or given["sentence1"]
+    labels = [_checked_label(path, row, label) for row, label in enumerate(columns["label"], 1)]
+    kinds = [_kind_of(label) for label in labels]
+    for row, (label, kind) in enumerate(zip(labels, kinds, strict=True), start=1):
+        if kind != kinds[0]:
+            raise InputError(
+                f"{path}, row {row}: label {label!r} is a {kind}, but row 1 has {labels[0]!r}, "
+                f"a {kinds[0]}; use one type of label throughout"
+            )
+    return _Split(path, texts, given.get("sentence2"), labels, kinds[0])
 
 
-def _check_texts(path: str, field: str, texts: list[Any]) -> None:
+def _checked_texts(path: str, field: str, texts: list[object]) -> list[str]:
+    checked = []
     for row, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             given = "missing" if text is None else f"{text!r}, a {type(text).__name__}"
             raise InputError(f"{path}, row {row}: {field} must be a string (given: {given})")
+        checked.append(text)
+    return checked
 
 
-def _label_kind(path: str, labels: list[Any]) -> str:
-    first = _kind_of(path, 1, labels[0])
-    for row, label in enumerate(labels, start=1):
-        kind = _kind_of(path, row, label)
-        if kind != first:
-            raise InputError(
-                f"{path}, row {row}: label {label!r} is a {kind}, but row 1 has {labels[0]!r}, "
-                f"a {first}; use one type of label throughout"
-            )
-    return first
+def _kind_of(label: Label) -> str:
+    if isinstance(label, bool):
+        return "boolean"
+    return "string" if isinstance(label, str) else "number"
 
 
-def _kind_of(path: str, row: int, label: Any) -> str:
+def _checked_label(path: str, row: int, label: object) -> Label:
     where = f"{path}, row {row}"
     if label is None:
         raise InputError(f"{where}: label is missing; every row needs one: add it or drop the row")
-    if isinstance(label, bool):
-        return "boolean"
     if isinstance(label, str):
-        return "string"
+        return label
     if not isinstance(label, int | float):
         raise InputError(
             f"{where}: label must be a class name, an integer or a float "
@@ -176,11 +180,11 @@ def _kind_of(path: str, row: int, label: Any) -> str:
         )
     if not math.isfinite(label):
         raise InputError(f"{where}: label is {label}; a score must be finite: drop the row")
-    return "number"
+    return label
 
 
-def _read_columns(path: str) -> dict[str, list[Any]]:
-    """The fields of a task that ``path`` has, as python values, once they are known to suffice."""
+def _read_columns(path: str) -> dict[str, list[object]]:
+    """Read the fields of a task that ``path`` has, as Python values; InputError for too few."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
     read = _reader_of(path)
@@ -198,7 +202,7 @@ def _read_columns(path: str) -> dict[str, list[Any]]:
     return columns if fields else {"text": [], "label": []}
 
 
-_Columns = tuple[list[str], dict[str, list[Any]]]
+_Columns = tuple[list[str], dict[str, list[object]]]
 
 
 def _reader_of(path: str) -> Callable[[str], _Columns]:
@@ -219,7 +223,7 @@ def _reader_of(path: str) -> Callable[[str], _Columns]:
 def _read_jsonl(path: str) -> _Columns:
     # Not pyarrow.json: it reads a column of dates as timestamps, and stops at a mixed column
     # without naming the row.
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     with pa.input_stream(path, compression="detect") as stream:
         content = stream.read().decode("utf-8-sig")
     for number, line in enumerate(content.split("\n"), start=1):
@@ -263,17 +267,17 @@ def _read_parquet(path: str) -> _Columns:
     return file.schema_arrow.names, _wanted(file.read(columns=wanted))
 
 
-def _wanted(table: pa.Table) -> dict[str, list[Any]]:
+def _wanted(table: pa.Table) -> dict[str, list[object]]:
     names = [field for field in _FIELDS if field in table.column_names]
     return {field: table.column(field).to_pylist() for field in names}
 
 
-def _typed(labels: list[str]) -> list[Any]:
-    """A csv's labels as integers or floats where all are written so; an empty one is None."""
-    given = [label for label in labels if label]
-    as_type: Callable[[str], Any] = str
+def _typed(labels: list[object]) -> list[object]:
+    """Return a csv's labels as numbers where all are written so; an empty one is None."""
+    given = [str(label) for label in labels if label]
+    as_type: Callable[[str], Label] = str
     if all(_WHOLE.fullmatch(label) for label in given):
         as_type = int
     elif all(_DECIMAL.fullmatch(label) for label in given):
         as_type = float
-    return [as_type(label) if label else None for label in labels]
+    return [as_type(str(label)) if label else None for label in labels]

@@ -6,11 +6,14 @@ layer's prefix and number left out within layers.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import nn
 
 from rekindle.data.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # hidden: of the residual stream; heads, groups: of all query and key/value heads; ffn: neurons.
 Units = Literal["hidden", "heads", "groups", "ffn"]
@@ -61,9 +64,8 @@ class Family:
     rms: bool = False
     # Post-LN: the norms after attention and at a layer's end; the latter makes the layer's output.
     norms_after: tuple[str, str] | None = None
-    needs: dict[str, Any] = field(
-        default_factory=dict
-    )  # settings that other values change too much
+    # Settings of which another value would change too much.
+    needs: dict[str, object] = field(default_factory=dict)
 
     def role(self, name: str) -> Role | None:
         """What the parameter ``name`` (without ``.weight`` and the like) is; None if not known."""
@@ -139,8 +141,8 @@ FAMILIES = (BERT, GPT2, LLAMA)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model. Raises InputError, with what is supported, for others."""
-    config: Any = model.config
+    """Return the family of a transformers model. Raises InputError for others, naming these."""
+    config = cast("PretrainedConfig", model.config)
     known = [kind for family in FAMILIES for kind in family.types]
     found = next((f for f in FAMILIES if config.model_type in f.types), None)
     if found is None:

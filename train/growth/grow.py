@@ -41,7 +41,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ from rekindle.train.growth.maps import (
     shared,
 )
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 Model = TypeVar("Model", bound=nn.Module)
 State = dict[str, Tensor]
 
@@ -73,8 +76,8 @@ class Shape(NamedTuple):
     intermediate_size: int
 
     @classmethod
-    def of(cls, config: Any) -> "Shape":
-        """The shape of a transformers configuration."""
+    def of(cls, config: "PretrainedConfig") -> "Shape":
+        """Return the shape of a transformers configuration."""
         hidden, heads = config.hidden_size, config.num_attention_heads
         # GPT-2's name first: a configuration keeps whatever it was given under other names.
         inner = config.n_inner if hasattr(config, "n_inner") else config.intermediate_size
@@ -131,7 +134,7 @@ class Growth:
     """
 
     def __init__(self, model: nn.Module, config: GrowConfig):
-        old: Any = model.config
+        old = cast("PretrainedConfig", model.config)
         self.family = family_of(model)
         self.settings = config
         self.old, self.new = Shape.of(old), grown_shape(Shape.of(old), config)
@@ -174,9 +177,9 @@ class Growth:
             copied(in_blocks(heads, head_size)), copied(in_blocks(groups, head_size)), copied(ffn)
         )
 
-    def _config(self, old: Any) -> Any:
+    def _config(self, old: "PretrainedConfig") -> "PretrainedConfig":
         new = copy.deepcopy(old)
-        changes: dict[str, Any] = {
+        changes: dict[str, object] = {
             "num_hidden_layers": self.new.layers,
             "hidden_size": self.new.hidden_size,
             "num_attention_heads": self.new.heads,

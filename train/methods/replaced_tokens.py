@@ -25,7 +25,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masking import generator
-from rekindle.kernels.chunked import BLOCK_BYTES, block_rows
+from rekindle.kernels.chunked import row_blocks
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
@@ -175,11 +175,9 @@ class ReplacedTokens(Method):
             kept = sparse_targets(target, self.settings.temperature, None, device)
             return sample(kept, send(uniforms, device), send(content, device))
         # Of whole distributions [P,V] a bounded block at a time.
-        room = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
-        size = block_rows(len(target.rows), len(self.special), 4 * torch.float64.itemsize, room)
         found = [torch.zeros(0, dtype=torch.int64, device=device)]
-        for start in range(0, len(target.rows), size):
-            part = slice(start, start + size)
+        each = 4 * torch.float64.itemsize
+        for part in row_blocks(len(target.rows), len(self.special), each, device):
             kept = sparse_targets(target.keep(part), self.settings.temperature, None, device)
             found.append(sample(kept, send(uniforms[part], device), None))
         return torch.cat(found)

@@ -5,12 +5,15 @@ The prompt stands at place 1 of what the model reads; its own hidden state is le
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
 PLACE = 1
@@ -26,7 +29,7 @@ class DomainPrompts(nn.Module):
         nn.init.normal_(self.vectors.weight, std=std)
 
     @classmethod
-    def of(cls, model: Any, domains: Sequence[str]) -> "DomainPrompts":
+    def of(cls, model: "PreTrainedModel", domains: Sequence[str]) -> "DomainPrompts":
         """Fresh vectors for a transformers model."""
         size = model.get_input_embeddings().weight.shape[1]
         std = getattr(model.config.get_text_config(), "initializer_range", 0.02)

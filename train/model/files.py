@@ -1,20 +1,26 @@
-"""Finding and loading model directories: local or from the hub, checked, fingerprinted, never with
-remote code.
+"""Find and load model directories: local or from the hub, checked, fingerprinted, never with remote
+code.
 """
 
 import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import Settings
+from rekindle.train.precision import chosen_precision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("rekindle")
 
@@ -62,8 +68,7 @@ def weights_fingerprint(directory: Path) -> str:
     if not files:
         raise InputError(
             f"{directory} has no *.safetensors weights. Pickled weights are not loaded; save the "
-            "model "
-            "again with save_pretrained"
+            "model again with save_pretrained"
         )
     digest = hashlib.sha256()
     for file in files:
@@ -80,27 +85,75 @@ def config_fingerprint(directory: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def load_model(directory: Path, auto_class: str, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """Load through a transformers Auto class; every weight must come from the directory.
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and reports; what matters is raised by us."""
+    from transformers.utils import logging as hf_logging
 
-    Raises InputError naming the missing weights: a randomly initialised head would cache noise.
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(50)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def refusing(
+    what: str, advice: str = "", damaged: type[RekindleError] = InputError
+) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be had into one error: ``what`` cannot
+    be, transformers' reason, and ``advice``. ``damaged``: the class where bytes are not weights.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except SafetensorError as error:
+        raise damaged(f"{what}: its weights are damaged ({error}){advice}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{what}: {reason}{advice}") from None
+
+
+class LoadReport(TypedDict):
+    """The names of weights that a directory and a model do not share."""
+
+    missing_keys: list[str]
+    mismatched_keys: list[tuple[str, torch.Size, torch.Size]]
+
+
+def load_weights(
+    directory: Path, auto_class: str, dtype: torch.dtype, **options: object
+) -> tuple["PreTrainedModel", LoadReport]:
+    """Load safetensors weights through a transformers Auto class, never with remote code.
+
+    Raises what transformers raises: see ``refusing``.
     """
     import transformers
 
-    factory = getattr(transformers, auto_class)
-    with quiet_transformers():
-        try:
-            model, info = factory.from_pretrained(
-                str(directory),
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{directory} cannot be loaded as {auto_class}: {reason}") from None
+    model, info = getattr(transformers, auto_class).from_pretrained(
+        str(directory),
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return model, info
+
+
+def load_model(
+    directory: Path, auto_class: str, dtype: torch.dtype, **options: object
+) -> nn.Module:
+    """Load a teacher; every weight must come from the directory.
+
+    Raises InputError naming the missing weights: a randomly initialised head would cache noise.
+    """
+    with refusing(f"{directory} cannot be loaded as {auto_class}"):
+        model, info = load_weights(directory, auto_class, dtype, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
@@ -108,11 +161,10 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype, **options: 
             f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
             "Is the teacher's `task` right for this model?"
         )
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
-def longest_input(config: Any) -> int | None:
+def longest_input(config: "PretrainedConfig") -> int | None:
     """Tokens that a model of this transformers configuration takes; None where nothing is said."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
@@ -120,25 +172,6 @@ def longest_input(config: Any) -> int | None:
         return None
     offset = (text.pad_token_id or 0) + 1 if text.model_type in COUNT_PAST_PADDING else 0
     return int(limit) - offset
-
-
-class quiet_transformers:
-    """Silences transformers' progress bars and reports; what matters is raised by us."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._verbosity = hf_logging.get_verbosity()
-        self._bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity(50)
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self._verbosity)
-        if self._bars:
-            hf_logging.enable_progress_bar()
 
 
 class Placement(Settings):
@@ -156,12 +189,10 @@ class Placement(Settings):
 
 
 def place(precision: str) -> Placement:
-    """The first device of this process and the precision that ``auto`` means on it."""
-    if not torch.cuda.is_available():
-        return Placement(device="cpu", precision="fp32" if precision == "auto" else precision)
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return Placement(device="cuda:0", precision=precision)
+    """Return the first device of this process, and the precision that ``auto`` means on it."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda:0" if kind == "cuda" else kind
+    return Placement(device=device, precision=chosen_precision(precision, kind))
 
 
 def package_versions() -> dict[str, str]:

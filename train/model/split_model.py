@@ -7,11 +7,14 @@ teachers, students or caches.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class OutputHead(NamedTuple):
@@ -41,11 +44,11 @@ class SplitLanguageModel:
     """Body and head of a masked or causal LM; the model itself stays whole and saveable."""
 
     def __init__(self, model: nn.Module, causal: bool):
-        self.model: Any = model  # a PreTrainedModel
+        self.model = cast("PreTrainedModel", model)
         self.causal = causal
         self._select: Tensor | None = None
         self._states: Tensor | None = None
-        self._output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self._output = self.model.get_output_embeddings()
         if not causal:
             self._install_hooks()
         self._check()
@@ -89,7 +92,7 @@ class SplitLanguageModel:
         logits.
         """
 
-        def pick(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def pick(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self._select is None or not arguments or arguments[0].dim() != 3:
                 return None
             self._states = arguments[0]

@@ -10,7 +10,7 @@ from rekindle.train.device_batch import DecodedTargets
 
 
 def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:
-    """A token [P] of each row's distribution, by the inverse of its cumulative sum.
+    """Draw a token [P] of each row's distribution, by the inverse of its cumulative sum.
 
     ``uniforms`` [P,2] in [0,1): the first chooses among the K kept ids and the tail, the second
     among the tail's tokens: those of ``content`` (ascending ids) that are not kept, all alike.
@@ -35,14 +35,15 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
 
 
 def _ranks(ids: Tensor, content: Tensor) -> Tensor:
-    """Where each id [P,K] stands in ``content``; len(content) for those that are not in it."""
+    """Return where each id [P,K] stands in ``content``; len(content) for those not in it."""
     found = torch.searchsorted(content, ids.contiguous())
     there = content[found.clamp(max=len(content) - 1)] == ids
     return torch.where(there, found, len(content))
 
 
 def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> Tensor:
-    """One of the ``others`` [P] tokens of ``content`` whose rank is not among ``rank`` [P,K].
+    """Choose one of the ``others`` [P] tokens of ``content`` whose rank is not among ``rank``
+    [P,K].
 
     The n-th of them stands n places on, and one more for every kept rank before it: the j-th
     smallest kept rank s_j lies before it when s_j − j ≤ n.

@@ -28,7 +28,8 @@ class LabelUnion:
 
     @classmethod
     def of(cls, experts: Sequence[TeacherInfo], overlap: Literal["merge", "apart"]) -> "LabelUnion":
-        """In the order of the experts and their labels; equal names are one label, or kept apart.
+        """Unite in the order of the experts and their labels; equal names are one label, or kept
+        apart.
 
         Raises InputError for an expert without label names, or whose labels repeat.
         """
@@ -49,11 +50,11 @@ class LabelUnion:
 
     @property
     def places_of_all(self) -> tuple[int, ...]:
-        """The places of all experts' labels, one expert after another [Σ C_j]."""
+        """Return the places of all experts' labels, one expert after another [Σ C_j]."""
         return tuple(place for places in self.places.values() for place in places)
 
     def pad(self, expert: str, probs: Tensor) -> Tensor:
-        """An expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it has not."""
+        """Return an expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it lacks."""
         places = torch.tensor(self.places[expert], device=probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_copy_(1, places, probs)
 
@@ -70,13 +71,13 @@ def _labels(expert: TeacherInfo) -> tuple[str, ...]:
 
 
 def certainty(mc_probs: Tensor) -> Tensor:
-    """S = 1 − H(p̄)/log C [B] of Monte-Carlo mean probabilities p̄ [B,C]: 1 certain, 0 uniform."""
+    """Return S = 1 − H(p̄)/log C [B] of Monte-Carlo means p̄ [B,C]: 1 certain, 0 uniform."""
     entropy = -torch.xlogy(mc_probs, mc_probs).sum(dim=1)
     return 1.0 - entropy / torch.log(torch.tensor(float(mc_probs.shape[1])))
 
 
 def expert_weights(certainties: Tensor, config: UncertaintyConfig) -> Tensor:
-    """W [B,J] of certainties s [B,J]: softmax(s / sharpness), or 1 for the most certain expert."""
+    """Return W [B,J] of certainties s [B,J]: softmax(s / sharpness), or 1 for the most certain."""
     if config.selection == "hard":
         best = certainties.argmax(dim=1, keepdim=True)
         return torch.zeros_like(certainties).scatter_(1, best, 1.0)
@@ -84,7 +85,7 @@ def expert_weights(certainties: Tensor, config: UncertaintyConfig) -> Tensor:
 
 
 def margin(certainties: Tensor) -> Tensor:
-    """V = s₍₁₎ − s₍₂₎ + 1e-6 [B]: how clearly one expert is the one to ask."""
+    """Return V = s₍₁₎ − s₍₂₎ + 1e-6 [B]: how clearly one expert is the one to ask."""
     best = certainties.topk(2, dim=1).values
     return best[:, 0] - best[:, 1] + FLOOR
 
@@ -95,7 +96,9 @@ def mixed_target(
     weights: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Σ_j w_j · pad_j(softmax(z_j/τ)) [B,U], of ``logits`` z_j [B,C_j] and ``weights`` w [B,J]."""
+    """Return Σ_j w_j · pad_j(softmax(z_j/τ)) [B,U], of ``logits`` z_j [B,C_j] and ``weights`` w
+    [B,J].
+    """
     parts = [
         weights[:, j : j + 1] * union.pad(name, torch.softmax(z / temperature, dim=1))
         for j, (name, z) in enumerate(logits.items())
@@ -106,7 +109,7 @@ def mixed_target(
 def concatenated_target(
     union: LabelUnion, logits: Mapping[str, Tensor], temperature: float
 ) -> Tensor:
-    """The softmax over all experts' logits z_j [B,C_j] side by side, among all labels [B,U].
+    """Return the softmax over all experts' logits z_j [B,C_j] side by side, among all labels [B,U].
 
     Labels that share a place add up. ``logits`` in the order of the union's experts.
     """

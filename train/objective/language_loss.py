@@ -4,9 +4,9 @@ Each position goes through the output matrix once where that can be: its cross-e
 the call that forms its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import (
     DecodedTargets,
     LanguageRows,
+    Targets,
     as_arguments,
     kd_targets,
     send,
@@ -30,7 +31,43 @@ from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Counts, names_of, taught_per_sequence
 
 Add = Callable[[str, Tensor | None, Tensor], None]
+Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
+
+
+class LossOptions(TypedDict, total=False):
+    """Arguments of `linear_kd_loss`."""
+
+    labels: Tensor | None
+    ce_weight: float
+    kd_weight: float
+    temperature: float
+    divergence: str
+    tail: str
+    row_weight: Tensor | None
+
+
+def head_loss(
+    hidden: Tensor, head: OutputHead, targets: Targets | None, **options: Unpack[LossOptions]
+) -> KDLoss:
+    """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
+    the rows; without targets the cross-entropy alone.
+    """
+    if targets is None:
+        nothing = torch.full((len(hidden), 1), -1, device=hidden.device)
+        no_probs = torch.zeros(nothing.shape, device=hidden.device)
+        targets = DecodedTargets(nothing, no_probs, no_probs[:, 0])
+        options["kd_weight"] = 0.0
+    return linear_kd_loss(
+        hidden,
+        head.weight,
+        **as_arguments(targets),
+        bias=head.bias,
+        reduction="sum",
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -40,8 +77,8 @@ class Lesson:
     name: str  # what the loss is shown as
     term: DistillTerm
     weight: float
-    targets: Mapping[str, Any]  # arguments of the loss
-    rows: NDArray[np.int64]  # [n] of the P rows, ascending
+    targets: Targets
+    rows: Rows  # [n] of the P rows, ascending
     row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
 
 
@@ -80,8 +117,9 @@ class LanguageLoss:
             labels = self.rows.labels if index is None else self.rows.labels[index]
             if not due.all():
                 labels = labels.masked_fill(send(~due, self.device), IGNORED)
-        return self._loss(
-            index,
+        return head_loss(
+            self._states(index),
+            self.head,
             lesson.targets,
             labels=labels,
             ce_weight=hard / max(self.counts.labels, 1) if due.any() else 0.0,
@@ -93,51 +131,39 @@ class LanguageLoss:
         )
 
     def _untaught(self, open_rows: NDArray[np.bool_], hard: float) -> KDLoss:
-        """The cross-entropy alone, at the rows that no lesson has."""
+        """Return the cross-entropy alone, at the rows that no lesson has."""
         index = self._index(np.flatnonzero(open_rows))
         labels = self.rows.labels if index is None else self.rows.labels[index]
-        nothing = torch.full((len(labels), 1), -1, device=self.device)
-        targets = {"target_ids": nothing, "target_probs": nothing.float().zero_()}
         weight = hard / max(self.counts.labels, 1)
-        return self._loss(index, targets, labels=labels, ce_weight=weight, kd_weight=0.0)
+        return head_loss(self._states(index), self.head, None, labels=labels, ce_weight=weight)
 
-    def _loss(self, index: Tensor | None, targets: Mapping[str, Any], **settings: Any) -> KDLoss:
-        head = self.head
-        return linear_kd_loss(
-            self.hidden if index is None else self.hidden[index],
-            head.weight,
-            **targets,
-            bias=head.bias,
-            reduction="sum",
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            **settings,
-        )
+    def _states(self, index: Tensor | None) -> Tensor:
+        return self.hidden if index is None else self.hidden[index]
 
-    def _index(self, rows: NDArray[np.int64]) -> Tensor | None:
-        """The rows on the device; None for all of them, which spares a copy of the states."""
+    def _index(self, rows: Rows) -> Tensor | None:
+        """Send the rows to the device; None for all of them, which spares a copy of the states."""
         return None if len(rows) == len(self.rows.keys) else send(rows, self.device)
 
     def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
-        batches = [self.batch.targets[name] for name in term.teachers]
         named = names_of(term)
-        if term.combine == "mixture" and len(batches) > 1:
-            targets, rows = self._mixture(term, batches)
+        if term.combine == "mixture" and len(term.teachers) > 1:
+            targets, rows = self._mixture(term)
             return [Lesson(named[term.teachers[0]], term, weight, targets, rows)]
         lessons = []
-        for name, target in zip(term.teachers, batches, strict=True):
+        for name in term.teachers:
+            target = self.batch.targets[name]
             assert isinstance(target, TokenTargetBatch)
             rows = self.rows.match(target, self.width)
-            arguments = as_arguments(kd_targets(target, term.temperature, term.k, self.device))
+            taught = kd_targets(target, term.temperature, term.k, self.device)
             chosen = None
             if term.entropy_fraction is not None:
                 chosen = self._least_certain(target.rows, rows, term.entropy_fraction)
-            lessons.append(Lesson(named[name], term, weight, arguments, rows, chosen))
+            lessons.append(Lesson(named[name], term, weight, taught, rows, chosen))
         return lessons
 
-    def _mixture(
-        self, term: DistillTerm, batches: Sequence[Any]
-    ) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    def _mixture(self, term: DistillTerm) -> tuple[Targets, Rows]:
+        targets = [self.batch.targets[name] for name in term.teachers]
+        batches = [target for target in targets if isinstance(target, TokenTargetBatch)]
         places = [self.rows.match(target, self.width) for target in batches]
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
@@ -148,18 +174,17 @@ class LanguageLoss:
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
         merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
-        return as_arguments(DecodedTargets(*merged)), places[0]
+        return DecodedTargets(*merged), places[0]
 
-    def _least_certain(
-        self, sequences: NDArray[np.int64], rows: NDArray[np.int64], fraction: float
-    ) -> Tensor:
-        """1 at the fraction of each sequence's positions where the student's entropy is highest.
+    def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
+        """Mark by 1 the fraction of each sequence's positions where the student's entropy is
+        highest.
 
         One more product with the output matrix, without gradient. Equal entropies: first position.
         """
-        index, head = self._index(rows), self.head
+        head = self.head
         with torch.no_grad():
-            hidden = self.hidden if index is None else self.hidden[index]
+            hidden = self._states(self._index(rows))
             entropy = row_entropy(
                 hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
             )

@@ -8,23 +8,22 @@ from the step's batch before it is split, so gradient accumulation changes nothi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, TokenLabelBatch
+from rekindle.data.batch import Batch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.registry import view_kind
 from rekindle.train.config import DistillTerm, ObjectiveConfig
-from rekindle.train.device_batch import language_rows, model_inputs, send
+from rekindle.train.device_batch import language_rows
 from rekindle.train.method import Method
-from rekindle.train.model.network import HeadConfig, StudentOutput
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.selection import Counts, count_rows, select_targets
+from rekindle.train.objective.step_plan import StepPlan, plan_step
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
+from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms
-from rekindle.train.schedules import weight_at
 from rekindle.train.student import Student
 
 Weighted = Sequence[tuple[DistillTerm, float]]
@@ -61,7 +60,7 @@ class Objective:
         self.methods = methods
         check_terms(config.distill, teachers, task)
         _check_shared(config.distill, methods, teachers)
-        if not any(self.weights(steps - 1)):
+        if not any(self.plan(steps - 1).weights):
             raise InputError(
                 "train.objective: at the end of the run every weight is 0, so nothing is trained. "
                 "Give hard.weight, a distill term or a method a weight above 0, or end the run "
@@ -70,148 +69,91 @@ class Objective:
 
     @property
     def heads(self) -> dict[str, HeadConfig]:
-        """The task heads the student needs."""
+        """Return the task heads that the student needs."""
         found: dict[str, HeadConfig] = {}
         for term in self.config.distill:
             found |= heads_of(term, self.teachers)
         return found
 
-    def active(self, step: int) -> list[tuple[DistillTerm, float]]:
-        """The distillation terms with a weight above 0 at ``step``, with that weight."""
-        weighted = [
-            (term, weight_at(term.weight, step, self.steps)) for term in self.config.distill
-        ]
-        return [(term, weight) for term, weight in weighted if weight > 0]
+    def plan(self, step: int) -> StepPlan:
+        """Return what ``step`` reads and learns from."""
+        return plan_step(self.config, self.methods, step, self.steps)
 
-    def hard_weight(self, step: int) -> float:
-        """The weight of the cross-entropy at ``step``."""
-        return weight_at(self.config.hard.weight, step, self.steps)
+    def select(self, batch: Batch, plan: StepPlan) -> Batch:
+        """Return the batch with only those targets that the step's terms use."""
+        return select_targets(batch, plan.distilled)
 
-    def weights(self, step: int) -> tuple[float, ...]:
-        """The weights of the cross-entropy, of every distillation term and method at ``step``."""
-        weights = [term.weight for term in self.config.distill]
-        weights += [method.settings.weight for method in self.methods]
-        return (self.hard_weight(step), *(weight_at(w, step, self.steps) for w in weights))
-
-    def active_methods(self, step: int) -> list[tuple[Method, float]]:
-        """The methods with a weight above 0 at ``step``, with that weight."""
-        weighted = [(m, weight_at(m.settings.weight, step, self.steps)) for m in self.methods]
-        return [(method, weight) for method, weight in weighted if weight > 0]
-
-    def teachers_at(self, step: int) -> list[str]:
-        """The teachers whose targets are read at ``step``."""
-        names = [name for term, _ in self.active(step) for name in term.teachers]
-        names += [name for m, _ in self.active_methods(step) for name in m.teachers_at(step)]
-        return list(dict.fromkeys(names))
-
-    def terms(self, step: int) -> list[DistillTerm]:
-        """The distillation terms with a weight above 0 at ``step``."""
-        return [term for term, _ in self.active(step)]
-
-    def users(self, step: int) -> list[DistillTerm]:
-        """Who uses targets at ``step``: its terms, and each method as if it were one."""
-        read = [tuple(method.teachers_at(step)) for method, _ in self.active_methods(step)]
-        return [*self.terms(step), *(DistillTerm(teachers=names) for names in read if names)]
-
-    def select(self, batch: Batch, step: int) -> Batch:
-        """The batch with only those targets that the terms of ``step`` use."""
-        return select_targets(batch, self.terms(step))
-
-    def counts(self, batch: Batch, step: int) -> Counts:
-        """How many rows the means of ``step`` are over, in a batch of selected targets."""
-        counts = count_rows(batch, self.task, self.terms(step))
+    def counts(self, batch: Batch, plan: StepPlan) -> Counts:
+        """Count the rows that the step's means are over, in a batch of selected targets."""
+        counts = count_rows(batch, self.task, plan.distilled)
         rows = dict(counts.rows)
-        for method, _ in self.active_methods(step):
+        for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
         return replace(counts, rows=rows)
 
-    def shown(self, counts: Counts, step: int) -> list[str]:
-        """The names of the losses that ``step`` has rows for, in a fixed order."""
-        names = ["ce"] if self.hard_weight(step) > 0 and counts.labels else []
+    def shown(self, counts: Counts, plan: StepPlan) -> list[str]:
+        """Name the losses that the step has rows for, in a fixed order."""
+        names = ["ce"] if plan.hard > 0 and counts.labels else []
         return names + [name for name, rows in sorted(counts.rows.items()) if rows]
 
     def loss(
-        self, student: Student, batch: Batch, counts: Counts, step: int, device: torch.device
+        self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
     ) -> StepLoss:
-        """The loss of one micro-batch at ``step``; ``counts`` are the whole step's.
+        """Return the loss of one micro-batch; ``counts`` are the whole step's.
 
         One forward pass of the student per view that a term needs. Which passes are made depends
-        on the step alone, never on a micro-batch: all processes make the same ones.
+        on the plan alone, never on a micro-batch: all processes make the same ones.
         """
-        hard, terms = self.hard_weight(step), self.active(step)
         result = StepLoss(torch.zeros((), device=device))
-        language = [(t, w) for t, w in terms if self.teachers[t.teachers[0]].is_vocabulary]
-        task = [(t, w) for t, w in terms if not self.teachers[t.teachers[0]].is_vocabulary]
-        joined = [(t, w) for t, w in task if self._joins_language_pass(t)]
-        if hard > 0 or language or joined:
-            self._language_pass(student, batch, counts, hard, language, joined, result, device)
-        apart = [(t, w) for t, w in task if not self._joins_language_pass(t)]
+        language: list[tuple[DistillTerm, float]] = []
+        joined: list[tuple[DistillTerm, float]] = []  # imitate in the very pass of the LM loss
         by_view: dict[str, list[tuple[DistillTerm, float]]] = {}
-        for term, weight in apart:
-            info = self.teachers[term.teachers[0]]
-            by_view.setdefault(info.view if info.shown.paired else "", []).append((term, weight))
+        for term, weight in plan.terms:
+            teacher = self.teachers[term.teachers[0]]
+            paired = teacher.shown.paired
+            if teacher.is_vocabulary:
+                language.append((term, weight))
+            elif not paired and (term.view == "masked" or self.task == "causal_lm"):
+                joined.append((term, weight))
+            else:
+                by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
+        if plan.hard > 0 or language or joined:
+            rows = language_rows(batch, self.task, device)
+            hidden = self._imitate(student, rows.inputs, batch, joined, counts, result, rows.select)
+            assert hidden is not None
+            language_loss = LanguageLoss(batch, rows, hidden, student.output_head, counts)
+            language_loss.add_all(plan.hard, language, result.add)
         for view, own in sorted(by_view.items()):
             inputs = inputs_of(student, batch, view, device)
-            output = self._run(student, inputs, batch, own, None)
-            add_task_losses(output.logits, batch, own, self.teachers, counts, result.add)
-        for method, weight in self.active_methods(step):
-            for name, loss, shown in method.losses(student, batch, step, device):
+            self._imitate(student, inputs, batch, own, counts, result)
+        for method, weight in plan.methods:
+            for name, loss, shown in method.losses(student, batch, plan.step, device):
                 scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
                 result.add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
         return result
 
-    def _joins_language_pass(self, term: DistillTerm) -> bool:
-        """Whether the student imitates these logits in the very pass that the LM loss uses."""
-        paired = self.teachers[term.teachers[0]].shown.paired
-        return not paired and (term.view == "masked" or self.task == "causal_lm")
-
-    def _language_pass(
-        self,
-        student: Student,
-        batch: Batch,
-        counts: Counts,
-        hard: float,
-        language: Weighted,
-        joined: Weighted,
-        result: StepLoss,
-        device: torch.device,
-    ) -> None:
-        rows = language_rows(batch, self.task, device)
-        output = self._run(student, rows.inputs, batch, joined, rows.select)
-        add_task_losses(output.logits, batch, joined, self.teachers, counts, result.add)
-        assert output.hidden is not None
-        language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
-        language_loss.add_all(hard, language, result.add)
-
-    def _run(
+    def _imitate(
         self,
         student: Student,
         inputs: Mapping[str, Tensor],
         batch: Batch,
         terms: Weighted,
-        select: Tensor | None,
-    ) -> StudentOutput:
-        """One forward pass with the heads that the terms ask for."""
-        sequence: list[str] = []
-        tokens: dict[str, Tensor] = {}
-        for term, _ in terms:
-            for name, head in heads_of(term, self.teachers).items():
-                if head.kind == "sequence":
-                    sequence.append(name)
-                    continue
-                target = batch.targets[name]
-                assert isinstance(target, TokenLabelBatch)
-                flat = target.rows * batch.input_ids.shape[1] + target.positions
-                tokens[name] = send(flat, inputs["input_ids"].device)
-        shown = student.with_domains(inputs, batch.domains)
-        output: StudentOutput = student(shown, select, sequence, tokens)
-        return output
+        counts: Counts,
+        result: StepLoss,
+        select: Tensor | None = None,
+    ) -> Tensor | None:
+        """Run the student once, add its experts' losses, and return the hidden states selected."""
+        names = [name for term, _ in terms for name in heads_of(term, self.teachers)]
+        heads = {name: batch.targets.get(name) for name in names}  # None: over a union of labels
+        output = run_heads(student, inputs, batch, heads, select)
+        add_task_losses(output.logits, batch, terms, self.teachers, counts, result.add)
+        return output.hidden
 
 
 def _check_shared(
     terms: Sequence[DistillTerm], methods: Sequence[Method], teachers: Mapping[str, TeacherInfo]
 ) -> None:
-    """That no method reads targets of which a distill term takes some away."""
+    """Check that no method reads targets of which a distill term takes some away."""
     picked = {
         name
         for term in terms
@@ -229,18 +171,3 @@ def _check_shared(
                 "pseudo-label is sure of, or what is masked of a view: clean). Cache the teacher "
                 "again under another name, or leave one of the two out"
             )
-
-
-def inputs_of(
-    student: Student, batch: Batch, view: str, device: torch.device
-) -> Mapping[str, Tensor]:
-    """What the student sees beside an expert that saw ``view``: the sentence pairs of that view,
-    or the clean text.
-    """
-    if not view_kind(view).paired:
-        return model_inputs(batch.input_ids, batch.lengths, device)
-    pairs = batch.pairs[view]
-    # Sequences without a pair are shown as one padding token and carry no weight.
-    lengths = np.maximum(pairs.lengths, 1)
-    types = getattr(student.model.config, "type_vocab_size", 0) >= 2
-    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)

@@ -19,7 +19,7 @@ CONFIDENCE = 0.9  # where none is given
 
 
 def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch:
-    """An expert's targets without the rows that it is not sure enough of.
+    """Return an expert's targets without the rows that it is not sure enough of.
 
     Classes that exclude each other: the largest softmax probability reaches ``confidence``. Labels
     of which several may hold: the answer to at least one of them does.
@@ -34,7 +34,7 @@ def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch
 def sure_rows(
     logits: NDArray[np.float32], info: TeacherInfo, confidence: float | None
 ) -> NDArray[np.bool_]:
-    """Which rows [R] of logits [R,C] the expert is sure of."""
+    """Say which rows [R] of logits [R,C] the expert is sure of."""
     if info.problem == "multi_label_classification":
         found: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
         return found
@@ -64,7 +64,7 @@ def _or_default(confidence: float | None) -> float:
 
 
 def _least_logit(confidence: float | None) -> float:
-    """What |z| must reach for max(σ(z), 1 − σ(z)) to reach the confidence."""
+    """Return what |z| must reach for max(σ(z), 1 − σ(z)) to reach the confidence."""
     sure = _or_default(confidence)
     if sure <= 0.5:
         return 0.0

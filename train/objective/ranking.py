@@ -37,12 +37,12 @@ class Centres:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of rows there are within the groups."""
+        """Count the pairs of rows within the groups."""
         return sum(size * (size - 1) // 2 for size in self.sizes)
 
 
 def group_keys(batch: Batch, group: str) -> Ints:
-    """The key [B] of each sequence's group: equal for equal groups, in every process."""
+    """Return the key [B] of each sequence's group: equal for equal groups, in every process."""
     if group == "batch":
         return np.zeros(len(batch.index), np.int64)
     names = batch.domains if group == "domain" else batch.documents
@@ -53,7 +53,7 @@ def group_keys(batch: Batch, group: str) -> Ints:
 
 
 def centres_of(keys: Ints, errors: Sequence[float] | None) -> Centres:
-    """The groups of rows with ``keys`` [R] and ``errors`` [R]."""
+    """Group rows with ``keys`` [R] and ``errors`` [R]."""
     found, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     means = None
     if errors is not None:
@@ -65,7 +65,8 @@ def centres_of(keys: Ints, errors: Sequence[float] | None) -> Centres:
 def ranking_loss(
     errors: Tensor, keys: Ints, centres: Centres, rows: int, config: RankingConfig
 ) -> Tensor:
-    """The share of a micro-batch in pointwise·mean e² + pairwise·mean over pairs of (eᵢ − eⱼ)².
+    """Return the share of a micro-batch in pointwise·mean e² + pairwise·mean over pairs of (eᵢ −
+    eⱼ)².
 
     ``errors`` [R] of rows in the groups ``keys`` [R]; ``rows``: of the whole step.
     """

@@ -6,38 +6,38 @@ of the student, without gradient, for the ranking experts alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, Ints, SequenceTargetBatch
+from rekindle.data.batch import Batch, Ints
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import language_rows, send
+from rekindle.train.device_batch import language_rows
 from rekindle.train.distributed import World
-from rekindle.train.objective.objective import Objective, inputs_of
 from rekindle.train.objective.ranking import centres_of, group_keys
 from rekindle.train.objective.selection import Counts
+from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
 from rekindle.train.student import Student
 
-Run = Callable[..., Any]
+Run = Callable[..., Tensor]
 
 
 def with_centres(
     counts: Counts,
-    objective: Objective,
+    task: str,
     parts: Sequence[Batch],
-    step: int,
+    plan: StepPlan,
     world: World,
     run: Run,
 ) -> Counts:
-    """``counts`` with the groups of every ranking teacher of ``step``.
+    """Return ``counts`` with the groups of every ranking teacher of the step.
 
     ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` where the
     student's weights are whole; every process makes the same passes.
     """
-    ranking = [term for term in objective.terms(step) if term.ranking is not None]
+    ranking = [term for term in plan.distilled if term.ranking is not None]
     if not ranking:
         return counts
     found = {}
@@ -49,7 +49,7 @@ def with_centres(
                 found[name] = centres_of(keys, None)
                 continue
             with torch.no_grad():
-                each = [run(_errors, objective, p, term, name, world.device) for p in parts]
+                each = [run(_errors, task, p, term, name, world.device) for p in parts]
             errors = torch.cat(each).double().cpu().tolist()
             every = np.array(gathered(world, keys.tolist()), np.int64)
             found[name] = centres_of(every, gathered(world, errors))
@@ -57,14 +57,12 @@ def with_centres(
 
 
 def present_keys(batch: Batch, teacher: str, group: str) -> Ints:
-    """The group keys [R] of the sequences that have a target of the teacher."""
-    target = batch.targets[teacher]
-    assert isinstance(target, SequenceTargetBatch)
-    return group_keys(batch, group)[target.present]
+    """Return the group keys [R] of the sequences that have a target of the teacher."""
+    return group_keys(batch, group)[batch.targets[teacher].rows]
 
 
 def gathered(world: World, values: Sequence[float]) -> list[float]:
-    """The ``values`` of all processes, one process after another; the same everywhere."""
+    """Return the ``values`` of all processes, one process after another; the same everywhere."""
     sizes = [len(values) if rank == world.rank else 0 for rank in range(world.size)]
     lengths = [round(size) for size in world.sum(sizes)]
     before = sum(lengths[: world.rank])
@@ -74,21 +72,18 @@ def gathered(world: World, values: Sequence[float]) -> list[float]:
 
 def _errors(
     student: Student,
-    objective: Objective,
+    task: str,
     batch: Batch,
     term: DistillTerm,
     name: str,
     device: torch.device,
 ) -> Tensor:
-    """The student's score less the expert's [R], of the sequences that have a target."""
+    """Return the student's score less the expert's [R], of the sequences that have a target."""
     target = batch.targets[name]
-    assert isinstance(target, SequenceTargetBatch)
     if term.view == "masked":
-        inputs = language_rows(batch, objective.task, device).inputs
+        inputs = language_rows(batch, task, device).inputs
     else:
-        inputs = dict(inputs_of(student, batch, target.info.view, device))
-    shown = student.with_domains(inputs, batch.domains)
-    logits = student(shown, sequence_heads=[name]).logits[name]
-    keep = send(np.flatnonzero(target.present), device)
-    wanted = send(target.logits[target.present], device)
-    return (logits[keep].float() - wanted)[:, 0]
+        inputs = inputs_of(student, batch, target.info.view, device)
+    logits = run_heads(student, inputs, batch, {name: target}).logits[name]
+    own, wanted = taught_rows(logits, target)
+    return (own.float() - wanted)[:, 0]

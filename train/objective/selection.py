@@ -31,21 +31,23 @@ class Counts:
     centres: Mapping[str, Centres] = field(default_factory=dict)  # by ranking teacher
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
-        """The counts of all processes; ``total`` sums a list over them."""
+        """Return the counts of all processes; ``total`` sums a list over them."""
         names = sorted(self.rows)
         found = [round(v) for v in total([self.labels, *(self.rows[n] for n in names)])]
         return Counts(found[0], dict(zip(names, found[1:], strict=True)))
 
 
 def names_of(term: DistillTerm) -> dict[str, str]:
-    """Teacher -> the name its loss is shown under: its own, or one for all that share a mean."""
+    """Return teacher -> the name its loss is shown under: its own, or one for all that share a
+    mean.
+    """
     shared = "kd/" + "+".join(term.teachers)
     separate = term.combine == "separate"
     return {name: f"kd/{name}" if separate else shared for name in term.teachers}
 
 
 def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
-    """The batch with only those targets that the terms use."""
+    """Return the batch with only those targets that the terms use."""
     targets = dict(batch.targets)
     for term in terms:
         for name in term.teachers:
@@ -60,14 +62,14 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
 
 
 def sees_clean_text(target: TargetBatch) -> bool:
-    """Whether a masked LM that saw the whole text made it: then it has targets at every token, of
-    which a masked LM has a loss at the masked ones alone (self-evolution).
+    """Say whether a masked LM that saw the whole text made it: then it has targets at every token,
+    of which a masked LM has a loss at the masked ones alone (self-evolution).
     """
     return isinstance(target, TokenTargetBatch) and target.info.sees_clean_text
 
 
 def at_masked_positions(batch: Batch) -> Batch:
-    """The batch with targets of masked LMs only where the student has a loss."""
+    """Return the batch with targets of masked LMs only where the student has a loss."""
     targets = {
         name: _masked_only(target, batch) if sees_clean_text(target) else target
         for name, target in batch.targets.items()
@@ -76,7 +78,7 @@ def at_masked_positions(batch: Batch) -> Batch:
 
 
 def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
-    """The counts of a batch whose targets have been selected."""
+    """Count the rows of a batch whose targets have been selected."""
     labels = int(np.maximum(batch.lengths - 1, 0).sum())
     if task == "masked_lm":
         assert batch.masked is not None
@@ -95,7 +97,7 @@ def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
 
 
 def common_rows(targets: Sequence[TargetBatch]) -> Ints:
-    """What a mixture is made at: the sequences that all experts know, or the first one's rows."""
+    """Return where a mixture is made: sequences that all experts know, or the first one's rows."""
     known = targets[0].rows
     if isinstance(targets[0], SequenceTargetBatch):
         for target in targets[1:]:
@@ -104,7 +106,7 @@ def common_rows(targets: Sequence[TargetBatch]) -> Ints:
 
 
 def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
-    """How many positions of each sequence are taught [P]: the fraction, rounded up, at least 1.
+    """Count the taught positions of each sequence [P]: the fraction, rounded up, at least 1.
 
     ``rows`` [P], ascending, says which sequence a position belongs to.
     """
@@ -132,7 +134,7 @@ def _masked_only(target: TargetBatch, batch: Batch) -> TargetBatch:
 
 
 def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:
-    """Each sequence to the first teacher that has targets for it."""
+    """Give each sequence to the first teacher that has targets for it."""
     free = np.ones(sequences, bool)
     routed: dict[str, TargetBatch] = {}
     for name, target in targets.items():

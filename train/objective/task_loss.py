@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
+from rekindle.data.batch import Batch, SequenceTargetBatch
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
@@ -27,12 +27,15 @@ from rekindle.train.objective.label_union import (
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of
+from rekindle.train.objective.task_pass import taught_rows
 
 Add = Callable[[str, Tensor | None, Tensor], None]
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
-    """The task heads a term needs: one per expert, or one over the union of their labels."""
+    """Return the task heads that a term needs: one per expert, or one over the union of their
+    labels.
+    """
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
         return {expert.name: HeadConfig.of(expert) for expert in experts}
@@ -43,7 +46,7 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
 
 
 def union_head(term: DistillTerm) -> str:
-    """The name of the head over the union of the experts' labels."""
+    """Name the head over the union of the experts' labels."""
     return "+".join(term.teachers)
 
 
@@ -61,7 +64,7 @@ def add_task_losses(
             _add_mixture(logits[union_head(term)], batch, term, weight, teachers, counts, add)
             continue
         for name, shown in names_of(term).items():
-            own, wanted = _rows(logits[name], batch.targets[name])
+            own, wanted = taught_rows(logits[name], batch.targets[name])
             if term.ranking is not None:
                 loss = _ranked(own.float(), wanted, batch, name, term, counts)
                 add(shown, loss * weight, loss.detach())
@@ -74,23 +77,14 @@ def add_task_losses(
 def _ranked(
     logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
 ) -> Tensor:
-    """A regression expert's loss of scores and of their differences; logits and wanted [R,1]."""
-    target = batch.targets[name]
-    assert isinstance(target, SequenceTargetBatch)
+    """Return a regression expert's loss of scores and of their differences; logits and wanted
+    [R,1].
+    """
     assert term.ranking is not None
-    keys = group_keys(batch, term.ranking.group)[target.present]
+    keys = group_keys(batch, term.ranking.group)[batch.targets[name].rows]
     rows = counts.rows[names_of(term)[name]]
     errors = (logits - wanted)[:, 0]
     return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
-
-
-def _rows(logits: Tensor, target: object) -> tuple[Tensor, Tensor]:
-    """The student's and the expert's logits [R,C] at the rows that have a target."""
-    if isinstance(target, SequenceTargetBatch):
-        keep = send(np.flatnonzero(target.present), logits.device)
-        return logits[keep], send(target.logits[target.present], logits.device)
-    assert isinstance(target, TokenLabelBatch)
-    return logits, send(target.logits, logits.device)
 
 
 def _add_mixture(
@@ -139,12 +133,11 @@ def _certainty(target: SequenceTargetBatch, rows: np.ndarray, device: torch.devi
 def task_loss(
     logits: Tensor, wanted: Tensor, info: TeacherInfo, term: DistillTerm
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of a task head's loss [R,C], and of the bare divergence (for show).
+    """Sum over rows a task head's loss [R,C], and the bare divergence (for show).
 
     Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
-    expert's class. Multi-label: KL of each label's
-    Bernoulli. Classification: the divergence between softmax(teacher/τ) and softmax(student/τ),
-    times τ².
+    expert's class. Multi-label: KL of each label's Bernoulli. Classification: the divergence
+    between softmax(teacher/τ) and softmax(student/τ), times τ².
     """
     if term.divergence == "mse" or info.problem == "regression":
         loss = F.mse_loss(logits, wanted, reduction="none").mean(dim=1).sum()

@@ -46,7 +46,8 @@ def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
     check_domains(corpus, distinct, "domains")
     parts = [_shard_runs(corpus, shard, distinct) for shard in range(len(corpus.commits))]
     runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
-    return {name: _joined(runs[runs[:, 0] == number, 1:]) for number, name in enumerate(distinct)}
+    # Shards end within a stretch: what touches there is one range.
+    return {n: Ranges(runs[runs[:, 0] == i, 1:]).joined() for i, n in enumerate(distinct)}
 
 
 def _shard_runs(corpus: Corpus, shard: int, names: Sequence[str]) -> Runs:
@@ -71,12 +72,3 @@ def _shard_runs(corpus: Corpus, shard: int, names: Sequence[str]) -> Runs:
             )
     edges = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1, append=numbers[-1] - 1))
     return np.stack([numbers[edges[:-1]], first + edges[:-1], first + edges[1:]], axis=1)
-
-
-def _joined(bounds: NDArray[np.int64]) -> Ranges:
-    """Ascending ranges [R,2], those that touch (at the ends of shards) made one."""
-    if not len(bounds):
-        return Ranges(bounds)
-    begins = np.append(True, bounds[1:, 0] != bounds[:-1, 1])
-    ends = np.append(begins[1:], True)
-    return Ranges(np.stack([bounds[begins, 0], bounds[ends, 1]], axis=1))

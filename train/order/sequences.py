@@ -8,7 +8,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from rekindle.train.order.split import Ranges, Split, split_corpus
 log = logging.getLogger("rekindle")
 
 Ints = NDArray[np.int64]
+State = list[list[float | None]]
 
 
 class Sequences(Protocol):
@@ -35,20 +36,6 @@ class Sequences(Protocol):
 
     def select(self, places: Ints) -> Ints:
         """The sequence numbers [B] at ``places`` [B]."""
-
-
-class Listed:
-    """Sequence numbers that are given one by one."""
-
-    def __init__(self, numbers: Ints):
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def select(self, places: Ints) -> Ints:
-        """The sequence numbers [B] at ``places`` [B]."""
-        return self._numbers[places]
 
 
 class Order:
@@ -105,11 +92,11 @@ class Order:
             self.replay.learn(done, values)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> State | None:
         """What a checkpoint must hold of it besides the step; null if nothing."""
         return None if self.replay is None else self.replay.state
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: State | None) -> None:
         """Go on from what ``state`` was; null for the beginning."""
         if self.replay is not None:
             self.replay.restore(state or [])

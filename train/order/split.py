@@ -65,6 +65,12 @@ class Ranges:
         count = min(count, len(self))
         return self.select(np.array([i * len(self) // count for i in range(count)], np.int64))
 
+    def joined(self) -> "Ranges":
+        """Return the same numbers, ranges that touch made one."""
+        begins = np.append(True, self.bounds[1:, 0] != self.bounds[:-1, 1])[: len(self.bounds)]
+        ends = np.append(begins[1:], True)[: len(self.bounds)]
+        return Ranges(np.stack([self.bounds[begins, 0], self.bounds[ends, 1]], axis=1))
+
     def complement(self, size: int) -> "Ranges":
         """What else there is of 0..size-1."""
         edges = np.concatenate([[0], self.bounds.reshape(-1), [size]])
@@ -105,7 +111,7 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
     """
     rows, held_out, not_trained = _Rows(cache.corpus), list[Range](), list[Range]()
     for span in _spans(cache.corpus) if fraction else ():
-        stretches = list(_joined(_whole_documents(rows, span, fraction)))
+        stretches = Ranges(_whole_documents(rows, span, fraction)).joined().bounds.tolist()
         if stretches:
             held_out += [(start, rows.unshared_end(stop, span)) for start, stop in stretches]
             not_trained += [(rows.shared_start(start, span), stop) for start, stop in stretches]
@@ -237,17 +243,3 @@ def _single_sequences(span: _Span, fraction: float) -> list[Range]:
     edges = [span.start + len(span) * i // parts for i in range(parts + 1)]
     starts = [(start + stop - length) // 2 for start, stop in pairwise(edges)]
     return [(start, start + length) for start in starts]
-
-
-def _joined(ranges: Iterable[Range]) -> Iterator[Range]:
-    """The ranges, those that touch made one."""
-    pending: Range | None = None
-    for start, stop in ranges:
-        if pending is not None and pending[1] == start:
-            pending = (pending[0], stop)
-            continue
-        if pending is not None:
-            yield pending
-        pending = (start, stop)
-    if pending is not None:
-        yield pending

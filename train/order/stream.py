@@ -4,7 +4,7 @@ before, and on however many processes and threads. Which sequences that are, ``s
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.train.order.sequences import Listed, Order, Sequences
+from rekindle.train.order.sequences import Order
 
 AHEAD = 2  # batches per thread: one is read while one waits
 PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
@@ -21,10 +21,9 @@ PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
-    ``sequences``: what is trained on (an order; or ``Split.train`` or an array of sequence numbers,
-    for the plain order of them). ``batch_sequences`` are read per step by all ranks together; this
-    one reads every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says
-    whose targets are read: those whose weight is 0 are not touched.
+    The ``batch_sequences`` of the order are read per step by all ranks together; this one reads
+    every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose
+    targets are read: those whose weight is 0 are not touched.
 
     Raises InputError when there is nothing to train on, and when the world does not divide the
     batch.
@@ -33,36 +32,29 @@ class TrainingStream:
     def __init__(
         self,
         cache: Cache,
-        sequences: Order | Sequences | NDArray[np.int64],
-        batch_sequences: int,
-        seed: int,
-        teachers_at: Callable[[int], list[str]],
+        order: Order,
+        teachers_at: Callable[[int], Sequence[str]],
         masked_view: str | None,
         allow_missing: tuple[str, ...] = (),
         rank: int = 0,
         world_size: int = 1,
         threads: int = 1,
     ):
-        _check_world(len(sequences), batch_sequences, rank, world_size, threads)
-        self.cache = cache
-        if isinstance(sequences, np.ndarray):
-            sequences = Listed(sequences)
-        if not isinstance(sequences, Order):
-            sequences = Order(sequences, batch_sequences, seed)
-        self.order = sequences
+        _check_world(len(order), order.batch_sequences, rank, world_size, threads)
+        self.cache, self.order = cache, order
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
         self.rank, self.world_size, self.threads = rank, world_size, threads
         self.waited = 0.0  # seconds the training loop has waited for data
 
     def sequences_at(self, step: int) -> NDArray[np.int64]:
-        """The sequence numbers [batch_sequences] that all ranks together read at ``step``, as a
-        single process would. Reads nothing.
+        """Return the sequence numbers [batch_sequences] that all ranks together read at ``step``,
+        as a single process would. Reads nothing.
         """
         return self.order.at(step)
 
     def batch(self, step: int) -> Batch:
-        """What this rank reads at ``step``.
+        """Read this rank's share of ``step``.
 
         A step that reaches past an epoch's end reads on in the next, in the masks of the epoch it
         began in: one step, one replica, on every rank.
@@ -77,7 +69,7 @@ class TrainingStream:
         )
 
     def steps(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch) for every step from ``start`` to ``stop``, in that order.
+        """Yield (step, batch) for every step from ``start`` to ``stop``, in that order.
 
         Reads no further ahead than AHEAD batches per thread, nor than ``order`` knows: an order
         that follows evaluations is told of each before the next batch is taken. An error in reading
@@ -147,7 +139,7 @@ class _ReadAhead:
             self._threads.append(thread)
 
     def take(self, step: int) -> Batch:
-        """The batch of ``step``, or the error of reading it; every step must be taken in turn."""
+        """Return the batch of ``step``, or raise what reading it raised; steps come in turn."""
         with self._changed:
             self._changed.notify_all()  # there may be more that may be read since the last one
             self._changed.wait_for(lambda: step in self._ready)
@@ -184,7 +176,7 @@ class _ReadAhead:
                 self._changed.notify_all()
 
     def _claim(self) -> int | None:
-        """The next step to read, once there is room for it; None when there is none any more."""
+        """Return the next step to read once there is room for it, None when no step is left."""
         with self._changed:
             # Every batch that is taken wakes it up: what `may_read` says is looked at anew then.
             self._changed.wait_for(lambda: self._next >= self._stop or self._has_room())

@@ -8,6 +8,7 @@ import numpy as np
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.selection import common_rows, count_rows, taught_per_sequence
+from rekindle.train.objective.step_plan import StepPlan
 
 NAMES = tuple(
     f"{what}_{how}"
@@ -18,19 +19,18 @@ NAMES = tuple(
 
 class Coverage:
     """Counts over all steps. A sequence has KD if any of its targets is used, by a distillation
-    term or by a method; a position, one of
-    those with an LM loss, if a vocabulary teacher has a target there.
+    term or by a method; a position, one of those with an LM loss, if a vocabulary teacher has a
+    target there.
     """
 
     def __init__(self, before: Mapping[str, int] | None = None):
         self._before = dict(before or {})
         self._own: Counter[str] = Counter()
 
-    def count(
-        self, batch: Batch, task: str, terms: Sequence[DistillTerm], hard_weight: float
-    ) -> None:
+    def count(self, batch: Batch, task: str, plan: StepPlan) -> None:
         """Add this process's share of a step, with its targets selected."""
-        rest = "ce_only" if hard_weight > 0 else "neither"
+        terms = plan.users
+        rest = "ce_only" if plan.hard > 0 else "neither"
         sequences, kd_sequences = len(batch.index), _sequences_with_kd(batch, terms)
         positions = count_rows(batch, task, terms).labels
         kd_positions = _positions_with_kd(batch, terms)

@@ -36,15 +36,18 @@ def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
         yield found
 
 
-def goes_on(out: Path, file: str, what: str, resume: bool) -> bool:
-    """Return whether ``out`` holds a ``what`` to go on with; False where it is new or empty.
+def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[str] = ()) -> bool:
+    """Return whether ``out`` holds a ``what`` to go on with; False where it is new or empty, but
+    for what ``beside`` names.
 
     Raises InputError where it holds anything else, or is not to be resumed.
     """
     begun = (out / file).is_file()
     if begun and resume:
         return True
-    if out.exists() and (not out.is_dir() or any(map(_counts, out.iterdir()))):
+    if out.exists() and (
+        not out.is_dir() or any(_counts(path) and path.name not in beside for path in out.iterdir())
+    ):
         raise InputError(
             f"{out} is not empty. Give another --out, or --resume to go on with the {what} in it"
             if begun

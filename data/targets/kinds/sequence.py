@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
-from rekindle.data.storage.columns import offsets_of, plain_array
+from rekindle.data.storage.columns import offsets_of
 from rekindle.data.storage.shards import rows_in_batches
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.codec_compact import Widths
@@ -38,18 +38,19 @@ class SequenceLogits(TaskKind):
     def batches(
         self, schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of a unit from columns [R,C]; ``rows`` are those with a target.
+        """Yield the record batches of a unit from columns [R,C]; ``rows`` [R] have a target.
 
         The others become null.
         """
-        absent = ~np.isin(np.arange(len(digests)), rows)
+        absent, width = ~np.isin(np.arange(len(digests)), rows), self.info.num_labels or 0
+        wide = {name: np.zeros((len(digests), width), np.float32) for name in self.used_columns()}
+        for name, values in wide.items():
+            values[~absent] = columns[name] if len(rows) else 0
         for first, last in rows_in_batches(len(digests)):
-            missing = pa.array(absent[first:last])
             arrays = [pa.array(digests[first:last], pa.string())]
-            for name in schema.names[1:]:
-                flat = plain_array(columns[name][first:last])
-                width = columns[name].shape[1]
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat.values, width, mask=missing))
+            for values in wide.values():
+                flat, missing = values[first:last].reshape(-1), pa.array(absent[first:last])
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, width, mask=missing))
             yield pa.record_batch(arrays, schema=schema)
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:

@@ -112,13 +112,15 @@ class Step:
     def run(self, index: np.ndarray, view: str | None = None, micro: int = 99):
         """(loss, terms, gradients) over the sequences ``index``."""
         name = self.cache.masked_view(view).name
-        names = self.objective.teachers_at(0)
-        batch = self.objective.select(self.cache.gather(index, names, masked_view=name), 0)
-        counts = self.objective.counts(batch, 0)
+        names = self.objective.plan(0).teachers
+        batch = self.objective.select(
+            self.cache.gather(index, names, masked_view=name), self.objective.plan(0)
+        )
+        counts = self.objective.counts(batch, self.objective.plan(0))
         self.student.zero_grad(set_to_none=True)
         loss, terms = 0.0, {}
         for part in split_batch(batch, micro):
-            result = self.objective.loss(self.student, part, counts, 0, CPU)
+            result = self.objective.loss(self.student, part, counts, self.objective.plan(0), CPU)
             result.total.backward()  # also of a micro-batch in which nothing is masked
             loss += float(result.total.detach())
             for key, value in result.terms.items():

@@ -34,9 +34,14 @@ from rekindle.pipeline.builtin.names import (
     resolve_values,
 )
 from rekindle.pipeline.builtin.settings import SETTINGS
-from rekindle.pipeline.builtin.tasks import HALVES, place_records, write_documents
+from rekindle.pipeline.builtin.tasks import (
+    HALVES,
+    TaskSizes,
+    place_records,
+    split_of,
+    write_documents,
+)
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.demo.tasks import TaskSizes, split_of
 from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
 from rekindle.train.record.run_folder import alone_in
 

@@ -158,7 +158,7 @@ def test_scores_are_those_on_test_where_there_are_such(cache, tmp_path):
     )
     assert (sst2.title, sst2.scores) == ("sst2 accuracy (dev)", {"a": [0.9, 0.8]})
     page = comparison_html(comparison)
-    assert "35.0 ± 7.1" in page
+    assert "35.00 ± 7.07" in page
     assert "n=2" in page
 
 

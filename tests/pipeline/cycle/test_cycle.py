@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,11 @@ from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.arms import plan_jobs, result_folder, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
+from rekindle.pipeline.cycle.inputs import read_tasks
+from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.run import configs, run_cycle
-from rekindle.pipeline.cycle.tasks import read_tasks
 from rekindle.pipeline.job_functions import save_start
+from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.model.load import load_language_model
 from rekindle.train.record import run_folder
 from rekindle.train.record.run_folder import alone_in
@@ -178,9 +181,41 @@ def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
         "dev": 4,
         "test": 10,
         "test_in_train": 0,
+        "chance": 0.7,  # seven of the ten are one colour
         "files": None,
     }
     assert about["arms"] == list(ARMS)
+
+
+def test_what_can_be_done_by_hand_is_done_with_files_that_it_leaves(config, tmp_path, nothing_runs):
+    run_cycle(config, tmp_path)
+    config = load_cycle(tmp_path / "run.yaml")
+    made = {"start", "cache", "students/mixture"}  # by jobs
+    for _, line in commands_of(tmp_path, config):
+        words = [word for word in line.split() if word.startswith(str(tmp_path))]
+        for path in (Path(word).relative_to(tmp_path) for word in words):
+            assert path.parts[0] == "by-hand" or str(path) in made or (tmp_path / path).exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "What was run" in page
+    assert f"pipeline cache-teachers {tmp_path}/stage1.yaml" in page
+
+
+def test_what_the_caller_has_put_there_is_not_something_else(config, tmp_path, nothing_runs):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(InputError, match="is not empty and holds no cycle"):
+        run_cycle(config, tmp_path)
+    run_cycle(config, tmp_path, beside=("made",))
+
+
+def test_a_cycle_of_an_older_version_goes_on(config, tmp_path, nothing_runs):
+    """It has recorded no chance level, and what it is about was no setting."""
+    run_cycle(config, tmp_path)
+    about = json.loads((tmp_path / "cycle.json").read_text())
+    del about["settings"]["about"]
+    for task in about["settings"]["tasks"]:
+        del task["about"], about["tasks"][task["name"]]["chance"]
+    (tmp_path / "cycle.json").write_text(json.dumps(about))
+    run_cycle(config.model_copy(update={"about": "colours"}), tmp_path)
 
 
 def test_something_else_is_refused_and_left(config, tmp_path, nothing_runs):
@@ -305,7 +340,7 @@ def test_experts_and_students_begin_with_the_same_weights(tmp_path, make_model, 
     """
     for number, kind in enumerate(("AutoModel", "AutoModelForSequenceClassification")):
         model, out = make_model("bert", kind, wordpiece, 3, **SMALL), tmp_path / f"start-{number}"
-        save_start(str(model), out, lambda steps: None)
+        save_start(str(model), out, Report())
         own, saved = (
             {k.removeprefix("bert."): v for k, v in load_file(d / "model.safetensors").items()}
             for d in (model, out)
@@ -457,7 +492,7 @@ def test_an_interrupted_teacher_goes_on(whole, tmp_path):
     (teacher / "commits" / "00001.json").unlink()
     left = {p.name: p.stat().st_ino for p in (teacher / "data").iterdir() if "00000-" in p.name}
     assert left
-    stages.cache(file, ("colour",), marker, lambda _: None)
+    stages.cache(file, ("colour",), marker, Report())
     assert marker.exists()
     assert {p.name for p in (teacher / "commits").iterdir()} >= {"00000.json", "00001.json"}
     assert {name: (teacher / "data" / name).stat().st_ino for name in left} == left
@@ -470,7 +505,7 @@ def test_another_cycles_expert_of_the_same_name_is_refused_and_left(whole, tmp_p
     teacher, marker = tmp_path / "cache" / "targets" / "colour", tmp_path / "done.json"
     before = files_of(teacher)
     with pytest.raises(CacheMismatchError, match="colour"):
-        stages.cache(file, ("colour",), marker, lambda _: None)
+        stages.cache(file, ("colour",), marker, Report())
     assert files_of(teacher) == before
     assert not marker.exists()
 
@@ -492,6 +527,14 @@ def test_the_report_shows_every_arm_and_student(whole, command, tmp_path):
     assert (tmp_path / "page.html").read_text() == page
     for arm in ARMS:
         assert arm in text
+
+
+def test_an_arm_and_its_only_student_have_one_line_on_the_whole_page(whole):
+    page = (whole[0] / "report.html").read_text()
+    for name in ("mlm", "mixture"):
+        before = re.findall(r"var\(--run-(\d)\)[^§]{0,400}?</svg>(?:<span>)?" + name, page)
+        assert len(before) >= 4  # scores, runs, losses, cost
+        assert set(before) == {str(list(ARMS).index(name))}
 
 
 def config_in(out: Path) -> CycleConfig:

@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from rekindle.pipeline.cycle.page import cycle_section
+from rekindle.pipeline.cycle.notes import UNHELPFUL
+from rekindle.pipeline.cycle.page import cycle_section, printed
 from rekindle.pipeline.cycle.results import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.scores import ArmScores as Scores
 from rekindle.pipeline.cycle.scores import differences_of
+from rekindle.pipeline.report.cache import CacheFacts, TeacherFacts
+from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.page import Facts, Figures, Note, Page, as_html
 from rekindle.pipeline.report.table import Table
 
@@ -26,7 +30,7 @@ def results():
     ]
     tasks = [TaskFacts(task, metric, 9, 8, 7) for task, metric in METRICS.items()]
     differences = differences_of(ARMS, METRICS, scores)
-    notes = [UNFINISHED, "one student per arm was pre-trained"]
+    notes = [UNFINISHED, UNHELPFUL, "one student per arm was pre-trained"]
     return CycleResults(ARMS, tasks, scores, differences, [], {"experts/cola": 3.0}, notes, {})
 
 
@@ -43,7 +47,7 @@ def test_every_arm_task_and_difference_is_there(results):
     page = as_html(Page("t", "l", [section]))
     text = re.sub(r"<svg.*?</svg>|<[^>]*>", " ", page, flags=re.S)
     for one in results.differences:
-        assert f"{100 * one.mean:+.1f}" in text
+        assert f"{100 * one.mean:+.2f}" in text
     assert "&lt;b&gt;sst2" in page
     assert "<b>sst2" not in page
 
@@ -53,6 +57,8 @@ def test_what_is_unfinished_is_said_first_and_the_rest_below(results):
     notes = of(section, Note)
     assert notes[0].warns
     assert notes[0].text.startswith("Unfinished, not there yet")
+    assert notes[1].warns
+    assert notes[1].text.startswith("Guidance is not shown to help")
     quiet = next(note for note in notes if note.text.startswith("One student per arm"))
     assert not quiet.warns
     assert section.blocks.index(quiet) > section.blocks.index(of(section, Table)[0])
@@ -63,3 +69,36 @@ def test_the_results_file_alone_gives_the_same_section(results):
     assert as_html(Page("t", "l", [cycle_section(again)])) == as_html(
         Page("t", "l", [cycle_section(results)])
     )
+
+
+def test_chance_and_what_a_task_asks_are_told(results):
+    asked = replace(results.tasks[1], chance=0.125, about="is it good?")
+    section = cycle_section(replace(results, tasks=[results.tasks[0], asked]))
+    names, cola, sst2, *_ = of(section, Table)[0].columns
+    assert names.cells[-1] == "chance"
+    assert (cola.cells[-1], sst2.cells[-1]) == ("–", "12.50")
+    told = "is it good? 9 examples to train on, 7 to test"
+    assert ("<b>sst2", told) in of(section, Facts)[1].facts
+
+
+def test_what_is_printed_has_cache_cost_and_paths(results, tmp_path):
+    teacher = TeacherFacts("cola", "2 logits", 9018, 654_321, 343_210, 0.0015)
+    saved = replace(
+        results,
+        cache=CacheFacts(9018, 343_210, 4000, [teacher]),
+        cost=Cost({"cola": 7.5}, ["cola"], live=5.0, run=30.0),
+    )
+    text = printed(tmp_path, saved)
+    for value in ("the cache: 9,018 sequences, 343,210 tokens", "72.6", "1.91", "1.50"):
+        assert value in text
+    assert "after 2 student runs" in text
+    assert f"{tmp_path}/report.html" in text
+    assert CycleResults.from_dict(json.loads(json.dumps(saved.as_dict()))) == saved
+    assert "student run" not in printed(tmp_path, results)  # not known
+
+
+def test_the_text_has_no_colours_even_on_a_terminal(results, tmp_path, monkeypatch):
+    plain = printed(tmp_path, results)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert printed(tmp_path, results) == plain
+    assert "\x1b" not in plain

@@ -86,8 +86,10 @@ def cached_loss(run_file, parts, kind):
     chosen = load_config(run_file).train.objective.model_validate(committee(kind))
     infos = {f"{kind}-{n}": cache.teacher(f"{kind}-{n}").info for n in MEMBERS}
     objective = Objective(chosen, infos, TASK, 10)
-    batch = objective.select(batch, 0)
-    loss = objective.loss(student, batch, objective.counts(batch, 0), 0, CPU).total
+    batch = objective.select(batch, objective.plan(0))
+    loss = objective.loss(
+        student, batch, objective.counts(batch, objective.plan(0)), objective.plan(0), CPU
+    ).total
     loss.backward()
     return float(loss.detach()), gradients(student)
 

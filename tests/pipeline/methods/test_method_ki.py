@@ -223,14 +223,16 @@ def test_each_sequence_is_taught_by_its_domains_teacher_alone(routed, lm):
     for index in range(12):
         for epoch in (0, 1):
             read = cache.gather(np.array([index]), ["even", "odd"], epoch=epoch, masked_view=view)
-            batch = objective.select(read, 0)
+            batch = objective.select(read, objective.plan(0))
             domain = read.domains[0]
             counted = {name: len(batch.targets[name].rows) for name in infos}
             assert counted[domain] == len(read.masked.positions) > 0
             assert sum(counted.values()) == counted[domain]
-            counts = objective.counts(batch, 0)
+            counts = objective.counts(batch, objective.plan(0))
             with torch.no_grad():
-                loss = objective.loss(student, batch, counts, 0, torch.device("cpu")).total
+                loss = objective.loss(
+                    student, batch, counts, objective.plan(0), torch.device("cpu")
+                ).total
             mine, other = (
                 by_hand(cache, "masked_lm", lambda e, n=n: models[n], hf, epoch, [index])[1]
                 for n in sorted(models, key=lambda n: n != domain)

@@ -108,7 +108,7 @@ def test_steps_without_weight_cost_no_live_teacher(steps, fraction, start, end, 
     train = parse_settings(TrainConfig, values)
     objective = Objective.__new__(Objective)
     objective.config, objective.steps, objective.methods = train.objective, steps, ()
-    expected = sum("a" in objective.teachers_at(step) for step in range(steps))
+    expected = sum("a" in objective.plan(step).teachers for step in range(steps))
     assert active_steps(train, "a") == expected
     assert active_steps(train, "b") == 0
 

@@ -20,8 +20,9 @@ from rekindle.pipeline.report.page import (
     as_html,
     breakable,
 )
-from rekindle.pipeline.report.scores import ScoreDifference, TaskScores, scores_section
+from rekindle.pipeline.report.scores import TaskScores, scores_section
 from rekindle.pipeline.report.settings import settings_section
+from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.svg import shown
 from rekindle.pipeline.report.table import Column, Table
 
@@ -62,7 +63,7 @@ def page_of(name: str) -> Page:
     curve = [(1, 3.0), (2, 2.0)]
     runs = [RunCurves(name, curve, [], {"loss": curve, f"kl/{name}": curve})]
     task = TaskScores(name, name, "test", {name: [0.5, 0.6]}, 0.25, name)
-    difference = ScoreDifference(name, "expert", name, 0.1, -0.1, 0.3, 0.5, 0.5)
+    difference = Difference(name, "expert", name, 0.1, -0.1, 0.3, 0.5, 0.5, 5)
     cost = Cost({name: 2.0}, [name], live=1.0, run=3.0)
     return Page(
         name,

@@ -13,8 +13,9 @@ from rekindle.pipeline.report.cache import CacheFacts, KnownCache, TeacherFacts,
 from rekindle.pipeline.report.cost import Cost, StudentCost, cost_section
 from rekindle.pipeline.report.losses import RunCurves, losses_section
 from rekindle.pipeline.report.page import Facts, Page, Section, as_html
-from rekindle.pipeline.report.scores import ScoreDifference, TaskScores, scores_section
+from rekindle.pipeline.report.scores import TaskScores, scores_section
 from rekindle.pipeline.report.settings import settings_section
+from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import Column, Table
 
 CHROMIUM = shutil.which("chromium")
@@ -42,7 +43,7 @@ def page_of_runs(count: int) -> Page:
     ]
     scores = {name: [0.4 + n / 100, 0.5, 0.6] for n, name in enumerate(names)}
     tasks = [TaskScores(t, "matthews", "test", scores, 0.25, "A task.") for t in ("cola", "mrpc")]
-    gains = [ScoreDifference(name, "expert", "cola", 0.01, -0.1, 0.12, 0.3, 0.9) for name in names]
+    gains = [Difference(name, "expert", "cola", 0.01, -0.1, 0.12, 0.3, 0.9, 5) for name in names]
     students = [StudentCost(name, 100.0, ("lm",), 50.0) for name in names]
     lm = TeacherFacts("lm", "16 of 4,000 log-probabilities and the tail", 10**6, 10**8, 10**6, 0.1)
     cache = KnownCache("/a/long/path/" * 9, CacheFacts(9018, 343_210, 4000, [lm]))

@@ -19,7 +19,6 @@ from rekindle.pipeline.report.losses import (
 )
 from rekindle.pipeline.report.page import Figures, Legend, Note
 from rekindle.pipeline.report.scores import (
-    ScoreDifference,
     TaskScores,
     interval_words,
     mean_scores,
@@ -27,6 +26,7 @@ from rekindle.pipeline.report.scores import (
     scores_section,
 )
 from rekindle.pipeline.report.settings import most_common, settings_section
+from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.svg import picture
 from rekindle.pipeline.report.table import Table
 
@@ -137,11 +137,11 @@ def test_the_cross_entropy_is_drawn_where_it_is_not_the_objective():
 
 
 def test_mean_spread_and_interval():
-    assert percent([0.5]) == "50.0"
-    assert percent([0.5, 0.6]) == "55.0 ± 7.1"  # the sample deviation
+    assert percent([0.5]) == "50.00"
+    assert percent([0.5, 0.6]) == "55.00 ± 7.07"  # the sample deviation
     assert percent([]) == "–"
-    # t of 97.5 % with 2 degrees of freedom is 4.303: 4.303 * 0.1 / sqrt(3) = 0.248.
-    assert interval_words([0.4, 0.5, 0.6]) == "[25.2, 74.8] n=3"
+    # t of 97.5 % with 2 degrees of freedom is 4.303: 4.3027 * 0.1 / sqrt(3) = 0.2484.
+    assert interval_words([0.4, 0.5, 0.6]) == "25.16 … 74.84, n=3"
     assert interval_words([0.4]) == "1 seed"
 
 
@@ -153,9 +153,9 @@ def test_scores_say_task_metric_split_and_the_best():
     section = scores_section(["a", "b"], tasks)
     (table,) = tables_of(section)
     assert [c.title for c in table.columns] == ["model", "cola matthews (test)", "mrpc f1 (dev)"]
-    assert table.columns[1].cells == ["45.0 ± 7.1", "60.0 ± 0.0"]
+    assert table.columns[1].cells == ["45.00 ± 7.07", "60.00 ± 0.00"]
     assert table.columns[1].best == {1}
-    assert table.columns[2].cells == ["–", "80.0"]
+    assert table.columns[2].cells == ["–", "80.00"]
     assert not table.columns[2].best  # alone
     assert len(figures_of(section)) == 2
     assert ">a</text>" not in svg_of(figures_of(section)[1])
@@ -173,16 +173,20 @@ def test_a_mean_of_tasks_needs_all_of_them():
 
 def test_differences_have_their_intervals_and_both_p():
     ones = [
-        ScoreDifference("kd", "expert", "cola", 0.02, 0.01, 0.03, 0.0004, 0.0123),
-        ScoreDifference("mlm", "expert", "cola", -0.02),
+        Difference("kd", "expert", "cola", 0.02, 0.01, 0.03, 0.0004, 0.0123, 5),
+        Difference("mlm", "expert", "cola", -0.02, None, None, None, None, 1),
     ]
     section = scores_section([], [], ones)
     (table,) = tables_of(section)
-    assert [c.cells for c in table.columns[3:]] == [
-        ["+2.0", "-2.0"],
-        ["[+1.0, +3.0]", "–"],
-        ["<0.001", "–"],
+    assert "differences to expert" in table.title
+    assert [c.cells for c in table.columns] == [
+        ["kd", "mlm"],
+        ["cola", "cola"],
+        ["+2.00", "-2.00"],
+        ["+1.00 … +3.00", "–"],
+        ["< 0.001", "–"],
         ["0.012", "–"],
+        ["5", "1"],
     ]
     (figure,) = figures_of(section)
     assert "difference to expert" in figure.caption

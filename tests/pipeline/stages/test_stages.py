@@ -327,14 +327,17 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
     assert not (tmp_path / "home" / "cache").exists()
 
 
-def test_a_second_process_on_stages_is_refused(chain, tmp_path):
+def test_a_second_process_on_stages_is_refused(chain, tmp_path, capsys, monkeypatch):
     """With the exit code of wrong input, whether it is to resume or not."""
-    path, out = chain(tmp_path / "home"), tmp_path / "out"
+    out = tmp_path / "out"
+    command = ["pipeline", "train-student", str(chain(tmp_path / "home")), "--out", str(out)]
     with alone_in(out):
         for options in ((), ("--resume",)):
+            monkeypatch.setattr(sys, "argv", [*command, *options])
             with pytest.raises(SystemExit) as ended:
-                main(["train-student", str(path), "--out", str(out), *options])
+                main()
             assert ended.value.code == 2
+            assert f"another process works on {out}" in capsys.readouterr().err
         assert [p.name for p in out.iterdir()] == [".lock"]
     assert not (tmp_path / "home" / "cache").exists()
 

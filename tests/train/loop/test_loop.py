@@ -16,6 +16,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast
 from rekindle.train.objective.objective import Objective
+from rekindle.train.order.sequences import Order
 from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.record.run_log import read_metrics
@@ -162,10 +163,11 @@ def test_a_step_is_adamw_on_the_clipped_gradient(masked_world, make_model, wordp
     objective = Objective(chosen.objective, infos, "masked_lm", 1)
     student = build_student(StudentConfig(model=str(model)), {}, infos["big"].vocabulary_size, 0)
     view = cache.masked_view().name
-    train = split_corpus(cache, 0.1).train
-    batch = TrainingStream(cache, train, 6, 0, objective.teachers_at, view).batch(0)
-    counts = objective.counts(batch, 0)
-    objective.loss(student.train(), batch, counts, 0, CPU).total.backward()
+    order = Order(split_corpus(cache, 0.1).train, 6, 0)
+    plan = objective.plan(0)
+    batch = TrainingStream(cache, order, lambda step: plan.teachers, view).batch(0)
+    counts = objective.counts(batch, plan)
+    objective.loss(student.train(), batch, counts, plan, CPU).total.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
     assert read_metrics(out)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert norm > 0.02
@@ -292,8 +294,8 @@ def test_coverage_counts_sequences(masked_world, tmp_path):
         assert two[f"{what}_neither"] == one[f"{what}_ce_only"]
         assert two[f"{what}_ce_only"] == 0
     cache = masked_world.open()
-    train = split_corpus(cache, 0.1).train
-    stream = TrainingStream(cache, train, 6, 0, lambda step: [], cache.masked_view().name)
+    order = Order(split_corpus(cache, 0.1).train, 6, 0)
+    stream = TrainingStream(cache, order, lambda step: [], cache.masked_view().name)
     domains = [d for step in range(10) for d in stream.batch(step).domains]
     assert kd == domains.count("odd")
 

@@ -18,6 +18,7 @@ from rekindle.data.views.masking import MaskConfig
 from rekindle.train.config import StudentConfig
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.order.sequences import Order
 from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.student import Student
@@ -36,9 +37,9 @@ from testlib.loop import (
 def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeypatch, clip):
     loss = Objective.loss
 
-    def broken(self, student, batch, counts, step, device):
-        result = loss(self, student, batch, counts, step, device)
-        return replace(result, total=result.total * torch.nan) if step == 5 else result
+    def broken(self, student, batch, counts, plan, device):
+        result = loss(self, student, batch, counts, plan, device)
+        return replace(result, total=result.total * torch.nan) if plan.step == 5 else result
 
     monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(InputError, match=r"the loss is nan at step 6\. Its 6 examples are named"):
@@ -48,7 +49,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeyp
     suspect = json.loads((tmp_path / "run/stopped-at-step-00000006.json").read_text())
     cache = masked_world.open()
     view = cache.masked_view().name
-    stream = TrainingStream(cache, split_corpus(cache, 0.1).train, 6, 0, lambda step: [], view)
+    order = Order(split_corpus(cache, 0.1).train, 6, 0)
+    stream = TrainingStream(cache, order, lambda step: [], view)
     assert suspect["sequences"] == stream.batch(5).index.tolist()
     assert suspect["digests"] == [cache.example(i).digest for i in suspect["sequences"]]
     assert suspect["reason"] == "the loss is nan"
@@ -59,10 +61,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(masked_world, tmp_path, mon
     """A finite loss with an infinite gradient would poison the weights and the next checkpoint."""
     loss = Objective.loss
 
-    def broken(self, student, batch, counts, step, device):
-        result = loss(self, student, batch, counts, step, device)
+    def broken(self, student, batch, counts, plan, device):
+        result = loss(self, student, batch, counts, plan, device)
         weight = next(student.parameters())
-        spike = (weight.sum() * 0).sqrt() if step == 3 else 0.0
+        spike = (weight.sum() * 0).sqrt() if plan.step == 3 else 0.0
         return StepLoss(result.total + spike, result.terms)
 
     monkeypatch.setattr(Objective, "loss", broken)

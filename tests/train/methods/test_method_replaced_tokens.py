@@ -45,15 +45,15 @@ class Setting:
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
 
     def batch(self, index):
-        teachers = self.objective.teachers_at(0)
+        teachers = self.objective.plan(0).teachers
         found = self.cache.gather(np.asarray(index), teachers, masked_view=self.view)
-        return self.objective.select(found, 0)
+        return self.objective.select(found, self.objective.plan(0))
 
     def run(self, parts, counts):
         self.student.zero_grad(set_to_none=True)
         loss, terms = 0.0, {}
         for part in parts:
-            result = self.objective.loss(self.student, part, counts, 0, CPU)
+            result = self.objective.loss(self.student, part, counts, self.objective.plan(0), CPU)
             result.total.backward()
             loss += float(result.total.detach())
             for name, value in result.terms.items():
@@ -121,7 +121,7 @@ def test_loss_and_gradient_are_the_references(kinds, student, electra, family, h
     setting = Setting(kinds, model, [RTD | term], hard)
     index = [2, 3, 7, 11, 12]
     batch = setting.batch(index)
-    counts = setting.objective.counts(batch, 0)
+    counts = setting.objective.counts(batch, setting.objective.plan(0))
     whole = setting.run([batch], counts)
     setting.student.zero_grad(set_to_none=True)
     expected, bare = setting.reference(index, hard, term.get("weight", 50.0))
@@ -137,7 +137,7 @@ def test_loss_and_gradient_are_the_references(kinds, student, electra, family, h
         assert split[0] == pytest.approx(whole[0], rel=1e-5)
         assert_same_gradients(split[2], whole[2])
     apart = [setting.batch(index[rank::2]) for rank in range(2)]  # processes
-    counted = [setting.objective.counts(part, 0) for part in apart]
+    counted = [setting.objective.counts(part, setting.objective.plan(0)) for part in apart]
     assert (
         sum(c.rows["replaced_tokens/loss"] for c in counted) == counts.rows["replaced_tokens/loss"]
     )
@@ -159,7 +159,9 @@ def test_a_batch_without_any_target_has_a_loss_of_nothing(kinds, student):
     domains = setting.batch(range(24)).domains
     even = [i for i, domain in enumerate(domains) if domain == "even"][:2]
     batch = setting.batch(even)
-    loss, terms, found = setting.run([batch], setting.objective.counts(batch, 0))
+    loss, terms, found = setting.run(
+        [batch], setting.objective.counts(batch, setting.objective.plan(0))
+    )
     assert (loss, terms) == (0.0, {"replaced_tokens/loss": 0.0})
     assert any("method:" in name for name in found)
 
@@ -188,12 +190,12 @@ def test_the_only_masked_teacher_is_taken(experts_world):
     """With ELECTRA's weights: 1 and 50."""
     objective = objective_of(experts_world.path, "replaced_token_detection", [])
     assert objective.methods[0].teacher == "lm"
-    assert objective.weights(0) == (1.0, 50.0)
-    assert objective.teachers_at(0) == ["lm"]
+    assert objective.plan(0).weights == (1.0, 50.0)
+    assert objective.plan(0).teachers == ("lm",)
     falling = {"schedule": "step", "from": 50, "to": 0, "over": 0.5}
     later = objective_of(experts_world.path, "masked_lm", [RTD | {"weight": falling}])
-    assert later.teachers_at(499) == ["lm"]
-    assert later.teachers_at(500) == []
+    assert later.plan(499).teachers == ("lm",)
+    assert later.plan(500).teachers == ()
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,11 @@ def test_loss_and_gradient_are_a_plain_references(masked_world, certainty):
     """Through micro-batches and processes."""
     run = prepared(masked_world, config_of([certainty | {"weight": 0.5}], hard=0.0))
     objective, student, cache = run.objective, run.student.eval(), masked_world.open()
-    assert objective.teachers_at(0) == ["big"]
+    assert objective.plan(0).teachers == ("big",)
     view = cache.masked_view().name
     index = np.arange(5, 16)
     batch = cache.gather(index, ["big"], masked_view=view)
-    counts = objective.counts(batch, 0)
+    counts = objective.counts(batch, objective.plan(0))
     found = step_of(student, objective, [batch], counts)
     errors = []
     head = student.method_module("certainty")
@@ -117,7 +117,9 @@ def test_loss_and_gradient_are_a_plain_references(masked_world, certainty):
         parts = split_batch(batch, size)
         same_gradients(step_of(student, objective, parts, counts)[1], found[1])
     apart = [cache.gather(index[rank::3], ["big"], masked_view=view) for rank in range(3)]
-    summed = sum(objective.counts(part, 0).rows["certainty/error"] for part in apart)
+    summed = sum(
+        objective.counts(part, objective.plan(0)).rows["certainty/error"] for part in apart
+    )
     assert summed == counts.rows["certainty/error"]
     same_gradients(step_of(student, objective, apart, counts)[1], found[1])
 
@@ -126,7 +128,7 @@ def step_of(student, objective, parts, counts):
     student.zero_grad(set_to_none=True)
     loss = 0.0
     for part in parts:
-        total = objective.loss(student, part, counts, 0, CPU).total
+        total = objective.loss(student, part, counts, objective.plan(0), CPU).total
         total.backward()
         loss += float(total.detach())
     return loss, gradients(student)
@@ -190,7 +192,7 @@ def test_a_weight_of_0_reads_and_measures_nothing(masked_world, certainty, tmp_p
     falling = {"schedule": "step", "from": 1.0, "to": 0.0, "over": 0.5}
     config = config_of([certainty | {"weight": falling}], evaluate_every=2)
     objective = objective_of(masked_world, config)
-    assert [objective.teachers_at(step) for step in range(6)] == [["big"]] * 3 + [[]] * 3
+    assert [objective.plan(step).teachers for step in range(6)] == [("big",)] * 3 + [()] * 3
     assert [w[-1] for w in map(objective.weights, range(6))] == [1, 1, 1, 0, 0, 0]
     train(masked_world, tmp_path / "run", config)
     records = read_metrics(tmp_path / "run")
@@ -207,7 +209,7 @@ def test_nothing_at_the_end_is_refused(masked_world, certainty):
 
 def test_one_teacher_of_a_method_and_a_term_is_read_once(masked_world, certainty):
     config = config_of([certainty], [{"teachers": ["big"]}])
-    assert objective_of(masked_world, config).teachers_at(0) == ["big"]
+    assert objective_of(masked_world, config).plan(0).teachers == ("big",)
     for term in (
         {"teachers": ["odd.lm", "big"], "combine": "route"},
         {"teachers": ["big"], "positions": "masked"},

@@ -141,8 +141,8 @@ def test_cached_targets_meet_their_own_positions(masked_world, causal_world, kin
     seen = set()
     for index in range(3, 20):
         batch = cache.gather(np.array([index]), [name], epoch=0, masked_view=view)
-        counts = objective.counts(batch, 0)
-        found = objective.loss(student, batch, counts, 0, CPU).total
+        counts = objective.counts(batch, objective.plan(0))
+        found = objective.loss(student, batch, counts, objective.plan(0), CPU).total
         shown = batch.masked.input_ids if kind == "masked" else batch.input_ids
         token = 40 + student.prompts.numbers(batch.domains)[0]
         seen.add(token)
@@ -200,7 +200,9 @@ def test_every_pass_of_the_objective_knows_the_domains(masked_world):
     )
     view = cache.masked_view().name
     batch = cache.gather(np.arange(8), names, epoch=0, masked_view=view)
-    objective.loss(student, batch, objective.counts(batch, 0), 0, CPU)
+    objective.loss(
+        student, batch, objective.counts(batch, objective.plan(0)), objective.plan(0), CPU
+    )
     data = EvaluationData(cache, np.arange(8), tuple(names), view, 8)
     passes = len(seen)
     assert passes == 3  # the masked text, the clean text, pairs

@@ -419,8 +419,9 @@ def test_a_mixture_of_all_kinds_is_their_mean(world, cache):
 
     def total(**term):
         found = objective(cache, task, **term)
-        own = found.select(batch, 0)
-        return found.loss(student, own, found.counts(own, 0), 0, CPU).total
+        plan = found.plan(0)
+        own = found.select(batch, plan)
+        return found.loss(student, own, found.counts(own, plan), plan, CPU).total
 
     assert torch.isfinite(total(teachers=names, combine="mixture"))
     one = total(teachers=["dense", "hidden"], combine="mixture")

@@ -35,8 +35,8 @@ def test_knowledge_inheritance_weighs_as_published(masked_world, step):
     distill = [term("big", temperature=2.0, weight=FALL)]
     setting = Setting(masked_world, {"hard": {"weight": RISE}, "distill": distill})
     alpha = max(1 - step / 5, 0)
-    assert setting.objective.hard_weight(step) == pytest.approx(1 - alpha)
-    assert setting.objective.teachers_at(step) == (["big"] if alpha > 0 else [])
+    assert setting.objective.plan(step).hard == pytest.approx(1 - alpha)
+    assert setting.objective.plan(step).teachers == (("big",) if alpha > 0 else ())
     terms = setting.check(step)
     loss = setting.run(step)[0]
     both = (1 - alpha) * terms.get("ce", 0) + alpha * 4 * terms.get("kd/big", 0)
@@ -139,7 +139,9 @@ def test_routed_rows_share_one_mean(masked_world):
     sums = {}
     for name in ("odd.lm", "even.lm"):
         setting = Setting(masked_world, alone(term(name)))
-        rows = setting.objective.counts(setting.batch(0), 0).rows[f"kd/{name}"]
+        rows = setting.objective.counts(setting.batch(0), setting.objective.plan(0)).rows[
+            f"kd/{name}"
+        ]
         sums[name] = (rows * setting.run()[0], rows)
     (a, n), (b, m) = sums.values()
     assert n != m
@@ -205,13 +207,16 @@ def test_the_experts_of_the_tests_differ_in_certainty(experts_world):
 def test_losses_are_shown_in_a_fixed_order(experts_world):
     """Only those that the step has rows for."""
     setting = Setting(experts_world, MERGED["all of it"])
-    counts = setting.objective.counts(setting.batch(0), 0)
+    counts = setting.objective.counts(setting.batch(0), setting.objective.plan(0))
     names = ["ce", "kd/animals+pets+weather", "kd/lm", "kd/odd.plants", "kd/odd.score"]
     names += ["kd/odd.tags+tags", "kd/pair.a+pair.b"]
-    assert setting.objective.shown(counts, 0) == names
-    assert setting.objective.shown(Counts(0, dict.fromkeys(counts.rows, 0)), 0) == []
+    assert setting.objective.shown(counts, setting.objective.plan(0)) == names
+    assert (
+        setting.objective.shown(Counts(0, dict.fromkeys(counts.rows, 0)), setting.objective.plan(0))
+        == []
+    )
     some = Counts(3, dict.fromkeys(counts.rows, 0) | {"kd/lm": 1})
-    assert setting.objective.shown(some, 0) == ["ce", "kd/lm"]
+    assert setting.objective.shown(some, setting.objective.plan(0)) == ["ce", "kd/lm"]
 
 
 def test_absent_pairs_weigh_nothing(masked_world):
@@ -230,7 +235,7 @@ def test_absent_pairs_weigh_nothing(masked_world):
 def test_counts_are_the_rows_of_the_whole_batch(masked_world, causal_world):
     setting = Setting(masked_world, OBJECTIVES["everything"])
     batch = setting.batch(0)
-    counts = setting.objective.counts(batch, 0)
+    counts = setting.objective.counts(batch, setting.objective.plan(0))
     examples = [setting.cache.example(i) for i in setting.index]
     assert counts.labels == len(batch.masked.labels) > 0
     assert counts.rows["kd/big+wide"] == counts.labels
@@ -242,7 +247,7 @@ def test_counts_are_the_rows_of_the_whole_batch(masked_world, causal_world):
     assert counts.rows["kd/tags"] == sum(len(e.targets["tags"][0].positions) for e in examples)
     lengths = [len(e.input_ids) for e in map(causal_world.open().example, range(3, 20))]
     plain = Setting(causal_world, {})
-    causal = plain.objective.counts(plain.batch(0), 0)
+    causal = plain.objective.counts(plain.batch(0), plain.objective.plan(0))
     assert causal.labels == sum(n - 1 for n in lengths)
 
 
@@ -251,10 +256,10 @@ def test_schedules_decide_who_is_read(masked_world):
     rise = {"schedule": "step", "from": 0.0, "to": 1.0, "over": 0.2}
     distill = [term("big", weight=fall), term("sense", "topics", weight=rise), term("wide")]
     objective = Setting(masked_world, {"distill": distill}).objective
-    read = [objective.teachers_at(step) for step in range(10)]
-    assert read[:2] == [["big", "wide"]] * 2
-    assert read[2:5] == [["big", "sense", "topics", "wide"]] * 3
-    assert read[5:] == [["sense", "topics", "wide"]] * 5
+    read = [objective.plan(step).teachers for step in range(10)]
+    assert read[:2] == [("big", "wide")] * 2
+    assert read[2:5] == [("big", "sense", "topics", "wide")] * 3
+    assert read[5:] == [("sense", "topics", "wide")] * 5
     assert objective.heads.keys() == {"sense", "topics"}
 
 

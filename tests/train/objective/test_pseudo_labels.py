@@ -13,6 +13,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.objective.pseudo_labels import confident_only, pseudo_label_loss, sure_rows
 from rekindle.train.objective.selection import count_rows, select_targets
+from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.record.coverage import Coverage
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
@@ -94,7 +95,7 @@ def test_the_unsure_are_neither_counted_nor_covered():
     assert batch.targets["t"].present.all()  # what was read stays as it was
     assert count_rows(chosen, "causal_lm", [TERM]).rows == {"kd/t": 2}
     coverage = Coverage()
-    coverage.count(chosen, "causal_lm", [TERM], 1.0)
+    coverage.count(chosen, "causal_lm", StepPlan(0, 1.0, ((TERM, 1.0),), (), ()))
     found = coverage.over(list)
     assert (found["sequences_with_kd"], found["sequences_ce_only"]) == (2, 2)
 

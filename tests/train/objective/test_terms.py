@@ -326,4 +326,4 @@ def test_a_weight_that_falls_to_zero_at_the_very_end_is_no_such_objective(masked
     fall = {"from": 1.0, "to": 0.0, "over": 1.0}
     distill = [term("big", weight=fall)]
     objective = Setting(masked_world, {"hard": {"weight": 0}, "distill": distill}).objective
-    assert objective.teachers_at(9) == ["big"]
+    assert objective.plan(9).teachers == ("big",)

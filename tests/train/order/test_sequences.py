@@ -12,7 +12,7 @@ from rekindle.data.order import permute
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.replay import Replay
-from rekindle.train.order.sequences import Listed, Order, choose_sequences
+from rekindle.train.order.sequences import Order, choose_sequences
 from rekindle.train.order.split import Ranges, split_corpus
 from rekindle.train.order.stream import TrainingStream
 
@@ -44,7 +44,7 @@ def losses(done):
 
 def read(one, start, stop, every=3, **world):
     """What a stream gives, told of its evaluations as the loop tells it."""
-    stream = TrainingStream(FakeCache(), one, 6, 0, lambda step: [], None, **world)
+    stream = TrainingStream(FakeCache(), one, lambda step: [], None, **world)
     found = []
     with closing(stream.steps(start, stop)) as steps:
         for step, batch in steps:
@@ -78,7 +78,7 @@ def test_every_sequence_is_read_once_per_epoch_of_its_phase(batch, first, fracti
 
 
 def test_without_more_it_is_the_plain_order():
-    one = Order(Listed(np.arange(50, 61)), 4, 7)
+    one = Order(Ranges.of(np.arange(50, 61)), 4, 7)
     flat = np.concatenate([one.at(step) for step in range(11)])
     for epoch in range(4):
         expected = permute(np.arange(11), 11, seed=7, epoch=epoch) + 50

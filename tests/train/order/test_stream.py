@@ -15,6 +15,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.order import permute
 from rekindle.data.targets import reader as teacher_reader
+from rekindle.train.order.sequences import Order
 from rekindle.train.order.split import Ranges, split_corpus
 from rekindle.train.order.stream import AHEAD, TrainingStream
 
@@ -37,7 +38,8 @@ class FakeCache:
 
 
 def stream(cache, indices, batch=4, seed=0, teachers_at=lambda step: [], **options):
-    return TrainingStream(cache, np.asarray(indices), batch, seed, teachers_at, "masks", **options)
+    order = Order(Ranges.of(np.asarray(indices, np.int64)), batch, seed)
+    return TrainingStream(cache, order, teachers_at, "masks", **options)
 
 
 def prefetchers():
@@ -59,18 +61,16 @@ def wait_until(condition):
     st.integers(1, 6),
     st.integers(1, 4),
     st.integers(0, 5),
-    st.sampled_from([np.array, lambda numbers: Ranges([(n, n + 1) for n in numbers])]),
 )
-def test_every_training_sequence_is_read_exactly_once_per_epoch(size, share, world, seed, made):
+def test_every_training_sequence_is_read_exactly_once_per_epoch(size, share, world, seed):
     """The ranks' strided parts, woven together, are the batches of a single process."""
     batch, epochs = share * world, 3
     indices = [3 * i + 1 for i in range(size)]  # not 0..N−1: the places must be looked up
 
     def part(rank, world):
         options = {"rank": rank, "world_size": world}
-        return TrainingStream(
-            FakeCache(), made(indices), batch, seed, lambda step: [], None, **options
-        )
+        order = Order(Ranges.of(np.array(indices)), batch, seed)
+        return TrainingStream(FakeCache(), order, lambda step: [], None, **options)
 
     alone, ranks = part(0, 1), [part(rank, world) for rank in range(world)]
     read = []
@@ -279,9 +279,9 @@ def check_threads(path, names, repeats, steps=24):
 
     def opened(threads):
         cache = Cache.open(path)
-        train = split_corpus(cache, 0.1).train
+        order = Order(split_corpus(cache, 0.1).train, 8, 0)
         view = cache.masked_view().name
-        return TrainingStream(cache, train, 8, 0, lambda step: names, view, threads=threads)
+        return TrainingStream(cache, order, lambda step: names, view, threads=threads)
 
     expected = list(opened(1).steps(0, steps))
     for _ in range(repeats):

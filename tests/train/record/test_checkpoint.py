@@ -18,7 +18,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.optimizer import make_optimizer
+from rekindle.train.optimizer import adamw
 from rekindle.train.record import checkpoint as module
 from rekindle.train.record.checkpoint import RUN_FILE, check_run, latest_checkpoint, load_checkpoint
 from rekindle.train.student import Student, build_student
@@ -40,7 +40,7 @@ def make_student(make_model, wordpiece, bytelevel):
         )
         size = load_tokenizer(str(tokenizer)).size
         student = build_student(config, heads, size, seed).train()
-        return student, make_optimizer(student, TrainConfig(learning_rate=1e-2), CPU)
+        return student, adamw(student.parameters(), 1e-2, 0.01)
 
     return make
 

@@ -16,6 +16,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import split_batch
 from rekindle.train.objective.selection import select_targets
+from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.record.coverage import NAMES, Coverage
 
 WIDTH = 6
@@ -82,9 +83,13 @@ def steps(draw):
     return make_batch(lengths, masked, targets), masked, targets
 
 
+def plan_of(terms, hard=1.0):
+    return StepPlan(0, hard, tuple((term, 1.0) for term in terms), (), ())
+
+
 def count(batch, terms, hard=1.0, task="masked_lm"):
     coverage = Coverage()
-    coverage.count(select_targets(batch, terms), task, terms, hard)
+    coverage.count(select_targets(batch, terms), task, plan_of(terms, hard))
     return coverage.over(list)
 
 
@@ -182,9 +187,9 @@ def test_all_processes_and_steps_add_up(step, size):
     parts = split_batch(batch, size)
     one_after_another, apart = Coverage(), []
     for part in parts:
-        one_after_another.count(select_targets(part, terms), "masked_lm", terms, 1.0)
+        one_after_another.count(select_targets(part, terms), "masked_lm", plan_of(terms))
         apart.append(Coverage())
-        apart[-1].count(select_targets(part, terms), "masked_lm", terms, 1.0)
+        apart[-1].count(select_targets(part, terms), "masked_lm", plan_of(terms))
     assert one_after_another.over(list) == whole
     sent = []
     for coverage in apart:
@@ -198,7 +203,7 @@ def test_a_resumed_run_goes_on_counting():
     first = count(batch, [term("va")])
     resumed = Coverage(first)
     assert resumed.over(list) == first
-    resumed.count(batch, "masked_lm", [term("va")], 1.0)
+    resumed.count(batch, "masked_lm", plan_of([term("va")]))
     assert resumed.over(list) == {name: 2 * value for name, value in first.items()}
     both = resumed.over(lambda values: [2 * v for v in values])  # another process like this one
     assert both == {name: 3 * value for name, value in first.items()}

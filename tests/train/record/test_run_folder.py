@@ -185,3 +185,11 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
 def test_folders_within_a_folder_are_held_apart(tmp_path):
     with alone_in(tmp_path), alone_in(tmp_path / "student") as held:
         assert held
+
+
+def test_what_the_caller_knows_may_lie_beside_a_new_run(tmp_path):
+    (tmp_path / "made").mkdir()
+    assert not goes_on(tmp_path, "run.json", "run", resume=True, beside=("made",))
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds no run"):
+        goes_on(tmp_path, "run.json", "run", resume=True, beside=("made",))

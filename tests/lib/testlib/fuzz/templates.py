@@ -108,7 +108,7 @@ def write_unit(corpus, info, view, shard, replica, draw):
             [info.domains is None or d in info.domains for d in table["domain"].to_pylist()]
         )
         shape = (len(digests), info.num_labels)
-        columns = {n: draw.random(shape).astype(np.float32) for n in schema.names[1:]}
+        columns = {n: draw.random(shape).astype(np.float32)[present] for n in schema.names[1:]}
         batches = kind_of(info).batches(schema, digests, np.flatnonzero(present), columns)
         facts["positions"] = int(present.sum())
     else:

@@ -347,10 +347,10 @@ def muki_weights(means, term):
 def reference(setting, step):
     """(loss, shown terms): hard·CE + Σ weight·τ²·D, each a mean over the rows it has."""
     objective = setting.objective
-    active = objective.active(step)
+    active = objective.plan(step).terms
     weights = {name: weight for term, weight in active for name in all_names(term)}
-    if objective.hard_weight(step) > 0:
-        weights["ce"] = objective.hard_weight(step)
+    if objective.plan(step).hard > 0:
+        weights["ce"] = objective.plan(step).hard
     sums = {name: Sums() for name in ["ce", *weights]}
     terms = [term for term, _ in active]
     words = [t for t in terms if objective.teachers[t.teachers[0]].kind in ("topk", "dense")]

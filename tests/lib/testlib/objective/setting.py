@@ -43,17 +43,17 @@ class Setting:
     def batch(self, step):
         found = self.cache.gather(
             self.index,
-            self.objective.teachers_at(step),
+            self.objective.plan(step).teachers,
             epoch=EPOCH,
             masked_view=self.view,
             allow_missing=self.missing,
         )
-        return self.objective.select(found, step)
+        return self.objective.select(found, self.objective.plan(step))
 
     def run(self, step=0, micro=None):
         """(loss, terms, gradients by parameter) of a step, in micro-batches."""
         batch = self.batch(step)
-        counts = self.objective.counts(batch, step)
+        counts = self.objective.counts(batch, self.objective.plan(step))
         parts = split_batch(batch, micro or len(batch.index))
         return self._sum(parts, self._centred(counts, parts, step, World.alone()), step)
 
@@ -61,7 +61,7 @@ class Setting:
         def run(work, *arguments):
             return work(self.student, *arguments)
 
-        return with_centres(counts, self.objective, parts, step, world, run)
+        return with_centres(counts, self.task, parts, self.objective.plan(step), world, run)
 
     def run_apart(self, processes, step=0):
         """The same of a step of which each process reads, selects and counts its own part."""
@@ -70,13 +70,13 @@ class Setting:
         for rank in range(processes):
             self.index = index[rank::processes]
             parts.append(self.batch(step))
-            counted.append(self.objective.counts(parts[-1], step))
+            counted.append(self.objective.counts(parts[-1], self.objective.plan(step)))
         self.index = index
         counts = Counts(
             sum(c.labels for c in counted),
             {name: sum(c.rows[name] for c in counted) for name in counted[0].rows},
         )
-        assert counts == self.objective.counts(self.batch(step), step)
+        assert counts == self.objective.counts(self.batch(step), self.objective.plan(step))
         found = at_once(
             processes,
             lambda world, rank: self._centred(counts, split_batch(parts[rank], 2), step, world),
@@ -96,7 +96,7 @@ class Setting:
 
         self.student.forward = watch
         try:
-            counts = self.objective.counts(batch, step)
+            counts = self.objective.counts(batch, self.objective.plan(step))
             found = self._sum([batch], self._centred(counts, [batch], step, World.alone()), step)[2]
         finally:
             self.student.forward = forward
@@ -106,7 +106,7 @@ class Setting:
         self.student.zero_grad(set_to_none=True)
         loss, terms = 0.0, {}
         for part in parts:
-            result = self.objective.loss(self.student, part, counts, step, CPU)
+            result = self.objective.loss(self.student, part, counts, self.objective.plan(step), CPU)
             result.total.backward()
             loss += float(result.total.detach())
             for name, value in result.terms.items():

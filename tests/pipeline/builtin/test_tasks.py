@@ -1,4 +1,4 @@
-"""The demo's tasks: no document twice, equal labels, true labels, the same on every run."""
+"""The labelled tasks: no document twice, equal labels, true labels, the same on every run."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.corpus.python_docs import PythonDoc, part_of, python_docs
 from rekindle.data.corpus.sentences import split_sentences
-from rekindle.pipeline.demo.tasks import (
+from rekindle.pipeline.builtin.tasks import (
     LABELLED,
     TASKS,
     Task,

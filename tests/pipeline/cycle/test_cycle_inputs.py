@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle.config import CycleTask
-from rekindle.pipeline.cycle.tasks import _read, read_tasks, write_tasks
+from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
 from rekindle.train.finetune.task_data import read_task
 
 

@@ -1,18 +1,19 @@
-"""The tasks of a cycle as files: which examples train, which select, which are scored. No model.
+"""What a cycle begins from: its tasks, and the model that experts and students begin as.
 
     OUT/tasks/TASK/{train,dev,test}.jsonl
 
-Every arm is fine-tuned on these very files. They are written once, and whole or not at all.
+Which examples train, which select and which are scored: every arm is fine-tuned on these very
+files. They are written once, and whole or not at all.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
@@ -36,7 +37,15 @@ class TaskFiles:
     digests: dict[str, str]  # sha256 of the files it comes from
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def chance(self) -> float | None:
+        """The accuracy on test of always saying its most common class; None for other metrics."""
+        if self.metric != "accuracy":
+            return None
+        labels = self.splits["test"].labels[self.rows["test"]]
+        return float(np.bincount(labels).max() / len(labels))
+
+    @property
+    def facts(self) -> dict[str, object]:
         """What ``cycle.json`` says of it."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
         seen = set(_examples(self.splits["train"], self.rows["train"]))
@@ -47,6 +56,7 @@ class TaskFiles:
             "pairs": self.pairs,
             **counts,
             "test_in_train": shared,
+            "chance": self.chance,
             "files": self.digests,
         }
 
@@ -119,9 +129,9 @@ def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
                 write_lines(folder / f"{name}.jsonl", records)
 
 
-def _record(data: TaskData, row: int) -> dict[str, Any]:
+def _record(data: TaskData, row: int) -> dict[str, object]:
     """A line that ``read_task`` reads as the same example."""
-    texts = {"text": data.texts[row]}
+    texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
     return texts | {"label": _label(data, row)}
@@ -143,3 +153,25 @@ def _are_numbers(names: Sequence[str]) -> bool:
     except ValueError:
         return False
     return [str(number) for number in sorted(numbers)] == [*names]
+
+
+# --- the start model ------------------------------------------------------------------------------
+
+
+def check_start(config: CycleConfig) -> dict[str, str]:
+    """What ``cycle.json`` says of the start model: the fingerprint of its weights.
+
+    Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
+    corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
+    """
+    from rekindle.train.model.files import resolve_model, weights_fingerprint
+
+    directory = resolve_model(config.student.model)
+    own, theirs = load_tokenizer(str(directory)), load_tokenizer(config.corpus.tokenizer)
+    if own.digest != theirs.digest:
+        raise InputError(
+            f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
+            f"{config.corpus.tokenizer!r} ({own.size:,} tokens against {theirs.size:,}, or other "
+            "tokens under the same ids): the student would read other words. Name the model's own"
+        )
+    return {"weights": weights_fingerprint(directory)}

@@ -1,1 +1,0 @@
-"""The whole product on text that every Python carries, in a minute or a few."""

@@ -1,0 +1,86 @@
+"""Tables in plain text and in Markdown: the same cells in both, and none is ever cut."""
+
+import io
+import shutil
+from collections.abc import Sequence
+
+import rich.table
+from rich import box
+from rich.console import Console
+from rich.text import Text
+
+from rekindle.pipeline.report.table import Column, Table
+
+WIDEST = 10_000  # characters: more than any table has
+_WIDEST_CELL = 28  # of a row that is shown as a column: longer ones are folded
+
+
+def terminal_width() -> int:
+    """Characters of the terminal's line; 160 where there is no terminal."""
+    return shutil.get_terminal_size((160, 24)).columns
+
+
+def text_lines(table: Table, width: int) -> list[str]:
+    """The title, the table and its note. Where it does not fit ``width`` characters, a row of the
+    table is a column, if that is narrower.
+    """
+    lines = [f" {table.title}"] if table.title else []
+    if table.columns:
+        drawn = _drawn(_upright(table.columns))
+        if _width(drawn) > width:
+            drawn = min(drawn, _drawn(_lying(table.columns)), key=_width)
+        lines += drawn
+    return [*lines, *([f" {table.note}"] if table.note else [])]
+
+
+def _upright(columns: Sequence[Column]) -> rich.table.Table:
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
+    for row in range(len(columns[0].cells)):
+        table.add_row(*(_cell(column, row) for column in columns))
+    return table
+
+
+def _lying(columns: Sequence[Column]) -> rich.table.Table:
+    names, *others = columns
+    table = rich.table.Table(box=box.SIMPLE_HEAD)
+    table.add_column(names.title, no_wrap=True)
+    for name in names.cells:
+        table.add_column(name, justify="right", overflow="fold", max_width=_WIDEST_CELL)
+    for column in others:
+        table.add_row(column.title, *(_cell(column, row) for row in range(len(column.cells))))
+    return table
+
+
+def _cell(column: Column, row: int) -> Text:
+    # The others get a blank for the star, so that digits stand below digits.
+    star = ("*" if row in column.best else " ") if column.best else ""
+    return Text(column.cells[row] + star)
+
+
+def _drawn(table: rich.table.Table) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=WIDEST, color_system=None).print(table)
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return [line for line in lines if line]
+
+
+def _width(lines: Sequence[str]) -> int:
+    return max(map(len, lines))
+
+
+def markdown_of(table: Table) -> str:
+    """The title in bold, and the table."""
+    dashes = "|".join("---" if column.words else "---:" for column in table.columns)
+    lines = [_piped(table.head), f"|{dashes}|", *map(_piped, table.rows)]
+    return "\n".join([f"**{escaped(table.title)}**", "", *lines])
+
+
+def _piped(row: Sequence[str]) -> str:
+    return "| " + " | ".join(escaped(cell.strip()) for cell in row) + " |"
+
+
+def escaped(text: str) -> str:
+    """The text without what Markdown would take for its own."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")

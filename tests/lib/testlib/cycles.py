@@ -1,0 +1,136 @@
+"""What the stages of a cycle leave, without running any: a folder that ``read_results`` reads."""
+
+import json
+import math
+from itertools import product
+from statistics import fmean, stdev
+
+from rekindle.pipeline.cycle.finetuned import folder_of
+
+ARMS = ["expert", "longer", "mlm", "kd", "both", "mixture"]
+TASKS = {
+    "cola": {"metric": "matthews", "train": 8000, "dev": 551, "test": 1043, "pairs": False},
+    "mrpc": {"metric": "f1", "train": 3300, "dev": 368, "test": 408, "pairs": True},
+    "stsb": {"metric": "pearson", "train": 5000, "dev": 749, "test": 1500, "pairs": True},
+}
+GRID = {"learning_rate": [2e-5, 5e-5, 1e-4]}
+SEEDS = 5
+CONFIG = {
+    "epochs": 3,
+    "max_steps": None,
+    "batch_size": 32,
+    "learning_rate": 5e-5,
+    "schedule": "linear",
+    "warmup": 0.1,
+    "weight_decay": 0.01,
+    "max_length": 128,
+    "precision": "auto",
+    "patience": None,
+    "head": None,
+    "merge": None,
+}
+
+
+def score(arm, task, seed):
+    """Anything that is neither equal nor in order."""
+    gain = 0.01 * ARMS.index(arm) * (1 + list(TASKS).index(task))
+    return 0.5 + gain + 0.011 * math.sin(17 * seed + 5 * ARMS.index(arm)) + 0.003 * seed
+
+
+def scores_of(task, main):
+    if task == "stsb":
+        return {"pearson": main, "spearman": main - 0.01}
+    return {"accuracy": main + 0.2, "f1": main, "matthews": main}
+
+
+def metrics_of(out, arm, task, *, seeds=SEEDS, config=None, test=True, dev=None):
+    """What `pipeline finetune` writes (FinetuneResult.as_dict), with the scores above."""
+    splits = ("train", "dev", "test") if test else ("train", "dev")
+    dev = dev or [0.4 + 0.05 * ((3 * seed + 1) % 5) for seed in range(seeds)]
+    per_seed = [
+        {
+            "seed": seed,
+            "scores": scores_of(task, dev[seed]),
+            "test_scores": scores_of(task, score(arm, task, seed)) if test else None,
+            "epochs": [],
+            "seconds": 1.5,
+        }
+        for seed in range(seeds)
+    ]
+    regression = task == "stsb"
+    config = CONFIG | (config or {})
+    if arm == "longer":
+        config["epochs"] *= 2
+    return {
+        "written_by": "rekindle finetune",
+        "model": "start" if arm in ("expert", "longer") else str(out / "students" / arm),
+        "files": {split: str(out / "tasks" / task / f"{split}.jsonl") for split in splits},
+        "problem": "regression" if regression else "single_label_classification",
+        "label_names": [] if regression else ["no", "yes"],
+        "metric": TASKS[task]["metric"],
+        "per_seed": per_seed,
+        "mean": fmean(dev),
+        "std": stdev(dev) if seeds > 1 else None,
+        "test_mean": None,
+        "best_seed": dev.index(max(dev)),
+        "seconds": 1.5 * seeds,
+        "precision": "fp32",
+        "config": config,
+        "versions": {"rekindle": "0.1.0", "torch": "2.13"},
+        "baselines": None,
+    }
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def finetuned(out, arm, task, **changes):
+    write(out / folder_of(arm, task) / "metrics.json", metrics_of(out, arm, task, **changes))
+
+
+def searched(out, arm, task, **changes):
+    """The middle one, which CONFIG has, is the best on dev."""
+    for value, dev in zip(GRID["learning_rate"], (0.45, 0.55, 0.5), strict=True):
+        metrics = metrics_of(
+            out,
+            arm,
+            task,
+            **{"seeds": 2, "test": False, "dev": [dev, dev - 0.1]} | changes,
+            config={"learning_rate": value},
+        )
+        write(out / "search" / arm / task / f"{value:g}" / "metrics.json", metrics)
+
+
+def about(arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS):
+    return {
+        "written_by": "rekindle cycle",
+        "arms": list(arms),
+        "tasks": {name: TASKS[name] for name in tasks},
+        "search": search,
+        "seeds": seeds,
+        "finetune": {"epochs": 3},
+        "teacher_of": {"mixture": list(tasks)},
+    }
+
+
+def cycle(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS):
+    write(out / "cycle.json", about(arms, tasks, search, seeds))
+    for arm, task in product(arms, tasks):
+        if search:
+            searched(out, arm, task)
+        finetuned(out, arm, task, seeds=seeds)
+    return out
+
+
+def student(out, name, seconds, **passes):
+    home = out / "students" / name
+    write(home / "summary.json", {"steps": 10, "seconds": seconds})
+    write(home / "run.json", {"cache": {"teachers": {}, "teacher_seconds": passes}})
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))

@@ -1,0 +1,61 @@
+"""A forward pass of the student beside experts: what it sees, and its heads' answers.
+
+Shapes: B sequences, R rows (sequences or positions) with a target, C classes of an expert.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLabelBatch
+from rekindle.data.views.registry import view_kind
+from rekindle.train.device_batch import model_inputs, send
+from rekindle.train.model.network import StudentOutput
+from rekindle.train.student import Student
+
+
+def inputs_of(student: Student, batch: Batch, view: str, device: torch.device) -> dict[str, Tensor]:
+    """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
+    view, or the clean text.
+    """
+    if not view_kind(view).paired:
+        return model_inputs(batch.input_ids, batch.lengths, device)
+    pairs = batch.pairs[view]
+    # Sequences without a pair are shown as one padding token and carry no weight.
+    lengths = np.maximum(pairs.lengths, 1)
+    types = getattr(student.model.config, "type_vocab_size", 0) >= 2
+    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)
+
+
+def run_heads(
+    student: Student,
+    inputs: Mapping[str, Tensor],
+    batch: Batch,
+    heads: Mapping[str, TargetBatch | None],
+    select: Tensor | None = None,
+) -> StudentOutput:
+    """Run the student once, with the named heads: on whole sequences, or at the positions of the
+    target where that has some. ``select``: see ``Student.forward``.
+    """
+    sequence: list[str] = []
+    tokens: dict[str, Tensor] = {}
+    for name, target in heads.items():
+        if isinstance(target, TokenLabelBatch):
+            flat = target.rows * batch.input_ids.shape[1] + target.positions
+            tokens[name] = send(flat, inputs["input_ids"].device)
+        else:
+            sequence.append(name)
+    shown = student.with_domains(inputs, batch.domains)
+    output: StudentOutput = student(shown, select, sequence, tokens)
+    return output
+
+
+def taught_rows(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
+    """Return a head's logits and the expert's [R,C] at the rows that have a target."""
+    if isinstance(target, SequenceTargetBatch):
+        keep = send(target.rows, logits.device)
+        return logits[keep], send(target.logits[target.rows], logits.device)
+    assert isinstance(target, TokenLabelBatch)
+    return logits, send(target.logits, logits.device)
