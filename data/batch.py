@@ -235,7 +235,7 @@ def read_targets(
         return SequenceTargetBatch(teacher.info, present, found["logits"], found.get("mc_probs"))
     rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
     positions = columns.pop("positions").astype(np.int64)
-    if not teacher.is_vocabulary:
+    if not teacher.info.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
     head = teacher.head if teacher.kind.has_head else None
     return TokenTargetBatch(teacher.info, rows, positions, columns, head)

@@ -24,13 +24,7 @@ from rekindle.data.errors import InputError
 
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer
-_SUFFIXES = {
-    ".txt": "txt",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+_SUFFIXES = {f".{name}": name for name in ("txt", "jsonl", "parquet", "arrow")} | {".json": "jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also .gz, .zst), .parquet, .arrow"
 # owner/name or name, then optionally :config and :split
@@ -51,17 +45,20 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the corpus as it is now: enough to notice that it was changed."""
+    """A file of the corpus as it is now."""
 
     path: str
     bytes: int
-    modified_ns: int
 
 
 class _Origin(NamedTuple):
     format: str  # txt | jsonl | parquet | arrow | hub | python-docs
     place: str  # a path, or a datasets id
     compression: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return self.format not in ("hub", PYTHON_DOCS)
 
 
 class _Record(NamedTuple):
@@ -103,14 +100,13 @@ def source_files(source: Sequence[str]) -> list[SourceFile]:
 
     Raises InputError as ``read_documents`` does.
     """
-    paths = [o.place for o in _origins(source) if o.format not in ("hub", PYTHON_DOCS)]
-    states = [(path, os.stat(path)) for path in paths]
-    return [SourceFile(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    paths = [origin.place for origin in _origins(source) if origin.is_file]
+    return [SourceFile(path, os.path.getsize(path)) for path in paths]
 
 
 def only_files(source: Sequence[str]) -> bool:
     """Whether ``source`` is nothing but local files, which can be told apart and added to."""
-    return all(origin.format not in ("hub", PYTHON_DOCS) for origin in _origins(source))
+    return all(origin.is_file for origin in _origins(source))
 
 
 # --- from a source to origins ---------------------------------------------------------------------
@@ -208,9 +204,16 @@ def _documents(origin: _Origin, text_field: str, domain_field: str | None) -> It
         domain = None
         if domain_field is not None:
             domain = str(_field(record, domain_field, "corpus.domain_field", where))
-        if text and not text.isspace():
-            _check_characters(text, where)
-            yield Document(_identity(record, origin), text, domain)
+        if not text or text.isspace():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: character {error.start} of the text is half of a surrogate pair, "
+                f"which is no Unicode character; repair the text where it was made"
+            ) from None
+        yield Document(_identity(record, origin), text, domain)
 
 
 def _field(record: _Record, field: str, setting: str, where: str) -> object:
@@ -231,16 +234,6 @@ def _identity(record: _Record, origin: _Origin) -> str:
         return str(own)
     name = origin.place if origin.format == "hub" else os.path.basename(origin.place)
     return f"{name}:{record.row}"
-
-
-def _check_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: character {error.start} of the text is half of a surrogate pair, "
-            f"which is no Unicode character; repair the text where it was made"
-        ) from None
 
 
 def _shown(value: object) -> str:

@@ -144,11 +144,12 @@ def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)
+    vocabulary = sorted((id, token) for token, id in hf.get_vocab().items())
     return Tokenizer(
         hf=hf,
         name=name,
         size=len(hf),
-        digest=_vocabulary_digest(hf.get_vocab()),
+        digest=hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest(),
         mask_id=hf.mask_token_id,
         pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,
         eos_id=hf.eos_token_id,
@@ -157,11 +158,6 @@ def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
         suffix=suffix,
         _backend=backend,
     )
-
-
-def _vocabulary_digest(vocabulary: dict[str, int]) -> str:
-    pairs = sorted((id, token) for token, id in vocabulary.items())
-    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
 
 
 def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -63,9 +63,7 @@ class Commit:
                 facts=dict(body["facts"]),
                 rows_per_batch=int(body.get("rows_per_batch", ROWS_PER_BATCH)),
             )
-            if not 0 < commit.rows_per_batch <= ROWS_PER_BATCH or ROWS_PER_BATCH % (
-                commit.rows_per_batch
-            ):
+            if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
             # Rows are counted out below: first they must be as many as the regions can hold.
             batches = -(-commit.rows // commit.rows_per_batch)
@@ -90,7 +88,7 @@ def seconds_of(commit: Commit) -> float | None:
     return None
 
 
-def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:
+def _check_regions(regions: tuple[Region, ...], size: int) -> None:
     """ValueError unless the regions follow each other from the file's first byte to its last."""
     at = 0
     for offset, length, _ in regions:

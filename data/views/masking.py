@@ -87,10 +87,6 @@ class MaskConfig(Settings):
             object.__setattr__(self, "random_token", 0.0)
         if hard and "mask_token" not in self.model_fields_set:
             object.__setattr__(self, "mask_token", 1.0 - self.random_token)
-        return self
-
-    @model_validator(mode="after")
-    def _shares(self) -> "MaskConfig":
         if self.mask_token + self.random_token > 1 + 1e-9:
             raise ValueError(
                 "mask_token + random_token must not exceed 1 (the rest is kept as it is)"

@@ -74,7 +74,7 @@ def teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, Any]:
     if info.k is not None:
         assert info.vocabulary_size is not None
         facts["elsewhere"] = bytes_elsewhere(info.k, info.vocabulary_size)
-    if teacher.is_vocabulary and teacher.commits:
+    if teacher.info.is_vocabulary and teacher.commits:
         sample = _sample(cache, teacher)
         facts["entropy"] = _spread(sample["entropy"], 0.0, np.log(info.vocabulary_size or 2))
         if "kept_mass" in sample:
