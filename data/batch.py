@@ -17,7 +17,7 @@ from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import vocabulary_kind
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 

@@ -23,8 +23,8 @@ from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.targets.files import read_parts
-from rekindle.data.targets.ranking import (
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.ranking import (
     HARD,
     HardPositions,
     Score,
@@ -32,7 +32,7 @@ from rekindle.data.targets.ranking import (
     hard_positions,
     sequence_scores,
 )
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.reader import ViewReader
 
 TEXTS = ("digest", "domain", "document")  # columns of the corpus that a batch has

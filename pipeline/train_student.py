@@ -6,7 +6,7 @@ from pathlib import Path
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_text
-from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config

@@ -1,5 +1,5 @@
 """``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids that stand
-there; drawn here, or taken from a teacher's losses (``data/targets/hard_masks.py``).
+there; drawn here, or taken from a teacher's losses (``data/targets/reading/hard_masks.py``).
 """
 
 from collections.abc import Iterator, Mapping

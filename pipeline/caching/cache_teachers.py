@@ -22,10 +22,10 @@ from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.head import HEAD_FILES, write_head
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reader import FINISHED, TeacherReader
+from rekindle.data.targets.reading.files import read_teacher
+from rekindle.data.targets.reading.reader import FINISHED, TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masked import MaskedView

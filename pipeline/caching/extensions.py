@@ -9,9 +9,9 @@ from dataclasses import replace
 import xxhash
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.targets.files import read_parts
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
 from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.teachers import TeacherPlan, check_same, is_described

@@ -20,8 +20,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.positions import target_positions
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches

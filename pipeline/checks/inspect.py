@@ -15,7 +15,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.example import Example, SequenceTargets, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.registry import view_kind
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms

@@ -26,8 +26,8 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
-from rekindle.data.targets.positions import target_positions
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.reader import ViewReader
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it

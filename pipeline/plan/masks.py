@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.storage.columns import list_views
-from rekindle.data.targets.hard_masks import HardMaskedView, hard_tokens
+from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import is_described, plan_teacher

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rekindle.data.storage.store import LocalStore, open_store
-from rekindle.data.targets.hard_masks import HardMaskedView
+from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.base import StoredView
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.cache_teachers import Views, build_views

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.targets.files import read_teacher
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
+from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.plain import Clean, Text
 from rekindle.pipeline.builtin.missing import missing

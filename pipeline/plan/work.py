@@ -13,7 +13,7 @@ import pyarrow as pa
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.positions import target_positions
+from rekindle.data.targets.reading.positions import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 from rekindle.data.views.registry import view_kind

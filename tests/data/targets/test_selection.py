@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.targets.ranking import Score, _medians
+from rekindle.data.targets.reading.ranking import Score, _medians
 
 PER_SHARD = 140  # two record batches
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

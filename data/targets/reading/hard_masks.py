@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.targets.files import read_parts
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.scalars import PositionScalars
 
 Score = Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"]
