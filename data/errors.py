@@ -4,7 +4,8 @@ A message says what was given, the rule, and what to do. Bad calls of the Python
 plain ``ValueError``; an ``assert`` is only for our own bugs.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -18,6 +19,15 @@ class InputError(RekindleError, ValueError):
     """What the user gave is wrong: a configuration key, a file, a model, a label."""
 
     exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones.
+
+    None is too far, for the message lists them anyway; nothing is said where none is known.
+    """
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-import difflib
 from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound="Settings")
 
@@ -55,10 +54,8 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: {rule}{shown}")
     keys += (str(found["loc"][-1]),)
     known = sorted({f.alias or name for s in sections for name, f in s.model_fields.items()})
-    nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    where = ".".join(keys)
-    return _Problem(keys, f"unknown key {where!r}{hint} (known here: {', '.join(known)})")
+    told = f"unknown key {'.'.join(keys)!r}{did_you_mean(keys[-1], known)}"
+    return _Problem(keys, f"{told} (known here: {', '.join(known)})")
 
 
 def _is_inside(keys: tuple[str, ...], outer: tuple[str, ...]) -> bool:

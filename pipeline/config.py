@@ -2,7 +2,6 @@
 model.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
@@ -55,15 +54,11 @@ class RunConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _names(self) -> "RunConfig":
+    def _names_and_stages(self) -> "RunConfig":
         names = [t.name for t in self.teachers]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
-        return self
-
-    @model_validator(mode="after")
-    def _stages(self) -> "RunConfig":
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)
@@ -171,13 +166,13 @@ def set_value(values: dict[str, object], override: str) -> None:
 
 def _put_value(values: dict[str, object], path: str, value: object) -> None:
     here: Any = values
-    parts = path.strip().split(".")
-    for part in parts[:-1]:
+    *above, last = path.strip().split(".")
+    for part in above:
         key = _key(here, part, path)
         if here[key] is None:
             here[key] = {}
         here = here[key]
-    here[_key(here, parts[-1], path)] = value
+    here[_key(here, last, path)] = value
 
 
 def _key(here: object, part: str, path: str) -> str | int:
@@ -197,8 +192,7 @@ def _index(here: list, part: str, path: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in here]
     if part in names:
         return names.index(part)
-    near = difflib.get_close_matches(part, [str(n) for n in names if n], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(part, [str(name) for name in names if name])
     raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
 
 

@@ -1,4 +1,4 @@
-"""The demo: a cycle (``pipeline rekindle``) on text that every Python carries, without downloads.
+"""The demo: a cycle, demo.yaml, on text that every Python carries, without downloads.
 
     OUT/demo.json    which demo it is
     OUT/made/        documents, labelled tasks, and the start model, from nothing
@@ -18,63 +18,55 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import write_json, write_text
 from rekindle.pipeline.builtin.settings import SETTINGS
-from rekindle.pipeline.builtin.tasks import TASKS, TASKS_FOLDER, TaskSizes, write_corpus
-from rekindle.pipeline.config import RunConfig, dump_config
+from rekindle.pipeline.builtin.tasks import TaskSizes, write_corpus
+from rekindle.pipeline.config import RunConfig, dump_config, read_values
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.results import CycleResults
 from rekindle.pipeline.cycle.run import run_cycle
-from rekindle.pipeline.job_functions import cache, make_model, pretrain
+from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.stage_config import with_directories
+from rekindle.pipeline.tiny_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, reading
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
 WRITER = "rekindle demo"
 MADE = "made"
 LM = "base-lm"  # the start model as a masked-LM teacher
-ABOUT = (
-    "Experts are fine-tuned from a tiny language model, which was trained here on Python's own "
-    "documentation, and run once over that text; they teach the same model on it: masked LM "
-    "together with their cached logits (the arm mixture, MoEGP). Fine-tuned again on the same "
-    "labels, is it better than the experts, and than a student that read the same text without "
-    "them (mlm)?"
-)
 
 
 class DemoSettings(Settings):
-    """How large a demo is. The students, and all that is fine-tuned, are trained alike."""
+    """How large a demo is."""
 
     vocabulary: int
     documents: int | None  # of the unlabelled corpus, at most
     sizes: TaskSizes
-    replicas: int
-    base: Mapping[str, int | float]  # of the `train` section
-    student: Mapping[str, int | float]  # likewise
-    epochs: int
-    seeds: int  # fine-tunings of each model on each task
+    base: Mapping[str, int | float]  # of the start model's `train` section
+    overrides: tuple[str, ...] = ()  # of the cycle's file, as --set has them
 
 
 FULL = DemoSettings(
     vocabulary=4000,
     documents=None,
     sizes=TaskSizes(train=800, dev=240, test=1440),
-    replicas=3,
     base={"steps": 1200, "learning_rate": 2e-3, "evaluate_every": 400},
-    student={"steps": 800, "learning_rate": 2e-3, "warmup_steps": 50, "evaluate_every": 80},
-    epochs=8,
-    seeds=3,
 )
 QUICK = DemoSettings(
     vocabulary=SETTINGS.vocabulary,
     documents=SETTINGS.documents,
     sizes=TaskSizes(train=320, dev=80, test=400),
-    replicas=SETTINGS.replicas,
     base=SETTINGS.pretrain,
-    student={"steps": 80, "learning_rate": 2e-3, "warmup_steps": 20, "evaluate_every": 20},
-    epochs=5,
-    seeds=1,
+    overrides=(
+        "cache.replicas=2",
+        "train.steps=80",
+        "train.warmup_steps=20",
+        "train.evaluate_every=20",
+        "finetune.epochs=5",
+        "seeds=1",
+    ),
 )
 
 
@@ -93,13 +85,18 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
     }
     with open_folder(home, lambda: _look(home, about)):
         write_json(home / DEMO_FILE, about)
-        _make_start(home / MADE, settings, progress)
+        _make_start(home, settings, progress)
     # A thread each: what comes out is then the same whatever the number of cores.
     places = [Place(None, 1)] * min(cores(), MOST_WORKERS)
     beside = (DEMO_FILE, MADE, "cache")
-    return run_cycle(
-        cycle_config(home, settings), home, places=places, beside=beside, progress=progress
-    )
+    config = cycle_config(home, settings)
+    return run_cycle(config, home, places=places, beside=beside, progress=progress)
+
+
+def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
+    """The cycle: two students of the start model, with and without the three tasks' experts."""
+    values = read_values(Path(__file__).with_suffix(".yaml"), list(settings.overrides))
+    return parse_settings(CycleConfig, with_directories(values, {"out": str(home)}), "the demo")
 
 
 def _look(home: Path, about: Mapping[str, object]) -> None:
@@ -117,8 +114,9 @@ def _look(home: Path, about: Mapping[str, object]) -> None:
 # --- the start model ------------------------------------------------------------------------------
 
 
-def _make_start(made: Path, settings: DemoSettings, progress: Progress) -> None:
+def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
     """The text, the tasks, and the start model, pre-trained on that text."""
+    made = home / MADE
     warm_up()  # while the documents are read
     if not (made / "corpus.jsonl").exists():
         from rekindle.data.corpus.python_docs import python_docs
@@ -127,7 +125,7 @@ def _make_start(made: Path, settings: DemoSettings, progress: Progress) -> None:
             pages = list(python_docs())
             write_corpus(pages, settings.sizes, made, settings.documents)
             task.advance(len(pages))
-    write_text(made / "base.yaml", dump_config(start_config(made, settings)))
+    write_text(made / "base.yaml", dump_config(start_config(home, settings)))
     run_jobs(start_jobs(made, settings), made / "log", progress)
 
 
@@ -146,71 +144,20 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
     ]
 
 
-def start_config(made: Path, settings: DemoSettings) -> RunConfig:
-    """The run that trains the start model, and then has it as a teacher."""
+def start_config(home: Path, settings: DemoSettings) -> RunConfig:
+    """The run that trains the start model, on the cycle's text and cache, and then has it as a
+    teacher.
+    """
+    made, cycle = home / MADE, cycle_config(home, settings)
     targets = {"kind": "topk", "k": 16, "temperatures": [1.0]}
-    teacher = {"name": LM, "model": str(made / "base"), "task": "masked_lm", "targets": targets}
-    values = _shared(made, settings) | {
-        "teachers": [teacher],
+    shared = cycle.train.model_dump(include={"seed", "batch_sequences", "held_out"})
+    values = {
+        "corpus": cycle.corpus,
+        "cache": cycle.cache.model_dump(),
+        "teachers": [
+            {"name": LM, "model": str(made / "base"), "task": "masked_lm", "targets": targets}
+        ],
         "student": {"model": str(made / "model"), "from_scratch": True},
-        "train": _train(settings.base),
+        "train": {**shared, **settings.base},
     }
     return parse_settings(RunConfig, values, "the demo's start model")
-
-
-def _shared(made: Path, settings: DemoSettings) -> dict[str, object]:
-    """The text and its cache, which the start model and the cycle have in common."""
-    return {
-        "corpus": {
-            "source": [str(made / "corpus.jsonl")],
-            "domain_field": "domain",
-            "tokenizer": str(made / "model"),
-            "sequence_length": SETTINGS.sequence_length,
-        },
-        "cache": {
-            "path": str(made.parent / "cache"),
-            "sequences_per_shard": 1024,
-            "replicas": settings.replicas,
-            "seed": SETTINGS.seed,
-        },
-    }
-
-
-def _train(values: Mapping[str, int | float]) -> dict[str, int | float]:
-    shared = {"seed": SETTINGS.seed, "batch_sequences": SETTINGS.batch_sequences, "held_out": 0.03}
-    return {**shared, **values}
-
-
-# --- the cycle ------------------------------------------------------------------------------------
-
-
-def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
-    """The cycle: two students of the start model, with and without the three tasks' experts."""
-    made = home / MADE
-    tasks = [
-        {
-            "name": task.name,
-            "about": task.question,
-            "pairs": "same-document" if task.paired else None,
-            **{
-                split: str(made / TASKS_FOLDER / task.name / f"{split}.jsonl")
-                for split in ("train", "dev", "test")
-            },
-        }
-        for task in TASKS
-    ]
-    values = _shared(made, settings) | {
-        "about": ABOUT,
-        "student": {"model": str(made / "base")},
-        "train": _train(settings.student),
-        "tasks": tasks,
-        "arms": ["mlm", "mixture"],
-        "finetune": {
-            "epochs": settings.epochs,
-            "batch_size": 16,
-            "learning_rate": 1e-3,
-            "max_length": SETTINGS.sequence_length,
-        },
-        "seeds": settings.seeds,
-    }
-    return parse_settings(CycleConfig, values, "the demo")

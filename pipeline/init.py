@@ -5,12 +5,11 @@ it is for, and the comment lines above its first key that begin with ``pipeline`
 to run it. Reads no configuration and imports nothing heavy.
 """
 
-import difflib
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 
 FOLDER = Path(__file__).parent / "recipes"
 RUN_FILE = "run.yaml"  # what the commands in a recipe call it
@@ -26,8 +25,7 @@ def read_recipe(name: str) -> str:
     """The text of a recipe. Raises InputError for an unknown one, with the nearest name."""
     known = list(recipes())
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        hint = did_you_mean(name, known)
         raise InputError(f"there is no recipe {name!r}{hint} (there are: {', '.join(known)})")
     return _text(name)
 

@@ -12,17 +12,6 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import new_files, new_folder, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
-from rekindle.pipeline.tiny_model import write_model
-
-
-def make_model(
-    corpus: Path, out: Path, vocabulary: int, config: Mapping[str, int | float], report: Report
-) -> None:
-    """A tokenizer trained on the corpus, and a model's configuration, in ``out``."""
-    with open(corpus, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    write_model(texts, vocabulary, config, out)
-    report(1)
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:

@@ -33,6 +33,7 @@ from rekindle.pipeline.exits import leave
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.tiny_model import make_model
 from rekindle.train.record.run_folder import alone_in
 
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
@@ -146,7 +147,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[objec
 def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
     """A tokenizer and bert's configuration."""
     config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    job_functions.make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    make_model(corpus, out, SETTINGS.vocabulary, config, report)
 
 
 def write_untrained(
@@ -223,13 +224,9 @@ def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
 # --- the process ----------------------------------------------------------------------------------
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """Make the names on the command line; what went wrong is said on stdout."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rekindle").setLevel(logging.INFO)
     try:

@@ -1,16 +1,23 @@
-"""Walks over the plain values of a configuration: dictionaries and lists within each other."""
+"""Walks over plain values: dictionaries and lists within each other."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+
+def values_in(value: object) -> Iterator[object]:
+    """Yield the value and all values inside it, without keys, in the order in which they stand."""
+    yield value
+    if isinstance(value, Mapping | list | tuple):
+        for inside in value.values() if isinstance(value, Mapping) else value:
+            yield from values_in(inside)
+
 
 def strings_in(value: object) -> Iterator[str]:
-    """Yield every string among the values (not the keys), in the order in which they stand."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inside in value.values() if isinstance(value, Mapping) else value:
-            yield from strings_in(inside)
+    """Yield every string among the values."""
+    return (found for found in values_in(value) if isinstance(found, str))
 
 
 def with_strings(value: Any, change: Callable[[str], str], leave: str | None = None) -> Any:
@@ -22,3 +29,14 @@ def with_strings(value: Any, change: Callable[[str], str], leave: str | None = N
     if isinstance(value, list | tuple):
         return [with_strings(inside, change, leave) for inside in value]
     return value
+
+
+def for_json(value: object) -> object:
+    """Return a copy as JSON takes it: arrays are lists, and what is no finite number is null."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): for_json(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,17 +4,16 @@ No stage is configured or run here: ``config.configure_stage`` makes a stage's w
 ``stages.py`` runs them.
 """
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TEACHER_NAME
-from rekindle.pipeline.nested import strings_in, with_strings
+from rekindle.pipeline.nested import strings_in, values_in, with_strings
 
 STAGES_FILE = "stages.json"  # in the output directory, beside the folders of the stages
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -112,14 +111,13 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 def _check_references(stage: str, value: object, earlier: Sequence[str]) -> None:
     for name in references(value):
         if name not in earlier:
-            near = difflib.get_close_matches(name, earlier, n=1)
-            hint = f"; did you mean '{{{near[0]}}}'?" if near else ""
+            hint = did_you_mean(f"{{{name}}}", [f"{{{one}}}" for one in earlier])
             raise InputError(
                 f"stage {stage!r}: '{{{name}}}' is no earlier stage (there are: "
                 f"{', '.join(earlier) or 'none'}){hint}"
             )
-    for found in _mappings(value):
-        if len(found) == 1 and (name := next(iter(found))) in earlier and found[name] is None:
+    for name in earlier:
+        if {name: None} in values_in(value):
             raise InputError(
                 f"stage {stage!r}: {{{name}}} without quotes is a mapping in YAML; write "
                 f'"{{{name}}}" for the directory of that stage'
@@ -140,11 +138,3 @@ def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
         return _REFERENCE.sub(lambda found: directories.get(found[1], found[0]), text)
 
     return with_strings(value, replaced)
-
-
-def _mappings(value: object) -> Iterator[Mapping[str, object]]:
-    if isinstance(value, Mapping):
-        yield value
-    if isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _mappings(item)

@@ -112,15 +112,11 @@ class TeacherConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _views(self) -> "TeacherConfig":
+    def _fits_its_task(self) -> "TeacherConfig":
         if self.view is not None and self.task != "masked_lm":
             raise ValueError(
                 f"view is for masked_lm teachers; a {self.task} teacher sees the text as it is"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kinds(self) -> "TeacherConfig":
         if self.task not in VOCABULARY_TASKS and self.targets.kind not in (None, "dense"):
             raise ValueError(
                 f"{self.targets.kind} targets are for masked_lm and causal_lm; task heads are kept "

@@ -1,5 +1,6 @@
 """The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from rekindle.data.storage.atomic import new_folder
+from rekindle.pipeline.processes.jobs import Report
 
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RARE = 5  # characters that occur less often are unknown
@@ -46,16 +48,17 @@ def _blank(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def write_model(
-    texts: Sequence[str], vocabulary: int, config: Mapping[str, int | float], out: Path
+def make_model(
+    corpus: Path, out: Path, vocabulary: int, config: Mapping[str, int | float], report: Report
 ) -> None:
-    """Write a tokenizer and ``config.json`` (a BERT with the values of ``config``) to ``out``.
-
-    ``out`` appears whole or not at all.
+    """Write a tokenizer trained on the corpus, and ``config.json`` (a BERT with the values of
+    ``config``), to ``out``, which appears whole or not at all. It is the function of a job.
     """
     from transformers import BertConfig, PreTrainedTokenizerFast
 
     bert = BertConfig(pad_token_id=0, **config)
+    with open(corpus, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
     tokenizer = train_tokenizer(texts, vocabulary)
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     wrapped = PreTrainedTokenizerFast(
@@ -68,3 +71,4 @@ def write_model(
     with new_folder(out) as staged:
         wrapped.save_pretrained(staged)
         bert.save_pretrained(staged)
+    report(1)

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -228,6 +229,94 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
         loaded.save(str(path))
         made[key] = path
         return path
+
+    return make
+
+
+Teacher = dict[str, Any]
+TeacherFactory = Callable[..., Teacher]
+
+
+@pytest.fixture(scope="session")
+def make_teacher(make_model: ModelFactory, wordpiece: Path) -> TeacherFactory:
+    """make_teacher(name, task, seed=…, config={…}, **more) -> a teacher's part of a run file.
+
+    A BERT for every task but causal_lm, which is a Llama; ``config`` is of the model.
+    """
+    from testlib.models import AUTO
+
+    def make(name: str, task: str, seed: int = 0, config: Any = None, **more: Any) -> Teacher:
+        family = "llama" if task == "causal_lm" else "bert"
+        labels = {"num_labels": 1} if task == "regression" else {}
+        model = make_model(family, AUTO[task], wordpiece, seed, **labels | (config or {}))
+        return {"name": name, "model": str(model), "task": task} | more
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Models this small lose more at OpenMP's barriers than they gain, once cores are shared."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_corpus(corpus_file: Path, wordpiece: Path) -> dict[str, Any]:
+    """A run file's corpus: 12 short sequences of two domains."""
+    return {
+        "source": [str(corpus_file)],
+        "tokenizer": str(wordpiece),
+        "domain_field": "domain",
+        "sequence_length": 24,
+        "limit_sequences": 12,
+    }
+
+
+Configure = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def configure(small_corpus: dict[str, Any]) -> Configure:
+    """configure(path, teachers, corpus={…}, cache={…}) -> RunConfig over ``small_corpus``.
+
+    Three shards of 5, 5 and 2 sequences, two replicas that mask every token once between them.
+    """
+    from rekindle.data.settings import parse_settings
+    from rekindle.pipeline.config import RunConfig
+
+    def make(
+        path: Path,
+        teachers: Sequence[Mapping[str, Any]],
+        corpus: Mapping[str, Any] | None = None,
+        cache: Mapping[str, Any] | None = None,
+    ) -> RunConfig:
+        where = {
+            "path": str(path),
+            "sequences_per_shard": 5,
+            "replicas": 2,
+            "mask": {"policy": "cover"},
+        }
+        values = {
+            "corpus": small_corpus | dict(corpus or {}),
+            "cache": where | dict(cache or {}),
+            "teachers": [dict(teacher) for teacher in teachers],
+        }
+        return parse_settings(RunConfig, values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_cache(configure: Configure, one_thread: None) -> Configure:
+    """make_cache(path, teachers, corpus, cache) -> ``configure``'s RunConfig, its cache made."""
+    from rekindle.pipeline.caching.cache_teachers import cache_teachers
+
+    def make(path: Path, teachers: Sequence[Mapping[str, Any]], *sections: Any) -> Any:
+        config = configure(path, teachers, *sections)
+        cache_teachers(config)
+        return config
 
     return make
 

@@ -1,7 +1,6 @@
 """The house: which folder may import which, what the packages are called, how fast help answers."""
 
 import ast
-import os
 import resource
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from testlib.command import python
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "train", "kernels", "data")
@@ -149,18 +150,6 @@ def test_the_distribution_has_the_four_namespaced_packages():
         assert link.resolve() == ROOT / folder
     commands = {e.name: e.value for e in distribution("rekindle").entry_points}
     assert commands == {"pipeline": "rekindle.pipeline.cli:main"}
-
-
-def python(code, *, cwd, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_bare_names_at_the_root_are_not_ours(tmp_path):

@@ -4,12 +4,12 @@ A method is an objective that is none of the built-in terms. It is imported when
 ``method.find_method``, not to know its name: this module imports no torch.
 """
 
-import difflib
 import pkgutil
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import rekindle.train.methods as home
+from rekindle.data.errors import did_you_mean
 
 GROUP = "rekindle.methods"  # of entry points, NAME = package.module:Class
 UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
@@ -26,11 +26,9 @@ def unknown_method(name: str) -> str | None:
     former = Path(__file__).parent / f"method_{name}.py"
     if name.isidentifier() and former.is_file() and former != Path(__file__):
         return f"{former} lies where methods were once; move it to train/methods/{name}.py"
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return (
-        f"there is no method {name!r}; {hint}(known: {', '.join(known)}; a new one is a file "
-        f"train/methods/NAME.py, or an installed entry point of the group {GROUP})"
+        f"there is no method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}; a new "
+        f"one is a file train/methods/NAME.py, or an installed entry point of the group {GROUP})"
     )
 
 

@@ -4,7 +4,6 @@ Never holds a whole file: lines and record batches are read as they are wanted. 
 tokens. Every mistake in the source is an InputError that names the place.
 """
 
-import difflib
 import glob
 import io
 import json
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.python_docs import python_docs
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer
@@ -222,10 +221,10 @@ def _field(record: _Record, field: str, setting: str, where: str) -> object:
     fields = list(record.fields)
     if field in fields:
         raise InputError(f"{where}: the field {field!r} ({setting}) is null")
-    nearest = difflib.get_close_matches(field, fields, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    known = ", ".join(fields) or "no fields"
-    raise InputError(f"{where}: no field {field!r} ({setting}); it has: {known}{hint}")
+    raise InputError(
+        f"{where}: no field {field!r} ({setting}); it has: {', '.join(fields) or 'no fields'}"
+        f"{did_you_mean(field, fields)}"
+    )
 
 
 def _identity(record: _Record, origin: _Origin) -> str:
@@ -384,15 +383,20 @@ def _parquet_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
 
 
 def _arrow_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
+    for batch in arrow_batches(path):
+        fields = batch.schema.names
+        yield batch.select([field for field in fields if field in wanted]), fields
+
+
+def arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, or of a stream in one; mapped, so that values which
+    nobody asks for are not read.
+    """
     with pa.memory_map(path) as memory:
         is_file_format = memory.read(6) == b"ARROW1"
         memory.seek(0)
-        batches: Iterable[pa.RecordBatch]
         if is_file_format:
             file = pa.ipc.open_file(memory)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
         else:
-            batches = pa.ipc.open_stream(memory)
-        for batch in batches:
-            fields = batch.schema.names
-            yield batch.select([field for field in fields if field in wanted]), fields
+            yield from pa.ipc.open_stream(memory)

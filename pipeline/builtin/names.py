@@ -4,14 +4,13 @@ They are tiny, trained on the documentation that every Python carries, and kept 
 folder. Nothing is made and nothing heavy is imported here: ``missing`` has them made.
 """
 
-import difflib
 import hashlib
 import json
 import os
 import platform
 from pathlib import Path
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.pipeline.nested import with_strings
 
 PREFIX = "python-docs/"
@@ -76,9 +75,8 @@ def resolve_name(name: str) -> str:
     known = places()
     if name in known:
         return str(known[name])
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise InputError(
-        f"there is no built-in {name!r}; did you mean {nearest!r}? (The models are "
+        f"there is no built-in {name!r}{did_you_mean(name, known)} (The models are "
         f"{', '.join(MODELS)}. A folder of your own is written ./{name})"
     )
 

@@ -29,20 +29,22 @@ _PAIRS_PER_DOCUMENT = 4  # and as many that are not adjacent
 
 
 class Example(NamedTuple):
-    """One labelled example; ``pair`` is the second text where the task is about two."""
+    """One labelled example; ``pair`` is the second text where the task is about two, ``group`` a
+    class of labels where there is one label for each text.
+    """
 
     document: str
     text: str
     pair: str | None
-    label: str
+    label: str | float
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its question, in words for the report, and how a document becomes examples."""
+    """A task: how a document becomes examples."""
 
     name: str
-    question: str
     examples: Callable[[PythonDoc], Iterator[Example]]
     paired: bool = False
 
@@ -104,9 +106,9 @@ def _next_examples(page: PythonDoc) -> Iterator[Example]:
 
 
 TASKS = (
-    Task("part", "which part of the library is this from?", _part_examples),
-    Task("kind", "does this describe a module, class, function or topic?", _kind_examples),
-    Task("next", "does sentence B follow sentence A?", _next_examples, paired=True),
+    Task("part", _part_examples),
+    Task("kind", _kind_examples),
+    Task("next", _next_examples, paired=True),
 )
 
 
@@ -128,7 +130,9 @@ def labelled_examples(
         splits = {split_of(example.document) for _, _, example in same}
         split = splits.pop()
         if not splits and split != "corpus":
-            groups[split].setdefault(min(same)[2].label, []).append(min(same))
+            first = min(same)
+            group = first[2].group or str(first[2].label)
+            groups[split].setdefault(group, []).append(first)
     return {
         split: _balanced(list(groups[split].values()), getattr(sizes, split)) for split in LABELLED
     }
@@ -161,7 +165,7 @@ def _write_task(out: Path, task: Task, pages: Sequence[PythonDoc], sizes: TaskSi
         write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
 
 
-def record_of(example: Example) -> dict[str, str]:
+def record_of(example: Example) -> dict[str, object]:
     """The line of a labelled file, as ``pipeline finetune`` reads it."""
     if example.pair is None:
         texts = {"text": example.text}
@@ -179,7 +183,6 @@ def _hash(*parts: str | int) -> int:
 # --- three tasks more -----------------------------------------------------------------------------
 
 HALVES = {"part-1": PARTS[: len(PARTS) // 2], "part-2": PARTS[len(PARTS) // 2 :]}
-PLACE = "place"
 _FEWEST = 3  # passages of a document that has a beginning, a middle and an end
 _PART = next(task for task in TASKS if task.name == "part")
 
@@ -194,11 +197,9 @@ def write_documents(
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
-    for name, parts in HALVES.items():
-        half = Task(name, _PART.question, partial(_examples_of, parts))
-        _write_task(out, half, pages, sizes)
-    for split, records in place_records(pages, sizes).items():
-        write_lines(out / TASKS_FOLDER / PLACE / f"{split}.jsonl", records)
+    halves = [Task(name, partial(_examples_of, HALVES[name])) for name in HALVES]
+    for task in (*halves, PLACE):
+        _write_task(out, task, pages, sizes)
 
 
 def _examples_of(parts: tuple[str, ...], page: PythonDoc) -> Iterator[Example]:
@@ -206,28 +207,17 @@ def _examples_of(parts: tuple[str, ...], page: PythonDoc) -> Iterator[Example]:
         yield from _PART.examples(page)
 
 
-def place_records(
-    pages: list[PythonDoc], sizes: TaskSizes
-) -> dict[Split, Iterator[dict[str, object]]]:
+def _place_examples(page: PythonDoc) -> Iterator[Example]:
     """How far into its document a passage stands: 0.0 is the first one, 1.0 the last.
 
-    Of each third of the scale there are equally many, although most documents are short.
+    Of each third of the scale equally many are taken, although most documents are short.
     """
-    places = {
-        (page.id, text): number / (len(found) - 1)
-        for page in pages
-        if len(found := passages(page.text)) >= _FEWEST
-        for number, text in enumerate(found)
-    }
+    found = passages(page.text)
+    if len(found) >= _FEWEST:
+        places = {text: number / (len(found) - 1) for number, text in enumerate(found)}
+        for text in found:
+            third = min(2, int(3 * places[text]))
+            yield Example(page.id, text, None, places[text], group=str(third))
 
-    def examples(page: PythonDoc) -> Iterator[Example]:
-        for text in passages(page.text):
-            if (page.id, text) in places:
-                third = min(2, int(3 * places[page.id, text]))
-                yield Example(page.id, text, None, str(third))
 
-    chosen = labelled_examples(Task(PLACE, "how far into its document?", examples), pages, sizes)
-    return {
-        split: ({**record_of(e), "label": places[e.document, e.text]} for e in found)
-        for split, found in chosen.items()
-    }
+PLACE = Task("place", _place_examples)

@@ -108,21 +108,17 @@ def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows)
     try:
         return forward(rows)
     except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
-        if not _out_of_memory(error):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        told = str(error).strip()
+        without = ("out of memory", "can't allocate memory")
+        known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+        if not known and not any(words in told.lower() for words in without):
+            reason = told.splitlines()[0] if told else repr(error)
             raise InputError(
                 f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
                 f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
                 "Finished shards are kept; when the model is mended, the same command goes on"
             ) from error
         return None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
 
 
 def joined_columns(parts: list[Columns]) -> Columns:

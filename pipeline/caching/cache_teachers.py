@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import pyarrow as pa
 
@@ -24,12 +23,11 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import Store, open_store
 from rekindle.data.targets.head import HEAD_FILES, write_head
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.files import read_teacher
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.reading.reader import FINISHED, TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.masked import MaskedView
-from rekindle.data.views.pairs import PairView
+from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
@@ -39,9 +37,9 @@ from rekindle.pipeline.caching.teachers import (
     Teacher,
     TeacherPlan,
     claim_teacher,
-    is_described,
     plan_teacher,
 )
+from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.devices import places_for
 from rekindle.pipeline.processes.units import run_units
@@ -61,6 +59,16 @@ class StageOne:
     units_done: int
     units_present: int
     repaired: int = 0  # damaged files that were made again
+
+    def as_text(self) -> str:
+        """What was done, in a line."""
+        told = (
+            f"{self.corpus_sequences:,} sequences; {self.units_done} units made, "
+            f"{self.units_present} were there"
+        )
+        if not self.repaired:
+            return told
+        return f"{told}, {self.repaired} damaged files removed, and made anew where they are in use"
 
 
 def cache_teachers(
@@ -93,18 +101,23 @@ def cache_teachers(
         views = build_views(corpus, config, progress)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)
-        parts = _plan_parts(corpus, views, chosen, config.cache.seed)
+        plans = [plan_teacher(teacher, corpus, views, config.cache.seed) for teacher in chosen]
+        parts = [part for plan in plans for part in plan_parts(corpus, plan)]
         before, after = masks_last(parts, hard)
         done = present = 0
         for part in [*before, *after]:
             if hard and part in after:
                 build_hard_masks(hard, True, progress)
-            missing, finished = missing_units(corpus, part.info, config.cache.masked_replicas)
+            replicas = config.cache.masked_replicas
+            missing, finished = missing_units(corpus, part.info.folder, part.info.view, replicas)
             present += finished
             done += len(missing)
             if not alone:  # in step with another process, both would make every unit
                 random.shuffle(missing)
-            if missing or _lacks_head(store, part.info):
+            lacks_head = kind_of(part.info).has_head and not {*HEAD_FILES} <= {
+                *store.names(part.info.folder)
+            }
+            if missing or lacks_head:
                 _run(part, corpus, missing, workers, progress)
             if part.info.part:
                 store.create(f"{part.info.folder}/{FINISHED}", seal({}))
@@ -112,19 +125,6 @@ def cache_teachers(
             build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
-
-
-def _plan_parts(
-    corpus: Corpus, views: "Views", chosen: Sequence[TeacherConfig], seed: int
-) -> list[TeacherPlan]:
-    """Describe all that is wanted, before any teacher runs."""
-    pairs = views.pairs
-    plans = [plan_teacher(t, corpus, views.masked, pairs.get(t.pairs or ""), seed) for t in chosen]
-    return [part for plan in plans for part in plan_parts(corpus, plan)]
-
-
-def _lacks_head(store: Store, info: TeacherInfo) -> bool:
-    return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
 def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
@@ -147,42 +147,14 @@ def _build_corpus(store: Store, config: RunConfig, progress: Progress) -> Corpus
         )
 
 
-@dataclass(frozen=True)
-class Views:
-    """The views that the configured teachers and student need."""
+def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:
+    """Return the units of a folder that are not committed, in order, and how many are.
 
-    masked: MaskedView | None
-    pairs: dict[str, PairView]
-
-
-def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
-    """Write the views the configuration asks for, or what is missing of them.
-
-    Masks of policy hard come later: from what a teacher says of the text.
+    They are of the view itself, or of a teacher that is shown it.
     """
-    masked = None
-    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
-        raise InputError(
-            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
-            "teacher or student needs a tokenizer with one"
-        )
-    if config.needs_masks and config.cache.mask.policy != "hard":
-        masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
-        with progress.task("masks", unit="sequences"):
-            masked.build()
-    kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
-    pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
-    for view in pairs.values():
-        with progress.task(f"pairs ({view.pairs})", unit="sequences"):
-            view.build()
-    return Views(masked, pairs)
-
-
-def missing_units(corpus: Corpus, info: TeacherInfo, replicas: int) -> tuple[list[Unit], int]:
-    """Return the units of a teacher that are not committed, in order, and how many are."""
-    shards = range(len(corpus.commits))
-    planned = [Unit(s, replica) for replica in info.shown.numbers(replicas) for s in shards]
-    done = ShardSet(corpus.store, info.folder).committed()
+    each, shards = view_kind(view).numbers(replicas), range(len(corpus.commits))
+    planned = [Unit(shard, replica) for replica in each for shard in shards]
+    done = ShardSet(corpus.store, folder).committed()
     missing = [unit for unit in planned if unit.name not in done]
     return missing, len(planned) - len(missing)
 
@@ -221,16 +193,12 @@ class UnitRunner:
         self.teacher = Teacher(plan, corpus)
         self.view = view_of(plan.info, corpus)
         self.head = self.teacher.output_matrix() if kind_of(plan.info).has_head else None
-        if is_described(corpus, plan.info.name):  # a matrix of this teacher that was lost
+        self.kept = None  # reads the part whose ids tails are taken of
+        if plan.info.extends is not None:
+            main = read_teacher(corpus.store, plan.info.name, plan.info.extends)
+            self.kept = TeacherReader(corpus, [main], self.view)
+        if is_described(corpus.store, plan.info.name):  # a matrix of this teacher that was lost
             self._store_head()
-
-    @cached_property
-    def kept(self) -> TeacherReader | None:
-        """Reads the part whose ids tails are taken of."""
-        if self.info.extends is None:
-            return None
-        main = read_teacher(self.corpus.store, self.info.name, self.info.extends)
-        return TeacherReader(self.corpus, [main], self.view)
 
     def make(self, unit: Unit) -> Commit | None:
         """Compute, write and commit a unit, so that a kill costs no more than one.

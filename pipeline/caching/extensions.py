@@ -10,11 +10,11 @@ import xxhash
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.files import is_described, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
 from rekindle.data.views.reader import ViewReader
-from rekindle.pipeline.caching.teachers import TeacherPlan, check_same, is_described
+from rekindle.pipeline.caching.teachers import TeacherPlan, check_same
 
 
 def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
@@ -24,7 +24,7 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
     when the cache holds another teacher of that name.
     """
     wanted = plan.info
-    if not is_described(corpus, wanted.name):
+    if not is_described(corpus.store, wanted.name):
         return [plan]
     infos = read_parts(corpus.store, wanted.name)
     base = infos[0]

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import InputError
-from rekindle.data.targets.reading.files import read_parts, read_teacher
+from rekindle.data.targets.reading.files import is_described, read_parts, read_teacher
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.pipeline.caching.teachers import TeacherPlan, is_described, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 
@@ -36,7 +37,7 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
     """Return the teacher of the masks: as the cache has it, else as the file describes it."""
     name = config.cache.mask.teacher
     assert name is not None
-    if is_described(corpus, name):
+    if is_described(corpus.store, name):
         return read_teacher(corpus.store, name)
     known = {teacher.name: teacher for teacher in config.teachers}
     if name not in known:
@@ -50,7 +51,7 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
             f"cache.mask.teacher: {name!r} would see the masks that are to be made from its "
             "losses; give it view: clean"
         )
-    return plan_teacher(known[name], corpus, None, None, config.cache.seed).info
+    return plan_teacher(known[name], corpus, Views(), config.cache.seed).info
 
 
 def masks_last(
@@ -82,7 +83,7 @@ def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) ->
 
 def _complete(corpus: Corpus, name: str) -> bool:
     """Check that the part of the teacher's targets that is read has every shard."""
-    if not is_described(corpus, name):
+    if not is_described(corpus.store, name):
         return False
     reader = TeacherReader(corpus, read_parts(corpus.store, name), None)
     return {unit_of(shard) for shard in range(len(corpus.commits))} <= reader.main.commits.keys()

@@ -45,9 +45,7 @@ class ShardRows:
 
     def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
         self.corpus, self.info, self.shard = corpus, info, shard
-        self.batches = [
-            corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)
-        ]
+        self.batches = [*corpus.shard(shard).batches()]
 
     def column(self, name: str) -> list:
         """A column of the corpus shard as Python values."""

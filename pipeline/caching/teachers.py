@@ -22,11 +22,9 @@ from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codecs import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
-from rekindle.data.targets.reading.files import read_teacher
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.masked import MaskedView
-from rekindle.data.views.pairs import PairView
-from rekindle.data.views.plain import Clean, Text
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
@@ -65,22 +63,22 @@ class TeacherPlan:
     info: TeacherInfo
 
 
-def plan_teacher(
-    config: TeacherConfig,
-    corpus: Corpus,
-    masked: MaskedView | None,
-    pairs: PairView | None,
-    seed: int,
-) -> TeacherPlan:
+def plan_teacher(config: TeacherConfig, corpus: Corpus, views: Views, seed: int) -> TeacherPlan:
     """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
     directory = resolve_model(config.model)
     settings = _read_config(directory)
     weights = weights_fingerprint(directory)
-    info: dict[str, Any] = {
+    precision: str = config.precision
+    # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
+    # cache made on a GPU is finished on a machine without one, too.
+    if precision == "auto" and is_described(corpus.store, config.name):
+        precision = read_teacher(corpus.store, config.name).precision
+    info: dict[str, object] = {
         "name": config.name,
         "task": config.task,
+        "view": views.shown_to(config),
         "domains": config.domains and tuple(sorted(set(config.domains))),
-        "precision": _precision(config, corpus),
+        "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
         "fingerprints": {
             "weights": weights,
@@ -94,24 +92,13 @@ def plan_teacher(
     if config.domains is not None:
         check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
     if config.vocabulary:
-        info |= _vocabulary_info(config, settings, corpus, masked)
-        info |= {"seed": seed} if KINDS[info["kind"]].sampled else {}
+        info |= _vocabulary_info(config, settings, corpus, views)
+        info |= {"seed": seed} if KINDS[str(info["kind"])].sampled else {}
     else:
         info |= _head_info(config, settings)
-        info["view"] = pairs.name if config.pair_expert and pairs else Text.kind
-        info |= {"monte_carlo_passes": config.monte_carlo.passes}
+        info["monte_carlo_passes"] = config.monte_carlo.passes
         info |= {"seed": seed} if config.monte_carlo.passes else {}
-    return TeacherPlan(config, directory, TeacherInfo(**info))
-
-
-def _precision(config: TeacherConfig, corpus: Corpus) -> str:
-    """``auto`` is what the teacher's targets in the cache have, else what suits the device.
-
-    A cache made on a GPU is finished on a machine without one, too.
-    """
-    if config.precision == "auto" and is_described(corpus, config.name):
-        return read_teacher(corpus.store, config.name).precision
-    return place(config.precision).precision
+    return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
 def _read_config(directory: Path) -> Any:
@@ -154,15 +141,20 @@ def _tokenizer_of(
 
 
 def _vocabulary_info(
-    config: TeacherConfig, settings: Any, corpus: Corpus, masked: MaskedView | None
-) -> dict[str, Any]:
+    config: TeacherConfig, settings: Any, corpus: Corpus, views: Views
+) -> dict[str, object]:
     size = corpus.info["tokenizer"]["size"]
     if settings.get_text_config().vocab_size < size:
         raise InputError(
             f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, "
             f"the tokenizer has {size:,}: it was not trained with it"
         )
-    _check_length(config, settings, corpus.info["config"]["sequence_length"])
+    length, limit = corpus.info["config"]["sequence_length"], longest_input(settings)
+    if limit is not None and length > limit:
+        raise InputError(
+            f"teacher {config.name!r} takes at most {limit} tokens; corpus.sequence_length is "
+            f"{length}"
+        )
     saved_as = (settings.architectures or [""])[0]
     if config.task == "causal_lm" and saved_as.endswith("Classification"):
         # Its output matrix is the embedding's, so no weight would be missed.
@@ -177,16 +169,15 @@ def _vocabulary_info(
     )
     codec = CODECS[targets.codec]
     if codec.compressed:
-        share = 1.0 if masked is None or config.view == "clean" else masked.share
+        share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
         if size > codec.largest_vocabulary:
             raise InputError(
                 f"teacher {config.name!r}: the compact codec takes vocabularies up to "
                 f"{codec.largest_vocabulary:,} tokens, not {size:,}; use targets.codec: default"
             )
-        per_sequence = corpus.info["config"]["sequence_length"] * share
-        info["rows_per_batch"] = compact_rows(per_sequence)
-    assert masked is not None or not config.sees_masks
-    return info | {"view": masked.name if masked and config.sees_masks else Clean.kind}
+        info["rows_per_batch"] = compact_rows(length * share)
+    assert views.masked is not None or not config.sees_masks
+    return info
 
 
 def compact_rows(positions_per_sequence: float) -> int:
@@ -200,16 +191,7 @@ def compact_rows(positions_per_sequence: float) -> int:
     return rows
 
 
-def _check_length(config: TeacherConfig, settings: Any, sequence_length: int) -> None:
-    limit = longest_input(settings)
-    if limit is not None and sequence_length > limit:
-        raise InputError(
-            f"teacher {config.name!r} takes at most {limit} tokens; "
-            f"corpus.sequence_length is {sequence_length}"
-        )
-
-
-def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
+def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:
         told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
@@ -221,7 +203,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, Any]:
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     if config.task == "token_classification":
-        return {"kind": "token", "num_labels": labels, "label_names": names, "view": Text.kind}
+        return {"kind": "token", "num_labels": labels, "label_names": names}
     problem = settings.problem_type or ("regression" if labels == 1 else None)
     if config.monte_carlo.passes and problem == "multi_label_classification":
         raise InputError(
@@ -257,25 +239,16 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
     Targets of two models never mix under one name.
     """
     old, new = present.identity(), info.identity()
-    changed = [key for key in new if old[key] != new[key]]
+    before, now = old.pop("fingerprints"), new.pop("fingerprints")
+    prints = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [f"other {' and '.join(prints)}"] if prints else []
+    changed += [f"{k}: {old[k]!r} there, {new[k]!r} here" for k in new if old[k] != new[k]]
     if changed:
-        details = "; ".join(_difference(key, old[key], new[key]) for key in changed)
         raise CacheMismatchError(
             f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
-            f"this one ({details}). Give this one another name, or delete targets/{info.name} to "
-            "make it anew"
+            f"this one ({'; '.join(changed)}). Give this one another name, or delete "
+            f"targets/{info.name} to make it anew"
         )
-
-
-def is_described(corpus: Corpus, name: str) -> bool:
-    """Whether the cache has a teacher of that name."""
-    return "teacher.json" in corpus.store.names(f"targets/{name}")
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    if key == "fingerprints":
-        return "other " + " and ".join(k for k in new if old.get(k) != new[k])
-    return f"{key}: {old!r} there, {new!r} here"
 
 
 class Teacher:
@@ -288,7 +261,8 @@ class Teacher:
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings = _read_config(plan.directory)
         self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
-        self.max_length = _longest_text(settings, self.tokenizer)
+        lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
+        self.max_length = min(length for length in lengths if length is not None)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2
@@ -323,9 +297,3 @@ class Teacher:
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
         return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
-
-
-def _longest_text(settings: Any, tokenizer: Tokenizer) -> int:
-    longest = int(tokenizer.hf.model_max_length)
-    limit = longest_input(settings)
-    return longest if limit is None else min(longest, limit)

@@ -2,7 +2,8 @@
 
 import io
 import json
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,29 +13,50 @@ from rich.text import Text
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
-from rekindle.data.example import Example, SequenceTargets, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
-from rekindle.data.views.registry import view_kind
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.nested import for_json
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How values are spread over a range; None where there are none."""
+
+    range: tuple[float, float]
+    mean: float | None = None
+    p05: float | None = None
+    p50: float | None = None
+    p95: float | None = None
+    histogram: list[int] = field(default_factory=list)
+
+
+Spreads = dict[str, Spread]
+
+
 def inspect_cache(path: str, teacher: str | None = None, as_json: bool = False) -> str:
     """A summary of the cache, as text or JSON."""
     cache = Cache.open(path)
     readers = [cache.teacher(teacher)] if teacher else list(cache.teachers.values())
-    facts = {"cache": path, "corpus": corpus_facts(cache)}
-    facts["teachers"] = {r.info.name: teacher_facts(cache, r) for r in readers}
-    if as_json:
-        return json.dumps(facts) + "\n"
-    return _as_text(facts)
+    spreads = [_spreads(cache, reader) for reader in readers]
+    if not as_json:
+        return _as_text(path, cache, readers, spreads)
+    facts = {
+        reader.info.name: _teacher_facts(cache, reader) | {k: vars(s) for k, s in found.items()}
+        for reader, found in zip(readers, spreads, strict=True)
+    }
+    return json.dumps({"cache": path, "corpus": _corpus_facts(cache), "teachers": facts}) + "\n"
 
 
-def corpus_facts(cache: Cache) -> dict[str, Any]:
+def _corpus_facts(cache: Cache) -> dict[str, object]:
     """Sequences, tokens, tokenizer, domains and views."""
     corpus = cache.corpus
     return {
@@ -50,10 +72,10 @@ def corpus_facts(cache: Cache) -> dict[str, Any]:
     }
 
 
-def teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, Any]:
-    """What one teacher left, with the spread of its kept mass and entropy over a sample."""
-    info = teacher.info
-    facts: dict[str, Any] = {
+def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
+    """What one teacher left."""
+    info, elsewhere = teacher.info, _bytes_elsewhere(teacher)
+    facts: dict[str, object] = {
         "task": info.task,
         "kind": info.kind,
         "view": info.view,
@@ -63,40 +85,45 @@ def teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, Any]:
         "positions": teacher.positions,
         "coverage": teacher.coverage,
         "bytes": teacher.bytes,
-        "bytes_per_token": teacher.bytes_read / max(cache.corpus.tokens * teacher.replicas, 1),
-        "bytes_per_position": teacher.bytes_read / max(teacher.positions, 1),
+        "bytes_per_token": _bytes_per_token(cache, teacher),
+        "bytes_per_position": _bytes_per_position(teacher),
         "weights": teacher.fingerprint,
         "estimator": info.estimator,
         "codec": info.codec,
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
-    if info.k is not None:
-        assert info.vocabulary_size is not None
-        facts["elsewhere"] = bytes_elsewhere(info.k, info.vocabulary_size)
-    if teacher.info.is_vocabulary and teacher.commits:
-        sample = _sample(cache, teacher)
-        facts["entropy"] = _spread(sample["entropy"], 0.0, np.log(info.vocabulary_size or 2))
-        if "kept_mass" in sample:
-            facts["kept_mass"] = _spread(sample["kept_mass"], 0.0, 1.0)
-    return facts
+    return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
-def bytes_elsewhere(k: int, vocabulary_size: int) -> dict[str, float]:
+def _bytes_per_token(cache: Cache, teacher: TeacherReader) -> float:
+    return teacher.bytes_read / max(cache.corpus.tokens * teacher.replicas, 1)
+
+
+def _bytes_per_position(teacher: TeacherReader) -> float:
+    return teacher.bytes_read / max(teacher.positions, 1)
+
+
+def _bytes_elsewhere(teacher: TeacherReader) -> dict[str, float]:
     """Bytes per position that other formats take for the same k, without their positions or tails.
 
     DistillKit: ids packed in ⌈log₂ V⌉ bits each, every value in 16 bits (its polynomial presets
     take fewer bytes: 121 at k = 50, 269 at k = 100, V = 128,256, and lose 10 to 1,000 times more of
     the distribution). Megatron-LM: an id in 3 bytes and a value in 2, before its zstd.
     """
-    bits = max(1, (vocabulary_size - 1).bit_length())
+    k, size = teacher.info.k, teacher.info.vocabulary_size
+    if k is None or size is None:
+        return {}
+    bits = max(1, (size - 1).bit_length())
     return {"DistillKit": -(-k * bits // 8) + 2.0 * k, "Megatron-LM": 5.0 * k}
 
 
-def _sample(cache: Cache, teacher: TeacherReader) -> dict[str, NDArray]:
+def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
     """Entropy and kept mass at the positions of a few record batches, spread over the corpus."""
+    if not teacher.info.is_vocabulary or not teacher.commits:
+        return {}
     shards = np.unique(np.linspace(0, len(cache.corpus.commits) - 1, SAMPLE_SHARDS).astype(int))
-    entropy, kept = [], []
+    entropy, kept = [np.zeros(0)], [np.zeros(0)]
     for shard in shards.tolist():
         if not teacher.has(shard, 0 if teacher.masked else None):
             continue
@@ -112,23 +139,19 @@ def _sample(cache: Cache, teacher: TeacherReader) -> dict[str, NDArray]:
         if teacher.kind.has_tail:
             _, _, log_tail = batch.decode()
             kept.append(-np.expm1(log_tail))
-    sample = {"entropy": np.concatenate(entropy or [np.zeros(0)])}
-    return sample | ({"kept_mass": np.concatenate(kept)} if kept else {})
+    highest = np.log(teacher.info.vocabulary_size or 2)
+    spreads = {"entropy": _spread(np.concatenate(entropy), highest)}
+    return spreads | ({"kept_mass": _spread(np.concatenate(kept), 1.0)} if len(kept) > 1 else {})
 
 
-def _spread(values: NDArray, low: float, high: float) -> dict[str, Any]:
+def _spread(values: NDArray, highest: float) -> Spread:
+    """How values between 0 and ``highest`` are spread."""
+    around = (0.0, float(highest))
     if not len(values):
-        return {"mean": None, "p05": None, "p50": None, "p95": None, "histogram": []}
-    histogram, _ = np.histogram(values, bins=20, range=(low, high))
-    quantiles = np.quantile(values, [0.05, 0.5, 0.95])
-    return {
-        "mean": float(values.mean()),
-        "p05": float(quantiles[0]),
-        "p50": float(quantiles[1]),
-        "p95": float(quantiles[2]),
-        "range": [float(low), float(high)],
-        "histogram": histogram.tolist(),
-    }
+        return Spread(around)
+    p05, p50, p95 = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
+    histogram, _ = np.histogram(values, bins=20, range=around)
+    return Spread(around, float(values.mean()), p05, p50, p95, histogram.tolist())
 
 
 def _console() -> tuple[Console, io.StringIO]:
@@ -137,73 +160,82 @@ def _console() -> tuple[Console, io.StringIO]:
     return Console(file=out, width=110, highlight=False, markup=False), out
 
 
-def _as_text(facts: dict[str, Any]) -> str:
+def _as_text(
+    path: str, cache: Cache, readers: Sequence[TeacherReader], spreads: Sequence[Spreads]
+) -> str:
     console, out = _console()
-    corpus = facts["corpus"]
+    corpus = cache.corpus
+    config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
     console.print(
-        f"{facts['cache']}: {corpus['sequences']:,} sequences, {corpus['tokens']:,} tokens "
-        f"(length {corpus['sequence_length']}, {corpus['packing']} packing, "
-        f"vocabulary {corpus['vocabulary']:,}, {corpus['bytes'] / 1e6:.1f} MB)",
+        f"{path}: {len(corpus):,} sequences, {corpus.tokens:,} tokens "
+        f"(length {config['sequence_length']}, {config['packing']} packing, "
+        f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)",
         soft_wrap=True,
     )
-    for name, replicas in corpus["views"].items():
-        shown = f", {replicas} replicas" if view_kind(name).masked else ""
-        console.print(f"view {name}{shown}")
-    if corpus["domains"]:
-        shares = ", ".join(f"{name} {count:,}" for name, count in corpus["domains"].items())
+    for view in cache.views.values():
+        shown = f", {view.replicas} replicas" if view.kind.masked else ""
+        console.print(f"view {view.name}{shown}")
+    if corpus.domains:
+        shares = ", ".join(f"{name} {count:,}" for name, count in corpus.domains.items())
         console.print(f"domains: {shares}", soft_wrap=True)
+    console.print(_summary(cache, readers))
+    for reader in readers:
+        for number, run in enumerate(reader.info.lineage):
+            console.print(_lineage_line(reader.info.name, number, run), soft_wrap=True)
+    for reader in readers:
+        if elsewhere := _bytes_elsewhere(reader):
+            others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
+            console.print(
+                f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a position, all in "
+                f"(codec {reader.info.codec}); candidates alone of the same k = {reader.info.k} "
+                f"elsewhere: {others}",
+                soft_wrap=True,
+            )
+    for reader, found in zip(readers, spreads, strict=True):
+        for key, unit in (("kept_mass", ""), ("entropy", " nats")):
+            if key in found and found[key].histogram:
+                title = f"{reader.info.name} {key.replace('_', ' ')}"
+                console.print(_histogram_line(title, found[key], unit))
+    return out.getvalue()
+
+
+def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
     table = Table(title=None)
     for heading in ("teacher", "task", "kept"):
         table.add_column(heading)
     for heading in ("coverage", "positions", "MB", "B/position", "B/token"):
         table.add_column(heading, justify="right")
-    for name, t in facts["teachers"].items():
-        kept = f"{t['kind']} {t['k'] or len(t['labels']) or ''}".replace("topk", "top")
+    for reader in readers:
+        info = reader.info
         table.add_row(
-            name,
-            t["task"],
-            kept,
-            f"{t['coverage']:.1%}",
-            f"{t['positions']:,}",
-            f"{t['bytes'] / 1e6:.2f}",
-            f"{t['bytes_per_position']:.1f}",
-            f"{t['bytes_per_token']:.2f}",
+            info.name,
+            info.task,
+            f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top"),
+            f"{reader.coverage:.1%}",
+            f"{reader.positions:,}",
+            f"{reader.bytes / 1e6:.2f}",
+            f"{_bytes_per_position(reader):.1f}",
+            f"{_bytes_per_token(cache, reader):.2f}",
         )
-    console.print(table)
-    for name, t in facts["teachers"].items():
-        for number, run in enumerate(t["lineage"]):
-            console.print(_lineage_line(name, number, run), soft_wrap=True)
-    for name, t in facts["teachers"].items():
-        if "elsewhere" in t:
-            others = ", ".join(f"{there} {size:.0f}" for there, size in t["elsewhere"].items())
-            console.print(
-                f"{name}: {t['bytes_per_position']:.1f} bytes a position, all in (codec "
-                f"{t['codec']}); candidates alone of the same k = {t['k']} elsewhere: {others}",
-                soft_wrap=True,
-            )
-    for name, t in facts["teachers"].items():
-        for key, unit in (("kept_mass", ""), ("entropy", " nats")):
-            if t.get(key, {}).get("histogram"):
-                console.print(_histogram_line(f"{name} {key.replace('_', ' ')}", t[key], unit))
-    return out.getvalue()
+    return table
 
 
-def _lineage_line(name: str, number: int, run: dict[str, Any]) -> str:
-    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run["teachers"].items())
+def _lineage_line(name: str, number: int, run: Ancestor) -> str:
+    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
     return (
-        f"{name} lineage {number + 1}: {run['student']}, {run['steps']:,} steps on corpus "
-        f"{run['corpus'][:12]}, taught by {taught or 'none'} -> weights {run['weights'][:12]}"
+        f"{name} lineage {number + 1}: {run.student}, {run.steps:,} steps on corpus "
+        f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
     )
 
 
-def _histogram_line(title: str, spread: dict[str, Any], unit: str) -> Text:
-    counts = np.array(spread["histogram"])
+def _histogram_line(title: str, spread: Spread, unit: str) -> Text:
+    counts = np.array(spread.histogram)
     heights = np.ceil(counts / max(counts.max(), 1) * (len(BARS) - 1)).astype(int)
-    low, high = spread["range"]
+    low, high = spread.range
     bars = "".join(BARS[h] for h in heights)
     return Text(
         f"{title:32} {low:.0f} {bars} {high:.1f}{unit}   "
-        f"median {spread['p50']:.3f}, 5–95 %: {spread['p05']:.3f}–{spread['p95']:.3f}"
+        f"median {spread.p50:.3f}, 5–95 %: {spread.p05:.3f}–{spread.p95:.3f}"
     )
 
 
@@ -215,77 +247,58 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     if not 0 <= index < len(cache):
         raise InputError(f"{path} has the examples 0..{len(cache) - 1}, not {index}")
     example = cache.example(index)
+    targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
-        return json.dumps(_example_json(cache, example, teacher)) + "\n"
+        shown = {
+            "index": index,
+            "digest": example.digest,
+            "document": example.document,
+            "domain": example.domain,
+            "text": example.text,
+            "input_ids": example.input_ids,
+            "targets": {n: [vars(t) for t in found] for n, found in targets.items()},
+        }
+        return json.dumps(for_json(shown)) + "\n"
     console, out = _console()
     heading = f"example {index} · {example.digest} · document {example.document}"
     console.print(heading, soft_wrap=True)
     console.print(example.text, soft_wrap=True)
-    tokenizer = cache.corpus.tokenizer.hf
-    for name, targets in example.targets.items():
-        if teacher in (None, name):
-            for target in targets:
-                shown = _rendered(name, target, cache, tokenizer)
-                console.print(shown, soft_wrap=isinstance(shown, Text))
+    for name, found in targets.items():
+        for target in found:
+            told = _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
+            console.print(told, soft_wrap=isinstance(told, Text))
     return out.getvalue()
 
 
-def _rendered(name: str, target: Any, cache: Cache, tokenizer: Any) -> Table | Text:
-    labels = cache.teacher(name).info.label_names
-    if isinstance(target, SequenceTargets):
-        if cache.teacher(name).info.problem == "regression":
-            return Text(f"{name}: score {target.logits[0]:.3f}")
-        probs = np.exp(target.logits - target.logits.max())
-        probs = probs / probs.sum()
-        best = np.argsort(-probs)[:5]
-        return Text(f"{name}: " + ", ".join(f"{labels[i]} {probs[i]:.3f}" for i in best))
+def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> Table | Text:
+    labels = info.label_names
+    if isinstance(target, TokenTargets):
+        return _token_table(info.name, target, tokenizer)
     if isinstance(target, TokenLabelTargets):
-        best = target.logits.argmax(axis=1)
-        shown = [f"{p}:{labels[b]}" for p, b in zip(target.positions, best, strict=True)]
-        return Text(f"{name}: " + " ".join(shown[:SHOWN_POSITIONS]))
-    return _token_table(name, target, tokenizer)
+        first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
+        shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
+        return Text(f"{info.name}: {' '.join(shown)}")
+    if info.problem == "regression":
+        return Text(f"{info.name}: score {target.logits[0]:.3f}")
+    probs = np.exp(target.logits - target.logits.max())
+    probs = probs / probs.sum()
+    likeliest = [f"{labels[i]} {probs[i]:.3f}" for i in np.argsort(-probs)[:5]]
+    return Text(f"{info.name}: {', '.join(likeliest)}")
 
 
-def _token_table(name: str, target: TokenTargets, tokenizer: Any) -> Table:
+def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", replica {target.replica}"
     table = Table(title=f"{name}{where}: {len(target.positions)} positions", title_justify="left")
     for heading in ("position", "true token", "rank", "top predictions", "tail"):
         table.add_column(heading)
+    words = tokenizer.hf.convert_ids_to_tokens
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
-        best = [
-            f"{tokenizer.convert_ids_to_tokens(int(i))} {np.exp(p):.3f}"
-            for i, p in zip(target.ids[row, :5], target.log_probs[row, :5], strict=True)
-        ]
+        best = zip(words(target.ids[row, :5].tolist()), target.log_probs[row, :5], strict=True)
         table.add_row(
             str(target.positions[row]),
-            Text(str(tokenizer.convert_ids_to_tokens(int(target.gold_ids[row])))),
+            Text(str(words(int(target.gold_ids[row])))),
             str(target.gold_rank[row]),
-            Text("  ".join(best)),
+            Text("  ".join(f"{word} {np.exp(log_prob):.3f}" for word, log_prob in best)),
             f"{np.exp(target.log_tail[1.0][row]):.3f}",
         )
     return table
-
-
-def _example_json(cache: Cache, example: Example, teacher: str | None) -> dict[str, Any]:
-    targets: dict[str, list[dict[str, Any]]] = {}
-    for name, found in example.targets.items():
-        if teacher in (None, name):
-            targets[name] = [_plain(vars(target)) for target in found]
-    shown = {"index": example.index, "digest": example.digest, "document": example.document}
-    shown |= {"domain": example.domain, "text": example.text}
-    return shown | {"input_ids": example.input_ids.tolist(), "targets": targets}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What ``json`` takes: arrays as lists, a logarithm of zero as null (JSON has no infinity)."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out[str(key)] = _plain(value)
-        elif isinstance(value, np.ndarray):
-            shown = value.astype(object)
-            shown[np.isneginf(value)] = None
-            out[str(key)] = shown.tolist()
-        else:
-            out[str(key)] = value
-    return out

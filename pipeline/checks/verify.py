@@ -4,10 +4,8 @@ nothing.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +27,7 @@ from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.reading.positions import target_positions
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.registry import view_kind
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
 Reader = ViewReader | TeacherReader
@@ -44,9 +43,9 @@ class VerifyReport:
     coverage: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For --json."""
-        return dict(vars(self)) | {"sound": not self.problems}
+        return vars(self) | {"sound": not self.problems}
 
     def as_text(self, name: str) -> str:
         """For people."""
@@ -99,18 +98,15 @@ def _check_files(shards: ShardSet, report: VerifyReport) -> None:
 def _check_bytes(shards: ShardSet, commit: Commit) -> None:
     shard = shards.open(commit)
     shard.check()
-    if _sha256(shard.path) != commit.sha256:
+    with open(shard.path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != commit.sha256:
         raise CacheFormatError(
             f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
     rows = sum(batch.num_rows for batch in shard.batches())
     if rows != commit.rows:
         raise CacheFormatError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_rows(path: str, report: VerifyReport) -> None:
@@ -120,11 +116,11 @@ def _check_rows(path: str, report: VerifyReport) -> None:
         report.problems.append(str(error))
         return
     for view in cache.views.values():
-        _check_units(cache, view, report, _check_view_unit)
+        report.problems += _problems_of_units(cache, view, view.name)
     for teacher in cache.teachers.values():
         report.coverage[teacher.info.name] = teacher.coverage
         for reader in [teacher, *_unused_parts(cache, teacher)]:
-            _check_units(cache, reader, report, _check_teacher_unit)
+            report.problems += _problems_of_units(cache, reader, reader.info.view)
 
 
 def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
@@ -137,24 +133,23 @@ def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReade
             yield TeacherReader(cache.corpus, infos, teacher.view)
 
 
-def _check_units(
-    cache: Cache,
-    reader: Reader,
-    report: VerifyReport,
-    check: Callable[[Cache, Any, int, int | None], Iterator[str]],
-) -> None:
-    """Every committed unit, of complete replicas or not; all that is wrong is named at once."""
-    kind = reader.info.shown if isinstance(reader, TeacherReader) else reader.kind
+def _problems_of_units(cache: Cache, reader: Reader, view: str) -> Iterator[str]:
+    """All that is wrong with the committed units, of complete replicas or not; ``view`` is the one
+    that is read, or that the teacher was shown.
+    """
     for unit in reader.commits:
         place = _place(unit, len(cache.corpus.commits))
-        if place is None or (place[1] is None) == kind.masked:
-            report.problems.append(f"{reader.folder}: unit {unit} is of no corpus shard")
+        if place is None or (place[1] is None) == view_kind(view).masked:
+            yield f"{reader.folder}: unit {unit} is of no corpus shard"
             continue
         try:
-            for problem in check(cache, reader, *place):
-                report.problems.append(f"{reader.folder}: unit {unit}: {problem}")
+            if isinstance(reader, TeacherReader):
+                for problem in _problems_of_targets(cache, reader, *place):
+                    yield f"{reader.folder}: unit {unit}: {problem}"
+            else:  # the reader raises where a record batch is not aligned with the corpus
+                reader.batches(*place)
         except CacheError as error:
-            report.problems.append(str(error))
+            yield str(error)
 
 
 def _place(unit: str, shards: int) -> tuple[int, int | None] | None:
@@ -165,15 +160,7 @@ def _place(unit: str, shards: int) -> tuple[int, int | None] | None:
     return int(found[1]), None if found[2] is None else int(found[2])
 
 
-def _check_view_unit(
-    cache: Cache, view: ViewReader, shard: int, replica: int | None
-) -> Iterator[str]:
-    """Alignment with the corpus, over every record batch (the reader raises)."""
-    view.batches(shard, replica)
-    yield from ()
-
-
-def _check_teacher_unit(
+def _problems_of_targets(
     cache: Cache, teacher: TeacherReader, shard: int, replica: int | None
 ) -> Iterator[str]:
     """Alignment and ranges, and that it is all there and was made from this corpus and mask."""

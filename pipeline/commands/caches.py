@@ -44,15 +44,7 @@ def cache_teachers(
             return
         with Progress.to_terminal() as progress:
             done = stage_one(config, teacher or (), workers, progress, check)
-    again = (
-        f", {done.repaired} damaged files removed, and made anew where they are in use"
-        if done.repaired
-        else ""
-    )
-    typer.echo(
-        f"{config.cache.path}: {done.corpus_sequences:,} sequences; "
-        f"{done.units_done} units made, {done.units_present} were there{again}"
-    )
+    typer.echo(f"{config.cache.path}: {done.as_text()}")
 
 
 def plan(
@@ -75,9 +67,10 @@ def plan(
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
     from rekindle.pipeline.plan.run import plan_run
+    from rekindle.pipeline.plan.text import shown_plan
 
     found = plan_run(config, probe)
-    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else found.as_text(), nl=False)
+    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else shown_plan(found), nl=False)
 
 
 def gc(

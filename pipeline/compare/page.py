@@ -7,11 +7,10 @@ that they name, as far as they are still there.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, RunFacts, read_json
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, read_json
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -108,11 +107,11 @@ class _Read:
 
     name: str
     seconds: float | None
-    about: dict[str, Any]
-    records: list[dict[str, Any]]
+    about: Facts
+    records: list[Facts]
 
     @property
-    def cache(self) -> dict[str, Any]:
+    def cache(self) -> Facts:
         return {"path": "", "corpus": "", "teachers": {}} | self.about.get("cache", {})
 
 
@@ -141,7 +140,7 @@ def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
     ]
 
 
-def _seeds(metrics: Mapping[str, Any]) -> list[tuple[str, str, list[float]]]:
+def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
     """Metric, split and scores of a fine-tuning; nothing where the file is of something else."""
     metric = metrics.get("metric")
     seeds = metrics.get("per_seed")

@@ -13,6 +13,7 @@ from typing import Any
 from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.nested import for_json
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
 from rekindle.pipeline.sweep.run import read_sweep
@@ -20,6 +21,7 @@ from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import reading
 from rekindle.train.record.run_log import read_metrics
 
+Facts = dict[str, Any]  # an object of JSON, as a run has left it
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
@@ -44,7 +46,7 @@ class RunFacts:
     evaluation: dict[str, float] = field(default_factory=dict)
     coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)  # only those that differ
+    settings: dict[str, object] = field(default_factory=dict)  # only those that differ
     curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
 
 
@@ -65,9 +67,9 @@ class Comparison:
     matched_cost: list[Match]
     domains: DomainMatrix
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> object:
         """Everything as plain values for JSON; what is no number is null."""
-        return dict(_finite(asdict(self)))
+        return for_json(asdict(self))
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -78,8 +80,8 @@ class _Found:
     """A run's directory, and what it is: its student and train sections, and the cache it reads."""
 
     directory: Path
-    settings: dict[str, Any]
-    cache: dict[str, Any]
+    settings: dict[str, Facts]
+    cache: Facts
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
@@ -118,21 +120,21 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
     found: dict[Path, _Found] = {}
     strangers = []
     for directory in directories:
-        sweep = read_sweep(directory)
-        if sweep is not None:
+        ones: list[_Found | None]
+        if (sweep := read_sweep(directory)) is not None:
             ones = [
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
                 for run in sweep["runs"]
             ]
         elif is_cycle(directory):
-            ones = [one for one in map(_open_run, sorted(directory.glob("students/*"))) if one]
+            ones = [_open_run(folder) for folder in sorted(directory.glob("students/*"))]
         elif (stages := read_stages(directory)) is not None:
-            ones = [one for one in map(_open_run, (directory / name for name in stages)) if one]
+            ones = [_open_run(directory / name) for name in stages]
         else:
-            ones = [one for one in [_open_run(directory)] if one is not None]
-        strangers += [] if ones else [str(directory)]
-        for one in ones:
-            found.setdefault(one.directory.resolve(), one)
+            ones = [_open_run(directory)]
+        begun = {one.directory.resolve(): one for one in ones if one is not None}
+        strangers += [] if begun else [str(directory)]
+        found |= begun
     if strangers:
         raise InputError(
             f"no run and no sweep of `pipeline train-student`: {', '.join(strangers)} (there is no "
@@ -148,35 +150,39 @@ def is_cycle(directory: Path) -> bool:
 
 
 def _open_run(directory: Path) -> _Found | None:
-    path = directory / "run.json"
-    if not path.is_file():
+    about = read_json(directory / "run.json")
+    if about is None:
         return None
-    with reading(path):
-        about = json.loads(path.read_text(encoding="utf-8"))
+    with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
     return _Found(directory, settings, cache)
 
 
-def _not_begun(directory: Path, sweep: Mapping[str, Any], run: Mapping[str, Any]) -> _Found:
+def _not_begun(directory: Path, sweep: Facts, run: Facts) -> _Found:
     settings = {section: run[section] for section in SWEPT_SECTIONS}
     return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     """The directories in groups that ``compare_runs`` takes: runs of one corpus, in their order."""
+    return list(_groups(_find(directories)).values())
+
+
+def _groups(found: Sequence[_Found]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
-    for one in _find(directories):
+    for one in found:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
-    return list(groups.values())
+    return groups
 
 
 def _one_corpus(found: Sequence[_Found]) -> str:
-    groups: dict[str, list[str]] = {}
-    for one in found:
-        groups.setdefault(one.cache["corpus"], []).append(str(one.directory))
+    groups = _groups(found)
     if len(groups) > 1:
-        told = "; ".join(f"{', '.join(g)} (corpus {name[:12]})" for name, g in groups.items())
+        told = "; ".join(
+            f"{', '.join(map(str, folders))} (corpus {corpus[:12]})"
+            for corpus, folders in groups.items()
+        )
         raise InputError(
             "these runs are from caches of different corpora, so their held-out values are of "
             f"different texts: {told}. Compare runs of one corpus at a time"
@@ -184,9 +190,9 @@ def _one_corpus(found: Sequence[_Found]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
+def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
     summary = read_json(one.directory / "summary.json") or {}
-    records = read_metrics(one.directory) if (one.directory / "metrics.jsonl").is_file() else []
+    records = read_metrics(one.directory)
     steps = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
@@ -208,9 +214,7 @@ def _read_run(one: _Found, name: str, settings: dict[str, Any]) -> RunFacts:
     )
 
 
-def _curve(
-    one: _Found, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
-) -> Curve:
+def _curve(one: _Found, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
     """The held-out loss over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
@@ -235,7 +239,7 @@ def _task_scores(directory: Path) -> dict[str, float]:
     return scores
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> Facts | None:
     """A file that a command has left; None where there is none. Raises CheckpointError."""
     if not path.exists():
         return None
@@ -246,42 +250,37 @@ def read_json(path: Path) -> dict[str, Any] | None:
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def differences(settings: Sequence[Any], path: tuple[str, ...] = ()) -> dict[str, list[Any]]:
+def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
     """The keys of nested settings at which not all are the same, with the value of each.
 
     Lists of one length are compared item by item; others are different as a whole.
     """
     if all(one == settings[0] for one in settings):
         return {}
-    if all(isinstance(one, Mapping) for one in settings):
-        keys: Sequence[Any] = list(dict.fromkeys(key for one in settings for key in one))
-        below = [[one.get(key) for one in settings] for key in keys]
-    elif all(isinstance(one, list) and len(one) == len(settings[0]) for one in settings):
-        keys = range(len(settings[0]))
-        below = [[one[key] for one in settings] for key in keys]
-    else:
+    mappings = [one for one in settings if isinstance(one, Mapping)]
+    lists = [one for one in settings if isinstance(one, list)]
+    if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
+        mappings = [dict(enumerate(one)) for one in lists]
+    if len(mappings) < len(settings):
         return {".".join(path): list(settings)}
-    found: dict[str, list[Any]] = {}
-    for key, values in zip(keys, below, strict=True):
-        found |= differences(values, (*path, str(key)))
+    found: dict[str, list[object]] = {}
+    for key in dict.fromkeys(key for one in mappings for key in one):
+        found |= differences([one.get(key) for one in mappings], (*path, str(key)))
     return found
 
 
-def _position_notes(found: Sequence[_Found], differing: Mapping[str, Any]) -> list[str]:
+def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
     keys = ["student.task"] if len(causal) > 1 else []
-    keys += [key for key in EVALUATION_KEYS if _differs(key, differing)]
+    below = [f"{key}." for key in differing]
+    keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
         notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
         notes.append("the runs see different masks: held-out values are not of the same positions")
     return notes
-
-
-def _differs(key: str, differing: Mapping[str, Any]) -> bool:
-    return any(one == key or one.startswith(f"{key}.") for one in differing)
 
 
 def _teacher_notes(found: Sequence[_Found]) -> list[str]:
@@ -298,9 +297,7 @@ def is_higher_better(name: str) -> bool:
     """Whether the most is the best of a value: speed, scores, agreement and what methods say of
     their own values; else the least is.
     """
-    if name == "tokens_per_second" or name.startswith(SCORES):
-        return True
-    return is_better_upwards(name)
+    return name == "tokens_per_second" or name.startswith(SCORES) or is_better_upwards(name)
 
 
 def values_of(run: RunFacts) -> dict[str, float]:
@@ -326,11 +323,3 @@ def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
             top = choose(values.values())
             best[name] = [run for run, value in values.items() if value == top]
     return best
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -144,18 +143,18 @@ def _settings(runs: list[RunFacts]) -> Iterable[Column]:
         yield Column(tail, [setting_words(key, value) for value in values], words=words)
 
 
-def setting_words(key: str, value: Any) -> str:
+def setting_words(key: str, value: object) -> str:
     """A setting's value in one line, without the defaults of terms."""
     if value is None:
         return NOTHING
-    if key == "train.objective.distill":
+    if key == "train.objective.distill" and isinstance(value, list):
         value = [_without_defaults(term) for term in value]
     if isinstance(value, dict | list):
         return yaml.safe_dump(value, default_flow_style=True, width=WIDEST, sort_keys=False)[:-1]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _without_defaults(term: Any) -> Any:
+def _without_defaults(term: object) -> object:
     try:
         parsed = parse_settings(DistillTerm, term)
     except InputError:  # of another version

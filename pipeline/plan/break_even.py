@@ -5,57 +5,51 @@ every sequence that it sees, a cache runs them on every sequence of the corpus o
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.plan.teacher import TeacherWork
+from rekindle.pipeline.nested import strings_in
+from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, TeacherWork
 from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at
 
 
-class Passes(NamedTuple):
-    """Sequences that a teacher is run on."""
-
-    cached: float  # once
-    live: float  # in every student run
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """Student runs after which the cache has paid for itself; None where it cannot be said."""
-
-    runs: int | None
-    teachers: Mapping[str, int | None]
-    sentence: str
-
-
-def break_even(config: RunConfig, sequences: int, teachers: Sequence[TeacherWork]) -> BreakEven:
-    """Compare the cache of ``sequences`` with runs of the configured student.
+def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[TeacherWork]) -> BreakEven:
+    """Compare the cache of ``corpus`` with runs of the configured student.
 
     The total weighs teachers by their probed seconds, if all that matter were probed, else by
     forward passes alone.
     """
     unused: dict[str, int | None] = {work.name: None for work in teachers}
+    if corpus.sequences is None:
+        return BreakEven(None, unused, f"Break-even: not known; {corpus.basis}.")
     if config.student is None:
         return BreakEven(None, unused, "Break-even: there is no student section to compare with.")
-    passes = {
-        work.name: _passes(config, sequences, work, active)
-        for work in teachers
-        if (active := active_steps(config.train, work.name, _methods_reading(config, work)))
-    }
-    if not passes:
+    cached: dict[str, float] = {}  # sequences that each teacher is run on once
+    live: dict[str, float] = {}  # and in every student run
+    for work in teachers:
+        active = active_steps(config.train, work.name, _methods_reading(config, work))
+        if active:
+            share = work.share or 1.0  # of domains not in the sample: the ratio is the same
+            cached[work.name] = corpus.sequences * work.replicas * share
+            live[work.name] = active * config.train.batch_sequences * share
+    if not live:
         none = "Break-even: the student's objective uses none of these teachers."
         return BreakEven(None, unused, none)
-    known = {work.name: work.seconds_per_token for work in teachers if work.name in passes}
-    rates = {name: rate if all(known.values()) else 1.0 for name, rate in known.items()}
-    cached = sum(each.cached * (rates[name] or 1.0) for name, each in passes.items())
-    live = sum(each.live * (rates[name] or 1.0) for name, each in passes.items())
-    runs = math.ceil(cached / live)
-    own = {name: math.ceil(each.cached / each.live) for name, each in passes.items()}
-    return BreakEven(runs, unused | own, _sentence(runs, passes))
+    rates = {w.name: w.seconds_per_token for w in teachers if w.name in live if w.seconds_per_token}
+    if len(rates) < len(live):
+        rates = dict.fromkeys(live, 1.0)
+    once, each = (sum(passes[n] * rates[n] for n in live) for passes in (cached, live))
+    runs = math.ceil(once / each)
+    own = {name: math.ceil(cached[name] / live[name]) for name in live}
+    sentence = (
+        f"Break-even: the cache pays for itself after {runs:,} student "
+        f"{'run' if runs == 1 else 'runs'} like this one. It takes {round(sum(cached.values())):,} "
+        "teacher forward passes, counted in sequences; a run with live teachers takes "
+        f"{round(sum(live.values())):,}."
+    )
+    return BreakEven(runs, unused | own, sentence)
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:
@@ -75,7 +69,7 @@ def taught_sequences(train: TrainConfig, teacher: str) -> int:
     Methods that name no teacher are taken to read those that no other term names.
     """
     methods = train.objective.methods
-    naming = [term for term in methods if teacher in _words(term)]
+    naming = [term for term in methods if teacher in strings_in(term.model_extra)]
     distilled = any(teacher in term.teachers for term in train.objective.distill)
     chooses = train.curriculum is not None and train.curriculum.teacher == teacher
     reading = naming if naming or distilled or chooses else list(methods)
@@ -91,31 +85,8 @@ def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
     known = {teacher.name for teacher in config.teachers}
     found = []
     for term in config.train.objective.methods_for(config.student.task):
-        named = known & set(_words(term))
+        named = known & set(strings_in(term.model_extra))
         itself = term.method in METHOD_OF_TASK.values() and work.task == "masked_lm"
         if work.name in named or (itself and not named):
             found.append(term)
     return found
-
-
-def _words(term: MethodTerm) -> Iterator[str]:
-    """The words that are a method's settings, or items of them."""
-    for value in (term.model_extra or {}).values():
-        yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is str)
-
-
-def _passes(config: RunConfig, sequences: int, work: TeacherWork, active: int) -> Passes:
-    share = work.share or 1.0  # of domains that are not in the sample: the ratio is the same
-    live = active * config.train.batch_sequences
-    return Passes(sequences * work.replicas * share, live * share)
-
-
-def _sentence(runs: int, passes: Mapping[str, Passes]) -> str:
-    cached = round(sum(each.cached for each in passes.values()))
-    live = round(sum(each.live for each in passes.values()))
-    shown = "student run" if runs == 1 else "student runs"
-    return (
-        f"Break-even: the cache pays for itself after {runs:,} {shown} like this one. It takes "
-        f"{cached:,} teacher forward passes, counted in sequences; a run with live teachers takes "
-        f"{live:,}."
-    )

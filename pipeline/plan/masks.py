@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.storage.columns import list_views
+from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.hard_view import mask_teacher
-from rekindle.pipeline.caching.teachers import is_described, plan_teacher
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
-from rekindle.pipeline.plan.teacher import at_hand
+from rekindle.pipeline.plan.teacher import at_hand, described
 
 
 class AssumedMasks(HardMaskedView):
@@ -49,13 +50,10 @@ def _teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInf
     """The teacher of the masks, as far as it can be described without a download."""
     corpus, name = survey.present or survey.reference, config.cache.mask.teacher
     found = [teacher for teacher in config.teachers if teacher.name == name]
-    if is_described(corpus, name or "") or not found or found[0].sees_masks:
+    if is_described(corpus.store, name or "") or not found or found[0].sees_masks:
         return mask_teacher(corpus, config)
     teacher = found[0]
     folder = at_hand(teacher.model, must_be=probe)
     if folder is None:  # the true view will have another name, and no unit of it is there
         return TeacherInfo(name=teacher.name, task="masked_lm", kind="topk", view="clean")
-    # While the corpus is only estimated, its domains are not known.
-    here = teacher.model_copy(update={"model": str(folder), "domains": None})
-    info = plan_teacher(here, corpus, None, None, config.cache.seed).info
-    return info.model_copy(update={"domains": teacher.domains})
+    return described(teacher, folder, survey, Views(), config.cache.seed).info

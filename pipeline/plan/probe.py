@@ -49,7 +49,9 @@ def probe_teacher(plan: TeacherPlan, steps: Corpus) -> Probe:
         if measured * commit.facts["tokens"] >= ENOUGH and commit.rows >= FULL:
             break
     del teacher
-    _free_device()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     written = write_unit(everything.info, steps, unit, result)
     own = written.bytes - bytes_without_positions(everything.info, written.rows)
     positions = written.facts["positions"]
@@ -64,9 +66,3 @@ def _run(teacher: Teacher, steps: Corpus, shard: int) -> tuple[Unit, UnitResult,
     result = run_unit(teacher, steps, view, unit)
     seconds = time.perf_counter() - began
     return unit, result, seconds / steps.commits[shard].facts["tokens"]
-
-
-def _free_device() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -5,7 +5,6 @@ which views are built and teachers are tried.
 """
 
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,16 +33,19 @@ from rekindle.data.corpus.documents import (
     COMPRESSIONS,
     PYTHON_DOCS,
     Document,
+    arrow_batches,
     read_documents,
     source_files,
 )
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.order import permute
+from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.storage.store import Store, open_store
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.plan.text import counted
 
 SAMPLE_BYTES = 2_000_000  # of text
 SAMPLE_DOCUMENTS = 2_000
@@ -90,36 +92,25 @@ def survey_corpus(config: RunConfig, folder: Path) -> CorpusSurvey:
     Raises InputError for a source without text or of unknown size, and CacheMismatchError when the
     cache holds another corpus.
     """
-    store = open_store(config.cache.path)
-    present = _present(store)
+    present = _present(open_store(config.cache.path))
     if present is not None and _is_whole(present, config):
-        steps = _take_steps(present, open_store(folder / "steps"))
-        basis = "the corpus is in the cache"
-        return CorpusSurvey(
-            present, present, steps, len(present), present.tokens, estimated=False, basis=basis
-        )
-    sample = sample_source(config.corpus)
-    reference = _sample_corpus(sample, config.corpus, folder)
-    sequences, tokens, estimated = _extrapolated(reference, sample, config.corpus)
+        reference, basis, estimated = present, "the corpus is in the cache", False
+        sequences, tokens = len(present), present.tokens
+    else:
+        sample = sample_source(config.corpus)
+        reference = _sample_corpus(sample, config.corpus, folder)
+        sequences, tokens, estimated = _extrapolated(reference, sample, config.corpus)
+        basis = _basis(sample) if estimated else "counted in the source"
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything
     if present is not None:
         sequences, tokens = max(sequences, len(present)), max(tokens, present.tokens)
-    return CorpusSurvey(
-        present,
-        reference,
-        _take_steps(reference, open_store(folder / "steps")),
-        sequences,
-        tokens,
-        estimated,
-        _basis(sample, estimated),
-    )
+    steps = _take_steps(reference, open_store(folder / "steps"))
+    return CorpusSurvey(present, reference, steps, sequences, tokens, estimated, basis)
 
 
 def _present(store: Store) -> Corpus | None:
-    try:
-        store.read_bytes(MANIFEST)
-    except FileNotFoundError:
+    if not store.exists(MANIFEST):
         return None
     read_manifest(store)
     return Corpus(store) if store.names("corpus") else None
@@ -135,11 +126,8 @@ def _is_whole(present: Corpus, config: RunConfig) -> bool:
     return present.complete and addition.number < len(present.additions)
 
 
-def _basis(sample: SourceSample, estimated: bool) -> str:
-    if not estimated:
-        return "counted in the source"
-    number = len(sample.documents)
-    documents = f"{number:,} document{'s' if number > 1 else ''}"
+def _basis(sample: SourceSample) -> str:
+    documents = counted(len(sample.documents), "document")
     share = "" if sample.share is None else f", about {100 * sample.share:.3g} % of the source"
     return f"estimated from the first {documents}{share}"
 
@@ -154,24 +142,20 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     """
     documents: list[Document] = []
     read = total = 0.0
-    room = True
     for place, size in _places(config.source):
-        room = room and not _is_full(documents)
-        if not room and size is not None:
-            total += size
-            continue
+        full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
         stream = read_documents([place], config.text_field, config.domain_field)
-        taken = list(_until_full(stream, documents)) if room else []
-        rest = next(stream, None)
+        taken = list(_until_full(stream, documents))
         if place == PYTHON_DOCS:  # it is no file, and small
             read += _text_bytes(taken)
-            total += _text_bytes(taken) + _text_bytes([*([rest] if rest else []), *stream])
+            total += _text_bytes(taken) + _text_bytes(stream)
         elif size is None:
             read += _text_bytes(taken)
-            total += _text_bytes(taken) if rest is None else float("nan")
+            total += _text_bytes(taken) if next(stream, None) is None else np.nan
         else:
-            read += size if rest is None else _bytes_read(place, size, taken)
             total += size
+            if not full:
+                read += size if next(stream, None) is None else _bytes_read(place, size, taken)
     if not documents:
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "
@@ -194,10 +178,6 @@ def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
     return list(places.values())
 
 
-def _is_full(documents: list[Document]) -> bool:
-    return len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-
-
 def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterator[Document]:
     """What is moved from ``stream`` into ``documents``, until the sample is large enough."""
     size = _text_bytes(documents)
@@ -217,25 +197,16 @@ def _text_bytes(documents: Iterable[Document]) -> int:
 def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
     """About how many bytes of a file its first documents ``taken`` are."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes[-1] in (".parquet", ".arrow"):
-        return size * min(1.0, len(taken) / _rows(path, suffixes[-1]))
+    if suffixes[-1] == ".parquet":
+        return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
+    if suffixes[-1] == ".arrow":
+        return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
     compression = COMPRESSIONS.get(suffixes[-1])
     if ".txt" in suffixes:
         plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
     else:
         plain = _bytes_of_lines(path, compression, len(taken))
     return min(size, plain / (_density(path, compression) if compression else 1.0))
-
-
-def _rows(path: str, suffix: str) -> int:
-    if suffix == ".parquet":
-        return int(pq.read_metadata(path).num_rows)
-    with pa.memory_map(path) as memory:  # no batch's values are read
-        if memory.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(memory)
-            return sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
-        memory.seek(0)
-        return sum(batch.num_rows for batch in pa.ipc.open_stream(memory))
 
 
 def _bytes_of_lines(path: str, compression: str | None, lines: int) -> int:
@@ -264,11 +235,7 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     """The sample packed as the corpus will be."""
     routed = any(document.domain is not None for document in sample.documents)
     path = folder / "sample.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for document in sample.documents:
-            domain = {"domain": document.domain or ""} if routed else {}
-            values = {"id": document.id, "text": document.text} | domain
-            file.write(json.dumps(values) + "\n")
+    write_lines(path, (d._asdict() | {"domain": d.domain or ""} for d in sample.documents))
     field = "domain" if routed else None
     source = {"source": (str(path),), "text_field": "text", "domain_field": field}
     return build_corpus(open_store(folder / "sample"), config.model_copy(update=source), 4096)

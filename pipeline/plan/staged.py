@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.plan.run import RunPlan, plan_run
+from rekindle.pipeline.plan.figures import RunPlan
+from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import shown_plan
 from rekindle.pipeline.stages.resolve import Ready, plan_stages, ready_parts
 
 
@@ -27,7 +29,7 @@ class PlannedStage:
     def as_text(self) -> str:
         """The stage for people."""
         name = self.ready.stage.name
-        shown = self.plan.as_text() if self.plan is not None else f"{self.note}\n"
+        shown = shown_plan(self.plan) if self.plan is not None else f"{self.note}\n"
         waiting = "".join(f"{line}\n" for line in self.ready.waiting_text())
         return f"--- stage {name} ---\n{shown}{waiting}"
 
@@ -55,13 +57,13 @@ def _what_is_new(
         return None, f"not known yet{why}"
     if prompts is not None and not Path(prompts.to).exists():
         return None, f"not known yet: {prompts.to} is written when its turn comes"
-    same = [
-        one.ready
+    same = {
+        one.ready.stage.name: config
         for one in planned
-        if one.ready.config is not None and one.ready.config.cache.path == part.cache.path
-    ]
-    known = {t.name for one in same if one.config is not None for t in one.config.teachers}
+        if (config := one.ready.config) is not None and config.cache.path == part.cache.path
+    }
+    known = {t.name for config in same.values() for t in config.teachers}
     left = tuple(t for t in part.teachers if t.name not in known)
-    if not left and any(one.config and one.config.corpus == part.corpus for one in same):
-        return None, f"nothing more than stage {same[-1].stage.name} puts into {part.cache.path}"
+    if not left and any(config.corpus == part.corpus for config in same.values()):
+        return None, f"nothing more than stage {[*same][-1]} puts into {part.cache.path}"
     return part.model_copy(update={"teachers": left}), None

@@ -4,14 +4,13 @@ Nothing is run here. Positions are counted on the plan's sample rows, as exactly
 without the model, and scaled by tokens. Bytes follow from the widths of the columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
-from rekindle.data.storage.shards import ShardSet
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.positions import target_positions
 from rekindle.data.targets.schema import TeacherInfo
@@ -20,6 +19,7 @@ from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import ShardRows
+from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
 
@@ -33,84 +33,83 @@ class Shards:
     share: float = 1.0  # of the rows: those that the teacher is for
 
 
-def domain_share(corpus: Corpus, domains: Sequence[str] | None) -> float:
-    """The share of a corpus's sequences that is of ``domains`` (None: of any)."""
-    if domains is None:
-        return 1.0
-    return sum(corpus.domains.get(domain, 0) for domain in set(domains)) / len(corpus)
+@dataclass(frozen=True)
+class FolderWork:
+    """What is left to be made of a folder: a view, or a part of a teacher's targets."""
+
+    missing: list[Shards]
+    present: int  # units that are there
+
+    @property
+    def units(self) -> int:
+        """How many shards are missing."""
+        return sum(shards.count for shards in self.missing)
+
+    @property
+    def rows(self) -> int:
+        """How many rows they have."""
+        return sum(shards.count * shards.rows for shards in self.missing)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of the rows that the teacher is for."""
+        return sum(shards.count * shards.share * shards.tokens for shards in self.missing)
 
 
-def work_of_part(
-    survey: CorpusSurvey, info: TeacherInfo, replicas: int, per_shard: int
-) -> tuple[list[Shards], int]:
-    """The shards that are missing of a part of a teacher's targets, and how many are there."""
+def share_of(domains: Sequence[str] | None, rows: Mapping[str, int], total: int) -> float:
+    """The share that ``domains`` (None: all) have in ``total`` rows, of which ``rows`` tells how
+    many are of each domain.
+    """
+    return 1.0 if domains is None else sum(rows.get(name, 0) for name in set(domains)) / total
+
+
+def work_of(
+    survey: CorpusSurvey,
+    cache: CacheConfig,
+    folder: str,
+    view: str,
+    domains: Sequence[str] | None = None,
+) -> FolderWork:
+    """What is missing of the view itself, or of a teacher for ``domains`` that is shown it."""
     work: list[Shards] = []
     present = 0
     if survey.present is not None:
-        missing, present = missing_units(survey.present, info, replicas)
-        for unit in missing:
+        units, present = missing_units(survey.present, folder, view, cache.masked_replicas)
+        for unit in units:
             commit = survey.present.commits[unit.shard]
-            known, share = commit.facts["domains"], 1.0
-            if info.domains is not None:
-                share = sum(known.get(domain, 0) for domain in info.domains) / commit.rows
+            share = share_of(domains, commit.facts["domains"], commit.rows)
             work.append(Shards(1, commit.rows, commit.facts["tokens"], share))
-    times = len(info.shown.numbers(replicas))
-    return work + _new_shards(survey, info.domains, times, per_shard), present
-
-
-def work_of_view(
-    survey: CorpusSurvey, name: str, replicas: int, per_shard: int
-) -> tuple[list[Shards], int]:
-    """The shards that are missing of a view, and how many of its units are there."""
-    each = view_kind(name).numbers(replicas)
-    work: list[Shards] = []
-    present = 0
-    if survey.present is not None:
-        done = ShardSet(survey.present.store, f"views/{name}").committed()
-        for shard, commit in enumerate(survey.present.commits):
-            left = sum(unit_of(shard, replica) not in done for replica in each)
-            present += len(each) - left
-            work += [Shards(left, commit.rows, commit.facts["tokens"])] if left else []
-    return work + _new_shards(survey, None, len(each), per_shard), present
-
-
-def _new_shards(
-    survey: CorpusSurvey, domains: Sequence[str] | None, times: int, per_shard: int
-) -> list[Shards]:
-    """The shards of the corpus that are not there yet, each ``times`` over."""
-    sequences = survey.new_sequences
-    if not sequences:
-        return []
-    share = domain_share(survey.reference, domains)
-    tokens = survey.new_tokens / sequences
-    whole, rest = divmod(sequences, per_shard)
-    sizes = [(whole, per_shard), (1, rest)]
-    return [Shards(n * times, rows, rows * tokens, share) for n, rows in sizes if n and rows]
+    if sequences := survey.new_sequences:
+        times = len(view_kind(view).numbers(cache.masked_replicas))
+        share = share_of(domains, survey.reference.domains, len(survey.reference))
+        whole, rest = divmod(sequences, cache.sequences_per_shard)
+        for count, rows in ((whole, cache.sequences_per_shard), (1, rest)):
+            tokens = rows * survey.new_tokens / sequences
+            work += [Shards(count * times, rows, tokens, share)] if count and rows else []
+    return FolderWork(work, present)
 
 
 # --- positions ------------------------------------------------------------------------------------
 
 
-def positions_in(work: Iterable[Shards], steps: Corpus, info: TeacherInfo) -> float:
-    """Targets that the teacher will leave in those shards; its view of ``steps`` has been made."""
-    samples = [ShardRows(steps, info, shard) for shard in range(len(steps.commits))]
+def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
+    """Targets that the teacher leaves for each token; its view of ``steps`` has been made."""
     view = view_of(info, steps)
-    counted = sum(_positions(sample, view) for sample in samples)
-    return sum(w.count * w.share * w.tokens for w in work) * counted / steps.tokens
+    return sum(_positions(steps, info, view, n) for n in range(len(steps.commits))) / steps.tokens
 
 
-def _positions(sample: ShardRows, view: ViewReader | None) -> float:
+def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Positions of one sample shard that get a target in one replica (the mean over them)."""
-    info, corpus, shard = sample.info, sample.corpus, sample.shard
     if info.is_vocabulary:
         each = info.shown.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
+    rows = ShardRows(corpus, info, shard)
     if view is not None:
         return sum(len(b["text_a"]) - b["text_a"].null_count for b in view.batches(shard))
     if kind_of(info).per_sequence:
-        return len(sample.wanted)
-    return sum(int(words.sum()) for words in sample.lists("word_starts"))
+        return corpus.commits[shard].rows
+    return sum(int(words.sum()) for words in rows.lists("word_starts"))
 
 
 # --- bytes ----------------------------------------------------------------------------------------

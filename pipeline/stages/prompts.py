@@ -69,7 +69,7 @@ def write_prompts(
     target = Path(path)
     remove_leftovers(target.parent, target.name)
     counts = PromptCounts()
-    lines = _lines(cache, teacher, template, names, chosen, confidence, counts)
+    lines = _lines(cache, teacher, template, chosen, confidence, counts)
     write_lines(target, lines, publish=lambda written, _: _publish(written, target, counts))
     return counts
 
@@ -78,43 +78,30 @@ def _lines(
     cache: Cache,
     teacher: str,
     template: str,
-    names: Sequence[str],
     words: Mapping[str, str],
     confidence: float,
     counts: PromptCounts,
 ) -> Iterator[dict[str, str | None]]:
-    for rows, present, logits in _judged(cache, teacher):
-        best, probability = most_probable(logits)
-        texts, documents = rows["text"], rows["document"]
-        for row in range(len(best)):
-            if not present[row]:
-                counts.not_judged += 1
-            elif probability[row] < confidence:
-                counts.below_confidence += 1
-            else:
-                name = names[best[row]]
-                counts.written += 1
-                counts.labels[name] += 1
-                text = fill_template(template, texts[row].as_py(), words[name])
-                yield {
-                    "id": documents[row].as_py(),
-                    "text": text,
-                    "domain": rows["domain"][row].as_py(),
-                }
-
-
-def _judged(
-    cache: Cache, teacher: str
-) -> Iterator[tuple[Mapping, NDArray[np.bool_], NDArray[np.float32]]]:
-    """Per record batch: its rows, which of them the expert judged [R], its logits [R,C]."""
     reader = cache.teacher(teacher)
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
-            rows = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
-            where = [(shard, first + row) for row in range(rows.num_rows)]
+            batch = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
+            where = [(shard, first + row) for row in range(batch.num_rows)]
             target = read_targets(reader, where, None)
             assert isinstance(target, SequenceTargetBatch)
-            yield rows, target.present, target.logits
+            rows = batch.select(["document", "text", "domain"]).to_pylist()
+            best = zip(*most_probable(target.logits), strict=True)
+            for row, judged, (label, sure) in zip(rows, target.present, best, strict=True):
+                if not judged:
+                    counts.not_judged += 1
+                elif sure < confidence:
+                    counts.below_confidence += 1
+                else:
+                    name = reader.info.label_names[label]
+                    counts.written += 1
+                    counts.labels[name] += 1
+                    text = fill_template(template, row["text"], words[name])
+                    yield {"id": row["document"], "text": text, "domain": row["domain"]}
 
 
 def most_probable(

@@ -13,6 +13,7 @@ from typing import Any
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
+from rekindle.data.targets.reading.files import is_described
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
     STAGES_FILE,
@@ -115,12 +116,9 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     config = stage.config
     if config.student is None:
         raise InputError("there is no `student` section; add student.model")
-    cached = {t.name for t in config.teachers}
-    for other in earlier:
-        if other.config.cache.path == config.cache.path:
-            cached |= {t.name for t in other.config.teachers}
+    cached = _put_into(config.cache.path, [*earlier, stage])
     for key, name in _teachers_read(config):
-        if name not in cached and not _is_cached(config.cache.path, name):
+        if name not in cached and not is_described(open_store(config.cache.path), name):
             known = ", ".join(sorted(cached)) or "none"
             raise InputError(
                 f"{key} names the teacher {name!r}, which nothing puts into "
@@ -144,8 +142,9 @@ def _teachers_read(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "cache.mask", config.cache.mask.teacher
 
 
-def _is_cached(path: str, teacher: str) -> bool:
-    return "teacher.json" in open_store(path).names(f"targets/{teacher}")
+def _put_into(cache: str, stages: Sequence[Stage]) -> set[str]:
+    """The names of the teachers that these stages put into a cache."""
+    return {t.name for s in stages if s.config.cache.path == cache for t in s.config.teachers}
 
 
 def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage]) -> None:
@@ -161,9 +160,8 @@ def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage
             "cached; set a cache.path of its own"
         )
     assert prompts.cache is not None
-    made = [s for s in earlier if s.config.cache.path == prompts.cache]
-    known = {t.name for s in made for t in s.config.teachers}
-    if prompts.teacher not in known and not _is_cached(prompts.cache, prompts.teacher):
+    known, store = _put_into(prompts.cache, earlier), open_store(prompts.cache)
+    if prompts.teacher not in known and not is_described(store, prompts.teacher):
         raise InputError(
             f"write_prompts.teacher is {prompts.teacher!r}; no earlier stage puts it into "
             f"{prompts.cache} (teachers there: {', '.join(sorted(known)) or 'none'})"
@@ -178,17 +176,14 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
     if longer:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
-    for key in first:
-        if first[key] != second[key]:
+    pairs = {f"corpus.{key}": (first[key], second[key]) for key in first}
+    sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
+    for key, (before, now) in (pairs | {"cache.sequences_per_shard": sizes}).items():
+        if before != now:
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"but not corpus.{key} ({first[key]!r}, then {second[key]!r}). {advice}"
+                f"but not {key} ({before!r}, then {now!r}). {advice}"
             )
-    if one.config.cache.sequences_per_shard != other.config.cache.sequences_per_shard:
-        raise InputError(
-            f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, but "
-            f"not cache.sequences_per_shard. {advice}"
-        )
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
@@ -213,7 +208,7 @@ def _check_same_teacher(
             )
 
 
-def _masks(stage: Stage) -> dict[str, Any]:
+def _masks(stage: Stage) -> dict[str, object]:
     """What decides the masks of a stage."""
     cache = stage.config.cache
     found = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
@@ -224,12 +219,13 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
     """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
     from rekindle.train.model.files import resolve_model
 
-    models = {}
+    models: dict[str, Path] = {}
     for stage in stages:
         with naming(f"stage {stage.name!r}"):
-            for model in _models(stage.written, students):
-                if not references(model):
-                    models[model] = resolve_model(model)
+            needed = [teacher.model for teacher in stage.written.teachers]
+            if students and stage.written.student is not None:
+                needed.append(stage.written.student.model)
+            models |= {name: resolve_model(name) for name in needed if not references(name)}
     teachers = {
         (s.written.cache.path, t.name): models.get(t.model)
         for s in stages
@@ -240,12 +236,6 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
             directory = teachers.get((stage.prompts.cache or "", stage.prompts.teacher))
             with naming(f"stage {stage.name!r}"):
                 _check_words(stage, stage.prompts, directory)
-
-
-def _models(config: RunConfig, students: bool) -> Iterator[str]:
-    yield from (teacher.model for teacher in config.teachers)
-    if students and config.student is not None:
-        yield config.student.model
 
 
 def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:

@@ -6,6 +6,7 @@
 All that can be checked is checked before the first stage begins.
 """
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -67,34 +68,35 @@ def run_stages(
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
                 continue
             log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
-            world.decide(lambda stage=stage: _cache(stage, progress), patient=True)  # type: ignore[misc]
+            world.decide(functools.partial(_cache, stage, stage.config, progress), patient=True)
             results.append(
                 train_from_config(stage.config, stage.directory, resume=True, progress=progress)
             )
     return results
 
 
-def _cache(stage: Stage, progress: Progress) -> None:
-    """Make the stage's corpus of prompts, and what is missing of its cache."""
-    _write_prompts(stage)
-    cache_teachers(stage.config, progress=progress)
-
-
-def _write_prompts(stage: Stage) -> None:
-    prompts = stage.prompts
-    if prompts is None:
-        return
-    assert prompts.cache is not None
-    counts = write_prompts(
-        Cache.open(prompts.cache),
-        prompts.teacher,
-        prompts.to,
-        template=prompts.template,
-        words=prompts.words,
-        confidence=prompts.confidence,
-        tokenizer=load_tokenizer(stage.config.corpus.tokenizer),
-    )
-    log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
+def _cache(
+    stage: Stage,
+    config: RunConfig,
+    progress: Progress,
+    only: Sequence[str] = (),
+    workers: int = 1,
+    check: bool | None = None,
+) -> StageOne:
+    """Make the stage's corpus of prompts, and what is missing of its cache as ``config`` has it."""
+    if (prompts := stage.prompts) is not None:
+        assert prompts.cache is not None
+        counts = write_prompts(
+            Cache.open(prompts.cache),
+            prompts.teacher,
+            prompts.to,
+            template=prompts.template,
+            words=prompts.words,
+            confidence=prompts.confidence,
+            tokenizer=load_tokenizer(stage.config.corpus.tokenizer),
+        )
+        log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
+    return cache_teachers(config, only, workers, progress, check)
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -164,11 +166,8 @@ class CachedStage:
         """A line for what was done, and one for each thing that waits."""
         stage, lines = self.ready.stage, self.ready.waiting_text()
         if self.done is not None:
-            made = self.done
-            lines[:0] = [
-                f"stage {stage.name}: {stage.written.cache.path}: {made.corpus_sequences:,} "
-                f"sequences; {made.units_done} units made, {made.units_present} were there"
-            ]
+            path = stage.written.cache.path
+            lines.insert(0, f"stage {stage.name}: {path}: {self.done.as_text()}")
         return "\n".join(lines)
 
 
@@ -195,10 +194,8 @@ def cache_stages(
     done = []
     for ready in ready_parts(stages):
         made, part = None, ready.config
-        if part is not None:
-            chosen = [t.name for t in part.teachers if t.name in only]
-            if chosen or not only:
-                _write_prompts(ready.stage)
-                made = cache_teachers(part, chosen, workers, progress, check)
+        chosen = [t.name for t in part.teachers if t.name in only] if part else []
+        if part and (chosen or not only):
+            made = _cache(ready.stage, part, progress, chosen, workers, check)
         done.append(CachedStage(ready, made))
     return done

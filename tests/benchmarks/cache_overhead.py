@@ -21,6 +21,7 @@ from rekindle.pipeline.caching.batching import length_buckets
 from rekindle.pipeline.caching.cache_teachers import write_unit
 from rekindle.pipeline.caching.run_teacher import Unit, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
+from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig
 
 # ---------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
         )
     ).save_pretrained(directory)
     config = TeacherConfig(name="teacher", model=str(directory), task="masked_lm")
-    teacher = Teacher(plan_teacher(config, corpus, masked, None, 0), corpus)
+    teacher = Teacher(plan_teacher(config, corpus, Views(masked), 0), corpus)
     view = ViewReader(corpus, teacher.info.view)
     batches, selected = forward_batches(teacher, corpus, view)
 

@@ -1,23 +1,18 @@
 """Run configurations over tiny corpora, and a cache with a teacher of each kind of target."""
 
-import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
+from testlib.command import pipeline
+
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Models this small lose more at OpenMP's barriers than they gain, once cores are shared."""
-    import torch
-
-    torch.set_num_threads(1)
+def _one_thread(one_thread: None) -> None:
+    """In every test of this folder."""
 
 
 @pytest.fixture(scope="session")
@@ -34,62 +29,15 @@ def built_in_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def command() -> Callable[..., tuple[int, str, str]]:
     """command(*arguments): exit code, stdout and stderr of ``pipeline``, run in this process."""
-    from rekindle.pipeline.cli import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        out, errors, code = io.StringIO(), io.StringIO(), 0
-        given = ["pipeline", *map(str, arguments)]
-        with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(errors):
-            try:
-                main()
-            except SystemExit as leaving:
-                code = int(leaving.code or 0)
-        return code, out.getvalue(), errors.getvalue()
+        done = pipeline(*arguments)
+        return done.returncode, done.stdout, done.stderr
 
     return run
 
 
 Configure = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def configure(corpus_file: Path, wordpiece: Path) -> Configure:
-    """configure(path, teachers, corpus={…}, cache={…}) -> RunConfig over 12 short sequences.
-
-    Three shards of 5, 5 and 2 sequences, two replicas that mask every token once between them.
-    """
-    from rekindle.data.settings import parse_settings
-    from rekindle.pipeline.config import RunConfig
-
-    def make(
-        path: Path,
-        teachers: Sequence[Mapping[str, Any]],
-        corpus: Mapping[str, Any] | None = None,
-        cache: Mapping[str, Any] | None = None,
-    ) -> RunConfig:
-        text = {
-            "source": [str(corpus_file)],
-            "tokenizer": str(wordpiece),
-            "domain_field": "domain",
-            "sequence_length": 24,
-            "limit_sequences": 12,
-        }
-        where = {
-            "path": str(path),
-            "sequences_per_shard": 5,
-            "replicas": 2,
-            "mask": {"policy": "cover"},
-        }
-        values = {
-            "corpus": text | dict(corpus or {}),
-            "cache": where | dict(cache or {}),
-            "teachers": [dict(teacher) for teacher in teachers],
-        }
-        return parse_settings(RunConfig, values)
-
-    return make
-
-
 MethodRun = Callable[..., Path]
 
 

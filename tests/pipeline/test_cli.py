@@ -1,6 +1,5 @@
 """The command line as a user meets it: exit codes, one message each, stdout for results only."""
 
-import io
 import json
 import os
 import re
@@ -8,53 +7,30 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
 
-from rekindle.pipeline.cli import app, main
+from rekindle.pipeline.cli import app
+from testlib.command import pipeline
 
 CLI = [sys.executable, "-m", "rekindle.pipeline.cli"]
 
 
-def pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the console script's own function in this process (importing torch costs seconds)."""
-    out, errors = io.StringIO(), io.StringIO()
-    code = 0
-    given = ["pipeline", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", given), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return subprocess.CompletedProcess(given, code, out.getvalue(), errors.getvalue())
-
-
 @pytest.fixture
-def run_file(tmp_path, corpus_file, wordpiece, make_model):
+def run_file(tmp_path, small_corpus, make_teacher):
     """A run file on tiny models, and a function that writes it changed."""
-    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
-    expert = make_model("bert", "AutoModelForSequenceClassification", wordpiece, num_labels=3)
+    lm = make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 8})
+    whole = {"domain_field": None, "sequence_length": 32, "limit_sequences": None}
     values = {
-        "corpus": {
-            "source": [str(corpus_file)],
-            "tokenizer": str(wordpiece),
-            "sequence_length": 32,
-        },
+        "corpus": small_corpus | whole,
         "cache": {"path": str(tmp_path / "cache"), "sequences_per_shard": 40, "replicas": 2},
         "teachers": [
-            {
-                "name": "lm",
-                "model": str(model),
-                "task": "masked_lm",
-                "targets": {"kind": "topk", "k": 8},
-            },
-            {"name": "expert", "model": str(expert), "task": "sequence_classification"},
+            lm,
+            make_teacher("expert", "sequence_classification", config={"num_labels": 3}),
         ],
-        "student": {"model": str(model), "from_scratch": True},
+        "student": {"model": lm["model"], "from_scratch": True},
         "train": {
             "steps": 4,
             "batch_sequences": 8,

@@ -1,8 +1,6 @@
 """The run file: strict keys, overrides that reach everywhere, and the design's own example."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import yaml
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig, dump_config, load_config, set_value
+from testlib.command import python
 
 MINIMAL = {
     "corpus": {"source": "text.jsonl", "tokenizer": "tok"},
@@ -456,7 +455,4 @@ def test_reading_a_configuration_imports_no_torch():
         "import sys, rekindle.pipeline.config; "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert python(program) == "[]"

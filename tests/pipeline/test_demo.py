@@ -47,7 +47,7 @@ def test_what_makes_the_start_model_comes_one_after_another(
 def test_the_configurations_are_files_that_the_commands_read(
     settings: DemoSettings, tmp_path: Path
 ) -> None:
-    start, cycle = start_config(tmp_path / "made", settings), cycle_config(tmp_path, settings)
+    start, cycle = start_config(tmp_path, settings), cycle_config(tmp_path, settings)
     (tmp_path / "start.yaml").write_text(dump_config(start))
     (tmp_path / "cycle.yaml").write_text(dump_cycle(cycle))
     assert load_config(tmp_path / "start.yaml") == start

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_of_the_cycle_are_those_of_its_results():
-    recorded = ROOT / "tests" / "benchmarks" / "glue_two_cores_results.json"
+    recorded = ROOT / "tests" / "benchmarks" / "glue" / "glue_two_cores_results.json"
     results = CycleResults.from_dict(json.loads(recorded.read_text()))
     tables = as_markdown(results).split("**tasks and their examples**")[0]
     rows = [line for line in tables.splitlines() if line.startswith("|")]

@@ -17,21 +17,14 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.record.run_log import read_metrics
-
-TIMES = ("tokens_per_second", "data_wait", "seconds")
+from testlib.students import metrics
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
+def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher):
     """A run of 150 steps with dropout, and its cache."""
     home = tmp_path_factory.mktemp("torchrun")
-    teacher = {
-        "name": "lm",
-        "model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece)),
-        "task": "masked_lm",
-        "targets": {"kind": "topk", "k": 8, "temperatures": [2.0]},
-    }
-    source = {"source": [str(corpus_file)], "tokenizer": str(wordpiece), "sequence_length": 24}
+    targets = {"kind": "topk", "k": 8, "temperatures": [2.0]}
     train = {
         "steps": 150,
         "batch_sequences": 4,
@@ -43,9 +36,9 @@ def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
         "objective": {"distill": [{"teachers": ["lm"], "temperature": 2.0}]},
     }
     values = {
-        "corpus": source,
+        "corpus": small_corpus | {"domain_field": None, "limit_sequences": None},
         "cache": {"path": str(home / "cache"), "replicas": 2},
-        "teachers": [teacher],
+        "teachers": [make_teacher("lm", "masked_lm", targets=targets)],
         "student": {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 5))},
         "train": train,
     }
@@ -81,10 +74,6 @@ def kill_all(process):
     for worker in workers:
         os.kill(int(worker), signal.SIGKILL)
     assert len(workers) == 2
-
-
-def metrics(out):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out)]
 
 
 def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):

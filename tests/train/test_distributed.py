@@ -15,6 +15,8 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
+from testlib.models import NARROW, STILL
+from testlib.students import weights
 
 SCRIPT = Path(__file__).with_name("torchrun_jobs.py")
 EVERYTHING = [
@@ -109,9 +111,9 @@ def torchrun(folder, cache, jobs, processes=2, check=True):
 @pytest.fixture(scope="module")
 def student(masked_world, make_model, wordpiece):
     """No dropout: its noise is drawn per process."""
-    extra = {"hidden_size": 16, "intermediate_size": 24}
-    extra |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **extra))}
+    return {
+        "model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **NARROW, **STILL))
+    }
 
 
 def alone(world, student, train, out):
@@ -147,14 +149,6 @@ def runs(masked_world, student, tmp_path_factory):
     alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
     alone(masked_world, student, trains["replay-ddp"], folder / "replay-alone")
     return folder
-
-
-def weights(out):
-    found = load_file(out / "model.safetensors")
-    for own in ("heads", "prompts"):
-        if (file := out / f"{own}.safetensors").is_file():
-            found |= {f"{own}.{k}": v for k, v in load_file(file).items()}
-    return found
 
 
 def assert_same_run(found, expected):

@@ -13,6 +13,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
+from testlib.models import STILL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +43,7 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def student(make_model, wordpiece):
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 16}
+    off = STILL | {"hidden_size": 16}
     return {"model": str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **off))}
 
 

@@ -21,6 +21,7 @@ from rekindle.train.growth_report import saved_growth
 from rekindle.train.loop import train_student
 from rekindle.train.order.split import split_corpus
 from rekindle.train.student import Student
+from testlib.models import STILL
 
 QUICK = {
     "steps": 4,
@@ -151,7 +152,7 @@ def test_two_processes_grow_and_train_the_student_of_one(
     masked_world, make_model, wordpiece, tmp_path
 ):
     """In shards, with prompts and without dropout, whose noise is drawn per process."""
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 16}
+    still = STILL | {"hidden_size": 16}
     model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **still)
     grown = {"layers": 3, "hidden_size": 32, "noise": 0.1, "preserve": "exact"}
     student = {"model": str(model), "grow": grown, "domain_prompts": True}

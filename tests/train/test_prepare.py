@@ -12,6 +12,7 @@ from rekindle.train.distributed import blocks
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
+from testlib.models import STILL
 
 DISTILL = [{"teachers": ["big"], "temperature": 2.0}, {"teachers": ["sense", "tags"]}]
 
@@ -67,7 +68,7 @@ def test_an_attention_that_a_model_has_not_is_refused(masked_world, tmp_path):
 
 def test_compiled_blocks_train_the_same_student(masked_world, make_model, wordpiece, tmp_path):
     """Dropout is drawn otherwise, so it is off."""
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_size": 16}
+    off = STILL | {"hidden_size": 16}
     path = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **off)
     student = StudentConfig(model=str(path))
     found = []

@@ -35,7 +35,7 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
 
 
 def _ranks(ids: Tensor, content: Tensor) -> Tensor:
-    """Return where each id [P,K] stands in ``content``; len(content) for those not in it."""
+    """Return each id's [P,K] place in ``content``; len(content) for those that are not in it."""
     found = torch.searchsorted(content, ids.contiguous())
     there = content[found.clamp(max=len(content) - 1)] == ids
     return torch.where(there, found, len(content))

@@ -139,7 +139,7 @@ class _ReadAhead:
             self._threads.append(thread)
 
     def take(self, step: int) -> Batch:
-        """Return the batch of ``step``, or raise what reading it raised; steps come in turn."""
+        """Return the batch of ``step``, or raise the error of reading it; steps come in turn."""
         with self._changed:
             self._changed.notify_all()  # there may be more that may be read since the last one
             self._changed.wait_for(lambda: step in self._ready)

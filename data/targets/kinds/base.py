@@ -98,7 +98,7 @@ class TargetKind(ABC):
     @property
     def width(self) -> str:
         """How many values are kept of each target."""
-        found = getattr(self.info, self.needs[-1])
+        found = getattr(self.info, self.needs[-1]) if self.needs else None
         return "?" if found is None else f"{found:,}"
 
     @property

@@ -15,7 +15,7 @@ class Tails(TargetKind):
 
     name = "tails"
     tasks = VOCABULARY_TASKS
-    needs = ("k",)
+    needs = ()
     codecs = ("default", "precise")
     tempered = extends = True
 

@@ -26,6 +26,11 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
     return info
 
 
+def is_described(store: Store, name: str) -> bool:
+    """Whether the cache has a teacher of that name."""
+    return "teacher.json" in store.names(f"targets/{name}")
+
+
 def read_parts(store: Store, name: str) -> list[TeacherInfo]:
     """A teacher's description and those of its extensions, all of the same teacher."""
     base = read_teacher(store, name)

@@ -10,68 +10,25 @@ from testlib.disk import without_fsync
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, corpus_file, wordpiece, make_model):
+def made(tmp_path_factory, make_teacher, make_cache):
     """A finished cache with a teacher of every kind of target; no test writes into it."""
-    import torch
-
-    from rekindle.pipeline.caching.cache_teachers import cache_teachers
-    from rekindle.pipeline.config import RunConfig
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
     path = tmp_path_factory.mktemp("format") / "cache"
-
-    def teacher(name, family, auto, task, seed=0, **values):
-        extra = values.pop("extra", {})
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece, seed, **SMALL, **extra)
-        return {"name": name, "model": str(model), "task": task, **values}
-
-    labels = {"num_labels": 3, "hidden_dropout_prob": 0.2}
+    lm, causal, classes = "masked_lm", "causal_lm", "sequence_classification"
+    three = SMALL | {"num_labels": 3, "hidden_dropout_prob": 0.2}
+    five = {"kind": "topk", "k": 5, "temperatures": [3.0]}
+    passes = {"monte_carlo": {"passes": 2}, "domains": ["even"]}
     teachers = [
-        teacher("mlm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 9}),
-        teacher("dense", "bert", "MaskedLM", "masked_lm", 1, targets={"kind": "dense"}),
-        teacher(
-            "clm",
-            "llama",
-            "CausalLM",
-            "causal_lm",
-            targets={"kind": "topk", "k": 5, "temperatures": [3.0]},
-        ),
-        teacher(
-            "expert",
-            "bert",
-            "SequenceClassification",
-            "sequence_classification",
-            extra=labels,
-            monte_carlo={"passes": 2},
-            domains=["even"],
-        ),
-        teacher(
-            "pairs",
-            "bert",
-            "SequenceClassification",
-            "sequence_classification",
-            2,
-            extra={"num_labels": 2},
-            pairs="adjacent",
-        ),
-        teacher("tags", "bert", "TokenClassification", "token_classification", extra=labels),
+        make_teacher("mlm", lm, config=SMALL, targets={"kind": "topk", "k": 9}),
+        make_teacher("dense", lm, 1, SMALL, targets={"kind": "dense"}),
+        make_teacher("clm", causal, config=SMALL, targets=five),
+        make_teacher("expert", classes, config=three, **passes),
+        make_teacher("pairs", classes, 2, SMALL | {"num_labels": 2}, pairs="adjacent"),
+        make_teacher("tags", "token_classification", config=three),
     ]
-    config = RunConfig.model_validate(
-        {
-            "corpus": {
-                "source": str(corpus_file),
-                "tokenizer": str(wordpiece),
-                "sequence_length": 12,
-                "domain_field": "domain",
-            },
-            "cache": {"path": str(path), "sequences_per_shard": PER_SHARD, "replicas": 2},
-            "teachers": teachers,
-        }
-    )
+    corpus = {"sequence_length": 12, "limit_sequences": None}
+    where = {"sequences_per_shard": PER_SHARD, "mask": {}}
     with without_fsync():
-        cache_teachers(config)
-    torch.set_num_threads(threads)
+        make_cache(path, teachers, corpus, where)
     return path
 
 

@@ -1,8 +1,6 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 import tracemalloc
 
 import datasets
@@ -19,6 +17,7 @@ from rekindle.data.corpus.documents import (
     source_files,
 )
 from rekindle.data.errors import InputError
+from testlib.command import python
 from testlib.corpora import SHARED
 
 ROWS = [
@@ -369,8 +368,7 @@ def test_importing_it_is_cheap():
         "import sys, rekindle.data.corpus.documents\n"
         "print({'torch', 'datasets'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert python(code) == "set()"
 
 
 def test_real_wikipedia():

@@ -1,6 +1,4 @@
 import ast
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from rekindle.data.corpus.python_docs import (
     part_of,
     python_docs,
 )
+from testlib.command import python
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +147,4 @@ def test_the_library_is_read_and_not_imported():
         "import sys; from rekindle.data.corpus.python_docs import python_docs; n = sum(1 for _ in "
         "python_docs()); assert n; print({'antigravity', 'tkinter', 'this'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert python(code) == "set()"

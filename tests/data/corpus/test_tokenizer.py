@@ -1,7 +1,5 @@
 import json
 import pickle
-import subprocess
-import sys
 import unicodedata
 from itertools import pairwise
 
@@ -16,6 +14,7 @@ from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokeniz
 from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer, wrap_tokenizer
 from rekindle.data.errors import InputError
+from testlib.command import python
 from testlib.corpora import SHARED
 
 TOKENIZERS = SHARED / "tokenizers"
@@ -455,5 +454,4 @@ def test_importing_it_is_cheap():
         "import sys, rekindle.data.corpus.tokenizer, rekindle.data.corpus.packing;"
         "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert python(code) == "set()"

@@ -14,13 +14,9 @@ from rekindle.data.targets.codec import (
     high_bytes,
     high_planes,
 )
+from testlib.codecs import log_softmax, logit_rows, truth
 
 TEMPERATURES = (1.0, 2.0, 4.0)
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
 def score(logits, k, temperatures=TEMPERATURES):
@@ -42,27 +38,10 @@ def encoded(logits, k, temperatures=TEMPERATURES):
     return codes, ids
 
 
-def truth(logits, ids, temperature):
-    """Log-probabilities of ``ids`` and log tail mass at a temperature, in float64."""
-    log_probs = log_softmax(np.asarray(logits, np.float64) / temperature)
-    kept = np.take_along_axis(log_probs, ids, axis=1)
-    rest = log_probs.copy()
-    np.put_along_axis(rest, ids, -np.inf, axis=1)
-    return kept, np.logaddexp.reduce(rest, axis=1)
-
-
 def bound(kept, temperature):
     """The module's promise, and half a thousandth of a step for float32."""
     span = np.minimum(kept[:, :1] - kept[:, -1:], RANGE)
     return 2 * (span / 510 + 1 / 1024) / temperature + 1 / 2048 + 3e-5
-
-
-@st.composite
-def logit_rows(draw):
-    size = draw(st.integers(2, 400))
-    seed = draw(st.integers(0, 2**32))
-    scale = draw(st.sampled_from([0.0, 0.01, 1.0, 3.0]))
-    return np.random.default_rng(seed).normal(0, scale, (7, size)), draw(st.integers(1, size))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,22 +12,10 @@ from rekindle.data.targets.codec_precise import (
     decode_precise,
     encode_precise,
 )
+from testlib.codecs import logit_rows, truth
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 FLOAT32 = 4e-6  # what rounding 32 nats and their sums to float32 costs
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-
-
-def truth(logits, ids, temperature):
-    """Log-probabilities of ``ids`` and log tail mass at a temperature, in float64."""
-    log_probs = log_softmax(np.asarray(logits, np.float64) / temperature)
-    kept = np.take_along_axis(log_probs, ids, axis=1)
-    np.put_along_axis(log_probs, ids, -np.inf, axis=1)
-    return kept, np.logaddexp.reduce(log_probs, axis=1)
 
 
 def scored(logits, k):
@@ -50,14 +38,6 @@ def divergence(logits, ids, columns, slot):
     log_probs, log_tail = decode_precise(columns, TEMPERATURES[slot], slot)
     rest = np.where(np.isneginf(tail), 0, np.exp(tail) * (tail - np.maximum(log_tail, -1e9)))
     return (np.exp(kept) * (kept - log_probs)).sum(axis=1) + rest
-
-
-@st.composite
-def logit_rows(draw):
-    size = draw(st.integers(2, 400))
-    seed = draw(st.integers(0, 2**32))
-    scale = draw(st.sampled_from([0.0, 0.01, 1.0, 3.0]))
-    return np.random.default_rng(seed).normal(0, scale, (7, size)), draw(st.integers(1, size))
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,9 +14,10 @@ from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.codec import encode
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
+from testlib.models import NARROW
 
 PER_SHARD = 140  # the first shard has two record batches
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SMALL = NARROW | {"num_hidden_layers": 1}
 
 
 def committed_files(cache):

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import transformers
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.example import TokenTargets
+from testlib.models import AUTO
+from testlib.run_alone import logits_of
 
-NOISE = 2e-4  # float32 noise between a padded batch and a sequence alone, in nats
 TAUS = (0.5, 1.0, 2.0, 4.0)
 K = 12
 DRAWS = 20
 CODECS = ["default", "precise", "compact"]
 TASKS = ["masked_lm", "causal_lm"]
-AUTO = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 FAMILY = {"masked_lm": "bert", "causal_lm": "llama"}
 
 # What each kind of target is asked for as; those with a codec are cached with each of the three.
@@ -62,15 +60,9 @@ def teachers_of(model: Path, task: str, names: list[str], codec: str = "default"
 
 
 @functools.cache
-def model_of(directory: Path, auto: str) -> Any:
-    found = getattr(transformers, auto).from_pretrained(str(directory), dtype=torch.float32)
-    return found.eval()
-
-
-@functools.cache
-@torch.no_grad()
-def _logits(directory: Path, auto: str, ids: tuple[int, ...]) -> np.ndarray:
-    return model_of(directory, auto)(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+def logits_once(directory: Path, auto: str, ids: tuple[int, ...]) -> np.ndarray:
+    """The model's own logits [S,V] of one sequence, in float64."""
+    return logits_of(directory, auto, input_ids=ids).double().numpy()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -84,7 +76,7 @@ def targets_of(
     """Every cached target of a teacher, and the model's own logits [P,V] at its positions."""
     for index in range(len(cache)):
         for target in cache.example(index).targets[name]:
-            whole = _logits(directory, auto, tuple(map(int, target.input_ids)))
+            whole = logits_once(directory, auto, tuple(map(int, target.input_ids)))
             yield target, whole[target.positions][:, :size]
 
 

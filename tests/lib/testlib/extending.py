@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.example import TokenTargets
-from rekindle.data.storage.shards import ShardSet
-from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.checks.verify import verify_cache
+from testlib.caches import examples
+from testlib.models import AUTO
+from testlib.run_alone import NOISE, logits_of
 
-NOISE = 2e-4
 CPU = torch.device("cpu")
-AUTO = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 Files = dict[Path, tuple[int, bytes]]
 Ran = list[tuple[str, str, str]]  # teacher, part, unit
 
@@ -41,17 +39,6 @@ def assert_kept(before: Files, path: Path) -> None:
     assert {p: after.get(p) for p in before} == before
 
 
-def shards(path: Path, *folders: str) -> dict[str, bytes]:
-    """The bytes of every committed shard below ``folders``, by set and unit."""
-    found = {}
-    for commits in sorted(path.rglob("commits")):
-        folder = commits.parent.relative_to(path).as_posix()
-        if not folders or folder.startswith(folders):
-            for unit, commit in ShardSet(LocalStore(path), folder).committed().items():
-                found[f"{folder}/{unit}"] = (path / folder / commit.path).read_bytes()
-    return found
-
-
 def digests(cache: Cache) -> list[str]:
     found = [cache.corpus.shard(i).table()["digest"].to_pylist() for i in range(shard_count(cache))]
     return list(itertools.chain(*found))
@@ -63,10 +50,6 @@ def shard_count(cache: Cache) -> int:
 
 def rows(cache: Cache) -> list[int]:
     return [commit.rows for commit in cache.corpus.commits]
-
-
-def examples(cache: Cache) -> Iterator[Any]:
-    return (cache.example(index) for index in range(len(cache)))
 
 
 def assert_same_targets(grown: Cache, whole: Cache, name: str = "lm") -> None:
@@ -98,20 +81,18 @@ def assert_sound(path: Path) -> None:
     assert set(report.coverage.values()) == {1.0}
 
 
-@torch.no_grad()
-def logits_of(model: Any, target: TokenTargets) -> np.ndarray:
-    ids = torch.tensor([list(map(int, target.input_ids))])
-    return model(input_ids=ids).logits[0].double().numpy()[target.positions]
+def logits_at(target: TokenTargets, directory: Path, task: str) -> np.ndarray:
+    """The model's own logits [P,V] where a target is, in float64."""
+    logits = logits_of(directory, AUTO[task], input_ids=target.input_ids)
+    return logits.double().numpy()[target.positions]
 
 
 def assert_tails_are_the_models(cache: Cache, directory: Path, task: str, taus: set[float]) -> None:
     """The mass outside the ids that are stored, at every temperature, in float64."""
-    auto = getattr(transformers, AUTO[task])
-    model = auto.from_pretrained(str(directory), dtype=torch.float32).eval()
     compared = 0
     for example in examples(cache):
         for target in example.targets["lm"]:
-            logits = logits_of(model, target)
+            logits = logits_at(target, directory, task)
             assert target.log_tail.keys() == taus
             for tau, stored in target.log_tail.items():
                 tempered = logits / tau

@@ -5,32 +5,27 @@ the file system is noted in a journal, so that it can be stopped at any one of t
 """
 
 import builtins
-import io
 import json
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from rekindle.data.cache import Cache
-from rekindle.data.inventory import shard_sets
 from rekindle.data.storage import atomic as atomic_module
 from rekindle.data.storage import shards as shards_module
-from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
-from rekindle.pipeline.cli import main
 from rekindle.pipeline.processes import worker
+from testlib.caches import committed
+from testlib.command import pipeline
 from testlib.processes import Child
 
 Teachers = list[dict[str, Any]]
@@ -43,10 +38,7 @@ TEMPORARY = re.compile(r"/\.(.*)\.[0-9a-f]{8}\.tmp")
 
 def contents(cache: Path) -> dict[str, bytes]:
     """The bytes of every committed data file by unit, and of the files beside them."""
-    found = {}
-    for shards in shard_sets(open_store(cache)):
-        for unit, commit in shards.committed().items():
-            found[f"{shards.folder}/{unit}"] = (cache / shards.folder / commit.path).read_bytes()
+    found = committed(cache)
     for name in names(cache):
         if not re.search(r"/data/|/commits/|(^|/)\..*\.tmp$", name):
             found[name] = (cache / name).read_bytes()
@@ -197,26 +189,12 @@ def assert_finished(cache: Path, config: Any, whole: Path, journal: Journal | No
 def collected(cache: Path, count: int) -> None:
     """``pipeline gc`` removes so many files."""
     before = set(names(cache))
-    result = command("gc", cache, "--older-than", 0, "--json")
-    removed = set(json.loads(result)["removed"])
+    result = pipeline("gc", cache, "--older-than", 0, "--json")
+    removed = set(json.loads(result.stdout)["removed"])
     gone = before - set(names(cache))
     assert removed == gone
     hidden = [name for name in names(cache) if "/." in f"/{name}"]
     assert len(gone) == count, f"left over: {hidden}"
-
-
-def command(*arguments: object) -> str:
-    """The console script's stdout, run in this process."""
-    out = io.StringIO()
-    with redirect_stdout(out), suppress(SystemExit):
-        run_command(*arguments)
-    return out.getvalue()
-
-
-def run_command(*arguments: object) -> None:
-    """The console script's own function, as it is called by a shell."""
-    with mock.patch.object(sys, "argv", ["pipeline", *map(str, arguments)]):
-        main()
 
 
 def killed_at(step: int | str, cache: Path, config: Any, folder: Path) -> Journal:
@@ -225,6 +203,14 @@ def killed_at(step: int | str, cache: Path, config: Any, folder: Path) -> Journa
     child = forked(config, journal)
     assert child.wait() == -signal.SIGKILL, child.errors
     return journal
+
+
+def assert_goes_on(step: int | str, config: Any, whole: Path, folder: Path) -> None:
+    """Killed at that step, nearly nothing is lost, and the same command makes the rest."""
+    cache = Path(config.cache.path)
+    journal = killed_at(step, cache, config, folder)
+    assert_little_lost(journal, cache)
+    assert_finished(cache, config, whole)
 
 
 def assert_little_lost(journal: Journal, cache: Path, workers: int = 1) -> None:

@@ -4,13 +4,11 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from rekindle.train.record.run_log import read_metrics
 
 CPU = torch.device("cpu")
 ALL = [
@@ -19,7 +17,6 @@ ALL = [
     {"teachers": ["sense", "tags"], "weight": 0.2},
     {"teachers": ["pair"], "weight": 0.2},
 ]
-TIMES = ("tokens_per_second", "data_wait", "seconds")
 
 
 def train_config(distill=(), **values):
@@ -45,22 +42,6 @@ def run(world, out, config=None, **options):
     task = "masked_lm" if any("masked" in v for v in cache.views) else "causal_lm"
     student = StudentConfig(model=str(options.pop("model", world.student)), task=task)
     return train_student(cache, student, config or train_config(), out, **options)
-
-
-def weights(out):
-    found = load_file(out / "model.safetensors")
-    return found | {f"heads.{k}": v for k, v in load_file(out / "heads.safetensors").items()}
-
-
-def same_weights(a, b):
-    first, second = weights(a), weights(b)
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-
-
-def metrics(out):
-    """Every record without what depends on the clock."""
-    records = read_metrics(out)
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 def sequences(result):

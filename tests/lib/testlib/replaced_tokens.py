@@ -18,8 +18,6 @@ KINDS = {
     "dense": {"kind": "dense"},
     "hidden": {"kind": "hidden"},
 }
-NARROW = {"hidden_size": 16, "intermediate_size": 24}
-STILL = NARROW | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def config_of(methods, hard=1.0, **values):

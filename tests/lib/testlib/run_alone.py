@@ -5,7 +5,6 @@ without padding, and ``torch.log_softmax``; none of our helpers takes part in it
 """
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 import transformers
 
-from rekindle.data.cache import Cache
 from rekindle.data.example import TokenTargets
 
 TEMPERATURES = [1.0, 2.0, 4.0, 0.5]
@@ -75,10 +73,6 @@ def check_dense(found: TokenTargets, row: int, logits: torch.Tensor, gold: int) 
     assert found.gold_ids[row] == gold
     assert abs(found.gold_log_prob[row] - max(exact[gold], -63.999)) <= 1 / 2048 + NOISE
     assert abs(found.entropy[row] + (np.exp(exact) * exact).sum()) <= 1 / 2048 + NOISE
-
-
-def examples(cache: Cache) -> Iterator[Any]:
-    return (cache.example(index) for index in range(len(cache)))
 
 
 CLASSIFIER = "AutoModelForSequenceClassification"

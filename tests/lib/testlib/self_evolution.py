@@ -4,41 +4,32 @@ The reference is transformers' own ``model(**inputs).logits`` on one sequence at
 padding; none of our helpers takes part in it.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.shards import ShardSet
-from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.objective.objective import Objective
 from rekindle.train.student import build_student
+from testlib import caches
+from testlib.models import AUTO
+from testlib.run_alone import logits_of
+from testlib.students import gradients
 
 CPU = torch.device("cpu")
 HARD = 0.1
 STEP = 1 / 1024  # nats: losses are stored to the nearest multiple of it
-NOISE = 2e-4  # float32, between a padded batch and a sequence alone
 
 
-@functools.cache
-def _loaded(directory: Path) -> Any:
-    found = transformers.AutoModelForMaskedLM.from_pretrained(str(directory), dtype=torch.float32)
-    return found.eval()
-
-
-@torch.no_grad()
 def log_probs_of(directory: Path, ids: Any) -> torch.Tensor:
     """The model's own log-probabilities [S,V] of one sequence that it sees as it is."""
-    logits = _loaded(directory)(input_ids=torch.tensor([list(map(int, ids))])).logits[0]
-    return torch.log_softmax(logits.double(), -1)
+    return torch.log_softmax(logits_of(directory, AUTO["masked_lm"], input_ids=ids).double(), -1)
 
 
 def losses_of(directory: Path, ids: Any) -> np.ndarray:
@@ -65,20 +56,12 @@ def masked_rows(cache: Cache, name: str | None = None) -> list[tuple[np.ndarray,
 
 
 def examples(path: Path) -> list[Any]:
-    cache = Cache.open(path)
-    return [cache.example(index) for index in range(len(cache))]
+    return list(caches.examples(Cache.open(path)))
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The bytes of every committed file of views and targets, by unit."""
-    store = open_store(path)
-    folders = [f"views/{name}" for name in store.folders("views")]
-    folders += [f"targets/{name}" for name in store.folders("targets")]
-    return {
-        f"{folder}/{unit}": (path / folder / commit.path).read_bytes()
-        for folder in folders
-        for unit, commit in ShardSet(store, folder).committed().items()
-    }
+    """The bytes of every committed shard of views and targets."""
+    return caches.committed(path, "views", "targets")
 
 
 # --- the student ----------------------------------------------------------------------------------
@@ -128,8 +111,7 @@ class Step:
         return loss, terms, self.gradients()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        named = self.student.named_parameters()
-        return {n: p.grad.clone() for n, p in named if p.grad is not None}
+        return gradients(self.student)
 
     def masked_logits(self, index: np.ndarray, view: str | None = None):
         """Per sequence: the student's logits [P,V] where something is masked, labels, positions."""
@@ -142,15 +124,6 @@ class Step:
             seen[positions] = shown
             logits = self.student.model(input_ids=torch.tensor(seen)[None]).logits[0, :, :size]
             yield number, logits[positions], torch.tensor(ids[positions]), positions
-
-
-def same_gradients(found: Any, expected: Any) -> None:
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 1e-4
-    for name in found.keys() | expected.keys():
-        zero = torch.zeros(())
-        gap = (found.get(name, zero) - expected.get(name, zero)).abs().max()
-        assert float(gap) <= 5e-5 * scale, name
 
 
 def with_mask(config: RunConfig, **mask: Any) -> RunConfig:

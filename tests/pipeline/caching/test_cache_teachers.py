@@ -26,42 +26,23 @@ from rekindle.pipeline.processes import units
 from rekindle.pipeline.processes.devices import Place
 from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress
+from testlib.caches import committed
 
 Teachers = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def stable(make_model, wordpiece) -> Teachers:
+def stable(make_teacher) -> Teachers:
     """A teacher of each kind of shard: top-k, of sequences with dropout, of words, of pairs."""
-
-    def teacher(name: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        model = make_model("bert", f"AutoModelFor{auto}", wordpiece)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    classes = ("SequenceClassification", "sequence_classification")
     return [
-        teacher("lm", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 8}),
-        teacher("mc", *classes, monte_carlo={"passes": 2}),
-        teacher("words", "TokenClassification", "token_classification"),
-        teacher("pairs", *classes, pairs="adjacent"),
+        make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 8}),
+        make_teacher("mc", "sequence_classification", monte_carlo={"passes": 2}),
+        make_teacher("words", "token_classification"),
+        make_teacher("pairs", "sequence_classification", pairs="adjacent"),
     ]
 
 
 UNITS = {"lm": 6, "mc": 3, "words": 3, "pairs": 3}
-
-
-def shards(path: Path) -> dict[str, bytes]:
-    """The bytes of every committed shard, by set and unit."""
-    store = open_store(path)
-    sets = [
-        "corpus",
-        *(f"{kind}/{name}" for kind in ("views", "targets") for name in store.folders(kind)),
-    ]
-    found = {}
-    for folder in sets:
-        for unit, commit in ShardSet(store, folder).committed().items():
-            found[f"{folder}/{unit}"] = (path / folder / commit.path).read_bytes()
-    return found
 
 
 def files(path: Path) -> dict[Path, tuple[int, int]]:
@@ -82,7 +63,7 @@ def test_a_shard_for_every_unit(whole):
     store = open_store(whole)
     for name, count in UNITS.items():
         assert len(ShardSet(store, f"targets/{name}").committed()) == count
-    assert len(shards(whole)) == 3 + 6 + 3 + 15  # corpus, masks, pairs, targets
+    assert len(committed(whole)) == 3 + 6 + 3 + 15  # corpus, masks, pairs, targets
 
 
 def test_every_unit_says_how_long_it_took(
@@ -108,12 +89,12 @@ def test_seconds_that_are_none_are_unknown(bad):
 
 def test_the_same_configuration_and_seed_give_the_same_bytes(tmp_path, configure, stable, whole):
     cache_teachers(configure(tmp_path, stable))
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
 
 
 def test_another_seed_gives_other_masks_over_the_same_corpus(tmp_path, configure, stable, whole):
     cache_teachers(configure(tmp_path, stable[:1], cache={"seed": 1}))
-    other, ours = shards(tmp_path), shards(whole)
+    other, ours = committed(tmp_path), committed(whole)
     assert {n for n in other if n in ours and other[n] == ours[n]} == {
         f"corpus/{shard:05d}" for shard in range(3)
     }
@@ -156,12 +137,12 @@ def test_interrupted_in_any_unit_it_goes_on(
         patch.setattr(stage_one, step, failing)
         with pytest.raises(KeyboardInterrupt):
             cache_teachers(config)
-    before, half = files(tmp_path), shards(tmp_path)
+    before, half = files(tmp_path), committed(tmp_path)
     finished = sum(name.startswith("targets/") for name in half)
     assert number - 1 <= finished <= number
     again = cache_teachers(config)
     assert (again.units_done, again.units_present) == (15 - finished, finished)
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
     after = files(tmp_path)
     assert {path: after[path] for path in before} == before
     assert Cache.open(tmp_path).manifest["teachers"].keys() == UNITS.keys()
@@ -178,7 +159,7 @@ def test_killed_in_the_middle_of_a_shard(tmp_path, configure, stable, whole):
     record.unlink()
     before = files(tmp_path)
     assert cache_teachers(config) == StageOne(12, 1, 14)
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
     after = files(tmp_path)
     assert {path: after[path] for path in before} == before
 
@@ -189,7 +170,7 @@ def test_a_teacher_added_later_leaves_the_others_alone(tmp_path, configure, stab
     assert cache_teachers(configure(tmp_path, stable)) == StageOne(12, 9, 6)
     after = files(tmp_path)
     assert {path: after[path] for path in before} == before
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
 
 
 def test_replicas_added_later_leave_the_others_alone(tmp_path, configure, stable):
@@ -340,7 +321,7 @@ def in_this_process(monkeypatch) -> None:
 
 def test_workers_write_the_same_bytes(tmp_path, configure, stable, whole, in_this_process):
     cache_teachers(configure(tmp_path, stable), workers=2)
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
 
 
 def test_a_workers_error_is_the_teachers(
@@ -360,7 +341,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, configure, stable, whole):
         pytest.skip("workers would compute with two threads or more, and round otherwise")
     result = cache_teachers(configure(tmp_path, stable), workers=2)
     assert result == StageOne(12, 15, 0)
-    assert shards(tmp_path) == shards(whole)
+    assert committed(tmp_path) == committed(whole)
     assert multiprocessing.active_children() == []
 
 

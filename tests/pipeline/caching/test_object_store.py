@@ -13,13 +13,11 @@ from rekindle.pipeline.checks.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
-def teachers(make_model, wordpiece) -> list[dict[str, Any]]:
-    masked = str(make_model("bert", "AutoModelForMaskedLM", wordpiece))
-    expert = str(make_model("bert", "AutoModelForSequenceClassification", wordpiece, num_labels=3))
+def teachers(make_teacher) -> list[dict[str, Any]]:
     return [
-        {"name": "lm", "model": masked, "task": "masked_lm", "targets": {"kind": "topk", "k": 5}},
-        {"name": "states", "model": masked, "task": "masked_lm", "targets": {"kind": "hidden"}},
-        {"name": "classes", "model": expert, "task": "sequence_classification"},
+        make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 5}),
+        make_teacher("states", "masked_lm", targets={"kind": "hidden"}),
+        make_teacher("classes", "sequence_classification", config={"num_labels": 3}),
     ]
 
 

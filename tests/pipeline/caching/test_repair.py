@@ -15,6 +15,7 @@ from rekindle.data.inventory import collect_garbage
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
+from testlib.caches import problems
 
 Teachers = list[dict[str, Any]]
 
@@ -24,28 +25,17 @@ BITS = (0x01, 0x10, 0x80)
 
 
 @pytest.fixture(scope="module")
-def teachers(make_model, wordpiece) -> Teachers:
+def teachers(make_teacher) -> Teachers:
     """Every kind of shard: masked top-k, compact, hidden states, of sequences, words and pairs."""
-
-    def teacher(name: str, family: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    causal = ("llama", "CausalLM", "causal_lm")
-    classes = ("bert", "SequenceClassification", "sequence_classification")
+    causal, classes = "causal_lm", "sequence_classification"
+    two = {"kind": "topk", "k": 4, "temperatures": [2, 3]}
     return [
-        teacher(
-            "lm",
-            "bert",
-            "MaskedLM",
-            "masked_lm",
-            targets={"kind": "topk", "k": 4, "temperatures": [2, 3]},
-        ),
-        teacher("packed", *causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
-        teacher("hidden", *causal, targets={"kind": "hidden"}),
-        teacher("classes", *classes, monte_carlo={"passes": 2}),
-        teacher("words", "bert", "TokenClassification", "token_classification"),
-        teacher("pairs", *classes, pairs="adjacent"),
+        make_teacher("lm", "masked_lm", targets=two),
+        make_teacher("packed", causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
+        make_teacher("hidden", causal, targets={"kind": "hidden"}),
+        make_teacher("classes", classes, monte_carlo={"passes": 2}),
+        make_teacher("words", "token_classification"),
+        make_teacher("pairs", classes, pairs="adjacent"),
     ]
 
 
@@ -124,14 +114,6 @@ def flip(content: bytes, place: int, bit: int) -> bytes:
     changed = bytearray(content)
     changed[place] ^= bit
     return bytes(changed)
-
-
-def problems(cache: Path) -> list[str]:
-    """What is wrong, told by the report or by the cache that is none."""
-    try:
-        return verify_cache(str(cache)).problems
-    except CacheError as error:
-        return [str(error)]
 
 
 def assert_named(cache: Path, name: str, what: str) -> None:

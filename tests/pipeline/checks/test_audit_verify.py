@@ -19,34 +19,23 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks import audit
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import VerifyReport, verify_cache
+from testlib.caches import problems
 
 NAMES = ["lm", "causal", "dense", "odd", "classes", "score", "words", "pairs"]
 
 
 @pytest.fixture(scope="module")
-def teachers(make_model, wordpiece) -> list[dict[str, Any]]:
-    def teacher(name: str, family: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        labels = {"num_labels": 1} if task == "regression" else {}
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece, **labels)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    classes = ("SequenceClassification", "sequence_classification")
+def teachers(make_teacher) -> list[dict[str, Any]]:
+    topk, few = {"kind": "topk", "k": 16}, {"kind": "topk", "k": 2}
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 16}),
-        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"kind": "topk", "k": 16}),
-        teacher("dense", "llama", "CausalLM", "causal_lm", targets={"kind": "dense"}),
-        teacher(
-            "odd",
-            "bert",
-            "MaskedLM",
-            "masked_lm",
-            targets={"kind": "topk", "k": 2},
-            domains=["odd"],
-        ),
-        teacher("classes", "bert", *classes),
-        teacher("score", "bert", "SequenceClassification", "regression", domains=["even"]),
-        teacher("words", "bert", "TokenClassification", "token_classification"),
-        teacher("pairs", "bert", *classes, pairs="adjacent"),
+        make_teacher("lm", "masked_lm", targets=topk),
+        make_teacher("causal", "causal_lm", targets=topk),
+        make_teacher("dense", "causal_lm", targets={"kind": "dense"}),
+        make_teacher("odd", "masked_lm", targets=few, domains=["odd"]),
+        make_teacher("classes", "sequence_classification"),
+        make_teacher("score", "regression", domains=["even"]),
+        make_teacher("words", "token_classification"),
+        make_teacher("pairs", "sequence_classification", pairs="adjacent"),
     ]
 
 
@@ -65,14 +54,6 @@ def copy(tmp_path, sound) -> Path:
 def data_file(cache: Path, folder: str, unit: str) -> Path:
     record = json.loads((cache / folder / "commits" / f"{unit}.json").read_text())
     return cache / folder / record["path"]
-
-
-def problems(cache: Path) -> list[str]:
-    """What is wrong, told by the report or by the cache that cannot be opened."""
-    try:
-        return verify_cache(str(cache)).problems
-    except CacheError as error:
-        return [str(error)]
 
 
 def view_of(cache: Path, kind: str) -> str:

@@ -24,31 +24,19 @@ def strict(text: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, configure, make_model, wordpiece) -> Path:
-    def teacher(name: str, family: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        labels = {"num_labels": 1} if task == "regression" else {"num_labels": 3}
-        labels = {} if "LM" in auto else labels
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece, **labels)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    classes = ("SequenceClassification", "sequence_classification")
-    dense, whole = {"kind": "dense"}, {"kind": "topk", "k": 9999}
+def cache(tmp_path_factory, configure, make_teacher) -> Path:
     path = tmp_path_factory.mktemp("inspected") / "cache"
+    few, whole = {"kind": "topk", "k": 2}, {"kind": "topk", "k": 9999}
+    three = {"config": {"num_labels": 3}}
+    passes = {"monte_carlo": {"passes": 2}, "domains": ["even"]}
     teachers = [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 16}),
-        teacher(
-            "odd",
-            "bert",
-            "MaskedLM",
-            "masked_lm",
-            targets={"kind": "topk", "k": 2},
-            domains=["odd"],
-        ),
-        teacher("dense", "llama", "CausalLM", "causal_lm", targets=dense),
-        teacher("whole", "llama", "CausalLM", "causal_lm", targets=whole),
-        teacher("classes", "bert", *classes, monte_carlo={"passes": 2}, domains=["even"]),
-        teacher("score", "bert", "SequenceClassification", "regression"),
-        teacher("words", "bert", "TokenClassification", "token_classification"),
+        make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 16}),
+        make_teacher("odd", "masked_lm", targets=few, domains=["odd"]),
+        make_teacher("dense", "causal_lm", targets={"kind": "dense"}),
+        make_teacher("whole", "causal_lm", targets=whole),
+        make_teacher("classes", "sequence_classification", **three, **passes),
+        make_teacher("score", "regression"),
+        make_teacher("words", "token_classification", **three),
     ]
     cache_teachers(configure(path, teachers))
     return path

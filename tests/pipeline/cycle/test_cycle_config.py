@@ -145,7 +145,7 @@ def test_a_value_that_cannot_name_a_folder_is_refused():
         point_name({"x": "a/b"})
 
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "glue"
 
 
 @pytest.mark.parametrize("name", ["glue", "glue_two_cores"])

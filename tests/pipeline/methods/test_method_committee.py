@@ -15,9 +15,8 @@ from rekindle.train.device_batch import sparse_targets
 from rekindle.train.objective.objective import Objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
+from testlib.models import NARROW, STILL
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TASK, TAU, K, MEMBERS = "masked_lm", 2.0, 64, (1, 2, 3)
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def lm(make_model, wordpiece):
     auto = "AutoModelForMaskedLM"
-    return lambda seed: str(make_model("bert", auto, wordpiece, seed, **SMALL, **STILL))
+    return lambda seed: str(make_model("bert", auto, wordpiece, seed, **NARROW, **STILL))
 
 
 @pytest.fixture(scope="module")

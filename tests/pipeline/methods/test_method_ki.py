@@ -24,9 +24,8 @@ from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.objective.objective import Objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
+from testlib.models import NARROW, STILL
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TAU, STEPS, OVER = 2.0, 8, 0.5  # so T_KD = 4
 ALPHA = {"schedule": "linear", "from": 1.0, "to": 0.0, "over": OVER}
 REST = {"schedule": "linear", "from": 0.0, "to": 1.0, "over": OVER}
@@ -45,7 +44,7 @@ def lm(make_model, wordpiece, bytelevel):
     def make(task, seed):
         if task == "masked_lm":
             auto = "AutoModelForMaskedLM"
-            return str(make_model("bert", auto, wordpiece, seed, **SMALL, **STILL))
+            return str(make_model("bert", auto, wordpiece, seed, **NARROW, **STILL))
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return str(make_model("gpt2", "AutoModelForCausalLM", bytelevel, seed, n_embd=16, **none))
 

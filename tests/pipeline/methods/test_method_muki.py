@@ -27,9 +27,8 @@ from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student
+from testlib.models import NARROW, STILL
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LABELS = {"a": ("cat", "dog"), "b": ("dog", "bird", "cat"), "c": ("sun", "rain", "snow", "wind")}
 UNION = ("cat", "dog", "bird", "sun", "rain", "snow", "wind")
 APART = tuple(f"{name}/{label}" for name, labels in LABELS.items() for label in labels)
@@ -41,7 +40,7 @@ def expert(make_model, wordpiece):
     def make(name, seed, **extra):
         names = dict(enumerate(LABELS[name]))
         ids = {label: number for number, label in names.items()}
-        about = {"id2label": names, "label2id": ids, **SMALL, **extra}
+        about = {"id2label": names, "label2id": ids, **NARROW, **extra}
         auto = "AutoModelForSequenceClassification"
         model = str(make_model("bert", auto, wordpiece, seed, **about))
         task, passes = "sequence_classification", {"passes": 16}
@@ -52,7 +51,7 @@ def expert(make_model, wordpiece):
 
 @pytest.fixture(scope="module")
 def student_model(make_model, wordpiece):
-    return str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, **SMALL, **STILL))
+    return str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, **NARROW, **STILL))
 
 
 @pytest.fixture(scope="module")

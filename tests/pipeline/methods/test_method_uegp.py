@@ -20,9 +20,8 @@ from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
+from testlib.models import NARROW, STILL
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLASSIFIER = "AutoModelForSequenceClassification"
 KD_ONLY = "train.objective.hard.weight=0"
 MLM_ONLY = "train.objective.distill=[]"
@@ -38,11 +37,11 @@ def folder(tmp_path_factory):
 def models(make_model, wordpiece, bytelevel):
     """The directory of each expert, and of the student."""
     return {
-        "sense": make_model("roberta", CLASSIFIER, bytelevel, 1, num_labels=3, **SMALL),
-        "score": make_model("bert", CLASSIFIER, wordpiece, 2, num_labels=1, **SMALL),
-        "pair": make_model("bert", CLASSIFIER, wordpiece, 3, num_labels=2, **SMALL),
-        "odd": make_model("bert", CLASSIFIER, wordpiece, 4, num_labels=4, **SMALL),
-        "student": make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, **SMALL, **STILL),
+        "sense": make_model("roberta", CLASSIFIER, bytelevel, 1, num_labels=3, **NARROW),
+        "score": make_model("bert", CLASSIFIER, wordpiece, 2, num_labels=1, **NARROW),
+        "pair": make_model("bert", CLASSIFIER, wordpiece, 3, num_labels=2, **NARROW),
+        "odd": make_model("bert", CLASSIFIER, wordpiece, 4, num_labels=4, **NARROW),
+        "student": make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, **NARROW, **STILL),
     }
 
 

@@ -10,24 +10,18 @@ from testlib.planned import WHOLE, Teachers
 
 
 @pytest.fixture(scope="session")
-def teachers(make_model, wordpiece) -> Teachers:
+def teachers(make_teacher) -> Teachers:
     """A teacher of each kind of target."""
-
-    def teacher(name: str, family: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        labels = {} if "LM" in auto else {"num_labels": 40}
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece, **labels)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    classes = ("SequenceClassification", "sequence_classification")
+    classes, forty = "sequence_classification", {"num_labels": 40}
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 64}),
-        teacher("causal", "llama", "CausalLM", "causal_lm", targets={"kind": "topk", "k": 32}),
-        teacher("dense", "llama", "CausalLM", "causal_lm", targets={"kind": "dense"}),
-        teacher("classes", "bert", *classes),
-        teacher("mc", "bert", *classes, monte_carlo={"passes": 2}),
-        teacher("pairs", "bert", *classes, pairs="adjacent"),
-        teacher("words", "bert", "TokenClassification", "token_classification"),
-        teacher("even", "bert", "MaskedLM", "masked_lm", domains=["even"]),
+        make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 64}),
+        make_teacher("causal", "causal_lm", targets={"kind": "topk", "k": 32}),
+        make_teacher("dense", "causal_lm", targets={"kind": "dense"}),
+        make_teacher("classes", classes, config=forty),
+        make_teacher("mc", classes, config=forty, monte_carlo={"passes": 2}),
+        make_teacher("pairs", classes, config=forty, pairs="adjacent"),
+        make_teacher("words", "token_classification", config=forty),
+        make_teacher("even", "masked_lm", domains=["even"]),
     ]
 
 

@@ -12,6 +12,7 @@ from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan import run as plan
 from rekindle.pipeline.plan import sample as plan_sample
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import shown_plan
 from testlib.planned import NAMES, WHOLE, of
 
 
@@ -213,7 +214,7 @@ def test_a_model_that_is_not_here(tmp_path, configure, teachers, made):
             else:
                 assert work.bytes is None
         assert set(found.totals.unknown) == set(NAMES)
-        assert "at least" in found.as_text()
+        assert "at least" in shown_plan(found)
 
 
 def test_labels_are_known_from_the_cache(tmp_path, configure, teachers):
@@ -280,4 +281,4 @@ def test_too_little_room_is_told(tmp_path, configure, teachers, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: Usage)
     short = plan_run(config, probe=False)
     assert len(short.warnings) == 1
-    assert "not enough room" in short.as_text()
+    assert "not enough room" in shown_plan(short)

@@ -13,7 +13,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan.break_even import active_steps
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import counted, shown_bytes, shown_seconds
+from rekindle.pipeline.plan.text import counted, shown_bytes, shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
 
 
@@ -135,7 +135,7 @@ def test_text_and_json(made, when):
     values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert [t["name"] for t in values["teachers"]] == list(NAMES)
     assert values["corpus"]["sequences"] == found.corpus.sequences
-    text = found.as_text()
+    text = shown_plan(found)
     assert all(len(line) <= 100 for line in text.splitlines())
     assert all(name in text for name in NAMES)
 

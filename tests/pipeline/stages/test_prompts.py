@@ -224,7 +224,7 @@ def test_a_bad_section_is_refused_when_it_is_read(values, message):
 
 
 @pytest.fixture
-def run_file(tmp_path, corpus_file, wordpiece, make_model, teachers):
+def run_file(tmp_path, small_corpus, wordpiece, make_model, teachers):
     """write(**write_prompts) -> a run file: plain training, then training on prompts."""
     model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
     prompts = {"teacher": "classes", "template": TEMPLATE, "words": WORDS}
@@ -236,13 +236,7 @@ def run_file(tmp_path, corpus_file, wordpiece, make_model, teachers):
         "teachers": [],
     }
     values = {
-        "corpus": {
-            "source": [str(corpus_file)],
-            "domain_field": "domain",
-            "tokenizer": str(wordpiece),
-            "sequence_length": 24,
-            "limit_sequences": 12,
-        },
+        "corpus": small_corpus,
         "cache": {"path": str(tmp_path / "cache"), "replicas": 2},
         "teachers": teachers[:1],
         "student": {"model": str(model)},

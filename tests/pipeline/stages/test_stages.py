@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache
-from rekindle.pipeline.cli import main
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.plan.run import plan_run
@@ -31,15 +29,16 @@ from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.record.run_folder import alone_in
+from testlib.processes import Child
 
 STEPS = 6
 NAMES = ("first", "second", "third")
 
 
 @pytest.fixture(scope="module")
-def chain(corpus_file, wordpiece, make_model):
+def chain(small_corpus, wordpiece, make_model, make_teacher):
     """chain(home, **changes) -> a run file of three stages: large -> first -> second -> third."""
-    large = make_model("bert", "AutoModelForMaskedLM", wordpiece)
+    large = make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 4})
     sizes = {name: {"hidden_size": 16, "intermediate_size": 16 + n} for n, name in enumerate(NAMES)}
     student = {
         name: str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, **size))
@@ -52,21 +51,9 @@ def chain(corpus_file, wordpiece, make_model):
 
     def write(home: Path, **sections) -> Path:
         values = {
-            "corpus": {
-                "source": [str(corpus_file)],
-                "tokenizer": str(wordpiece),
-                "sequence_length": 24,
-                "limit_sequences": 12,
-            },
+            "corpus": small_corpus | {"domain_field": None},
             "cache": {"path": str(home / "cache"), "sequences_per_shard": 6, "replicas": 2},
-            "teachers": [
-                {
-                    "name": "lm",
-                    "model": str(large),
-                    "task": "masked_lm",
-                    "targets": {"kind": "topk", "k": 4},
-                }
-            ],
+            "teachers": [large],
             "student": {"model": student["first"], "from_scratch": True},
             "train": {
                 "steps": STEPS,
@@ -240,19 +227,6 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work):
-    """The status of a process that does ``work``: minus the signal that ended it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize(
     ("how", "where", "steps"),
     [
@@ -268,7 +242,8 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
     path, out = chain(tmp_path), tmp_path / "out"
     config = load_config(path)
     if how == "killed":
-        assert forked(lambda: run_stages(config, out, progress=Stopping(where, steps, kill))) == -9
+        stopping = Stopping(where, steps, kill)
+        assert Child(lambda: run_stages(config, out, progress=stopping)).wait(600) == -9
     else:
         with pytest.raises(KeyboardInterrupt):
             run_stages(config, out, progress=Stopping(where, steps, interrupt))
@@ -327,17 +302,15 @@ def test_an_output_directory_in_use_is_refused(chain, tmp_path):
     assert not (tmp_path / "home" / "cache").exists()
 
 
-def test_a_second_process_on_stages_is_refused(chain, tmp_path, capsys, monkeypatch):
+def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
     """With the exit code of wrong input, whether it is to resume or not."""
     out = tmp_path / "out"
-    command = ["pipeline", "train-student", str(chain(tmp_path / "home")), "--out", str(out)]
+    given = ("train-student", chain(tmp_path / "home"), "--out", out)
     with alone_in(out):
         for options in ((), ("--resume",)):
-            monkeypatch.setattr(sys, "argv", [*command, *options])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == 2
-            assert f"another process works on {out}" in capsys.readouterr().err
+            code, _, told = command(*given, *options)
+            assert code == 2
+            assert f"another process works on {out}" in told
         assert [p.name for p in out.iterdir()] == [".lock"]
     assert not (tmp_path / "home" / "cache").exists()
 
@@ -507,40 +480,30 @@ def test_references_stand_inside_strings_too(chain, tmp_path):
     assert second.uses == ["first"]
 
 
-def test_the_commands(chain, tmp_path, capsys, monkeypatch):
+def test_the_commands(chain, tmp_path, command):
     """Every command on a file of stages: what it prints, and how it ends."""
     path, out = chain(tmp_path), str(tmp_path / "out")
 
-    def pipeline(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    code, said, _ = pipeline("plan", path, "--no-probe", "--json")
+    code, said, _ = command("plan", path, "--no-probe", "--json")
     assert [one["name"] for one in json.loads(said)["stages"]] == list(NAMES)
-    code, said, _ = pipeline("plan", path, "--no-probe")
+    code, said, _ = command("plan", path, "--no-probe")
     assert (code, said.count("--- stage")) == (0, 3)
-    code, said, _ = pipeline("cache-teachers", path)
+    code, said, _ = command("cache-teachers", path)
     assert code == 0
     assert "teacher lm waits for stage second" in said
     options = ("train-student", path, "--out", out, "--set", "train.steps=1")
-    code, said, _ = pipeline(*options)
+    code, said, _ = command(*options)
     assert code == 0
     assert [f"{out}/{name}: 1 steps in" in said for name in NAMES] == [True] * 3
-    code, said, _ = pipeline(*options, "--resume")
+    code, said, _ = command(*options, "--resume")
     assert (code, said) == (0, f"{out}: every stage was finished\n")
-    code, said, err = pipeline(*options)
+    code, said, err = command(*options)
     assert (code, said) == (2, "")
     assert "is not empty" in err
-    code, _, err = pipeline("verify", tmp_path / "cache", "--audit", "1", "--config", path)
+    code, _, err = command("verify", tmp_path / "cache", "--audit", "1", "--config", path)
     assert code == 2
     assert "run.yaml" in err
-    code, _, err = pipeline("train-student", path, "--sweep", "train.seed=1,2")
+    code, _, err = command("train-student", path, "--sweep", "train.seed=1,2")
     assert code == 2
     assert "not swept" in err
 

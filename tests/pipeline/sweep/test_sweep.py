@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.processes import devices as places
+from rekindle.pipeline.processes import devices as devices_module
 from rekindle.pipeline.processes import jobs
 from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress, Task
@@ -28,6 +26,8 @@ from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.run_folder import alone_in
+from testlib.processes import descendants
+from testlib.students import same_weights
 
 TEMPERATURE = "train.objective.distill.0.temperature"
 FIVE = (
@@ -38,24 +38,18 @@ FIVE = (
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
+def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher):
     """A run file whose cache is made, and whose teachers are gone."""
     home = tmp_path_factory.mktemp("sweep")
-    kinds = {"lm": "AutoModelForMaskedLM", "expert": "AutoModelForSequenceClassification"}
-    for name, kind in kinds.items():
-        shutil.copytree(make_model("bert", kind, wordpiece), home / name)
-    tasks = {"lm": "masked_lm", "expert": "sequence_classification"}
-    teachers = [{"name": n, "model": str(home / n), "task": task} for n, task in tasks.items()]
-    teachers[0]["targets"] = {"k": 8, "temperatures": [1.0, 2.0, 4.0]}
+    made = [
+        make_teacher("lm", "masked_lm", targets={"k": 8, "temperatures": [1.0, 2.0, 4.0]}),
+        make_teacher("expert", "sequence_classification"),
+    ]
+    teachers = [t | {"model": shutil.copytree(t["model"], str(home / t["name"]))} for t in made]
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     student = make_model("bert", "AutoModelForMaskedLM", wordpiece, seed=5, **small)
     values = {
-        "corpus": {
-            "source": [str(corpus_file)],
-            "tokenizer": str(wordpiece),
-            "sequence_length": 24,
-            "limit_sequences": 24,
-        },
+        "corpus": small_corpus | {"domain_field": None, "limit_sequences": 24},
         "cache": {"path": str(home / "cache"), "sequences_per_shard": 20, "replicas": 2},
         "teachers": teachers,
         "student": {"model": str(student), "from_scratch": True},
@@ -73,20 +67,9 @@ def run_file(tmp_path_factory, corpus_file, wordpiece, make_model):
     path = home / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     cache_teachers(load_config(path))
-    for name in tasks:
-        shutil.rmtree(home / name)
+    for teacher in teachers:
+        shutil.rmtree(teacher["model"])
     return path
-
-
-def weights(run):
-    found = load_file(run / "model.safetensors")
-    heads = run / "heads.safetensors"
-    return found | {f"heads.{k}": v for k, v in load_file(heads).items()}
-
-
-def same_weights(a, b):
-    first, second = weights(a), weights(b)
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def losses(run):
@@ -259,13 +242,6 @@ def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
     assert (tmp_path / other / "summary.json").is_file()
     assert run_sweep(runs, tmp_path, resume=True) == []
     assert same_weights(tmp_path / failure.name, alone("train.steps=40", f"train.{failure.name}"))
-
-
-def descendants(pid):
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [child, *descendants(child)]
-    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
@@ -441,7 +417,7 @@ def test_one_student_per_place_at_a_time(run_file, tmp_path, monkeypatch, device
 
     monkeypatch.setattr(jobs, "Worker", Told)
     monkeypatch.setattr(module, "visible_devices", lambda: devices)
-    monkeypatch.setattr(places, "visible_devices", lambda: devices)
+    monkeypatch.setattr(devices_module, "visible_devices", lambda: devices)
     runs = plan_sweep(run_file, ["train.seed=0,1,2,3,4"])
     assert run_sweep(runs, tmp_path, workers=workers) == []
     assert [name for name, _ in seen] == [run.name for run in runs]

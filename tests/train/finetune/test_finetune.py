@@ -65,15 +65,6 @@ def task(folder, row, sizes=(320, 60)):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models are many times faster on one thread than on several that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def bert(make_model, wordpiece):
     return str(make_model("bert", "AutoModelForMaskedLM", wordpiece, initializer_range=0.1))

@@ -21,7 +21,9 @@ from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student
-from testlib.loop import ALL, CPU, metrics, run, sequences, train_config, weights
+from testlib.loop import ALL, CPU, run, sequences, train_config
+from testlib.models import STILL
+from testlib.students import metrics, weights
 
 
 def test_metrics_have_every_step_and_every_evaluation(whole):
@@ -151,7 +153,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(masked_world, make_model, wordp
     """One step by hand: AdamW's first step is lr · g / (|g| + ε), after decay of the matrices."""
     model = make_model(
         *("bert", "AutoModelForMaskedLM", wordpiece),
-        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        **STILL,
     )
     chosen = train_config(
         [{"teachers": ["big"]}],
@@ -184,7 +186,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(masked_world, make_model, wordp
 def test_micro_batches_train_the_same_student(masked_world, make_model, wordpiece, tmp_path):
     model = make_model(
         *("bert", "AutoModelForMaskedLM", wordpiece),
-        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        **STILL,
     )
     found = []
     for micro in (None, 4):

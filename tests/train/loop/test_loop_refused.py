@@ -24,13 +24,13 @@ from rekindle.train.order.stream import TrainingStream
 from rekindle.train.student import Student
 from testlib.loop import (
     ALL,
-    metrics,
     no_reader_left,
     refused,
     run,
     sequences,
     train_config,
 )
+from testlib.students import metrics
 
 
 @pytest.mark.parametrize("clip", [1.0, None])

@@ -14,7 +14,8 @@ import pytest
 
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.train import loop as module
-from testlib.loop import ALL, metrics, no_reader_left, run, same_weights, stop_at, train_config
+from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
+from testlib.students import metrics, same_weights
 
 
 def test_the_same_configuration_gives_the_same_weights_to_the_bit(masked_world, whole, tmp_path):

@@ -1,41 +1,23 @@
 """A cache with a teacher of each kind of target, and a student for it."""
 
 import pytest
-import torch
 
-from rekindle.data.settings import parse_settings
-from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.config import RunConfig
-from testlib.replaced_tokens import KINDS, NARROW, STILL
+from testlib.models import NARROW, STILL
+from testlib.replaced_tokens import KINDS
 
 
 @pytest.fixture(scope="session")
-def kinds(tmp_path_factory, corpus_file, wordpiece, make_model):
+def kinds(tmp_path_factory, make_teacher, make_cache):
     """A cache with a teacher of each kind, all of one model, and a classifier."""
-    torch.set_num_threads(1)
-    flat = {"initializer_range": 0.2}
-    model = str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 1, **NARROW, **flat))
-    expert = str(make_model("bert", "AutoModelForSequenceClassification", wordpiece, 6, **NARROW))
-    lm = {"model": model, "task": "masked_lm"}
-    teachers = [lm | {"name": name, "targets": targets} for name, targets in KINDS.items()]
-    teachers += [lm | {"name": "odd", "targets": KINDS["topk"], "domains": ["odd"]}]
-    teachers += [{"name": "sense", "model": expert, "task": "sequence_classification"}]
+    flat = NARROW | {"initializer_range": 0.2}
+    teachers = [make_teacher(k, "masked_lm", 1, flat, targets=t) for k, t in KINDS.items()]
+    teachers += [teachers[0] | {"name": "odd", "domains": ["odd"]}]
+    teachers += [make_teacher("sense", "sequence_classification", 6, NARROW)]
     path = tmp_path_factory.mktemp("rtd") / "cache"
-    values = {
-        "corpus": {
-            "source": str(corpus_file),
-            "tokenizer": str(wordpiece),
-            "domain_field": "domain",
-            "sequence_length": 24,
-            "limit_sequences": 24,
-        },
-        "cache": {"path": str(path), "sequences_per_shard": 16, "replicas": 2},
-        "teachers": teachers,
-    }
-    cache_teachers(parse_settings(RunConfig, values))
+    make_cache(path, teachers, {"limit_sequences": 24}, {"sequences_per_shard": 16, "mask": {}})
     return path
 
 
 @pytest.fixture(scope="session")
 def student(wordpiece, make_model):
-    return make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **STILL)
+    return make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **NARROW, **STILL)

@@ -16,17 +16,17 @@ from rekindle.train.methods.replaced_tokens import ReplacedTokenHead
 from rekindle.train.prepare import prepare, prepare_objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
+from testlib.models import NARROW, STILL
 from testlib.replaced_tokens import (
     CPU,
-    NARROW,
     RTD,
-    STILL,
     config_of,
     gather,
     method_of,
     replacements,
     rtd_student,
 )
+from testlib.students import gradients, metrics, same_gradients, same_weights
 
 
 class Setting:
@@ -58,10 +58,7 @@ class Setting:
             loss += float(result.total.detach())
             for name, value in result.terms.items():
                 terms[name] = terms.get(name, 0.0) + float(value)
-        return loss, terms, self.gradients()
-
-    def gradients(self):
-        return {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+        return loss, terms, gradients(self.student)
 
     def head(self, states):
         """Dense, GELU, one output, from the weights by their names."""
@@ -104,7 +101,7 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def electra(wordpiece, make_model):
-    return make_model("electra", "AutoModelForMaskedLM", wordpiece, 3, **STILL)
+    return make_model("electra", "AutoModelForMaskedLM", wordpiece, 3, **NARROW, **STILL)
 
 
 @pytest.mark.parametrize(
@@ -129,28 +126,19 @@ def test_loss_and_gradient_are_the_references(kinds, student, electra, family, h
     assert whole[0] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert whole[1]["replaced_tokens/loss"] == pytest.approx(bare, rel=1e-5)
     assert ("ce" in whole[1]) == (hard > 0)
-    assert_same_gradients(whole[2], setting.gradients())
+    same_gradients(whole[2], gradients(setting.student))
     heads = [n for n in whole[2] if "method:" in n or "discriminator" in n]
     assert len(heads) == 4
     for size in (1, 2, 4):  # micro-batches
         split = setting.run(split_batch(batch, size), counts)
         assert split[0] == pytest.approx(whole[0], rel=1e-5)
-        assert_same_gradients(split[2], whole[2])
+        same_gradients(split[2], whole[2])
     apart = [setting.batch(index[rank::2]) for rank in range(2)]  # processes
     counted = [setting.objective.counts(part, setting.objective.plan(0)) for part in apart]
     assert (
         sum(c.rows["replaced_tokens/loss"] for c in counted) == counts.rows["replaced_tokens/loss"]
     )
-    assert_same_gradients(setting.run(apart, counts)[2], whole[2])
-
-
-def assert_same_gradients(found, expected):
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 1e-3
-    zero = torch.zeros(())
-    for name in found.keys() | expected.keys():
-        a, b = found.get(name, zero), expected.get(name, zero)
-        assert float((a - b).abs().max()) <= 2e-5 * scale, name
+    same_gradients(setting.run(apart, counts)[2], whole[2])
 
 
 def test_a_batch_without_any_target_has_a_loss_of_nothing(kinds, student):
@@ -350,14 +338,5 @@ def test_a_stopped_run_goes_on_to_the_same_bits(kinds, make_model, wordpiece, tm
     with pytest.raises(Stopped):
         train(kinds, rtd_student(noisy), tmp_path / "run", report=stop)
     train(kinds, rtd_student(noisy), tmp_path / "run", resume=True)
-    for file in ("model", "heads"):
-        ours = load_file(tmp_path / "run" / f"{file}.safetensors")
-        theirs = load_file(tmp_path / "whole" / f"{file}.safetensors")
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    times = ("tokens_per_second", "data_wait", "seconds")
-    records = [
-        [{k: v for k, v in r.items() if k not in times} for r in read_metrics(tmp_path / name)]
-        for name in ("run", "whole")
-    ]
-    assert records[0] == records[1]
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

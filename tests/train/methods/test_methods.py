@@ -4,7 +4,6 @@ Nothing of the package is changed by these tests: the file lies in a folder that
 """
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from rekindle.train.method_names import unknown_method
 from rekindle.train.prepare import prepare, prepare_objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
+from testlib.command import python
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
@@ -327,10 +327,7 @@ def test_a_run_file_with_a_method_is_read_without_torch():
         "assert ObjectiveConfig.model_validate(c.model_dump(mode='json')) == c\n"
         "print([m for m in sys.modules if m in ('torch', 'transformers') or '.methods.' in m])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert python(program) == "[]"
 
 
 def test_the_files_of_the_package_are_its_methods():

@@ -16,14 +16,13 @@ from rekindle.kernels import chunked
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import as_arguments, kd_targets, sparse_targets, split_batch
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
+from testlib.models import NARROW
 
 CPU = torch.device("cpu")
 K = 8
@@ -46,7 +45,7 @@ TASKS = {
     "masked_lm": ("bert", "AutoModelForMaskedLM"),
     "causal_lm": ("llama", "AutoModelForCausalLM"),
 }
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
+SMALL = NARROW | {"initializer_range": 0.3}
 
 
 def temperatures_of(name):
@@ -67,27 +66,16 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def world(request, tmp_path_factory, corpus_file, wordpiece, make_model):
+def world(request, tmp_path_factory, wordpiece, make_model, make_cache):
     """(cache, task, student directory): one teacher of each kind, all of one model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     family, auto = TASKS[request.param]
     model = make_model(family, auto, wordpiece, 1, **SMALL)
     student = make_model(family, auto, wordpiece, 2, **SMALL)
     path = tmp_path_factory.mktemp("estimators") / "cache"
     teacher = {"model": str(model), "task": request.param}
-    values = {
-        "corpus": {
-            "source": str(corpus_file),
-            "tokenizer": str(wordpiece),
-            "sequence_length": 24,
-            "limit_sequences": 30,
-        },
-        "cache": {"path": str(path), "sequences_per_shard": 16, "replicas": 2},
-        "teachers": [teacher | {"name": n, "targets": targets} for n, targets in KINDS.items()],
-    }
-    cache_teachers(parse_settings(RunConfig, values))
-    torch.set_num_threads(threads)
+    teachers = [teacher | {"name": n, "targets": targets} for n, targets in KINDS.items()]
+    corpus = {"domain_field": None, "limit_sequences": 30}
+    make_cache(path, teachers, corpus, {"sequences_per_shard": 16, "mask": {}})
     return path, request.param, student
 
 

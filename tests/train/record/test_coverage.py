@@ -1,70 +1,16 @@
 """With KD, with cross-entropy alone, with neither: counted by plain loops."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.batch import (
-    Batch,
-    MaskedInputs,
-    SequenceTargetBatch,
-    TokenLabelBatch,
-    TokenTargetBatch,
-)
-from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import split_batch
 from rekindle.train.objective.selection import select_targets
 from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.record.coverage import NAMES, Coverage
+from testlib.batches import WIDTH, make_batch, sequences_in, term
 
-WIDTH = 6
 VOCABULARY, EXPERTS = ("va", "vb"), ("ta", "sa", "sb")
-
-
-def info_of(name):
-    about = {
-        "v": {"task": "masked_lm", "kind": "topk", "view": "masked-0", "k": 2},
-        "t": {"task": "token_classification", "kind": "token", "view": "text", "num_labels": 2},
-        "s": {"task": "sequence_classification", "kind": "sequence", "view": "text"},
-    }[name[0]]
-    return TeacherInfo(name=name, **about)
-
-
-def make_batch(lengths, masked, targets):
-    """``masked``: (row, position) of the view; ``targets``: teacher -> rows or (row, position)."""
-    rows, positions = places(masked)
-    ids = np.zeros((len(lengths), WIDTH), np.int32)
-    return Batch(
-        index=np.arange(len(lengths)),
-        digests=["d"] * len(lengths),
-        domains=[None] * len(lengths),
-        input_ids=ids,
-        lengths=np.asarray(lengths, np.int64),
-        masked=MaskedInputs(0, ids, rows, positions, rows),
-        pairs={},
-        targets={name: make_target(name, found, len(lengths)) for name, found in targets.items()},
-    )
-
-
-def make_target(name, found, sequences):
-    if name[0] == "s":
-        present = np.isin(np.arange(sequences), sorted(found))
-        return SequenceTargetBatch(info_of(name), present, np.zeros((sequences, 2)), None)
-    rows, positions = places(found)
-    if name[0] == "t":
-        return TokenLabelBatch(info_of(name), rows, positions, np.zeros((len(rows), 2)))
-    return TokenTargetBatch(info_of(name), rows, positions, {})
-
-
-def places(found):
-    pairs = np.array(sorted(found), np.int64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def term(*teachers, **values):
-    return DistillTerm(teachers=teachers, **values)
 
 
 @st.composite
@@ -91,10 +37,6 @@ def count(batch, terms, hard=1.0, task="masked_lm"):
     coverage = Coverage()
     coverage.count(select_targets(batch, terms), task, plan_of(terms, hard))
     return coverage.over(list)
-
-
-def sequences_in(found):
-    return {item if isinstance(item, int) else item[0] for item in found}
 
 
 @settings(deadline=None)

@@ -15,8 +15,6 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -28,13 +26,14 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.record import checkpoint, run_log
 from rekindle.train.record.run_log import read_metrics
+from testlib.models import NARROW
+from testlib.students import metrics, same_weights
 
 DISTILL = [
     {"teachers": ["big"], "temperature": 2.0, "weight": {"over": 0.6}},
     {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
     {"teachers": ["sense", "tags"], "weight": 0.2},
 ]
-TIMES = ("tokens_per_second", "data_wait", "seconds")
 STEPS = 12
 
 
@@ -109,26 +108,22 @@ def ended(child) -> bool:
 
 def left(out):
     """All that a run leaves but for what depends on the clock."""
-    records = [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(out)]
     summary = json.loads((out / "summary.json").read_text())
     checkpoints = sorted(p.name for p in (out / "checkpoints").iterdir())
     last = json.loads((out / f"checkpoints/step-{STEPS:08d}/trainer.json").read_text())
     files = {n: d for n, d in last["files"].items() if n.endswith(".safetensors")}
-    return records, summary["evaluation"], summary["coverage"], checkpoints, files, last["best"]
-
-
-def weights(out):
-    return {
-        f"{file} {name}": tensor
-        for file in ("model", "heads")
-        for name, tensor in load_file(out / f"{file}.safetensors").items()
-    }
+    return (
+        metrics(out),
+        summary["evaluation"],
+        summary["coverage"],
+        checkpoints,
+        files,
+        last["best"],
+    )
 
 
 def assert_same(out, whole):
-    ours, theirs = weights(out), weights(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same_weights(out, whole)
     assert left(out) == left(whole)
 
 
@@ -191,8 +186,7 @@ def domains_world(tmp_path_factory, wordpiece, make_model):
         for n in range(60)
     ]
     (folder / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    narrow = {"hidden_size": 16, "intermediate_size": 24}
-    student = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **narrow)
+    student = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **NARROW)
     values = {
         "corpus": {
             "source": str(folder / "docs.jsonl"),

@@ -15,6 +15,7 @@ from rekindle.train.objective.ranking_pass import with_centres
 from rekindle.train.objective.selection import Counts
 from rekindle.train.student import build_student
 from testlib.objective.reference import EPOCH, reference
+from testlib.students import gradients, same_gradients
 
 CPU = torch.device("cpu")
 
@@ -111,16 +112,13 @@ class Setting:
             loss += float(result.total.detach())
             for name, value in result.terms.items():
                 terms[name] = terms.get(name, 0.0) + float(value)
-        return loss, terms, self.gradients()
-
-    def gradients(self):
-        return {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+        return loss, terms, gradients(self.student)
 
     def reference(self, step=0):
         self.student.zero_grad(set_to_none=True)
         loss, terms = reference(self, step)
         loss.backward()
-        return float(loss.detach()), terms, self.gradients()
+        return float(loss.detach()), terms, gradients(self.student)
 
     def check(self, step=0):
         """Loss, shown terms and gradients are the reference's; returns the terms."""
@@ -169,16 +167,6 @@ def at_once(processes, work):
         thread.join()
     assert None not in found
     return found
-
-
-def same_gradients(found, expected, tolerance=2e-5):
-    names = found.keys() | expected.keys()
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 1e-3
-    for name in names:
-        zero = torch.zeros(())
-        a, b = found.get(name, zero), expected.get(name, zero)
-        assert float((a - b).abs().max()) <= tolerance * scale, name
 
 
 def same_step(found, expected):

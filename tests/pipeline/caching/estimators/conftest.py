@@ -3,7 +3,8 @@
 import pytest
 
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.estimators import AUTO, CODECS, CODED, FAMILY, TARGETS, TASKS, World, teachers_of
+from testlib.estimators import CODECS, CODED, FAMILY, TARGETS, TASKS, World, teachers_of
+from testlib.models import AUTO
 
 
 @pytest.fixture(scope="session", params=TASKS)

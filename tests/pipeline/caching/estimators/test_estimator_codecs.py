@@ -9,13 +9,11 @@ import torch
 import transformers
 
 from rekindle.data.cache import Cache
-from rekindle.data.storage.shards import ShardSet
-from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
+from testlib.caches import committed
 from testlib.estimators import (
-    AUTO,
     CODECS,
     CODED,
     FAMILY,
@@ -25,6 +23,7 @@ from testlib.estimators import (
     teachers_of,
     whole_batch,
 )
+from testlib.models import AUTO
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -92,16 +91,6 @@ def test_compact_is_smaller_than_default_and_default_than_precise(
 
 
 # --- the same whatever the batch, and after a resume ----------------------------------------------
-
-
-def shards(path: Path) -> dict[str, bytes]:
-    """The bytes of every committed shard of targets."""
-    store = open_store(path)
-    found = {}
-    for name in store.folders("targets"):
-        for unit, commit in ShardSet(store, f"targets/{name}").committed().items():
-            found[f"{name}/{unit}"] = (path / "targets" / name / commit.path).read_bytes()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +161,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
             assert interrupted >= 5
         else:
             cache_teachers(config)
-        found[tokens] = shards(tmp_path / str(tokens))
+        found[tokens] = committed(tmp_path / str(tokens), "targets")
     assert len(found[1]) == 3 * len(names)
     assert found[1] == found[60] == found[4096]
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 from rekindle.data.cache import Cache
@@ -16,29 +14,28 @@ from rekindle.data.example import TokenTargets
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.estimators import (
-    AUTO,
     CODECS,
     CODED,
     DRAWS,
     FAMILY,
-    NOISE,
     SAMPLES,
     TARGETS,
     TASKS,
     TAUS,
     K,
     World,
-    _logits,
     about,
     in_world,
     log_softmax,
-    model_of,
+    logits_once,
     stated_precision,
     targets_of,
     teachers_of,
     theta_of,
     whole_batch,
 )
+from testlib.models import AUTO
+from testlib.run_alone import NOISE, model_of
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -152,7 +149,7 @@ def test_hidden_states_decode_to_the_models_log_probs(world):
             shard, row = (int(x[0]) for x in cache.corpus.locate(np.array([index])))
             part, columns = cache.teachers["hidden"].position_rows(shard, [row], target.replica)[0]
             scale = columns["hidden_scale"][part].astype(np.float64)
-            whole = _logits(world.model, AUTO[world.task], tuple(map(int, target.input_ids)))
+            whole = logits_once(world.model, AUTO[world.task], tuple(map(int, target.input_ids)))
             exact = log_softmax(whole[target.positions])
             error = np.abs(target.log_probs - exact).max(axis=1)
             assert (error <= 2 * 0.5 * scale * reach + NOISE).all()
@@ -313,24 +310,10 @@ def test_k_of_the_whole_vocabulary_is_exact(world):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_padded_rows_of_the_head_are_no_tokens_in_any_kind(
-    tmp_path, configure, make_model, wordpiece, task
-):
-    """Vocabulary + 6 rows, which hold nearly all of the model's own mass."""
-    loaded = transformers.AutoTokenizer.from_pretrained(str(wordpiece))
-    size, auto = len(loaded), AUTO[task]
-    extra = {} if task == "masked_lm" else {"tie_word_embeddings": False}
-    padded = make_model(FAMILY[task], auto, wordpiece, seed=5, vocab_size=size + 6, **extra)
-    model = getattr(transformers, auto).from_pretrained(str(padded))
-    with torch.no_grad():
-        if task == "masked_lm":
-            model.cls.predictions.bias[size:] = 40.0
-        else:
-            model.lm_head.weight[size:] = 50 * model.lm_head.weight[:6]
-    model.save_pretrained(tmp_path / "model")
-    loaded.save_pretrained(tmp_path / "model")
+def test_padded_rows_of_the_head_are_no_tokens_in_any_kind(tmp_path, configure, padded_model, task):
+    model, size = padded_model(task)
     names = ["threshold", "random", "hidden", "whole"]
-    teachers = teachers_of(tmp_path / "model", task, names, "precise")
+    teachers = teachers_of(model, task, names, "precise")
     cache_teachers(configure(tmp_path / "cache", teachers, corpus={"limit_sequences": 4}))
     cache = Cache.open(tmp_path / "cache")
     weights = load_file(tmp_path / "cache" / "targets" / "hidden" / "head.safetensors")["weight"]
@@ -338,7 +321,7 @@ def test_padded_rows_of_the_head_are_no_tokens_in_any_kind(
     stolen = []
     for name in names:
         assert cache.teachers[name].vocabulary_size == size
-        for target, whole in targets_of(cache, name, tmp_path / "model", auto):
+        for target, whole in targets_of(cache, name, model, AUTO[task]):
             assert whole.shape[1] == size + 6
             stolen += np.exp(log_softmax(whole)[:, size:]).sum(axis=1).tolist()
             exact = log_softmax(whole[:, :size])

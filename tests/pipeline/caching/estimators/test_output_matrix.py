@@ -13,7 +13,9 @@ from rekindle.data.targets.head import StoredHead, write_head
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
-from testlib.estimators import AUTO, log_softmax, model_of, targets_of, teachers_of
+from testlib.estimators import log_softmax, targets_of, teachers_of
+from testlib.models import AUTO
+from testlib.run_alone import model_of
 
 
 def test_the_output_matrix_is_stored_once(world):

@@ -10,7 +10,8 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.extending import AUTO, Make, Ran, rows
+from testlib.extending import Make, Ran, rows
+from testlib.models import AUTO
 
 
 @pytest.fixture(scope="session")

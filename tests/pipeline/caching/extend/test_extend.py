@@ -12,17 +12,16 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.storage.shards import ShardSet
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
+from testlib.caches import committed, examples
 from testlib.extending import (
     assert_kept,
     assert_same_targets,
     assert_sound,
     digests,
-    examples,
     files_of,
     grow_folder,
     rows,
     shard_count,
-    shards,
     units,
 )
 
@@ -36,7 +35,7 @@ def test_a_further_teacher(tmp_path, make, copied, models, ran):
     assert_kept(before, path)
     assert_sound(path)
     cache_teachers(make(tmp_path / "whole", more=more))
-    assert shards(path) == shards(tmp_path / "whole")
+    assert committed(path) == committed(tmp_path / "whole")
 
 
 def test_further_replicas(tmp_path, make, copied, ran):
@@ -47,7 +46,7 @@ def test_further_replicas(tmp_path, make, copied, ran):
     assert_kept(before, path)
     assert_sound(path)
     cache_teachers(make(tmp_path / "whole", task="masked_lm", replicas=4))
-    assert shards(path) == shards(tmp_path / "whole")
+    assert committed(path) == committed(tmp_path / "whole")
     assert [t.replica for t in Cache.open(path).example(3).targets["lm"]] == [0, 1, 2, 3]
 
 

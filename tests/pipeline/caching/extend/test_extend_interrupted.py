@@ -16,16 +16,15 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.device_batch import sparse_targets
+from testlib.caches import committed, examples
 from testlib.extending import (
     CPU,
     assert_kept,
     assert_same_targets,
     assert_sound,
     digests,
-    examples,
     files_of,
     rows,
-    shards,
     stopped,
 )
 
@@ -188,9 +187,9 @@ def in_use(path: Path) -> dict[str, bytes]:
     teacher = Cache.open(path).teachers["lm"]
     parts = [teacher.main.info.folder, *(part.info.folder for part in teacher.tails)]
     assert len(parts) == 2
-    found = shards(path, "corpus", "views")
+    found = committed(path, "corpus", "views")
     for folder in parts:
-        found |= shards(path, folder)
+        found |= committed(path, folder)
     return found
 
 

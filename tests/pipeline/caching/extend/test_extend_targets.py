@@ -5,24 +5,22 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.train.device_batch import kd_targets, sparse_targets
 from testlib.extending import (
-    AUTO,
     CPU,
-    NOISE,
     UNITS,
     assert_kept,
     assert_same_targets,
     assert_sound,
     assert_tails_are_the_models,
     files_of,
-    logits_of,
+    logits_at,
     units,
 )
+from testlib.run_alone import NOISE
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
@@ -229,7 +227,6 @@ def test_students_read_the_new_temperature_and_k(make, copied, models, task):
     cache_teachers(make(path, task=task, k=9, taus=(4.0,)))
     cache_teachers(make(path, task=task, k=9, taus=(8.0,)))
     cache = Cache.open(path)
-    model = getattr(transformers, AUTO[task]).from_pretrained(str(models[task])).eval()
     view = cache.teachers["lm"].info.view
     masked = view if view.startswith("masked-") else None
     batch = cache.gather(np.arange(12), ["lm"], masked_view=masked)
@@ -239,7 +236,7 @@ def test_students_read_the_new_temperature_and_k(make, copied, models, task):
         at = 0
         for index in range(12):
             target = cache.example(index).targets["lm"][0]
-            exact = torch.softmax(torch.from_numpy(logits_of(model, target)) / tau, 1)
+            exact = torch.softmax(torch.from_numpy(logits_at(target, models[task], task)) / tau, 1)
             mine = slice(at, at + len(target.positions))
             at = mine.stop
             assert found.ids[mine].shape == (len(target.positions), k or 9)

@@ -1,7 +1,6 @@
 """Teachers of each kind, and the caches of uninterrupted runs over them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,22 +9,16 @@ from testlib.killing import CORPUS, Journal, Teachers, forked
 
 
 @pytest.fixture(scope="session")
-def every(make_model, wordpiece) -> Teachers:
+def every(make_teacher) -> Teachers:
     """A teacher of each kind."""
-
-    def teacher(name: str, family: str, auto: str, task: str, **more: Any) -> dict[str, Any]:
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece)
-        return {"name": name, "model": str(model), "task": task} | more
-
-    causal = ("llama", "CausalLM", "causal_lm")
-    classes = ("bert", "SequenceClassification", "sequence_classification")
+    causal, classes = "causal_lm", "sequence_classification"
     return [
-        teacher("lm", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 4}),
-        teacher("hidden", *causal, targets={"kind": "hidden"}),
-        teacher("packed", *causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
-        teacher("classes", *classes, monte_carlo={"passes": 2}),
-        teacher("words", "bert", "TokenClassification", "token_classification"),
-        teacher("pairs", *classes, pairs="adjacent"),
+        make_teacher("lm", "masked_lm", targets={"kind": "topk", "k": 4}),
+        make_teacher("hidden", causal, targets={"kind": "hidden"}),
+        make_teacher("packed", causal, targets={"kind": "topk", "k": 4, "codec": "compact"}),
+        make_teacher("classes", classes, monte_carlo={"passes": 2}),
+        make_teacher("words", "token_classification"),
+        make_teacher("pairs", classes, pairs="adjacent"),
     ]
 
 

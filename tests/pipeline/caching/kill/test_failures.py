@@ -15,13 +15,13 @@ from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import dump_config
+from testlib.command import run_main
 from testlib.killing import (
     CORPUS,
     Journal,
     assert_finished,
     contents,
     fork_workers,
-    run_command,
     units,
 )
 from testlib.processes import Child
@@ -65,7 +65,7 @@ def test_a_full_disk_is_one_message_and_finished_shards_are_kept(
 
     def work() -> None:
         journal.follow()
-        run_command("cache-teachers", run)
+        run_main("cache-teachers", run)
 
     fails(Child(work), "File too large")
     before = {n: (cache / n).stat().st_mtime_ns for n in committed(cache)}
@@ -110,7 +110,7 @@ def test_a_folder_that_may_not_be_written_is_one_message(tmp_path, configure, fe
 
     def work() -> None:
         journal.follow()
-        run_command("cache-teachers", run)
+        run_main("cache-teachers", run)
 
     fails(Child(work), str(cache))
     place.unlink()
@@ -145,7 +145,7 @@ def test_a_model_that_fails_on_one_batch_is_one_message(
             return body(model, input_ids, **named)
 
         stage_one.run_unit, transformers.BertModel.forward = run_unit, forward
-        run_command("cache-teachers", run, "--workers", workers)
+        run_main("cache-teachers", run, "--workers", workers)
 
     fails(Child(work), "teacher 'lm' failed on a batch", "the tensors do not fit")
     there = {Path(name).stem for name in units(cache)}

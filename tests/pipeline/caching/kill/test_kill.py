@@ -11,7 +11,7 @@ from testlib.killing import (
     CORPUS,
     Journal,
     assert_finished,
-    assert_little_lost,
+    assert_goes_on,
     die,
     forked,
     killed_at,
@@ -69,10 +69,7 @@ def test_killed_at_some_steps(tmp_path, configure, few, whole, steps, part):
     chosen = list(kinds_of(steps).values())
     commits = [s for s in chosen if re.match(r"(before|after) link /targets/\w+/commits", s)]
     step = (commits + chosen[part :: len(chosen) // 8])[part]
-    config = configure(tmp_path / "cache", few, CORPUS)
-    journal = killed_at(step, tmp_path / "cache", config, tmp_path)
-    assert_little_lost(journal, tmp_path / "cache")
-    assert_finished(tmp_path / "cache", config, whole)
+    assert_goes_on(step, configure(tmp_path / "cache", few, CORPUS), whole, tmp_path)
 
 
 @pytest.mark.slow
@@ -81,10 +78,7 @@ def test_killed_at_each_kind_of_step(tmp_path, configure, few, whole, steps, see
     for number, step in enumerate(list(kinds_of(steps).values())[seed::6]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        config = configure(folder / "cache", few, CORPUS)
-        journal = killed_at(step, folder / "cache", config, folder)
-        assert_little_lost(journal, folder / "cache")
-        assert_finished(folder / "cache", config, whole)
+        assert_goes_on(step, configure(folder / "cache", few, CORPUS), whole, folder)
 
 
 @pytest.mark.slow
@@ -98,9 +92,7 @@ def test_killed_at_random_steps_with_a_teacher_of_each_kind(
         folder = tmp_path / str(number)
         folder.mkdir()
         config = configure(folder / "cache", every, CORPUS)
-        journal = killed_at(rng.randrange(700), folder / "cache", config, folder)
-        assert_little_lost(journal, folder / "cache")
-        assert_finished(folder / "cache", config, whole_of_every)
+        assert_goes_on(rng.randrange(700), config, whole_of_every, folder)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import dump_config
-from testlib.killing import CORPUS, assert_finished, fork_workers, run_command, units
+from testlib.command import run_main
+from testlib.killing import CORPUS, assert_finished, fork_workers, units
 from testlib.processes import Child, alive, descendants, stat_of, until
 
 CLI = [sys.executable, "-m", "rekindle.pipeline.cli"]
@@ -56,7 +57,7 @@ def test_ctrl_c_ends_at_once_with_the_line_to_go_on(tmp_path, long, workers):
 
     def work() -> None:
         fork_workers()
-        run_command("cache-teachers", run, "--workers", workers)
+        run_main("cache-teachers", run, "--workers", workers)
 
     child = Child(work)
     assert until(lambda: units(cache) or child.ended()), child.errors

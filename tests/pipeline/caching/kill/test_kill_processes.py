@@ -11,12 +11,12 @@ import pytest
 
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
+from testlib.command import pipeline
 from testlib.killing import (
     CORPUS,
     Journal,
     assert_finished,
     assert_little_lost,
-    command,
     contents,
     fork_workers,
     forked,
@@ -119,40 +119,35 @@ def test_two_processes_mend_one_cache(tmp_path, configure, every, whole_of_every
     for child in children:
         assert child.wait() == 0, child.errors
     assert cache_teachers(config).units_done == 0
-    command("gc", cache, "--older-than", 0)
+    pipeline("gc", cache, "--older-than", 0)
     assert contents(cache) == contents(whole_of_every)
     assert roles(cache) == roles(whole_of_every)
     assert verify_cache(str(cache)).problems == []
 
 
-def test_a_process_comes_while_another_stores_a_matrix(tmp_path, configure, few, whole):
-    """What is half-written by one that lives must not be taken for damage."""
-    cache = tmp_path / "cache"
-    config = configure(cache, few, CORPUS)
+def beside_a_stored_matrix(folder, config, first, second):
+    """One process is held where it has stored a matrix, until another one is through."""
+    cache = Path(config.cache.path)
     at = "after link /targets/hidden/head.safetensors"
-    go_on = tmp_path / "go on"
-    first = Journal(tmp_path / "first", cache, at, lambda: until(go_on.exists) and None)
-    child = forked(config, first)
-    assert until(lambda: at in first.lines())
-    other = forked(config, Journal(tmp_path / "second", cache))
+    go_on = folder / "go on"
+    journal = Journal(folder / "first", cache, at, lambda: until(go_on.exists) and None)
+    child = forked(config, journal, **first)
+    assert until(lambda: at in journal.lines())
+    other = forked(config, Journal(folder / "second", cache), **second)
     assert other.wait() == 0, other.errors
     go_on.touch()
     assert child.wait() == 0, child.errors
-    assert_finished(cache, config, whole)
+
+
+def test_a_process_comes_while_another_stores_a_matrix(tmp_path, configure, few, whole):
+    """What is half-written by one that lives must not be taken for damage."""
+    config = configure(tmp_path / "cache", few, CORPUS)
+    beside_a_stored_matrix(tmp_path, config, {}, {})
+    assert_finished(tmp_path / "cache", config, whole)
 
 
 def test_a_process_checks_while_another_stores_a_matrix(tmp_path, configure, few, whole):
     """The other one has other teachers to make: the half-stored matrix is none of its business."""
-    cache = tmp_path / "cache"
-    config = configure(cache, few, CORPUS)
-    at = "after link /targets/hidden/head.safetensors"
-    go_on = tmp_path / "go on"
-    first = Journal(tmp_path / "first", cache, at, lambda: until(go_on.exists) and None)
-    child = forked(config, first, only=["hidden"])
-    assert until(lambda: at in first.lines())
-    second = Journal(tmp_path / "second", cache)
-    other = forked(config, second, only=["lm"])
-    assert other.wait() == 0, other.errors
-    go_on.touch()
-    assert child.wait() == 0, child.errors
-    assert_finished(cache, config, whole)
+    config = configure(tmp_path / "cache", few, CORPUS)
+    beside_a_stored_matrix(tmp_path, config, {"only": ["hidden"]}, {"only": ["lm"]})
+    assert_finished(tmp_path / "cache", config, whole)

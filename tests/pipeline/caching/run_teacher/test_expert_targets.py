@@ -16,7 +16,9 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.example import SequenceTargets, TokenLabelTargets
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.run_alone import CLASSIFIER, NOISE, examples, logits_of, model_of
+from testlib.caches import examples
+from testlib.models import STILL
+from testlib.run_alone import CLASSIFIER, NOISE, logits_of, model_of
 
 PAIR_LENGTH = 21  # what the model "short" takes: many pairs are longer
 
@@ -241,7 +243,7 @@ def test_monte_carlo_probabilities(tmp_path, configure, make_model, wordpiece):
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_monte_carlo_without_dropout_is_refused(tmp_path, configure, make_model, wordpiece, passes):
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still = STILL
     teacher = monte_carlo(make_model, wordpiece, passes, **still)
     message = rf"'mc': {passes} Monte-Carlo passes are identical.*no dropout"
     with pytest.raises(InputError, match=message):

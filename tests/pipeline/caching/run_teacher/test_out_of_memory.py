@@ -11,7 +11,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.pipeline.caching import teachers as teachers_module
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.run_alone import examples
+from testlib.caches import examples
 
 OUT_OF_MEMORY = {
     "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

@@ -11,12 +11,13 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from testlib.caches import examples
+from testlib.models import AUTO
 from testlib.run_alone import (
     NOISE,
     TEMPERATURES,
     check_dense,
     check_distribution,
-    examples,
     logits_of,
     stated_precision,
 )
@@ -245,26 +246,12 @@ def test_the_target_at_t_is_the_distribution_of_token_t_plus_1(tmp_path, configu
 # --- vocabularies that the model pads, shards of several record batches ---------------------------
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "masked_lm"), ("llama", "causal_lm")])
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])
 @pytest.mark.parametrize("kind", ["topk", "dense"])
-def test_padded_rows_of_the_head_get_no_probability(
-    tmp_path, configure, make_model, wordpiece, family, task, kind
-):
-    """Vocabulary + 6 rows, which hold nearly all of the model's own mass: they are no tokens."""
-    auto = "AutoModelForMaskedLM" if task == "masked_lm" else "AutoModelForCausalLM"
-    size = len(transformers.AutoTokenizer.from_pretrained(str(wordpiece)))
-    extra = {} if family == "bert" else {"tie_word_embeddings": False}
-    padded = make_model(family, auto, wordpiece, seed=5, vocab_size=size + 6, **extra)
-    model = getattr(transformers, auto).from_pretrained(str(padded))
-    with torch.no_grad():
-        if family == "bert":
-            model.cls.predictions.bias[size:] = 40.0
-        else:
-            model.lm_head.weight[size:] = 50 * model.lm_head.weight[:6]
-    model.save_pretrained(tmp_path / "model")
-    transformers.AutoTokenizer.from_pretrained(str(wordpiece)).save_pretrained(tmp_path / "model")
+def test_padded_rows_of_the_head_get_no_probability(tmp_path, configure, padded_model, task, kind):
+    model, size = padded_model(task)
     targets = {"kind": kind, "k": size} | ({"temperatures": TEMPERATURES} if kind == "topk" else {})
-    teacher = {"name": "lm", "model": str(tmp_path / "model"), "task": task, "targets": targets}
+    teacher = {"name": "lm", "model": str(model), "task": task, "targets": targets}
     cache_teachers(configure(tmp_path / "cache", [teacher], corpus={"limit_sequences": 4}))
     cache = Cache.open(tmp_path / "cache")
     assert cache.teachers["lm"].vocabulary_size == size
@@ -272,7 +259,7 @@ def test_padded_rows_of_the_head_get_no_probability(
     check = check_dense if kind == "dense" else check_distribution
     for example in examples(cache):
         for target in example.targets["lm"]:
-            whole = logits_of(tmp_path / "model", auto, input_ids=target.input_ids)
+            whole = logits_of(model, AUTO[task], input_ids=target.input_ids)
             assert whole.shape[1] == size + 6
             assert target.ids.max() < size
             assert np.exp(target.log_probs).sum(axis=1) == pytest.approx(1, abs=1e-4)

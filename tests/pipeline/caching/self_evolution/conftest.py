@@ -50,6 +50,13 @@ def model(learn) -> Path:
 
 
 @pytest.fixture(scope="session")
+def second(model) -> dict[str, Any]:
+    """The same model once more, as a teacher that sees the masks."""
+    targets = {"kind": "topk", "k": 5}
+    return {"name": "second", "model": str(model), "task": "masked_lm", "targets": targets}
+
+
+@pytest.fixture(scope="session")
 def evolve(configure, model):
     """evolve(path, mask={…}, teachers=[…], …) -> the configuration of a cache."""
 

@@ -21,10 +21,11 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import shown_plan
 from rekindle.pipeline.train_student import student_view
+from testlib.run_alone import NOISE
 from testlib.self_evolution import (
     HARD,
-    NOISE,
     STEP,
     content_of,
     contents,
@@ -273,13 +274,7 @@ def test_a_lost_shard_of_masks_is_made_again(tmp_path, evolve, made):
 # --- other teachers of the same file --------------------------------------------------------------
 
 
-def test_masked_teachers_see_the_hard_masks(tmp_path, evolve, model):
-    second = {
-        "name": "second",
-        "model": str(model),
-        "task": "masked_lm",
-        "targets": {"kind": "topk", "k": 5},
-    }
+def test_masked_teachers_see_the_hard_masks(tmp_path, evolve, model, second):
     config = evolve(tmp_path, teachers=[second])
     # Whatever their order in the file: masks are made in between.
     config = config.model_copy(update={"teachers": config.teachers[::-1]})
@@ -298,13 +293,7 @@ def test_masked_teachers_see_the_hard_masks(tmp_path, evolve, model):
     assert cache_teachers(config).units_done == 0
 
 
-def test_masked_teachers_wait_for_the_masks(tmp_path, evolve, model):
-    second = {
-        "name": "second",
-        "model": str(model),
-        "task": "masked_lm",
-        "targets": {"kind": "topk", "k": 5},
-    }
+def test_masked_teachers_wait_for_the_masks(tmp_path, evolve, second):
     config = evolve(tmp_path, teachers=[second])
     with pytest.raises(InputError, match="--teacher reference first"):
         cache_teachers(config, only=["second"])
@@ -316,13 +305,7 @@ def test_masked_teachers_wait_for_the_masks(tmp_path, evolve, model):
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, model):
-    second = {
-        "name": "second",
-        "model": str(model),
-        "task": "masked_lm",
-        "targets": {"kind": "topk", "k": 5},
-    }
+def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, second):
     config = evolve(tmp_path, {"limit": 0.5}, teachers=[second])
     before = plan_run(config, probe=True)
     work = {teacher.name: teacher for teacher in before.teachers}
@@ -332,7 +315,7 @@ def test_a_plan_bounds_what_is_not_known_yet(tmp_path, evolve, model):
     assert [view.units_to_make for view in before.views] == [3]
     assert before.views[0].name == cache.masked_view().name
     assert before.views[0].at_most
-    assert "at most" in before.as_text()
+    assert "at most" in shown_plan(before)
     assert work["reference"].units_to_make == work["second"].units_to_make == 3
     assert work["reference"].positions == cache.teacher("reference").positions
     assert work["second"].positions >= cache.teacher("second").positions

@@ -109,13 +109,7 @@ BAD_TERMS = [
 
 
 @pytest.mark.parametrize(("terms", "message"), BAD_TERMS)
-def test_lessons_that_make_no_sense_are_refused(tmp_path, evolve, model, student, terms, message):
-    second = {
-        "name": "second",
-        "model": str(model),
-        "task": "masked_lm",
-        "targets": {"kind": "topk", "k": 5},
-    }
+def test_lessons_that_make_no_sense_are_refused(tmp_path, evolve, second, student, terms, message):
     config = evolve(tmp_path, teachers=[second], corpus={"limit_sequences": 2})
     cache_teachers(config)
     with pytest.raises(InputError, match=message):

@@ -18,7 +18,7 @@ from rekindle.data.corpus.python_docs import PARTS, PythonDoc
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline import make_builtin
 from rekindle.pipeline.builtin import missing as launcher
-from rekindle.pipeline.builtin import names as docs_models
+from rekindle.pipeline.builtin import names as names_module
 from rekindle.pipeline.builtin.missing import make_missing, missing
 from rekindle.pipeline.builtin.names import (
     DOMAINS,
@@ -36,8 +36,10 @@ from rekindle.pipeline.builtin.names import (
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import (
     HALVES,
+    PLACE,
     TaskSizes,
-    place_records,
+    labelled_examples,
+    record_of,
     split_of,
     write_documents,
 )
@@ -201,7 +203,7 @@ def test_home_follows_the_environment(environment, expected, monkeypatch):
 def test_the_folder_says_all_that_decides_what_is_in_it(monkeypatch):
     names = {folder()}
     with monkeypatch.context() as patch:
-        patch.setattr(docs_models, "ALGORITHM", docs_models.ALGORITHM + 1)
+        patch.setattr(names_module, "ALGORITHM", names_module.ALGORITHM + 1)
         names.add(folder())
     with monkeypatch.context() as patch:
         patch.setattr("platform.python_version", lambda: "3.99.0")
@@ -295,8 +297,8 @@ def test_the_halves_share_no_label_and_miss_none(tmp_path, monkeypatch):
 def test_a_place_is_how_far_into_its_document_a_passage_stands():
     texts = {page.id: page.text for page in pages()}
     seen = set()
-    for records in place_records(pages(), SIZES).values():
-        for record in records:
+    for examples in labelled_examples(PLACE, pages(), SIZES).values():
+        for record in map(record_of, examples):
             text = texts[record["document"]]
             passage, label = record["text"], record["label"]
             assert isinstance(label, float)
@@ -330,7 +332,7 @@ def test_what_another_process_made_first_stays(tmp_path):
 
 def test_one_process_at_a_time_makes_models_and_clears_what_was_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path))
-    where = docs_models.folder()
+    where = names_module.folder()
     left = where / ".begun-old"
     left.mkdir(parents=True)
     (where / "documents").mkdir()

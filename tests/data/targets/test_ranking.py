@@ -14,33 +14,21 @@ from hypothesis import strategies as st
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.targets.reading.ranking import Score, _medians
+from testlib.models import NARROW
 
 PER_SHARD = 140  # two record batches
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SMALL = NARROW | {"num_hidden_layers": 1}
 SCORES = list(Score.__args__)
 CAUSAL = ["top", "packed", "exact", "sample", "draws", "dense", "states", "odd"]
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, corpus_file, wordpiece, make_model):
+def made(tmp_path_factory, make_teacher, make_cache):
     """Teachers of every kind of vocabulary target; no test writes into it."""
-    import torch
-
-    from rekindle.data.settings import parse_settings
-    from rekindle.pipeline.caching.cache_teachers import cache_teachers
-    from rekindle.pipeline.config import RunConfig
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
     path = tmp_path_factory.mktemp("selection") / "cache"
-
-    def teacher(name, family, auto, task, **values):
-        model = make_model(family, f"AutoModelFor{auto}", wordpiece, 2, **SMALL)
-        return {"name": name, "model": str(model), "task": task, **values}
-
-    causal = ("llama", "CausalLM", "causal_lm")
-    kinds = {
+    five = {"kind": "topk", "k": 5}
+    causal = {
         "top": {"k": 5},
         "packed": {"k": 5, "codec": "compact"},
         "exact": {"k": 5, "codec": "precise"},
@@ -49,30 +37,15 @@ def made(tmp_path_factory, corpus_file, wordpiece, make_model):
         "dense": {"kind": "dense"},
         "states": {"kind": "hidden"},
     }
-    teachers = [teacher(name, *causal, targets=targets) for name, targets in kinds.items()]
-    teachers += [
-        teacher("odd", *causal, targets={"kind": "topk", "k": 5}, domains=["odd"]),
-        teacher("masked", "bert", "MaskedLM", "masked_lm", targets={"kind": "topk", "k": 5}),
-        teacher("expert", "bert", "SequenceClassification", "sequence_classification"),
+    teachers = [
+        *(make_teacher(name, "causal_lm", 2, SMALL, targets=t) for name, t in causal.items()),
+        make_teacher("odd", "causal_lm", 2, SMALL, targets=five, domains=["odd"]),
+        make_teacher("masked", "masked_lm", 2, SMALL, targets=five),
+        make_teacher("expert", "sequence_classification", 2, SMALL),
     ]
-    values = {
-        "corpus": {
-            "source": str(corpus_file),
-            "tokenizer": str(wordpiece),
-            "sequence_length": 12,
-            "domain_field": "domain",
-            "limit_sequences": 150,
-        },
-        "cache": {
-            "path": str(path),
-            "sequences_per_shard": PER_SHARD,
-            "replicas": 2,
-            "mask": {"policy": "random", "probability": 0.1},
-        },
-        "teachers": teachers,
-    }
-    cache_teachers(parse_settings(RunConfig, values))
-    torch.set_num_threads(threads)
+    corpus = {"sequence_length": 12, "limit_sequences": 150}
+    mask = {"policy": "random", "probability": 0.1}
+    make_cache(path, teachers, corpus, {"sequences_per_shard": PER_SHARD, "mask": mask})
     return path
 
 

@@ -20,6 +20,7 @@ from rekindle.train.finetune.score import baselines_table, score_model
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
+from testlib.models import STILL
 
 SINGLE = "single_label_classification"
 LABELS = ("cat", "dog", "sun", "rain")
@@ -169,7 +170,7 @@ def test_an_experts_output_is_its_own(experts, task):
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_an_expert_without_dropout_has_no_uncertainty(make_model, wordpiece, task, passes):
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still = STILL
     model = classifier(make_model, wordpiece, 1, "dog", "cat", **still)
     data = read_task(task)[0]
     with pytest.raises(InputError, match=f"{passes} Monte-Carlo passes are identical"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline import init as recipe_files
+from rekindle.pipeline import init as module
 from rekindle.pipeline.init import FOLDER, commands, read_recipe, recipes, write_recipe
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -65,7 +65,7 @@ def test_the_list_names_each_recipe_with_its_purpose(command):
 
 
 def test_a_file_in_the_folder_is_a_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_files, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
     assert recipes() == {}
     with pytest.raises(InputError, match="no recipe 'new'"):
         read_recipe("new")

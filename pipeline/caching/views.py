@@ -1,0 +1,51 @@
+"""The views of the corpus that a configuration's teachers and its student are shown."""
+
+from dataclasses import dataclass, field
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import InputError
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.pairs import PairView
+from rekindle.data.views.plain import Clean, Text
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.teacher_config import TeacherConfig
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views that the configured teachers and student need."""
+
+    masked: MaskedView | None = None
+    pairs: dict[str, PairView] = field(default_factory=dict)  # by the kind of pairs
+
+    def shown_to(self, teacher: TeacherConfig) -> str:
+        """Return the name of what a teacher is shown: one of these views, or the corpus itself."""
+        if teacher.sees_masks and self.masked is not None:
+            return self.masked.name
+        if teacher.pair_expert and teacher.pairs in self.pairs:
+            return self.pairs[teacher.pairs].name
+        return (Clean if teacher.vocabulary else Text).kind
+
+
+def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
+    """Write the views the configuration asks for, or what is missing of them.
+
+    Masks of policy hard come later: from what a teacher says of the text.
+    """
+    masked = None
+    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
+        raise InputError(
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
+            "teacher or student needs a tokenizer with one"
+        )
+    if config.needs_masks and config.cache.mask.policy != "hard":
+        masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
+        with progress.task("masks", unit="sequences"):
+            masked.build()
+    kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
+    pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
+    for view in pairs.values():
+        with progress.task(f"pairs ({view.pairs})", unit="sequences"):
+            view.build()
+    return Views(masked, pairs)

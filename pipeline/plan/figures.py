@@ -1,0 +1,100 @@
+"""What ``pipeline plan`` knows of a run, as values: its text, its JSON and its totals read them.
+
+None stands for what is not known.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """The corpus. ``bytes`` are those to be written; ``basis`` says what the figures rest on, or
+    why there are none.
+    """
+
+    source: tuple[str, ...]
+    sequences: int | None
+    tokens: int | None
+    estimated: bool
+    basis: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """A view that a teacher or the student is shown."""
+
+    name: str
+    units_to_make: int
+    units_present: int
+    bytes: int
+    at_most: bool = False  # whether the bytes are a bound: what is hard is not known before
+
+
+@dataclass(frozen=True)
+class TeacherWork:
+    """What is left to do for one teacher; ``reason`` says why something is not known."""
+
+    name: str
+    task: str
+    kept: str = "?"
+    share: float | None = None  # of the sequences: those of its domains
+    units_to_make: int | None = None
+    units_present: int | None = None
+    positions: int | None = None
+    bytes: int | None = None
+    seconds_per_token: float | None = None  # of the corpus, in one replica, as probed
+    seconds: float | None = None
+    reason: str | None = None
+    replicas: int = 1  # how often it sees each sequence
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Student runs after which the cache has paid for itself; None where it cannot be said."""
+
+    runs: int | None
+    teachers: Mapping[str, int | None]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class NotMade:
+    """A built-in model or file that the command which needs it will make."""
+
+    name: str
+    what: str
+    path: str
+    unknown: tuple[str, ...]  # the figures that are missing for want of it
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums of what is known; ``unknown`` names the teachers of which something is not."""
+
+    bytes: int | None  # None: the corpus is not known
+    seconds: float | None  # None: not known of any
+    unknown: tuple[str, ...]
+    disk: str | None  # the existing folder nearest to the cache; None for an object store
+    disk_free: int | None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that `pipeline plan` shows."""
+
+    cache: str
+    corpus: CorpusPlan
+    views: tuple[ViewPlan, ...]
+    teachers: tuple[TeacherWork, ...]
+    break_even: BreakEven
+    totals: Totals
+    warnings: tuple[str, ...]
+    to_make: tuple[NotMade, ...]  # built-in models and files that are not made yet
+
+    def as_dict(self) -> dict[str, object]:
+        """The plan as JSON has it."""
+        values: dict[str, object] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return values

@@ -1,0 +1,11 @@
+"""The class of transformers that each task is loaded with, and settings of tiny models."""
+
+AUTO = {
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+NARROW = {"hidden_size": 16, "intermediate_size": 24}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # no dropout
