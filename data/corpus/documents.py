@@ -247,7 +247,7 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
     if origin.format == "hub":
         yield from _hub_records(origin)
         return
-    with _readable(origin):
+    try:
         if origin.format == "txt":
             for line, text in _txt_documents(origin):
                 yield _Record(line, {text_field: text}, [text_field])
@@ -257,12 +257,6 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
             wanted = ["id", text_field, *([domain_field] if domain_field else [])]
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
             yield from _columnar_records(batches(origin.place, wanted))
-
-
-@contextmanager
-def _readable(origin: _Origin) -> Iterator[None]:
-    try:
-        yield
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
 

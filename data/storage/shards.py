@@ -247,15 +247,18 @@ class Shard:
         self._bytes = memoryview(self._buffer)
         self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
-        try:
-            self._reader = pa.ipc.open_file(self._buffer)
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{path} is not an Arrow IPC file: {error}") from None
+        self._reader = self._open()
         self._rows = rows_in_batches(commit.rows, commit.rows_per_batch)
         # In format 1 the schema shared its region with the first batch.
         self._first_region = len(commit.regions) - 1 - self.batch_count
         if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
             raise CacheFormatError(f"{path} does not have the record batches that were committed")
+
+    def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
+        try:
+            return pa.ipc.open_file(self._buffer, options=options)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path} is not an Arrow IPC file: {error}") from None
 
     @property
     def schema(self) -> pa.Schema:
@@ -302,8 +305,6 @@ class Shard:
 
     def _read(self, index: int) -> pa.RecordBatch:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
-        start, stop = self._rows[index]
-        rows = stop - start
         region = self._first_region + index
         offset, length, _ = self.commit.regions[region]
         part = self._buffer.slice(offset, length)
@@ -318,14 +319,18 @@ class Shard:
                 f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
                 f"{MOST_UNPACKED:,}: it was not written by Rekindle"
             )
+        return self._get(self._reader, index)
+
+    def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
+        start, stop = self._rows[index]
         try:
-            batch = self._reader.get_batch(index)
+            batch = reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
         except (pa.ArrowException, OSError) as error:
             raise CacheFormatError(f"{self.path}: record batch {index}: {error}") from None
-        if batch.num_rows != rows:
+        if batch.num_rows != stop - start:
             raise CacheFormatError(
-                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {rows}"
+                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {stop - start}"
             )
         return batch
 
@@ -335,18 +340,8 @@ class Shard:
         For callers that hold the columns against a checksum of their own.
         """
         included = [self.schema.get_field_index(name) for name in names]
-        options = pa.ipc.IpcReadOptions(included_fields=included)
-        try:
-            reader = pa.ipc.open_file(self._buffer, options=options)
-            batches = [reader.get_batch(index) for index in range(self.batch_count)]
-            for batch in batches:
-                batch.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{self.path}: {error}") from None
-        sizes = [stop - start for start, stop in self._rows]
-        if [batch.num_rows for batch in batches] != sizes:
-            raise CacheFormatError(f"{self.path} does not have the rows that were committed")
-        return [batch.select(names) for batch in batches]
+        reader = self._open(pa.ipc.IpcReadOptions(included_fields=included))
+        return [self._get(reader, index).select(names) for index in range(self.batch_count)]
 
     def table(self) -> pa.Table:
         """The whole shard, verified."""
