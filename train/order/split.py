@@ -123,7 +123,7 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
 
 @dataclass(frozen=True)
 class _Span:
-    """The sequences of one addition to a corpus. Cut: its last document may go on in the next one."""
+    """The sequences of one addition to a corpus. Cut: its last document may go on in the next."""
 
     start: int
     stop: int
