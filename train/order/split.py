@@ -137,8 +137,8 @@ def _spans(corpus: Corpus) -> Iterator[_Span]:
     shards = [min(one.first_shard, len(corpus.commits)) for one in corpus.additions]
     if shards != sorted(shards) or shards[0] < 0:
         raise CacheFormatError(
-            f"{corpus.store.location}/corpus: its additions begin at shards {shards}, not one after "
-            f"another. {REPAIR}"
+            f"{corpus.store.location}/corpus: its additions begin at shards {shards}, not one "
+            f"after another. {REPAIR}"
         )
     edges = [*map(corpus.first, shards), len(corpus)]
     for one, (start, stop) in zip(corpus.additions, pairwise(edges), strict=True):
