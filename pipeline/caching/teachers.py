@@ -20,9 +20,9 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codecs import CODECS
-from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig

@@ -49,7 +49,7 @@ def _check_together(where: str, term: DistillTerm, infos: Sequence[TeacherInfo],
     if kinds == {"vocabulary"}:
         _check_vocabulary_mixture(where, term, infos)
         return
-    if term.view == "masked" and infos[0].view.startswith("pairs-"):
+    if term.view == "masked" and infos[0].shown.paired:
         raise InputError(f"{where}: view: masked, but pairs are shown clean; use clean")
     if term.view == "masked" and task != "masked_lm":
         raise InputError(f"{where}: view: masked, but a {task} student has no masked view")
