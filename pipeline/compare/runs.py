@@ -210,7 +210,7 @@ def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFact
         name=name,
         directory=str(one.directory),
         finished=bool(summary),
-        steps=summary.get("steps", steps[-1]["step"] if steps else 0),
+        steps=int(summary.get("steps") or (steps[-1]["step"] if steps else 0)),
         planned_steps=one.settings["train"]["steps"],
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
