@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.classifier import by_length, load_expert, logits_of, predict
+from rekindle.train.finetune.classifier import Encoded, by_length, load_expert, logits_of, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -90,22 +88,17 @@ def student_logits(
     """Logits [N,C] of one task head, on texts shown as in training."""
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
-    shown = _student_inputs(student, directory, data, max_length)
+    encoded = _encoded(student, directory, data, max_length)
 
-    def run(rows: np.ndarray) -> torch.Tensor:
-        lengths = np.array([len(shown[row][0]) for row in rows], np.int64)
-        ids, types = (pad([shown[row][part] for row in rows], lengths, 0) for part in (0, 1))
-        inputs = model_inputs(ids, lengths, device, types if data.pairs is not None else None)
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
         return logits
 
-    return by_length(np.array([len(ids) for ids, _ in shown]), batch, run)
+    return by_length(encoded, batch, device, run)
 
 
-def _student_inputs(
-    student: Student, directory: str, data: TaskData, max_length: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, token types) of each text or pair, as the cache shows them."""
+def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> Encoded:
+    """Tokenize the texts or pairs as the cache shows them."""
     tokenizer = load_tokenizer(directory)
     longest = longest_input(student.model.config) or max_length + 1
     prompted = student.prompts is not None  # that of no domain takes a place, too
@@ -114,14 +107,15 @@ def _student_inputs(
         two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
-        return [(ids, types if two else np.zeros_like(types)) for ids, types in joined]
+        types = [types if two else np.zeros_like(types) for _, types in joined]
+        return Encoded([ids for ids, _ in joined], types, padding_id=0)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [
         np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
         for found in tokenizer.encode(data.texts)
     ]
     filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
-    return [(ids, np.zeros_like(ids)) for ids in filled]
+    return Encoded(filled, None, padding_id=0)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
