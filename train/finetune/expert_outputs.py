@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
@@ -50,7 +51,7 @@ def expert_output(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
                     "dropout to draw uncertainty from. Set merge.passes to 0 to leave MUKI out"
                 )
-            means = np.mean([_softmax(one) for one in each], axis=0)
+            means = np.mean([softmax(one, axis=1) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
@@ -116,9 +117,3 @@ def _encoded(student: Student, directory: str, data: TaskData, max_length: int) 
     ]
     filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
     return Encoded(filled, None, padding_id=0)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
-    return found

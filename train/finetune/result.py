@@ -64,7 +64,6 @@ def result_of(
     metric: str,
     per_seed: Sequence[SeedResult],
     config: FinetuneConfig,
-    *,
     precision: str,
     seconds: float,
     baselines: dict[str, dict[str, float]] | None = None,

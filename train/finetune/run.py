@@ -113,16 +113,8 @@ def finetune(
             if found is best_of(results, metric):
                 _save_model(network, job, dev_logits, staging)
             del network
-        result = result_of(
-            model,
-            files,
-            data["train"],
-            metric,
-            results,
-            config,
-            precision="bf16" if job.bf16 else "fp32",
-            seconds=time.perf_counter() - started,
-        )
+        seconds, precision = time.perf_counter() - started, "bf16" if job.bf16 else "fp32"
+        result = result_of(model, files, data["train"], metric, results, config, precision, seconds)
         result.save(staging)
     return result
 

@@ -63,17 +63,8 @@ def score_model(
     else:
         scores = _scores(model, is_student, data, config)
     seconds = time.perf_counter() - started
-    result = result_of(
-        model,
-        {"train": train, "dev": dev},
-        data,
-        metric,
-        [SeedResult(0, scores, None, [], seconds)],
-        config,
-        precision="fp32",
-        seconds=seconds,
-        baselines=baselines,
-    )
+    files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
+    result = result_of(model, files, data, metric, [only], config, "fp32", seconds, baselines)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     return result

@@ -9,9 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -45,18 +42,12 @@ class TrainingStream:
         world_size: int = 1,
         threads: int = 1,
     ):
-        _check_world(len(order), order.batch_sequences, rank, world_size, threads)
+        _check_world(len(order), order.batch_sequences, world_size)
         self.cache, self.order = cache, order
         self.teachers_at, self.masked_view = teachers_at, masked_view
         self.allow_missing = allow_missing
         self.rank, self.world_size, self.threads = rank, world_size, threads
         self.waited = 0.0  # seconds the training loop has waited for data
-
-    def sequences_at(self, step: int) -> NDArray[np.int64]:
-        """Return the sequence numbers [batch_sequences] that all ranks together read at ``step``,
-        as a single process would. Reads nothing.
-        """
-        return self.order.at(step)
 
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.
@@ -125,24 +116,11 @@ class TrainingStream:
                 found.set_exception(error)
 
 
-def _check_world(
-    sequences: int, batch_sequences: int, rank: int, world_size: int, threads: int
-) -> None:
+def _check_world(sequences: int, batch_sequences: int, world_size: int) -> None:
     if not sequences:
         raise InputError(
             "there is no sequence to train on: the corpus is empty or all of it is held out. Give "
             "a longer corpus, or a smaller train.held_out"
-        )
-    if batch_sequences < 1 or threads < 1:
-        raise InputError(
-            f"a step needs at least one sequence and one thread that reads it, not "
-            f"{batch_sequences} and {threads}: raise train.batch_sequences or "
-            "train.prefetch_threads"
-        )
-    if not 0 <= rank < world_size:
-        raise InputError(
-            f"rank {rank} of {world_size} processes: ranks go from 0 to the number of processes "
-            "- 1. Start the processes with torchrun, which numbers them"
         )
     if batch_sequences % world_size:
         raise InputError(

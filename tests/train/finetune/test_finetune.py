@@ -236,7 +236,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
             raise error
 
     monkeypatch.setattr(module, "_save_model", interrupted)
-    monkeypatch.setattr(module, "_best", lambda results, metric: results[-1])
+    monkeypatch.setattr(module, "best_of", lambda results, metric: results[-1])
     with pytest.raises(KeyboardInterrupt):
         finetune(bert, train, dev, str(out), seeds=2, config=config)
     assert [entry.name for entry in home.iterdir()] == (["out"] if existed else [])
