@@ -278,7 +278,10 @@ class Batch:
 
 
 def pad(
-    flat: list[NDArray[np.int32]], lengths: Ints, fill: int, width: int | None = None
+    flat: Sequence[NDArray[np.int32] | list[int]],
+    lengths: Ints,
+    fill: int,
+    width: int | None = None,
 ) -> NDArray[np.int32]:
     """Rows of different lengths as [B, longest], ``fill`` at the end."""
     width = int(lengths.max(initial=1)) if width is None else width
