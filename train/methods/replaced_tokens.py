@@ -10,6 +10,7 @@ N tokens that are judged.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from rekindle.kernels.chunked import row_blocks
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
-from rekindle.train.model.network import StudentNetwork
+from rekindle.train.model.network import StudentNetwork, weights_below
 from rekindle.train.objective.drawing import sample
 
 ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
@@ -212,13 +213,11 @@ class ReplacedTokenHead(nn.Module):
         logits: Tensor = self.dense_prediction(self.activation(self.dense(states)))
         return logits.squeeze(-1)
 
-    def take(self, files: Iterable[Any]) -> None:
+    def take(self, files: Iterable[Path]) -> None:
         """The weights of a discriminator's head from its model files, if all are there."""
-        prefix = ELECTRA_HEAD + "."
         found: dict[str, Tensor] = {}
         for file in files:
-            weights: Mapping[str, Tensor] = load_file(file)
-            found |= {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            found |= weights_below(load_file(file), ELECTRA_HEAD)
         if found.keys() == self.state_dict().keys():
             self.load_state_dict(found)
 
