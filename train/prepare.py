@@ -103,7 +103,7 @@ def prepare_objective(
     infos = {name: teacher.info for name, teacher in teachers.items()}
     objective = Objective(config.objective, infos, task, config.steps, methods)
     for name, info in infos.items():
-        if info.view.startswith("masked-") and info.view != masked_view:
+        if info.shown.masked and info.view != masked_view:
             raise InputError(
                 f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
                 "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "

@@ -5,12 +5,11 @@ that they name, as far as they are still there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, read_json
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, read_json
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -34,7 +33,6 @@ from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.table import Column, Table
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import TrainConfig
-from rekindle.train.record.run_log import read_metrics
 
 BEST = "The best of a column stands out; held-out values are those of the last evaluation."
 
@@ -52,11 +50,11 @@ def comparison_page(
     ``lines`` are the names of all lines of the pictures in their order, if others than the runs
     have any.
     """
-    runs = [_read(run) for run in comparison.runs]
+    runs = _runs(comparison)
     names = [run.name for run in comparison.runs]
     lines = lines or names
     samples = [lines.index(name) for name in names]
-    records = {run.name: run.records for run in runs}
+    records = {run.name: folder.records for run, folder in runs}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
     caches = _caches(runs)
     differing = {
@@ -101,24 +99,11 @@ def _runs_table(comparison: Comparison, samples: Sequence[int]) -> Table:
 # --- what the pictures need -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A run's own words: ``run.json`` (empty where it has not begun) and its records."""
-
-    name: str
-    seconds: float | None
-    about: Facts
-    records: list[Facts]
-
-    @property
-    def cache(self) -> Facts:
-        return {"path": "", "corpus": "", "teachers": {}} | self.about.get("cache", {})
+Run = tuple[RunFacts, RunFolder]  # what it came to, and where that is from
 
 
-def _read(run: RunFacts) -> _Read:
-    directory = Path(run.directory)
-    about = read_json(directory / "run.json") or {}
-    return _Read(run.name, run.seconds, about, read_metrics(directory))
+def _runs(comparison: Comparison) -> list[Run]:
+    return list(zip(comparison.runs, comparison.folders, strict=True))
 
 
 def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
@@ -157,14 +142,14 @@ def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
 # --- caches and costs -----------------------------------------------------------------------------
 
 
-def _caches(runs: Sequence[_Read]) -> dict[str, KnownCache]:
+def _caches(runs: Sequence[Run]) -> dict[str, KnownCache]:
     """Every cache that a run has read, by its path."""
     teachers: dict[str, dict[str, str]] = {}
     corpora: dict[str, str] = {}
-    for run in runs:
-        if path := run.cache["path"]:
-            teachers.setdefault(path, {}).update(run.cache["teachers"])
-            corpora[path] = run.cache["corpus"]
+    for _, folder in runs:
+        if path := folder.cache.get("path"):
+            teachers.setdefault(path, {}).update(folder.cache["teachers"])
+            corpora[path] = folder.cache["corpus"]
     return {path: find_cache(path, corpora[path], teachers[path]) for path in corpora}
 
 
@@ -172,7 +157,7 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
     """What the runs' one cache holds, and what a student with teachers costs with it and without;
     None where that is not known.
     """
-    runs = [_read(run) for run in comparison.runs]
+    runs = _runs(comparison)
     caches = _caches(runs)
     known = [cache.facts for cache in caches.values()]
     cost, _ = typical_cost(*_costs(runs, caches))
@@ -180,7 +165,7 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
 
 
 def _cost_section(
-    runs: Sequence[_Read],
+    runs: Sequence[Run],
     caches: Mapping[str, KnownCache],
     tables: Sequence[Table],
     samples: Sequence[int],
@@ -192,37 +177,37 @@ def _cost_section(
 
 
 def _costs(
-    runs: Sequence[_Read], caches: Mapping[str, KnownCache]
+    runs: Sequence[Run], caches: Mapping[str, KnownCache]
 ) -> tuple[dict[str, float | None], list[StudentCost]]:
     """Each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
-    for run in runs:
-        seconds = run.cache.get("teacher_seconds") or {}
-        labels = {name: _label(name, run, caches) for name in run.cache["teachers"]}
+    for run, folder in runs:
+        seconds = folder.cache.get("teacher_seconds") or {}
+        labels = {name: _label(name, folder, caches) for name in folder.cache["teachers"]}
         once |= {label: seconds.get(name) for name, label in labels.items()}
-        live = _live_seconds(run, caches)
+        live = _live_seconds(folder, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
     return once, students
 
 
-def _label(teacher: str, run: _Read, caches: Mapping[str, KnownCache]) -> str:
+def _label(teacher: str, folder: RunFolder, caches: Mapping[str, KnownCache]) -> str:
     """A teacher's name, with its cache's where there are several."""
     if len(caches) < 2:
         return teacher
-    return f"{teacher} ({Path(run.cache['path']).name})"
+    return f"{teacher} ({Path(folder.cache['path']).name})"
 
 
-def _live_seconds(run: _Read, caches: Mapping[str, KnownCache]) -> float | None:
+def _live_seconds(folder: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
     """The estimate of what the run's teachers would take live beside it; None where unknown."""
-    cache = caches.get(run.cache["path"])
-    names = list(run.cache["teachers"])
+    cache = caches.get(folder.cache.get("path", ""))
+    names = list(folder.cache["teachers"])
     if not names:
         return 0.0
     if cache is None or cache.facts is None:
         return None
     try:
-        train = parse_settings(TrainConfig, run.about["train"], "train")
+        train = parse_settings(TrainConfig, folder.settings["train"], "train")
         sequences = {name: taught_sequences(train, name) for name in names}
     except InputError:  # of another version
         return None

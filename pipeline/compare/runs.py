@@ -6,7 +6,8 @@ It reads what runs leave in their directories, finished or not, and opens no cac
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class RunFolder:
+    """A run's directory, and what it is: its student and train sections, and the cache it reads."""
+
+    directory: Path
+    settings: dict[str, Facts]
+    cache: Facts
+
+    @cached_property
+    def records(self) -> list[Facts]:
+        """What it has logged so far."""
+        return read_metrics(self.directory)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
@@ -66,22 +81,16 @@ class Comparison:
     matched_steps: list[Match]
     matched_cost: list[Match]
     domains: DomainMatrix
+    folders: list[RunFolder]
 
     def as_dict(self) -> object:
         """Everything as plain values for JSON; what is no number is null."""
-        return for_json(asdict(self))
+        values = asdict(replace(self, folders=[]))
+        del values["folders"]
+        return for_json(values)
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A run's directory, and what it is: its student and train sections, and the cache it reads."""
-
-    directory: Path
-    settings: dict[str, Facts]
-    cache: Facts
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
@@ -113,14 +122,15 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
             [run.evaluation for run in runs],
             [one.settings["train"].get("domains") or [] for one in found],
         ),
+        found,
     )
 
 
-def _find(directories: Sequence[Path]) -> list[_Found]:
-    found: dict[Path, _Found] = {}
+def _find(directories: Sequence[Path]) -> list[RunFolder]:
+    found: dict[Path, RunFolder] = {}
     strangers = []
     for directory in directories:
-        ones: list[_Found | None]
+        ones: list[RunFolder | None]
         if (sweep := read_sweep(directory)) is not None:
             ones = [
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
@@ -149,19 +159,19 @@ def is_cycle(directory: Path) -> bool:
     return path.is_file() and (read_json(path) or {}).get("written_by") == CYCLE_WRITER
 
 
-def _open_run(directory: Path) -> _Found | None:
+def _open_run(directory: Path) -> RunFolder | None:
     about = read_json(directory / "run.json")
     if about is None:
         return None
     with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return _Found(directory, settings, cache)
+    return RunFolder(directory, settings, cache)
 
 
-def _not_begun(directory: Path, sweep: Facts, run: Facts) -> _Found:
+def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFolder:
     settings = {section: run[section] for section in SWEPT_SECTIONS}
-    return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
+    return RunFolder(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -169,14 +179,14 @@ def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     return list(_groups(_find(directories)).values())
 
 
-def _groups(found: Sequence[_Found]) -> dict[str, list[Path]]:
+def _groups(found: Sequence[RunFolder]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for one in found:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
     return groups
 
 
-def _one_corpus(found: Sequence[_Found]) -> str:
+def _one_corpus(found: Sequence[RunFolder]) -> str:
     groups = _groups(found)
     if len(groups) > 1:
         told = "; ".join(
@@ -190,18 +200,17 @@ def _one_corpus(found: Sequence[_Found]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
+def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFacts:
     summary = read_json(one.directory / "summary.json") or {}
-    records = read_metrics(one.directory)
-    steps = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "evaluate"]
+    steps = [record for record in one.records if record["kind"] == "train"]
+    evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
     spent = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
     return RunFacts(
         name=name,
         directory=str(one.directory),
         finished=bool(summary),
-        steps=summary.get("steps", steps[-1]["step"] if steps else 0),
+        steps=int(summary.get("steps") or (steps[-1]["step"] if steps else 0)),
         planned_steps=one.settings["train"]["steps"],
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
@@ -214,7 +223,7 @@ def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
     )
 
 
-def _curve(one: _Found, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
+def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
     """The held-out loss over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
@@ -269,7 +278,7 @@ def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[
     return found
 
 
-def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) -> list[str]:
+def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
@@ -283,7 +292,7 @@ def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) ->
     return notes
 
 
-def _teacher_notes(found: Sequence[_Found]) -> list[str]:
+def _teacher_notes(found: Sequence[RunFolder]) -> list[str]:
     """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:

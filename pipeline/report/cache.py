@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
 

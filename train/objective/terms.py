@@ -50,7 +50,7 @@ def _check_together(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) 
     if kinds == {"vocabulary"}:
         _check_vocabulary_mixture(term, infos)
         return
-    if term.view == "masked" and infos[0].view.startswith("pairs-"):
+    if term.view == "masked" and infos[0].shown.paired:
         raise InputError("view: masked, but pairs are shown clean; use clean")
     if term.view == "masked" and task != "masked_lm":
         raise InputError(f"view: masked, but a {task} student has no masked view")

@@ -22,6 +22,7 @@ from rekindle.train.finetune.run import (
     plan_steps,
 )
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.optimizer import adamw
 
 FILLER = ["the", "a", "of", "in", "to", "and", "model", "teacher", "paper", "light"]
 QUICK = FinetuneConfig(epochs=6, batch_size=16, learning_rate=1e-2)
@@ -445,7 +446,9 @@ def test_max_steps_bounds_the_plan():
 
 def test_biases_and_norms_do_not_decay(bert):
     model = AutoModelForSequenceClassification.from_pretrained(bert)
-    decayed, plain = module._adamw(model, FinetuneConfig()).param_groups
+    config = FinetuneConfig()
+    optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
+    decayed, plain = optimizer.param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert plain["weight_decay"] == 0.0
     assert decayed["weight_decay"] == 0.01
