@@ -31,7 +31,7 @@ from rekindle.train.model.network import (
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
 # What the names of a student's weights begin with.
-MODEL, HEADS, PROMPTS = "model.", "heads.", "prompts."
+OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by the part of the state dict
 
 
 class _About(TypedDict):
@@ -61,14 +61,13 @@ class Student(StudentNetwork):
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         held = self.state_dict() if tensors is None else tensors
-        body = {k[len(MODEL) :]: v for k, v in held.items() if k.startswith(MODEL)}
-        heads = {k[len(HEADS) :]: v.contiguous() for k, v in held.items() if k.startswith(HEADS)}
+        body = None if tensors is None else weights_below(held, "model")
         with quiet_transformers():
-            self.model.save_pretrained(path, state_dict=None if tensors is None else body)
-        save_file(heads, path / HEADS_FILE)
-        if self.prompts is not None:
-            prompts = {k: v.contiguous() for k, v in held.items() if k.startswith(PROMPTS)}
-            save_file({k[len(PROMPTS) :]: v for k, v in prompts.items()}, path / PROMPTS_FILE)
+            self.model.save_pretrained(path, state_dict=body)
+        for part, file in OWN_FILES.items():
+            own = {k: v.contiguous() for k, v in weights_below(held, part).items()}
+            if own or file == HEADS_FILE:
+                save_file(own, path / file)
         described: dict[str, object] = {
             "task": self.task,
             "vocabulary_size": self.vocabulary_size,
@@ -115,14 +114,15 @@ class Student(StudentNetwork):
             self.prompts.take(earlier, load_file(directory / PROMPTS_FILE)["vectors.weight"])
 
 
-def own_weights(directory: Path) -> dict[str, Tensor]:
-    """Read what a student's directory holds beside its model: heads and prompts, by their names.
+def saved_weights(directory: Path) -> dict[str, Tensor]:
+    """Read what ``save_pretrained`` wrote, by the names of the student's state dict.
 
     Raises what safetensors raises for a damaged file.
     """
-    found = {HEADS + k: v for k, v in load_file(directory / HEADS_FILE).items()}
-    if (directory / PROMPTS_FILE).is_file():
-        found |= {PROMPTS + k: v for k, v in load_file(directory / PROMPTS_FILE).items()}
+    found: dict[str, Tensor] = {}
+    for part, file in {"model": "model.safetensors", **OWN_FILES}.items():
+        if file != PROMPTS_FILE or (directory / file).is_file():
+            found |= {f"{part}.{name}": v for name, v in load_file(directory / file).items()}
     return found
 
 

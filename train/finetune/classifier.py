@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,7 @@ class Encoded:
     token_type_ids: Sequence[Row] | None
     padding_id: int
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
@@ -188,14 +189,11 @@ def _refusing(model: str) -> AbstractContextManager[None]:
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-def predict(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
+def predict(
+    model: "PreTrainedModel", encoded: Encoded, batch_size: int, *, dropout: bool = False
+) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
-    model.eval()
-    return logits_of(model, encoded, batch_size)
-
-
-def logits_of(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
-    """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
+    model.train(dropout)
     return by_length(encoded, batch_size, model.device, lambda inputs: model(**inputs).logits)
 
 

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.finetune.classifier import Encoded, by_length, load_expert, logits_of, predict
+from rekindle.train.finetune.classifier import Encoded, by_length, load_expert, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -44,8 +44,7 @@ def expert_output(
         if passes:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                network.train()
-                each = [logits_of(network, encoded, batch) for _ in range(passes)]
+                each = [predict(network, encoded, batch, dropout=True) for _ in range(passes)]
             if all(np.array_equal(one, logits) for one in each):
                 raise InputError(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "

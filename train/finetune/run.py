@@ -43,6 +43,7 @@ from rekindle.train.finetune.result import (
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
+from rekindle.train.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -65,7 +66,7 @@ class _Job:
     encoded: dict[str, Encoded]
     metric: str
     device: torch.device
-    bf16: bool
+    precision: str
 
 
 def finetune(
@@ -113,8 +114,10 @@ def finetune(
             if found is best_of(results, metric):
                 _save_model(network, job, dev_logits, staging)
             del network
-        seconds, precision = time.perf_counter() - started, "bf16" if job.bf16 else "fp32"
-        result = result_of(model, files, data["train"], metric, results, config, precision, seconds)
+        seconds = time.perf_counter() - started
+        result = result_of(
+            model, files, data["train"], metric, results, config, job.precision, seconds
+        )
         result.save(staging)
     return result
 
@@ -127,8 +130,8 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
-    device, bf16 = torch.device(placement.device), placement.precision == "bf16"
-    return _Job(model, config, tokenizer, data, encoded, metric, device, bf16)
+    device = torch.device(placement.device)
+    return _Job(model, config, tokenizer, data, encoded, metric, device, placement.precision)
 
 
 # ---- one seed ----------------------------------------------------------------------------------
@@ -141,6 +144,11 @@ def _run_seed(
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
     problem = data["train"].problem
+
+    def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
+        logits = predict(model, encoded[split], config.batch_size)
+        return all_scores(problem, logits, data[split].labels), logits
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
@@ -158,7 +166,7 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bf16):
+                with autocast(job.precision, job.device):
                     logits = model(**collate(encoded["train"], rows, job.device)).logits
                 loss = _loss(problem, logits.float(), data["train"].labels[rows])
                 optimizer.zero_grad(set_to_none=True)
@@ -171,8 +179,7 @@ def _run_seed(
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
                     told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
                     progress.update(bar, completed=step, description=told)
-            dev_logits = predict(model, encoded["dev"], config.batch_size)
-            scores = all_scores(problem, dev_logits, data["dev"].labels)
+            scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
             _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
             if config.patience and scores[job.metric] > best:
@@ -182,12 +189,8 @@ def _run_seed(
                 break
         if best_weights is not None:
             model.load_state_dict(best_weights)
-            dev_logits = predict(model, encoded["dev"], config.batch_size)
-        scores = all_scores(problem, dev_logits, data["dev"].labels)
-        test_scores = None
-        if "test" in data:
-            test_logits = predict(model, encoded["test"], config.batch_size)
-            test_scores = all_scores(problem, test_logits, data["test"].labels)
+            scores, dev_logits = judged("dev")
+        test_scores = judged("test")[0] if "test" in data else None
         progress.remove_task(bar)
     seconds = time.perf_counter() - started
     return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits

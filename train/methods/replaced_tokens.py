@@ -10,6 +10,7 @@ N tokens that are judged.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from rekindle.kernels.chunked import row_blocks
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
-from rekindle.train.model.network import StudentNetwork
+from rekindle.train.model.network import StudentNetwork, weights_below
 from rekindle.train.objective.drawing import sample
 
 ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
@@ -100,23 +101,18 @@ class ReplacedTokens(Method):
         self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
         """The binary cross-entropy, summed over the tokens that are judged."""
-        text = self._shown(student, batch, device)
-        loss = F.binary_cross_entropy_with_logits(
-            self._logits(student, text), text.replaced.float(), reduction="sum"
-        )
+        loss, _, _ = self._judge(student, batch, device)
         yield "loss", loss, loss.detach()
 
     def evaluate(
         self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> dict[str, tuple[float, int]]:
         """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
-        text = self._shown(student, batch, device)
-        logits = self._logits(student, text)
-        loss = F.binary_cross_entropy_with_logits(logits, text.replaced.float(), reduction="sum")
+        loss, logits, replaced = self._judge(student, batch, device)
         called = logits > 0
-        outcomes = torch.stack([called == text.replaced, called & text.replaced, called])
+        outcomes = torch.stack([called == replaced, called & replaced, called])
         right, found, named = outcomes.sum(dim=1).tolist()
-        count, there = len(logits), int(text.replaced.sum())
+        count, there = len(logits), int(replaced.sum())
         return {
             "loss": (float(loss), count),
             "accuracy": (right, count),
@@ -152,20 +148,19 @@ class ReplacedTokens(Method):
         with_target[self._target(batch).rows] = True
         return np.flatnonzero(judged & with_target[:, None])
 
-    def _shown(
+    def _judge(
         self, student: StudentNetwork, batch: Batch, device: torch.device
-    ) -> "CorruptedText":
-        """The corrupted text, with what the student's domain prompts need of it."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss, the logits [N] and which tokens are replaced [N] bool."""
         text = self.corrupted(batch, device)
-        return text._replace(inputs=student.with_domains(text.inputs, batch.domains))
-
-    def _logits(self, student: StudentNetwork, text: "CorruptedText") -> Tensor:
-        states = student.states(text.inputs).flatten(0, 1)[text.judged]
+        states = student.states(student.with_domains(text.inputs, batch.domains))
         head = getattr(student.model, ELECTRA_HEAD, None)
         if head is None:
             head = student.method_module(self.name)
-        logits: Tensor = head(states)
-        return logits.float()
+        logits: Tensor = head(states.flatten(0, 1)[text.judged]).float()
+        truth = text.replaced.float()
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        return loss, logits, text.replaced
 
     def _sample(self, batch: Batch, target: TokenTargetBatch, device: torch.device) -> Tensor:
         """A token [P] for each position with a target."""
@@ -212,13 +207,11 @@ class ReplacedTokenHead(nn.Module):
         logits: Tensor = self.dense_prediction(self.activation(self.dense(states)))
         return logits.squeeze(-1)
 
-    def take(self, files: Iterable[Any]) -> None:
+    def take(self, files: Iterable[Path]) -> None:
         """The weights of a discriminator's head from its model files, if all are there."""
-        prefix = ELECTRA_HEAD + "."
         found: dict[str, Tensor] = {}
         for file in files:
-            weights: Mapping[str, Tensor] = load_file(file)
-            found |= {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            found |= weights_below(load_file(file), ELECTRA_HEAD)
         if found.keys() == self.state_dict().keys():
             self.load_state_dict(found)
 

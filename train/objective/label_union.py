@@ -48,11 +48,6 @@ class LabelUnion:
             places[expert.name] = tuple(names.setdefault(name, len(names)) for name in own)
         return cls(tuple(names), places)
 
-    @property
-    def places_of_all(self) -> tuple[int, ...]:
-        """Return the places of all experts' labels, one expert after another [Σ C_j]."""
-        return tuple(place for places in self.places.values() for place in places)
-
     def pad(self, expert: str, probs: Tensor) -> Tensor:
         """Return an expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it lacks."""
         places = torch.tensor(self.places[expert], device=probs.device)
@@ -114,5 +109,6 @@ def concatenated_target(
     Labels that share a place add up. ``logits`` in the order of the union's experts.
     """
     probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
-    places = torch.tensor(union.places_of_all, device=probs.device)
-    return probs.new_zeros(len(probs), len(union.names)).index_add_(1, places, probs)
+    places = [place for own in union.places.values() for place in own]
+    index = torch.tensor(places, device=probs.device)
+    return probs.new_zeros(len(probs), len(union.names)).index_add_(1, index, probs)

@@ -31,13 +31,12 @@ from functools import lru_cache
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from rekindle.data.batch import Ints
 from rekindle.data.order import stream_part
 from rekindle.train.order.split import Ranges
 
 CYCLE = 1000  # slots after which the domains' turns come again
-Ints = NDArray[np.int64]
 
 
 class Replay:

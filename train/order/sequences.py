@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rekindle.data.batch import Ints
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.order import stream_part
@@ -23,7 +23,6 @@ from rekindle.train.order.split import Ranges, Split, split_corpus
 
 log = logging.getLogger("rekindle")
 
-Ints = NDArray[np.int64]
 State = list[list[float | None]]
 
 

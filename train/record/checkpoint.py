@@ -30,7 +30,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
 from rekindle.train.method import find_method
 from rekindle.train.record.run_folder import check_same, goes_on, reading
-from rekindle.train.student import MODEL, Student, own_weights
+from rekindle.train.student import Student, saved_weights
 
 log = logging.getLogger("rekindle")
 
@@ -156,13 +156,12 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimiser state back in place, exactly; in shards where they are."""
     try:
-        found = {MODEL + k: v for k, v in load_file(path / "model.safetensors").items()}
-        found |= own_weights(path)
+        found = saved_weights(path)
         moments = load_file(path / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     own = student.state_dict(keep_vars=True)
-    tied = {MODEL + k for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
+    tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
     wrong = sorted((own.keys() - found.keys() - tied) | (found.keys() - own.keys()))
     wrong += [k for k, v in found.items() if k in own and own[k].shape != v.shape]
     if wrong:

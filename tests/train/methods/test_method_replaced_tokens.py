@@ -268,9 +268,8 @@ def test_held_out_values_are_those_of_all_tokens_together(kinds, student, tmp_pa
 
     index = split_corpus(cache, 0.2).held_out.spread(256)
     with torch.no_grad():
-        text = method.corrupted(gather(cache, method, index), CPU)
-        logits = method._logits(trained, text)
-    y, called = text.replaced, logits > 0
+        _, logits, y = method._judge(trained, gather(cache, method, index), CPU)
+    called = logits > 0
     losses = F.softplus(torch.where(y, -logits, logits))
     right, wrong, missed = (called & y).sum(), (called & ~y).sum(), (~called & y).sum()
     found = {k.split("/")[1]: v for k, v in result.evaluation.items() if k.startswith("replaced")}
@@ -305,10 +304,11 @@ def test_an_electra_student_is_an_electra_discriminator(kinds, electra, tmp_path
     ]
     # It judges as the student does.
     cache, method = method_of(kinds, "topk")
-    text = method.corrupted(gather(cache, method, [1, 4, 5]), CPU)
+    batch = gather(cache, method, [1, 4, 5])
+    text = method.corrupted(batch, CPU)
     trained = Student.from_pretrained(out).eval()
     with torch.no_grad():
-        ours = method._logits(trained, text)
+        _, ours, _ = method._judge(trained, batch, CPU)
         theirs = model.eval()(**text.inputs).logits.flatten()[text.judged]
     torch.testing.assert_close(ours, theirs)
     # And a discriminator's head is taken over as it is.
