@@ -10,7 +10,6 @@ also where other runs of the cache share those teachers. Nothing is interpolated
 has the loss of its last evaluation that had cost no more.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -81,18 +80,6 @@ def match_cost(curves: Sequence[Curve]) -> list[Match]:
         Match(cost, [curve.within(cost) if curve.known else None for curve in curves])
         for cost in costs
     ]
-
-
-def lowest(match: Match) -> list[int]:
-    """The numbers of the runs with the lowest loss; none where there is one run, or all agree."""
-    losses = {
-        number: point.loss
-        for number, point in enumerate(match.points)
-        if point is not None and math.isfinite(point.loss)
-    }
-    if len(set(losses.values())) < 2:
-        return []
-    return [number for number, loss in losses.items() if loss == min(losses.values())]
 
 
 def thinned(matches: Sequence[Match], most: int) -> list[Match]:

@@ -5,12 +5,11 @@ that they name, as far as they are still there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, read_json
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFiles
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -34,7 +33,7 @@ from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.table import Column, Table
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import TrainConfig
-from rekindle.train.record.run_log import read_metrics
+from rekindle.train.record.run_folder import read_record
 
 BEST = "The best of a column stands out; held-out values are those of the last evaluation."
 
@@ -52,13 +51,12 @@ def comparison_page(
     ``lines`` are the names of all lines of the pictures in their order, if others than the runs
     have any.
     """
-    runs = [_read(run) for run in comparison.runs]
     names = [run.name for run in comparison.runs]
     lines = lines or names
     samples = [lines.index(name) for name in names]
-    records = {run.name: run.records for run in runs}
+    records = {name: one.records for name, one in zip(names, comparison.files, strict=True)}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
-    caches = _caches(runs)
+    caches = _caches(comparison.files)
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
@@ -73,7 +71,7 @@ def comparison_page(
             settings_section(names, differing),
             losses_section(curves, more, _capital(comparison.notes)),
             scores or own_scores,
-            _cost_section(runs, caches, cost_tables(comparison), samples),
+            _cost_section(comparison, caches, samples),
             cache_section(list(caches.values())),
         ],
     )
@@ -101,26 +99,6 @@ def _runs_table(comparison: Comparison, samples: Sequence[int]) -> Table:
 # --- what the pictures need -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A run's own words: ``run.json`` (empty where it has not begun) and its records."""
-
-    name: str
-    seconds: float | None
-    about: Facts
-    records: list[Facts]
-
-    @property
-    def cache(self) -> Facts:
-        return {"path": "", "corpus": "", "teachers": {}} | self.about.get("cache", {})
-
-
-def _read(run: RunFacts) -> _Read:
-    directory = Path(run.directory)
-    about = read_json(directory / "run.json") or {}
-    return _Read(run.name, run.seconds, about, read_metrics(directory))
-
-
 def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
     """What ``pipeline finetune`` left in folders below the runs: of each seed the score on test,
     where all seeds have one, else on dev. A task is called by its folder.
@@ -129,7 +107,7 @@ def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
     for run in runs:
         directory = Path(run.directory)
         for path in sorted(directory.glob("**/metrics.json")):
-            for metric, split, scores in _seeds(read_json(path) or {}):
+            for metric, split, scores in _seeds(read_record(path) or {}):
                 folder = path.parent.relative_to(directory).parts
                 found.setdefault((folder, metric, split), {})[run.name] = scores
     folders = sorted({folder for folder, _, _ in found})
@@ -157,12 +135,12 @@ def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
 # --- caches and costs -----------------------------------------------------------------------------
 
 
-def _caches(runs: Sequence[_Read]) -> dict[str, KnownCache]:
+def _caches(runs: Sequence[RunFiles]) -> dict[str, KnownCache]:
     """Every cache that a run has read, by its path."""
     teachers: dict[str, dict[str, str]] = {}
     corpora: dict[str, str] = {}
     for run in runs:
-        if path := run.cache["path"]:
+        if path := run.cache.get("path"):
             teachers.setdefault(path, {}).update(run.cache["teachers"])
             corpora[path] = run.cache["corpus"]
     return {path: find_cache(path, corpora[path], teachers[path]) for path in corpora}
@@ -172,57 +150,48 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
     """What the runs' one cache holds, and what a student with teachers costs with it and without;
     None where that is not known.
     """
-    runs = [_read(run) for run in comparison.runs]
-    caches = _caches(runs)
+    caches = _caches(comparison.files)
     known = [cache.facts for cache in caches.values()]
-    cost, _ = typical_cost(*_costs(runs, caches))
+    cost, _ = typical_cost(*_costs(comparison, caches))
     return known[0] if len(known) == 1 else None, cost
 
 
 def _cost_section(
-    runs: Sequence[_Read],
-    caches: Mapping[str, KnownCache],
-    tables: Sequence[Table],
-    samples: Sequence[int],
+    comparison: Comparison, caches: Mapping[str, KnownCache], samples: Sequence[int]
 ) -> Section:
-    once, students = _costs(runs, caches)
+    once, students = _costs(comparison, caches)
     cost, note = typical_cost(once, students)
     notes = [note, ESTIMATED] if cost is not None else [note]
-    return cost_section(once, students, cost, notes, tables, samples)
+    return cost_section(once, students, cost, notes, cost_tables(comparison), samples)
 
 
 def _costs(
-    runs: Sequence[_Read], caches: Mapping[str, KnownCache]
+    comparison: Comparison, caches: Mapping[str, KnownCache]
 ) -> tuple[dict[str, float | None], list[StudentCost]]:
     """Each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
-    for run in runs:
-        seconds = run.cache.get("teacher_seconds") or {}
-        labels = {name: _label(name, run, caches) for name in run.cache["teachers"]}
+    for run, one in zip(comparison.runs, comparison.files, strict=True):
+        seconds = one.cache.get("teacher_seconds") or {}
+        # Where there are several caches, a teacher is called by its cache's name as well.
+        where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
+        labels = {name: f"{name}{where}" for name in one.cache["teachers"]}
         once |= {label: seconds.get(name) for name, label in labels.items()}
-        live = _live_seconds(run, caches)
+        live = _live_seconds(one, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
     return once, students
 
 
-def _label(teacher: str, run: _Read, caches: Mapping[str, KnownCache]) -> str:
-    """A teacher's name, with its cache's where there are several."""
-    if len(caches) < 2:
-        return teacher
-    return f"{teacher} ({Path(run.cache['path']).name})"
-
-
-def _live_seconds(run: _Read, caches: Mapping[str, KnownCache]) -> float | None:
+def _live_seconds(run: RunFiles, caches: Mapping[str, KnownCache]) -> float | None:
     """The estimate of what the run's teachers would take live beside it; None where unknown."""
-    cache = caches.get(run.cache["path"])
+    cache = caches.get(run.cache.get("path", ""))
     names = list(run.cache["teachers"])
     if not names:
         return 0.0
     if cache is None or cache.facts is None:
         return None
     try:
-        train = parse_settings(TrainConfig, run.about["train"], "train")
+        train = parse_settings(TrainConfig, run.settings["train"], "train")
         sequences = {name: taught_sequences(train, name) for name in names}
     except InputError:  # of another version
         return None

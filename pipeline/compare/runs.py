@@ -3,9 +3,7 @@
 It reads what runs leave in their directories, finished or not, and opens no cache and no model.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.nested import for_json
+from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
 from rekindle.pipeline.sweep.run import read_sweep
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.record.run_folder import reading
+from rekindle.train.record.run_folder import read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -51,12 +50,24 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class RunFiles:
+    """A run's directory, and what it is: its student and train sections, the cache it reads, and
+    the records of its steps.
+    """
+
+    directory: Path
+    settings: dict[str, Facts]
+    cache: Facts
+    records: list[Facts] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
     ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
     losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
-    not be compared.
+    not be compared. ``files``: what the runs were read from, in their order.
     """
 
     corpus: str
@@ -66,22 +77,16 @@ class Comparison:
     matched_steps: list[Match]
     matched_cost: list[Match]
     domains: DomainMatrix
+    files: list[RunFiles]
 
     def as_dict(self) -> object:
-        """Everything as plain values for JSON; what is no number is null."""
-        return for_json(asdict(self))
+        """Everything but the files as plain values for JSON; what is no number is null."""
+        values = asdict(self)
+        del values["files"]
+        return for_json(values)
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A run's directory, and what it is: its student and train sections, and the cache it reads."""
-
-    directory: Path
-    settings: dict[str, Facts]
-    cache: Facts
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
@@ -95,10 +100,10 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
     differing = differences([one.settings for one in found])
-    runs = []
-    for number, (one, name) in enumerate(zip(found, names, strict=True)):
-        settings = {key: values[number] for key, values in differing.items()}
-        runs.append(_read_run(one, name, settings))
+    runs = [
+        _read_run(one, name, {key: values[number] for key, values in differing.items()})
+        for number, (one, name) in enumerate(zip(found, names, strict=True))
+    ]
     positions, teachers = _position_notes(found, differing), _teacher_notes(found)
     curves = [] if positions else [run.curve for run in runs]
     return Comparison(
@@ -113,14 +118,15 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
             [run.evaluation for run in runs],
             [one.settings["train"].get("domains") or [] for one in found],
         ),
+        found,
     )
 
 
-def _find(directories: Sequence[Path]) -> list[_Found]:
-    found: dict[Path, _Found] = {}
+def _find(directories: Sequence[Path]) -> list[RunFiles]:
+    found: dict[Path, RunFiles] = {}
     strangers = []
     for directory in directories:
-        ones: list[_Found | None]
+        ones: list[RunFiles | None]
         if (sweep := read_sweep(directory)) is not None:
             ones = [
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
@@ -146,22 +152,22 @@ def _find(directories: Sequence[Path]) -> list[_Found]:
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
-    return path.is_file() and (read_json(path) or {}).get("written_by") == CYCLE_WRITER
+    return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
 
 
-def _open_run(directory: Path) -> _Found | None:
-    about = read_json(directory / "run.json")
+def _open_run(directory: Path) -> RunFiles | None:
+    about = read_record(directory / "run.json")
     if about is None:
         return None
     with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return _Found(directory, settings, cache)
+    return RunFiles(directory, settings, cache, read_metrics(directory))
 
 
-def _not_begun(directory: Path, sweep: Facts, run: Facts) -> _Found:
+def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFiles:
     settings = {section: run[section] for section in SWEPT_SECTIONS}
-    return _Found(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
+    return RunFiles(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -169,14 +175,14 @@ def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     return list(_groups(_find(directories)).values())
 
 
-def _groups(found: Sequence[_Found]) -> dict[str, list[Path]]:
+def _groups(found: Sequence[RunFiles]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for one in found:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
     return groups
 
 
-def _one_corpus(found: Sequence[_Found]) -> str:
+def _one_corpus(found: Sequence[RunFiles]) -> str:
     groups = _groups(found)
     if len(groups) > 1:
         told = "; ".join(
@@ -190,18 +196,17 @@ def _one_corpus(found: Sequence[_Found]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
-    summary = read_json(one.directory / "summary.json") or {}
-    records = read_metrics(one.directory)
-    steps = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "evaluate"]
+def _read_run(one: RunFiles, name: str, settings: dict[str, object]) -> RunFacts:
+    summary = read_record(one.directory / "summary.json") or {}
+    steps = [record for record in one.records if record["kind"] == "train"]
+    evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
     spent = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
     return RunFacts(
         name=name,
         directory=str(one.directory),
         finished=bool(summary),
-        steps=summary.get("steps", steps[-1]["step"] if steps else 0),
+        steps=summary.get("steps") or (steps[-1]["step"] if steps else 0),
         planned_steps=one.settings["train"]["steps"],
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
@@ -214,7 +219,7 @@ def _read_run(one: _Found, name: str, settings: dict[str, object]) -> RunFacts:
     )
 
 
-def _curve(one: _Found, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
+def _curve(one: RunFiles, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
     """The held-out loss over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
@@ -232,19 +237,11 @@ def _task_scores(directory: Path) -> dict[str, float]:
     """The scores of what was fine-tuned into folders below the run, by folder and metric."""
     scores = {}
     for path in sorted(directory.glob("**/metrics.json")):
-        found = read_json(path) or {}
+        found = read_record(path) or {}
         if isinstance(found.get("mean"), float) and "metric" in found:
             task = "/".join(path.parent.relative_to(directory).parts)
             scores[f"{task} {found['metric']}".strip()] = found["mean"]
     return scores
-
-
-def read_json(path: Path) -> Facts | None:
-    """A file that a command has left; None where there is none. Raises CheckpointError."""
-    if not path.exists():
-        return None
-    with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -269,7 +266,7 @@ def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[
     return found
 
 
-def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) -> list[str]:
+def _position_notes(found: Sequence[RunFiles], differing: Mapping[str, object]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
@@ -283,7 +280,7 @@ def _position_notes(found: Sequence[_Found], differing: Mapping[str, object]) ->
     return notes
 
 
-def _teacher_notes(found: Sequence[_Found]) -> list[str]:
+def _teacher_notes(found: Sequence[RunFiles]) -> list[str]:
     """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:
@@ -310,16 +307,12 @@ def values_of(run: RunFacts) -> dict[str, float]:
 
 def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
     """The best finished runs for each value that several have, and not all the same."""
-    columns: dict[str, dict[str, float]] = {}
-    for run in runs:
-        for name, value in values_of(run).items():
-            judged = evaluations or name not in run.evaluation
-            if run.finished and judged and math.isfinite(value):
-                columns.setdefault(name, {})[run.name] = value
+    finished = [run for run in runs if run.finished]
+    left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     best = {}
-    for name, values in columns.items():
-        choose: Callable[..., float] = max if is_higher_better(name) else min
-        if len(set(values.values())) > 1:
-            top = choose(values.values())
-            best[name] = [run for run, value in values.items() if value == top]
+    for name in dict.fromkeys(name for run in finished for name in values_of(run)):
+        values = [values_of(run).get(name) for run in finished]
+        rows = best_rows(values, max if is_higher_better(name) else min)
+        if rows and name not in left_out:
+            best[name] = [finished[row].name for row in sorted(rows)]
     return best

@@ -8,7 +8,7 @@ import yaml
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
-from rekindle.pipeline.compare.matching import Match, lowest, thinned
+from rekindle.pipeline.compare.matching import Match, thinned
 from rekindle.pipeline.compare.runs import (
     SCORES,
     Comparison,
@@ -17,7 +17,7 @@ from rekindle.pipeline.compare.runs import (
     compare_runs,
     values_of,
 )
-from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, formatted
 from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
@@ -96,6 +96,7 @@ def _matched(
     names: Sequence[str], matches: Sequence[Match], title: str, form: str, steps: bool = False
 ) -> list[Column]:
     shown = thinned(matches, _MOST_MATCHES)
+    lowest = [best_rows([p.loss if p else None for p in match.points], min) for match in shown]
     columns = [Column(title, [form.format(match.at) for match in shown])]
     for number, name in enumerate(names):
         points = [match.points[number] for match in shown]
@@ -103,7 +104,7 @@ def _matched(
             NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
             for p in points
         ]
-        best = frozenset(row for row, match in enumerate(shown) if number in lowest(match))
+        best = frozenset(row for row, runs in enumerate(lowest) if number in runs)
         columns.append(Column(name, cells, best))
     return columns
 

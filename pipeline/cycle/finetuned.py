@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from rekindle.data.errors import CheckpointError
 from rekindle.train.finetune.result import FinetuneResult
 from rekindle.train.finetune.result_folder import WRITER
+from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
 LONGER = "longer"  # the start model, fine-tuned with twice the epochs
@@ -87,15 +88,7 @@ def folder_of(arm: str, task: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None without a file. CheckpointError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged (it is no object); {_AGAIN}")
-    return values
+    return read_record(path, _AGAIN, _refuse)
 
 
 def _refuse(constant: str) -> None:

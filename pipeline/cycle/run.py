@@ -14,7 +14,6 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +37,7 @@ from rekindle.pipeline.processes.devices import Place, cores, places_for, visibl
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 
 def run_cycle(
@@ -132,8 +131,8 @@ def _look(
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
         source_files(config.corpus.source)  # later on the text may be gone: it is in the cache
         return
+    found = read_record(home / CYCLE_FILE, "give another --out") or {}
     with reading(home / CYCLE_FILE, "give another --out"):
-        found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it is not of a cycle")
         before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))

@@ -1,7 +1,7 @@
 """The arms' test scores and the differences between them. Pure arithmetic on what was read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
@@ -102,15 +102,15 @@ def differences_of(
             for task in (*metrics, MEAN)
             if (arm, task) in main and (against, task) in main
         ]
-        found += _family(against, pairs)
+        found += _family(pairs)
     return found
 
 
-def _family(against: str, pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
+def _family(pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
     """The tests that are adjusted together."""
-    results = [paired(second.scores, first.scores) for first, second in pairs]
-    adjusted = holm([result.p for result in results])
-    return [
-        Difference(one.arm, against, one.task, r.mean, r.low, r.high, r.p, p_adjusted, r.n)
-        for (one, _), r, p_adjusted in zip(pairs, results, adjusted, strict=True)
+    found = [
+        paired(second.scores, first.scores, names=(first.arm, second.arm, first.task))
+        for first, second in pairs
     ]
+    adjusted = holm([one.p for one in found])
+    return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
+from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
 from rekindle.pipeline.report.table import Column, Table, formatted
 
 ESTIMATED = (
@@ -176,10 +177,6 @@ def _most_runs(cost: Cost) -> int:
 
 
 def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    from rekindle.pipeline.report.svg import INK, line_style, plottable
-
     most = _most_runs(cost)
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
@@ -192,5 +189,5 @@ def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
         axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
     axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    few_ticks(axes.xaxis, 6, whole=True)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

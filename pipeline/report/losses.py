@@ -18,6 +18,7 @@ from rekindle.pipeline.report.page import (
     Note,
     Section,
 )
+from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -151,8 +152,6 @@ def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = F
 
 def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     """Batches differ more than steps do: running means, before the points themselves in pale."""
-    from rekindle.pipeline.report.svg import colour, plottable
-
     lines = [(number, points) for number, points in lines if points]
     for number, points in lines if len(lines) <= MOST_PALE else []:
         steps, values = zip(*points, strict=True)
@@ -169,10 +168,6 @@ def running_means(points: Points) -> Points:
 
 def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     """A line for each run, with a marker on some of its points: by that it is told from others."""
-    from matplotlib.ticker import MaxNLocator
-
-    from rekindle.pipeline.report.svg import line_style, plottable
-
     for number, points in lines:
         if not points:
             continue
@@ -186,8 +181,8 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
             steps, values, markevery=(first, every), lw=1.1 if many else 1.6, **line_style(number)
         )
     axes.set_xlabel("steps")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    few_ticks(axes.xaxis, 5, whole=True)
+    few_ticks(axes.yaxis, 6)
 
 
 def _notes(runs: Sequence[RunCurves]) -> list[str]:
