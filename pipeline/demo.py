@@ -20,8 +20,8 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TaskSizes, write_corpus
 from rekindle.pipeline.config import RunConfig, dump_config, read_values
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.results import CycleResults
 from rekindle.pipeline.cycle.run import run_cycle
+from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs

@@ -37,11 +37,6 @@ def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]
     return found
 
 
-def result_folder(home: Path, arm: Arm, task: str) -> Path:
-    """What ``arm`` leaves of ``task``."""
-    return home / folder_of(arm, task)
-
-
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
     start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
@@ -98,7 +93,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
                 after=after,
             )
     searched = tuple(f"search {point_name(p)} {arm} on {name}" for p in points)
-    out = result_folder(home, arm, name)
+    out = home / folder_of(arm, name)
     yield Job(
         f"{arm} on {name}",
         stages.fine_tune,

@@ -32,9 +32,10 @@ from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
-from rekindle.pipeline.cycle.results import CycleResults, read_results
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.processes.devices import Place, cores, places_for, visible_devices
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
@@ -58,7 +59,9 @@ def run_cycle(
     cycle.
     """
     home = Path(os.path.abspath(out))
-    config = _with_cache(config, home)
+    if not config.cache.path:
+        cache_here = config.cache.model_copy(update={"path": str(home / "cache")})
+        config = config.model_copy(update={"cache": cache_here})
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
@@ -76,7 +79,10 @@ def run_cycle(
         places = places or places_for(
             workers or len(visible_devices()) or min(cores(), MOST_WORKERS)
         )
-        _run(list(plan_jobs(home, config, tasks)), home, places, progress or Progress.silent())
+        if places[0].device is None:  # nothing may look at a device before a fork
+            warm_up()
+        jobs = list(plan_jobs(home, config, tasks))
+        run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
         return _write_results(home)
 
 
@@ -89,19 +95,6 @@ def _write_results(home: Path) -> CycleResults:
     write_json(home / "results.json", results.as_dict())
     write_text(home / "report.html", cycle_html(home, students, results))
     return results
-
-
-def _run(jobs: Sequence[Job], home: Path, places: Sequence[Place], progress: Progress) -> None:
-    if places[0].device is None:  # nothing may look at a device before a fork
-        warm_up()
-    run_jobs(jobs, home / "cycle.log", progress, places)
-
-
-def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
-    if config.cache.path:
-        return config
-    path = str(home / "cache")
-    return config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
 
 
 # --- the directory --------------------------------------------------------------------------------

@@ -1,10 +1,18 @@
-"""The arms' test scores and the differences between them. Pure arithmetic on what was read."""
+"""The arms' test scores and the differences between them, and all that a cycle has found. Pure
+arithmetic on what was read.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
+from typing import Any
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from pydantic import TypeAdapter, ValidationError
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
+from rekindle.pipeline.report.cache import CacheFacts
+from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
 SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
@@ -114,3 +122,69 @@ def _family(pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
     ]
     adjusted = holm([one.p for one in found])
     return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task: its main metric, the examples in each split, those of test that train has, what
+    guessing scores (None: unknown), and what it asks.
+    """
+
+    name: str
+    metric: str
+    train: int
+    dev: int
+    test: int
+    test_in_train: int = 0
+    chance: float | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class CycleResults:
+    """Everything that a cycle found.
+
+    ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
+    a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
+    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
+    the cache, and what a student costs with it and without; None where that is not known.
+    """
+
+    arms: list[str]
+    tasks: list[TaskFacts]
+    scores: list[ArmScores]
+    differences: list[Difference]
+    searched: list[Searched]
+    costs: dict[str, float]
+    notes: list[str]
+    settings: dict[str, Any]
+    cache: CacheFacts | None = None
+    cost: Cost | None = None
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Each task's main metric."""
+        return {task.name: task.metric for task in self.tasks}
+
+    @property
+    def main(self) -> dict[tuple[str, str], ArmScores]:
+        """By arm and task, the scores on the tasks' main metrics, and the means over tasks."""
+        return main_scores(self.scores, self.metrics)
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything as plain values for JSON; all numbers are finite."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
+        """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
+
+        Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise InputError(f"these are not the results of a cycle ({error})") from None
