@@ -61,15 +61,20 @@ def comparison_page(
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
     }
+    columns = [Column("run", names), *result_columns(comparison, scores=False)]
+    marked = any(column.best for column in columns)
     own_scores = scores_section(names, read_scores(comparison.runs))
-    more = [*step_tables(comparison), *domain_tables(comparison)]
+    warnings = [note[:1].upper() + note[1:] for note in comparison.notes]
+    more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     return Page(
         title="Students of one corpus",
         lead=_lead(comparison),
         sections=[
-            Section("Runs", [_runs_table(comparison, samples)]),
+            Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
             settings_section(names, differing),
-            losses_section(curves, more, _capital(comparison.notes)),
+            losses_section(
+                curves, more, [note[:1].upper() + note[1:] for note in comparison.notes]
+            ),
             scores or own_scores,
             _cost_section(comparison, caches, samples),
             cache_section(list(caches.values())),
@@ -83,17 +88,6 @@ def _lead(comparison: Comparison) -> str:
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     done = "finished" if finished == len(runs) else f"of which {finished} finished"
     return f"{count}, {done}. The corpus has the fingerprint {comparison.corpus[:12]}."
-
-
-def _capital(notes: Sequence[str]) -> list[str]:
-    return [note[:1].upper() + note[1:] for note in notes]
-
-
-def _runs_table(comparison: Comparison, samples: Sequence[int]) -> Table:
-    names = Column("run", [run.name for run in comparison.runs])
-    columns = [names, *result_columns(comparison, scores=False)]
-    marked = any(column.best for column in columns)
-    return Table("", columns, BEST if marked else "", samples)
 
 
 # --- what the pictures need -----------------------------------------------------------------------

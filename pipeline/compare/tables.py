@@ -62,11 +62,6 @@ def result_columns(comparison: Comparison, scores: bool = True) -> list[Column]:
     return shown
 
 
-def sections_of(comparison: Comparison) -> list[Table]:
-    """The tables below the first one: losses at equal steps, at equal cost, and by domain."""
-    return [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison)]
-
-
 def step_tables(comparison: Comparison) -> list[Table]:
     """Losses at equal steps, where the last evaluations are not all there is to compare."""
     names = [run.name for run in comparison.runs]
@@ -109,17 +104,15 @@ def _matched(
     return columns
 
 
-def _domain_table(matrix: DomainMatrix) -> Table:
+def domain_tables(matrix: DomainMatrix) -> list[Table]:
+    """Perplexity by domain, where runs have evaluated it."""
+    if not matrix.runs:
+        return []
     columns = [Column("run", matrix.runs, words=True)]
     for number, name in enumerate(matrix.domains):
         cells = [formatted(values[number], "{:,.2f}") for values in matrix.perplexity]
         columns.append(Column(name, cells))
-    return Table("held-out perplexity by domain, at the last evaluation", columns)
-
-
-def domain_tables(comparison: Comparison) -> list[Table]:
-    """Perplexity by domain, where runs have evaluated it."""
-    return [_domain_table(comparison.domains)] if comparison.domains.runs else []
+    return [Table("held-out perplexity by domain, at the last evaluation", columns)]
 
 
 def domain_matrix(runs: Sequence[Path]) -> str:
@@ -129,10 +122,9 @@ def domain_matrix(runs: Sequence[Path]) -> str:
 
     Raises as ``compare_runs`` does, but for different corpora.
     """
-    matrices = [compare_runs(group).domains for group in by_corpus(runs)]
-    return "\n".join(
-        line for one in matrices if one.runs for line in text_lines(_domain_table(one), WIDEST)
-    )
+    groups = [compare_runs(group) for group in by_corpus(runs)]
+    tables = [table for one in groups for table in domain_tables(one.domains)]
+    return "\n".join(line for table in tables for line in text_lines(table, WIDEST))
 
 
 def _settings(runs: list[RunFacts]) -> Iterable[Column]:
@@ -188,5 +180,6 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     notes = [f" note: {note}" for note in comparison.notes]
     if any(column.best for column in columns):
         notes.append(" * the best of the runs")
-    below = [line for s in sections_of(comparison) for line in ("", *text_lines(s, width))]
+    more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]
+    below = [line for table in more for line in ("", *text_lines(table, width))]
     return "\n".join([*lines, *notes, *below])

@@ -52,27 +52,25 @@ def scores_of(
     for arm in arms:
         ones = [found[arm, task] for task in tasks if (arm, task) in found]
         whole = len(ones) == len(tasks) > 1
-        for one in ones:
-            for metric in one.shown:
-                values = [test[metric] for test in one.test]
-                scores.append(_summary(arm, one.task, metric, one.seeds, values))
-        if whole:
-            columns = zip(*([test[one.metric] for test in one.test] for one in ones), strict=True)
-            scores.append(_summary(arm, MEAN, MEAN, ones[0].seeds, [fmean(c) for c in columns]))
+        scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole)
         if arm == EXPERT:
-            scores += _selected(ones, whole)
+            scores += _of_arm(SELECTED, [(one, [one.best_seed]) for one in ones], whole)
     return scores
 
 
-def _selected(experts: Sequence[FineTuned], whole: bool) -> list[ArmScores]:
+def _of_arm(arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool) -> list[ArmScores]:
+    """The scores of each task with these seeds, and their mean where the tasks are ``whole``."""
     scores, main = [], []
-    for one in experts:
-        test = one.test[one.seeds.index(one.best_seed)]
-        main.append(test[one.metric])
+    for one, seeds in ones:
+        tests = [one.test[one.seeds.index(seed)] for seed in seeds]
+        main.append([test[one.metric] for test in tests])
         for metric in one.shown:
-            scores.append(_summary(SELECTED, one.task, metric, [one.best_seed], [test[metric]]))
+            values = [test[metric] for test in tests]
+            scores.append(_summary(arm, one.task, metric, seeds, values))
     if whole:
-        scores.append(_summary(SELECTED, MEAN, MEAN, [], [fmean(main)]))
+        seeds = [] if arm == SELECTED else ones[0][1]
+        means = [fmean(column) for column in zip(*main, strict=True)]
+        scores.append(_summary(arm, MEAN, MEAN, seeds, means))
     return scores
 
 
@@ -104,24 +102,15 @@ def differences_of(
     found = []
     for against in (EXPERT, MLM, LONGER):
         others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
-        pairs = [
-            (main[arm, task], main[against, task])
+        family = [
+            paired(main[against, task].scores, main[arm, task].scores, names=(arm, against, task))
             for arm in others
             for task in (*metrics, MEAN)
             if (arm, task) in main and (against, task) in main
         ]
-        found += _family(pairs)
+        adjusted = holm([one.p for one in family])
+        found += [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
     return found
-
-
-def _family(pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
-    """The tests that are adjusted together."""
-    found = [
-        paired(second.scores, first.scores, names=(first.arm, second.arm, first.task))
-        for first, second in pairs
-    ]
-    adjusted = holm([one.p for one in found])
-    return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 # --- all of it ------------------------------------------------------------------------------------

@@ -157,27 +157,19 @@ def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | Non
 
 
 def _picture(cost: Cost) -> Figure:
-    unit, size = _unit_of(cost)
+    most = max(6, min(2 * (cost.pays_after or 0), 1000))  # student runs
+    dearest = max(cost.cached(most), cost.with_live_teachers(most))
+    unit, size = next((unit, size) for unit, size, least in _UNITS if dearest >= least * size)
     caption = (
         f"Total cost of so many students, in {unit} of computing: their teachers once, into a "
         "cache, or live beside each."
     )
     if cost.pays_after is not None:
         caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
-    return Figure(caption, lambda axes: _draw(axes, cost, unit, size))
+    return Figure(caption, lambda axes: _draw(axes, cost, most, unit, size))
 
 
-def _unit_of(cost: Cost) -> tuple[str, float]:
-    most = max(cost.cached(_most_runs(cost)), cost.with_live_teachers(_most_runs(cost)))
-    return next((unit, size) for unit, size, least in _UNITS if most >= least * size)
-
-
-def _most_runs(cost: Cost) -> int:
-    return max(6, min(2 * (cost.pays_after or 0), 1000))
-
-
-def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
-    most = _most_runs(cost)
+def _draw(axes: Any, cost: Cost, most: int, unit: str, size: float) -> None:
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
         "live teachers": [cost.with_live_teachers(n) / size for n in runs],

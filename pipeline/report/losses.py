@@ -54,9 +54,8 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
         if record["kind"] == "evaluate":
             for key in record.keys() - {"kind", "step"}:
                 held_out.setdefault(key, []).append((record["step"], _number(record[key])))
-    return RunCurves(
-        name, thinned(_points(steps, LOSS)), thinned(_points(steps, "ce")), _sorted(held_out)
-    )
+    objective, hard = thinned(_points(steps, LOSS)), thinned(_points(steps, "ce"))
+    return RunCurves(name, objective, hard, dict(sorted(held_out.items())))
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -65,10 +64,6 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _sorted(held_out: dict[str, Points]) -> dict[str, Points]:
-    return {name: held_out[name] for name in sorted(held_out)}
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
@@ -100,8 +95,8 @@ def losses_section(
     blocks.append(Legend([run.name for run in drawn], samples))
     blocks.append(Figures(_large(runs)))
     names, left = _other_values(runs)
-    small = [_picture(_meaning(name), runs, name, small=True) for name in names]
-    blocks += [Figures(small, small=True)] if small else []
+    if small := [_picture(_meaning(name), runs, name, SMALL) for name in names]:
+        blocks.append(Figures(small, small=True))
     blocks += [Note(f"{len(left)} more values are in the table of runs alone.")] if left else []
     blocks += [Note(note) for note in _notes(drawn)]
     return Section("Losses", [*blocks, *more])
@@ -145,9 +140,11 @@ def _meaning(name: str) -> str:
     return f"{name}, held out"
 
 
-def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = False) -> Figure:
+def _picture(
+    caption: str, runs: Sequence[RunCurves], name: str, size: tuple[float, float] = WIDE
+) -> Figure:
     lines = [(number, run.held_out.get(name, [])) for number, run in enumerate(runs)]
-    return Figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
+    return Figure(caption, lambda axes: _lines(axes, lines), size)
 
 
 def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:

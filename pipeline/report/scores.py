@@ -53,7 +53,9 @@ def scores_section(
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
-        blocks += [_table(models, tasks), Note(ABOUT), *_told(tasks)]
+        blocks += [_table(models, tasks), Note(ABOUT)]
+        if told := [(task.task, task.about) for task in tasks if task.about]:
+            blocks.append(Facts(told, quiet=True))
         blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
     if differences:
         blocks += [*difference_tables(differences), _difference_pictures(differences)]
@@ -115,11 +117,6 @@ def interval_words(values: Sequence[float]) -> str:
     if found is None:
         return "1 seed" if values else ""
     return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
-
-
-def _told(tasks: Sequence[TaskScores]) -> list[Facts]:
-    told = [(task.task, task.about) for task in tasks if task.about]
-    return [Facts(told, quiet=True)] if told else []
 
 
 def difference_tables(differences: Sequence[Difference]) -> list[Table]:
