@@ -41,10 +41,6 @@ class Curve:
         """Whether there are evaluations, each of a known cost."""
         return bool(self.points) and None not in [self.cost(point) for point in self.points]
 
-    def at_step(self, step: int) -> Point | None:
-        """The evaluation after so many steps."""
-        return next((point for point in self.points if point.step == step), None)
-
     def within(self, cost: float) -> Point | None:
         """The last evaluation that had cost no more; None where the first had cost more."""
         costs = [(self.cost(point), point) for point in self.points]
@@ -64,8 +60,9 @@ def match_steps(curves: Sequence[Curve]) -> list[Match]:
     common = [{point.step for point in curve.points} for curve in curves if curve.points]
     if len(common) < 2:
         return []
+    by_step = [{point.step: point for point in curve.points} for curve in curves]
     steps = sorted(set.intersection(*common))
-    return [Match(step, [curve.at_step(step) for curve in curves]) for step in steps]
+    return [Match(step, [points.get(step) for points in by_step]) for step in steps]
 
 
 def match_cost(curves: Sequence[Curve]) -> list[Match]:

@@ -72,9 +72,7 @@ def comparison_page(
         sections=[
             Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
             settings_section(names, differing),
-            losses_section(
-                curves, more, [note[:1].upper() + note[1:] for note in comparison.notes]
-            ),
+            losses_section(curves, more, warnings),
             scores or own_scores,
             _cost_section(comparison, caches, samples),
             cache_section(list(caches.values())),

@@ -7,6 +7,7 @@ from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.job_functions import FineTuning
 from rekindle.pipeline.processes.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
@@ -76,7 +77,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     """The search, and the fine-tunings that are compared, with what it has chosen."""
     name, points = one.task.name, config.search_points()
     student = student_of(arm, name)
-    start = str(home / "students" / student if student else home / START_FOLDER)
+    start = home / "students" / student if student else home / START_FOLDER
     after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
     tried: list[tuple[dict[str, object], Path]] = []
@@ -88,7 +89,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"search {point_name(point)} {arm} on {name}",
                 stages.search,
-                (start, files, folder, config.seeds_of_search, one.metric, values),
+                (FineTuning(start, files, folder, config.seeds_of_search, one.metric), values),
                 output=folder / "metrics.json",
                 after=after,
             )
@@ -97,7 +98,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     yield Job(
         f"{arm} on {name}",
         stages.fine_tune,
-        (start, files, out, config.seeds, one.metric, tried),
+        (FineTuning(start, files, out, range(config.seeds), one.metric), tried),
         output=out / "metrics.json",
         after=(*after, *(searched if len(points) > 1 else ())),
     )

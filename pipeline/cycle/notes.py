@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeGuard
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
@@ -146,21 +145,14 @@ def _searched(searched: Sequence[Searched]) -> list[str]:
 def _at_edge(one: Searched) -> bool:
     """Whether a number that was chosen is the smallest or largest of three or more."""
     for key, value in (one.chosen or {}).items():
-        values = (point.settings[key] for point in one.tried)
-        tried = {value for value in values if _is_number(value)}
+        values = [point.settings[key] for point in one.tried]
+        tried = [v for v in set(values) if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(tried) > 2 and value in (min(tried), max(tried)):
             return True
     return False
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _versions(found: Sequence[FineTuned]) -> list[str]:
-    differing = sorted(
-        name
-        for name in {name for one in found for name in one.versions}
-        if len({one.versions.get(name) for one in found}) > 1
-    )
+    names = {name for one in found for name in one.versions}
+    differing = sorted(n for n in names if len({one.versions.get(n) for one in found}) > 1)
     return [f"not all fine-tuned with the same {', '.join(differing)}"] if differing else []
