@@ -17,8 +17,9 @@ from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import vocabulary_kind
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import ViewReader
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -31,19 +32,34 @@ class MaskedInputs:
     """One masked replica of the batch's sequences."""
 
     replica: int
-    input_ids: NDArray[np.int32]  # [B,S]
+    input_ids: Tokens  # [B,S]
     rows: Ints  # [P]
     positions: Ints  # [P]
     labels: Ints  # [P] the true ids
+
+    def take(self, part: slice) -> "MaskedInputs":
+        """Return ``part`` of the sequences."""
+        first, last = np.searchsorted(self.rows, [part.start, part.stop])
+        return MaskedInputs(
+            self.replica,
+            self.input_ids[part],
+            self.rows[first:last] - part.start,
+            self.positions[first:last],
+            self.labels[first:last],
+        )
 
 
 @dataclass(frozen=True)
 class PairInputs:
     """The batch's sentence pairs as the student sees them; an absent pair has length 0."""
 
-    input_ids: NDArray[np.int32]  # [B,S']
-    token_types: NDArray[np.int32]  # [B,S']
+    input_ids: Tokens  # [B,S']
+    token_types: Tokens  # [B,S']
     lengths: Ints  # [B]
+
+    def take(self, part: slice) -> "PairInputs":
+        """Return ``part`` of the sequences."""
+        return PairInputs(self.input_ids[part], self.token_types[part], self.lengths[part])
 
 
 class TargetBatch(ABC):
@@ -175,6 +191,29 @@ class SequenceTargetBatch(TargetBatch):
         return SequenceTargets(self.logits[0], mc) if self.present[0] else None
 
 
+def read_masked(
+    view: ViewReader, where: Sequence[tuple[int, int]], clean: Tokens, replica: int
+) -> MaskedInputs:
+    """Read a masked ``replica`` of the sequences ``where`` [B], ``clean`` [B,S] as they stand."""
+    seen = clean.copy()
+    places: list[Ints] = []
+    for number, (shard, row) in enumerate(where):
+        positions, ids = view.row(shard, row, replica, "positions", "input_ids")
+        places.append(positions.astype(np.int64))
+        seen[number, places[-1]] = ids
+    rows = np.repeat(np.arange(len(where)), [len(own) for own in places])
+    positions = np.concatenate(places)
+    return MaskedInputs(replica, seen, rows, positions, clean[rows, positions].astype(np.int64))
+
+
+def read_pairs(view: ViewReader, where: Sequence[tuple[int, int]], pad_id: int) -> PairInputs:
+    """Read the pairs of the sequences ``where`` [B]."""
+    found = [view.row(shard, row, None, "input_ids", "token_types") for shard, row in where]
+    lengths = np.array([len(ids) for ids, _ in found], np.int64)
+    types = pad([types.astype(np.int32) for _, types in found], lengths, 0)
+    return PairInputs(pad([ids for ids, _ in found], lengths, pad_id), types, lengths)
+
+
 def read_targets(
     teacher: TeacherReader,
     where: Sequence[tuple[int, int]],
@@ -196,7 +235,7 @@ def read_targets(
         return SequenceTargetBatch(teacher.info, present, found["logits"], found.get("mc_probs"))
     rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
     positions = columns.pop("positions").astype(np.int64)
-    if not teacher.is_vocabulary:
+    if not teacher.info.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
     head = teacher.head if teacher.kind.has_head else None
     return TokenTargetBatch(teacher.info, rows, positions, columns, head)
@@ -224,16 +263,6 @@ class Batch:
 
     def take(self, part: slice) -> "Batch":
         """Return ``part`` of its sequences, from one to another, with their targets."""
-        masked = self.masked
-        if masked is not None:
-            first, last = np.searchsorted(masked.rows, [part.start, part.stop])
-            masked = MaskedInputs(
-                masked.replica,
-                masked.input_ids[part],
-                masked.rows[first:last] - part.start,
-                masked.positions[first:last],
-                masked.labels[first:last],
-            )
         return replace(
             self,
             index=self.index[part],
@@ -241,18 +270,18 @@ class Batch:
             domains=self.domains[part],
             input_ids=self.input_ids[part],
             lengths=self.lengths[part],
-            masked=masked,
-            pairs={
-                name: PairInputs(p.input_ids[part], p.token_types[part], p.lengths[part])
-                for name, p in self.pairs.items()
-            },
+            masked=self.masked and self.masked.take(part),
+            pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
         )
 
 
 def pad(
-    flat: list[NDArray[np.int32]], lengths: Ints, fill: int, width: int | None = None
+    flat: Sequence[NDArray[np.int32] | list[int]],
+    lengths: Ints,
+    fill: int,
+    width: int | None = None,
 ) -> NDArray[np.int32]:
     """Rows of different lengths as [B, longest], ``fill`` at the end."""
     width = int(lengths.max(initial=1)) if width is None else width

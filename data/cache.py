@@ -7,40 +7,35 @@ touched.
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.batch import (
-    Batch,
-    Ints,
-    MaskedInputs,
-    PairInputs,
-    pad,
-    read_targets,
-)
+from rekindle.data.batch import Batch, Ints, read_masked, read_pairs, read_targets
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.order import epoch_batch
 from rekindle.data.storage.columns import list_views
-from rekindle.data.storage.cuts import RowLists, RowTexts, Texts, joined, pad_cuts
+from rekindle.data.storage.cuts import Cut, RowLists, RowTexts, Texts, joined, pad_cuts
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.targets.files import read_parts
-from rekindle.data.targets.ranking import (
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.ranking import (
     HARD,
     HardPositions,
     Score,
+    ScoreSettings,
     hard_positions,
     sequence_scores,
 )
-from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.views.views import ViewReader
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.views.reader import ViewReader
+
+TEXTS = ("digest", "domain", "document")  # columns of the corpus that a batch has
 
 
 class Cache:
@@ -51,6 +46,7 @@ class Cache:
         self.manifest = read_manifest(store)
         self.corpus = Corpus(store)
         self._check_manifest()
+        self._records: dict[tuple[int, int], tuple[RowLists, dict[str, Texts]]] = {}
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name) for name in store.folders("targets") if _is_begun(store, name)
@@ -89,7 +85,7 @@ class Cache:
                 f"the weights of teacher {name!r}; the targets were exchanged"
             )
         view = None
-        if info.view.startswith(("masked-", "pairs-")):
+        if info.shown.stored:
             view = self.views.get(info.view) or ViewReader(self.corpus, info.view)
         return TeacherReader(self.corpus, infos, view)
 
@@ -103,7 +99,7 @@ class Cache:
 
     def masked_view(self, name: str | None = None) -> ViewReader:
         """The masked view of that name, or the only one; InputError when that is not clear."""
-        found = [n for n in self.views if n.startswith("masked-")]
+        found = [name for name, view in self.views.items() if view.kind.masked]
         if name is None and len(found) == 1:
             name = found[0]
         if name is None or name not in found:
@@ -145,7 +141,8 @@ class Cache:
                 f"0..world_size − 1 (got {rank} of {world_size})"
             )
         names = list(self.teachers) if teachers is None else list(teachers)
-        views = {v for name in names if (v := self.teacher(name).info.view).startswith("masked-")}
+        infos = [self.teacher(name).info for name in names]
+        views = {info.view for info in infos if info.shown.masked}
         if len(views) > 1:
             raise InputError(f"teachers with different masks cannot share a batch: {sorted(views)}")
         view = views.pop() if views else None
@@ -174,38 +171,41 @@ class Cache:
         gold_rank and entropy: no loss needs them.
         """
         for name in teachers:
-            view = self.teacher(name).info.view
-            if self.teacher(name).masked and view != masked_view:
+            info = self.teacher(name).info
+            if info.shown.masked and info.view != masked_view:
                 raise InputError(
-                    f"teacher {name!r} saw {view}, this batch has {masked_view or 'no masks'}: its "
-                    "targets belong to other inputs. Use the masks it was cached with"
+                    f"teacher {name!r} saw {info.view}, this batch has "
+                    f"{masked_view or 'no masks'}: its targets belong to other inputs. Use the "
+                    "masks it was cached with"
                 )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
-        tokens, digests, domains, documents = [], [], [], []
+        tokens: list[Cut] = []
+        texts: dict[str, list[tuple[Texts, int]]] = {name: [] for name in TEXTS}
         for shard, row in where:
             number, local = divmod(row, ROWS_PER_BATCH)
-            lists, digest_column, domain_column, document_column = self._record_batch(shard, number)
+            lists, columns = self._record_batch(shard, number)
             tokens.append(lists.cut(local))
-            digests.append((digest_column, local))
-            domains.append((domain_column, local))
-            documents.append((document_column, local))
+            for name, column in columns.items():
+                texts[name].append((column, local))
         lengths = np.array([last - first for _, first, last in tokens], np.int64)
         pad_id = self.corpus.info["tokenizer"]["pad_id"]
         clean = pad_cuts(tokens, lengths, pad_id)
         masked = None
         if masked_view is not None:
-            masked = self._masked_inputs(self.masked_view(masked_view), where, clean, epoch)
+            view = self.masked_view(masked_view)
+            masked = read_masked(view, where, clean, epoch % max(1, view.replicas))
         replica = masked.replica if masked else None
-        pairs = {t.view.name: t.view for t in map(self.teacher, teachers) if t.paired and t.view}
+        shown = [teacher.view for teacher in map(self.teacher, teachers) if teacher.view]
+        pairs = {view.name: view for view in shown if view.kind.paired}
         return Batch(
             index=index,
-            digests=RowTexts(digests),
-            domains=RowTexts(domains),
+            digests=RowTexts(texts["digest"]),
+            domains=RowTexts(texts["domain"]),
             input_ids=clean,
             lengths=lengths,
             masked=masked,
-            pairs={name: self._pair_inputs(pairs[name], where) for name in sorted(pairs)},
+            pairs={name: read_pairs(pairs[name], where, pad_id) for name in sorted(pairs)},
             targets={
                 name: read_targets(
                     self.teacher(name), where, replica, name in allow_missing, scalars
@@ -213,63 +213,25 @@ class Cache:
                 for name in teachers
             },
             epoch=epoch,
-            documents=RowTexts(documents),
+            documents=RowTexts(texts["document"]),
         )
 
-    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, Texts, Texts, Texts]:
-        """Tokens, digests, domains and documents of a record batch of the corpus."""
+    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, dict[str, Texts]]:
+        """Tokens of a record batch of the corpus, and its columns TEXTS."""
         found = self._records.get((shard, number))
         if found is None:
             batch = self.corpus.shard(shard).batch(number)
             offsets, ids = list_views(batch["input_ids"], "input_ids")
-            lists = RowLists(offsets, {"input_ids": ids})
-            names = ("digest", "domain", "document")
-            digest, domain, document = (Texts(batch[name]) for name in names)
-            found = lists, digest, domain, document
-            self._records[shard, number] = found
+            texts = {name: Texts(batch[name]) for name in TEXTS}
+            found = self._records[shard, number] = RowLists(offsets, {"input_ids": ids}), texts
         return found
-
-    @cached_property
-    def _records(self) -> dict[tuple[int, int], tuple[RowLists, Texts, Texts, Texts]]:
-        return {}
-
-    def _masked_inputs(
-        self, view: ViewReader, where: list[tuple[int, int]], clean: NDArray[np.int32], epoch: int
-    ) -> MaskedInputs:
-        replica = epoch % max(1, view.replicas)
-        seen = clean.copy()
-        rows, positions = [], []
-        for number, (shard, row) in enumerate(where):
-            index, local = divmod(row, ROWS_PER_BATCH)
-            offsets, flat = view.lists(shard, index, replica, "positions")
-            part = slice(offsets[local], offsets[local + 1])
-            at = flat[part].astype(np.int64)
-            seen[number, at] = view.lists(shard, index, replica, "input_ids")[1][part]
-            rows.append(np.full(len(at), number, np.int64))
-            positions.append(at)
-        all_rows, all_positions = np.concatenate(rows), np.concatenate(positions)
-        labels = clean[all_rows, all_positions].astype(np.int64)
-        return MaskedInputs(replica, seen, all_rows, all_positions, labels)
-
-    def _pair_inputs(self, view: ViewReader, where: list[tuple[int, int]]) -> PairInputs:
-        ids, types = [], []
-        for shard, row in where:
-            index, local = divmod(row, ROWS_PER_BATCH)
-            offsets, flat = view.lists(shard, index, None, "input_ids")
-            part = slice(offsets[local], offsets[local + 1])
-            ids.append(flat[part])
-            token_types = view.lists(shard, index, None, "token_types")[1]
-            types.append(token_types[part].astype(np.int32))
-        lengths = np.array([len(i) for i in ids], np.int64)
-        pad_id = self.corpus.info["tokenizer"]["pad_id"]
-        return PairInputs(pad(ids, lengths, pad_id), pad(types, lengths, 0), lengths)
 
     def scores(
         self,
         teacher: str,
         score: Score = "median_loss",
         replica: int | None = None,
-        **settings: Any,
+        **settings: Unpack[ScoreSettings],
     ) -> NDArray[np.float64]:
         """A score [N] of every sequence from the teacher's stored scalars: see ``selection.py``."""
         return sequence_scores(self.corpus, self.teacher(teacher), score, replica, **settings)
@@ -279,7 +241,7 @@ class Cache:
         teacher: str,
         score: Score = "median_loss",
         replica: int | None = None,
-        **settings: Any,
+        **settings: Unpack[ScoreSettings],
     ) -> Ints:
         """The sequences by falling score, ties in corpus order; those without a score last."""
         found = self.scores(teacher, score, replica, **settings)
@@ -303,7 +265,7 @@ class Cache:
         ids = joined([self._record_batch(shard, number)[0].cut(local)])["input_ids"]
         pairs = {}
         for name, view in self.views.items():
-            if name.startswith("pairs-") and view.has(shard):
+            if view.kind.paired and view.has(shard):
                 found = view.batch(shard, number)
                 a, b = found["text_a"][local].as_py(), found["text_b"][local].as_py()
                 pairs[name] = None if a is None else (a, b)
@@ -317,13 +279,12 @@ class Cache:
         self, teacher: TeacherReader, shard: int, row: int, ids: NDArray[np.int32]
     ) -> Iterator[Target]:
         where = [(shard, row)]
-        replicas: Sequence[int | None] = range(teacher.replicas) if teacher.masked else [None]
-        for replica in replicas:
+        for replica in teacher.info.shown.numbers(teacher.replicas):
             if not teacher.has(shard, replica):
                 continue
             seen = ids
             if replica is not None and teacher.view is not None:
-                seen = self._masked_inputs(teacher.view, where, ids[None], replica).input_ids[0]
+                seen = read_masked(teacher.view, where, ids[None], replica).input_ids[0]
             target = read_targets(teacher, where, replica).example(ids, seen, replica)
             if target is not None:
                 yield target

@@ -40,13 +40,8 @@ def shard_sets(store: Store) -> list[ShardSet]:
 
 def descriptions(store: Store) -> Iterator[str]:
     """The sealed files beside the shards, but the manifest."""
-    yield from (f"corpus/{name}" for name in store.names("corpus") if name.endswith(".json"))
-    for shards in shard_sets(store)[1:]:
-        yield from (
-            f"{shards.folder}/{name}"
-            for name in store.names(shards.folder)
-            if name.endswith(".json")
-        )
+    for folder in [shards.folder for shards in shard_sets(store)]:
+        yield from (f"{folder}/{n}" for n in store.names(folder) if n.endswith(".json"))
 
 
 def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:

@@ -3,9 +3,10 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from rekindle.data.errors import InputError, did_you_mean
 
@@ -20,7 +21,7 @@ class Settings(BaseModel):
     )
 
 
-def parse_settings(section: type[S], values: Any, where: str = "") -> S:
+def parse_settings(section: type[S], values: object, where: str = "") -> S:
     """Validate ``values`` (a mapping) into ``section``.
 
     Raises InputError with one line per problem: the key's full path, the rule it breaks, and for an
@@ -43,7 +44,7 @@ class _Problem(NamedTuple):
     message: str
 
 
-def _problem(section: type[BaseModel], found: Any) -> _Problem:
+def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
     unknown = found["type"] == "extra_forbidden"
     keys, sections = _walk(section, found["loc"][:-1] if unknown else found["loc"])
     if not unknown:
@@ -77,7 +78,7 @@ def _walk(
     return tuple(keys), here
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def _sections_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())

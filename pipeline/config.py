@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from rekindle.data.corpus.growth import CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.views.masking import MaskConfig

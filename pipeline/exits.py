@@ -33,13 +33,18 @@ def leave(code: int) -> NoReturn:
 
     What was downloaded of a cache is removed all the same.
     """
+    tidy_up()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def tidy_up() -> None:
+    """Remove what was downloaded of a cache; the interpreter's own end does it elsewhere."""
     if "rekindle.data.storage.store" in sys.modules:
         from rekindle.data.storage.store import remove_downloads
 
         remove_downloads()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager

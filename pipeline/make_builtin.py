@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
@@ -36,6 +37,7 @@ from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.tiny_model import make_model
 from rekindle.train.record.run_folder import alone_in
 
+Recipe = Callable[..., None]  # called with ``out`` and ``report``
 _BEGUN = ".begun-"  # what the folders of unfinished work begin with
 _TOKENIZER_FILES = "*token*.json"
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _TOKENIZER_FILES)
@@ -101,53 +103,43 @@ def _appear(begun: Path, out: Path) -> None:
 
 def job_of(name: str, where: Path, begun: Path) -> Job:
     """The job that makes a model in ``begun`` and puts it into ``where``."""
-    function, arguments, steps = _recipe_of(name, where)
+    make_it, steps = _recipe_of(name, where)
     return Job(
         PREFIX + name,
         _make_and_show,
-        (function, arguments, begun / name, where / name),
+        (make_it, begun / name, where / name),
         output=where / name,
         after=tuple(PREFIX + needed for needed in needs(name)),
         steps=steps,
     )
 
 
-def _make_and_show(
-    function: Callable[..., None],
-    arguments: tuple[object, ...],
-    begun: Path,
-    out: Path,
-    report: Report,
-) -> None:
-    function(*arguments, begun, report)
+def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> None:
+    make_it(out=begun, report=report)
     _appear(begun, out)
 
 
-def _recipe_of(name: str, where: Path) -> tuple[Callable[..., None], tuple[object, ...], int]:
-    """What makes a model: a function, its arguments before the directory, its steps."""
+def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
+    """What makes a model in ``out``, and in how many steps."""
     settings, corpus = SETTINGS, documents_file(where, CORPUS)
-    if name == "tokenizer":
-        return make_tokenizer, (corpus,), 1
-    if name in ("bert-larger", "gpt2-larger"):
-        values = settings.bert_larger if name == "bert-larger" else settings.gpt2_larger
-        return write_untrained, (where / "tokenizer", name.removesuffix("-larger"), values), 1
+    tokenizer, bert, train = where / "tokenizer", where / "bert", settings.pretrain
+    if name == "tokenizer":  # and bert's configuration
+        config = settings.bert | {"max_position_embeddings": settings.positions}
+        return partial(make_model, corpus, vocabulary=settings.vocabulary, config=config), 1
+    if name == "bert-larger":
+        return partial(write_untrained, tokenizer, "bert", settings.bert_larger), 1
+    if name == "gpt2-larger":
+        return partial(write_untrained, tokenizer, "gpt2", settings.gpt2_larger), 1
     if name.startswith("expert-"):
         task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
-        return fine_tune, (where / "bert", task), 1
+        return partial(fine_tune, bert, task), 1
     if name == "gpt2":
-        return pretrain_gpt2, (where / "tokenizer", corpus), settings.pretrain["steps"]
+        return partial(pretrain_gpt2, tokenizer, corpus), train["steps"]
     if name == "bert":
-        train = settings.pretrain
-        return pretrain, (where / "tokenizer", corpus, "masked_lm", True, train), train["steps"]
+        return partial(pretrain, tokenizer, corpus, "masked_lm", True, train), train["steps"]
     text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
     train = settings.further
-    return pretrain, (where / "bert", text, "masked_lm", False, train), train["steps"]
-
-
-def make_tokenizer(corpus: Path, out: Path, report: Report) -> None:
-    """A tokenizer and bert's configuration."""
-    config = SETTINGS.bert | {"max_position_embeddings": SETTINGS.positions}
-    make_model(corpus, out, SETTINGS.vocabulary, config, report)
+    return partial(pretrain, bert, text, "masked_lm", False, train), train["steps"]
 
 
 def write_untrained(

@@ -6,8 +6,8 @@ from pathlib import Path
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_text
-from rekindle.data.targets.hard_masks import HardMaskedView
-from rekindle.data.views.views import MaskedView
+from rekindle.data.targets.reading.hard_masks import HardMaskedView
+from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import Progress
@@ -74,7 +74,7 @@ def student_view(cache: Cache, config: RunConfig) -> str | None:
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache
-    view: MaskedView | HardMaskedView
+    view: MaskedView
     if masks.mask.policy == "hard":
         teacher = cache.teacher(masks.mask.teacher or "").parts[0].info
         view = HardMaskedView(cache.corpus, masks.mask, masks.seed, teacher)

@@ -68,6 +68,14 @@ class World:
         found: list[float] = total.tolist()
         return found
 
+    def gather(self, own: Answer) -> list[Answer]:
+        """Return what every process gives as ``own``, by rank; the same everywhere."""
+        found = [own] * self.size
+        if self.size > 1:
+            with _meeting():
+                dist.all_gather_object(found, own)
+        return found
+
     def agree(self, make: Callable[[], Answer]) -> Answer:
         """What ``make`` returns here, once it has worked in every process.
 
@@ -81,9 +89,7 @@ class World:
             answer = make()
         except RekindleError as raised:
             error = raised
-        codes: list[int | None] = [None] * self.size
-        with _meeting():
-            dist.all_gather_object(codes, None if error is None else error.exit_code)
+        codes = self.gather(None if error is None else error.exit_code)
         failed = next((rank for rank, code in enumerate(codes) if code is not None), None)
         if failed is None:
             return cast(Answer, answer)

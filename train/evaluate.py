@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -88,7 +87,7 @@ def evaluate(
     Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Of each of
     ``data.domains`` the loss is ``loss/DOMAIN``. Empty when nothing is held out.
     """
-    run = run or partial(_run_alone, student)
+    run = run or (lambda work, *arguments: work(student, *arguments))
     training = student.training
     student.eval()
     try:
@@ -121,10 +120,6 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
             sums[name] = sums.get(name, 0.0) + total
             counts[name] = counts.get(name, 0) + count
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
-
-
-def _run_alone(student: Student, work: Run, *arguments: object) -> Sums:
-    return work(student, *arguments)
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:

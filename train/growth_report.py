@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rekindle.data.batch import Batch
-from rekindle.data.errors import CheckpointError
 from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import GrowConfig
 from rekindle.train.device_batch import language_rows
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.grow import Shape
 from rekindle.train.prepare import Prepared
+from rekindle.train.record.run_folder import reading
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -57,7 +57,6 @@ def compare_students(
     count = min(config.measure_sequences, len(data.index))
     index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
     largest, total, losses, rows = 0.0, 0.0, [0.0, 0.0], 0
-    training = before.training, after.training
     for student in (before, after):
         student.eval()
     for start in range(0, count, data.batch_sequences):
@@ -66,8 +65,6 @@ def compare_students(
         found = _compare(before, after, batch, device)
         largest, total, rows = max(largest, found[0]), total + found[1], rows + found[3]
         losses = [a + b for a, b in zip(losses, found[2], strict=True)]
-    for student, was_training in zip((before, after), training, strict=True):
-        student.train(was_training)
     return {
         "preserve": config.preserve,
         "from": _described(before),
@@ -149,9 +146,5 @@ def saved_growth(run: Path) -> Report:
     path = run / GROWTH_FILE
     if not path.is_file():
         return {}
-    try:
+    with reading(path, "remove it and resume: it is made anew"):
         return {"growth": json.loads(path.read_text(encoding="utf-8"))}
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); remove it and resume: it is made anew"
-        ) from None

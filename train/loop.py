@@ -44,7 +44,7 @@ from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_folder import open_folder
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.watch import LossWatch, Weights, recent_losses, save_suspect
+from rekindle.train.record.watch import LossWatch, recent_losses
 from rekindle.train.student import Student
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -121,7 +121,9 @@ def _train(
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
     stream.order.restore(state.get("order"))
-    recent = world.decide(lambda: _recent_losses(out, first, objective))
+    recent = world.decide(
+        lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
+    )
     watch = LossWatch(config.explosion_factor, recent)
     evaluation: dict[str, float] = {}
     student.student.train()
@@ -197,11 +199,6 @@ def _save(
     student, keep = training.student, training.config.keep_checkpoints
     about = training.prepared.about
     save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
-
-
-def _recent_losses(out: Path, step: int, objective: Objective) -> list[tuple[float, Weights]]:
-    """Return the last losses of the first ``step`` steps, each with its step's weights."""
-    return recent_losses(read_metrics(out), step, lambda done: objective.plan(done).weights)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
@@ -281,9 +278,11 @@ def _attached_loss(
 
 def _stop(training: Training, step: int, complaint: str) -> None:
     """Write the ids of the step's examples into a file; raise the InputError that says where."""
-    index = training.prepared.stream.sequences_at(step)
+    index = training.prepared.stream.order.at(step)
     digests = [str(digest) for digest in training.cache.gather(index, []).digests]
-    path = save_suspect(training.out, step + 1, complaint, index.tolist(), digests)
+    path = training.out / f"stopped-at-step-{step + 1:08d}.json"
+    content = {"step": step + 1, "reason": complaint}
+    write_json(path, content | {"sequences": index.tolist(), "digests": digests})
     raise InputError(
         f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
         f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "

@@ -92,18 +92,18 @@ def prepare_objective(
     methods = make_methods(config.objective.methods_for(student.task), run)
     names = [name for term in config.objective.distill for name in term.teachers]
     names += [name for method in methods for name in method.teachers]
-    for name in names:
-        teacher = cache.teacher(name)
+    teachers = {name: cache.teacher(name) for name in names}
+    for name, teacher in teachers.items():
         if teacher.coverage < 1 and name not in config.allow_missing:
             raise InputError(
                 f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
                 "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
                 "holes without KD"
             )
-    infos = {name: cache.teacher(name).info for name in names}
+    infos = {name: teacher.info for name, teacher in teachers.items()}
     objective = Objective(config.objective, infos, task, config.steps, methods)
     for name, info in infos.items():
-        if info.view.startswith("masked-") and info.view != masked_view:
+        if info.shown.masked and info.view != masked_view:
             raise InputError(
                 f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
                 "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "
@@ -227,6 +227,7 @@ def describe_run(
     names = [*objective.teachers]
     names += [config.curriculum.teacher] if config.curriculum is not None else []
     teachers = {name: cache.teacher(name) for name in names}
+    views = {name: t.view for name, t in objective.teachers.items() if t.sees_clean_text}
     return {
         "student": student.model_dump(mode="json", by_alias=True),
         "train": train,
@@ -237,13 +238,6 @@ def describe_run(
             "data_order": DATA_ORDER,
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
             "teacher_seconds": {name: teacher.seconds for name, teacher in teachers.items()},
-            **_other_views(cache, objective),
+            **({"teacher_views": views} if views else {}),
         },
     }
-
-
-def _other_views(cache: Cache, objective: Objective) -> dict[str, dict[str, str]]:
-    """Name the view of each masked LM that saw other inputs than the student, if there are any."""
-    infos = {name: cache.teacher(name).info for name in objective.teachers}
-    views = {name: info.view for name, info in infos.items() if info.sees_clean_text}
-    return {"teacher_views": views} if views else {}

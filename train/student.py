@@ -18,7 +18,6 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
-from rekindle.train.model.domain_prompts import prompted_domains
 from rekindle.train.model.files import longest_input, quiet_transformers, resolve_model
 from rekindle.train.model.load import load_language_model, new_language_model
 from rekindle.train.model.network import (
@@ -168,7 +167,7 @@ def build_student(
             f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
         )
     _check_length(config, model.config, sequence_length)
-    prompted = prompted_domains(domains) if config.domain_prompts else None
+    prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:
         return student

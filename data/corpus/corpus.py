@@ -9,31 +9,33 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import count as count_from
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.documents import read_documents
-from rekindle.data.corpus.growth import (
-    CorpusConfig,
-    Stage,
-    claim_stage,
-    complete_stage,
-    describe_corpus,
-    describe_stage,
+from rekindle.data.corpus.additions import (
+    Addition,
+    claim_addition,
+    complete_addition,
+    describe_addition,
     file_states,
     info_name,
-    read_stages,
+    read_additions,
+)
+from rekindle.data.corpus.config import (
+    CorpusConfig,
+    CorpusInfo,
+    TokenizerFacts,
+    describe_corpus,
     tokenizer_facts,
 )
+from rekindle.data.corpus.documents import read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -80,16 +82,17 @@ class Corpus:
     def __init__(self, store: Store):
         self.store = store
         self.shards = ShardSet(store, "corpus")
-        self.stages, tokenizer = read_stages(store)
-        if not self.stages:
+        self.additions, tokenizer = read_additions(store)
+        if not self.additions:
             raise CacheFormatError(
                 f"{store.location} holds no corpus ({info_name(0)} is missing): it is not a "
                 "Rekindle cache, or `pipeline cache-teachers` was never started on it"
             )
-        self.info: dict[str, Any] = {"config": self.stages[-1].config, "tokenizer": tokenizer}
+        assert tokenizer is not None  # it stands in the first description
+        self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
         committed = self.shards.committed()
         missing = first_missing(committed)
-        if missing < max(len(committed), self.stages[-1].shards or 0):
+        if missing < max(len(committed), self.additions[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
                 "have it made again"
@@ -104,7 +107,7 @@ class Corpus:
     @property
     def complete(self) -> bool:
         """Whether the source was read to its end (or to ``limit_sequences``)."""
-        return self.stages[-1].shards is not None
+        return self.additions[-1].shards is not None
 
     @property
     def tokens(self) -> int:
@@ -137,8 +140,8 @@ class Corpus:
     def shard(self, index: int) -> Shard:
         """Corpus shard ``index``, memory-mapped."""
         if index not in self._open:
-            stage = [s for s in self.stages if s.first_shard <= index][-1]
-            about = about_shard(index, stage, self.info["tokenizer"])
+            addition = [s for s in self.additions if s.first_shard <= index][-1]
+            about = about_shard(index, addition, self.info["tokenizer"])
             commit = self.commits[index]
             self._open[index] = self.shards.open(commit, about, FIELDS, self._check_batch)
         return self._open[index]
@@ -217,48 +220,45 @@ def build_corpus(
     info = describe_corpus(config, tokenizer, sequences_per_shard)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
-    last = claim_stage(store, info, config, lambda: _grown(store, committed))
-    recorded = read_stages(store)[0]
-    stages = [*recorded[: last.number], last]
+    last = claim_addition(store, info, config, lambda: _grown(store, committed))
+    recorded = read_additions(store)[0]
+    additions = [*recorded[: last.number], last]
     if committed:  # what a repair took away
-        _describe(store, stages[: max(1, len(recorded))], tokenizer)
-    # A new stage not before it has text: a mistake in the source must not claim the cache.
-    described = False
-    for number, stage in enumerate(stages):
-        count = max(first_missing(committed), stage.first_shard)
-        if stage.shards is not None and count >= stage.shards:
+        _describe(store, additions[: max(1, len(recorded))], tokenizer)
+    # A new addition not before it has text: a mistake in the source must not claim the cache.
+    claim = cache(partial(_describe, store, additions, tokenizer))
+    for number, addition in enumerate(additions):
+        count = max(first_missing(committed), addition.first_shard)
+        if addition.shards is not None and count >= addition.shards:
             continue
-        following = stages[number + 1 :]
-        source = _source(stage, config) if following else config.source
-        work = _Work(tokenizer, stage, stage.ends_at(following), source)
-        for shard, rows, where in _shards_after(committed, work):
+        following = additions[number + 1 :]
+        ends_at = addition.ends_at(following)
+        source = _source(addition, config) if following else config.source
+        for shard, rows, where in _shards_after(committed, tokenizer, addition, ends_at, source):
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
-            if not described:
-                _describe(store, stages, tokenizer)
-                described = True
-            facts = _facts(rows, where)
-            schema = describe(FIELDS, about_shard(shard, stage, info["tokenizer"]))
+            claim()
+            tokens = sum(len(row.input_ids) for row in rows)
+            facts = {"tokens": tokens, "next": list(where), "domains": _domains(rows)}
+            schema = describe(FIELDS, about_shard(shard, addition, info["tokenizer"]))
             written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
             committed[unit_of(shard)] = written
-            progress(len(rows), facts["tokens"])
+            progress(len(rows), tokens)
         if not count and not following:
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}); give a source with at least one non-blank document"
             )
-        if not described:
-            _describe(store, stages, tokenizer)
-            described = True
-        complete_stage(store, stage, count)
+        claim()
+        complete_addition(store, addition, count)
     return Corpus(store)
 
 
-def _describe(store: Store, stages: Sequence[Stage], tokenizer: Tokenizer) -> None:
+def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
     """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
-    for stage in stages:
-        describe_stage(store, stage, tokenizer_facts(tokenizer))
+    for addition in additions:
+        describe_addition(store, addition, tokenizer_facts(tokenizer))
     _save_tokenizer(store, tokenizer)
 
 
@@ -273,18 +273,18 @@ def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
     return count, sum(commit.rows for commit in committed.values())
 
 
-def about_shard(shard: int, stage: Stage, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
     """What a shard of the corpus says of itself."""
-    about = {"kind": "corpus", "shard": shard, "config": stage.config}
-    about |= {"tokenizer": dict(tokenizer)}
-    return about | ({"stage": stage.number} if stage.number else {})
+    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
+    about |= {"tokenizer": tokenizer}
+    return about | ({"stage": addition.number} if addition.number else {})
 
 
-def _source(stage: Stage, config: CorpusConfig) -> tuple[str, ...]:
-    """The files of a stage alone: those appended later must not run into its last shard."""
-    if not stage.sources:
+def _source(addition: Addition, config: CorpusConfig) -> tuple[str, ...]:
+    """The files of an addition alone: those appended later must not run into its last shard."""
+    if not addition.sources:
         return config.source
-    return tuple(path for path in file_states(config.source) if path in stage.sources)
+    return tuple(path for path in file_states(config.source) if path in addition.sources)
 
 
 def first_missing(committed: Mapping[str, Commit]) -> int:
@@ -327,46 +327,40 @@ def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
         store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
 
 
-@dataclass(frozen=True)
-class _Work:
-    """How the shards of one stage are made."""
-
-    tokenizer: Tokenizer
-    stage: Stage
-    ends_at: int | None  # sequences in the corpus at its end
-    source: tuple[str, ...]
-
-
 def _shards_after(
-    committed: Mapping[str, Commit], work: _Work
+    committed: Mapping[str, Commit],
+    tokenizer: Tokenizer,
+    addition: Addition,
+    ends_at: int | None,
+    source: tuple[str, ...],
 ) -> Iterator[tuple[int, list[PackedSequence], Position]]:
-    """(shard number, its sequences, where the next begins) from the first missing shard on."""
-    shard = max(first_missing(committed), work.stage.first_shard)
+    """(shard number, its sequences, where the next begins) from the first missing shard on.
+
+    ``ends_at``: how many sequences the corpus has at the addition's end.
+    """
+    shard = max(first_missing(committed), addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
-    config = work.stage.config
-    documents = read_documents(work.source, config["text_field"], config["domain_field"])
+    config = addition.config
+    documents = read_documents(source, config["text_field"], config["domain_field"])
     sequences = pack(
-        work.tokenizer.encode_documents(islice(documents, start.document_index, None)),
+        tokenizer.encode_documents(islice(documents, start.document_index, None)),
         sequence_length=config["sequence_length"],
         packing=config["packing"],
-        tokenizer=work.tokenizer,
+        tokenizer=tokenizer,
         start=start,
     )
     remaining = None
-    if work.ends_at is not None:
-        remaining = work.ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
+    if ends_at is not None:
+        remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
         yield shard, [sequence for sequence, _ in taken], taken[-1][1]
         shard += 1
 
 
-def _facts(rows: Sequence[PackedSequence], where: Position) -> dict[str, Any]:
-    return {
-        "tokens": sum(len(r.input_ids) for r in rows),
-        "next": list(where),
-        "domains": dict(sorted(Counter(r.domain for r in rows if r.domain is not None).items())),
-    }
+def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:
+    """How many sequences each domain has, by name."""
+    return dict(sorted(Counter(row.domain for row in rows if row.domain is not None).items()))
 
 
 def _batches(rows: Sequence[PackedSequence], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,13 +23,7 @@ from rekindle.data.errors import InputError, did_you_mean
 
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer
-_SUFFIXES = {
-    ".txt": "txt",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+_SUFFIXES = {f".{name}": name for name in ("txt", "jsonl", "parquet", "arrow")} | {".json": "jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KNOWN_SUFFIXES = ".txt, .jsonl, .json (each also .gz, .zst), .parquet, .arrow"
 # owner/name or name, then optionally :config and :split
@@ -50,11 +44,10 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the corpus as it is now: enough to notice that it was changed."""
+    """A file of the corpus as it is now."""
 
     path: str
     bytes: int
-    modified_ns: int
 
 
 class _Origin(NamedTuple):
@@ -62,10 +55,14 @@ class _Origin(NamedTuple):
     place: str  # a path, or a datasets id
     compression: str | None = None
 
+    @property
+    def is_file(self) -> bool:
+        return self.format not in ("hub", PYTHON_DOCS)
+
 
 class _Record(NamedTuple):
     row: int
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     fields: Iterable[str]  # every field the record has, also those that were not read
 
 
@@ -102,14 +99,13 @@ def source_files(source: Sequence[str]) -> list[SourceFile]:
 
     Raises InputError as ``read_documents`` does.
     """
-    paths = [o.place for o in _origins(source) if o.format not in ("hub", PYTHON_DOCS)]
-    states = [(path, os.stat(path)) for path in paths]
-    return [SourceFile(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    paths = [origin.place for origin in _origins(source) if origin.is_file]
+    return [SourceFile(path, os.path.getsize(path)) for path in paths]
 
 
 def only_files(source: Sequence[str]) -> bool:
     """Whether ``source`` is nothing but local files, which can be told apart and added to."""
-    return all(origin.format not in ("hub", PYTHON_DOCS) for origin in _origins(source))
+    return all(origin.is_file for origin in _origins(source))
 
 
 # --- from a source to origins ---------------------------------------------------------------------
@@ -207,12 +203,19 @@ def _documents(origin: _Origin, text_field: str, domain_field: str | None) -> It
         domain = None
         if domain_field is not None:
             domain = str(_field(record, domain_field, "corpus.domain_field", where))
-        if text and not text.isspace():
-            _check_characters(text, where)
-            yield Document(_identity(record, origin), text, domain)
+        if not text or text.isspace():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: character {error.start} of the text is half of a surrogate pair, "
+                f"which is no Unicode character; repair the text where it was made"
+            ) from None
+        yield Document(_identity(record, origin), text, domain)
 
 
-def _field(record: _Record, field: str, setting: str, where: str) -> Any:
+def _field(record: _Record, field: str, setting: str, where: str) -> object:
     if record.values.get(field) is not None:
         return record.values[field]
     fields = list(record.fields)
@@ -232,16 +235,6 @@ def _identity(record: _Record, origin: _Origin) -> str:
     return f"{name}:{record.row}"
 
 
-def _check_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: character {error.start} of the text is half of a surrogate pair, "
-            f"which is no Unicode character; repair the text where it was made"
-        ) from None
-
-
 def _shown(value: object) -> str:
     text = repr(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''} (a {type(value).__name__})"
@@ -254,7 +247,7 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
     if origin.format == "hub":
         yield from _hub_records(origin)
         return
-    with _readable(origin):
+    try:
         if origin.format == "txt":
             for line, text in _txt_documents(origin):
                 yield _Record(line, {text_field: text}, [text_field])
@@ -264,12 +257,6 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
             wanted = ["id", text_field, *([domain_field] if domain_field else [])]
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
             yield from _columnar_records(batches(origin.place, wanted))
-
-
-@contextmanager
-def _readable(origin: _Origin) -> Iterator[None]:
-    try:
-        yield
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
 

@@ -6,31 +6,15 @@ gives exactly the remaining sequences.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.documents import Document
-from rekindle.data.corpus.tokenizer import Encoded
+from rekindle.data.corpus.tokenizer import Encoded, Tokenizer
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
-
-
-class SpecialTokens(Protocol):
-    """What packing needs of a tokenizer."""
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """What stands before the text of every sequence."""
-
-    @property
-    def suffix(self) -> tuple[int, ...]:
-        """What stands after the text of every sequence."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """The end-of-sequence token, None where there is none."""
 
 
 class Sequence(NamedTuple):
@@ -82,7 +66,7 @@ def pack(
     *,
     sequence_length: int,
     packing: Literal["document", "contiguous"],
-    tokenizer: SpecialTokens,
+    tokenizer: Tokenizer,
     start: Position = BEGINNING,
 ) -> Iterator[tuple[Sequence, Position]]:
     """Each sequence of ``documents``, and the Position from which packing would go on after it.
@@ -116,12 +100,12 @@ def pack(
     return ((_sequence(pieces, tokenizer), position) for pieces, position in planned)
 
 
-def _document_end(tokenizer: SpecialTokens) -> tuple[int, ...]:
+def _document_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     bare = not tokenizer.prefix and not tokenizer.suffix
     return (tokenizer.eos_id,) if bare and tokenizer.eos_id is not None else ()
 
 
-def _separators(tokenizer: SpecialTokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens between two documents of one sequence, and those after each document."""
     last_of_suffix = tokenizer.suffix[-1:]
     if tokenizer.eos_id is None or (tokenizer.eos_id,) == last_of_suffix:
@@ -188,7 +172,7 @@ def _fill(
         yield pieces, position
 
 
-def _sequence(pieces: list[_Piece], tokenizer: SpecialTokens) -> Sequence:
+def _sequence(pieces: list[_Piece], tokenizer: Tokenizer) -> Sequence:
     content = sum(p.end - p.begin + len(p.before) + len(p.after) for p in pieces)
     length = len(tokenizer.prefix) + content + len(tokenizer.suffix)
     input_ids = np.empty(length, np.int32)

@@ -14,13 +14,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.documents import Document
 from rekindle.data.errors import InputError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
 
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _AUTO_FILES = (
@@ -59,7 +66,7 @@ class Tokenizer:
     GPT-2). pad_id is 0 for a tokenizer that has no padding token.
     """
 
-    hf: Any
+    hf: "PreTrainedTokenizerFast"
     name: str
     size: int
     digest: str
@@ -69,7 +76,7 @@ class Tokenizer:
     special_ids: frozenset[int]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
-    _backend: Any = field(repr=False)
+    _backend: "Backend" = field(repr=False)
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Each text's tokens: no special tokens, no truncation, all cores.
@@ -88,11 +95,12 @@ class Tokenizer:
         being encoded.
         """
         with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting = None
+            waiting: tuple[list[Document], Future[list[Encoding]]] | None = None
             for batch in chain(_batches(documents, batch_characters), [[]]):
                 running = pool.submit(self._encodings, [document.text for document in batch])
                 if waiting:
-                    yield from _with_tokens(*waiting)
+                    pairs = zip(waiting[0], waiting[1].result(), strict=True)
+                    yield from ((one, _encoded(one.text, encoding)) for one, encoding in pairs)
                 waiting = (batch, running)
 
     def encode_pair(
@@ -117,15 +125,15 @@ class Tokenizer:
         """Write it so that ``load_tokenizer(directory)`` and transformers read it back."""
         self.hf.save_pretrained(str(directory))
 
-    def _encodings(self, texts: list[str]) -> list[Any]:
+    def _encodings(self, texts: list[str]) -> "list[Encoding]":
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
         return wrap_tokenizer, (self.hf, self.name)
 
 
-def wrap_tokenizer(hf: Any, name: str) -> Tokenizer:
+def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
     """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
     # Our own copy: padding, truncation and special tokens written in a text are settings of the
     # backend, and some tokenizer.json files come with them switched on.
@@ -136,11 +144,12 @@ def wrap_tokenizer(hf: Any, name: str) -> Tokenizer:
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)
+    vocabulary = sorted((id, token) for token, id in hf.get_vocab().items())
     return Tokenizer(
         hf=hf,
         name=name,
         size=len(hf),
-        digest=_vocabulary_digest(hf.get_vocab()),
+        digest=hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest(),
         mask_id=hf.mask_token_id,
         pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,
         eos_id=hf.eos_token_id,
@@ -151,12 +160,7 @@ def wrap_tokenizer(hf: Any, name: str) -> Tokenizer:
     )
 
 
-def _vocabulary_digest(vocabulary: dict[str, int]) -> str:
-    pairs = sorted((id, token) for token, id in vocabulary.items())
-    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
-
-
-def _affixes(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:
     probe = backend.encode("a")
     content = [i for i, special in enumerate(probe.special_tokens_mask) if not special]
     if not content:
@@ -167,7 +171,7 @@ def _affixes(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 # --- encoding -------------------------------------------------------------------------------------
 
 
-def _encoded(text: str, encoding: Any) -> Encoded:
+def _encoded(text: str, encoding: "Encoding") -> Encoded:
     length = len(encoding)
     spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * length)
     # Tokenizers that trim white space off the spans move some of them back (a lone "▁", say).
@@ -199,11 +203,6 @@ def _words(text: str) -> NDArray[np.int32]:
 @lru_cache(maxsize=1)
 def _space_table() -> NDArray[np.bool_]:
     return np.array([chr(code).isspace() for code in range(_HIGHEST_SPACE + 2)])
-
-
-def _with_tokens(batch: list[Document], running: Any) -> Iterator[tuple[Document, Encoded]]:
-    for document, encoding in zip(batch, running.result(), strict=True):
-        yield document, _encoded(document.text, encoding)
 
 
 def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[list[Document]]:
@@ -270,7 +269,7 @@ def load_tokenizer(path_or_id: str) -> Tokenizer:
     return wrap_tokenizer(_load_auto(path_or_id), path_or_id)
 
 
-def _load_directory(directory: Path) -> Any:
+def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
     if not has_tokenizer_files(directory):
         raise InputError(
             f"tokenizer directory {directory} has no tokenizer files; it must hold tokenizer.json "
@@ -286,7 +285,7 @@ def _load_directory(directory: Path) -> Any:
     return _load_byte_level(*files)
 
 
-def _load_auto(path_or_id: str) -> Any:
+def _load_auto(path_or_id: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
@@ -305,7 +304,7 @@ def _load_auto(path_or_id: str) -> Any:
     return hf
 
 
-def _load_wordpiece(path: Path) -> Any:
+def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import BertTokenizerFast
 
     tokens = path.read_text(encoding="utf-8").split("\n")
@@ -320,7 +319,7 @@ def _load_wordpiece(path: Path) -> Any:
     return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
 
 
-def _load_byte_level(vocabulary: Path, merges: Path) -> Any:
+def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":
     from transformers import GPT2TokenizerFast
 
     if "<|endoftext|>" not in json.loads(vocabulary.read_text(encoding="utf-8")):

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
 
+Lists = tuple[NDArray[np.int32], NDArray]  # offsets [R+1] and the values that they point into
+
 
 def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
     """List offsets from list lengths; ValueError past the 32 bits that Arrow's lists have."""
@@ -37,7 +39,7 @@ def list_type(dtype: pa.DataType, width: int | None = None) -> pa.DataType:
     return pa.list_(pa.list_(dtype, width) if width is not None else dtype)
 
 
-def list_views(column: pa.ListArray, name: str) -> tuple[NDArray[np.int32], NDArray]:
+def list_views(column: pa.ListArray, name: str) -> Lists:
     """Offsets [R+1] and the values they point into: 1-D, or 2-D for lists of fixed-size lists.
 
     Zero-copy. Raises CacheFormatError for nulls, and when the offsets do not ascend within the
@@ -74,6 +76,20 @@ def flat_lists(
         columns[name] = flat[offsets[0] : offsets[-1]]
     assert shared is not None
     return shared - shared[0], columns
+
+
+def ascend_within(
+    offsets: NDArray[np.int32], positions: NDArray[np.integer], lengths: NDArray[np.int64]
+) -> bool:
+    """Whether the positions of each list ascend, and lie below its entry of ``lengths`` [R].
+
+    ``offsets`` [R+1] point into ``positions``.
+    """
+    counts = np.diff(offsets)
+    within = positions[offsets[0] : offsets[-1]].astype(np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
+    return bool((within < np.repeat(lengths, counts)).all() and ascending.all())
 
 
 def split_lists(batches: Sequence[pa.RecordBatch], name: str) -> list[NDArray]:

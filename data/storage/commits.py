@@ -3,7 +3,7 @@
 import builtins
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError
@@ -30,17 +30,9 @@ class Commit:
 
     def to_bytes(self) -> builtins.bytes:
         """The record as JSON, with its own checksum last."""
-        body = {
-            "unit": self.unit,
-            "path": self.path,
-            "rows": self.rows,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "regions": [list(region) for region in self.regions],
-            "facts": self.facts,
-        }
-        if self.rows_per_batch != ROWS_PER_BATCH:
-            body["rows_per_batch"] = self.rows_per_batch
+        body = asdict(self)
+        if self.rows_per_batch == ROWS_PER_BATCH:  # as before there were others
+            del body["rows_per_batch"]
         return (json.dumps(body | {SEAL: checksum(body)}, indent=1) + "\n").encode()
 
     def count(self, fact: str) -> int:
@@ -71,9 +63,7 @@ class Commit:
                 facts=dict(body["facts"]),
                 rows_per_batch=int(body.get("rows_per_batch", ROWS_PER_BATCH)),
             )
-            if not 0 < commit.rows_per_batch <= ROWS_PER_BATCH or ROWS_PER_BATCH % (
-                commit.rows_per_batch
-            ):
+            if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
             # Rows are counted out below: first they must be as many as the regions can hold.
             batches = -(-commit.rows // commit.rows_per_batch)
@@ -93,12 +83,12 @@ def seconds_of(commit: Commit) -> float | None:
     of one unit still give the same bytes of data.
     """
     found: Any = commit.facts.get(SECONDS)
-    if type(found) not in (int, float) or not 0 <= found < math.inf:
-        return None
-    return float(found)
+    if type(found) in (int, float) and 0 <= found < math.inf:
+        return float(found)
+    return None
 
 
-def _check_regions(regions: tuple[tuple[int, int, str], ...], size: int) -> None:
+def _check_regions(regions: tuple[Region, ...], size: int) -> None:
     """ValueError unless the regions follow each other from the file's first byte to its last."""
     at = 0
     for offset, length, _ in regions:

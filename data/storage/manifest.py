@@ -2,6 +2,7 @@
 rest.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, CacheVersionError
@@ -38,7 +39,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
     return body
 
 
-def _is_roll_up(body: dict[str, Any]) -> bool:
+def _is_roll_up(body: Mapping[str, object]) -> bool:
     corpus, teachers = (body.get(key) or {} for key in ("corpus", "teachers"))
     if not isinstance(corpus, dict) or not isinstance(teachers, dict):
         return False

@@ -17,20 +17,20 @@ SEAL = "record"  # the key of the checksum
 VERSION = "format_version"
 
 
-def checksum(body: Mapping[str, Any]) -> str:
+def checksum(body: Mapping[str, object]) -> str:
     """The sha256 of the canonical JSON of ``body``."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(canonical).hexdigest()
 
 
-def seal(body: Mapping[str, Any]) -> bytes:
+def seal(body: Mapping[str, object]) -> bytes:
     """``body`` as JSON with the format's version and a checksum over both."""
     plain = json.loads(json.dumps(dict(body) | {VERSION: FORMAT_VERSION}))
     text = json.dumps(plain | {SEAL: checksum(plain)}, indent=1, sort_keys=True)
     return text.encode() + b"\n"
 
 
-def unseal(values: Any, where: str) -> dict[str, Any]:
+def unseal(values: object, where: str) -> dict[str, Any]:
     """What was sealed; CacheFormatError, naming ``where``, when it is not what was written.
 
     Files of format version 1 have neither version nor checksum (but for its manifest, which says

@@ -10,7 +10,7 @@ footer), and a checksum of itself.
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -92,10 +92,10 @@ class ShardSet:
         unit: str,
         schema: pa.Schema,
         batches: Iterable[pa.RecordBatch],
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
         write_options: pa.ipc.IpcWriteOptions | None = None,
         rows_per_batch: int = ROWS_PER_BATCH,
-        late_facts: Callable[[], Mapping[str, Any]] = dict,
+        late_facts: Callable[[], Mapping[str, object]] = dict,
     ) -> Commit:
         """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
 
@@ -133,7 +133,7 @@ class ShardSet:
     def open(
         self,
         commit: Commit,
-        about: Mapping[str, Any] | None = None,
+        about: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
         hold: Callable[[pa.RecordBatch], None] | None = None,
     ) -> "Shard":
@@ -176,7 +176,7 @@ class _HashingFile:
         self._start = 0
         self._region = xxhash.xxh3_64()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         # Arrow writes the schema together with the first batch; it gets a region of its own.
         if self.position < self._schema_end < self.position + len(data):
             cut = self._schema_end - self.position
@@ -247,15 +247,18 @@ class Shard:
         self._bytes = memoryview(self._buffer)
         self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
-        try:
-            self._reader = pa.ipc.open_file(self._buffer)
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{path} is not an Arrow IPC file: {error}") from None
+        self._reader = self._open()
         self._rows = rows_in_batches(commit.rows, commit.rows_per_batch)
         # In format 1 the schema shared its region with the first batch.
         self._first_region = len(commit.regions) - 1 - self.batch_count
         if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
             raise CacheFormatError(f"{path} does not have the record batches that were committed")
+
+    def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
+        try:
+            return pa.ipc.open_file(self._buffer, options=options)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheFormatError(f"{self.path} is not an Arrow IPC file: {error}") from None
 
     @property
     def schema(self) -> pa.Schema:
@@ -296,10 +299,12 @@ class Shard:
                 self._batches[index] = found
         return found
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All record batches, verified."""
+        return map(self.batch, range(self.batch_count))
+
     def _read(self, index: int) -> pa.RecordBatch:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
-        start, stop = self._rows[index]
-        rows = stop - start
         region = self._first_region + index
         offset, length, _ = self.commit.regions[region]
         part = self._buffer.slice(offset, length)
@@ -314,14 +319,18 @@ class Shard:
                 f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
                 f"{MOST_UNPACKED:,}: it was not written by Rekindle"
             )
+        return self._get(self._reader, index)
+
+    def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
+        start, stop = self._rows[index]
         try:
-            batch = self._reader.get_batch(index)
+            batch = reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
         except (pa.ArrowException, OSError) as error:
             raise CacheFormatError(f"{self.path}: record batch {index}: {error}") from None
-        if batch.num_rows != rows:
+        if batch.num_rows != stop - start:
             raise CacheFormatError(
-                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {rows}"
+                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {stop - start}"
             )
         return batch
 
@@ -331,22 +340,12 @@ class Shard:
         For callers that hold the columns against a checksum of their own.
         """
         included = [self.schema.get_field_index(name) for name in names]
-        options = pa.ipc.IpcReadOptions(included_fields=included)
-        try:
-            reader = pa.ipc.open_file(self._buffer, options=options)
-            batches = [reader.get_batch(index) for index in range(self.batch_count)]
-            for batch in batches:
-                batch.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{self.path}: {error}") from None
-        sizes = [stop - start for start, stop in self._rows]
-        if [batch.num_rows for batch in batches] != sizes:
-            raise CacheFormatError(f"{self.path} does not have the rows that were committed")
-        return [batch.select(names) for batch in batches]
+        reader = self._open(pa.ipc.IpcReadOptions(included_fields=included))
+        return [self._get(reader, index).select(names) for index in range(self.batch_count)]
 
     def table(self) -> pa.Table:
         """The whole shard, verified."""
-        return pa.Table.from_batches([self.batch(i) for i in range(self.batch_count)], self.schema)
+        return pa.Table.from_batches(self.batches(), self.schema)
 
     def check(self) -> None:
         """Hold the whole file against its checksums."""
@@ -365,7 +364,7 @@ class Shard:
         self._checked.add(region)
 
 
-def describe(fields: list[pa.Field], metadata: dict[str, Any]) -> pa.Schema:
+def describe(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:
     """A schema whose metadata says, in JSON under the key ``rekindle``, what the shard holds."""
     return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
 

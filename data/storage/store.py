@@ -45,15 +45,12 @@ def safe_name(name: str) -> str:
     outside = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
     # Lone surrogates and long names are errors of the operating system, each in its own way.
     sizes = [len(part.encode("utf-8", "replace")) for part in parts]
-    if outside or max(sizes) > LONGEST_PART or sum(sizes) > LONGEST_NAME or _surrogates(name):
+    lone = any("\ud800" <= character <= "\udfff" for character in name)
+    if outside or lone or max(sizes) > LONGEST_PART or sum(sizes) > LONGEST_NAME:
         raise CacheFormatError(
             f"the name {name!r} in a cache record leaves the cache's folder; the record is not ours"
         )
     return name
-
-
-def _surrogates(name: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class Store(ABC):
@@ -65,16 +62,19 @@ class Store(ABC):
     def read_bytes(self, name: str) -> bytes:
         """The object's bytes; FileNotFoundError when there is none."""
 
-    @abstractmethod
     def names(self, folder: str) -> list[str]:
         """The names of the objects directly in ``folder``, sorted; empty when it does not exist.
 
         Names with a leading dot are not listed: what a killed process left, what desktops leave.
         """
+        return sorted(self._entries(folder, folders=False))
 
-    @abstractmethod
     def folders(self, folder: str) -> list[str]:
         """The names of the folders directly in ``folder``, sorted."""
+        return sorted(self._entries(folder, folders=True))
+
+    @abstractmethod
+    def _entries(self, folder: str, folders: bool) -> list[str]: ...
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
@@ -168,15 +168,10 @@ class LocalStore(Store):
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
         return self._path(name).read_bytes()
 
-    def names(self, folder: str) -> list[str]:  # noqa: D102
-        return sorted(entry.name for entry in self._entries(folder) if entry.is_file())
-
-    def folders(self, folder: str) -> list[str]:  # noqa: D102
-        return sorted(entry.name for entry in self._entries(folder) if entry.is_dir())
-
-    def _entries(self, folder: str) -> list[Path]:
+    def _entries(self, folder: str, folders: bool) -> list[str]:
         path = self._path(folder)
-        return [e for e in path.iterdir() if e.name[0] != "."] if path.is_dir() else []
+        seen = [e for e in path.iterdir() if e.name[0] != "."] if path.is_dir() else []
+        return [e.name for e in seen if (e.is_dir() if folders else e.is_file())]
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._path(name)
@@ -303,13 +298,8 @@ class ObjectStore(Store):
         with ThreadPoolExecutor(REQUESTS) as pool:  # a request takes long, and little work
             return list(pool.map(self.read_bytes, names))
 
-    def names(self, folder: str) -> list[str]:  # noqa: D102
-        return self._entries(folder, "file")
-
-    def folders(self, folder: str) -> list[str]:  # noqa: D102
-        return self._entries(folder, "directory")
-
-    def _entries(self, folder: str, kind: str) -> list[str]:
+    def _entries(self, folder: str, folders: bool) -> list[str]:
+        kind = "directory" if folders else "file"
         try:
             with self._reaching(folder, FileNotFoundError) as path:
                 entries = self.fs.ls(path, detail=True, refresh=True)
@@ -317,7 +307,7 @@ class ObjectStore(Store):
             return []
         names = (e["name"].rstrip("/").removeprefix(path) for e in entries if e["type"] == kind)
         # Consoles make "folders" by an empty object of the folder's own name: not an entry of it.
-        return sorted(n[1:] for n in names if n[:1] == "/" and n[1:2] != ".")
+        return [n[1:] for n in names if n[:1] == "/" and n[1:2] != "."]
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         with self._reaching(name) as path:

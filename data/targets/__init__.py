@@ -1,1 +1,1 @@
-"""What teachers said: the columns of each kind of target, their codecs, and how they are read."""
+"""What teachers said: how it is described and encoded; each kind of it; reading it from a cache."""

@@ -6,7 +6,6 @@ trusted without the targets' bytes being read: the rest of a record batch is nev
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +56,7 @@ class ScalarSums:
             self._state.update((offsets - offsets[0]).tobytes())
             self._state.update(flat[offsets[0] : offsets[-1]].tobytes())
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, str]:
         """For the commit record; nothing for units without scalars."""
         return {FACT: self._state.hexdigest()} if self._seen else {}
 
@@ -70,7 +69,7 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
     names = ["digest", *SCALARS]
     stated = shard.commit.facts.get(FACT)
     if stated is None:
-        return [shard.batch(index).select(names) for index in range(shard.batch_count)]
+        return [batch.select(names) for batch in shard.batches()]
     batches = shard.columns(names)
     sums = ScalarSums()
     for batch in batches:

@@ -11,7 +11,7 @@ Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token i
 ``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -19,6 +19,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from rekindle.data.settings import Settings
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.lineage import Ancestor
+from rekindle.data.views.base import View
+from rekindle.data.views.registry import view_kind
 
 TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # it becomes a folder
 LONGEST_PART = 60
@@ -40,7 +42,7 @@ class TeacherInfo(Settings):
     name: str = Field(pattern=TEACHER_NAME)
     task: Task
     kind: Kind
-    view: str  # what it saw: "clean", "text", "masked-<fp>" or "pairs-<kind>-<fp>"
+    view: str  # the recorded name of what it saw, see data/views/
     vocabulary_size: int | None = Field(None, gt=0)  # real tokens, without the head's padding
     k: int | None = Field(None, gt=0)
     temperatures: tuple[float, ...] = ()
@@ -63,9 +65,9 @@ class TeacherInfo(Settings):
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_lineage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_an_empty_lineage(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
         """As before there were lineages: earlier versions refuse a key that they do not know."""
-        values: dict[str, Any] = handler(self)
+        values: dict[str, object] = rest(self)
         return {key: value for key, value in values.items() if key != "lineage" or value}
 
     def identity(self) -> dict:
@@ -85,6 +87,11 @@ class TeacherInfo(Settings):
         return f"{base}/extensions/{self.part}" if self.part else base
 
     @property
+    def shown(self) -> type[View]:
+        """The kind of view that it was shown."""
+        return view_kind(self.view)
+
+    @property
     def is_vocabulary(self) -> bool:
         """Whether its targets are distributions over the vocabulary."""
         return self.task in VOCABULARY_TASKS
@@ -94,7 +101,7 @@ class TeacherInfo(Settings):
         """Whether it is a masked LM that was shown nothing masked: it has a target for every
         content token, at the token itself (a causal LM's is at the token before).
         """
-        return self.task == "masked_lm" and self.view == "clean"
+        return self.task == "masked_lm" and not self.shown.masked
 
 
 def rank_dtype(vocabulary_size: int) -> type:

@@ -13,7 +13,7 @@ reaches over a special token.
 """
 
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -87,17 +87,13 @@ class MaskConfig(Settings):
             object.__setattr__(self, "random_token", 0.0)
         if hard and "mask_token" not in self.model_fields_set:
             object.__setattr__(self, "mask_token", 1.0 - self.random_token)
-        return self
-
-    @model_validator(mode="after")
-    def _shares(self) -> "MaskConfig":
         if self.mask_token + self.random_token > 1 + 1e-9:
             raise ValueError(
                 "mask_token + random_token must not exceed 1 (the rest is kept as it is)"
             )
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What of it decides masks; the same for every version that has made them.
 
         The teacher of policy hard counts by what it is, not by its name: see ``HardMaskedView``.
@@ -109,20 +105,13 @@ class MaskConfig(Settings):
 class MaskingVocabulary(NamedTuple):
     """What masks need of a tokenizer: the mask token and the ids random tokens are drawn from."""
 
-    mask_id: int
+    mask_id: int | None
     content_ids: NDArray[np.int32]
 
     @classmethod
-    def of(cls, size: int, mask_id: int, special_ids: frozenset[int]) -> "MaskingVocabulary":
+    def of(cls, size: int, mask_id: int | None, special_ids: frozenset[int]) -> "MaskingVocabulary":
         """The vocabulary of ``size`` ids without its special tokens."""
         return cls(mask_id, np.setdiff1d(np.arange(size), sorted(special_ids)).astype(np.int32))
-
-
-class Mask(NamedTuple):
-    """One replica's masked positions of one sequence, ascending, and what stands there instead."""
-
-    positions: NDArray[np.uint16]
-    input_ids: NDArray[np.int32]
 
 
 def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
@@ -131,34 +120,37 @@ def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def mask_sequence(
-    input_ids: NDArray[np.int32],
+class Draw(NamedTuple):
+    """What decides the mask of one sequence beside the configuration."""
+
+    seed: int
+    digest: str
+    replica: int
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """The generator for that purpose; the replica counts where the purpose names it."""
+        return generator(purpose, self.seed, self.digest)
+
+
+def chosen_positions(
     content: NDArray[np.bool_],
     word_starts: NDArray[np.bool_],
-    vocabulary: MaskingVocabulary,
     config: MaskConfig,
-    *,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
     replicas: int,
-) -> Mask:
-    """Mask one sequence.
+) -> NDArray[np.intp]:
+    """Return the positions of one sequence of S tokens that are masked, ascending.
 
-    ``input_ids`` [S]; ``content`` [S] is False at special tokens, which are never masked;
-    ``word_starts`` [S] is True where a word begins. At least one token is masked if there is any
-    content and the policy is ``random``. ValueError for policy ``hard``, which needs losses.
+    ``content`` [S] is False at special tokens, which are never masked; ``word_starts`` [S] is True
+    where a word begins. At least one token is masked if there is any content and the policy is
+    ``random``. ValueError for policy ``hard``, which needs losses.
     """
     if config.policy == "hard":
         raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
     positions = np.flatnonzero(content)
     if config.policy == "cover":
-        chosen = _cover(positions, word_starts, config.unit, seed, digest, replica, replicas)
-    else:
-        chosen = _random(positions, word_starts, config, seed, digest, replica)
-    return replace_tokens(
-        input_ids, chosen, vocabulary, config, seed=seed, digest=digest, replica=replica
-    )
+        return _cover(positions, word_starts, config.unit, draw, replicas)
+    return _random(positions, word_starts, config, draw)
 
 
 def replace_tokens(
@@ -166,32 +158,28 @@ def replace_tokens(
     chosen: NDArray[np.intp],
     vocabulary: MaskingVocabulary,
     config: MaskConfig,
-    *,
-    seed: int,
-    digest: str,
-    replica: int,
-) -> Mask:
-    """The mask at the positions ``chosen``, ascending, of one sequence ``input_ids`` [S]."""
-    random = generator(f"replace/{replica}", seed, digest)
-    draw = random.random(len(chosen))
+    draw: Draw,
+) -> NDArray[np.int32]:
+    """Return what stands at the positions ``chosen`` of one sequence ``input_ids`` [S] instead."""
+    random = draw.generator(f"replace/{draw.replica}")
+    lot = random.random(len(chosen))
+    assert vocabulary.mask_id is not None  # whoever masks has looked
     replaced = input_ids[chosen].astype(np.int32)
-    replaced[draw < config.mask_token] = vocabulary.mask_id
-    swap = (draw >= config.mask_token) & (draw < config.mask_token + config.random_token)
+    replaced[lot < config.mask_token] = vocabulary.mask_id
+    swap = (lot >= config.mask_token) & (lot < config.mask_token + config.random_token)
     replaced[swap] = random.choice(vocabulary.content_ids, size=int(swap.sum()))
-    return Mask(chosen.astype(np.uint16), replaced)
+    return replaced
 
 
 def _random(
     positions: NDArray[np.intp],
     word_starts: NDArray[np.bool_],
     config: MaskConfig,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
 ) -> NDArray[np.intp]:
     if not len(positions):
         return positions
-    random = generator(f"mask/{replica}", seed, digest)
+    random = draw.generator(f"mask/{draw.replica}")
     budget = max(1, round(config.probability * len(positions)))
     if config.unit == "token":
         return np.sort(random.choice(positions, size=budget, replace=False))
@@ -212,16 +200,14 @@ def _cover(
     positions: NDArray[np.intp],
     word_starts: NDArray[np.bool_],
     unit: str,
-    seed: int,
-    digest: str,
-    replica: int,
+    draw: Draw,
     replicas: int,
 ) -> NDArray[np.intp]:
-    random = generator(f"cover/{replicas}", seed, digest)  # the same deal for every replica
+    random = draw.generator(f"cover/{replicas}")  # the same deal for every replica
     units = _units(positions, word_starts, unit, random, longest=SPAN_MAX)
     # A shuffled deal: every replica gets as many units as any other, give or take one.
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
-    mine = [piece for piece, own in zip(units, owner, strict=True) if own == replica]
+    mine = [piece for piece, own in zip(units, owner, strict=True) if own == draw.replica]
     return np.sort(np.concatenate(mine)) if mine else positions[:0]
 
 

@@ -21,12 +21,13 @@ from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.head import HEAD_FILES, write_head
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reader import FINISHED, TeacherReader
+from rekindle.data.targets.reading.files import is_described, read_teacher
+from rekindle.data.targets.reading.reader import FINISHED, TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
@@ -151,9 +152,8 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
     They are of the view itself, or of a teacher that is shown it.
     """
-    masked = view.startswith("masked-")
-    each: Sequence[int | None] = range(replicas) if masked else [None]
-    planned = [Unit(shard, replica) for replica in each for shard in range(len(corpus.commits))]
+    each, shards = view_kind(view).numbers(replicas), range(len(corpus.commits))
+    planned = [Unit(shard, replica) for replica in each for shard in shards]
     done = ShardSet(corpus.store, folder).committed()
     missing = [unit for unit in planned if unit.name not in done]
     return missing, len(planned) - len(missing)
@@ -234,7 +234,7 @@ def write_unit(
     shard = corpus.shard(unit.shard)
     kind = kind_of(info)
     schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
-    digests = [d for i in range(shard.batch_count) for d in shard.batch(i)["digest"].to_pylist()]
+    digests = [d for batch in shard.batches() for d in batch["digest"].to_pylist()]
     batches = kind.batches(schema, digests, result.rows, result.columns)
     facts = {
         "positions": len(result.rows),
@@ -252,7 +252,7 @@ def write_unit(
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
 
-    def late() -> dict[str, float]:
+    def late() -> dict[str, str | float]:
         spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
         return sums.facts() | spent
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import xxhash
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.targets.files import is_described, read_parts
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.files import is_described, read_parts
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.teachers import TeacherPlan, check_same
 
 
@@ -40,8 +40,7 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
 
 def view_of(info: TeacherInfo, corpus: Corpus) -> ViewReader | None:
     """Return the view that the teacher is shown; None if it is the corpus itself."""
-    stored = info.view.startswith(("masked-", "pairs-"))
-    return ViewReader(corpus, info.view) if stored else None
+    return ViewReader(corpus, info.view) if info.shown.stored else None
 
 
 def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) -> TeacherInfo:

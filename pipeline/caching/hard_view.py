@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import InputError
-from rekindle.data.targets.files import is_described, read_parts, read_teacher
-from rekindle.data.targets.hard_masks import HardMaskedView
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.files import is_described, read_parts, read_teacher
+from rekindle.data.targets.reading.hard_masks import HardMaskedView
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
 from rekindle.pipeline.caching.views import Views

@@ -7,8 +7,8 @@ removed. What each shard says of itself restores its teacher's description.
 import logging
 from collections.abc import Collection
 
+from rekindle.data.corpus.additions import Addition, describe_addition, file_states, info_name
 from rekindle.data.corpus.corpus import unit_of
-from rekindle.data.corpus.growth import Stage, describe_stage, file_states, info_name
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
 from rekindle.data.storage.seal import damage, seal
@@ -55,7 +55,7 @@ def repair_cache(
                 log.warning("%s: made anew", damage(problem).rstrip("."))
                 shards.forget(unit)
             removed += len(damaged)
-    _restore_stages(store)
+    _restore_additions(store)
     for folder in target_folders(store):
         _restore_description(store, folder)
     return removed
@@ -66,7 +66,7 @@ def _can_be_made(name: str, teachers: Collection[str]) -> bool:
     return kind != "targets" or rest.partition("/")[0] in teachers
 
 
-def _restore_stages(store: Store) -> None:
+def _restore_additions(store: Store) -> None:
     """Write missing descriptions of the corpus from what its shards say of themselves."""
     shards = ShardSet(store, "corpus")
     commits = shards.survey()[0]
@@ -88,8 +88,8 @@ def _restore_stages(store: Store) -> None:
         before = sum(commits[unit_of(n)].rows for n in range(first))
         config = said[first]["config"]
         states = file_states(config["source"])
-        stage = Stage(number, config, states, first, before)
-        describe_stage(store, stage, said[first]["tokenizer"])
+        addition = Addition(number, config, states, first, before)
+        describe_addition(store, addition, said[first]["tokenizer"])
 
 
 def _restore_description(store: Store, folder: str) -> None:

@@ -20,10 +20,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.positions import target_positions
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
 from rekindle.pipeline.caching.scoring import score_hidden
@@ -45,9 +45,7 @@ class ShardRows:
 
     def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
         self.corpus, self.info, self.shard = corpus, info, shard
-        self.batches = [
-            corpus.shard(shard).batch(i) for i in range(corpus.shard(shard).batch_count)
-        ]
+        self.batches = [*corpus.shard(shard).batches()]
 
     def column(self, name: str) -> list:
         """A column of the corpus shard as Python values."""
@@ -114,8 +112,7 @@ def _vocabulary_unit(
     ahead = info.task == "causal_lm"
     gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
     if view is not None:
-        batches = [view.batch(unit.shard, i, unit.replica) for i in range(len(shard.batches))]
-        masked = split_lists(batches, "input_ids")
+        masked = split_lists(view.batches(unit.shard, unit.replica), "input_ids")
         seen = [_replaced(*row) for row in zip(seen, positions, masked, strict=True)]
     counts = np.array([len(p) for p in positions])
     lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
@@ -228,7 +225,7 @@ def _expert_inputs(
         ]
         return [w.astype(np.int64) for w in wrapped], None
     assert view is not None
-    batches = [view.batch(unit.shard, i) for i in range(len(shard.batches))]
+    batches = view.batches(unit.shard)
     first = [value for b in batches for value in b["text_a"].to_pylist()]
     second = [value for b in batches for value in b["text_b"].to_pylist()]
     encoded = [

@@ -20,9 +20,9 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codecs import CODECS
-from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -204,7 +204,8 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     if config.task == "token_classification":
         return {"kind": "token", "num_labels": labels, "label_names": names}
-    problem = settings.problem_type or ("regression" if labels == 1 else None)
+    only = "regression" if labels == 1 else "single_label_classification"
+    problem = settings.problem_type or only
     if config.monte_carlo.passes and problem == "multi_label_classification":
         raise InputError(
             f"teacher {config.name!r} has {labels} labels that do not exclude each other; "
@@ -217,9 +218,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
         "kind": "sequence",
         "num_labels": labels,
         "label_names": names,
-        "problem": "regression"
-        if config.task == "regression"
-        else problem or "single_label_classification",
+        "problem": "regression" if config.task == "regression" else problem,
     }
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.targets.hard_masks import HardMaskedView
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.pairs import PairView
+from rekindle.data.views.plain import Clean, Text
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -15,7 +16,7 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 class Views:
     """The views that the configured teachers and student need."""
 
-    masked: MaskedView | HardMaskedView | None = None
+    masked: MaskedView | None = None
     pairs: dict[str, PairView] = field(default_factory=dict)  # by the kind of pairs
 
     def shown_to(self, teacher: TeacherConfig) -> str:
@@ -24,7 +25,7 @@ class Views:
             return self.masked.name
         if teacher.pair_expert and teacher.pairs in self.pairs:
             return self.pairs[teacher.pairs].name
-        return "clean" if teacher.vocabulary else "text"
+        return (Clean if teacher.vocabulary else Text).kind
 
 
 def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
@@ -45,6 +46,6 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
     pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
     for view in pairs.values():
-        with progress.task(f"pairs ({view.kind})", unit="sequences"):
+        with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()
     return Views(masked, pairs)

@@ -13,6 +13,7 @@ from rekindle.data.example import Target, TokenTargets
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
@@ -71,12 +72,11 @@ def _check_same(info: TeacherInfo, config: TeacherConfig, directory: Path) -> No
         raise _another(config.name, directory, "weights")
     if config_fingerprint(directory) != info.fingerprints.get("config"):
         raise _another(config.name, directory, "model configuration")
-    pairs = f"pairs-{config.pairs}-" if config.pair_expert else "pairs-"
-    if config.task != info.task or info.view.startswith("pairs-") != config.pair_expert:
+    if config.task != info.task or info.shown.paired != config.pair_expert:
         raise _another(config.name, directory, "task")
-    if info.view.startswith("masked-") != config.sees_masks:
+    if info.shown.masked != config.sees_masks:
         raise _another(config.name, directory, "view")
-    if config.pair_expert and not info.view.startswith(pairs):
+    if config.pair_expert and PairView.pairs_of(info.view) != config.pairs:
         raise _another(config.name, directory, "kind of pairs")
 
 

@@ -18,7 +18,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.lineage import Ancestor
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.nested import for_json
 
@@ -120,7 +120,7 @@ def _bytes_elsewhere(teacher: TeacherReader) -> dict[str, float]:
 
 def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
     """Entropy and kept mass at the positions of a few record batches, spread over the corpus."""
-    if not teacher.is_vocabulary or not teacher.commits:
+    if not teacher.info.is_vocabulary or not teacher.commits:
         return {}
     shards = np.unique(np.linspace(0, len(cache.corpus.commits) - 1, SAMPLE_SHARDS).astype(int))
     entropy, kept = [np.zeros(0)], [np.zeros(0)]
@@ -173,7 +173,7 @@ def _as_text(
         soft_wrap=True,
     )
     for view in cache.views.values():
-        shown = f", {view.replicas} replicas" if view.name.startswith("masked-") else ""
+        shown = f", {view.replicas} replicas" if view.kind.masked else ""
         console.print(f"view {view.name}{shown}")
     if corpus.domains:
         shares = ", ".join(f"{name} {count:,}" for name, count in corpus.domains.items())

@@ -24,9 +24,10 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
-from rekindle.data.targets.positions import target_positions
-from rekindle.data.targets.reader import TeacherReader
-from rekindle.data.views.views import ViewReader
+from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.registry import view_kind
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
 Reader = ViewReader | TeacherReader
@@ -103,7 +104,7 @@ def _check_bytes(shards: ShardSet, commit: Commit) -> None:
         raise CacheFormatError(
             f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
-    rows = sum(shard.batch(i).num_rows for i in range(shard.batch_count))
+    rows = sum(batch.num_rows for batch in shard.batches())
     if rows != commit.rows:
         raise CacheFormatError(f"{shard.path} has {rows:,} rows, {commit.rows:,} were committed")
 
@@ -138,7 +139,7 @@ def _problems_of_units(cache: Cache, reader: Reader, view: str) -> Iterator[str]
     """
     for unit in reader.commits:
         place = _place(unit, len(cache.corpus.commits))
-        if place is None or (place[1] is None) == view.startswith("masked-"):
+        if place is None or (place[1] is None) == view_kind(view).masked:
             yield f"{reader.folder}: unit {unit} is of no corpus shard"
             continue
         try:
@@ -146,8 +147,7 @@ def _problems_of_units(cache: Cache, reader: Reader, view: str) -> Iterator[str]
                 for problem in _problems_of_targets(cache, reader, *place):
                     yield f"{reader.folder}: unit {unit}: {problem}"
             else:  # the reader raises where a record batch is not aligned with the corpus
-                for index in range(cache.corpus.shard(place[0]).batch_count):
-                    reader.batch(place[0], index, place[1])
+                reader.batches(*place)
         except CacheError as error:
             yield str(error)
 

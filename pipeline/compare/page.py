@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFiles
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -54,9 +54,9 @@ def comparison_page(
     names = [run.name for run in comparison.runs]
     lines = lines or names
     samples = [lines.index(name) for name in names]
-    records = {name: one.records for name, one in zip(names, comparison.files, strict=True)}
+    records = {name: one.records for name, one in zip(names, comparison.folders, strict=True)}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
-    caches = _caches(comparison.files)
+    caches = _caches(comparison.folders)
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
@@ -127,7 +127,7 @@ def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
 # --- caches and costs -----------------------------------------------------------------------------
 
 
-def _caches(runs: Sequence[RunFiles]) -> dict[str, KnownCache]:
+def _caches(runs: Sequence[RunFolder]) -> dict[str, KnownCache]:
     """Every cache that a run has read, by its path."""
     teachers: dict[str, dict[str, str]] = {}
     corpora: dict[str, str] = {}
@@ -142,7 +142,7 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
     """What the runs' one cache holds, and what a student with teachers costs with it and without;
     None where that is not known.
     """
-    caches = _caches(comparison.files)
+    caches = _caches(comparison.folders)
     known = [cache.facts for cache in caches.values()]
     cost, _ = typical_cost(*_costs(comparison, caches))
     return known[0] if len(known) == 1 else None, cost
@@ -163,7 +163,7 @@ def _costs(
     """Each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
-    for run, one in zip(comparison.runs, comparison.files, strict=True):
+    for run, one in zip(comparison.runs, comparison.folders, strict=True):
         seconds = one.cache.get("teacher_seconds") or {}
         # Where there are several caches, a teacher is called by its cache's name as well.
         where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
@@ -174,7 +174,7 @@ def _costs(
     return once, students
 
 
-def _live_seconds(run: RunFiles, caches: Mapping[str, KnownCache]) -> float | None:
+def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
     """The estimate of what the run's teachers would take live beside it; None where unknown."""
     cache = caches.get(run.cache.get("path", ""))
     names = list(run.cache["teachers"])

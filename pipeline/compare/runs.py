@@ -4,7 +4,7 @@ It reads what runs leave in their directories, finished or not, and opens no cac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class RunFolder:
     """A run's directory, and what it is: its student and train sections, the cache it reads, and
     the records of its steps.
     """
@@ -67,7 +67,7 @@ class Comparison:
 
     ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
     losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
-    not be compared. ``files``: what the runs were read from, in their order.
+    not be compared. ``folders``: what the runs were read from, in their order.
     """
 
     corpus: str
@@ -77,12 +77,12 @@ class Comparison:
     matched_steps: list[Match]
     matched_cost: list[Match]
     domains: DomainMatrix
-    files: list[RunFiles]
+    folders: list[RunFolder]
 
     def as_dict(self) -> object:
-        """Everything but the files as plain values for JSON; what is no number is null."""
-        values = asdict(self)
-        del values["files"]
+        """Everything but the folders as plain values for JSON; what is no number is null."""
+        values = asdict(replace(self, folders=[]))
+        del values["folders"]
         return for_json(values)
 
 
@@ -122,11 +122,11 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     )
 
 
-def _find(directories: Sequence[Path]) -> list[RunFiles]:
-    found: dict[Path, RunFiles] = {}
+def _find(directories: Sequence[Path]) -> list[RunFolder]:
+    found: dict[Path, RunFolder] = {}
     strangers = []
     for directory in directories:
-        ones: list[RunFiles | None]
+        ones: list[RunFolder | None]
         if (sweep := read_sweep(directory)) is not None:
             ones = [
                 _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
@@ -155,19 +155,19 @@ def is_cycle(directory: Path) -> bool:
     return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
 
 
-def _open_run(directory: Path) -> RunFiles | None:
+def _open_run(directory: Path) -> RunFolder | None:
     about = read_record(directory / "run.json")
     if about is None:
         return None
     with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return RunFiles(directory, settings, cache, read_metrics(directory))
+    return RunFolder(directory, settings, cache, read_metrics(directory))
 
 
-def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFiles:
+def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFolder:
     settings = {section: run[section] for section in SWEPT_SECTIONS}
-    return RunFiles(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
+    return RunFolder(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -175,14 +175,14 @@ def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     return list(_groups(_find(directories)).values())
 
 
-def _groups(found: Sequence[RunFiles]) -> dict[str, list[Path]]:
+def _groups(found: Sequence[RunFolder]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for one in found:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
     return groups
 
 
-def _one_corpus(found: Sequence[RunFiles]) -> str:
+def _one_corpus(found: Sequence[RunFolder]) -> str:
     groups = _groups(found)
     if len(groups) > 1:
         told = "; ".join(
@@ -196,7 +196,7 @@ def _one_corpus(found: Sequence[RunFiles]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: RunFiles, name: str, settings: dict[str, object]) -> RunFacts:
+def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFacts:
     summary = read_record(one.directory / "summary.json") or {}
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
@@ -219,7 +219,7 @@ def _read_run(one: RunFiles, name: str, settings: dict[str, object]) -> RunFacts
     )
 
 
-def _curve(one: RunFiles, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
+def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
     """The held-out loss over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
@@ -266,7 +266,7 @@ def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[
     return found
 
 
-def _position_notes(found: Sequence[RunFiles], differing: Mapping[str, object]) -> list[str]:
+def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> list[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
     notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
@@ -280,7 +280,7 @@ def _position_notes(found: Sequence[RunFiles], differing: Mapping[str, object]) 
     return notes
 
 
-def _teacher_notes(found: Sequence[RunFiles]) -> list[str]:
+def _teacher_notes(found: Sequence[RunFolder]) -> list[str]:
     """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:

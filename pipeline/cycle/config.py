@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from rekindle.data.corpus.growth import CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME

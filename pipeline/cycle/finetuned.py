@@ -17,8 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.result import FinetuneResult
-from rekindle.train.finetune.result_folder import WRITER
+from rekindle.train.finetune.result import WRITER, FinetuneResult
 from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"

@@ -17,7 +17,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
-from rekindle.train.finetune.metrics import check_metric, default_metric
+from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
 
 TASKS_FOLDER = "tasks"
@@ -82,8 +82,7 @@ def _read(task: CycleTask, seed: int) -> TaskFiles:
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
     rows["train"] = np.sort(order[: task.train_examples])
-    metric = task.metric or default_metric(train.problem)
-    check_metric(metric, train.problem)
+    metric = chosen_metric(task.metric, train.problem)
     if task.pairs and train.pairs is None:
         raise InputError(
             f"task {task.name!r}: pairs is {task.pairs}, but {task.train} has no sentence2; an "

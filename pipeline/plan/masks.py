@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.storage.columns import list_views
-from rekindle.data.targets.files import is_described
-from rekindle.data.targets.hard_masks import HardMaskedView, hard_tokens
+from rekindle.data.targets.reading.files import is_described
+from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.views import Views
@@ -23,11 +23,10 @@ from rekindle.pipeline.plan.teacher import at_hand, described
 class AssumedMasks(HardMaskedView):
     """The view with every token hard, under the name of the true one."""
 
-    def hard_positions(self, shard: int) -> Iterator[NDArray[np.int64]]:
+    def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
         """As many of each row's tokens as the limit allows."""
-        rows = self.corpus.shard(shard)
-        for index in range(rows.batch_count):
-            offsets, starts = list_views(rows.batch(index)["char_starts"], "char_starts")
+        for batch in self.corpus.shard(number).batches():
+            offsets, starts = list_views(batch["char_starts"], "char_starts")
             for a, b in pairwise(offsets):
                 content = np.flatnonzero(starts[a:b] >= 0)
                 losses = np.full(len(content), np.inf, np.float32)

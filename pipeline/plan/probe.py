@@ -60,7 +60,7 @@ def probe_teacher(plan: TeacherPlan, steps: Corpus) -> Probe:
 
 def _run(teacher: Teacher, steps: Corpus, shard: int) -> tuple[Unit, UnitResult, float]:
     """One shard, in one replica where there are several; with its seconds per token."""
-    unit = Unit(shard, 0 if teacher.info.view.startswith("masked-") else None)
+    unit = Unit(shard, teacher.info.shown.numbers(1)[0])
     view = view_of(teacher.info, steps)
     began = time.perf_counter()
     result = run_unit(teacher, steps, view, unit)

@@ -14,6 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rekindle.data.corpus.additions import (
+    Addition,
+    claim_addition,
+    complete_addition,
+    describe_addition,
+)
+from rekindle.data.corpus.config import CorpusConfig, describe_corpus
 from rekindle.data.corpus.corpus import (
     FIELDS,
     TOKENIZER,
@@ -29,14 +36,6 @@ from rekindle.data.corpus.documents import (
     arrow_batches,
     read_documents,
     source_files,
-)
-from rekindle.data.corpus.growth import (
-    CorpusConfig,
-    Stage,
-    claim_stage,
-    complete_stage,
-    describe_corpus,
-    describe_stage,
 )
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
@@ -123,8 +122,8 @@ def _is_whole(present: Corpus, config: RunConfig) -> bool:
         config.corpus, load_tokenizer(config.corpus.tokenizer), config.cache.sequences_per_shard
     )
     here = (len(present.commits), len(present))
-    stage = claim_stage(present.store, info, config.corpus, lambda: here)
-    return present.complete and stage.number < len(present.stages)
+    addition = claim_addition(present.store, info, config.corpus, lambda: here)
+    return present.complete and addition.number < len(present.additions)
 
 
 def _basis(sample: SourceSample) -> str:
@@ -271,8 +270,8 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         [corpus.shard(s).batch(b).replace_schema_metadata(None) for s, b in sorted(batches)]
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
-    stage, tokenizer = Stage(0, corpus.info["config"], {}), corpus.info["tokenizer"]
-    describe_stage(store, stage, tokenizer)
+    addition, tokenizer = Addition(0, corpus.info["config"], {}), corpus.info["tokenizer"]
+    describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
     shards = ShardSet(store, "corpus")
@@ -281,11 +280,11 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(FIELDS, about_shard(count, stage, tokenizer))
+        schema = describe(FIELDS, about_shard(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_stage(store, stage, count)
+    complete_addition(store, addition, count)
     return Corpus(store)
 
 

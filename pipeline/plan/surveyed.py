@@ -4,8 +4,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from rekindle.data.targets.hard_masks import HardMaskedView
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.targets.reading.hard_masks import HardMaskedView
+from rekindle.data.views.base import StoredView
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
@@ -43,9 +43,7 @@ def survey_all(
     return corpus, shown, teachers
 
 
-def _view_plan(
-    config: RunConfig, survey: CorpusSurvey, view: MaskedView | HardMaskedView | PairView
-) -> ViewPlan:
+def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:
     work = work_of(survey, config.cache, f"views/{view.name}", view.name)
     last = len(survey.steps.commits) - 1  # the largest: what each file has anyway counts least
     commits = view.shards.committed()

@@ -6,8 +6,8 @@ No model is loaded but by the probe, and none is downloaded.
 from dataclasses import replace
 from pathlib import Path
 
-from rekindle.data.targets.files import is_described, read_teacher
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.extensions import plan_parts
@@ -53,7 +53,7 @@ def plan_one_teacher(
         share=share_of(wanted.domains, survey.reference.domains, len(survey.reference)),
         units_to_make=sum(work.units for _, work in parts),
         units_present=sum(work.present for _, work in parts),
-        replicas=config.cache.masked_replicas if wanted.view.startswith("masked-") else 1,
+        replicas=len(wanted.shown.numbers(config.cache.masked_replicas)),
     )
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)

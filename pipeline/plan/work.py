@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.positions import target_positions
+from rekindle.data.targets.reading.positions import target_positions
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
 from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.run_teacher import ShardRows
@@ -79,7 +80,7 @@ def work_of(
             share = share_of(domains, commit.facts["domains"], commit.rows)
             work.append(Shards(1, commit.rows, commit.facts["tokens"], share))
     if sequences := survey.new_sequences:
-        times = cache.masked_replicas if view.startswith("masked-") else 1
+        times = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
         whole, rest = divmod(sequences, cache.sequences_per_shard)
         for count, rows in ((whole, cache.sequences_per_shard), (1, rest)):
@@ -100,13 +101,12 @@ def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Positions of one sample shard that get a target in one replica (the mean over them)."""
     if info.is_vocabulary:
-        each: list[int | None] = [None] if view is None else [*range(view.replicas)]
+        each = info.shown.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
     rows = ShardRows(corpus, info, shard)
     if view is not None:
-        pairs = [view.batch(shard, i) for i in range(len(rows.batches))]
-        return sum(len(b["text_a"]) - b["text_a"].null_count for b in pairs)
+        return sum(len(b["text_a"]) - b["text_a"].null_count for b in view.batches(shard))
     if kind_of(info).per_sequence:
         return corpus.commits[shard].rows
     return sum(int(words.sum()) for words in rows.lists("word_starts"))

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.pipeline.exits import leave
+from rekindle.pipeline.exits import tidy_up
 from rekindle.pipeline.processes.devices import Place
 
 # What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
@@ -143,7 +143,7 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
     except Exception:
         last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
     parent.send(last)
-    leave(0)
+    tidy_up()  # and return: multiprocessing still gives back the semaphores that libraries took
 
 
 def _end_with_parent() -> None:

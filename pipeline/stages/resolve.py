@@ -13,7 +13,7 @@ from typing import Any
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.files import is_described
+from rekindle.data.targets.reading.files import is_described
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
     STAGES_FILE,

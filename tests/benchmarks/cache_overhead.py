@@ -14,8 +14,9 @@ from results_csv import Row
 from rekindle.data.batch import pad
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
+from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
-from rekindle.data.views.views import MaskedView, ViewReader
+from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.batching import length_buckets
 from rekindle.pipeline.caching.cache_teachers import write_unit
 from rekindle.pipeline.caching.run_teacher import Unit, run_unit

@@ -22,8 +22,9 @@ from rekindle.data.errors import CacheError
 from rekindle.data.storage import shards
 from rekindle.data.storage.seal import SEAL
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
-from rekindle.data.views.views import MaskedView, PairView
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.fuzz.cases import MUTATORS, RESIDENT, cases_of, explained, peak, run_cases
 from testlib.fuzz.reading import read_everything

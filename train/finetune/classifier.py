@@ -4,17 +4,21 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoConfig
 
+from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import (
@@ -31,13 +35,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rekindle")
 
+Row = list[int] | NDArray[np.int32]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
+    input_ids: Sequence[Row]
+    token_type_ids: Sequence[Row] | None
+    padding_id: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,7 +75,7 @@ def encode(
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
     knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    return Encoded(ids, found.get("token_type_ids") if knows_segments else None)
+    return Encoded(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
 
 
 def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -78,23 +85,12 @@ def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenize
     return next((number for number in known if number is not None), 0)
 
 
-def collate(
-    encoded: Encoded, rows: np.ndarray, model: "PreTrainedModel"
-) -> dict[str, torch.Tensor]:
+def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for some rows: int64 [B, longest], padded on the right."""
-    ids = [encoded.input_ids[row] for row in rows]
-    batch = {
-        "input_ids": _padded(ids, model.config.pad_token_id),
-        "attention_mask": _padded([[1] * len(row) for row in ids], 0),
-    }
-    if encoded.token_type_ids is not None:
-        batch["token_type_ids"] = _padded([encoded.token_type_ids[row] for row in rows], 0)
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+    lengths, types = encoded.lengths[rows], encoded.token_type_ids
+    ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
+    segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
+    return model_inputs(ids, lengths, device, segments)
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -200,22 +196,21 @@ def predict(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.n
 
 def logits_of(model: "PreTrainedModel", encoded: Encoded, batch_size: int) -> np.ndarray:
     """fp32 logits [N,C] in row order, of the model as it is: with dropout where that is on."""
-
-    def run(rows: np.ndarray) -> torch.Tensor:
-        logits: torch.Tensor = model(**collate(encoded, rows, model)).logits
-        return logits
-
-    return by_length(encoded.lengths, batch_size, run)
+    return by_length(encoded, batch_size, model.device, lambda inputs: model(**inputs).logits)
 
 
 @torch.inference_mode()
 def by_length(
-    lengths: np.ndarray, batch_size: int, run: Callable[[np.ndarray], torch.Tensor]
+    encoded: Encoded,
+    batch_size: int,
+    device: torch.device,
+    run: Callable[[dict[str, Tensor]], Tensor],
 ) -> np.ndarray:
     """Run on batches of rows of like length, and return fp32 logits [N,C] in row order."""
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(encoded.lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    found = np.concatenate([run(rows).float().cpu().numpy() for rows in batches])
+    each = [run(collate(encoded, rows, device)).float().cpu().numpy() for rows in batches]
+    found = np.concatenate(each)
     logits = np.empty_like(found)
     logits[order] = found
     return logits

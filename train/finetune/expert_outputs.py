@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.classifier import by_length, load_expert, logits_of, predict
+from rekindle.train.finetune.classifier import Encoded, by_length, load_expert, logits_of, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -52,7 +51,7 @@ def expert_output(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
                     "dropout to draw uncertainty from. Set merge.passes to 0 to leave MUKI out"
                 )
-            means = np.mean([_softmax(one) for one in each], axis=0)
+            means = np.mean([softmax(one, axis=1) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
@@ -90,22 +89,17 @@ def student_logits(
     """Logits [N,C] of one task head, on texts shown as in training."""
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
-    shown = _student_inputs(student, directory, data, max_length)
+    encoded = _encoded(student, directory, data, max_length)
 
-    def run(rows: np.ndarray) -> torch.Tensor:
-        lengths = np.array([len(shown[row][0]) for row in rows], np.int64)
-        ids, types = (pad([shown[row][part] for row in rows], lengths, 0) for part in (0, 1))
-        inputs = model_inputs(ids, lengths, device, types if data.pairs is not None else None)
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
         return logits
 
-    return by_length(np.array([len(ids) for ids, _ in shown]), batch, run)
+    return by_length(encoded, batch, device, run)
 
 
-def _student_inputs(
-    student: Student, directory: str, data: TaskData, max_length: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, token types) of each text or pair, as the cache shows them."""
+def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> Encoded:
+    """Tokenize the texts or pairs as the cache shows them."""
     tokenizer = load_tokenizer(directory)
     longest = longest_input(student.model.config) or max_length + 1
     prompted = student.prompts is not None  # that of no domain takes a place, too
@@ -114,17 +108,12 @@ def _student_inputs(
         two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
-        return [(ids, types if two else np.zeros_like(types)) for ids, types in joined]
+        types = [types if two else np.zeros_like(types) for _, types in joined]
+        return Encoded([ids for ids, _ in joined], types, padding_id=0)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [
         np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
         for found in tokenizer.encode(data.texts)
     ]
     filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
-    return [(ids, np.zeros_like(ids)) for ids in filled]
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    found: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
-    return found
+    return Encoded(filled, None, padding_id=0)

@@ -19,16 +19,17 @@ METRICS = {
 }
 
 
-def default_metric(problem: str) -> str:
-    """Accuracy for classes, Pearson's correlation for scores."""
-    return METRICS[problem][0]
+def chosen_metric(metric: str | None, problem: str) -> str:
+    """Return ``metric``, or accuracy for classes and Pearson's correlation for scores.
 
-
-def check_metric(metric: str, problem: str) -> None:
-    """Raise InputError where ``metric`` does not fit ``problem``, with those that do."""
-    if metric not in METRICS[problem]:
-        fitting = ", ".join(METRICS[problem])
-        raise InputError(f"metric {metric!r} does not fit a {problem} task; use one of: {fitting}")
+    Raises InputError where it does not fit ``problem``, with those that do.
+    """
+    fitting = METRICS[problem]
+    if metric is not None and metric not in fitting:
+        raise InputError(
+            f"metric {metric!r} does not fit a {problem} task; use one of: {', '.join(fitting)}"
+        )
+    return metric or fitting[0]
 
 
 def score(
@@ -39,39 +40,25 @@ def score(
     ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations. ``f1`` is
     that of class 1 where the task has two classes (GLUE: MRPC, QQP) and the unweighted mean over
     the occurring classes otherwise; ``num_classes`` is the largest index + 1 where it is not given.
-    Raises InputError for an unknown metric, ValueError for arrays of unequal or zero length.
+    Raises ValueError for arrays of unequal or zero length.
     """
     if len(predictions) != len(labels) or not len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
-    if metric == "accuracy":
-        return float(metrics.accuracy_score(labels, predictions))
-    if metric == "f1":
-        classes = num_classes or int(max(np.max(predictions), np.max(labels))) + 1
-        average = "binary" if classes <= 2 else "macro"
-        return float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0))
-    if metric == "matthews":
-        return _matthews(predictions, labels)
-    if metric in ("pearson", "spearman"):
-        return _correlation(metric, predictions, labels)
-    known = ", ".join(name for names in METRICS.values() for name in names)
-    raise InputError(f"unknown metric {metric!r}; use one of: {known}")
-
-
-def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(metrics.matthews_corrcoef(labels, predictions))
-
-
-def _correlation(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    predictions, labels = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        value = float(correlate(predictions, labels).statistic)
-    return value if math.isfinite(value) else 0.0  # the spread is below what float64 can square
+    with warnings.catch_warnings():  # of correlations that are undefined, or nearly so
+        warnings.simplefilter("ignore")
+        if metric == "accuracy":
+            value = metrics.accuracy_score(labels, predictions)
+        elif metric == "f1":
+            classes = num_classes or int(max(np.max(predictions), np.max(labels))) + 1
+            average = "binary" if classes <= 2 else "macro"
+            value = metrics.f1_score(labels, predictions, average=average, zero_division=0.0)
+        elif metric == "matthews":
+            value = metrics.matthews_corrcoef(labels, predictions)
+        else:
+            correlate = stats.pearsonr if metric == "pearson" else stats.spearmanr
+            wide = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+            value = correlate(*wide).statistic if len(labels) > 1 else 0.0
+    return float(value) if math.isfinite(value) else 0.0
 
 
 def predictions_of(problem: str, logits: np.ndarray) -> np.ndarray:

@@ -1,13 +1,24 @@
-"""What a fine-tuning came to: the content of ``metrics.json``."""
+"""What a fine-tuning found, and the directory of it: replaced when it is its own."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from rekindle.train.finetune.result_folder import WRITER
+import numpy as np
+
+from rekindle.data.errors import InputError
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.files import package_versions
+
+WRITER = "rekindle finetune"  # marks a directory that this command may replace
+RESULT_FILE = "metrics.json"
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One fine-tuning: the dev scores of the kept weights, and what happened on the way."""
+    """One seed's scores on dev (and test, where given), and how they came about."""
 
     seed: int
     scores: dict[str, float]
@@ -27,15 +38,75 @@ class FinetuneResult:
     metric: str
     per_seed: tuple[SeedResult, ...]
     mean: float
-    std: float | None = None
-    test_mean: float | None = None
-    best_seed: int = 0
+    std: float | None
+    test_mean: float | None
+    best_seed: int
     seconds: float
     precision: str
     config: dict[str, object]
     versions: dict[str, str]
-    baselines: dict[str, dict[str, float]] | None = None  # scores by way of merging
+    baselines: dict[str, dict[str, float]] | None  # scores by way of merging
 
     def as_dict(self) -> dict[str, object]:
         """Return the result as plain values for JSON."""
         return {"written_by": WRITER, **asdict(self)}
+
+    def save(self, folder: Path) -> None:
+        """Write RESULT_FILE; ValueError for a number that is not finite."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def result_of(
+    model: str,
+    files: Mapping[str, str],
+    data: TaskData,
+    metric: str,
+    per_seed: Sequence[SeedResult],
+    config: FinetuneConfig,
+    precision: str,
+    seconds: float,
+    baselines: dict[str, dict[str, float]] | None = None,
+) -> FinetuneResult:
+    """Sum up what every seed scored by ``metric``."""
+    scores = [result.scores[metric] for result in per_seed]
+    tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
+    return FinetuneResult(
+        model=model,
+        files=dict(files),
+        problem=data.problem,
+        label_names=data.label_names,
+        metric=metric,
+        per_seed=tuple(per_seed),
+        mean=float(np.mean(scores)),
+        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        test_mean=float(np.mean(tests)) if tests else None,
+        best_seed=best_of(per_seed, metric).seed,
+        seconds=seconds,
+        precision=precision,
+        config=config.model_dump(mode="json"),
+        versions=package_versions(),
+        baselines=baselines,
+    )
+
+
+def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:
+    """Return the result with the highest dev score, the first one of equals."""
+    return max(results, key=lambda result: result.scores[metric])
+
+
+def check_out(out: Path) -> None:
+    """Raise InputError where ``out`` is something that must not be replaced."""
+    if not out.exists() or (out.is_dir() and (not any(out.iterdir()) or _is_earlier_result(out))):
+        return
+    raise InputError(
+        f"{str(out)!r} exists and is not a result of this command; it is left as it is: give "
+        "another directory, or remove it"
+    )
+
+
+def _is_earlier_result(out: Path) -> bool:
+    try:
+        return bool(json.loads((out / RESULT_FILE).read_text())["written_by"] == WRITER)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -32,11 +32,16 @@ from rekindle.train.finetune.classifier import (
     predict,
 )
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric, predictions_of
-from rekindle.train.finetune.result import FinetuneResult, SeedResult
-from rekindle.train.finetune.result_folder import check_out, write_json
+from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
+from rekindle.train.finetune.result import (
+    FinetuneResult,
+    SeedResult,
+    best_of,
+    check_out,
+    result_of,
+)
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions, place, quiet_transformers
+from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
 
 if TYPE_CHECKING:
@@ -97,49 +102,21 @@ def finetune(
     check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values()), strict=True))
-    problem = data["train"].problem
-    metric = metric or default_metric(problem)
-    check_metric(metric, problem)
+    metric = chosen_metric(metric, data["train"].problem)
     folder = new_folder(Path(out).resolve())
     with folder as staging, quiet_transformers(), _progress() as progress:
         job = _prepare(model, data, metric, config)
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):
-            network, result, dev_logits = _run_seed(job, seed, progress)
-            results.append(result)
-            if result is _best(results, metric):
+            network, found, dev_logits = _run_seed(job, seed, progress)
+            results.append(found)
+            if found is best_of(results, metric):
                 _save_model(network, job, dev_logits, staging)
             del network
-        outcome = _outcome(job, files, results, time.perf_counter() - started)
-        write_json(staging / "metrics.json", outcome.as_dict())
-    return outcome
-
-
-def _best(results: list[SeedResult], metric: str) -> SeedResult:
-    return max(results, key=lambda result: result.scores[metric])  # the first one of equals
-
-
-def _outcome(
-    job: _Job, files: dict[str, str], results: list[SeedResult], seconds: float
-) -> FinetuneResult:
-    scores = [result.scores[job.metric] for result in results]
-    tests = [result.test_scores[job.metric] for result in results if result.test_scores]
-    return FinetuneResult(
-        model=job.model,
-        files=files,
-        problem=job.data["train"].problem,
-        label_names=job.data["train"].label_names,
-        metric=job.metric,
-        per_seed=tuple(results),
-        mean=float(np.mean(scores)),
-        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-        test_mean=float(np.mean(tests)) if tests else None,
-        best_seed=_best(results, job.metric).seed,
-        seconds=seconds,
-        precision="bf16" if job.bf16 else "fp32",
-        config=job.config.model_dump(),
-        versions=package_versions(),
-    )
+        seconds, precision = time.perf_counter() - started, "bf16" if job.bf16 else "fp32"
+        result = result_of(model, files, data["train"], metric, results, config, precision, seconds)
+        result.save(staging)
+    return result
 
 
 def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
@@ -182,7 +159,7 @@ def _run_seed(
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
                 with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bf16):
-                    logits = model(**collate(encoded["train"], rows, model)).logits
+                    logits = model(**collate(encoded["train"], rows, job.device)).logits
                 loss = _loss(problem, logits.float(), data["train"].labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

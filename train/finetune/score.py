@@ -9,12 +9,11 @@ from rekindle.train.finetune.classifier import evaluate
 from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import all_scores, check_metric, default_metric
-from rekindle.train.finetune.result import FinetuneResult, SeedResult
-from rekindle.train.finetune.result_folder import check_out, write_json
+from rekindle.train.finetune.metrics import all_scores, chosen_metric
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, result_of
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
+from rekindle.train.model.files import quiet_transformers, resolve_model
 from rekindle.train.student import ABOUT_FILE, Student
 
 Scores = dict[str, float]
@@ -55,8 +54,7 @@ def score_model(
     started = time.perf_counter()
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
     data = read_task(train, dev)[1]
-    metric = metric or default_metric(data.problem)
-    check_metric(metric, data.problem)
+    metric = chosen_metric(metric, data.problem)
     is_student = (resolve_model(model) / ABOUT_FILE).is_file()
     baselines = None
     if config.merge is not None:
@@ -65,22 +63,10 @@ def score_model(
     else:
         scores = _scores(model, is_student, data, config)
     seconds = time.perf_counter() - started
-    result = FinetuneResult(
-        model=model,
-        files={"train": train, "dev": dev},
-        problem=data.problem,
-        label_names=data.label_names,
-        metric=metric,
-        per_seed=(SeedResult(0, scores, None, [], seconds),),
-        mean=scores[metric],
-        seconds=seconds,
-        precision="fp32",
-        config=config.model_dump(mode="json"),
-        versions=package_versions(),
-        baselines=baselines,
-    )
+    files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
+    result = result_of(model, files, data, metric, [only], config, "fp32", seconds, baselines)
     with new_folder(Path(out).resolve()) as staging:
-        write_json(staging / "metrics.json", result.as_dict())
+        result.save(staging)
     return result
 
 

@@ -24,6 +24,7 @@ _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
 _SHOWN_LABELS = 20
 Label = bool | int | float | str
+_Columns = dict[str, list[object]]  # those that are no field of a task may be empty
 
 
 @dataclass(frozen=True)
@@ -183,26 +184,26 @@ def _checked_label(path: str, row: int, label: object) -> Label:
     return label
 
 
-def _read_columns(path: str) -> dict[str, list[object]]:
+def _read_columns(path: str) -> _Columns:
     """Read the fields of a task that ``path`` has, as Python values; InputError for too few."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
     read = _reader_of(path)
     try:
-        fields, columns = read(path)
+        found = read(path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    has = f"the fields it has: {', '.join(fields) or 'none'}"
-    if fields and "label" not in columns:
+    if not found:
+        return {"text": [], "label": []}
+    columns = {field: found[field] for field in _FIELDS if field in found}
+    has = f"the fields it has: {', '.join(found)}"
+    if "label" not in columns:
         raise InputError(f"{path} has no field 'label' ({has})")
-    if fields and ("text" in columns) == ("sentence1" in columns):
+    if ("text" in columns) == ("sentence1" in columns):
         both = "both 'text' and 'sentence1'; which of them is meant is not clear"
         neither = "no field 'text' or 'sentence1'"
         raise InputError(f"{path} has {both if 'text' in columns else neither} ({has})")
-    return columns if fields else {"text": [], "label": []}
-
-
-_Columns = tuple[list[str], dict[str, list[object]]]
+    return columns
 
 
 def _reader_of(path: str) -> Callable[[str], _Columns]:
@@ -236,9 +237,8 @@ def _read_jsonl(path: str) -> _Columns:
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: each line must be an object {{…}}")
         rows.append(row)
-    fields = list(dict.fromkeys(field for row in rows for field in row))
-    wanted = [field for field in _FIELDS if field in fields]
-    return fields, {field: [row.get(field) for row in rows] for field in wanted}
+    fields = dict.fromkeys(field for row in rows for field in row)
+    return {field: [row.get(field) for row in rows] for field in fields}
 
 
 def _read_csv(path: str) -> _Columns:
@@ -253,23 +253,21 @@ def _read_csv(path: str) -> _Columns:
     convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(_FIELDS, pa.string()))
     with pa.input_stream(path, compression="detect") as stream:
         if not Path(path).stat().st_size:
-            return [], {}
+            return {}
         table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
-    columns = _wanted(table)
+    columns = _listed(table)
     if "label" in columns:
         columns["label"] = _typed(columns["label"])
-    return table.column_names, columns
+    return columns
 
 
 def _read_parquet(path: str) -> _Columns:
-    file = pa.parquet.ParquetFile(path)
-    wanted = [field for field in _FIELDS if field in file.schema_arrow.names]
-    return file.schema_arrow.names, _wanted(file.read(columns=wanted))
+    return _listed(pa.parquet.ParquetFile(path).read())
 
 
-def _wanted(table: pa.Table) -> dict[str, list[object]]:
-    names = [field for field in _FIELDS if field in table.column_names]
-    return {field: table.column(field).to_pylist() for field in names}
+def _listed(table: pa.Table) -> _Columns:
+    names = table.column_names
+    return {name: table.column(name).to_pylist() if name in _FIELDS else [] for name in names}
 
 
 def _typed(labels: list[object]) -> list[object]:

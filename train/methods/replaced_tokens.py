@@ -253,7 +253,7 @@ def _only_teacher(run: MethodRun) -> str:
 
 
 def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> None:
-    if info.task != "masked_lm" or not info.view.startswith("masked-"):
+    if info.task != "masked_lm" or not info.shown.masked:
         raise InputError(
             f"replaced tokens are sampled from what a masked LM expects at masked positions, and "
             f"teacher {info.name!r} is a {info.task} that saw {info.view}. Name another teacher"

@@ -22,18 +22,18 @@ PLACE = 1
 class DomainPrompts(nn.Module):
     """A vector [H] per domain; number 0 is for text of no domain, or of one that is not known."""
 
-    def __init__(self, domains: Sequence[str], size: int, std: float):
+    def __init__(self, model: "PreTrainedModel", domains: Sequence[str]):
         super().__init__()
+        if not domains:
+            raise InputError(
+                "student.domain_prompts: the corpus has no domains. Make the cache with "
+                "corpus.domain_field, or leave domain_prompts out"
+            )
         self.domains = tuple(domains)
-        self.vectors = nn.Embedding(len(self.domains) + 1, size)
-        nn.init.normal_(self.vectors.weight, std=std)
-
-    @classmethod
-    def of(cls, model: "PreTrainedModel", domains: Sequence[str]) -> "DomainPrompts":
-        """Fresh vectors for a transformers model."""
         size = model.get_input_embeddings().weight.shape[1]
+        self.vectors = nn.Embedding(len(self.domains) + 1, size)
         std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-        return cls(domains, size, std)
+        nn.init.normal_(self.vectors.weight, std=std)
 
     def numbers(self, domains: Sequence[str | None]) -> list[int]:
         """The rows of ``domains`` [B] in the table."""
@@ -80,13 +80,3 @@ def with_prompt(flat: Tensor, width: int) -> Tensor:
 def without_prompt(states: Tensor) -> Tensor:
     """Hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
     return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)
-
-
-def prompted_domains(domains: Sequence[str]) -> Sequence[str]:
-    """The corpus's ``domains``, each of which gets a prompt; InputError when there are none."""
-    if not domains:
-        raise InputError(
-            "student.domain_prompts: the corpus has no domains. Make the cache with "
-            "corpus.domain_field, or leave domain_prompts out"
-        )
-    return domains

@@ -88,7 +88,7 @@ class StudentNetwork(nn.Module):
         except NotImplementedError as error:
             raise InputError(str(error)) from None
         self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
-        self.prompts = None if domains is None else DomainPrompts.of(model, domains)
+        self.prompts = None if domains is None else DomainPrompts(self.model, domains)
         self.add_heads(heads or {})
 
     def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:

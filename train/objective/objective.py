@@ -110,7 +110,7 @@ class Objective:
         by_view: dict[str, list[tuple[DistillTerm, float]]] = {}
         for term, weight in plan.terms:
             teacher = self.teachers[term.teachers[0]]
-            paired = teacher.view.startswith("pairs-")
+            paired = teacher.shown.paired
             if teacher.is_vocabulary:
                 language.append((term, weight))
             elif not paired and (term.view == "masked" or self.task == "causal_lm"):

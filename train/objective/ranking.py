@@ -10,18 +10,18 @@ rows of the step is their number and their mean error: a step may be split among
 processes (``ranking_pass.py``). R rows, G groups.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import Batch, Ints
 from rekindle.train.config import RankingConfig
 
-KEY_BITS = 48  # of a group's key: it travels among the processes as a float64
+KEY_BITS = 48  # of a group's key
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,26 @@ class Centres:
         return sum(size * (size - 1) // 2 for size in self.sizes)
 
 
-def group_keys(batch: Batch, group: str) -> Ints:
-    """Return the key [B] of each sequence's group: equal for equal groups, in every process."""
+def group_keys(batch: Batch, teacher: str, group: str) -> Ints:
+    """Return the group's key of each sequence that has a target of the teacher [R]: equal for
+    equal groups, in every process.
+    """
+    rows = batch.targets[teacher].rows
     if group == "batch":
-        return np.zeros(len(batch.index), np.int64)
+        return np.zeros(len(rows), np.int64)
     names = batch.domains if group == "domain" else batch.documents
     if len(names) != len(batch.index):
         raise ValueError(f"the batch does not say which {group} its sequences are of")
     keys = [xxhash.xxh3_64_intdigest((name or "").encode()) >> (64 - KEY_BITS) for name in names]
-    return np.array(keys, np.int64)
+    return np.array(keys, np.int64)[rows]
 
 
-def centres_of(keys: Ints, errors: Sequence[float] | None) -> Centres:
+def centres_of(keys: Ints, errors: NDArray[np.float64] | None) -> Centres:
     """Group rows with ``keys`` [R] and ``errors`` [R]."""
     found, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     means = None
     if errors is not None:
-        sums = np.bincount(inverse, np.asarray(errors, np.float64), minlength=len(found))
+        sums = np.bincount(inverse, errors, minlength=len(found))
         means = tuple((sums / sizes).tolist())
     return Centres(tuple(found.tolist()), tuple(sizes.tolist()), means)
 

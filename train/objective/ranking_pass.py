@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, Ints
+from rekindle.data.batch import Batch
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import language_rows
 from rekindle.train.distributed import World
@@ -44,30 +44,16 @@ def with_centres(
     for term in ranking:
         assert term.ranking is not None
         for name in term.teachers:
-            keys = np.concatenate([present_keys(p, name, term.ranking.group) for p in parts])
+            keys = np.concatenate([group_keys(p, name, term.ranking.group) for p in parts])
             if world.size == 1 and len(parts) == 1:
                 found[name] = centres_of(keys, None)
                 continue
             with torch.no_grad():
                 each = [run(_errors, task, p, term, name, world.device) for p in parts]
-            errors = torch.cat(each).double().cpu().tolist()
-            every = np.array(gathered(world, keys.tolist()), np.int64)
-            found[name] = centres_of(every, gathered(world, errors))
+            errors = torch.cat(each).double().cpu().numpy()
+            every = zip(*world.gather((keys, errors)), strict=True)  # by process
+            found[name] = centres_of(*map(np.concatenate, every))
     return replace(counts, centres=found)
-
-
-def present_keys(batch: Batch, teacher: str, group: str) -> Ints:
-    """Return the group keys [R] of the sequences that have a target of the teacher."""
-    return group_keys(batch, group)[batch.targets[teacher].rows]
-
-
-def gathered(world: World, values: Sequence[float]) -> list[float]:
-    """Return the ``values`` of all processes, one process after another; the same everywhere."""
-    sizes = [len(values) if rank == world.rank else 0 for rank in range(world.size)]
-    lengths = [round(size) for size in world.sum(sizes)]
-    before = sum(lengths[: world.rank])
-    after = sum(lengths) - before - len(values)
-    return world.sum([0.0] * before + list(values) + [0.0] * after)
 
 
 def _errors(

@@ -81,7 +81,7 @@ def _ranked(
     [R,1].
     """
     assert term.ranking is not None
-    keys = group_keys(batch, term.ranking.group)[batch.targets[name].rows]
+    keys = group_keys(batch, name, term.ranking.group)
     rows = counts.rows[names_of(term)[name]]
     errors = (logits - wanted)[:, 0]
     return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLabelBatch
+from rekindle.data.views.registry import view_kind
 from rekindle.train.device_batch import model_inputs, send
 from rekindle.train.model.network import StudentOutput
 from rekindle.train.student import Student
@@ -19,7 +20,7 @@ def inputs_of(student: Student, batch: Batch, view: str, device: torch.device) -
     """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
     view, or the clean text.
     """
-    if not view.startswith("pairs-"):
+    if not view_kind(view).paired:
         return model_inputs(batch.input_ids, batch.lengths, device)
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.

@@ -18,152 +18,145 @@ def check_terms(
     if twice:
         raise InputError(f"teacher {twice!r} stands in two distill terms; use one term per teacher")
     for number, term in enumerate(terms):
-        where = f"train.objective.distill.{number}"
-        _check_together(where, term, [teachers[name] for name in term.teachers], task)
-        for name in term.teachers:
-            if teachers[name].is_vocabulary:
-                _check_vocabulary(where, term, teachers[name], task)
+        with naming(f"train.objective.distill.{number}"):
+            infos = [teachers[name] for name in term.teachers]
+            _check_together(term, infos, task)
+            for info in infos:
+                if info.is_vocabulary:
+                    _check_vocabulary(term, info, task)
 
 
-def _check_together(where: str, term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> None:
+def _check_together(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> None:
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
-    _check_ranking(where, term, infos)
-    _check_pseudo_labels(where, term, infos)
+    _check_ranking(term, infos)
+    _check_pseudo_labels(term, infos)
     if "vocabulary" in kinds and len(kinds) > 1:
-        raise InputError(f"{where}: vocabulary teachers and task experts need a term each")
+        raise InputError("vocabulary teachers and task experts need a term each")
     if len({i.view for i in infos}) > 1:
-        raise InputError(f"{where}: {names} saw different views; use a term each")
+        raise InputError(f"{names} saw different views; use a term each")
     if term.positions == "masked" and task != "masked_lm":
-        raise InputError(f"{where}: positions: masked, but a {task} student has no masked view")
+        raise InputError(f"positions: masked, but a {task} student has no masked view")
     if term.positions == "masked" and "sequence" in kinds:
-        raise InputError(f"{where}: positions: masked, but {names} judge whole sequences")
+        raise InputError(f"positions: masked, but {names} judge whole sequences")
     if term.combine == "route" and len(kinds) > 1:
         raise InputError(
-            f"{where}: {names} judge sequences and tokens, which share no mean; use a term each"
+            f"{names} judge sequences and tokens, which share no mean; use a term each"
         )
     if term.k is not None and kinds != {"vocabulary"}:
-        raise InputError(f"{where}: k is for vocabulary teachers; of {names} all logits are kept")
+        raise InputError(f"k is for vocabulary teachers; of {names} all logits are kept")
     if term.entropy_fraction is not None and kinds != {"vocabulary"}:
-        raise InputError(f"{where}: entropy_fraction is for vocabulary teachers; {names} are none")
+        raise InputError(f"entropy_fraction is for vocabulary teachers; {names} are none")
     if kinds == {"vocabulary"}:
-        _check_vocabulary_mixture(where, term, infos)
+        _check_vocabulary_mixture(term, infos)
         return
-    if term.view == "masked" and infos[0].view.startswith("pairs-"):
-        raise InputError(f"{where}: view: masked, but pairs are shown clean; use clean")
+    if term.view == "masked" and infos[0].shown.paired:
+        raise InputError("view: masked, but pairs are shown clean; use clean")
     if term.view == "masked" and task != "masked_lm":
-        raise InputError(f"{where}: view: masked, but a {task} student has no masked view")
+        raise InputError(f"view: masked, but a {task} student has no masked view")
     if term.combine in MIXED:
-        _check_classifier_mixture(where, term, infos)
+        _check_classifier_mixture(term, infos)
 
 
-def _check_vocabulary_mixture(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _check_vocabulary_mixture(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
     if term.divergence == "mse":
-        raise InputError(f"{where}: mse is for task logits; {term.teachers[0]} predicts tokens")
+        raise InputError(f"mse is for task logits; {term.teachers[0]} predicts tokens")
     if term.combine == "uncertainty":
         raise InputError(
-            f"{where}: combine: uncertainty weighs classifiers, and {term.teachers[0]} predicts "
-            "tokens; use mixture, or route for teachers of different domains"
+            f"combine: uncertainty weighs classifiers, and {term.teachers[0]} predicts tokens; use "
+            "mixture, or route for teachers of different domains"
         )
     if term.combine == "concatenate":
         raise InputError(
-            f"{where}: combine: concatenate puts the logits of classifiers side by side, and "
+            "combine: concatenate puts the logits of classifiers side by side, and "
             f"{term.teachers[0]} predicts tokens; use mixture"
         )
     if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
         raise InputError(
-            f"{where}: a mixture needs all its teachers at the same positions, and "
+            "a mixture needs all its teachers at the same positions, and "
             f"{', '.join(term.teachers)} are for different domains; use combine: route"
         )
     if term.combine == "mixture" and term.entropy_fraction is not None:
-        raise InputError(f"{where}: entropy_fraction cannot be used with combine: mixture")
+        raise InputError("entropy_fraction cannot be used with combine: mixture")
 
 
-def _check_classifier_mixture(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _check_classifier_mixture(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
     for info in infos:
         others = ("regression", "multi_label_classification")
         if not kind_of(info).per_sequence or info.problem in others:
             raise InputError(
-                f"{where}: combine: {term.combine} merges classifiers of sequences, and "
-                f"{info.name!r} is a {info.problem or info.task} expert; use separate"
+                f"combine: {term.combine} merges classifiers of sequences, and {info.name!r} is a "
+                f"{info.problem or info.task} expert; use separate"
             )
         if term.combine == "uncertainty" and info.num_labels == 1:
             raise InputError(
-                f"{where}: combine: uncertainty, but {info.name!r} has one class and is always "
-                "certain"
+                f"combine: uncertainty, but {info.name!r} has one class and is always certain"
             )
         if term.combine == "uncertainty" and not info.monte_carlo_passes:
             raise InputError(
-                f"{where}: combine: uncertainty needs Monte-Carlo passes, and teacher "
-                f"{info.name!r} was cached without; cache it with monte_carlo: {{passes: 16}}"
+                f"combine: uncertainty needs Monte-Carlo passes, and teacher {info.name!r} was "
+                "cached without; cache it with monte_carlo: {passes: 16}"
             )
     if term.combine == "uncertainty" and len(infos) < 2:
-        raise InputError(f"{where}: combine: uncertainty weighs at least two experts")
+        raise InputError("combine: uncertainty weighs at least two experts")
     if term.divergence == "mse":
-        raise InputError(f"{where}: a mixture is a distribution; mse is for separate experts")
+        raise InputError("a mixture is a distribution; mse is for separate experts")
     shared = set.intersection(*[set(i.domains) for i in infos if i.domains is not None] or [{""}])
     if not shared:
         raise InputError(
-            f"{where}: a mixture teaches where all its experts know the text, and "
+            "a mixture teaches where all its experts know the text, and "
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
-    with naming(where):
-        LabelUnion.of(infos, term.labels)
+    LabelUnion.of(infos, term.labels)
 
 
-def _check_vocabulary(where: str, term: DistillTerm, info: TeacherInfo, task: str) -> None:
+def _check_vocabulary(term: DistillTerm, info: TeacherInfo, task: str) -> None:
     if info.task != task:
         raise InputError(
-            f"{where}: teacher {info.name!r} is a {info.task}; a {task} student has no loss "
-            "at its positions"
+            f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its positions"
         )
-    with naming(where):
-        vocabulary_kind(info).slot(term.temperature, term.k)
+    vocabulary_kind(info).slot(term.temperature, term.k)
 
 
-def _check_ranking(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _check_ranking(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
     """Raise InputError where ``ranking`` is set and the term has no scores to rank by."""
     if term.ranking is None:
         return
     other = next((i for i in infos if i.problem != "regression"), None)
     if other is not None:
         raise InputError(
-            f"{where}: ranking is for regression experts, whose score is an order, and "
-            f"{other.name!r} is a {other.problem or other.task} expert; leave ranking out"
+            f"ranking is for regression experts, whose score is an order, and {other.name!r} is a "
+            f"{other.problem or other.task} expert; leave ranking out"
         )
     if term.combine != "separate":
         raise InputError(
-            f"{where}: ranking compares the scores of one expert with each other, so combine: "
+            "ranking compares the scores of one expert with each other, so combine: "
             f"{term.combine} has no pairs; use separate"
         )
     if term.ranking.pointwise == 0 and term.ranking.pairwise == 0:
-        raise InputError(f"{where}: ranking has the weights 0 and 0; give one of them a weight")
+        raise InputError("ranking has the weights 0 and 0; give one of them a weight")
     if term.divergence not in ("forward_kl", "mse"):
-        raise InputError(
-            f"{where}: ranking is a squared error; leave divergence: {term.divergence} out"
-        )
+        raise InputError(f"ranking is a squared error; leave divergence: {term.divergence} out")
 
 
-def _check_pseudo_labels(where: str, term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _check_pseudo_labels(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
     """Raise InputError where pseudo-labels are asked of what has no classes to be sure of."""
     if term.divergence != "pseudo_label":
         if term.confidence is not None:
-            raise InputError(
-                f"{where}: confidence is for divergence: pseudo_label, not {term.divergence}"
-            )
+            raise InputError(f"confidence is for divergence: pseudo_label, not {term.divergence}")
         return
     for info in infos:
         if info.is_vocabulary or info.problem == "regression":
             raise InputError(
-                f"{where}: pseudo_label is for classifiers, and {info.name!r} is a "
+                f"pseudo_label is for classifiers, and {info.name!r} is a "
                 f"{info.problem or info.task} expert; use mse or forward_kl"
             )
     if term.combine not in ("separate", "route"):
         raise InputError(
-            f"{where}: pseudo_label takes one expert's word for a class; combine: {term.combine} "
-            "makes a distribution of several. Use separate, or route: the first that is sure"
+            f"pseudo_label takes one expert's word for a class; combine: {term.combine} makes a "
+            "distribution of several. Use separate, or route: the first that is sure"
         )
     if term.temperature != 1:
         raise InputError(
-            f"{where}: a pseudo-label has no temperature; leave temperature: {term.temperature} out"
+            f"a pseudo-label has no temperature; leave temperature: {term.temperature} out"
         )

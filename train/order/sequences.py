@@ -8,7 +8,6 @@ import logging
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +27,6 @@ Ints = NDArray[np.int64]
 State = list[list[float | None]]
 
 
-class Sequences(Protocol):
-    """Which sequences of a cache are trained on, by place 0..len-1."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def select(self, places: Ints) -> Ints:
-        """The sequence numbers [B] at ``places`` [B]."""
-
-
 class Order:
     """What every step reads: ``sequences``, each once per epoch, in an order of each epoch's own.
 
@@ -48,10 +37,10 @@ class Order:
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: Ranges,
         batch_sequences: int,
         seed: int,
-        first: Sequences | None = None,
+        first: Ranges | None = None,
         first_steps: int = 0,
         replay: Replay | None = None,
     ):

@@ -1,9 +1,9 @@
 """What is trained on and what is held out: a few stretches of whole documents all over a corpus.
 
 Constant memory and a bounded number of reads for any number of sequences: a side is a short list
-of ranges, and only the rows about a stretch's ends are looked at. A corpus is split stage by stage
-(see ``corpus_stages.py``): when it grows, what was held out stays so, and so does what was trained
-on.
+of ranges, and only the rows about a stretch's ends are looked at. A corpus is split addition by
+addition (``data/corpus/additions.py``): when it grows, what was held out stays so, and so does what
+was trained on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,8 +20,8 @@ from rekindle.data.storage.seal import REPAIR
 
 Range = tuple[int, int]  # from, up to and without
 
-PLACES = 64  # of a stage at which a stretch may be held out
-FAR_TOO_MUCH = 0.25  # of a stage: sequences are held out instead of documents as long as that
+PLACES = 64  # of an addition at which a stretch may be held out
+FAR_TOO_MUCH = 0.25  # of an addition: sequences are held out instead of documents as long as that
 
 
 class Ranges:
@@ -115,7 +115,7 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
         if stretches:
             held_out += [(start, rows.unshared_end(stop, span)) for start, stop in stretches]
             not_trained += [(rows.shared_start(start, span), stop) for start, stop in stretches]
-        elif not held_out:  # a later stage without short documents has nothing to hold out
+        elif not held_out:  # a later addition without short documents has nothing to hold out
             held_out = _single_sequences(span, fraction)
             not_trained = list(held_out)
     return Split(Ranges(not_trained).complement(len(cache.corpus)), Ranges(held_out))
@@ -123,7 +123,7 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
 
 @dataclass(frozen=True)
 class _Span:
-    """The sequences of one stage of a corpus. Cut: its last document may go on in the next one."""
+    """The sequences of one addition to a corpus. Cut: its last document may go on in the next."""
 
     start: int
     stop: int
@@ -134,17 +134,17 @@ class _Span:
 
 
 def _spans(corpus: Corpus) -> Iterator[_Span]:
-    shards = [min(stage.first_shard, len(corpus.commits)) for stage in corpus.stages]
+    shards = [min(one.first_shard, len(corpus.commits)) for one in corpus.additions]
     if shards != sorted(shards) or shards[0] < 0:
         raise CacheFormatError(
-            f"{corpus.store.location}/corpus: its stages begin at shards {shards}, not one after "
-            f"another. {REPAIR}"
+            f"{corpus.store.location}/corpus: its additions begin at shards {shards}, not one "
+            f"after another. {REPAIR}"
         )
     edges = [*map(corpus.first, shards), len(corpus)]
-    for stage, (start, stop) in zip(corpus.stages, pairwise(edges), strict=True):
+    for one, (start, stop) in zip(corpus.additions, pairwise(edges), strict=True):
         if stop > start:
             # Source files are read to their ends, unless there is a limit that can be raised.
-            yield _Span(start, stop, cut=stage.config.get("limit_sequences") is not None)
+            yield _Span(start, stop, cut=one.config.get("limit_sequences") is not None)
 
 
 class _Rows:

@@ -4,10 +4,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
-
-from rekindle.data.storage.atomic import write_json
 
 WINDOW = 100  # steps whose median is the usual loss
 EARLIEST = 20  # steps before there is a median; until then the first loss is the usual one
@@ -67,13 +64,3 @@ def recent_losses(
     """
     kept = [r for r in records if r["kind"] == "train" and r["step"] <= until]
     return [(r["loss"], weights(r["step"] - 1)) for r in kept[-WINDOW:]]
-
-
-def save_suspect(
-    run: Path, step: int, reason: str, sequences: list[int], digests: list[str]
-) -> Path:
-    """Write which examples the step was made of: numbers in the cache, and digests."""
-    path = run / f"stopped-at-step-{step:08d}.json"
-    content = {"step": step, "reason": reason, "sequences": sequences, "digests": digests}
-    write_json(path, content)
-    return path

@@ -24,11 +24,6 @@ from rekindle.data.targets.codecs import CODECS, Codec
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
 
-SHOWN = {  # task -> how the names of the views begin that such a teacher may see
-    "masked_lm": ("masked-", "clean"),
-    "causal_lm": ("clean",),
-    "token_classification": ("text",),
-}
 POSITIONS: Widths = {"positions": (pa.uint16(), None)}
 
 
@@ -76,9 +71,7 @@ class TargetKind(ABC):
         largest = self.largest_k or (size if "k" in self.needs else None)
         rules = {
             "its kind is not of its task": info.task in self.tasks,
-            "its view is not of its task": info.view.startswith(
-                SHOWN.get(info.task, ("text", "pairs-"))
-            ),
+            "its view is not of its task": info.task in info.shown.tasks,
             "its size is missing": self.sized,
             "its sizes are too large": max(size, info.num_labels or 0, info.hidden_size or 0)
             < 2**31,

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import BUCKETS, Corpus, build_corpus, unit_of
 from rekindle.data.corpus.documents import read_documents
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.corpus.packing import pack
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
@@ -227,7 +227,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rekindle.data.corpus.corpus import build_corpus
-    from rekindle.data.corpus.growth import CorpusConfig
+    from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.storage.store import LocalStore
 root, source, tokenizer = sys.argv[1:]
 config = CorpusConfig(source=source, tokenizer=tokenizer, sequence_length=24, domain_field="domain")

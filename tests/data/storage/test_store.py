@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.store import (
     CONFLICT_DELAYS,

@@ -9,15 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
 from rekindle.data.corpus.documents import read_documents
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.corpus.sentences import split_sentences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.views.masking import MaskConfig, generator, mask_sequence
-from rekindle.data.views.views import MaskedView, PairView, ViewReader, make_pairs
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.masking import (
+    Draw,
+    MaskConfig,
+    chosen_positions,
+    generator,
+    replace_tokens,
+)
+from rekindle.data.views.pairs import PairView, make_pairs
+from rekindle.data.views.reader import ViewReader
 
 PER_SHARD = 150  # two record batches in the first shard
 MASKS = [
@@ -84,20 +92,14 @@ def test_stored_masks_are_the_computed_ones(corpus, config):
     for replica in range(3):
         stored = view_rows(corpus, view.name, replica)
         for row, found in zip(rows(corpus), stored, strict=True):
-            computed = mask_sequence(
-                np.array(row["input_ids"], np.int32),
-                np.array(row["char_starts"]) >= 0,
-                np.array(row["word_starts"]),
-                view.vocabulary,
-                config,
-                seed=5,
-                digest=row["digest"],
-                replica=replica,
-                replicas=3,
-            )
+            draw = Draw(5, row["digest"], replica)
+            content, words = np.array(row["char_starts"]) >= 0, np.array(row["word_starts"])
+            chosen = chosen_positions(content, words, config, draw, 3)
+            ids = np.array(row["input_ids"], np.int32)
+            computed = replace_tokens(ids, chosen, view.vocabulary, config, draw)
             assert found["digest"] == row["digest"]
-            assert found["positions"] == computed.positions.tolist()
-            assert found["input_ids"] == computed.input_ids.tolist()
+            assert found["positions"] == chosen.tolist()
+            assert found["input_ids"] == computed.tolist()
 
 
 def test_no_special_token_is_masked_and_none_stands_in(corpus):

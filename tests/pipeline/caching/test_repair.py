@@ -441,7 +441,7 @@ def longer(tmp_path_factory, configure, teachers) -> tuple[Path, dict[str, Any]]
     return path, {"limit_sequences": 12}
 
 
-STAGES = [
+ADDITIONS = [
     "corpus/corpus.json",
     "corpus/complete.json",
     "corpus/growth-001.json",
@@ -455,7 +455,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize("change", ["middle byte", "gone"])
-@pytest.mark.parametrize("pattern", STAGES)
+@pytest.mark.parametrize("pattern", ADDITIONS)
 def test_a_file_of_a_corpus_that_has_grown_is_made_again(
     longer, tmp_path, configure, teachers, pattern, change
 ):

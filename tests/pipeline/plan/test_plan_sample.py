@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.growth import CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import sample as plan_sample

@@ -22,6 +22,7 @@ from rekindle.train.finetune.run import (
     plan_steps,
 )
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.optimizer import adamw
 
 FILLER = ["the", "a", "of", "in", "to", "and", "model", "teacher", "paper", "light"]
 QUICK = FinetuneConfig(epochs=6, batch_size=16, learning_rate=1e-2)
@@ -236,7 +237,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
             raise error
 
     monkeypatch.setattr(module, "_save_model", interrupted)
-    monkeypatch.setattr(module, "_best", lambda results, metric: results[-1])
+    monkeypatch.setattr(module, "best_of", lambda results, metric: results[-1])
     with pytest.raises(KeyboardInterrupt):
         finetune(bert, train, dev, str(out), seeds=2, config=config)
     assert [entry.name for entry in home.iterdir()] == (["out"] if existed else [])
@@ -445,7 +446,9 @@ def test_max_steps_bounds_the_plan():
 
 def test_biases_and_norms_do_not_decay(bert):
     model = AutoModelForSequenceClassification.from_pretrained(bert)
-    decayed, plain = module._adamw(model, FinetuneConfig()).param_groups
+    config = FinetuneConfig()
+    optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
+    decayed, plain = optimizer.param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert plain["weight_decay"] == 0.0
     assert decayed["weight_decay"] == 0.01
@@ -466,11 +469,10 @@ def test_pairs_texts_and_special_names_are_encoded_as_stage_one_does(wordpiece, 
         assert encoded.token_type_ids[row] == segments.tolist()
 
 
-def test_batches_are_padded_on_the_right(bert):
-    model = AutoModelForSequenceClassification.from_pretrained(bert)
-    model.config.pad_token_id = 9
-    encoded = Encoded([[5, 6, 7], [1], [8, 8]], [[0, 1, 1], [0], [0, 0]])
-    batch = {name: tensor.tolist() for name, tensor in collate(encoded, [2, 0], model).items()}
+def test_batches_are_padded_on_the_right():
+    encoded = Encoded([[5, 6, 7], [1], [8, 8]], [[0, 1, 1], [0], [0, 0]], padding_id=9)
+    batch = collate(encoded, [2, 0], torch.device("cpu"))
+    batch = {name: tensor.tolist() for name, tensor in batch.items()}
     assert batch == {
         "input_ids": [[8, 8, 9], [5, 6, 7]],
         "attention_mask": [[1, 1, 0], [1, 1, 1]],

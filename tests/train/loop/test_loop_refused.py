@@ -13,8 +13,8 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.seal import SEAL, seal
+from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
-from rekindle.data.views.views import MaskedView
 from rekindle.train.config import StudentConfig
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective, StepLoss

@@ -193,7 +193,7 @@ def test_a_weight_of_0_reads_and_measures_nothing(masked_world, certainty, tmp_p
     config = config_of([certainty | {"weight": falling}], evaluate_every=2)
     objective = objective_of(masked_world, config)
     assert [objective.plan(step).teachers for step in range(6)] == [("big",)] * 3 + [()] * 3
-    assert [w[-1] for w in map(objective.weights, range(6))] == [1, 1, 1, 0, 0, 0]
+    assert [objective.plan(step).weights[-1] for step in range(6)] == [1, 1, 1, 0, 0, 0]
     train(masked_world, tmp_path / "run", config)
     records = read_metrics(tmp_path / "run")
     shown = {(r["kind"], r["step"]) for r in records if "certainty/error" in r}

@@ -1,6 +1,7 @@
 """Pairwise errors in closed form, held against a loop over all pairs, however a step is split."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from rekindle.data.batch import Batch
 from rekindle.train.config import RankingConfig
 from rekindle.train.distributed import World
 from rekindle.train.objective.ranking import KEY_BITS, Centres, centres_of, group_keys, ranking_loss
-from rekindle.train.objective.ranking_pass import gathered
 
 steps = st.lists(st.tuples(st.integers(0, 3), st.floats(-4, 4, width=32)), min_size=1, max_size=12)
 
@@ -38,7 +38,7 @@ def test_a_step_however_split_is_the_mean_over_all_pairs(rows, size, weights):
     keys = np.array([k for k, _ in rows], np.int64)
     errors = torch.tensor([e for _, e in rows], requires_grad=True)
     whole = size >= len(rows)
-    centres = centres_of(keys, None if whole else errors.tolist())
+    centres = centres_of(keys, None if whole else errors.detach().double().numpy())
     total = 0.0
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
@@ -53,7 +53,7 @@ def test_a_worked_example():
     """Errors 1, 3 and 0 in one group, 5 alone in another: pairs 4, 1 and 9."""
     rows = [(7, 1.0), (7, 3.0), (9, 5.0), (7, 0.0)]
     keys, errors = np.array([k for k, _ in rows]), torch.tensor([e for _, e in rows])
-    centres = centres_of(keys, errors.tolist())
+    centres = centres_of(keys, errors.detach().double().numpy())
     assert centres == Centres((7, 9), (3, 1), (4 / 3, 5.0))
     assert centres.pairs == 3
     loss = ranking_loss(errors, keys, centres, 4, RankingConfig(pairwise=0.5))
@@ -80,7 +80,7 @@ def test_no_row_has_no_loss():
     assert (
         float(ranking_loss(torch.zeros(0), keys, centres_of(keys, None), 0, RankingConfig())) == 0
     )
-    some = centres_of(np.zeros(3, np.int64), [1.0, 2.0, 3.0])
+    some = centres_of(np.zeros(3, np.int64), np.array([1.0, 2.0, 3.0]))
     assert float(ranking_loss(torch.zeros(0), keys, some, 3, RankingConfig())) == 0
 
 
@@ -88,16 +88,17 @@ def batch_of(domains, documents=()):
     count, nothing = len(domains), np.zeros((len(domains), 1), np.int32)
     index = np.arange(count)
     digests = ["d"] * count
-    return Batch(index, digests, domains, nothing, index, None, {}, {}, documents=documents)
+    targets = {"expert": SimpleNamespace(rows=index)}
+    return Batch(index, digests, domains, nothing, index, None, {}, targets, documents=documents)
 
 
 def test_groups_are_the_batch_its_domains_or_its_documents():
     batch = batch_of(["a", "b", None, "a"], ["x", "y", "x", "x"])
-    assert len(set(group_keys(batch, "batch").tolist())) == 1
-    a, b, none, again = group_keys(batch, "domain").tolist()
+    assert len(set(group_keys(batch, "expert", "batch").tolist())) == 1
+    a, b, none, again = group_keys(batch, "expert", "domain").tolist()
     assert a == again
     assert len({a, b, none}) == 3
-    x, y, *others = group_keys(batch, "document").tolist()
+    x, y, *others = group_keys(batch, "expert", "document").tolist()
     assert x != y
     assert others == [x, x]
     every = [a, b, none, x, y]
@@ -106,9 +107,8 @@ def test_groups_are_the_batch_its_domains_or_its_documents():
 
 def test_a_batch_that_does_not_know_its_documents_is_refused():
     with pytest.raises(ValueError, match="which document"):
-        group_keys(batch_of(["a", "b"]), "document")
+        group_keys(batch_of(["a", "b"]), "expert", "document")
 
 
 def test_values_of_one_process_are_gathered_as_they_are():
-    assert gathered(World.alone(), [3.0, 1.5]) == [3.0, 1.5]
-    assert gathered(World.alone(), []) == []
+    assert World.alone().gather([3.0, 1.5]) == [[3.0, 1.5]]

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.store import open_store
 from rekindle.train.order.domains import check_domains, domain_ranges

@@ -48,7 +48,7 @@ def read(one, start, stop, every=3, **world):
     found = []
     with closing(stream.steps(start, stop)) as steps:
         for step, batch in steps:
-            assert stream.sequences_at(step).tolist()[stream.rank :: stream.world_size] == batch[0]
+            assert stream.order.at(step).tolist()[stream.rank :: stream.world_size] == batch[0]
             found.append(batch)
             if (step + 1) % every == 0:
                 one.learn(step + 1, losses(step + 1))

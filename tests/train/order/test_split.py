@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import open_store
 from rekindle.train.order.split import FAR_TOO_MUCH, PLACES, Ranges, split_corpus
@@ -107,16 +107,16 @@ def test_ranges_of_a_huge_corpus_are_small():
 
 
 class FakeCorpus:
-    """Rows (document, span_start) in stages of shards, each read is counted."""
+    """Rows (document, span_start) in additions of shards, each read is counted."""
 
-    def __init__(self, stages, packing, limits):
-        self.rows_of, self.reads = [row for rows in stages for row in rows], 0
+    def __init__(self, additions, packing, limits):
+        self.rows_of, self.reads = [row for rows in additions for row in rows], 0
         self.info = {"config": {"packing": packing}}
         self.store = SimpleNamespace(location="fake")
-        shards, self._firsts, self.stages = 0, [0], []
-        for rows, limit in zip(stages, limits, strict=True):
+        shards, self._firsts, self.additions = 0, [0], []
+        for rows, limit in zip(additions, limits, strict=True):
             config = {"limit_sequences": limit}
-            self.stages.append(SimpleNamespace(first_shard=shards, config=config))
+            self.additions.append(SimpleNamespace(first_shard=shards, config=config))
             for start in range(0, len(rows), 7):
                 self._firsts.append(self._firsts[-1] + len(rows[start : start + 7]))
                 shards += 1
@@ -152,8 +152,8 @@ def packed(lengths, packing, name=""):
     return [(*piece[0], {document for document, _ in piece}) for piece in pieces]
 
 
-def split_of(stages, packing, fraction, limits=None):
-    corpus = FakeCorpus(stages, packing, limits or [None] * len(stages))
+def split_of(additions, packing, fraction, limits=None):
+    corpus = FakeCorpus(additions, packing, limits or [None] * len(additions))
     return split_corpus(SimpleNamespace(corpus=corpus), fraction)
 
 
@@ -257,18 +257,18 @@ def test_a_raised_limit_moves_no_sequence_to_the_other_side(lengths, packing, fr
     """The limit may cut a document, whose rest comes later."""
     rows = packed(lengths, packing)
     cuts = sorted(data.draw(st.lists(st.integers(1, len(rows)), min_size=1, max_size=3)))
-    stages = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    additions = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     limits = [*cuts, None]
     splits = [
-        split_of(stages[:n], packing, fraction, limits[:n]) for n in range(1, len(stages) + 1)
+        split_of(additions[:n], packing, fraction, limits[:n]) for n in range(1, len(additions) + 1)
     ]
     for cut, before, after in zip(cuts, splits, splits[1:], strict=False):
         check_growth(before, after, cut)
     train, held_out = sides(splits[-1])
     shared = documents_of(rows, train) & documents_of(rows, held_out)
-    if shared:  # only of the first stage that can hold out anything, which then had one document
+    if shared:  # only of the first addition that can hold out anything, which then had one document
         begun = next(n for n, split in enumerate(splits) if len(split.held_out))
-        assert shared <= documents_of(rows, range(sum(map(len, stages[: begun + 1]))))
+        assert shared <= documents_of(rows, range(sum(map(len, additions[: begun + 1]))))
 
 
 @pytest.mark.parametrize("tokens", [12, 24])
@@ -277,23 +277,23 @@ def test_a_document_that_a_limit_cut_stays_on_the_side_of_its_beginning(tokens):
     rows = packed([tokens] * 30, "contiguous")
     for cut in range(12, len(rows) - 2):
         for fraction in (0.3, 0.6, 0.9):
-            stages = [rows[:cut], rows[cut:]]
-            train, held_out = sides(split_of(stages, "contiguous", fraction, [cut, None]))
+            additions = [rows[:cut], rows[cut:]]
+            train, held_out = sides(split_of(additions, "contiguous", fraction, [cut, None]))
             assert not documents_of(rows, train) & documents_of(rows, held_out)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(LENGTHS, min_size=2, max_size=4), PACKINGS, FRACTIONS)
 def test_appended_files_move_no_sequence_to_the_other_side(files, packing, fraction):
-    stages = [packed(lengths, packing, f"{n}:") for n, lengths in enumerate(files)]
-    splits = [split_of(stages[:n], packing, fraction) for n in range(1, len(stages) + 1)]
+    additions = [packed(lengths, packing, f"{n}:") for n, lengths in enumerate(files)]
+    splits = [split_of(additions[:n], packing, fraction) for n in range(1, len(additions) + 1)]
     for n, (before, after) in enumerate(pairwise(splits)):
-        check_growth(before, after, sum(map(len, stages[: n + 1])))
+        check_growth(before, after, sum(map(len, additions[: n + 1])))
 
 
 def test_appended_text_is_represented():
-    stages = [packed([35] * 100, "document", name) for name in ("a", "b")]
-    _, held_out = sides(split_of(stages, "document", 0.1))
+    additions = [packed([35] * 100, "document", name) for name in ("a", "b")]
+    _, held_out = sides(split_of(additions, "document", 0.1))
     assert sum(number < 400 for number in held_out) == pytest.approx(40, abs=4)
     assert sum(number >= 400 for number in held_out) == pytest.approx(40, abs=4)
 
@@ -301,8 +301,8 @@ def test_appended_text_is_represented():
 def test_stages_in_another_order_are_refused():
     rows = packed([35] * 100, "document")
     corpus = FakeCorpus([rows, rows], "document", [None, None])
-    corpus.stages.reverse()
-    with pytest.raises(CacheFormatError, match="stages begin at shards"):
+    corpus.additions.reverse()
+    with pytest.raises(CacheFormatError, match="additions begin at shards"):
         split_corpus(SimpleNamespace(corpus=corpus), 0.1)
 
 
@@ -315,7 +315,7 @@ class HugeCorpus:
     def __init__(self):
         self.reads, self.commits = 0, range(1)
         self.info = {"config": {"packing": "contiguous"}}
-        self.stages = [SimpleNamespace(first_shard=0, config={})]
+        self.additions = [SimpleNamespace(first_shard=0, config={})]
 
     def __len__(self):
         return 10**12

@@ -64,7 +64,7 @@ def steps_of_teacher(cache, name, everything):
                 cache, cache.gather(everything, [name], epoch=epoch, masked_view=view)
             ),
         )
-    if teacher.is_vocabulary:
+    if teacher.info.is_vocabulary:
         # Scalars are read past the checksums of whole record batches, so with an unread cache.
         yield f"{name} scalars", lambda: scalars_of(Cache.open(cache.store.root), name)
         yield f"{name} scores", lambda: cache.scores(name)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus, unit_of
-from rekindle.data.corpus.growth import CorpusConfig
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet
@@ -18,7 +18,7 @@ from rekindle.data.targets.head import StoredHead, encode_hidden, write_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
 
 TESTS = Path(__file__).parents[3]
 GOLDEN = sorted(p for p in (TESTS / "golden").glob("cache-v*") if p.is_dir())

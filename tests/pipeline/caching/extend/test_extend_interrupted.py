@@ -168,7 +168,7 @@ def test_killed_at_any_moment_of_growth_the_cache_opens(make, copied, monkeypatc
 
 @pytest.fixture(scope="module")
 def much_grown(tmp_path_factory, make) -> tuple[Path, Any]:
-    """Text in three stages, candidates and temperatures added between them."""
+    """Text in three additions, candidates and temperatures added between them."""
     path = tmp_path_factory.mktemp("grown") / "cache"
     for step in (
         {"limit": 7},
@@ -194,7 +194,7 @@ def in_use(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", ["record", "data", "damaged"])
-def test_a_lost_shard_of_any_stage_is_made_again(tmp_path, make, much_grown, how):
+def test_a_lost_shard_of_any_addition_is_made_again(tmp_path, make, much_grown, how):
     path = shutil.copytree(much_grown[0], tmp_path / "cache")
     config = make(path, task="masked_lm", limit=20, files="ab", k=9, taus=(8.0, 4.0))
     whole = in_use(path)

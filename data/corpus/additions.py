@@ -1,144 +1,84 @@
-"""What a corpus is made of, and the stages in which it grew; no text is read here, no shard
-written.
+"""The additions in which a corpus grew; no text is read here, no shard written.
 
 ``corpus/corpus.json`` describes what a corpus was begun with. A longer corpus (a larger
-``limit_sequences``, further source files after those that were read) is a further stage,
+``limit_sequences``, further source files after those that were read) is an addition to it,
 ``corpus/growth-001.json``: its sequences come after all that is there, which stays as it is.
-``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are at a stage's
-end.
+``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are then.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
-from typing import Any, Literal
+from typing import cast
 
 import xxhash
-from pydantic import Field, field_validator
 
+from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
 from rekindle.data.corpus.documents import only_files, source_files
-from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.settings import Settings
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
 
-MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
+States = dict[str, list[int | str]]  # path of a source file -> [bytes, checksum of samples]
 SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
 SAMPLE_BYTES = 1 << 16
 
 
-class CorpusConfig(Settings):
-    """Where the text comes from and how it becomes sequences."""
-
-    source: tuple[str, ...] = Field(
-        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs"
-    )
-    text_field: str = Field("text", description="the field of a record that holds its text")
-    domain_field: str | None = Field(None, description="the field that names a record's domain")
-    tokenizer: str = Field(description="the student's tokenizer: a directory or a hub id")
-    sequence_length: int = Field(
-        128,
-        ge=8,
-        le=MAX_SEQUENCE_LENGTH,
-        description="tokens per sequence, special tokens included",
-    )
-    packing: Literal["document", "contiguous"] = Field(
-        "document", description="document never crosses a document; contiguous fills every sequence"
-    )
-    limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
 @dataclass(frozen=True)
-class Stage:
+class Addition:
     """One span of a corpus: what it was begun with, or what it was then extended by."""
 
     number: int
-    config: dict[str, Any]  # all that decides the sequences, but the tokenizer
-    sources: dict[str, list[Any]]  # path -> [bytes, checksum of samples]
+    config: PackingFacts
+    sources: States
     first_shard: int = 0
     first_sequence: int = 0
-    shards: int | None = None  # shards at its end, of all stages; None while it is being made
+    shards: int | None = None  # shards at its end, of all additions; None while it is being made
 
-    def ends_at(self, following: Sequence["Stage"]) -> int | None:
-        """Sequences in the corpus at this stage's end, where that is known."""
+    def ends_at(self, following: Sequence["Addition"]) -> int | None:
+        """Sequences in the corpus at this addition's end, where that is known."""
         if following:
             return following[0].first_sequence
-        limit: int | None = self.config["limit_sequences"]
-        return limit
+        return self.config["limit_sequences"]
 
 
 def info_name(number: int) -> str:
-    """Where the description of a stage is kept."""
+    """Where the description of an addition is kept."""
     return "corpus/corpus.json" if number == 0 else f"corpus/growth-{number:03d}.json"
 
 
 def complete_name(number: int) -> str:
-    """Where it is recorded that a stage is finished."""
+    """Where it is recorded that an addition is finished."""
     return "corpus/complete.json" if number == 0 else f"corpus/complete-{number:03d}.json"
 
 
-def describe_corpus(
-    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
-) -> dict[str, Any]:
-    """What a corpus is made of: everything that decides its bytes, nothing that does not."""
-    values = config.model_dump(mode="json", exclude={"tokenizer"})
-    return {
-        "config": values | {"sequences_per_shard": sequences_per_shard},
-        "tokenizer": tokenizer_facts(tokenizer),
-    }
-
-
-def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a cache records of the tokenizer beside its files."""
-    return {
-        "digest": tokenizer.digest,
-        "size": tokenizer.size,
-        "mask_id": tokenizer.mask_id,
-        "pad_id": tokenizer.pad_id,
-        "eos_id": tokenizer.eos_id,
-        "special_ids": sorted(tokenizer.special_ids),
-    }
-
-
-def read_stages(store: Store) -> tuple[list[Stage], dict[str, Any] | None]:
-    """The stages of the corpus in ``store`` and its tokenizer's facts; none of a new cache.
+def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]:
+    """The additions of the corpus in ``store`` and its tokenizer's facts; none of a new cache.
 
     Raises CacheFormatError when a description is damaged.
     """
-    stages: list[Stage] = []
-    tokenizer = None
+    additions: list[Addition] = []
+    tokenizer: TokenizerFacts | None = None
     for number in count():
         name = info_name(number)
         try:
             body = read_sealed(store, name)
         except FileNotFoundError:
-            # Where another begins, a stage has ended, whether that was recorded or not.
-            ended = [replace(s, shards=following.first_shard) for s, following in pairwise(stages)]
-            return ended + stages[-1:], tokenizer
+            # Where another begins, an addition has ended, whether that was recorded or not.
+            ended = [replace(one, shards=after.first_shard) for one, after in pairwise(additions)]
+            return ended + additions[-1:], tokenizer
         try:
             after = body["after"] if number else {"shards": 0, "sequences": 0}
             if number == 0:
                 tokenizer = body["tokenizer"]
-                _check_tokenizer(tokenizer)
-            stages.append(
-                Stage(
-                    number,
-                    dict(body["config"]),
-                    dict(body["sources"]),
-                    int(after["shards"]),
-                    int(after["sequences"]),
-                    _shards_at_end(store, number),
-                )
-            )
+                _check_tokenizer(body["tokenizer"])
+            config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
+            shards, sequences = int(after["shards"]), int(after["sequences"])
+            ends = _shards_at_end(store, number)
+            additions.append(Addition(number, config, sources, shards, sequences, ends))
         except (KeyError, TypeError, ValueError, OverflowError):
             raise CacheFormatError(
                 f"{store.location}/{name} is damaged: it does not say what the corpus is made of. "
@@ -147,10 +87,10 @@ def read_stages(store: Store) -> tuple[list[Stage], dict[str, Any] | None]:
     raise AssertionError  # count() does not end
 
 
-def _check_tokenizer(facts: dict[str, Any]) -> None:
+def _check_tokenizer(facts: TokenizerFacts) -> None:
     """ValueError or the like unless these are facts that ``tokenizer_facts`` could have given."""
     size = facts["size"]
-    optional = [facts[key] for key in ("mask_id", "eos_id") if facts[key] is not None]
+    optional = [number for number in (facts["mask_id"], facts["eos_id"]) if number is not None]
     ids = [facts["pad_id"], *optional, *facts["special_ids"]]
     if not isinstance(facts["digest"], str) or type(size) is not int or not 0 < size < 2**31:
         raise ValueError
@@ -168,23 +108,24 @@ def _shards_at_end(store: Store, number: int) -> int | None:
         raise CacheFormatError(f"{store.location}/{name} is damaged. {REPAIR}") from None
 
 
-def claim_stage(
+def claim_addition(
     store: Store,
-    info: Mapping[str, Any],
+    info: CorpusInfo,
     config: CorpusConfig,
     grown: Callable[[], tuple[int, int]],
-) -> Stage:
-    """The stage that ``config`` belongs to: the last one, or a new one that extends it.
+) -> Addition:
+    """The addition that ``config`` belongs to: the last one, or a new one that extends it.
 
-    A new stage is returned undescribed; ``describe_stage`` records it. ``grown()`` gives the shards
-    and sequences there are, to begin a new one after; CacheMismatchError if it cannot begin there.
+    A new one is returned undescribed; ``describe_addition`` records it. ``grown()`` gives the
+    shards and sequences there are, to begin a new one after; CacheMismatchError if it cannot begin
+    there.
     Raises CacheMismatchError when the cache holds a corpus of another configuration or when the
     source was changed since.
     """
-    stages, tokenizer = read_stages(store)
-    if not stages:
-        return Stage(0, dict(info["config"]), file_states(config.source))
-    last = stages[-1]
+    additions, tokenizer = read_additions(store)
+    if not additions:
+        return Addition(0, info["config"], file_states(config.source))
+    last = additions[-1]
     if tokenizer != info["tokenizer"]:
         raise _made_differently(store, "another tokenizer")
     new = info["config"]
@@ -201,36 +142,36 @@ def claim_stage(
         shown = (f"{k}: {last.config.get(k)!r} there, {new.get(k)!r} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
     shards, sequences = grown()
-    return Stage(last.number + 1, dict(new), dict(sources or last.sources), shards, sequences)
+    return Addition(last.number + 1, new, sources or last.sources, shards, sequences)
 
 
-def describe_stage(store: Store, stage: Stage, tokenizer: Mapping[str, Any]) -> None:
-    """Record a stage, if it is not recorded yet; a stage that it extends is at its end then."""
-    body: dict[str, Any] = {"config": stage.config, "sources": stage.sources}
-    if stage.number:
-        body["after"] = {"shards": stage.first_shard, "sequences": stage.first_sequence}
-        store.create(complete_name(stage.number - 1), seal({"shards": stage.first_shard}))
+def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
+    """Record an addition, if it is not recorded yet; the one before it is at its end then."""
+    body: dict[str, object] = {"config": addition.config, "sources": addition.sources}
+    if addition.number:
+        body["after"] = {"shards": addition.first_shard, "sequences": addition.first_sequence}
+        store.create(complete_name(addition.number - 1), seal({"shards": addition.first_shard}))
     else:
-        body["tokenizer"] = dict(tokenizer)
-    if store.create(info_name(stage.number), seal(body)):
+        body["tokenizer"] = tokenizer
+    if store.create(info_name(addition.number), seal(body)):
         return
-    stages, present = read_stages(store)
-    same = stage.number < len(stages) and stages[stage.number].config == stage.config
-    if not same or present != dict(tokenizer):
+    additions, present = read_additions(store)
+    same = addition.number < len(additions) and additions[addition.number].config == addition.config
+    if not same or present != tokenizer:
         raise _made_differently(store, "another process began it meanwhile")
 
 
-def complete_stage(store: Store, stage: Stage, shards: int) -> None:
-    """Record that a stage's last shard is there."""
-    store.create(complete_name(stage.number), seal({"shards": shards}))
+def complete_addition(store: Store, addition: Addition, shards: int) -> None:
+    """Record that an addition's last shard is there."""
+    store.create(complete_name(addition.number), seal({"shards": shards}))
 
 
-def _longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _longer(old: PackingFacts, new: PackingFacts) -> bool:
     before, after = old["limit_sequences"], new["limit_sequences"]
     return before is not None and (after is None or after > before)
 
 
-def _check_sources(last: Stage, present: Mapping[str, list[Any]]) -> bool:
+def _check_sources(last: Addition, present: States) -> bool:
     """Whether source files were appended. A changed source must not be mixed with what was read of
     it before, nor pass unnoticed.
     """
@@ -252,7 +193,7 @@ def _check_sources(last: Stage, present: Mapping[str, list[Any]]) -> bool:
     return len(present) > len(last.sources)
 
 
-def _states_or_none(config: CorpusConfig, complete: bool) -> dict[str, list[Any]] | None:
+def _states_or_none(config: CorpusConfig, complete: bool) -> States | None:
     try:
         return file_states(config.source)
     except InputError:
@@ -262,7 +203,7 @@ def _states_or_none(config: CorpusConfig, complete: bool) -> dict[str, list[Any]
         return None
 
 
-def file_states(source: Sequence[str]) -> dict[str, list[Any]]:
+def file_states(source: Sequence[str]) -> States:
     """Size and a checksum of samples of every source file, by path, in reading order."""
     return {f.path: [f.bytes, _sampled(f.path, f.bytes)] for f in source_files(source)}
 

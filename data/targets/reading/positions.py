@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.views import ViewReader
+from rekindle.data.views.reader import ViewReader
 
 
 def target_positions(
@@ -18,11 +18,10 @@ def target_positions(
     special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
     none.
     """
-    numbers = range(corpus.shard(shard).batch_count)
     if view is not None:
-        masked = split_lists([view.batch(shard, n, replica) for n in numbers], "positions")
+        masked = split_lists(view.batches(shard, replica), "positions")
         return [row.astype(np.int64) for row in masked]
-    batches = [corpus.shard(shard).batch(n) for n in numbers]
+    batches = [*corpus.shard(shard).batches()]
     if info.sees_clean_text:
         return [np.flatnonzero(starts >= 0) for starts in split_lists(batches, "char_starts")]
     return [np.arange(max(0, len(ids) - 1)) for ids in split_lists(batches, "input_ids")]

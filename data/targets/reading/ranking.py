@@ -7,19 +7,26 @@ not read for it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.targets.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.scalars import PositionScalars
 
 Score = Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"]
 HARD = 0.1  # nats of −log p of the true token above which a position is hard (Vega v2)
 PREDICTABLE = 10  # SALT's median is over tokens whose rank is below this
+
+
+class ScoreSettings(TypedDict, total=False):
+    """What else a score is given, see ``sequence_scores``."""
+
+    predictable: int
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,7 @@ def sequence_scores(
     """
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
-    each: list[int | None] = [replica]
-    if teacher.masked and replica is None:
-        each = list(range(teacher.replicas))
+    each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
     total, count = np.zeros(len(corpus)), np.zeros(len(corpus))
     for number in each:
         found = np.full(len(corpus), np.nan)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.columns import flat_lists, list_views
+from rekindle.data.storage.columns import ascend_within, flat_lists, list_views
 from rekindle.data.storage.commits import seconds_of
 from rekindle.data.storage.cuts import RowLists, joined
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
@@ -26,7 +25,7 @@ from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import SCALARS, TeacherInfo
-from rekindle.data.views.views import ViewReader, check_aligned
+from rekindle.data.views.reader import ViewReader, check_aligned
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
 DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
@@ -40,6 +39,13 @@ class Part:
     shards: ShardSet
     commits: dict[str, Commit]
     finished: bool  # whether it once covered all there was
+
+    @classmethod
+    def of(cls, store: Store, info: TeacherInfo) -> "Part":
+        """The part of that description, as it is now."""
+        shards = ShardSet(store, info.folder)
+        finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
+        return cls(info, shards, shards.committed(), finished)
 
     def covers(self, other: "Part") -> bool:
         """Whether it has all the units of ``other``, or had before new text came."""
@@ -56,7 +62,7 @@ class TeacherReader:
 
     def __init__(self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None):
         self.corpus, self.view = corpus, view
-        self.parts = [_part(corpus.store, info) for info in infos]
+        self.parts = [Part.of(corpus.store, info) for info in infos]
         base = self.parts[0]
         larger = [p for p in self.parts if kind_of(p.info).grows and p.covers(base)]
         self.main = max([base, *larger], key=lambda p: p.info.k or 0)
@@ -103,12 +109,7 @@ class TeacherReader:
     @property
     def masked(self) -> bool:
         """Whether there is one unit per masked replica."""
-        return self.info.view.startswith("masked-")
-
-    @property
-    def paired(self) -> bool:
-        """Whether it is shown text pairs."""
-        return self.info.view.startswith("pairs-")
+        return self.info.shown.masked
 
     @cached_property
     def replicas(self) -> int:
@@ -121,18 +122,20 @@ class TeacherReader:
         return sum(commit.bytes for part in self.parts for commit in part.commits.values())
 
     @property
+    def _commits_read(self) -> list[Commit]:
+        return [commit for part in (self.main, *self.tails) for commit in part.commits.values()]
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
-        used = [self.main, *self.tails]
-        return sum(commit.bytes for part in used for commit in part.commits.values())
+        return sum(commit.bytes for commit in self._commits_read)
 
     @property
     def seconds(self) -> float | None:
         """What the parts that are read took to compute, in seconds of one process each, the loading
         of models aside. None if not every unit recorded it: older caches did not.
         """
-        commits = [c for part in (self.main, *self.tails) for c in part.commits.values()]
-        found = [seconds_of(commit) for commit in commits]
+        found = [seconds_of(commit) for commit in self._commits_read]
         known = [seconds for seconds in found if seconds is not None]
         return sum(known) if known and len(known) == len(found) else None
 
@@ -149,7 +152,7 @@ class TeacherReader:
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
-        return unit_of(shard, replica if self.masked else None) in self.commits
+        return self.info.shown.unit(shard, replica) in self.commits
 
     def position_rows(
         self, shard: int, rows: Iterable[int], replica: int | None
@@ -158,19 +161,9 @@ class TeacherReader:
         out = []
         for row in rows:
             index, local = divmod(int(row), self.info.rows_per_batch)
-            offsets, columns = self.batch_columns(shard, index, replica)
-            out.append((slice(int(offsets[local]), int(offsets[local + 1])), columns))
+            lists, first, last = self._row_lists(shard, index, replica).cut(local)
+            out.append((slice(first, last), lists.columns))
         return out
-
-    def batch_columns(
-        self, shard: int, index: int, replica: int | None
-    ) -> tuple[NDArray[np.int32], Columns]:
-        """List offsets [R+1] and the flat columns, as they are used, of one record batch.
-
-        Checked when first touched: checksums, alignment with the corpus, ranges.
-        """
-        lists = self._row_lists(shard, index, replica)
-        return lists.offsets, lists.columns
 
     def gather(
         self,
@@ -200,10 +193,13 @@ class TeacherReader:
         return counts, joined(cuts, () if scalars else SCALARS[1:])
 
     def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
+        """The flat columns, as they are used, of one record batch.
+
+        Checked when first touched: checksums, alignment with the corpus, ranges.
+        """
         found = self._views.get((shard, index, replica))
         if found is None:
-            unit = unit_of(shard, replica if self.masked else None)
-            found = RowLists(*self._read_columns(unit, shard, index, replica))
+            found = RowLists(*self._read_columns(shard, index, replica))
             with self._evicting:
                 while self.kind.copied and len(self._views) >= DECODED_BATCHES:
                     del self._views[next(iter(self._views))]
@@ -211,16 +207,16 @@ class TeacherReader:
         return found
 
     def _read_columns(
-        self, unit: str, shard: int, index: int, replica: int | None
+        self, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
+        unit = self.info.shown.unit(shard, replica)
         what = f"{self.main.info.folder}/{unit}"
-        batch = self._batch(self.main, unit, shard, index, replica)
-        offsets, columns = kind_of(self.main.info).read(batch)
+        offsets, columns = self._read(self.main, shard, index, replica)
         if self.kind.per_sequence:
             return offsets, columns
         odds = [columns["tail_log_odds"]] if self.tails else []
         for part in self.tails:
-            there, more = kind_of(part.info).read(self._batch(part, unit, shard, index, replica))
+            there, more = self._read(part, shard, index, replica)
             same = np.array_equal(there, offsets)
             if not same or not np.array_equal(more["positions"], columns["positions"]):
                 raise CacheMismatchError(
@@ -233,12 +229,12 @@ class TeacherReader:
         self._validate(offsets, columns, shard, index, what)
         return offsets, columns
 
-    def _batch(
-        self, part: Part, unit: str, shard: int, index: int, replica: int | None
-    ) -> pa.RecordBatch:
+    def _read(
+        self, part: Part, shard: int, index: int, replica: int | None
+    ) -> tuple[NDArray[np.int32], Columns]:
         kind = kind_of(part.info)
-        batch = self._shard(part, unit, shard, replica).batch(index, not kind.codec.compressed)
-        what = f"{part.info.folder}/{unit}"
+        batch = self._shard(part, shard, replica).batch(index, not kind.codec.compressed)
+        what = f"{part.info.folder}/{self.info.shown.unit(shard, replica)}"
         check_aligned(batch, self.corpus, shard, index, what, part.info.rows_per_batch)
         if not kind.per_sequence:  # before columns of any size are decoded
             counts = np.diff(list_views(batch[kind.codec.per_position], what)[0])
@@ -247,14 +243,11 @@ class TeacherReader:
                 raise CacheFormatError(
                     f"{what}: record batch {index} has positions outside its sequences"
                 )
-        return batch
+        return kind.read(batch)
 
-    def shard_of(self, shard: int, replica: int | None) -> Shard:
+    def _shard(self, part: Part, number: int, replica: int | None) -> Shard:
         """The unit's own file, its description checked."""
-        unit = unit_of(shard, replica if self.masked else None)
-        return self._shard(self.main, unit, shard, replica)
-
-    def _shard(self, part: Part, unit: str, shard_number: int, replica: int | None) -> Shard:
+        unit = self.info.shown.unit(number, replica)
         key = (part.info.part, unit)
         if key not in self._open:
             if unit not in part.commits:
@@ -263,7 +256,7 @@ class TeacherReader:
                     "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
                 )
             replica = replica if self.masked else None
-            about = {"kind": "targets", "shard": shard_number, "replica": replica}
+            about = {"kind": "targets", "shard": number, "replica": replica}
             shard = part.shards.open(part.commits[unit], about)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
                 raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
@@ -283,18 +276,18 @@ class TeacherReader:
 
     def scalars(self, shard: int, replica: int | None) -> list[PositionScalars]:
         """The scalars of a unit, a record batch each; the targets beside them are not read."""
-        if not self.is_vocabulary:
+        if not self.info.is_vocabulary:
             raise InputError(
                 f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
-        file = self.shard_of(shard, replica)
+        file = self._shard(self.main, shard, replica)
         if self.kind.codec.compressed:
-            count = range(file.batch_count)
-            return [decode_scalars(*self.batch_columns(shard, i, replica)) for i in count]
+            lists = [self._row_lists(shard, i, replica) for i in range(file.batch_count)]
+            return [decode_scalars(each.offsets, each.columns) for each in lists]
         found = []
         for index, batch in enumerate(read_scalars(file)):
-            what = f"{self.main.info.folder}/{unit_of(shard, replica if self.masked else None)}"
+            what = f"{self.main.info.folder}/{self.info.shown.unit(shard, replica)}"
             check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
             found.append(decode_scalars(*flat_lists(batch, SCALARS)))
         return found
@@ -310,37 +303,15 @@ class TeacherReader:
         return head
 
     def _validate(
-        self,
-        offsets: NDArray[np.int32],
-        columns: Columns,
-        shard: int,
-        index: int,
-        what: str,
+        self, offsets: NDArray[np.int32], columns: Columns, shard: int, index: int, what: str
     ) -> None:
         """Positions ascend within their sequence; ids lie within the vocabulary."""
-        positions = columns["positions"].astype(np.int64)
-        counts = np.diff(offsets)
-        tokens = self.corpus.lengths(shard, index * self.info.rows_per_batch, len(counts))
+        first, count = index * self.info.rows_per_batch, len(offsets) - 1
         # A causal target is the distribution of the next token: the last one has none.
-        lengths = tokens - (self.info.task == "causal_lm")
-        limit = np.repeat(lengths, counts)
-        within = positions[offsets[0] : offsets[-1]]
-        row = np.repeat(np.arange(len(counts)), counts)
-        ascending = (np.diff(within) > 0) | (np.diff(row) > 0)
-        if (within >= limit).any() or not ascending.all():
+        lengths = self.corpus.lengths(shard, first, count) - (self.info.task == "causal_lm")
+        if not ascend_within(offsets, columns["positions"], lengths):
             raise CacheFormatError(
                 f"{what}: record batch {index} has positions outside its sequences"
             )
         for problem in self.kind.problems(columns):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
-
-    @property
-    def is_vocabulary(self) -> bool:
-        """Whether the targets are distributions over the vocabulary."""
-        return self.info.is_vocabulary
-
-
-def _part(store: Store, info: TeacherInfo) -> Part:
-    shards = ShardSet(store, info.folder)
-    finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
-    return Part(info, shards, shards.committed(), finished)

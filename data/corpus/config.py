@@ -1,0 +1,87 @@
+"""Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
+
+from typing import Literal, TypedDict, cast
+
+from pydantic import Field, field_validator
+
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.settings import Settings
+
+MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
+
+
+class CorpusConfig(Settings):
+    """Where the text comes from and how it becomes sequences."""
+
+    source: tuple[str, ...] = Field(
+        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs"
+    )
+    text_field: str = Field("text", description="the field of a record that holds its text")
+    domain_field: str | None = Field(None, description="the field that names a record's domain")
+    tokenizer: str = Field(description="the student's tokenizer: a directory or a hub id")
+    sequence_length: int = Field(
+        128,
+        ge=8,
+        le=MAX_SEQUENCE_LENGTH,
+        description="tokens per sequence, special tokens included",
+    )
+    packing: Literal["document", "contiguous"] = Field(
+        "document", description="document never crosses a document; contiguous fills every sequence"
+    )
+    limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class PackingFacts(TypedDict):
+    """All that decides the sequences but the tokenizer, as a cache records it."""
+
+    source: list[str]
+    text_field: str
+    domain_field: str | None
+    sequence_length: int
+    packing: Literal["document", "contiguous"]
+    limit_sequences: int | None
+    sequences_per_shard: int
+
+
+class TokenizerFacts(TypedDict):
+    """What a cache records of the tokenizer beside its files."""
+
+    digest: str
+    size: int
+    mask_id: int | None
+    pad_id: int
+    eos_id: int | None
+    special_ids: list[int]
+
+
+class CorpusInfo(TypedDict):
+    """What a corpus is made of: everything that decides its bytes, nothing that does not."""
+
+    config: PackingFacts
+    tokenizer: TokenizerFacts
+
+
+def describe_corpus(
+    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
+) -> CorpusInfo:
+    """Return what the corpus will be made of."""
+    values = config.model_dump(mode="json", exclude={"tokenizer"})
+    packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
+    return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """Return what a cache records of the tokenizer."""
+    return {
+        "digest": tokenizer.digest,
+        "size": tokenizer.size,
+        "mask_id": tokenizer.mask_id,
+        "pad_id": tokenizer.pad_id,
+        "eos_id": tokenizer.eos_id,
+        "special_ids": sorted(tokenizer.special_ids),
+    }

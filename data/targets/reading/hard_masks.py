@@ -1,0 +1,87 @@
+"""Masked views of what a teacher finds hard: self-evolution (Vega v2, 2022).
+
+A masked LM that sees the text as it is gives every token a loss, which the cache keeps. Here the
+tokens whose loss exceeds a threshold become the masked positions of a view like any other, so that
+students read them as they read random masks. No model is run here.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import InputError
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.masking import MaskConfig
+
+
+def hard_tokens(
+    losses: NDArray[np.float32], loss_above: float, limit: float | None = None
+) -> NDArray[np.intp]:
+    """Which of a sequence's tokens are masked, ascending, by their ``losses`` [P] in nats.
+
+    Those above ``loss_above``; with a ``limit``, at most that share of all P (but at least one),
+    the hardest first, and of equally hard ones the first.
+    """
+    hard = np.flatnonzero(losses > loss_above)
+    if limit is None:
+        return hard
+    most = max(1, int(limit * len(losses) + 1e-9))  # 0.29 · 100 is a little less than 29
+    return np.sort(hard[np.argsort(-losses[hard], kind="stable")[:most]])
+
+
+class HardMaskedView(MaskedView):
+    """The masked replica of a corpus in which one teacher's hard tokens are masked.
+
+    ``teacher`` describes a masked LM that saw the clean text of all domains; its losses are those
+    the cache keeps, to 1/1024 nat. A sequence without a hard token has no masked position. Raises
+    InputError for another kind of teacher.
+    """
+
+    def __init__(self, corpus: Corpus, config: MaskConfig, seed: int, teacher: TeacherInfo):
+        _check_teacher(teacher)
+        self.teacher = teacher
+        decides = {
+            "weights": teacher.fingerprints.get("weights"),
+            "config": teacher.fingerprints.get("config"),
+            "precision": teacher.precision,
+        }
+        # What is hard is the same every time: one replica.
+        super().__init__(corpus, config, seed, 1, {"teacher": decides})
+
+    @property
+    def share(self) -> float:
+        """How much of a sequence is masked at most."""
+        return self.config.limit or 1.0
+
+    def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions to be masked of each row of a corpus shard.
+
+        Raises CacheMismatchError where the teacher's losses are missing.
+        """
+        infos = read_parts(self.corpus.store, self.teacher.name)
+        for scalars in TeacherReader(self.corpus, infos, None).scalars(number, None):
+            losses = -scalars.gold_log_prob
+            for start, stop in pairwise(scalars.offsets):
+                part = slice(start, stop)
+                hard = hard_tokens(losses[part], self.config.loss_above, self.config.limit)
+                yield scalars.positions[part][hard]
+
+
+def _check_teacher(teacher: TeacherInfo) -> None:
+    if not teacher.sees_clean_text:
+        raise InputError(
+            f"cache.mask.teacher: {teacher.name!r} is a {teacher.task} teacher that saw "
+            f"{teacher.view}; the losses of tokens it does see come from a masked_lm teacher with "
+            "view: clean"
+        )
+    if teacher.domains is not None:
+        raise InputError(
+            f"cache.mask.teacher: {teacher.name!r} is for the domains {', '.join(teacher.domains)} "
+            "alone, so nothing would be masked in any other text; cache it with domains: null"
+        )

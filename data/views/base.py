@@ -1,0 +1,100 @@
+"""What all kinds of views share, and the questions that other code may ask of one.
+
+A view is how an example is shown to a model. Its recorded name begins with its kind: ``clean`` and
+``text`` are the corpus as it stands; ``masked-<fingerprint>`` and ``pairs-<kind>-<fingerprint>``
+are stored beside it. A fingerprint covers everything that decides a view's bytes, so equal names
+mean equal inputs. Nothing is known here of the models that are shown them.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.storage.columns import Lists
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import ShardSet, describe
+
+Lengths = NDArray[np.int64]
+ALGORITHM = 1  # raise it when masks or pairs would come out differently
+
+
+class View:
+    """One kind of view. This one stands for names of no known kind: nobody may be shown it."""
+
+    kind: ClassVar[str] = ""  # how the recorded names begin
+    tasks: ClassVar[tuple[str, ...]] = ()  # of the teachers that may be shown it
+    stored: ClassVar[bool] = False  # it has shards of its own, a row for each of the corpus's
+    masked: ClassVar[bool] = False  # it shows replicas of a sequence, each masked elsewhere
+    paired: ClassVar[bool] = False  # it shows two texts, which not every sequence has
+    fields: ClassVar[tuple[pa.Field, ...]] = ()  # its columns
+    beside: ClassVar[str] = ""  # the column whose lists are as long as those of ``input_ids``
+
+    @classmethod
+    def numbers(cls, replicas: int) -> list[int | None]:
+        """Return the numbers of a sequence's ``replicas``; None for what is shown in one way."""
+        return [*range(replicas)] if cls.masked else [None]
+
+    @classmethod
+    def unit(cls, shard: int, replica: int | None) -> str:
+        """Return the name of the unit that has this replica of a corpus shard."""
+        return unit_of(shard, replica if cls.masked else None)
+
+    @classmethod
+    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
+        """Return whether a writer of ours can have written the batch, by more than its ids.
+
+        ``lengths`` [R] are the tokens of the corpus's sequences.
+        """
+        return True
+
+
+class StoredView(View):
+    """A view with shards of its own; an instance is one view of a corpus, and can make it."""
+
+    stored = True
+    replicas = 1
+
+    def __init__(self, corpus: Corpus, seed: int, decides: Mapping[str, object], variant: str = ""):
+        self.corpus, self.seed = corpus, seed
+        self.identity = {
+            "algorithm": ALGORITHM,
+            "seed": seed,
+            "tokenizer": corpus.info["tokenizer"]["digest"],
+            **decides,
+        }
+        parts = json.dumps(self.identity, sort_keys=True).encode()
+        fingerprint = hashlib.sha256(parts).hexdigest()[:12]
+        self.name = "-".join(filter(None, (self.kind, variant, fingerprint)))
+        self.shards = ShardSet(corpus.store, f"views/{self.name}")
+
+    def build(self) -> None:
+        """Write what is missing of every replica of every corpus shard."""
+        described = self.identity | ({"replicas": self.replicas} if self.masked else {})
+        self.corpus.store.create(f"{self.shards.folder}/view.json", seal(described))
+        done = self.shards.committed()
+        for shard in range(len(self.corpus.commits)):
+            for replica in self.numbers(self.replicas):
+                unit = self.unit(shard, replica)
+                if unit not in done:
+                    about = about_unit(self.name, shard, replica) | self.identity
+                    schema = describe(list(self.fields), about)
+                    columns = self._columns(shard, replica)
+                    batches = (pa.record_batch(found, schema=schema) for found in columns)
+                    self.shards.write(unit, schema, batches)
+
+    @abstractmethod
+    def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
+        """Yield the columns of each record batch of one unit."""
+
+
+def about_unit(name: str, shard: int, replica: int | None) -> dict[str, object]:
+    """Return what a unit of the view ``name`` says of itself."""
+    about: dict[str, object] = {"kind": "view", "view": name, "shard": shard}
+    return about if replica is None else about | {"replica": replica}

@@ -1,0 +1,149 @@
+"""``pairs-<kind>-<fingerprint>``: per sequence, two texts of the corpus for sentence-pair experts
+and the student's encoding of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.storage.columns import Lists, list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.shards import rows_in_batches
+from rekindle.data.views.base import Lengths, StoredView
+from rekindle.data.views.masking import generator
+
+PairKind = Literal["adjacent", "same-document", "random"]
+Pair = tuple[str, str] | None
+
+
+class PairView(StoredView):
+    """Text pairs from the corpus for sentence-pair experts, one per sequence where possible.
+
+    ``adjacent``: two neighbouring sentences of the sequence, of one document. ``same-document``: a
+    sentence of the sequence and another sentence of the same document. ``random``: a sentence of
+    the sequence and one of another document. Partners come from the same corpus shard. A sequence
+    without a pair has nulls.
+    """
+
+    kind = "pairs"
+    tasks = ("sequence_classification", "regression")
+    paired = True
+    fields = (
+        pa.field("digest", pa.string()),
+        pa.field("text_a", pa.string()),
+        pa.field("text_b", pa.string()),
+        pa.field("input_ids", list_type(pa.int32())),
+        pa.field("token_types", list_type(pa.uint8())),
+    )
+    beside = "token_types"
+
+    def __init__(self, corpus: Corpus, pairs: PairKind, seed: int):
+        self.pairs = pairs
+        super().__init__(corpus, seed, {"pairs": pairs}, pairs)
+
+    @staticmethod
+    def pairs_of(name: str) -> str:
+        """Return the kind of pairs in the view of that recorded name."""
+        return name.removeprefix("pairs-").rpartition("-")[0]
+
+    @classmethod
+    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
+        """Return whether each row has both texts or none."""
+        return bool(batch["text_a"].is_null().equals(batch["text_b"].is_null()))
+
+    def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
+        shard = self.corpus.shard(number)
+        table = shard.table()
+        digests = table["digest"].to_pylist()
+        pairs = make_pairs(
+            [parts for batch in shard.batches() for parts in _parts(batch)],
+            table["document"].to_pylist(),
+            [generator(f"pairs/{self.pairs}", self.seed, digest) for digest in digests],
+            self.pairs,
+        )
+        length = self.corpus.info["config"]["sequence_length"]
+        for first, last in rows_in_batches(len(digests)):
+            encoded: list[tuple[Sequence[int] | NDArray[np.int32], ...]] = [
+                self.corpus.tokenizer.encode_pair(*pair, max_length=length) if pair else ([], [])
+                for pair in pairs[first:last]
+            ]
+            lists = offsets_of([len(ids) for ids, _ in encoded])
+            yield [
+                pa.array(digests[first:last], pa.string()),
+                pa.array([p and p[0] for p in pairs[first:last]], pa.string()),
+                pa.array([p and p[1] for p in pairs[first:last]], pa.string()),
+                list_array(lists, np.concatenate([np.array(i, np.int32) for i, _ in encoded])),
+                list_array(lists, np.concatenate([np.array(t, np.uint8) for _, t in encoded])),
+            ]
+
+
+def _parts(batch: pa.RecordBatch) -> list[list[str]]:
+    """Each row's text, cut where another document begins."""
+    tokens, characters = list_views(batch["char_starts"], "char_starts")
+    lists, begins = list_views(batch["document_starts"], "document_starts")
+    parts = []
+    for row, text in enumerate(batch["text"].to_pylist()):
+        first_tokens = begins[lists[row] + 1 : lists[row + 1]]
+        cuts = characters[tokens[row] + first_tokens].tolist()
+        parts.append([text[a:b] for a, b in pairwise([0, *cuts, len(text)])])
+    return parts
+
+
+def make_pairs(
+    texts: list[list[str]],
+    documents: list[str],
+    generators: list[np.random.Generator],
+    kind: PairKind,
+) -> list[Pair]:
+    """One pair of sentences per row, or None where the rows allow none.
+
+    ``texts``: each row's text, cut where another document begins; ``documents``: the document of
+    its first part. No pair of neighbours crosses documents; the other kinds use the first part.
+    """
+    split = [[[t[a:b] for a, b in split_sentences(t)] for t in parts] for parts in texts]
+    if kind == "adjacent":
+        near = [[pair for part in parts for pair in pairwise(part)] for parts in split]
+        return [
+            found[int(random.integers(len(found)))] if found else None
+            for found, random in zip(near, generators, strict=True)
+        ]
+    same = kind == "same-document"
+    return _distant_pairs([parts[0] for parts in split], documents, generators, same)
+
+
+def _distant_pairs(
+    rows: list[list[str]],
+    documents: list[str],
+    generators: list[np.random.Generator],
+    same_document: bool,
+) -> list[Pair]:
+    """A sentence of each row and any other of the same document, or of another one."""
+    sentences: list[str] = []  # of one document after another
+    starts: dict[int, int] = {}
+    lows: dict[str, int] = {}
+    highs: dict[str, int] = {}
+    for row in sorted(range(len(rows)), key=lambda row: documents[row]):
+        starts[row] = len(sentences)
+        lows.setdefault(documents[row], len(sentences))
+        sentences += rows[row]
+        highs[documents[row]] = len(sentences)
+    pairs: list[Pair] = []
+    for row, random in enumerate(generators):
+        low, high = lows[documents[row]], highs[documents[row]]
+        choices = high - low - 1 if same_document else len(sentences) - (high - low)
+        if not rows[row] or choices < 1:
+            pairs.append(None)
+            continue
+        first = starts[row] + int(random.integers(len(rows[row])))
+        other = int(random.integers(choices))
+        if same_document:
+            second = low + other + (low + other >= first)
+        else:
+            second = other + (high - low if other >= low else 0)
+        pairs.append((sentences[first], sentences[second]))
+    return pairs

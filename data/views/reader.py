@@ -1,0 +1,117 @@
+"""Reads the rows of a stored view by corpus shard (and replica), checked against the corpus."""
+
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.storage.columns import Lists, list_views
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
+from rekindle.data.views.base import about_unit
+from rekindle.data.views.registry import view_kind
+
+
+class ViewReader:
+    """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
+
+    def __init__(self, corpus: Corpus, name: str):
+        self.corpus, self.name, self.kind = corpus, name, view_kind(name)
+        self.shards = ShardSet(corpus.store, f"views/{name}")
+        self.commits: dict[str, Commit] = self.shards.committed()
+        self._open: dict[str, Shard] = {}
+        self._batches: dict[tuple[str, int], pa.RecordBatch] = {}
+        self._lists: dict[tuple[str, int, str], Lists] = {}
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are."""
+        return self.shards.folder
+
+    @cached_property
+    def replicas(self) -> int:
+        """How many replicas every corpus shard has."""
+        # Text that was added a moment ago may have no masks yet; the rest of it has.
+        every = range(len(self.corpus.commits))
+        shards = [shard for shard in every if unit_of(shard, 0) in self.commits]
+        count = 0
+        while shards and all(unit_of(shard, count) in self.commits for shard in shards):
+            count += 1
+        return count
+
+    def has(self, shard: int, replica: int | None = None) -> bool:
+        """Whether the unit is committed."""
+        return unit_of(shard, replica) in self.commits
+
+    def batch(self, shard: int, index: int, replica: int | None = None) -> pa.RecordBatch:
+        """Record batch ``index`` of one corpus shard's view."""
+        unit = unit_of(shard, replica)
+        if (unit, index) not in self._batches:
+            batch = self._shard(unit, shard, replica).batch(index)
+            check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
+            self._check_rows(batch, shard, index)
+            self._batches[unit, index] = batch
+        return self._batches[unit, index]
+
+    def batches(self, shard: int, replica: int | None = None) -> list[pa.RecordBatch]:
+        """All record batches of one corpus shard's view."""
+        count = self.corpus.shard(shard).batch_count
+        return [self.batch(shard, index, replica) for index in range(count)]
+
+    def row(self, shard: int, row: int, replica: int | None, *columns: str) -> list[NDArray]:
+        """The lists that some columns have for one row of a corpus shard, as views."""
+        index, local = divmod(row, ROWS_PER_BATCH)
+        found = []
+        for name in columns:
+            key = (unit_of(shard, replica), index, name)
+            if key not in self._lists:
+                self._lists[key] = list_views(self.batch(shard, index, replica)[name], name)
+            offsets, values = self._lists[key]
+            found.append(values[offsets[local] : offsets[local + 1]])
+        return found
+
+    def _shard(self, unit: str, shard: int, replica: int | None) -> Shard:
+        if unit not in self._open:
+            if unit not in self.commits:
+                raise CacheFormatError(
+                    f"view {self.name} has no unit {unit}; run `pipeline cache-teachers` to make it"
+                )
+            about = about_unit(self.name, shard, replica)
+            self._open[unit] = self.shards.open(self.commits[unit], about, self.kind.fields)
+        return self._open[unit]
+
+    def _check_rows(self, batch: pa.RecordBatch, shard: int, index: int) -> None:
+        """CacheFormatError for what no writer of ours would have written."""
+        offsets, ids = list_views(batch["input_ids"], "input_ids")
+        beside = list_views(batch[self.kind.beside], self.kind.beside)
+        ids = ids[offsets[0] : offsets[-1]]
+        size = self.corpus.info["tokenizer"]["size"]
+        sound = np.array_equal(offsets, beside[0]) and bool(((ids >= 0) & (ids < size)).all())
+        lengths = self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch))
+        if not sound or not self.kind.is_sound(batch, beside, lengths):
+            raise CacheFormatError(
+                f"views/{self.name}: record batch {index} of shard {shard} has ids outside the "
+                "vocabulary, positions outside its sequences or columns that do not agree"
+            )
+
+
+def check_aligned(
+    batch: pa.RecordBatch,
+    corpus: Corpus,
+    shard: int,
+    index: int,
+    what: str,
+    rows_per_batch: int = ROWS_PER_BATCH,
+) -> None:
+    """Raise CacheMismatchError unless the batch's digests are the corpus's, row by row."""
+    expected = corpus.rows(shard, index * rows_per_batch, rows_per_batch)["digest"]
+    if batch["digest"].equals(expected):
+        return
+    theirs, ours = batch["digest"].to_pylist(), expected.to_pylist()
+    row = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
+    raise CacheMismatchError(
+        f"{what}: row {row} of record batch {index} does not belong to the corpus row beside it "
+        "(their digests differ); these targets were made from another corpus"
+    )
