@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, fine_tuned
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -33,7 +33,6 @@ from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.table import Column, Table
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import TrainConfig
-from rekindle.train.record.run_folder import read_record
 
 BEST = "The best of a column stands out; held-out values are those of the last evaluation."
 
@@ -97,10 +96,8 @@ def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
     """
     found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
     for run in runs:
-        directory = Path(run.directory)
-        for path in sorted(directory.glob("**/metrics.json")):
-            for metric, split, scores in _seeds(read_record(path) or {}):
-                folder = path.parent.relative_to(directory).parts
+        for folder, metrics in fine_tuned(Path(run.directory)):
+            for metric, split, scores in _seeds(metrics):
                 found.setdefault((folder, metric, split), {})[run.name] = scores
     folders = sorted({folder for folder, _, _ in found})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))

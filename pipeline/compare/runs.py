@@ -3,7 +3,7 @@
 It reads what runs leave in their directories, finished or not, and opens no cache and no model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -235,13 +235,17 @@ def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts])
 
 def _task_scores(directory: Path) -> dict[str, float]:
     """The scores of what was fine-tuned into folders below the run, by folder and metric."""
-    scores = {}
+    return {
+        f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
+        for folder, found in fine_tuned(directory)
+        if isinstance(found.get("mean"), float) and "metric" in found
+    }
+
+
+def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
+    """The folders below a run that something was fine-tuned into, and what it came to."""
     for path in sorted(directory.glob("**/metrics.json")):
-        found = read_record(path) or {}
-        if isinstance(found.get("mean"), float) and "metric" in found:
-            task = "/".join(path.parent.relative_to(directory).parts)
-            scores[f"{task} {found['metric']}".strip()] = found["mean"]
-    return scores
+        yield path.parent.relative_to(directory).parts, read_record(path) or {}
 
 
 # --- comparing ------------------------------------------------------------------------------------

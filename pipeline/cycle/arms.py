@@ -7,7 +7,6 @@ from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
-from rekindle.pipeline.job_functions import FineTuning
 from rekindle.pipeline.processes.jobs import Job
 
 CACHE_FILE = "stage1.yaml"
@@ -80,6 +79,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     start = home / "students" / student if student else home / START_FOLDER
     after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
+    seeds = config.seeds_of_search
     tried: list[tuple[dict[str, object], Path]] = []
     for point in points:
         values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
@@ -89,7 +89,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"search {point_name(point)} {arm} on {name}",
                 stages.search,
-                (FineTuning(start, files, folder, config.seeds_of_search, one.metric), values),
+                (stages.FineTuning(start, files, folder, seeds, one.metric), values),
                 output=folder / "metrics.json",
                 after=after,
             )
@@ -98,7 +98,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     yield Job(
         f"{arm} on {name}",
         stages.fine_tune,
-        (FineTuning(start, files, out, range(config.seeds), one.metric), tried),
+        (stages.FineTuning(start, files, out, range(config.seeds), one.metric), tried),
         output=out / "metrics.json",
         after=(*after, *(searched if len(points) > 1 else ())),
     )

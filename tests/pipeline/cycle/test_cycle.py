@@ -164,7 +164,8 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr("rekindle.pipeline.cycle.run._run", lambda *_, **__: None)
+    for name in ("run_jobs", "warm_up"):
+        monkeypatch.setattr(f"rekindle.pipeline.cycle.run.{name}", lambda *_, **__: None)
 
 
 def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
