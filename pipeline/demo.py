@@ -8,7 +8,6 @@ A masked-LM teacher stands in the cache beside the experts; it teaches nobody, a
 ``pipeline inspect`` to show.
 """
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TaskSizes, write_corpus
 from rekindle.pipeline.config import RunConfig, dump_config, read_values
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.results import CycleResults
 from rekindle.pipeline.cycle.run import run_cycle
+from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
@@ -30,7 +29,7 @@ from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.stage_config import with_directories
 from rekindle.pipeline.tiny_model import make_model
-from rekindle.train.record.run_folder import goes_on, open_folder, reading
+from rekindle.train.record.run_folder import goes_on, open_folder, read_record
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
 WRITER = "rekindle demo"
@@ -101,14 +100,12 @@ def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
 
 def _look(home: Path, about: Mapping[str, object]) -> None:
     """Check that the directory is free, or holds this very demo."""
-    if goes_on(home, DEMO_FILE, "demo", resume=True):
-        with reading(home / DEMO_FILE, "give another --out"):
-            present = json.loads((home / DEMO_FILE).read_text(encoding="utf-8"))
-        if present != about:
-            raise InputError(
-                f"{home} holds another demo (of the other size, or of another version of Python or "
-                "Rekindle); give another --out, or remove it"
-            )
+    begun = goes_on(home, DEMO_FILE, "demo", resume=True)
+    if begun and read_record(home / DEMO_FILE, "give another --out") != about:
+        raise InputError(
+            f"{home} holds another demo (of the other size, or of another version of Python or "
+            "Rekindle); give another --out, or remove it"
+        )
 
 
 # --- the start model ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ torch is imported within the functions only: the process that starts the jobs ha
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.data.settings import parse_settings
@@ -58,30 +59,27 @@ def save_start(model: str, out: Path, report: Report) -> None:
     report(1)
 
 
-def search(
-    model: str,
-    task: Path,
-    out: Path,
-    seeds: range,
-    metric: str,
-    values: Mapping[str, object],
-    report: Report,
-) -> None:
+@dataclass(frozen=True)
+class FineTuning:
+    """One or more fine-tunings of the model in a directory, on the files in a ``task``'s folder."""
+
+    model: Path
+    task: Path
+    out: Path
+    seeds: range
+    metric: str | None = None
+
+
+def search(one: FineTuning, values: Mapping[str, object], report: Report) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    with new_files(out) as folder:
-        _finetune(model, task, folder / "model", seeds, metric, values)
+    with new_files(one.out) as folder:
+        _finetune(one, folder / "model", values)
         (folder / "model" / "metrics.json").rename(folder / "metrics.json")
     report(1)
 
 
 def fine_tune(
-    model: str,
-    task: Path,
-    out: Path,
-    seeds: int,
-    metric: str | None,
-    tried: Sequence[tuple[Mapping[str, object], Path]],
-    report: Report,
+    one: FineTuning, tried: Sequence[tuple[Mapping[str, object], Path]], report: Report
 ) -> None:
     """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
     metrics.json beside them, was best (the first of equals); test is scored for every seed.
@@ -90,30 +88,24 @@ def fine_tune(
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         values = tried[means.index(max(means))][0]
-    _finetune(model, task, out, range(seeds), metric, values, test=str(task / "test.jsonl"))
+    _finetune(one, one.out, values, test=str(one.task / "test.jsonl"))
     report(1)
 
 
 def _finetune(
-    model: str,
-    task: Path,
-    out: Path,
-    seeds: range,
-    metric: str | None,
-    values: Mapping[str, object],
-    test: str | None = None,
+    one: FineTuning, out: Path, values: Mapping[str, object], test: str | None = None
 ) -> None:
     from rekindle.train.finetune.config import FinetuneConfig
     from rekindle.train.finetune.run import finetune
 
     finetune(
-        model,
-        str(task / "train.jsonl"),
-        str(task / "dev.jsonl"),
+        str(one.model),
+        str(one.task / "train.jsonl"),
+        str(one.task / "dev.jsonl"),
         str(out),
-        seeds=len(seeds),
-        first_seed=seeds.start,
-        metric=metric,
+        seeds=len(one.seeds),
+        first_seed=one.seeds.start,
+        metric=one.metric,
         test=test,
         config=parse_settings(FinetuneConfig, dict(values), "finetune"),
     )

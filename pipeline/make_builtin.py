@@ -210,7 +210,8 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    job_functions.fine_tune(str(model), task, out, 1, None, [(values, out)], report)
+    one = job_functions.FineTuning(model, task, out, range(1))
+    job_functions.fine_tune(one, [(values, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

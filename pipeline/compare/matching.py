@@ -10,7 +10,6 @@ also where other runs of the cache share those teachers. Nothing is interpolated
 has the loss of its last evaluation that had cost no more.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,10 +41,6 @@ class Curve:
         """Whether there are evaluations, each of a known cost."""
         return bool(self.points) and None not in [self.cost(point) for point in self.points]
 
-    def at_step(self, step: int) -> Point | None:
-        """The evaluation after so many steps."""
-        return next((point for point in self.points if point.step == step), None)
-
     def within(self, cost: float) -> Point | None:
         """The last evaluation that had cost no more; None where the first had cost more."""
         costs = [(self.cost(point), point) for point in self.points]
@@ -65,8 +60,9 @@ def match_steps(curves: Sequence[Curve]) -> list[Match]:
     common = [{point.step for point in curve.points} for curve in curves if curve.points]
     if len(common) < 2:
         return []
+    by_step = [{point.step: point for point in curve.points} for curve in curves]
     steps = sorted(set.intersection(*common))
-    return [Match(step, [curve.at_step(step) for curve in curves]) for step in steps]
+    return [Match(step, [points.get(step) for points in by_step]) for step in steps]
 
 
 def match_cost(curves: Sequence[Curve]) -> list[Match]:
@@ -81,18 +77,6 @@ def match_cost(curves: Sequence[Curve]) -> list[Match]:
         Match(cost, [curve.within(cost) if curve.known else None for curve in curves])
         for cost in costs
     ]
-
-
-def lowest(match: Match) -> list[int]:
-    """The numbers of the runs with the lowest loss; none where there is one run, or all agree."""
-    losses = {
-        number: point.loss
-        for number, point in enumerate(match.points)
-        if point is not None and math.isfinite(point.loss)
-    }
-    if len(set(losses.values())) < 2:
-        return []
-    return [number for number, loss in losses.items() if loss == min(losses.values())]
 
 
 def thinned(matches: Sequence[Match], most: int) -> list[Match]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, read_json
+from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, fine_tuned
 from rekindle.pipeline.compare.tables import (
     cost_tables,
     domain_tables,
@@ -50,28 +50,30 @@ def comparison_page(
     ``lines`` are the names of all lines of the pictures in their order, if others than the runs
     have any.
     """
-    runs = _runs(comparison)
     names = [run.name for run in comparison.runs]
     lines = lines or names
     samples = [lines.index(name) for name in names]
-    records = {run.name: folder.records for run, folder in runs}
+    records = {name: one.records for name, one in zip(names, comparison.folders, strict=True)}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
-    caches = _caches(runs)
+    caches = _caches(comparison.folders)
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
     }
+    columns = [Column("run", names), *result_columns(comparison, scores=False)]
+    marked = any(column.best for column in columns)
     own_scores = scores_section(names, read_scores(comparison.runs))
-    more = [*step_tables(comparison), *domain_tables(comparison)]
+    warnings = [note[:1].upper() + note[1:] for note in comparison.notes]
+    more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     return Page(
         title="Students of one corpus",
         lead=_lead(comparison),
         sections=[
-            Section("Runs", [_runs_table(comparison, samples)]),
+            Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
             settings_section(names, differing),
-            losses_section(curves, more, _capital(comparison.notes)),
+            losses_section(curves, more, warnings),
             scores or own_scores,
-            _cost_section(runs, caches, cost_tables(comparison), samples),
+            _cost_section(comparison, caches, samples),
             cache_section(list(caches.values())),
         ],
     )
@@ -85,25 +87,7 @@ def _lead(comparison: Comparison) -> str:
     return f"{count}, {done}. The corpus has the fingerprint {comparison.corpus[:12]}."
 
 
-def _capital(notes: Sequence[str]) -> list[str]:
-    return [note[:1].upper() + note[1:] for note in notes]
-
-
-def _runs_table(comparison: Comparison, samples: Sequence[int]) -> Table:
-    names = Column("run", [run.name for run in comparison.runs])
-    columns = [names, *result_columns(comparison, scores=False)]
-    marked = any(column.best for column in columns)
-    return Table("", columns, BEST if marked else "", samples)
-
-
 # --- what the pictures need -----------------------------------------------------------------------
-
-
-Run = tuple[RunFacts, RunFolder]  # what it came to, and where that is from
-
-
-def _runs(comparison: Comparison) -> list[Run]:
-    return list(zip(comparison.runs, comparison.folders, strict=True))
 
 
 def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
@@ -112,10 +96,8 @@ def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
     """
     found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
     for run in runs:
-        directory = Path(run.directory)
-        for path in sorted(directory.glob("**/metrics.json")):
-            for metric, split, scores in _seeds(read_json(path) or {}):
-                folder = path.parent.relative_to(directory).parts
+        for folder, metrics in fine_tuned(Path(run.directory)):
+            for metric, split, scores in _seeds(metrics):
                 found.setdefault((folder, metric, split), {})[run.name] = scores
     folders = sorted({folder for folder, _, _ in found})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
@@ -142,14 +124,14 @@ def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
 # --- caches and costs -----------------------------------------------------------------------------
 
 
-def _caches(runs: Sequence[Run]) -> dict[str, KnownCache]:
+def _caches(runs: Sequence[RunFolder]) -> dict[str, KnownCache]:
     """Every cache that a run has read, by its path."""
     teachers: dict[str, dict[str, str]] = {}
     corpora: dict[str, str] = {}
-    for _, folder in runs:
-        if path := folder.cache.get("path"):
-            teachers.setdefault(path, {}).update(folder.cache["teachers"])
-            corpora[path] = folder.cache["corpus"]
+    for run in runs:
+        if path := run.cache.get("path"):
+            teachers.setdefault(path, {}).update(run.cache["teachers"])
+            corpora[path] = run.cache["corpus"]
     return {path: find_cache(path, corpora[path], teachers[path]) for path in corpora}
 
 
@@ -157,57 +139,48 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
     """What the runs' one cache holds, and what a student with teachers costs with it and without;
     None where that is not known.
     """
-    runs = _runs(comparison)
-    caches = _caches(runs)
+    caches = _caches(comparison.folders)
     known = [cache.facts for cache in caches.values()]
-    cost, _ = typical_cost(*_costs(runs, caches))
+    cost, _ = typical_cost(*_costs(comparison, caches))
     return known[0] if len(known) == 1 else None, cost
 
 
 def _cost_section(
-    runs: Sequence[Run],
-    caches: Mapping[str, KnownCache],
-    tables: Sequence[Table],
-    samples: Sequence[int],
+    comparison: Comparison, caches: Mapping[str, KnownCache], samples: Sequence[int]
 ) -> Section:
-    once, students = _costs(runs, caches)
+    once, students = _costs(comparison, caches)
     cost, note = typical_cost(once, students)
     notes = [note, ESTIMATED] if cost is not None else [note]
-    return cost_section(once, students, cost, notes, tables, samples)
+    return cost_section(once, students, cost, notes, cost_tables(comparison), samples)
 
 
 def _costs(
-    runs: Sequence[Run], caches: Mapping[str, KnownCache]
+    comparison: Comparison, caches: Mapping[str, KnownCache]
 ) -> tuple[dict[str, float | None], list[StudentCost]]:
     """Each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
-    for run, folder in runs:
-        seconds = folder.cache.get("teacher_seconds") or {}
-        labels = {name: _label(name, folder, caches) for name in folder.cache["teachers"]}
+    for run, one in zip(comparison.runs, comparison.folders, strict=True):
+        seconds = one.cache.get("teacher_seconds") or {}
+        # Where there are several caches, a teacher is called by its cache's name as well.
+        where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
+        labels = {name: f"{name}{where}" for name in one.cache["teachers"]}
         once |= {label: seconds.get(name) for name, label in labels.items()}
-        live = _live_seconds(folder, caches)
+        live = _live_seconds(one, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
     return once, students
 
 
-def _label(teacher: str, folder: RunFolder, caches: Mapping[str, KnownCache]) -> str:
-    """A teacher's name, with its cache's where there are several."""
-    if len(caches) < 2:
-        return teacher
-    return f"{teacher} ({Path(folder.cache['path']).name})"
-
-
-def _live_seconds(folder: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
+def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
     """The estimate of what the run's teachers would take live beside it; None where unknown."""
-    cache = caches.get(folder.cache.get("path", ""))
-    names = list(folder.cache["teachers"])
+    cache = caches.get(run.cache.get("path", ""))
+    names = list(run.cache["teachers"])
     if not names:
         return 0.0
     if cache is None or cache.facts is None:
         return None
     try:
-        train = parse_settings(TrainConfig, folder.settings["train"], "train")
+        train = parse_settings(TrainConfig, run.settings["train"], "train")
         sequences = {name: taught_sequences(train, name) for name in names}
     except InputError:  # of another version
         return None

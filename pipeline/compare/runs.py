@@ -3,11 +3,8 @@
 It reads what runs leave in their directories, finished or not, and opens no cache and no model.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,12 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.nested import for_json
+from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
 from rekindle.pipeline.sweep.run import read_sweep
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.record.run_folder import reading
+from rekindle.train.record.run_folder import read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -53,16 +51,14 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's directory, and what it is: its student and train sections, and the cache it reads."""
+    """A run's directory, and what it is: its student and train sections, the cache it reads, and
+    the records of its steps.
+    """
 
     directory: Path
     settings: dict[str, Facts]
     cache: Facts
-
-    @cached_property
-    def records(self) -> list[Facts]:
-        """What it has logged so far."""
-        return read_metrics(self.directory)
+    records: list[Facts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Comparison:
 
     ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
     losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
-    not be compared.
+    not be compared. ``folders``: what the runs were read from, in their order.
     """
 
     corpus: str
@@ -84,7 +80,7 @@ class Comparison:
     folders: list[RunFolder]
 
     def as_dict(self) -> object:
-        """Everything as plain values for JSON; what is no number is null."""
+        """Everything but the folders as plain values for JSON; what is no number is null."""
         values = asdict(replace(self, folders=[]))
         del values["folders"]
         return for_json(values)
@@ -104,10 +100,10 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
     differing = differences([one.settings for one in found])
-    runs = []
-    for number, (one, name) in enumerate(zip(found, names, strict=True)):
-        settings = {key: values[number] for key, values in differing.items()}
-        runs.append(_read_run(one, name, settings))
+    runs = [
+        _read_run(one, name, {key: values[number] for key, values in differing.items()})
+        for number, (one, name) in enumerate(zip(found, names, strict=True))
+    ]
     positions, teachers = _position_notes(found, differing), _teacher_notes(found)
     curves = [] if positions else [run.curve for run in runs]
     return Comparison(
@@ -156,17 +152,17 @@ def _find(directories: Sequence[Path]) -> list[RunFolder]:
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
-    return path.is_file() and (read_json(path) or {}).get("written_by") == CYCLE_WRITER
+    return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
 
 
 def _open_run(directory: Path) -> RunFolder | None:
-    about = read_json(directory / "run.json")
+    about = read_record(directory / "run.json")
     if about is None:
         return None
     with reading(directory / "run.json"):
         settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return RunFolder(directory, settings, cache)
+    return RunFolder(directory, settings, cache, read_metrics(directory))
 
 
 def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFolder:
@@ -201,7 +197,7 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
 
 
 def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFacts:
-    summary = read_json(one.directory / "summary.json") or {}
+    summary = read_record(one.directory / "summary.json") or {}
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
@@ -210,7 +206,7 @@ def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFact
         name=name,
         directory=str(one.directory),
         finished=bool(summary),
-        steps=int(summary.get("steps") or (steps[-1]["step"] if steps else 0)),
+        steps=summary.get("steps") or (steps[-1]["step"] if steps else 0),
         planned_steps=one.settings["train"]["steps"],
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
@@ -239,21 +235,17 @@ def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts])
 
 def _task_scores(directory: Path) -> dict[str, float]:
     """The scores of what was fine-tuned into folders below the run, by folder and metric."""
-    scores = {}
+    return {
+        f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
+        for folder, found in fine_tuned(directory)
+        if isinstance(found.get("mean"), float) and "metric" in found
+    }
+
+
+def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
+    """The folders below a run that something was fine-tuned into, and what it came to."""
     for path in sorted(directory.glob("**/metrics.json")):
-        found = read_json(path) or {}
-        if isinstance(found.get("mean"), float) and "metric" in found:
-            task = "/".join(path.parent.relative_to(directory).parts)
-            scores[f"{task} {found['metric']}".strip()] = found["mean"]
-    return scores
-
-
-def read_json(path: Path) -> Facts | None:
-    """A file that a command has left; None where there is none. Raises CheckpointError."""
-    if not path.exists():
-        return None
-    with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        yield path.parent.relative_to(directory).parts, read_record(path) or {}
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -319,16 +311,12 @@ def values_of(run: RunFacts) -> dict[str, float]:
 
 def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
     """The best finished runs for each value that several have, and not all the same."""
-    columns: dict[str, dict[str, float]] = {}
-    for run in runs:
-        for name, value in values_of(run).items():
-            judged = evaluations or name not in run.evaluation
-            if run.finished and judged and math.isfinite(value):
-                columns.setdefault(name, {})[run.name] = value
+    finished = [run for run in runs if run.finished]
+    left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     best = {}
-    for name, values in columns.items():
-        choose: Callable[..., float] = max if is_higher_better(name) else min
-        if len(set(values.values())) > 1:
-            top = choose(values.values())
-            best[name] = [run for run, value in values.items() if value == top]
+    for name in dict.fromkeys(name for run in finished for name in values_of(run)):
+        values = [values_of(run).get(name) for run in finished]
+        rows = best_rows(values, max if is_higher_better(name) else min)
+        if rows and name not in left_out:
+            best[name] = [finished[row].name for row in sorted(rows)]
     return best

@@ -8,7 +8,7 @@ import yaml
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
-from rekindle.pipeline.compare.matching import Match, lowest, thinned
+from rekindle.pipeline.compare.matching import Match, thinned
 from rekindle.pipeline.compare.runs import (
     SCORES,
     Comparison,
@@ -17,7 +17,7 @@ from rekindle.pipeline.compare.runs import (
     compare_runs,
     values_of,
 )
-from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, formatted
 from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
@@ -62,11 +62,6 @@ def result_columns(comparison: Comparison, scores: bool = True) -> list[Column]:
     return shown
 
 
-def sections_of(comparison: Comparison) -> list[Table]:
-    """The tables below the first one: losses at equal steps, at equal cost, and by domain."""
-    return [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison)]
-
-
 def step_tables(comparison: Comparison) -> list[Table]:
     """Losses at equal steps, where the last evaluations are not all there is to compare."""
     names = [run.name for run in comparison.runs]
@@ -96,6 +91,7 @@ def _matched(
     names: Sequence[str], matches: Sequence[Match], title: str, form: str, steps: bool = False
 ) -> list[Column]:
     shown = thinned(matches, _MOST_MATCHES)
+    lowest = [best_rows([p.loss if p else None for p in match.points], min) for match in shown]
     columns = [Column(title, [form.format(match.at) for match in shown])]
     for number, name in enumerate(names):
         points = [match.points[number] for match in shown]
@@ -103,22 +99,20 @@ def _matched(
             NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
             for p in points
         ]
-        best = frozenset(row for row, match in enumerate(shown) if number in lowest(match))
+        best = frozenset(row for row, runs in enumerate(lowest) if number in runs)
         columns.append(Column(name, cells, best))
     return columns
 
 
-def _domain_table(matrix: DomainMatrix) -> Table:
+def domain_tables(matrix: DomainMatrix) -> list[Table]:
+    """Perplexity by domain, where runs have evaluated it."""
+    if not matrix.runs:
+        return []
     columns = [Column("run", matrix.runs, words=True)]
     for number, name in enumerate(matrix.domains):
         cells = [formatted(values[number], "{:,.2f}") for values in matrix.perplexity]
         columns.append(Column(name, cells))
-    return Table("held-out perplexity by domain, at the last evaluation", columns)
-
-
-def domain_tables(comparison: Comparison) -> list[Table]:
-    """Perplexity by domain, where runs have evaluated it."""
-    return [_domain_table(comparison.domains)] if comparison.domains.runs else []
+    return [Table("held-out perplexity by domain, at the last evaluation", columns)]
 
 
 def domain_matrix(runs: Sequence[Path]) -> str:
@@ -128,10 +122,9 @@ def domain_matrix(runs: Sequence[Path]) -> str:
 
     Raises as ``compare_runs`` does, but for different corpora.
     """
-    matrices = [compare_runs(group).domains for group in by_corpus(runs)]
-    return "\n".join(
-        line for one in matrices if one.runs for line in text_lines(_domain_table(one), WIDEST)
-    )
+    groups = [compare_runs(group) for group in by_corpus(runs)]
+    tables = [table for one in groups for table in domain_tables(one.domains)]
+    return "\n".join(line for table in tables for line in text_lines(table, WIDEST))
 
 
 def _settings(runs: list[RunFacts]) -> Iterable[Column]:
@@ -187,5 +180,6 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     notes = [f" note: {note}" for note in comparison.notes]
     if any(column.best for column in columns):
         notes.append(" * the best of the runs")
-    below = [line for s in sections_of(comparison) for line in ("", *text_lines(s, width))]
+    more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]
+    below = [line for table in more for line in ("", *text_lines(table, width))]
     return "\n".join([*lines, *notes, *below])

@@ -37,11 +37,6 @@ def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]
     return found
 
 
-def result_folder(home: Path, arm: Arm, task: str) -> Path:
-    """What ``arm`` leaves of ``task``."""
-    return home / folder_of(arm, task)
-
-
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
     start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
@@ -81,9 +76,10 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     """The search, and the fine-tunings that are compared, with what it has chosen."""
     name, points = one.task.name, config.search_points()
     student = student_of(arm, name)
-    start = str(home / "students" / student if student else home / START_FOLDER)
+    start = home / "students" / student if student else home / START_FOLDER
     after = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
+    seeds = config.seeds_of_search
     tried: list[tuple[dict[str, object], Path]] = []
     for point in points:
         values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
@@ -93,16 +89,16 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             yield Job(
                 f"search {point_name(point)} {arm} on {name}",
                 stages.search,
-                (start, files, folder, config.seeds_of_search, one.metric, values),
+                (stages.FineTuning(start, files, folder, seeds, one.metric), values),
                 output=folder / "metrics.json",
                 after=after,
             )
     searched = tuple(f"search {point_name(p)} {arm} on {name}" for p in points)
-    out = result_folder(home, arm, name)
+    out = home / folder_of(arm, name)
     yield Job(
         f"{arm} on {name}",
         stages.fine_tune,
-        (start, files, out, config.seeds, one.metric, tried),
+        (stages.FineTuning(start, files, out, range(config.seeds), one.metric), tried),
         output=out / "metrics.json",
         after=(*after, *(searched if len(points) > 1 else ())),
     )

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
 from rekindle.train.finetune.result import WRITER, FinetuneResult
+from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
 LONGER = "longer"  # the start model, fine-tuned with twice the epochs
@@ -52,9 +53,9 @@ class FineTuned(FinetuneResult):
         return [one.seed for one in self.per_seed]
 
     @property
-    def dev(self) -> list[dict[str, float]]:
-        """Scores on dev by metric."""
-        return [one.scores for one in self.per_seed]
+    def dev(self) -> list[float]:
+        """The main metric on dev, whose mean over seeds the search maximises."""
+        return [one.scores[self.metric] for one in self.per_seed]
 
     @property
     def test(self) -> list[dict[str, float]]:
@@ -69,6 +70,10 @@ class FineTuned(FinetuneResult):
             return [self.metric, _SECOND[self.metric]]
         two_classes = len(self.label_names) == 2
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
+
+    def point(self, grid: Grid) -> tuple[object, ...]:
+        """What it has of the settings that are searched."""
+        return tuple(self.config.get(key) for key in grid)
 
     @property
     def budget(self) -> dict[str, object]:
@@ -86,15 +91,7 @@ def folder_of(arm: str, task: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None without a file. CheckpointError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged (it is no object); {_AGAIN}")
-    return values
+    return read_record(path, _AGAIN, _refuse)
 
 
 def _refuse(constant: str) -> None:
@@ -123,11 +120,11 @@ def _checked(one: FineTuned) -> FineTuned:
     """What can be seen of one result alone: each seed once, each with all scores, the best kept."""
     if not one.seeds or len(set(one.seeds)) != len(one.seeds):
         raise ValueError(f"seeds {one.seeds}")
-    for scores in [*one.dev, *one.test]:
+    for scores in [*(seed.scores for seed in one.per_seed), *one.test]:
         for metric in one.shown:
             if not math.isfinite(scores[metric]):
                 raise ValueError(f"{metric} is {scores[metric]}")
-    dev = dict(zip(one.seeds, (scores[one.metric] for scores in one.dev), strict=True))
+    dev = dict(zip(one.seeds, one.dev, strict=True))
     if dev[one.best_seed] < max(dev.values()):
         raise ValueError(f"seed {one.best_seed} is kept, and is not the best on dev")
     return one
@@ -136,13 +133,10 @@ def _checked(one: FineTuned) -> FineTuned:
 def check_together(out: Path, found: Sequence[FineTuned], searched: Sequence[str] = ()) -> None:
     """Raise CheckpointError where results of one task may not be compared, naming two of them."""
     for other in found[1:]:
-        first = _terms(found[0], searched)
-        for key, value in _terms(other, searched).items():
-            if value != first.get(key):
-                refuse(out, found[0], other, key, first.get(key), value)
-        if missing := set(first) - set(_terms(other, searched)):
-            key = min(missing)
-            refuse(out, found[0], other, key, first[key], None)
+        one, two = _terms(found[0], searched), _terms(other, searched)
+        for key in {**two, **one}:
+            if one.get(key) != two.get(key, ...):
+                refuse(out, found[0], other, key, one.get(key), two.get(key))
 
 
 def refuse(
@@ -208,7 +202,7 @@ def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
         one = read_finetuned(out, str(folder.relative_to(out)), arm, task)
         if one is None:
             continue
-        point = tuple(one.budget.get(key) for key in grid)
+        point = one.point(grid)
         if point not in points or points.index(point) in found:
             raise CheckpointError(
                 f"{folder} has tried {_told(grid, point)}, which is not of this search or is there "
@@ -234,14 +228,14 @@ def check_search(
                     refuse(out, one, other, split, one.splits.get(split), other.splits.get(split))
     points = points_of(grid)
     for arm, one in final.items() if len(points) > 1 else ():
-        dev = {tuple(t.budget.get(k) for k in grid): dev_mean(t) for t in tried if t.arm == arm}
+        dev = {other.point(grid): fmean(other.dev) for other in tried if other.arm == arm}
         if missing := [point for point in points if point not in dev]:
             raise CheckpointError(
                 f"{out / one.folder} is there, but its search in {out / 'search' / arm / one.task} "
                 f"lacks {_told(grid, missing[0])}: without it arms are not searched alike; remove "
                 "the first and resume"
             )
-        taken = tuple(one.budget.get(key) for key in grid)
+        taken = one.point(grid)
         if dev.get(taken, float("-inf")) < max(dev.values()) - _EQUAL:
             raise CheckpointError(
                 f"{out / one.folder} has {_told(grid, taken)}, which is not what its search in "
@@ -253,20 +247,12 @@ def searched_of(
     arm: str, task: str, grid: Grid, tried: Sequence[FineTuned], final: FineTuned | None
 ) -> Searched:
     """An arm's search on a task, as it is told."""
-    points = [
-        Tried(_settings(grid, one), one.seeds, [s[one.metric] for s in one.dev], dev_mean(one))
-        for one in tried
-    ]
+    points = [Tried(_settings(grid, one), one.seeds, one.dev, fmean(one.dev)) for one in tried]
     return Searched(arm, task, points, _settings(grid, final) if final else None)
 
 
-def dev_mean(one: FineTuned) -> float:
-    """The mean over seeds of the main metric on dev, which the search maximises."""
-    return fmean(scores[one.metric] for scores in one.dev)
-
-
 def _settings(grid: Grid, one: FineTuned) -> dict[str, object]:
-    return {key: one.config.get(key) for key in grid}
+    return dict(zip(grid, one.point(grid), strict=True))
 
 
 def _told(grid: Grid, point: Sequence[object]) -> str:

@@ -89,14 +89,10 @@ def _read(task: CycleTask, seed: int) -> TaskFiles:
             "expert on single texts is shown single texts: leave pairs out"
         )
     pairs = (task.pairs or "adjacent") if train.pairs is not None else None
-    digests = {path: _digest(path) for path in paths}
+    digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
     files = TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
     _check_classes(files)
     return files
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_classes(files: TaskFiles) -> None:

@@ -1,12 +1,10 @@
 """What must be said beside the tables of a cycle: what its numbers are of, and what not."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeGuard
+from collections.abc import Collection, Mapping, Sequence
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED, ArmScores, main_scores
+from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.report.significance import Difference
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
@@ -15,48 +13,35 @@ _SURE = 0.05  # adjusted p below which a difference counts as more than chance
 FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the notes are made from. ``metrics``: by task; ``missing``: arms and tasks;
-    ``overlaps``: examples of test that train has, by task.
-    """
-
-    metrics: Mapping[str, str]
-    found: Mapping[tuple[str, str], FineTuned]
-    missing: Sequence[tuple[str, str]]
-    scores: Sequence[ArmScores]
-    differences: Sequence[Difference]
-    searched: Sequence[Searched]
-    overlaps: Mapping[str, int] = field(default_factory=dict)
-
-
-def notes_of(told: Told) -> list[str]:
-    """The notes, those first that say what is not there."""
-    if not told.found:
-        return [*_missing(told), f"{UNFINISHED}: nothing is fine-tuned yet"]
-    return [
-        *_missing(told),
-        *_guidance(told.differences),
-        *_tests(told.differences),
-        *_without_test(told.differences),
-        *_seeds(told),
-        *_selected(told),
-        *_longer(told),
-        *_overlaps(told.overlaps),
-        *_searched(told.searched),
-        *_versions(list(told.found.values())),
+def notes_of(results: CycleResults, found: Mapping[tuple[str, str], FineTuned]) -> list[str]:
+    """The notes, those first that say what is not there. ``found``: by arm and task."""
+    missing = _missing(results, found)
+    if not found:
+        return [*missing, f"{UNFINISHED}: nothing is fine-tuned yet"]
+    notes = [
+        *missing,
+        *_guidance(results.differences),
+        *_tests(results.differences),
+        *_seeds(len(next(iter(found.values())).seeds)),
+        *_selected(results),
     ]
+    if any(arm == LONGER for arm, _ in found):
+        notes.append(
+            f"{LONGER}: fine-tuned with twice the epochs; all other arms had the same budget"
+        )
+    tasks = [task for task in results.tasks if task.test_in_train]
+    if shared := ", ".join(f"{task.test_in_train:,} of {task.name}" for task in tasks):
+        notes.append(f"test examples whose text is also in train: {shared}")
+    return [*notes, *_searched(results.searched), *_versions(list(found.values()))]
 
 
-def _missing(told: Told) -> list[str]:
-    if not told.missing:
-        return []
-    arms: dict[str, list[str]] = {}
-    for arm, task in told.missing:
-        arms.setdefault(arm, []).append(task)
-    listed = "; ".join(f"{arm} on {', '.join(tasks)}" for arm, tasks in arms.items())
-    means = ": these arms have no mean over tasks" if len(told.metrics) > 1 else ""
-    return [f"{UNFINISHED}, not there yet: {listed}{means}"]
+def _missing(results: CycleResults, found: Collection[tuple[str, str]]) -> list[str]:
+    tasks = {
+        arm: [name for name in results.metrics if (arm, name) not in found] for arm in results.arms
+    }
+    listed = "; ".join(f"{arm} on {', '.join(names)}" for arm, names in tasks.items() if names)
+    means = ": these arms have no mean over tasks" if len(results.tasks) > 1 else ""
+    return [f"{UNFINISHED}, not there yet: {listed}{means}"] if listed else []
 
 
 def _guidance(differences: Sequence[Difference]) -> list[str]:
@@ -91,29 +76,23 @@ def _is_gain(one: Difference) -> bool:
 
 
 def _tests(differences: Sequence[Difference]) -> list[str]:
-    counts = Counter(one.against for one in differences if one.p is not None)
-    if not counts:
-        return []
-    listed = ", ".join(f"{count} against {against}" for against, count in counts.items())
-    means = " and on the mean over tasks" if any(o.task == MEAN for o in differences) else ""
-    across = ", not across these groups" if len(counts) > 1 else ""
-    return [
-        f"{counts.total()} paired t-tests were made (two-sided, by seed, on each task's main "
-        f"metric{means}): {listed}; p is adjusted by Holm's method over all tests against the same "
-        f"arm{across}; the intervals are not adjusted"
-    ]
+    notes = []
+    if counts := Counter(one.against for one in differences if one.p is not None):
+        listed = ", ".join(f"{count} against {against}" for against, count in counts.items())
+        means = " and on the mean over tasks" if any(o.task == MEAN for o in differences) else ""
+        across = ", not across these groups" if len(counts) > 1 else ""
+        notes.append(
+            f"{counts.total()} paired t-tests were made (two-sided, by seed, on each task's main "
+            f"metric{means}): {listed}; p is adjusted by Holm's method over all tests against the "
+            f"same arm{across}; the intervals are not adjusted"
+        )
+    if equal := [one for one in differences if one.p is None and one.n > 1]:
+        listed = ", ".join(f"{one.arm} − {one.against} on {one.task}" for one in equal)
+        notes.append(f"the same difference with every seed, so that no test can be made: {listed}")
+    return notes
 
 
-def _without_test(differences: Sequence[Difference]) -> list[str]:
-    equal = [one for one in differences if one.p is None and one.n > 1]
-    if not equal:
-        return []
-    listed = ", ".join(f"{one.arm} − {one.against} on {one.task}" for one in equal)
-    return [f"the same difference with every seed, so that no test can be made: {listed}"]
-
-
-def _seeds(told: Told) -> list[str]:
-    seeds = len(next(iter(told.found.values())).seeds)
+def _seeds(seeds: int) -> list[str]:
     few = f"fewer than {FEWEST_SEEDS} seeds: " if seeds < FEWEST_SEEDS else ""
     if seeds == 1:
         return [f"{few}one fine-tuning of each arm; nothing is known of their spread"]
@@ -125,9 +104,9 @@ def _seeds(told: Told) -> list[str]:
     ]
 
 
-def _selected(told: Told) -> list[str]:
+def _selected(results: CycleResults) -> list[str]:
     """Students of a selected teacher start from more than the mean expert has."""
-    main = main_scores(told.scores, told.metrics)
+    main = results.main
     if not any(arm == SELECTED for arm, _ in main):
         return []
     notes = [
@@ -135,27 +114,15 @@ def _selected(told: Told) -> list[str]:
         f"a selected one: a gain over the mean of {EXPERT} includes that selection. "
         f"`{SELECTED}` is the test score of that one, without an interval"
     ]
-    arms = dict.fromkeys(one.arm for one in told.scores if one.arm != SELECTED)
-    for arm in arms:
+    for arm in results.arms:
         gains = [
             f"{100 * (main[arm, task].mean - main[SELECTED, task].mean):+.2f} on {task}"
-            for task in (*told.metrics, MEAN)
+            for task in (*results.metrics, MEAN)
             if (arm, task) in main and (SELECTED, task) in main
         ]
         if gains:
             notes.append(f"mean of {arm} − {SELECTED}, in points: {', '.join(gains)}")
     return notes
-
-
-def _longer(told: Told) -> list[str]:
-    if not any(arm == LONGER for arm, _ in told.found):
-        return []
-    return [f"{LONGER}: fine-tuned with twice the epochs; all other arms had the same budget"]
-
-
-def _overlaps(overlaps: Mapping[str, int]) -> list[str]:
-    listed = ", ".join(f"{count:,} of {task}" for task, count in overlaps.items())
-    return [f"test examples whose text is also in train: {listed}"] if listed else []
 
 
 def _searched(searched: Sequence[Searched]) -> list[str]:
@@ -178,21 +145,14 @@ def _searched(searched: Sequence[Searched]) -> list[str]:
 def _at_edge(one: Searched) -> bool:
     """Whether a number that was chosen is the smallest or largest of three or more."""
     for key, value in (one.chosen or {}).items():
-        values = (point.settings[key] for point in one.tried)
-        tried = {value for value in values if _is_number(value)}
+        values = [point.settings[key] for point in one.tried]
+        tried = [v for v in set(values) if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(tried) > 2 and value in (min(tried), max(tried)):
             return True
     return False
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _versions(found: Sequence[FineTuned]) -> list[str]:
-    differing = sorted(
-        name
-        for name in {name for one in found for name in one.versions}
-        if len({one.versions.get(name) for one in found}) > 1
-    )
+    names = {name for one in found for name in one.versions}
+    differing = sorted(n for n in names if len({one.versions.get(n) for one in found}) > 1)
     return [f"not all fine-tuned with the same {', '.join(differing)}"] if differing else []

@@ -12,8 +12,8 @@ from rekindle.pipeline.cycle.config import ARMS, CycleConfig
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
 from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL
-from rekindle.pipeline.cycle.results import CycleResults, TaskFacts, read_results
-from rekindle.pipeline.cycle.scores import MEAN
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.tables import as_text, own_tables
 from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
@@ -72,11 +72,7 @@ def _sentence(note: str) -> str:
 
 
 def _task_scores(results: CycleResults, task: TaskFacts) -> TaskScores:
-    scores = {
-        one.arm: one.scores
-        for one in results.scores
-        if (one.task, one.metric) == (task.name, task.metric) and one.task != MEAN
-    }
+    scores = {arm: one.scores for (arm, name), one in results.main.items() if name == task.name}
     sizes = f"{task.train:,} examples to train on, {task.test:,} to test"
     about = f"{task.about} {sizes}" if task.about else ""
     return TaskScores(task.name, task.metric, "test", scores, task.chance, about)

@@ -5,18 +5,16 @@ does not fit together (other seeds, other budgets, other files) is refused, neve
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
     Grid,
-    Searched,
     check_search,
     check_together,
     folder_of,
@@ -26,75 +24,14 @@ from rekindle.pipeline.cycle.finetuned import (
     refuse,
     searched_of,
 )
-from rekindle.pipeline.cycle.notes import Told, notes_of
-from rekindle.pipeline.cycle.scores import MEAN, ArmScores, differences_of, scores_of
-from rekindle.pipeline.report.cache import CacheFacts
-from rekindle.pipeline.report.cost import Cost
-from rekindle.pipeline.report.significance import Difference
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """A task: its main metric, the examples in each split, those of test that train has, what
-    guessing scores (None: unknown), and what it asks.
-    """
-
-    name: str
-    metric: str
-    train: int
-    dev: int
-    test: int
-    test_in_train: int = 0
-    chance: float | None = None
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class CycleResults:
-    """Everything that a cycle found.
-
-    ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
-    a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
-    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
-    the cache, and what a student costs with it and without; None where that is not known.
-    """
-
-    arms: list[str]
-    tasks: list[TaskFacts]
-    scores: list[ArmScores]
-    differences: list[Difference]
-    searched: list[Searched]
-    costs: dict[str, float]
-    notes: list[str]
-    settings: dict[str, Any]
-    cache: CacheFacts | None = None
-    cost: Cost | None = None
-
-    def as_dict(self) -> dict[str, object]:
-        """Everything as plain values for JSON; all numbers are finite."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
-        """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
-
-        Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
-        """
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise InputError(f"these are not the results of a cycle ({error})") from None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What cycle.json says."""
-
-    arms: list[str]
-    tasks: list[TaskFacts]
-    grid: Grid
-    seeds: int | None
-    settings: dict[str, Any]
+from rekindle.pipeline.cycle.notes import notes_of
+from rekindle.pipeline.cycle.scores import (
+    MEAN,
+    CycleResults,
+    TaskFacts,
+    differences_of,
+    scores_of,
+)
 
 
 def read_results(out: Path) -> CycleResults:
@@ -103,35 +40,27 @@ def read_results(out: Path) -> CycleResults:
     Raises InputError where ``out`` is no cycle, CheckpointError where its parts are damaged or do
     not belong together.
     """
-    plan = _read_plan(out)
-    names = [task.name for task in plan.tasks]
-    cells = [(arm, task) for arm in plan.arms for task in names]
+    plan, grid = _read_plan(out)
+    cells = [(arm, task) for arm in plan.arms for task in plan.metrics]
     read = {cell: read_finetuned(out, folder_of(*cell), *cell) for cell in cells}
     found = {cell: one for cell, one in read.items() if one is not None}
-    tried = {cell: read_search(out, *cell, plan.grid) for cell in cells}
-    _check(out, plan, found, tried)
-    metrics = {task.name: task.metric for task in plan.tasks}
-    scores = scores_of(plan.arms, names, found)
-    differences = differences_of(plan.arms, metrics, scores)
-    searched = [
-        searched_of(*cell, plan.grid, tried[cell], found.get(cell)) for cell in cells if tried[cell]
-    ]
-    missing = [cell for cell in cells if cell not in found]
-    overlaps = {one.name: one.test_in_train for one in plan.tasks if one.test_in_train}
-    told = Told(metrics, found, missing, scores, differences, searched, overlaps)
-    return CycleResults(
-        arms=plan.arms,
-        tasks=plan.tasks,
+    tried = {cell: read_search(out, *cell, grid) for cell in cells}
+    _check(out, plan, grid, found, tried)
+    scores = scores_of(plan.arms, list(plan.metrics), found)
+    results = replace(
+        plan,
         scores=scores,
-        differences=differences,
-        searched=searched,
+        differences=differences_of(plan.arms, plan.metrics, scores),
+        searched=[
+            searched_of(*cell, grid, tried[cell], found.get(cell)) for cell in cells if tried[cell]
+        ],
         costs=_costs(out, found.values(), tried),
-        notes=notes_of(told),
-        settings=plan.settings,
     )
+    return replace(results, notes=notes_of(results, found))
 
 
-def _read_plan(out: Path) -> _Plan:
+def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
+    """What cycle.json says: results without any yet, and what is searched."""
     values = read_json(out / CYCLE_FILE)
     if values is None or values.get("written_by") != CYCLE_WRITER:
         raise InputError(
@@ -150,8 +79,7 @@ def _read_plan(out: Path) -> _Plan:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{out / CYCLE_FILE} is damaged ({error!r})") from None
     settings = {k: v for k, v in values.items() if k not in ("written_by", "arms", "tasks")}
-    seeds = values.get("seeds")
-    return _Plan(arms, tasks, grid, seeds if isinstance(seeds, int) else None, settings)
+    return CycleResults(arms, tasks, [], [], [], {}, [], settings), grid
 
 
 def _name(name: object) -> str:
@@ -163,18 +91,20 @@ def _name(name: object) -> str:
 
 def _check(
     out: Path,
-    plan: _Plan,
+    plan: CycleResults,
+    grid: Grid,
     found: Mapping[tuple[str, str], FineTuned],
     tried: Mapping[tuple[str, str], Sequence[FineTuned]],
 ) -> None:
     """Nothing is compared that had not the same data, seeds, budget and search."""
+    seeds = plan.settings.get("seeds")
     for one in found.values():
         if not one.test:
             raise CheckpointError(f"{out / one.folder} has no test scores; remove it and resume")
-        if plan.seeds is not None and len(one.seeds) != plan.seeds:
+        if isinstance(seeds, int) and len(one.seeds) != seeds:
             raise CheckpointError(
                 f"{out / one.folder} has {len(one.seeds)} seeds, and {CYCLE_FILE} says "
-                f"{plan.seeds}; remove it and resume"
+                f"{seeds}; remove it and resume"
             )
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
@@ -184,9 +114,9 @@ def _check(
                     f"{out / one.folder} has the metric {one.metric}, and {CYCLE_FILE} says "
                     f"{task.metric}; remove it and resume"
                 )
-        check_together(out, list(final.values()), list(plan.grid))
+        check_together(out, list(final.values()), list(grid))
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
-        check_search(out, plan.grid, searches, final)
+        check_search(out, grid, searches, final)
     ones = list(found.values())
     for other in ones[1:]:
         if other.seeds != ones[0].seeds:

@@ -14,7 +14,6 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -33,12 +32,13 @@ from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
 from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
-from rekindle.pipeline.cycle.results import CycleResults, read_results
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.processes.devices import Place, cores, places_for, visible_devices
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 
 def run_cycle(
@@ -59,7 +59,9 @@ def run_cycle(
     cycle.
     """
     home = Path(os.path.abspath(out))
-    config = _with_cache(config, home)
+    if not config.cache.path:
+        cache_here = config.cache.model_copy(update={"path": str(home / "cache")})
+        config = config.model_copy(update={"cache": cache_here})
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
@@ -77,7 +79,10 @@ def run_cycle(
         places = places or places_for(
             workers or len(visible_devices()) or min(cores(), MOST_WORKERS)
         )
-        _run(list(plan_jobs(home, config, tasks)), home, places, progress or Progress.silent())
+        if places[0].device is None:  # nothing may look at a device before a fork
+            warm_up()
+        jobs = list(plan_jobs(home, config, tasks))
+        run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
         return _write_results(home)
 
 
@@ -90,19 +95,6 @@ def _write_results(home: Path) -> CycleResults:
     write_json(home / "results.json", results.as_dict())
     write_text(home / "report.html", cycle_html(home, students, results))
     return results
-
-
-def _run(jobs: Sequence[Job], home: Path, places: Sequence[Place], progress: Progress) -> None:
-    if places[0].device is None:  # nothing may look at a device before a fork
-        warm_up()
-    run_jobs(jobs, home / "cycle.log", progress, places)
-
-
-def _with_cache(config: CycleConfig, home: Path) -> CycleConfig:
-    if config.cache.path:
-        return config
-    path = str(home / "cache")
-    return config.model_copy(update={"cache": config.cache.model_copy(update={"path": path})})
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -132,8 +124,8 @@ def _look(
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
         source_files(config.corpus.source)  # later on the text may be gone: it is in the cache
         return
+    found = read_record(home / CYCLE_FILE, "give another --out") or {}
     with reading(home / CYCLE_FILE, "give another --out"):
-        found = json.loads((home / CYCLE_FILE).read_text(encoding="utf-8"))
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it is not of a cycle")
         before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))

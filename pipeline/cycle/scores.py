@@ -1,10 +1,18 @@
-"""The arms' test scores and the differences between them. Pure arithmetic on what was read."""
+"""The arms' test scores and the differences between them, and all that a cycle has found. Pure
+arithmetic on what was read.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
+from typing import Any
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from pydantic import TypeAdapter, ValidationError
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
+from rekindle.pipeline.report.cache import CacheFacts
+from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
 SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
@@ -44,27 +52,25 @@ def scores_of(
     for arm in arms:
         ones = [found[arm, task] for task in tasks if (arm, task) in found]
         whole = len(ones) == len(tasks) > 1
-        for one in ones:
-            for metric in one.shown:
-                values = [test[metric] for test in one.test]
-                scores.append(_summary(arm, one.task, metric, one.seeds, values))
-        if whole:
-            columns = zip(*([test[one.metric] for test in one.test] for one in ones), strict=True)
-            scores.append(_summary(arm, MEAN, MEAN, ones[0].seeds, [fmean(c) for c in columns]))
+        scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole)
         if arm == EXPERT:
-            scores += _selected(ones, whole)
+            scores += _of_arm(SELECTED, [(one, [one.best_seed]) for one in ones], whole)
     return scores
 
 
-def _selected(experts: Sequence[FineTuned], whole: bool) -> list[ArmScores]:
+def _of_arm(arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool) -> list[ArmScores]:
+    """The scores of each task with these seeds, and their mean where the tasks are ``whole``."""
     scores, main = [], []
-    for one in experts:
-        test = one.test[one.seeds.index(one.best_seed)]
-        main.append(test[one.metric])
+    for one, seeds in ones:
+        tests = [one.test[one.seeds.index(seed)] for seed in seeds]
+        main.append([test[one.metric] for test in tests])
         for metric in one.shown:
-            scores.append(_summary(SELECTED, one.task, metric, [one.best_seed], [test[metric]]))
+            values = [test[metric] for test in tests]
+            scores.append(_summary(arm, one.task, metric, seeds, values))
     if whole:
-        scores.append(_summary(SELECTED, MEAN, MEAN, [], [fmean(main)]))
+        seeds = [] if arm == SELECTED else ones[0][1]
+        means = [fmean(column) for column in zip(*main, strict=True)]
+        scores.append(_summary(arm, MEAN, MEAN, seeds, means))
     return scores
 
 
@@ -96,21 +102,78 @@ def differences_of(
     found = []
     for against in (EXPERT, MLM, LONGER):
         others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
-        pairs = [
-            (main[arm, task], main[against, task])
+        family = [
+            paired(main[against, task].scores, main[arm, task].scores, names=(arm, against, task))
             for arm in others
             for task in (*metrics, MEAN)
             if (arm, task) in main and (against, task) in main
         ]
-        found += _family(against, pairs)
+        adjusted = holm([one.p for one in family])
+        found += [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
     return found
 
 
-def _family(against: str, pairs: Sequence[tuple[ArmScores, ArmScores]]) -> list[Difference]:
-    """The tests that are adjusted together."""
-    results = [paired(second.scores, first.scores) for first, second in pairs]
-    adjusted = holm([result.p for result in results])
-    return [
-        Difference(one.arm, against, one.task, r.mean, r.low, r.high, r.p, p_adjusted, r.n)
-        for (one, _), r, p_adjusted in zip(pairs, results, adjusted, strict=True)
-    ]
+# --- all of it ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task: its main metric, the examples in each split, those of test that train has, what
+    guessing scores (None: unknown), and what it asks.
+    """
+
+    name: str
+    metric: str
+    train: int
+    dev: int
+    test: int
+    test_in_train: int = 0
+    chance: float | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class CycleResults:
+    """Everything that a cycle found.
+
+    ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
+    a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
+    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
+    the cache, and what a student costs with it and without; None where that is not known.
+    """
+
+    arms: list[str]
+    tasks: list[TaskFacts]
+    scores: list[ArmScores]
+    differences: list[Difference]
+    searched: list[Searched]
+    costs: dict[str, float]
+    notes: list[str]
+    settings: dict[str, Any]
+    cache: CacheFacts | None = None
+    cost: Cost | None = None
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Each task's main metric."""
+        return {task.name: task.metric for task in self.tasks}
+
+    @property
+    def main(self) -> dict[tuple[str, str], ArmScores]:
+        """By arm and task, the scores on the tasks' main metrics, and the means over tasks."""
+        return main_scores(self.scores, self.metrics)
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything as plain values for JSON; all numbers are finite."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
+        """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
+
+        Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise InputError(f"these are not the results of a cycle ({error})") from None

@@ -6,8 +6,7 @@ Every cell comes from ``CycleResults`` alone, so that results.json gives the sam
 from collections.abc import Sequence
 
 from rekindle.pipeline.cycle.finetuned import Searched, Tried
-from rekindle.pipeline.cycle.results import CycleResults
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED
+from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import difference_tables, percent
@@ -119,11 +118,8 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     """
     tables = [*tables_of(results), *saved_tables(results)]
     lines = [(*text_lines(table, width or terminal_width()), "") for table in tables]
-    return "\n".join([*(one for table in lines for one in table), *map(_note, results.notes)])
-
-
-def _note(note: str) -> str:
-    return f" note: {note}"
+    notes = (f" note: {note}" for note in results.notes)
+    return "\n".join([*(one for table in lines for one in table), *notes])
 
 
 def as_markdown(results: CycleResults) -> str:

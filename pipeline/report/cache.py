@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
-from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
 
@@ -29,16 +28,6 @@ class TeacherFacts:
     corpus_tokens: int
     seconds_per_view: float | None = None
 
-    @property
-    def bytes_per_position(self) -> float:
-        """Bytes for each target."""
-        return self.bytes / max(1, self.positions)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes for each token of the corpus (all replicas of a masked-LM teacher together)."""
-        return self.bytes / max(1, self.corpus_tokens)
-
 
 @dataclass(frozen=True)
 class CacheFacts:
@@ -51,29 +40,15 @@ class CacheFacts:
 
 
 def _facts_of(cache: Cache) -> CacheFacts:
-    vocabulary = cache.corpus.info["tokenizer"]["size"]
-    teachers = [
-        TeacherFacts(
-            name=name,
-            targets=_targets(reader),
-            positions=reader.positions,
-            bytes=reader.bytes,
-            corpus_tokens=cache.corpus.tokens,
-            seconds_per_view=_seconds_per_view(reader),
-        )
-        for name, reader in sorted(cache.teachers.items())
-    ]
-    return CacheFacts(len(cache), cache.corpus.tokens, vocabulary, teachers)
-
-
-def _seconds_per_view(teacher: TeacherReader) -> float | None:
-    rows = sum(commit.rows for commit in teacher.commits.values())
-    return teacher.seconds / rows if teacher.seconds is not None and rows else None
-
-
-def _targets(teacher: TeacherReader) -> str:
-    masked = teacher.masked and teacher.kind.has_tail
-    return teacher.kind.sentence + (f", {teacher.replicas} masked replicas" if masked else "")
+    tokens, teachers = cache.corpus.tokens, []
+    for name, reader in sorted(cache.teachers.items()):
+        masked = reader.masked and reader.kind.has_tail
+        kept = reader.kind.sentence + (f", {reader.replicas} masked replicas" if masked else "")
+        rows = sum(commit.rows for commit in reader.commits.values())
+        seconds = reader.seconds / rows if reader.seconds is not None and rows else None
+        facts = TeacherFacts(name, kept, reader.positions, reader.bytes, tokens, seconds)
+        teachers.append(facts)
+    return CacheFacts(len(cache), tokens, cache.corpus.info["tokenizer"]["size"], teachers)
 
 
 # --- caches that runs speak of --------------------------------------------------------------------
@@ -113,9 +88,7 @@ def find_cache(path: str, corpus: str, teachers: Mapping[str, str]) -> KnownCach
 
 def cache_section(caches: Sequence[KnownCache]) -> Section:
     """What each cache holds, or why that cannot be said."""
-    blocks: list[Block] = []
-    for cache in caches:
-        blocks += _blocks(cache)
+    blocks = [block for cache in caches for block in _blocks(cache)]
     return Section("The cache" if len(caches) < 2 else "The caches", blocks)
 
 
@@ -148,8 +121,8 @@ def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str =
         Column("kept for each target", [t.targets for t in teachers], words=True),
         Column("targets", [f"{t.positions:,}" for t in teachers]),
         Column("bytes", [f"{t.bytes:,}" for t in teachers]),
-        Column("bytes/target", [f"{t.bytes_per_position:.1f}" for t in teachers]),
-        Column("bytes/token", [f"{t.bytes_per_token:.2f}" for t in teachers]),
+        Column("bytes/target", [f"{t.bytes / max(1, t.positions):.1f}" for t in teachers]),
+        Column("bytes/token", [f"{t.bytes / max(1, t.corpus_tokens):.2f}" for t in teachers]),
         Column("ms/sequence", [formatted(value, "{:,.2f}") for value in milliseconds]),
     ]
     return Table(title, columns, note)

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
+from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
 from rekindle.pipeline.report.table import Column, Table, formatted
 
 ESTIMATED = (
@@ -156,31 +157,19 @@ def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | Non
 
 
 def _picture(cost: Cost) -> Figure:
-    unit, size = _unit_of(cost)
+    most = max(6, min(2 * (cost.pays_after or 0), 1000))  # student runs
+    dearest = max(cost.cached(most), cost.with_live_teachers(most))
+    unit, size = next((unit, size) for unit, size, least in _UNITS if dearest >= least * size)
     caption = (
         f"Total cost of so many students, in {unit} of computing: their teachers once, into a "
         "cache, or live beside each."
     )
     if cost.pays_after is not None:
         caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
-    return Figure(caption, lambda axes: _draw(axes, cost, unit, size))
+    return Figure(caption, lambda axes: _draw(axes, cost, most, unit, size))
 
 
-def _unit_of(cost: Cost) -> tuple[str, float]:
-    most = max(cost.cached(_most_runs(cost)), cost.with_live_teachers(_most_runs(cost)))
-    return next((unit, size) for unit, size, least in _UNITS if most >= least * size)
-
-
-def _most_runs(cost: Cost) -> int:
-    return max(6, min(2 * (cost.pays_after or 0), 1000))
-
-
-def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    from rekindle.pipeline.report.svg import INK, line_style, plottable
-
-    most = _most_runs(cost)
+def _draw(axes: Any, cost: Cost, most: int, unit: str, size: float) -> None:
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
         "live teachers": [cost.with_live_teachers(n) / size for n in runs],
@@ -192,5 +181,5 @@ def _draw(axes: Any, cost: Cost, unit: str, size: float) -> None:
         axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
     axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    few_ticks(axes.xaxis, 6, whole=True)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

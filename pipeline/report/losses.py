@@ -18,6 +18,7 @@ from rekindle.pipeline.report.page import (
     Note,
     Section,
 )
+from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -53,9 +54,8 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
         if record["kind"] == "evaluate":
             for key in record.keys() - {"kind", "step"}:
                 held_out.setdefault(key, []).append((record["step"], _number(record[key])))
-    return RunCurves(
-        name, thinned(_points(steps, LOSS)), thinned(_points(steps, "ce")), _sorted(held_out)
-    )
+    objective, hard = thinned(_points(steps, LOSS)), thinned(_points(steps, "ce"))
+    return RunCurves(name, objective, hard, dict(sorted(held_out.items())))
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -64,10 +64,6 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _sorted(held_out: dict[str, Points]) -> dict[str, Points]:
-    return {name: held_out[name] for name in sorted(held_out)}
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
@@ -99,8 +95,8 @@ def losses_section(
     blocks.append(Legend([run.name for run in drawn], samples))
     blocks.append(Figures(_large(runs)))
     names, left = _other_values(runs)
-    small = [_picture(_meaning(name), runs, name, small=True) for name in names]
-    blocks += [Figures(small, small=True)] if small else []
+    if small := [_picture(_meaning(name), runs, name, SMALL) for name in names]:
+        blocks.append(Figures(small, small=True))
     blocks += [Note(f"{len(left)} more values are in the table of runs alone.")] if left else []
     blocks += [Note(note) for note in _notes(drawn)]
     return Section("Losses", [*blocks, *more])
@@ -144,15 +140,15 @@ def _meaning(name: str) -> str:
     return f"{name}, held out"
 
 
-def _picture(caption: str, runs: Sequence[RunCurves], name: str, small: bool = False) -> Figure:
+def _picture(
+    caption: str, runs: Sequence[RunCurves], name: str, size: tuple[float, float] = WIDE
+) -> Figure:
     lines = [(number, run.held_out.get(name, [])) for number, run in enumerate(runs)]
-    return Figure(caption, lambda axes: _lines(axes, lines), SMALL if small else WIDE)
+    return Figure(caption, lambda axes: _lines(axes, lines), size)
 
 
 def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     """Batches differ more than steps do: running means, before the points themselves in pale."""
-    from rekindle.pipeline.report.svg import colour, plottable
-
     lines = [(number, points) for number, points in lines if points]
     for number, points in lines if len(lines) <= MOST_PALE else []:
         steps, values = zip(*points, strict=True)
@@ -169,10 +165,6 @@ def running_means(points: Points) -> Points:
 
 def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     """A line for each run, with a marker on some of its points: by that it is told from others."""
-    from matplotlib.ticker import MaxNLocator
-
-    from rekindle.pipeline.report.svg import line_style, plottable
-
     for number, points in lines:
         if not points:
             continue
@@ -186,8 +178,8 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
             steps, values, markevery=(first, every), lw=1.1 if many else 1.6, **line_style(number)
         )
     axes.set_xlabel("steps")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    few_ticks(axes.xaxis, 5, whole=True)
+    few_ticks(axes.yaxis, 6)
 
 
 def _notes(runs: Sequence[RunCurves]) -> list[str]:

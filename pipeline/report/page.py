@@ -13,6 +13,7 @@ from typing import ClassVar
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from rekindle.pipeline.report.svg import palette, picture, sample
 from rekindle.pipeline.report.table import Table
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -95,12 +96,6 @@ class Page:
 
 def as_html(page: Page) -> str:
     """Write the page, whole. Every text is escaped; what cannot be written is shown as U+FFFD."""
-    from rekindle.pipeline.report.svg import (  # matplotlib: a second's work to import
-        palette,
-        picture,
-        sample,
-    )
-
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

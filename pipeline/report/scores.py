@@ -9,7 +9,8 @@ from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
-from rekindle.pipeline.report.table import NOTHING, Column, Table, table_of
+from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
+from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, table_of
 
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over seeds of fine-tuning ± their sample "
@@ -52,7 +53,9 @@ def scores_section(
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
-        blocks += [_table(models, tasks), Note(ABOUT), *_told(tasks)]
+        blocks += [_table(models, tasks), Note(ABOUT)]
+        if told := [(task.task, task.about) for task in tasks if task.about]:
+            blocks.append(Facts(told, quiet=True))
         blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
     if differences:
         blocks += [*difference_tables(differences), _difference_pictures(differences)]
@@ -81,14 +84,8 @@ def _table(models: Sequence[str], tasks: Sequence[TaskScores]) -> Table:
 def _score_column(title: str, every: Sequence[Sequence[float]], more: list[str]) -> Column:
     cells = [percent(values) for values in every]
     below = [interval_words(values) for values in every]
-    return Column(title, cells + more, _highest(every), below=below + [""] * len(more))
-
-
-def _highest(every: Sequence[Sequence[float]]) -> frozenset[int]:
-    means = {row: mean(values) for row, values in enumerate(every) if values}
-    if len(set(means.values())) < 2:
-        return frozenset()
-    return frozenset(row for row, value in means.items() if value == max(means.values()))
+    best = best_rows([mean(values) if values else None for values in every], max)
+    return Column(title, cells + more, best, below=below + [""] * len(more))
 
 
 def mean_scores(
@@ -122,11 +119,6 @@ def interval_words(values: Sequence[float]) -> str:
     return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
 
 
-def _told(tasks: Sequence[TaskScores]) -> list[Facts]:
-    told = [(task.task, task.about) for task in tasks if task.about]
-    return [Facts(told, quiet=True)] if told else []
-
-
 def difference_tables(differences: Sequence[Difference]) -> list[Table]:
     """A table for each arm that others are compared with."""
     head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
@@ -134,13 +126,8 @@ def difference_tables(differences: Sequence[Difference]) -> list[Table]:
     for against in dict.fromkeys(one.against for one in differences):
         rows = [
             [
-                one.arm,
-                one.task,
-                f"{100 * one.mean:+.2f}",
-                one.interval,
-                p_words(one.p),
-                p_words(one.p_adjusted),
-                str(one.n),
+                *(one.arm, one.task, f"{100 * one.mean:+.2f}", one.interval),
+                *(p_words(one.p), p_words(one.p_adjusted), str(one.n)),
             ]
             for one in differences
             if one.against == against
@@ -168,8 +155,6 @@ def _size(rows: int) -> tuple[float, float]:
 def _dots(
     axes: Any, rows: Sequence[tuple[int, str, Sequence[float]]], chance: float | None
 ) -> None:
-    from rekindle.pipeline.report.svg import INK, colour, line_style, plottable
-
     points: list[float] = []
     for place, (number, _, scores) in enumerate(rows):
         values = plottable(100 * score for score in scores)
@@ -189,10 +174,6 @@ def _dots(
 
 def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> None:
     """Names downwards; sideways what is there, and of wide intervals as much again at each end."""
-    from matplotlib.ticker import MaxNLocator
-
-    from rekindle.pipeline.report.svg import shown
-
     there = [value for value in values if value == value] or [0.0]
     reach = max(max(there) - min(there), 1.0)
     axes.set_xlim(min(there) - 0.6 * reach, max(there) + 0.6 * reach)
@@ -200,7 +181,7 @@ def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> Non
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    few_ticks(axes.xaxis, 4)
 
 
 def _difference_pictures(differences: Sequence[Difference]) -> Figures:
@@ -216,8 +197,6 @@ def _difference_pictures(differences: Sequence[Difference]) -> Figures:
 
 def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
     """Draw differences below each other, with intervals, around a line at none."""
-    from rekindle.pipeline.report.svg import INK, colour, plottable
-
     values = [0.0]
     for place, one in enumerate(ones):
         bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rekindle.pipeline.report.page import Block, Note, Section
 from rekindle.pipeline.report.table import Column, Table
@@ -24,15 +23,10 @@ def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]
 
 
 def _table(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Table:
-    usual = [most_common(values) for values in differing.values()]
+    usual = [Counter(values).most_common(1)[0][0] for values in differing.values()]
     columns = [Column("setting", list(differing))]
     for number, name in enumerate(names):
         cells = [values[number] for values in differing.values()]
         unlike = {row for row, cell in enumerate(cells) if cell != usual[row]}
         columns.append(Column(name, cells, words=True, unlike=frozenset(unlike)))
     return Table("", columns)
-
-
-def most_common(values: Sequence[Any]) -> Any:
-    """The value that occurs most often, the first of several."""
-    return Counter(values).most_common(1)[0][0]

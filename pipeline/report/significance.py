@@ -20,27 +20,14 @@ _ROUNDING = 1e-12  # of the largest value: spreads below are none
 
 
 @dataclass(frozen=True)
-class Paired:
-    """``second`` − ``first``, pair by pair: mean, interval of the mean, two-sided p, pairs.
+class Difference:
+    """``arm`` − ``against`` on a task, as a fraction, pair by pair (such as by seed): the mean of
+    ``n`` pairs, its interval, and the two-sided p.
 
     ``low`` and ``high`` are None for a single pair. ``p`` is None where no test can be made: for a
     single pair, and where all differences are equal but not 0 (a t of infinity, which says that
-    nothing varied rather than how sure the difference is).
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``arm`` − ``against`` on a task, as a fraction, paired by seed; see ``Paired``.
-
-    ``p_adjusted``: Holm's, over all tests with the same ``against``: every arm on every task, and
-    on the mean over tasks.
+    nothing varied rather than how sure the difference is). ``p_adjusted``: Holm's, over all tests
+    with the same ``against``: every arm on every task, and on the mean over tasks; None before.
     """
 
     arm: str
@@ -74,8 +61,15 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
     return mean - half, mean + half
 
 
-def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Paired:
+def paired(
+    first: Sequence[float],
+    second: Sequence[float],
+    level: float = LEVEL,
+    names: tuple[str, str, str] = ("", "", ""),
+) -> Difference:
     """The difference ``second`` − ``first`` of runs that belong together, such as by seed.
+
+    ``names`` are those of the second, the first, and their task.
 
     ``p`` is that of the paired t-test (two-sided; H0: the mean difference is 0), the interval the
     one that this test inverts. All differences equal: the interval is the point, and ``p`` is 1.0
@@ -91,14 +85,15 @@ def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL
     rounding = _ROUNDING * max(map(abs, [*first, *second]))
     mean = fmean(differences)
     if n == 1:
-        return Paired(mean, None, None, None, n)
+        return Difference(*names, mean, None, None, None, None, n)
     if max(differences) - min(differences) <= rounding:
         nothing = abs(mean) <= rounding
         mean = 0.0 if nothing else mean
-        return Paired(mean, mean, mean, 1.0 if nothing else None, n)
+        return Difference(*names, mean, mean, mean, 1.0 if nothing else None, None, n)
     half = _half_width(differences, level)
     t = mean / (stdev(differences) / math.sqrt(n))
-    return Paired(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(t), n - 1)), n)
+    p = float(2 * stats.t.sf(abs(t), n - 1))
+    return Difference(*names, mean, mean - half, mean + half, p, None, n)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -10,12 +10,13 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Dash: TypeAlias = str | tuple[int, tuple[float, ...]]  # as matplotlib has it
 INK, PANEL = "#010203", "#010204"  # stand for the page's own inks
@@ -98,7 +99,7 @@ def line_style(run: int) -> LineStyle:
 def sample(run: int) -> Markup:
     """Draw a piece of the run's line, for legends."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line_style(run), ms=5)
         axes.set_axis_off()
         axes.set(xlim=(-0.05, 2.05), ylim=(-1, 1))
@@ -118,6 +119,9 @@ def _drawn(
     size: tuple[float, float],
     layout: Literal["constrained"] | None,
 ) -> str:
+    from matplotlib import rc_context  # a second's work to import: only for what is drawn
+    from matplotlib.figure import Figure as Canvas
+
     with rc_context(_STYLE), warnings.catch_warnings():
         # Letters that matplotlib's font lacks are measured wrongly, but the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -126,6 +130,13 @@ def _drawn(
         stream = io.StringIO()
         canvas.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     return inline(stream.getvalue())
+
+
+def few_ticks(axis: "Axis", most: int, *, whole: bool = False) -> None:
+    """Mark at most so many steps on the axis, at ``whole`` numbers alone if it counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, integer=whole))
 
 
 def plottable(values: Iterable[float]) -> list[float]:

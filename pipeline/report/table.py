@@ -1,6 +1,7 @@
 """A table as columns of finished cells: what text and page both draw. Knows no run."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -52,6 +53,19 @@ def table_of(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], wor
         for number, name in enumerate(head)
     ]
     return Table(title, columns)
+
+
+def best_rows(
+    values: Sequence[float | None], best: Callable[[Iterable[float]], float]
+) -> frozenset[int]:
+    """The rows that have the ``best`` (max or min) of the values that are finite numbers; none
+    where there is one such row, or all agree.
+    """
+    known = {row: v for row, v in enumerate(values) if v is not None and math.isfinite(v)}
+    if len(set(known.values())) < 2:
+        return frozenset()
+    top = best(known.values())
+    return frozenset(row for row, value in known.items() if value == top)
 
 
 def formatted(value: float | None, form: str) -> str:

@@ -67,7 +67,12 @@ def plan_sweep(
     for name, product in zip(names, products, strict=True):
         values = {axis.key: value for axis, value in zip(axes, product, strict=True)}
         runs.append(SweepRun(name, values, _configure(run, values, overrides or ())))
-    _check_distinct(runs)
+    for one, other in itertools.combinations(runs, 2):
+        if one.config == other.config:
+            raise InputError(
+                f"--sweep: {one.name} and {other.name} are the same configuration, and would be "
+                "the same student; leave one out"
+            )
     return runs
 
 
@@ -119,15 +124,6 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
     if config.student is None:
         raise InputError("the configuration has no `student` section; add student.model")
     return config
-
-
-def _check_distinct(runs: Sequence[SweepRun]) -> None:
-    for one, other in itertools.combinations(runs, 2):
-        if one.config == other.config:
-            raise InputError(
-                f"--sweep: {one.name} and {other.name} are the same configuration, and would be "
-                "the same student; leave one out"
-            )
 
 
 def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str]:

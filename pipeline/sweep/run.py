@@ -6,7 +6,6 @@
 Every student is held against the cache before the first one is trained.
 """
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import WorkerKilled
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder, reading
+from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 log = logging.getLogger("rekindle")
 
@@ -69,15 +68,14 @@ def read_sweep(directory: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError when it is damaged.
     """
-    path = directory / SWEEP_FILE
-    if not path.is_file():
+    path, advice = directory / SWEEP_FILE, "start a new sweep in another --out"
+    if (found := read_record(path, advice)) is None:
         return None
-    with reading(path, "start a new sweep in another --out"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, advice):
         sound = all({"name", "values", *SWEPT_SECTIONS} <= run.keys() for run in found["runs"])
         if not sound or not isinstance(found["corpus"], str):
             raise ValueError("it has not the keys of a sweep")
-        return dict(found)
+    return found
 
 
 def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rekindle.pipeline.cycle.results import CycleResults
+from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.cycle.tables import as_markdown
 
 ROOT = Path(__file__).parents[2]

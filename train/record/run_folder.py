@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeGuard, TypeVar
+from typing import Any, TextIO, TypeGuard, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import is_temporary, remove_leftovers
@@ -67,6 +67,20 @@ def reading(record: Path, advice: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{record} is damaged ({error}){advice and '; ' + advice}") from None
+
+
+def read_record(
+    path: Path, advice: str = "", constant: Callable[[str], object] = float
+) -> dict[str, Any] | None:
+    """Return the object in a JSON file that a run left; None where there is none.
+
+    ``constant`` is called with what is no finite number. Raises CheckpointError, with ``advice``,
+    for a damaged file.
+    """
+    if not path.exists():
+        return None
+    with reading(path, advice):
+        return dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=constant))
 
 
 def check_same(

@@ -21,8 +21,9 @@ from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.cycle.arms import plan_jobs, result_folder, student_names
+from rekindle.pipeline.cycle.arms import plan_jobs, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
+from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.run import configs, run_cycle
@@ -163,7 +164,8 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr("rekindle.pipeline.cycle.run._run", lambda *_, **__: None)
+    for name in ("run_jobs", "warm_up"):
+        monkeypatch.setattr(f"rekindle.pipeline.cycle.run.{name}", lambda *_, **__: None)
 
 
 def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
@@ -440,7 +442,7 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
     out, _ = whole
     for task in ("colour", "alike"):
         for arm in ARMS:
-            folder = result_folder(out, arm, task)
+            folder = out / folder_of(arm, task)
             metrics = json.loads((folder / "metrics.json").read_text())
             assert [one["seed"] for one in metrics["per_seed"]] == [0, 1]
             assert all(one["test_scores"] for one in metrics["per_seed"])
@@ -500,7 +502,7 @@ def test_an_interrupted_teacher_goes_on(whole, tmp_path):
 
 def test_another_cycles_expert_of_the_same_name_is_refused_and_left(whole, tmp_path):
     """``cache.path`` may name a cache that is there already."""
-    other = str(result_folder(whole[0], "mlm", "colour"))
+    other = str(whole[0] / folder_of("mlm", "colour"))
     file = cache_of(whole[0], tmp_path, model=other)
     teacher, marker = tmp_path / "cache" / "targets" / "colour", tmp_path / "done.json"
     before = files_of(teacher)

@@ -8,9 +8,8 @@ import pytest
 
 from rekindle.pipeline.cycle.notes import UNHELPFUL
 from rekindle.pipeline.cycle.page import cycle_section, printed
-from rekindle.pipeline.cycle.results import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.scores import ArmScores as Scores
-from rekindle.pipeline.cycle.scores import differences_of
+from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts, differences_of
 from rekindle.pipeline.report.cache import CacheFacts, TeacherFacts
 from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.page import Facts, Figures, Note, Page, as_html

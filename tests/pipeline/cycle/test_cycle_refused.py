@@ -8,8 +8,8 @@ import pytest
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.cycle.finetuned import folder_of
-from rekindle.pipeline.cycle.results import CycleResults, read_results
-from rekindle.pipeline.cycle.scores import MEAN
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from testlib.cycles import ARMS, TASKS, about, cycle, edit, finetuned, metrics_of, searched, write
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.pipeline.cycle.results import CycleResults, read_results
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.tables import as_markdown, as_text, tables_of
 from rekindle.pipeline.report.significance import holm
 from testlib.cycles import (
