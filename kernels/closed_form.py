@@ -58,11 +58,11 @@ def loss_block(
     label = _Label.gather(z, targets, settings.ignore_index)
     tau = settings.temperature
     if tau == 1.0:
-        tempered = at_one = _split_(z, slots, 1.0)
+        tempered = at_one = _softmax_(z, slots, 1.0)
     elif label is None:
-        tempered = at_one = _split_(z.div_(tau), slots, tau)
+        tempered = at_one = _softmax_(z.div_(tau), slots, tau)
     else:
-        tempered, at_one = _split_(z / tau, slots, tau), _split_(z, slots, 1.0)
+        tempered, at_one = _softmax_(z / tau, slots, tau), _softmax_(z, slots, 1.0)
     q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
     parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, settings.divergence)
     kd = torch.where(has_target, parts.value, 0.0)
@@ -172,9 +172,7 @@ class _Slots(NamedTuple):
 
     def hide_(self, z: Tensor) -> None:
         """Take the listed ids out of every row of z."""
-        if self.ids.shape[1]:
-            lists_any = self.listed.gather(1, self.anchor)
-            z.scatter_(1, self.ids, torch.where(lists_any, -math.inf, z.gather(1, self.ids)))
+        self.write_(z, torch.full_like(self.logits, -math.inf))
 
     def write_(self, z: Tensor, values: Tensor) -> None:
         """Store values [C,K] at the listed ids."""
@@ -184,7 +182,7 @@ class _Slots(NamedTuple):
             z.scatter_(1, self.ids, torch.where(lists_any, values, z.gather(1, self.ids)))
 
 
-class _Split(NamedTuple):
+class _Softmax(NamedTuple):
     """softmax(scaled logits): the listed ids' part, and the shares of all others in the rest."""
 
     shares: Tensor  # [C,V]: softmax over the complement; 0 at the listed ids
@@ -194,7 +192,7 @@ class _Split(NamedTuple):
     log_norm: Tensor  # [C]: log-sum-exp of the shifted logits
 
 
-def _split_(scaled: Tensor, slots: _Slots, temperature: float) -> _Split:
+def _softmax_(scaled: Tensor, slots: _Slots, temperature: float) -> _Softmax:
     """Overwrites the scaled logits [C,V] by the shares.
 
     The complement's mass is a log-sum-exp of its own, never 1 − Σ; everything is relative to the
@@ -216,7 +214,7 @@ def _split_(scaled: Tensor, slots: _Slots, temperature: float) -> _Split:
     listed = listed - shift[:, None]
     outside = torch.where(empty, -math.inf, peak - shift + log_outside)
     log_norm = torch.cat([listed, outside[:, None]], 1).logsumexp(1)
-    return _Split(scaled, listed - log_norm[:, None], outside - log_norm, shift, log_norm)
+    return _Softmax(scaled, listed - log_norm[:, None], outside - log_norm, shift, log_norm)
 
 
 class _Label(NamedTuple):
@@ -236,7 +234,7 @@ class _Label(NamedTuple):
         logits = z.gather(1, ids[:, None])[:, 0]
         return _Label(ids, logits, counts, counts & (logits != -math.inf))
 
-    def cross_entropy(self, at_one: _Split) -> Tensor:
+    def cross_entropy(self, at_one: _Softmax) -> Tensor:
         log_p = self.logits - at_one.shift - at_one.log_norm
         ce = torch.where(self.possible, -log_p, -LOG_OF_ZERO)
         return torch.where(self.counts, ce, 0.0)

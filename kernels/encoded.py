@@ -52,15 +52,8 @@ def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor,
     """
     span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
     relative = targets.values.float() * (-span / (255.0 * temperature))[:, None]
-    stored = targets.tail_log_odds
-    odds = torch.where(stored == NO_TAIL, torch.inf, stored.float() / STEP)
-    probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
-    tail = torch.sigmoid(-odds)
     ids, kept = _ids(targets.ids, targets.ids_high, targets.planes), targets.kept
-    if kept < ids.shape[1]:
-        tail = tail + probs[:, kept:].sum(1)
-        ids, probs = ids[:, :kept], probs[:, :kept]
-    return ids, probs, tail
+    return ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept)
 
 
 def decode_precise(
@@ -75,12 +68,17 @@ def decode_precise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `decode`, of 16-bit values: −values/2048 is the log-probability up to a constant."""
     relative = values.float() * (-1.0 / (PRECISE_STEP * temperature))
-    odds = torch.where(tail_log_odds == NO_TAIL, torch.inf, tail_log_odds.float() / STEP)
+    return _ids(ids, ids_high, planes)[:, :k], *_masses(relative, tail_log_odds, k)
+
+
+def _masses(relative: Tensor, log_odds: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """Probabilities of the first k candidates, and the tail with the others' mass."""
+    odds = torch.where(log_odds == NO_TAIL, torch.inf, log_odds.float() / STEP)
     probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
     tail = torch.sigmoid(-odds)
     if k is not None and k < probs.shape[1]:
         tail = tail + probs[:, k:].sum(1)
-    return _ids(ids, ids_high, planes)[:, :k], probs[:, :k], tail
+    return probs[:, :k], tail
 
 
 def _ids(low: Tensor, high: Tensor | None, planes: int) -> Tensor:

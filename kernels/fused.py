@@ -31,19 +31,16 @@ def losses_of_rows(
     ce, kd = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if rows == 0:
         return BlockLosses(ce, kd)
+    # the least share of a row that total − listed resolves as well as the gradient is stored
+    resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
+    weights = (None, None) if factors is None else factors
     block_k = triton.next_power_of_2(max(1, targets.ids.shape[1]))
     with torch.cuda.device_of(logits):  # a launch goes to the current device
         row_kernel[(rows,)](
             logits,
             gradient,
-            targets.ids.contiguous(),
-            targets.probs.contiguous(),
-            None if targets.tail is None else targets.tail.contiguous(),
-            None if targets.labels is None else targets.labels.contiguous(),
-            None if targets.weight is None else targets.weight.contiguous(),
-            None if targets.high is None else targets.high.contiguous(),
-            None if factors is None else factors.ce.contiguous(),
-            None if factors is None else factors.kd.contiguous(),
+            # ids, probs, tail, labels, weight, high; then what CE and D are multiplied by
+            *(None if t is None else t.contiguous() for t in (*targets, *weights)),
             ce,
             kd,
             logits.stride(0),
@@ -54,7 +51,7 @@ def losses_of_rows(
             1.0 / settings.temperature,
             float(settings.logit_scale),
             0.0 if settings.softcap is None else float(settings.softcap),
-            _resolution(logits.dtype),
+            resolution,
             **_constants(targets, settings, gradient is logits, factors is not None),
             **_tile(vocabulary, block_k),
             BLOCK_K=block_k,
@@ -98,11 +95,6 @@ def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
     if block_k > 512:
         tile["maxnreg"] = 65536 // (32 * tile["num_warps"]) if tile["num_warps"] > 8 else 255
     return tile
-
-
-def _resolution(dtype: torch.dtype) -> float:
-    """The least share of a row that total − listed resolves as well as the gradient is stored."""
-    return 2.0**-3 if dtype == torch.float32 else 2.0**-9
 
 
 @triton.jit

@@ -6,31 +6,26 @@ rows.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import Gradients, product_, row_blocks
+from rekindle.kernels.blocks import Gradients, HeadGradients, row_blocks
+from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.fused import losses_of_rows
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.targets import SparseTargets
 
 
-def linear_fused(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: SparseTargets,
-    settings: LossSettings,
-    factors: Coefficients | None,
-    wanted: Sequence[bool],
-    product_dtype: torch.dtype,
-) -> tuple[BlockLosses, Gradients]:
-    """As `chunked.linear_blockwise`; products and the logits buffer are in `product_dtype`.
+def linear_fused(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
+    """As `chunked.linear_blockwise`; products and logits are in the call's `product_dtype`.
 
     dW is summed in float32 over the blocks and stored in the weight's dtype.
     """
+    (hidden, weight, bias), targets = call.student, call.targets
+    product_dtype = call.computation.product_dtype
+    assert weight is not None
+    assert product_dtype is not None
     rows = _rows_to_keep(targets)
     x = (hidden if rows is None else hidden[rows]).to(product_dtype)
     kept = targets if rows is None else targets.take(rows)._replace(weight=None)
@@ -42,10 +37,7 @@ def linear_fused(
     b = None if bias is None else bias.to(product_dtype)
     lift = _lift(len(x), product_dtype)
     lifted = None if factors is None else Coefficients(*(f * lift for f in factors))
-    wanted = (False, False, False) if factors is None else wanted
-    dx = torch.empty_like(x) if wanted[0] else None
-    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if wanted[1] else None
-    db = torch.zeros(len(w), dtype=torch.float32, device=w.device) if wanted[2] else None
+    gradients = HeadGradients(x, w, call.computation.wanted, torch.float32)
     ce, kd = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     stride = -(-len(w) // 64) * 64  # products want rows that start on 128 bytes
     blocks = row_blocks(len(x), stride, x.element_size(), x.device)
@@ -57,28 +49,15 @@ def linear_fused(
         else:
             torch.addmm(b, x[block], w.t(), out=z)
         own = None if lifted is None else lifted.take(block)
-        ce[block], kd[block] = losses_of_rows(z, z, kept.take(block), settings, own)
-        if dx is not None:
-            torch.mm(z, w, out=dx[block])
-        if dw is not None:
-            product_(dw, z.t(), x[block], plus=True)
-        if db is not None:
-            db += z.sum(0, dtype=torch.float32)
+        ce[block], kd[block] = losses_of_rows(z, z, kept.take(block), call.settings, own)
+        gradients.add(z, block)
     if lift != 1.0:
-        for gradient in (dx, dw, db):
+        for gradient in (gradients.dx, gradients.dw, gradients.db):
             if gradient is not None:
                 gradient.mul_(1.0 / lift)
     if rows is not None:
-        ce, kd = (
-            torch.zeros_like(hidden[:, 0], dtype=ce.dtype).index_copy_(0, rows, v) for v in (ce, kd)
-        )
-        if dx is not None:
-            dx = torch.zeros_like(hidden).index_copy_(0, rows, dx.to(hidden.dtype))
-    return BlockLosses(ce, kd), (
-        None if dx is None else dx.to(hidden.dtype),
-        None if dw is None else dw.to(weight.dtype),
-        None if db is None or bias is None else db.to(bias.dtype),
-    )
+        ce, kd = (v.new_zeros(len(hidden)).index_copy_(0, rows, v) for v in (ce, kd))
+    return BlockLosses(ce, kd), gradients.like(hidden, weight, bias, rows)
 
 
 def _rows_to_keep(targets: SparseTargets) -> Tensor | None:

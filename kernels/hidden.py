@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import compute_dtype, product_, row_blocks
+from rekindle.kernels.blocks import compute_dtype, matrix_dtype, product_, row_blocks
 from rekindle.kernels.closed_form import transform_
 from rekindle.kernels.whole_vocabulary import log_softmax_
 
@@ -38,39 +38,54 @@ class DenseTargets(NamedTuple):
 WholeTargets = HiddenTargets | DenseTargets
 
 
+class WholeTeacher(NamedTuple):
+    """The fields of HiddenTargets; without `weight`, log-probabilities stand in for the states."""
+
+    states: Tensor | None = None  # None: the targets are sparse
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, targets: WholeTargets) -> "WholeTeacher":
+        """The teacher, detached."""
+        if isinstance(targets, DenseTargets):
+            return cls(targets.log_probs.detach())
+        tensors = (None if t is None else t.detach() for t in targets[:4])
+        return cls._make((*tensors, targets.softcap, float(targets.logit_scale)))
+
+
 class TeacherBlocks:
     """Log-probabilities [C,V] of some rows at a time, in one buffer that they share."""
 
-    def __init__(self, targets: WholeTargets, dtype: torch.dtype, product_dtype: torch.dtype):
-        self.targets, self.dtype, self.product_dtype = targets, dtype, product_dtype
-        self.weight: Tensor | None = None
-        if isinstance(targets, HiddenTargets):
-            self.weight = targets.weight.to(product_dtype)
+    def __init__(self, teacher: WholeTeacher, dtype: torch.dtype, product_dtype: torch.dtype):
+        self.teacher, self.dtype, self.product_dtype = teacher, dtype, product_dtype
+        self.weight = None if teacher.weight is None else teacher.weight.to(product_dtype)
         self.buffer: Tensor | None = None
 
     def log_probs(self, rows: Tensor, temperature: float) -> Tensor:
         """At τ of the rows [C], at most as many as the first time; the caller may overwrite it."""
-        targets = self.targets
-        if isinstance(targets, DenseTargets):
-            out = targets.log_probs[rows].to(self.dtype)  # indexing copies
-        else:
-            out = self._logits(targets, rows)
+        assert self.teacher.states is not None
+        out = self.teacher.states[rows].to(self.dtype)  # indexing copies
+        if self.weight is not None:
+            out = self._logits(out, rows, self.weight)
         if temperature != 1.0:
             out.div_(temperature)
         return log_softmax_(out)
 
-    def _logits(self, targets: HiddenTargets, rows: Tensor) -> Tensor:
-        assert self.weight is not None
-        states = targets.states[rows].to(self.dtype)
-        if targets.scale is not None:
-            states.mul_(targets.scale[rows].to(self.dtype)[:, None])
+    def _logits(self, states: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        teacher = self.teacher
+        if teacher.scale is not None:
+            states.mul_(teacher.scale[rows].to(self.dtype)[:, None])
         if self.buffer is None:
-            self.buffer = states.new_empty(len(states), len(self.weight))
+            self.buffer = states.new_empty(len(states), len(weight))
         out = self.buffer[: len(states)]
-        product_(out, states.to(self.product_dtype), self.weight.t())
-        if targets.bias is not None:
-            out.add_(targets.bias)
-        transform_(out, targets.logit_scale, targets.softcap)
+        product_(out, states.to(self.product_dtype), weight.t())
+        if teacher.bias is not None:
+            out.add_(teacher.bias)
+        transform_(out, teacher.logit_scale, teacher.softcap)
         return out
 
 
@@ -89,18 +104,13 @@ def row_entropy(
     """
     with torch.no_grad():
         dtype = compute_dtype(hidden, weight)
-        product_dtype = block_product_dtype(hidden, weight)
-        x, w = hidden.to(product_dtype), weight.to(product_dtype)
-        blocks = row_blocks(len(x), len(w), 3 * dtype.itemsize, x.device)
-        buffer = torch.empty(blocks[0].stop if blocks else 0, len(w), dtype=dtype, device=x.device)
-        entropy = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        for block in blocks:
-            z = buffer[: block.stop - block.start]
-            product_(z, x[block], w.t())
-            if bias is not None:
-                z.add_(bias)
-            transform_(z, logit_scale, softcap)
-            p = log_softmax_(z).exp()
+        head = WholeTeacher(hidden, None, weight, bias, softcap, logit_scale)
+        student = TeacherBlocks(head, dtype, block_product_dtype(hidden, weight))
+        rows = torch.arange(len(hidden), device=hidden.device)
+        entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for block in row_blocks(len(rows), len(weight), 3 * dtype.itemsize, hidden.device):
+            z = student.log_probs(rows[block], 1.0)
+            p = z.exp()
             z.masked_fill_(z == -math.inf, 0.0)  # 0 · log 0 = 0
             entropy[block] = -p.mul_(z).sum(1)
         return entropy
@@ -112,9 +122,7 @@ def block_product_dtype(hidden: Tensor, weight: Tensor, exactly: bool = False) -
     bfloat16 on a GPU, where autocast or the inputs ask for it and `exactly` does not forbid it:
     products in float32 take ten times as long there. Else nothing is rounded.
     """
-    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        product_dtype = torch.get_autocast_dtype(hidden.device.type)
+    product_dtype = matrix_dtype(hidden, weight)
     if exactly or hidden.device.type != "cuda" or product_dtype != torch.bfloat16:
         return compute_dtype(hidden, weight)
     return product_dtype
@@ -125,7 +133,7 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
     shapes: list[tuple[str, Tensor | None, tuple[int, ...]]]
     if isinstance(targets, DenseTargets):
         shapes = [("log_probs", targets.log_probs, (rows, vocabulary))]
-        real = [targets.log_probs]
+        real = targets.log_probs
     else:
         _check_factors(targets)
         size = targets.weight.shape[-1]
@@ -135,7 +143,7 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
             ("weight", targets.weight, (vocabulary, size)),
             ("bias", targets.bias, (vocabulary,)),
         ]
-        real = [targets.weight]
+        real = targets.weight
     for name, tensor, shape in shapes:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
@@ -147,8 +155,8 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
                 f"the teacher's {name} is on {tensor.device} and the student on {device}; "
                 "all tensors of a call must be on one device"
             )
-    if not all(tensor.is_floating_point() for tensor in real):
-        raise ValueError(f"the teacher's values are {real[0].dtype}; they must be floating point")
+    if not real.is_floating_point():
+        raise ValueError(f"the teacher's values are {real.dtype}; they must be floating point")
 
 
 def _check_factors(targets: HiddenTargets) -> None:

@@ -13,10 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rekindle.kernels.blocks import matrix_dtype
+from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.encoded import EncodedTargets, decode
-from rekindle.kernels.hidden import WholeTargets, block_product_dtype, check_whole
+from rekindle.kernels.hidden import (
+    WholeTargets,
+    WholeTeacher,
+    block_product_dtype,
+    check_whole,
+)
 from rekindle.kernels.merge import SparseRow, merge_rows
-from rekindle.kernels.ops import Call, Computation, StudentLogits, WholeTeacher, losses
+from rekindle.kernels.ops import losses
 from rekindle.kernels.targets import MAX_KEPT, LossSettings, SparseTargets, check_values
 
 logger = logging.getLogger("rekindle")
@@ -237,17 +244,16 @@ def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: s
     whole = given.ids if isinstance(given.ids, WholeTargets) else None
     if whole is not None:
         check_whole(whole, len(inputs), student.vocabulary, inputs.device)
-    product_dtype = _product_dtype(student)
+    # what the Triton path's logits are in
+    product_dtype = inputs.dtype if weight is None else matrix_dtype(inputs, weight)
     chosen = _choose(impl, inputs.device, product_dtype, given.ids)
     targets, settings = _sparse(given, settings, chosen)
-    _check_targets(targets, student, encoded=settings.kept > 0)
-    targets = _detached(targets, encoded=settings.kept > 0)
+    targets = _checked(targets, student, encoded=settings.kept > 0)
     if inputs.device.type == "cpu" and not settings.kept and not torch.compiler.is_compiling():
         kept = targets.take(targets.active())
         check_values(kept, student.vocabulary, settings.ignore_index)
-    teacher, computation = WholeTeacher(), Computation(chosen)
-    if whole is not None:
-        teacher = WholeTeacher.of(whole)
+    teacher = WholeTeacher() if whole is None else WholeTeacher.of(whole)
+    computation = Computation(chosen)
     if weight is None:
         if whole is not None or not _rows_are_dense(inputs):
             student = StudentLogits(inputs.contiguous())  # the gradient takes the logits' layout
@@ -257,15 +263,6 @@ def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: s
     elif chosen == "triton":
         computation = Computation(chosen, product_dtype)
     return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
-
-
-def _product_dtype(student: StudentLogits) -> torch.dtype:
-    """What the Triton path's logits are in: as given, or as autocast wants products."""
-    if student.weight is None:
-        return student.inputs.dtype
-    if torch.is_autocast_enabled(student.inputs.device.type):
-        return torch.get_autocast_dtype(student.inputs.device.type)
-    return torch.promote_types(student.inputs.dtype, student.weight.dtype)
 
 
 def _rows_are_dense(logits: Tensor) -> bool:
@@ -298,8 +295,11 @@ def _sparse(
     return packed, settings._replace(kept=ids.kept, planes=ids.planes)
 
 
-def _check_targets(targets: SparseTargets, student: StudentLogits, encoded: bool) -> None:
-    """Raise ValueError for targets that are not of the student's N rows, on its device."""
+def _checked(targets: SparseTargets, student: StudentLogits, encoded: bool) -> SparseTargets:
+    """Return the targets without gradient; ids (but for packed ones) and labels int64.
+
+    Raise ValueError for targets that are not of the student's N rows, on its device.
+    """
     rows, device = len(student.inputs), student.inputs.device
     ids, probs, tail, labels, weight, _ = targets
     if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
@@ -320,18 +320,10 @@ def _check_targets(targets: SparseTargets, student: StudentLogits, encoded: bool
                 f"a target tensor is on {tensor.device} and the student on {device}; "
                 "all tensors of a call must be on one device"
             )
-
-
-def _detached(targets: SparseTargets, encoded: bool) -> SparseTargets:
-    """The targets without gradient; ids (but for packed ones) and labels int64."""
-    ids, probs, tail, labels, weight, high = targets
-    return SparseTargets(
-        ids.detach() if encoded else ids.detach().long(),
-        probs.detach(),
-        None if tail is None else tail.detach(),
-        None if labels is None else labels.long(),
-        None if weight is None else weight.detach(),
-        high,
+    targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
+    return targets._replace(
+        ids=targets.ids if encoded else targets.ids.long(),
+        labels=None if targets.labels is None else targets.labels.long(),
     )
 
 

@@ -6,108 +6,24 @@ when a graph is walked backward twice. No arithmetic of a loss is here.
 """
 
 import importlib.util
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, get_type_hints
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.chunked import Gradients, compute_dtype, linear_blockwise, logits_blockwise
+from rekindle.kernels.blocks import Gradients
+from rekindle.kernels.call import (
+    ARGUMENTS,
+    SCHEMA,
+    TENSORS,
+    Call,
+    Computation,
+    StudentLogits,
+    Wanted,
+)
+from rekindle.kernels.chunked import linear_blockwise, logits_blockwise
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
-from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTargets
 from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
-
-# ---- what the operator is told ------------------------------------------------------------------
-
-
-Wanted = Sequence[bool]  # of the student's inputs, weight and bias
-
-
-class StudentLogits(NamedTuple):
-    """The student's logits [N,V]: `inputs`, or inputs [N,H] @ weight.T + bias."""
-
-    inputs: Tensor
-    weight: Tensor | None = None  # [V,H]
-    bias: Tensor | None = None  # [V]
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """float64 if any factor is, else float32."""
-        return compute_dtype(*(t for t in self[:2] if t is not None))
-
-
-class WholeTeacher(NamedTuple):
-    """The fields of HiddenTargets; without `weight`, log-probabilities stand in for the states."""
-
-    states: Tensor | None = None  # None: the targets are sparse
-    scale: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    @classmethod
-    def of(cls, targets: WholeTargets) -> "WholeTeacher":
-        """The teacher, detached."""
-        if isinstance(targets, DenseTargets):
-            return cls(targets.log_probs.detach())
-        tensors = (None if t is None else t.detach() for t in targets[:4])
-        return cls._make((*tensors, targets.softcap, float(targets.logit_scale)))
-
-    def blocks(self, dtype: torch.dtype, product_dtype: torch.dtype | None) -> TeacherBlocks | None:
-        """Its log-probabilities, a block at a time; None where the targets are sparse."""
-        if self.states is None:
-            return None
-        targets: WholeTargets = DenseTargets(self.states)
-        if self.weight is not None:
-            targets = HiddenTargets(self.states, self.scale, self.weight, *self[3:])
-        return TeacherBlocks(targets, dtype, product_dtype or dtype)
-
-
-class Computation(NamedTuple):
-    """How a loss is computed."""
-
-    impl: str  # triton | torch
-    product_dtype: torch.dtype | None = None  # of a head's products; None: that of the arithmetic
-    wanted: Wanted = (False, False, False)  # gradients
-
-
-class Call(NamedTuple):
-    """What the operator is told."""
-
-    student: StudentLogits
-    targets: SparseTargets  # of a whole teacher: labels and weights, no ids
-    teacher: WholeTeacher
-    settings: LossSettings
-    computation: Computation
-
-    def flat(self) -> list[object]:
-        """The fields of all parts, in the order of the schema."""
-        return [value for part in self for value in part]
-
-    @classmethod
-    def of(cls, flat: Sequence[object]) -> "Call":
-        """The record that `flat` was made of."""
-        return cls._make(part._make(flat[place]) for part, place in _PARTS)
-
-
-_TYPES: dict[object, str] = {
-    **{Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype | None: "ScalarType?"},
-    **{int: "int", float: "float", float | None: "float?", str: "str", Wanted: "bool[]"},
-}
-_ARGUMENTS: list[str] = []  # of the schema, one per field of a part of Call
-_PARTS: list[tuple[type[NamedTuple], slice]] = []  # of Call, with their places in `Call.flat`
-for _name, _part in get_type_hints(Call).items():
-    _fields = [f"{_TYPES[kind]} {_name}_{f}" for f, kind in get_type_hints(_part).items()]
-    _PARTS.append((_part, slice(len(_ARGUMENTS), len(_ARGUMENTS) + len(_fields))))
-    _ARGUMENTS += _fields
-_SCHEMA = ", ".join(_ARGUMENTS)
-TENSORS = sum(argument.startswith("Tensor") for argument in _ARGUMENTS)  # at the head of them
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,36 +40,30 @@ def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run(
     call: Call, wanted: Wanted, upstream: Tensor | None
-) -> tuple[BlockLosses, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[BlockLosses, tuple[Tensor, ...]]:
     """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
-    (inputs, weight, bias), targets, whole, settings, computation = call
+    inputs, weight, _ = call.student
+    triton = call.computation.impl == "triton"
+    call = call._replace(computation=call.computation._replace(wanted=wanted))
     dtype = call.student.compute_dtype
-    factors = _loss_factors(targets, settings, dtype, upstream) if any(wanted) else None
-    teacher = whole.blocks(dtype, computation.product_dtype)
+    factors = _loss_factors(call.targets, call.settings, dtype, upstream) if any(wanted) else None
     gradients: Gradients
-    if weight is None and computation.impl == "triton":
+    if weight is None and triton:
         from rekindle.kernels.fused import losses_of_rows
 
         gradient = _like(inputs)  # scratch where it is not wanted
-        found = losses_of_rows(inputs, gradient, targets, settings, factors)
+        found = losses_of_rows(inputs, gradient, call.targets, call.settings, factors)
         gradients = (gradient if factors is not None else None, None, None)
     elif weight is None:
-        found, logits_gradient = logits_blockwise(inputs, targets, settings, factors, teacher)
+        found, logits_gradient = logits_blockwise(call, factors)
         gradients = (logits_gradient, None, None)
-    elif computation.impl == "triton":
+    elif triton:
         from rekindle.kernels.fused_linear import linear_fused
 
-        assert computation.product_dtype is not None
-        found, gradients = linear_fused(
-            inputs, weight, bias, targets, settings, factors, wanted, computation.product_dtype
-        )
+        found, gradients = linear_fused(call, factors)
     else:
-        found, gradients = linear_blockwise(
-            *(inputs, weight, bias, targets, settings, factors, wanted),
-            *(teacher, computation.product_dtype),
-        )
-    first, second, third = (inputs.new_empty(0) if g is None else g for g in gradients)
-    return found, (first, second, third)
+        found, gradients = linear_blockwise(call, factors)
+    return found, tuple(inputs.new_empty(0) if g is None else g for g in gradients)
 
 
 def _reduced(
@@ -208,7 +118,7 @@ _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 
 
 @torch.library.custom_op(
-    "rekindle::kd_loss", mutates_args=(), schema=f"({_SCHEMA}) -> ({_LOSSES}, {_GRADIENTS})"
+    "rekindle::kd_loss", mutates_args=(), schema=f"({SCHEMA}) -> ({_LOSSES}, {_GRADIENTS})"
 )
 def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
@@ -228,7 +138,7 @@ def _(*flat: object) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "rekindle::kd_loss_backward",
     mutates_args=(),
-    schema=f"(Tensor upstream, {_SCHEMA}) -> ({_GRADIENTS})",
+    schema=f"(Tensor upstream, {SCHEMA}) -> ({_GRADIENTS})",
 )
 def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
@@ -266,7 +176,7 @@ def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor |
     if gradients is None:
         gradients = _kd_loss_backward(upstream, *context.saved_tensors, *context.rest)
     kept = [g if w else None for g, w in zip(gradients, context.wanted, strict=True)]
-    return (*kept, *[None] * (len(_ARGUMENTS) - len(kept)))
+    return (*kept, *[None] * (len(ARGUMENTS) - len(kept)))
 
 
 def _formed(context: _Context, upstream: Tensor) -> list[Tensor] | None:

@@ -73,12 +73,6 @@ class SparseTargets(NamedTuple):
         """The same targets for some rows only."""
         return SparseTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """Row weights [N] in `dtype`; ones where none were given."""
-        if self.weight is None:
-            return torch.ones(self.ids.shape[0], dtype=dtype, device=self.ids.device)
-        return self.weight.to(dtype)
-
     def active(self) -> Tensor:
         """[N] bool: rows that count at all (weight ≠ 0)."""
         if self.weight is None:
@@ -124,7 +118,9 @@ def loss_scales(
     target counts and adds nothing).
     """
     active, labelled = targets.active(), targets.labelled(settings.ignore_index)
-    weight = torch.where(active, targets.weights(dtype), 0.0)
+    weight = active.to(dtype)
+    if targets.weight is not None:
+        weight = torch.where(active, targets.weight.to(dtype), 0.0)
     ce, kd = torch.where(labelled, weight, 0.0), weight
     if settings.reduction == "mean":
         ce = ce / (active & labelled).sum().clamp(min=1)

@@ -18,9 +18,9 @@ from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
-from rekindle.kernels.chunked import row_blocks
+from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
-from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks
+from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
 from rekindle.train.model.split_model import OutputHead
 
 
@@ -160,7 +160,7 @@ def _decoded(
     """Ids and probabilities [P,V]; or the top k and what is left, a bounded block at a time."""
     device = targets[0].device
     rows = torch.arange(len(targets[0]), device=device)
-    teacher = TeacherBlocks(targets, torch.float32, torch.float32)
+    teacher = TeacherBlocks(WholeTeacher.of(targets), torch.float32, torch.float32)
     if k is None or k >= size:
         probs = teacher.log_probs(rows, temperature).exp_()
         ids = torch.arange(size, device=device).expand_as(probs)

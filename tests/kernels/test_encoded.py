@@ -10,8 +10,8 @@ import torch
 from rekindle.data.targets import codec
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from rekindle.kernels.reference import reference_losses
 from rekindle.kernels.targets import LossSettings, SparseTargets
+from testlib.reference import reference_losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.reference import reference_losses
 from rekindle.kernels.targets import LossSettings, SparseTargets
+from testlib.reference import reference_losses
 
 pytest.importorskip("triton")
 
@@ -213,9 +213,9 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
 @pytest.mark.parametrize("budget", [1, 2 * 4 * 128, 10**9])
 def test_linear_head(budget: int, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows dropped, blocks of any size, a buffer written in place, bias, all three gradients."""
-    from rekindle.kernels import chunked
+    from rekindle.kernels import blocks
 
-    monkeypatch.setitem(chunked.BLOCK_BYTES, DEVICE, budget)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget)
     case = make(rows=6, vocabulary=101, k=7)
     g = torch.Generator().manual_seed(1)
     shapes = ((6, 8), (101, 8), (101,))

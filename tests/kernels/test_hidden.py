@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import chunked, ops
+from rekindle.kernels import blocks, chunked, ops
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
@@ -205,7 +205,7 @@ def test_blocks_of_any_size_give_the_same(
         whole = with_gradients(path, head(), teacher(), **options)
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setitem(chunked.BLOCK_BYTES, DEVICE, budget(rows, buffers, 8))
+            patch.setitem(blocks.BLOCK_BYTES, DEVICE, budget(rows, buffers, 8))
             check(with_gradients(path, head(), teacher(), **options), whole, rtol=1e-12)
         assert sum(seen) == ROWS
         assert max(seen) == rows
@@ -224,7 +224,7 @@ def test_no_more_than_blocks_of_logits_are_ever_made(
     rows, block = 24, 4
     objective = LossSettings(divergence=kind, temperature=tau, ce_weight=0.5 * labelled)
     buffers = whole_buffers(objective, labelled)
-    monkeypatch.setitem(chunked.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
+    monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
     x, w, b = head(torch.float32, rows=rows)
     mode = Largest((block, VOCABULARY))
     inner = ops._run

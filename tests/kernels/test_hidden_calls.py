@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rekindle.kernels import chunked, losses, ops
 from rekindle.kernels.closed_form import Coefficients
-from rekindle.kernels.hidden import DenseTargets, TeacherBlocks
+from rekindle.kernels.hidden import DenseTargets, WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
 from testlib.hidden import (
@@ -38,7 +38,7 @@ def call(student: ops.StudentLogits, targets: Any, reduction: str) -> list[objec
     rows = SparseTargets(none, none, None, labels(), weight)
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
     computation = ops.Computation("torch", torch.float32, [t is not None for t in student])
-    teacher = ops.WholeTeacher.of(targets)
+    teacher = WholeTeacher.of(targets)
     return ops.Call(student, rows, teacher, settings, computation).flat()
 
 
@@ -91,17 +91,16 @@ def test_autocast_changes_nothing_of_float32_inputs_on_cpu(path: Any) -> None:
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_products_may_be_of_sixteen_bits(kind: str) -> None:
     """As on a GPU under autocast: factors are rounded, and nothing else is."""
-    x, w, b = head(torch.float32, rows=64)
+    student = ops.StudentLogits(*head(torch.float32, rows=64))
     targets, objective = teacher(rows=64), LossSettings(divergence=kind)
     none = torch.empty(64, 0, dtype=torch.long, device=DEVICE)
     rows = SparseTargets(none, none, None, None, None)
     ones = torch.full((64,), 1 / 64, device=DEVICE)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        losses_, gradients = chunked.linear_blockwise(
-            x, w, b, rows, objective, Coefficients(ones, ones), (True, True, True),
-            TeacherBlocks(targets, torch.float32, dtype), dtype,
-        )  # fmt: skip
+        computation = ops.Computation("torch", dtype, (True, True, True))
+        asked = ops.Call(student, rows, WholeTeacher.of(targets), objective, computation)
+        losses_, gradients = chunked.linear_blockwise(asked, Coefficients(ones, ones))
         assert all(g.dtype == torch.float32 for g in gradients)
         results.append([losses_.kd, *gradients])
     for exact, rounded in zip(*results, strict=True):

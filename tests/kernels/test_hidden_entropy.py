@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rekindle.kernels import chunked
+from rekindle.kernels import blocks
 from rekindle.kernels.hidden import row_entropy
 from testlib.hidden import DEVICE, ROWS, VOCABULARY, Largest, budget, head, transformed
 
@@ -18,7 +18,7 @@ def test_entropy_is_that_of_all_logits(
     rows: int, softcap: float | None, scale: float, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, w, b = head(torch.float32)
-    monkeypatch.setitem(chunked.BLOCK_BYTES, DEVICE, budget(rows, 3, 4))
+    monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget(rows, 3, 4))
     z = transformed(
         F.linear(x.double(), w.double(), b.double() if biased else None), scale, softcap
     )

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import chunked, losses, ops
+from rekindle.kernels import blocks, losses, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.reference import reference_losses
 from rekindle.kernels.targets import LossSettings, SparseTargets
+from testlib.reference import reference_losses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 TAILS = ("bucket", "renormalise", "none")
@@ -392,9 +392,9 @@ def test_block_size_is_irrelevant_and_repeats_are_equal_to_the_bit(
 ) -> None:
     case = make(rows=9, vocabulary=101, k=k, holes=False)
     options = {"labels": case["labels"], "ce_weight": 0.5, "temperature": 2.0}
-    monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", 10**9)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 10**9)
     (truth, truth_grads), *_ = all_paths(case, torch.tensor(1.0).double(), **options)
-    monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", budget)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", budget)
     (out, grads), *_ = all_paths(case, torch.tensor(1.0).double(), **options)
     torch.testing.assert_close((*out, *grads), (*truth, *truth_grads))
     (again, grads_again), *_ = all_paths(case, torch.tensor(1.0).double(), **options)
@@ -406,11 +406,11 @@ def test_block_size_is_irrelevant_and_repeats_are_equal_to_the_bit(
 def test_blocks_cover_the_rows_within_the_budget(
     rows: int, vocabulary: int, size: int, budget: int
 ) -> None:
-    step = chunked.block_rows(rows, vocabulary, size, budget)
+    step = blocks.block_rows(rows, vocabulary, size, budget)
     assert step >= 1
     assert step == 1 or step * vocabulary * size <= budget
-    blocks = -(-rows // step)
-    assert blocks <= 1 or rows > (blocks - 1) * step  # the last block is not empty
+    count = -(-rows // step)
+    assert count <= 1 or rows > (count - 1) * step  # the last block is not empty
 
 
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +429,7 @@ def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             return out
 
     case = make(rows=64, vocabulary=500, k=4, holes=False)
-    monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", 40_000)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 40_000)
     x, w, _ = (t.requires_grad_() for t in head(case))
     with Watch():
         linear_kd_loss(x, w, case["ids"], case["probs"], temperature=2.0).loss.backward()

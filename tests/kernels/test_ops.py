@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels import ops
+from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
@@ -40,7 +41,7 @@ def call(case: dict, student: ops.StudentLogits, impl: str, reduction: str) -> l
     settings = LossSettings(ce_weight=0.5, temperature=2.0, reduction=reduction)
     targets = SparseTargets(case["ids"], case["probs"], None, case["labels"], case["row_weight"])
     computation = ops.Computation(impl, torch.float32, [t is not None for t in student])
-    return ops.Call(student, targets, ops.WholeTeacher(), settings, computation).flat()
+    return ops.Call(student, targets, WholeTeacher(), settings, computation).flat()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

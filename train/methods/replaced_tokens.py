@@ -26,7 +26,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.masking import generator
-from rekindle.kernels.chunked import row_blocks
+from rekindle.kernels.blocks import row_blocks
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun

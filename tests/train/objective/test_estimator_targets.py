@@ -12,7 +12,7 @@ import torch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.kernels import chunked
+from rekindle.kernels import blocks
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
@@ -281,7 +281,7 @@ def test_the_top_of_hidden_states_is_found_in_blocks_of_any_size(cache, name, mo
     whole = sparse_targets(target, 2.0, 5, CPU)
     for rows in (1, 3):
         budget = rows * 12 * target.info.vocabulary_size
-        monkeypatch.setitem(chunked.BLOCK_BYTES, "cpu", budget)
+        monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", budget)
         parts = sparse_targets(target, 2.0, 5, CPU)
         torch.testing.assert_close(parts.probs, whole.probs, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(parts.tail, whole.tail, rtol=1e-4, atol=1e-6)
