@@ -16,7 +16,7 @@ from rekindle.data.batch import Batch, Ints, read_masked, read_pairs, read_targe
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
-from rekindle.data.order import epoch_batch
+from rekindle.data.permutation import epoch_batch
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.cuts import Cut, RowLists, RowTexts, Texts, joined, pad_cuts
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -24,7 +24,8 @@ from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
 from rekindle.data.targets.reading.files import read_parts
-from rekindle.data.targets.reading.ranking import (
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.reading.sequence_ranking import (
     HARD,
     HardPositions,
     Score,
@@ -32,7 +33,6 @@ from rekindle.data.targets.reading.ranking import (
     hard_positions,
     sequence_scores,
 )
-from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.reader import ViewReader
 
 TEXTS = ("digest", "domain", "document")  # columns of the corpus that a batch has

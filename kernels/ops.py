@@ -21,9 +21,9 @@ from rekindle.kernels.call import (
     StudentLogits,
     Wanted,
 )
-from rekindle.kernels.chunked import linear_blockwise, logits_blockwise
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
+from rekindle.kernels.torch_blocks import linear_blockwise, logits_blockwise
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ def _run(
     factors = _loss_factors(call.targets, call.settings, dtype, upstream) if any(wanted) else None
     gradients: Gradients
     if weight is None and triton:
-        from rekindle.kernels.fused import losses_of_rows
+        from rekindle.kernels.triton_rows import losses_of_rows
 
         gradient = _like(inputs)  # scratch where it is not wanted
         found = losses_of_rows(inputs, gradient, call.targets, call.settings, factors)
@@ -58,7 +58,7 @@ def _run(
         found, logits_gradient = logits_blockwise(call, factors)
         gradients = (logits_gradient, None, None)
     elif triton:
-        from rekindle.kernels.fused_linear import linear_fused
+        from rekindle.kernels.triton_linear import linear_fused
 
         found, gradients = linear_fused(call, factors)
     else:
@@ -203,7 +203,7 @@ def _scale_(values: Tensor, factor: Tensor) -> None:
     elif importlib.util.find_spec("triton") is None:
         values.mul_(factor)
     else:
-        from rekindle.kernels.fused import scale_unless_one
+        from rekindle.kernels.triton_rows import scale_unless_one
 
         scale_unless_one(values, factor)
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TEACHER_NAME
-from rekindle.pipeline.nested import strings_in, values_in, with_strings
+from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 
 STAGES_FILE = "stages.json"  # in the output directory, beside the folders of the stages
 _REFERENCE = re.compile(r"\{([^{}]*)\}")

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.builtin.names import ABOUT, folder, places
-from rekindle.pipeline.nested import strings_in
+from rekindle.pipeline.plain_values import strings_in
 
 log = logging.getLogger("rekindle")
 

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.pipeline.nested import with_strings
+from rekindle.pipeline.plain_values import with_strings
 
 PREFIX = "python-docs/"
 ALGORITHM = 1  # rises when the same settings would give other files

@@ -29,10 +29,10 @@ from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.extensions import plan_parts, view_of
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.repair import repair_cache
-from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import (
     Teacher,
     TeacherPlan,
@@ -42,7 +42,7 @@ from rekindle.pipeline.caching.teachers import (
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.devices import places_for
-from rekindle.pipeline.processes.units import run_units
+from rekindle.pipeline.processes.pool import run_units
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 

@@ -19,7 +19,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
-from rekindle.data.targets.codecs import CODECS
+from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
 from rekindle.data.targets.reading.files import is_described, read_teacher

@@ -15,8 +15,8 @@ from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.extensions import view_of
-from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.teacher_config import TeacherConfig

@@ -20,7 +20,7 @@ from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.pipeline.nested import for_json
+from rekindle.pipeline.plain_values import for_json
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"

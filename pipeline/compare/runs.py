@@ -11,7 +11,7 @@ from typing import Any
 from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
-from rekindle.pipeline.nested import for_json
+from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.stages.resolve import read_stages
 from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails

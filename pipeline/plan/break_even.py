@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.nested import strings_in
+from rekindle.pipeline.plain_values import strings_in
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, TeacherWork
 from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at

@@ -11,8 +11,8 @@ import torch
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.pipeline.caching.cache_teachers import write_unit
+from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.extensions import view_of
-from rekindle.pipeline.caching.run_teacher import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
 

@@ -39,7 +39,7 @@ from rekindle.data.corpus.documents import (
 )
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
-from rekindle.data.order import permute
+from rekindle.data.permutation import permute
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe

@@ -17,8 +17,8 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
+from rekindle.pipeline.caching.compute_unit import ShardRows
 from rekindle.pipeline.caching.extensions import view_of
-from rekindle.pipeline.caching.run_teacher import ShardRows
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 

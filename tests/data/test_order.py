@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.data.order import epoch_batch, permute, stream_part
+from rekindle.data.permutation import epoch_batch, permute, stream_part
 
 
 def epoch_order(size, seed=0, epoch=0):

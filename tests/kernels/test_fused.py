@@ -180,7 +180,7 @@ def test_ignored_rows_may_hold_anything_and_the_callers_logits_stay() -> None:
 
 def test_an_id_out_of_range_is_loud() -> None:
     """A device is not waited for to raise an error: that row's loss is NaN, and memory is safe."""
-    from rekindle.kernels.fused import losses_of_rows
+    from rekindle.kernels.triton_rows import losses_of_rows
 
     case = make(rows=3, vocabulary=50, k=4)
     case["ids"][1, 2] = 50
@@ -194,7 +194,7 @@ def test_an_id_out_of_range_is_loud() -> None:
 def test_rows_beyond_two_to_the_31_elements() -> None:
     """The buffer is virtual: three rows a gibi-element apart touch a few pages of it."""
     from rekindle.kernels.closed_form import Coefficients
-    from rekindle.kernels.fused import losses_of_rows
+    from rekindle.kernels.triton_rows import losses_of_rows
 
     rows, vocabulary, stride = 3, 203, 2**30
     case = make(rows=rows, vocabulary=vocabulary, k=5, dtype=torch.float16)
@@ -294,7 +294,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scaling_by_an_upstream_scalar(dtype: torch.dtype) -> None:
     """More than one block; a factor of 1 leaves memory alone; a view with gaps is scaled too."""
-    from rekindle.kernels.fused import scale_unless_one
+    from rekindle.kernels.triton_rows import scale_unless_one
 
     g = torch.Generator().manual_seed(0)
     values = torch.randn(5, 1003, generator=g).to(DEVICE, dtype)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import blocks, chunked, ops
+from rekindle.kernels import blocks, ops
+from rekindle.kernels import torch_blocks as chunked
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings

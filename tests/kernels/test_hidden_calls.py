@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.kernels import chunked, losses, ops
+from rekindle.kernels import losses, ops
+from rekindle.kernels import torch_blocks as chunked
 from rekindle.kernels.closed_form import Coefficients
 from rekindle.kernels.hidden import DenseTargets, WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss

@@ -42,7 +42,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rekindle.kernels.fused import _tile
+from rekindle.kernels.triton_rows import _tile
 from rekindle.kernels.row_kernel import row_kernel
 
 BYTES = {"high_ptr": "*u8"}

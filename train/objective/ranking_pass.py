@@ -15,7 +15,7 @@ from rekindle.data.batch import Batch
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import language_rows
 from rekindle.train.distributed import World
-from rekindle.train.objective.ranking import centres_of, group_keys
+from rekindle.train.objective.ranking_loss import centres_of, group_keys
 from rekindle.train.objective.selection import Counts
 from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows

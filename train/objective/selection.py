@@ -19,7 +19,7 @@ from rekindle.data.batch import (
 )
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.pseudo_labels import confident_only
-from rekindle.train.objective.ranking import Centres
+from rekindle.train.objective.ranking_loss import Centres
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from rekindle.train.objective.label_union import (
     mixed_target,
 )
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
-from rekindle.train.objective.ranking import group_keys, ranking_loss
+from rekindle.train.objective.ranking_loss import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
 

@@ -33,7 +33,7 @@ import numpy as np
 import xxhash
 
 from rekindle.data.batch import Ints
-from rekindle.data.order import stream_part
+from rekindle.data.permutation import stream_part
 from rekindle.train.order.split import Ranges
 
 CYCLE = 1000  # slots after which the domains' turns come again

@@ -14,7 +14,7 @@ import numpy as np
 from rekindle.data.batch import Ints
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.order import stream_part
+from rekindle.data.permutation import stream_part
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.curriculum import best_scored, first_steps
 from rekindle.train.order.domains import check_domains, domain_ranges

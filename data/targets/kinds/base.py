@@ -20,7 +20,7 @@ from rekindle.data.storage.seal import FORMAT_VERSION
 from rekindle.data.storage.shards import describe, rows_in_batches
 from rekindle.data.targets.codec import Columns, Floats
 from rekindle.data.targets.codec_compact import Widths
-from rekindle.data.targets.codecs import CODECS, Codec
+from rekindle.data.targets.codec_registry import CODECS, Codec
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.targets.reading.ranking import Score, _medians
+from rekindle.data.targets.reading.sequence_ranking import Score, _medians
 from testlib.models import NARROW
 
 PER_SHARD = 140  # two record batches

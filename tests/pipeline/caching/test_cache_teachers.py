@@ -22,7 +22,7 @@ from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
-from rekindle.pipeline.processes import units
+from rekindle.pipeline.processes import pool as units
 from rekindle.pipeline.processes.devices import Place
 from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress

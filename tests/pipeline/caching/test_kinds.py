@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from rekindle.data.targets.codecs import CODECS
+from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.schema import Codec, Kept, Kind, TeacherInfo
 from rekindle.pipeline.caching.scoring import SCORERS

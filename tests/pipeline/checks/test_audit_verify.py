@@ -236,7 +236,7 @@ def test_a_damaged_record(copy):
 def test_positions_that_are_missing_are_a_problem(copy, configure, teachers, name, monkeypatch):
     """A shard whose every checksum is right, and in which a sequence has lost its targets."""
     from rekindle.pipeline.caching import cache_teachers as stage_one
-    from rekindle.pipeline.caching.run_teacher import UnitResult
+    from rekindle.pipeline.caching.compute_unit import UnitResult
 
     shutil.rmtree(copy / "targets" / name)
     run = stage_one.run_unit

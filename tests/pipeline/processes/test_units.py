@@ -13,7 +13,7 @@ import pytest
 from rekindle.data.errors import CacheError, InputError
 from rekindle.pipeline.processes import worker
 from rekindle.pipeline.processes.devices import Place
-from rekindle.pipeline.processes.units import run_units
+from rekindle.pipeline.processes.pool import run_units
 
 LOADS = """
 import os, pathlib, time

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from rekindle.data.batch import Batch
 from rekindle.train.config import RankingConfig
 from rekindle.train.distributed import World
-from rekindle.train.objective.ranking import KEY_BITS, Centres, centres_of, group_keys, ranking_loss
+from rekindle.train.objective.ranking_loss import (
+    KEY_BITS,
+    Centres,
+    centres_of,
+    group_keys,
+    ranking_loss,
+)
 
 steps = st.lists(st.tuples(st.integers(0, 3), st.floats(-4, 4, width=32)), min_size=1, max_size=12)
 

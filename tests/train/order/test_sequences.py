@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
-from rekindle.data.order import permute
+from rekindle.data.permutation import permute
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.replay import Replay

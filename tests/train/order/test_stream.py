@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.order import permute
+from rekindle.data.permutation import permute
 from rekindle.data.targets.reading import reader as teacher_reader
 from rekindle.train.order.sequences import Order
 from rekindle.train.order.split import Ranges, split_corpus

@@ -15,7 +15,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.reading.hard_masks import hard_tokens
-from rekindle.pipeline.caching import run_teacher
+from rekindle.pipeline.caching import compute_unit as run_teacher
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.caching import run_teacher
+from rekindle.pipeline.caching import compute_unit as run_teacher
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.train_student import student_view, train_from_config

@@ -13,8 +13,8 @@ from torch import Tensor
 from rekindle.kernels.blocks import Gradients, HeadGradients, row_blocks
 from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
-from rekindle.kernels.fused import losses_of_rows
 from rekindle.kernels.targets import SparseTargets
+from rekindle.kernels.triton_rows import losses_of_rows
 
 
 def linear_fused(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
