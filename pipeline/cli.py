@@ -102,7 +102,7 @@ def finetune(
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
-    from rekindle.pipeline.config import set_value
+    from rekindle.pipeline.overrides import set_value
     from rekindle.train.finetune.config import FinetuneConfig
 
     values: dict[str, object] = {}

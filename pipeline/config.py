@@ -4,16 +4,17 @@ model.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
+from rekindle.pipeline.overrides import put_value, set_value
+from rekindle.pipeline.plain_values import parse_yaml
 from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
@@ -108,7 +109,7 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"the configuration {path} is not UTF-8 text: {error.reason}") from None
-    values = _yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
     for override in overrides or []:
@@ -130,70 +131,10 @@ def configure_stage(
     where = f"stage {stage.name!r}"
     try:
         for path, value in with_directories(stage.set, directories or {}).items():
-            _put_value(values, path, value)
+            put_value(values, path, value)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('--')}") from None
     return parse_settings(RunConfig, values, where)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no key can be given twice: PyYAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                problem = f"the key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str, where: str) -> object:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def set_value(values: dict[str, object], override: str) -> None:
-    """Apply one ``a.b.0.c=value`` to nested dictionaries and lists, in place."""
-    path, separator, text = override.partition("=")
-    if not separator or not path.strip():
-        raise InputError(f"--set takes key.path=value, got {override!r}")
-    _put_value(values, path, _yaml(text, f"--set {path}"))
-
-
-def _put_value(values: dict[str, object], path: str, value: object) -> None:
-    here: Any = values
-    *above, last = path.strip().split(".")
-    for part in above:
-        key = _key(here, part, path)
-        if here[key] is None:
-            here[key] = {}
-        here = here[key]
-    here[_key(here, last, path)] = value
-
-
-def _key(here: object, part: str, path: str) -> str | int:
-    """Return what ``part`` of an override's path selects in ``here``; a mapping gets a new key."""
-    if isinstance(here, list):
-        return _index(here, part, path)
-    if not isinstance(here, dict):
-        raise InputError(f"--set {path}: {part!r} lies below a plain value, {here!r}")
-    here.setdefault(part, None)
-    return part
-
-
-def _index(here: list, part: str, path: str) -> int:
-    """Return the number of a list's item, given as a number or as the item's ``name``."""
-    if part.isdecimal() and int(part) < len(here):
-        return int(part)
-    names = [item.get("name") if isinstance(item, dict) else None for item in here]
-    if part in names:
-        return names.index(part)
-    hint = did_you_mean(part, [str(name) for name in names if name])
-    raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
 
 
 def dump_config(config: RunConfig) -> str:

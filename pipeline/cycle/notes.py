@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned, Searched
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
+from rekindle.pipeline.cycle.search import Searched
 from rekindle.pipeline.report.significance import Difference
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there

@@ -15,14 +15,11 @@ from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
     Grid,
-    check_search,
     check_together,
     folder_of,
     read_finetuned,
     read_json,
-    read_search,
     refuse,
-    searched_of,
 )
 from rekindle.pipeline.cycle.notes import notes_of
 from rekindle.pipeline.cycle.scores import (
@@ -32,6 +29,7 @@ from rekindle.pipeline.cycle.scores import (
     differences_of,
     scores_of,
 )
+from rekindle.pipeline.cycle.search import check_search, read_search, searched_of
 
 
 def read_results(out: Path) -> CycleResults:

@@ -5,8 +5,8 @@ Every cell comes from ``CycleResults`` alone, so that results.json gives the sam
 
 from collections.abc import Sequence
 
-from rekindle.pipeline.cycle.finetuned import Searched, Tried
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
+from rekindle.pipeline.cycle.search import Searched, Tried
 from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import difference_tables, percent

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.pipeline.caching.cache_teachers import write_unit
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.extensions import view_of
+from rekindle.pipeline.caching.make_unit import write_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
 

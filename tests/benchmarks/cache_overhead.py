@@ -18,8 +18,8 @@ from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.batching import length_buckets
-from rekindle.pipeline.caching.cache_teachers import write_unit
 from rekindle.pipeline.caching.compute_unit import Unit, run_unit
+from rekindle.pipeline.caching.make_unit import write_unit
 from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig

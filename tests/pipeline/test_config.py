@@ -9,7 +9,8 @@ import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.config import RunConfig, dump_config, load_config, set_value
+from rekindle.pipeline.config import RunConfig, dump_config, load_config
+from rekindle.pipeline.overrides import set_value
 from testlib.command import python
 
 MINIMAL = {

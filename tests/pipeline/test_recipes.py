@@ -14,9 +14,10 @@ import yaml
 from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.builtin.names import FILES, MODELS, PREFIX
-from rekindle.pipeline.config import RunConfig, set_value
+from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.init import FOLDER, commands, read_recipe
+from rekindle.pipeline.overrides import set_value
 from rekindle.pipeline.sweep.grid import parse_axis
 from rekindle.train.schedules import weight_at
 

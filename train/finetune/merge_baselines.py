@@ -15,13 +15,13 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.objective.label_union import (
-    LabelUnion,
+from rekindle.train.objective.combine import (
     certainty,
     concatenated_target,
     expert_weights,
     mixed_target,
 )
+from rekindle.train.objective.label_union import LabelUnion
 
 
 def merged_probabilities(

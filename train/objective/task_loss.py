@@ -16,14 +16,14 @@ from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.objective.label_union import (
-    LabelUnion,
+from rekindle.train.objective.combine import (
     certainty,
     concatenated_target,
     expert_weights,
     margin,
     mixed_target,
 )
+from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking_loss import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of

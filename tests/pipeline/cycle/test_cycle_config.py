@@ -8,7 +8,7 @@ import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.config import load_config, set_value
+from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.config import (
     ARMS,
     CycleConfig,
@@ -16,6 +16,7 @@ from rekindle.pipeline.cycle.config import (
     load_cycle,
     point_name,
 )
+from rekindle.pipeline.overrides import set_value
 
 VALUES = {
     "corpus": {"source": ["text.txt"], "tokenizer": "model"},

@@ -1,0 +1,104 @@
+"""Make a unit of a teacher's targets: compute it, write its shard, commit it.
+
+Several processes may work on one cache, also on several machines: each looks, before it begins a
+unit, whether another has committed it; two that make the same one are harmless.
+"""
+
+import time
+
+import pyarrow as pa
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.commits import SECONDS
+from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.targets.head import write_head
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.files import is_described, read_teacher
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
+from rekindle.pipeline.caching.extensions import view_of
+from rekindle.pipeline.caching.teachers import (
+    Teacher,
+    TeacherPlan,
+    claim_teacher,
+)
+
+ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+
+
+class UnitRunner:
+    """A loaded teacher and all that it needs to make units of one part of its targets."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
+        self.corpus, self.info = corpus, plan.info
+        self.teacher = Teacher(plan, corpus)
+        self.view = view_of(plan.info, corpus)
+        self.head = self.teacher.output_matrix() if kind_of(plan.info).has_head else None
+        self.kept = None  # reads the part whose ids tails are taken of
+        if plan.info.extends is not None:
+            main = read_teacher(corpus.store, plan.info.name, plan.info.extends)
+            self.kept = TeacherReader(corpus, [main], self.view)
+        if is_described(corpus.store, plan.info.name):  # a matrix of this teacher that was lost
+            self._store_head()
+
+    def make(self, unit: Unit) -> Commit | None:
+        """Compute, write and commit a unit, so that a kill costs no more than one.
+
+        None if another process has made it meanwhile: two that were started on one cache share
+        the work.
+        """
+        if ShardSet(self.corpus.store, self.info.folder).has(unit.name):
+            return None
+        began = time.perf_counter()
+        result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
+        self._store_head()
+        return write_unit(self.info, self.corpus, unit, result, began)
+
+    def _store_head(self) -> None:
+        """The matrix comes after the teacher's description, and before any unit."""
+        if self.head is not None:
+            claim_teacher(self.corpus, self.info)
+            write_head(self.corpus.store, self.info.folder, self.head)
+            self.head = None
+
+
+def write_unit(
+    info: TeacherInfo,
+    corpus: Corpus,
+    unit: Unit,
+    result: UnitResult,
+    began: float | None = None,
+) -> Commit:
+    """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
+    record then says how many seconds it took until all was encoded.
+    """
+    shard = corpus.shard(unit.shard)
+    kind = kind_of(info)
+    schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
+    digests = [d for batch in shard.batches() for d in batch["digest"].to_pylist()]
+    batches = kind.batches(schema, digests, result.rows, result.columns)
+    facts = {
+        "positions": len(result.rows),
+        "tokens": corpus.commits[unit.shard].facts["tokens"],
+        "shard": unit.shard,
+        "replica": unit.replica,
+        "corpus_sha256": corpus.commits[unit.shard].sha256,
+    }
+    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # its name free for the corrected configuration.
+    claim_teacher(corpus, info)
+    shards = ShardSet(corpus.store, info.folder)
+    options = None
+    if kind.codec.compressed:
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
+    sums = ScalarSums()
+
+    def late() -> dict[str, str | float]:
+        spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
+        return sums.facts() | spent
+
+    return shards.write(
+        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, late
+    )
