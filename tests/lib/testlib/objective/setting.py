@@ -137,12 +137,15 @@ class Threads(World):
 
     meeting, table = None, None
 
-    def sum(self, values):
-        self.table[self.rank] = list(values)
+    def gather(self, own):
+        self.table[self.rank] = own
         self.meeting.wait()
-        found = [sum(column) for column in zip(*self.table, strict=True)]
+        found = list(self.table)
         self.meeting.wait()
         return found
+
+    def sum(self, values):
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
 
 
 def at_once(processes, work):
