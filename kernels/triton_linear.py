@@ -18,7 +18,7 @@ from rekindle.kernels.triton_rows import losses_of_rows
 
 
 def linear_fused(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
-    """As `chunked.linear_blockwise`; products and logits are in the call's `product_dtype`.
+    """As `torch_blocks.linear_blockwise`; products and logits are in the call's `product_dtype`.
 
     dW is summed in float32 over the blocks and stored in the weight's dtype.
     """

@@ -18,7 +18,7 @@ log = logging.getLogger("rekindle")
 LINE_EVERY = 30.0  # seconds, where there is no terminal
 
 
-class Task:
+class ProgressTask:
     """One line of progress: drawn, logged now and then, or only counted (``quiet``).
 
     ``draw`` takes what changes of the bar, as rich names it.
@@ -121,12 +121,12 @@ class Progress:
             yield cls(bars, quiet=False)
 
     @contextmanager
-    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
+    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
         """Show a task of ``total`` units (None: unknown) while the block runs."""
         draw = None
         if self._bars is not None:
             draw = partial(self._bars.update, self._bars.add_task(name, total=total, note=""))
-        task = Task(name, unit, total, draw, self._quiet)
+        task = ProgressTask(name, unit, total, draw, self._quiet)
         yield task
         if draw is not None:
             draw(total=task.done, completed=task.done)

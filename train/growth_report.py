@@ -1,5 +1,5 @@
-"""What growth does to a student on held-out text, measured before the first step (ELLE,
-METHODS.md): the largest and mean |Δlogit|, and the loss and perplexity before and after.
+"""Measure what growth does to a student on held-out text before the first step (ELLE): the largest
+and mean |Δlogit|, and the loss and perplexity before and after.
 """
 
 import json

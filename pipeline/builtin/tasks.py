@@ -28,7 +28,7 @@ _SHORTEST, _LONGEST = 40, 180  # characters of a passage; 180 are about 45 token
 _PAIRS_PER_DOCUMENT = 4  # and as many that are not adjacent
 
 
-class Example(NamedTuple):
+class LabelledText(NamedTuple):
     """One labelled example; ``pair`` is the second text where the task is about two, ``group`` a
     class of labels where there is one label for each text.
     """
@@ -41,11 +41,11 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class LabelledTask:
     """A task: how a document becomes examples."""
 
     name: str
-    examples: Callable[[PythonDoc], Iterator[Example]]
+    examples: Callable[[PythonDoc], Iterator[LabelledText]]
     paired: bool = False
 
 
@@ -83,49 +83,51 @@ def passages(text: str) -> list[str]:
     return [passage for passage in cut if len(passage) >= _SHORTEST]
 
 
-def _part_examples(page: PythonDoc) -> Iterator[Example]:
+def _part_examples(page: PythonDoc) -> Iterator[LabelledText]:
     if page.kind != "topic":  # topics belong to no module, so to no part
         for passage in passages(page.text):
-            yield Example(page.id, passage, None, page.part)
+            yield LabelledText(page.id, passage, None, page.part)
 
 
-def _kind_examples(page: PythonDoc) -> Iterator[Example]:
+def _kind_examples(page: PythonDoc) -> Iterator[LabelledText]:
     for passage in passages(page.text):
-        yield Example(page.id, passage, None, page.kind)
+        yield LabelledText(page.id, passage, None, page.kind)
 
 
-def _next_examples(page: PythonDoc) -> Iterator[Example]:
+def _next_examples(page: PythonDoc) -> Iterator[LabelledText]:
     """Pairs of sentences of one document: B follows A, or stands elsewhere, before A included."""
     sentences = [page.text[start:stop] for start, stop in split_sentences(page.text)]
     adjacent = list(pairwise(sentences))
     for number in range(min(len(adjacent), _PAIRS_PER_DOCUMENT)):
-        yield Example(page.id, *adjacent[_hash("next", page.id, number) % len(adjacent)], "next")
+        yield LabelledText(
+            page.id, *adjacent[_hash("next", page.id, number) % len(adjacent)], "next"
+        )
         a, b = (sentences[_hash(side, page.id, number) % len(sentences)] for side in "ab")
         if a != b and (a, b) not in adjacent:
-            yield Example(page.id, a, b, "other")
+            yield LabelledText(page.id, a, b, "other")
 
 
 TASKS = (
-    Task("part", _part_examples),
-    Task("kind", _kind_examples),
-    Task("next", _next_examples, paired=True),
+    LabelledTask("part", _part_examples),
+    LabelledTask("kind", _kind_examples),
+    LabelledTask("next", _next_examples, paired=True),
 )
 
 
 def labelled_examples(
-    task: Task, pages: Sequence[PythonDoc], sizes: TaskSizes
-) -> dict[Split, list[Example]]:
+    task: LabelledTask, pages: Sequence[PythonDoc], sizes: TaskSizes
+) -> dict[Split, list[LabelledText]]:
     """The splits of a task, each with equally many examples per label, in an order without meaning.
 
     First examples of documents are taken before second ones: many documents, not much of one. A
     text that documents of two splits have in common is in none; in one split it is there once.
     """
-    candidates: dict[tuple[str, str | None], list[tuple[int, int, Example]]] = {}
+    candidates: dict[tuple[str, str | None], list[tuple[int, int, LabelledText]]] = {}
     for page in pages:
         for number, example in enumerate(task.examples(page)):
             key = (number, _hash(task.name, page.id, number), example)
             candidates.setdefault((example.text, example.pair), []).append(key)
-    groups: dict[Split, dict[str, list[tuple[int, int, Example]]]] = {s: {} for s in LABELLED}
+    groups: dict[Split, dict[str, list[tuple[int, int, LabelledText]]]] = {s: {} for s in LABELLED}
     for same in candidates.values():
         splits = {split_of(example.document) for _, _, example in same}
         split = splits.pop()
@@ -138,7 +140,7 @@ def labelled_examples(
     }
 
 
-def _balanced(groups: list[list[tuple[int, int, Example]]], size: int) -> list[Example]:
+def _balanced(groups: list[list[tuple[int, int, LabelledText]]], size: int) -> list[LabelledText]:
     each = min(size // len(groups), *map(len, groups))
     chosen = [key for group in groups for key in sorted(group)[:each]]
     return [example for _, _, example in sorted(chosen, key=lambda key: key[1])]
@@ -160,12 +162,14 @@ def write_corpus(
     write_lines(out / "corpus.jsonl", records)
 
 
-def _write_task(out: Path, task: Task, pages: Sequence[PythonDoc], sizes: TaskSizes) -> None:
+def _write_task(
+    out: Path, task: LabelledTask, pages: Sequence[PythonDoc], sizes: TaskSizes
+) -> None:
     for split, examples in labelled_examples(task, pages, sizes).items():
         write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
 
 
-def record_of(example: Example) -> dict[str, object]:
+def record_of(example: LabelledText) -> dict[str, object]:
     """The line of a labelled file, as ``pipeline finetune`` reads it."""
     if example.pair is None:
         texts = {"text": example.text}
@@ -197,17 +201,17 @@ def write_documents(
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
-    halves = [Task(name, partial(_examples_of, HALVES[name])) for name in HALVES]
+    halves = [LabelledTask(name, partial(_examples_of, HALVES[name])) for name in HALVES]
     for task in (*halves, PLACE):
         _write_task(out, task, pages, sizes)
 
 
-def _examples_of(parts: tuple[str, ...], page: PythonDoc) -> Iterator[Example]:
+def _examples_of(parts: tuple[str, ...], page: PythonDoc) -> Iterator[LabelledText]:
     if page.part in parts:
         yield from _PART.examples(page)
 
 
-def _place_examples(page: PythonDoc) -> Iterator[Example]:
+def _place_examples(page: PythonDoc) -> Iterator[LabelledText]:
     """How far into its document a passage stands: 0.0 is the first one, 1.0 the last.
 
     Of each third of the scale equally many are taken, although most documents are short.
@@ -217,7 +221,7 @@ def _place_examples(page: PythonDoc) -> Iterator[Example]:
         places = {text: number / (len(found) - 1) for number, text in enumerate(found)}
         for text in found:
             third = min(2, int(3 * places[text]))
-            yield Example(page.id, text, None, places[text], group=str(third))
+            yield LabelledText(page.id, text, None, places[text], group=str(third))
 
 
-PLACE = Task("place", _place_examples)
+PLACE = LabelledTask("place", _place_examples)

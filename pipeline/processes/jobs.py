@@ -17,13 +17,13 @@ from typing import NoReturn, cast
 from rekindle.data.errors import InputError
 from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.worker import Returned, Worker, WorkerKilled, killed_at_exit
-from rekindle.pipeline.progress import Progress, Task
+from rekindle.pipeline.progress import Progress, ProgressTask
 
 MOST_WORKERS = 4
-_Tell = Callable[[Task], None]  # what a job tells: a call of a method of its task
+_Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
 
 
-class Report(Task):
+class Report(ProgressTask):
     """A job's own task, shown by the process that started the job. ``report(n)``: n steps more.
 
     ``send`` takes what is to be done with the task there; by default nobody is told.
@@ -60,9 +60,9 @@ class StepReports(Progress):
         self.report = report
 
     @contextmanager
-    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[Task]:
+    def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
         """Give a task that is reported if it has a ``total``."""
-        yield Task(name, unit) if total is None else Report(self.report.send)
+        yield ProgressTask(name, unit) if total is None else Report(self.report.send)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_jobs(
     is raised here and stops the other jobs; what it returns counts as the job's result.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
-    running, results = dict[Worker, tuple[Job, Task, ExitStack]](), dict[str, object]()
+    running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
     free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
     with killed_at_exit(running):
         while waiting or running:

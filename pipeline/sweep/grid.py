@@ -21,7 +21,7 @@ _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweptKey:
     """One ``--sweep``: a key of the configuration, and its values as YAML texts."""
 
     key: str
@@ -58,7 +58,7 @@ def plan_sweep(
     Raises InputError for a combination that is no valid configuration, for two that are the same,
     and for keys that students of one cache must share.
     """
-    axes = [parse_axis(text) for text in sweep]
+    axes = [parse_swept_key(text) for text in sweep]
     _check_keys([axis.key for axis in axes])
     tails = shortest_tails([axis.key.split(".") for axis in axes])
     products = list(itertools.product(*(axis.values for axis in axes)))
@@ -76,7 +76,7 @@ def plan_sweep(
     return runs
 
 
-def parse_axis(text: str) -> Axis:
+def parse_swept_key(text: str) -> SweptKey:
     """Parse ``a.b=1,2``; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
 
     Raises InputError when there is no key, no value, or no YAML.
@@ -96,7 +96,7 @@ def parse_axis(text: str) -> Axis:
         raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
     # As they are written: each is then read exactly as `--set` reads it.
     texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
-    return Axis(key.strip(), tuple(texts))
+    return SweptKey(key.strip(), tuple(texts))
 
 
 def _check_keys(keys: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rekindle.pipeline import progress as module
 from rekindle.pipeline.processes.jobs import Report, StepReports
-from rekindle.pipeline.progress import Progress, Task
+from rekindle.pipeline.progress import Progress, ProgressTask
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_silence_is_silent(clock, caplog):
 
 def test_all_steps_of_a_job_are_reported():
     """Those that were done before, and those that follow."""
-    shown = Task("student", "steps")
+    shown = ProgressTask("student", "steps")
     report = Report(lambda tell: tell(shown))
     with StepReports(report).task("student", "steps", total=10) as task:
         task.begin(4)

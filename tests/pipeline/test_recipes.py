@@ -18,7 +18,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.init import FOLDER, commands, read_recipe
 from rekindle.pipeline.overrides import set_value
-from rekindle.pipeline.sweep.grid import parse_axis
+from rekindle.pipeline.sweep.grid import parse_swept_key
 from rekindle.train.schedules import weight_at
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_the_variations_it_shows_are_valid_and_change_something(name):
     plain = config_of(name)
     for sets, sweeps in variations(read_recipe(name)):
         assert config_of(name, *sets) != plain or not sets
-        for axis in map(parse_axis, sweeps):
+        for axis in map(parse_swept_key, sweeps):
             swept = [config_of(name, *sets, f"{axis.key}={value}") for value in axis.values]
             assert len({repr(config) for config in swept}) > 1
 

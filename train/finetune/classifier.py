@@ -40,7 +40,7 @@ Row = list[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTexts:
     """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
 
     input_ids: Sequence[Row]
@@ -61,7 +61,7 @@ def encode(
     model_config: "PretrainedConfig",
     data: TaskData,
     max_length: int,
-) -> Encoded:
+) -> EncodedTexts:
     """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
 
     ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
@@ -76,7 +76,7 @@ def encode(
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
     knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    return Encoded(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
+    return EncodedTexts(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
 
 
 def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -86,7 +86,7 @@ def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenize
     return next((number for number in known if number is not None), 0)
 
 
-def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
     """The model's arguments for some rows: int64 [B, longest], padded on the right."""
     lengths, types = encoded.lengths[rows], encoded.token_type_ids
     ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
@@ -190,7 +190,7 @@ def _refusing(model: str) -> AbstractContextManager[None]:
 
 
 def predict(
-    model: "PreTrainedModel", encoded: Encoded, batch_size: int, *, dropout: bool = False
+    model: "PreTrainedModel", encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.train(dropout)
@@ -199,7 +199,7 @@ def predict(
 
 @torch.inference_mode()
 def by_length(
-    encoded: Encoded,
+    encoded: EncodedTexts,
     batch_size: int,
     device: torch.device,
     run: Callable[[dict[str, Tensor]], Tensor],
@@ -216,7 +216,7 @@ def by_length(
 
 def load_expert(
     model_dir: str, data: TaskData, max_length: int
-) -> tuple["PreTrainedModel", Encoded]:
+) -> tuple["PreTrainedModel", EncodedTexts]:
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.finetune.classifier import Encoded, by_length, load_expert, predict
+from rekindle.train.finetune.classifier import EncodedTexts, by_length, load_expert, predict
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import longest_input, place, quiet_transformers
 from rekindle.train.model.network import HeadConfig
@@ -97,7 +97,7 @@ def student_logits(
     return by_length(encoded, batch, device, run)
 
 
-def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> Encoded:
+def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> EncodedTexts:
     """Tokenize the texts or pairs as the cache shows them."""
     tokenizer = load_tokenizer(directory)
     longest = longest_input(student.model.config) or max_length + 1
@@ -108,11 +108,11 @@ def _encoded(student: Student, directory: str, data: TaskData, max_length: int) 
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
         types = [types if two else np.zeros_like(types) for _, types in joined]
-        return Encoded([ids for ids, _ in joined], types, padding_id=0)
+        return EncodedTexts([ids for ids, _ in joined], types, padding_id=0)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [
         np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
         for found in tokenizer.encode(data.texts)
     ]
     filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
-    return Encoded(filled, None, padding_id=0)
+    return EncodedTexts(filled, None, padding_id=0)

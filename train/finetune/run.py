@@ -1,4 +1,4 @@
-"""Fine-tunes a model on a labelled task into an expert directory, and scores one. Knows no cache.
+"""Fine-tune a model on a labelled task into an expert directory. Knows no cache.
 
 What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
 Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
@@ -23,7 +23,7 @@ from torch.nn import functional
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import (
-    Encoded,
+    EncodedTexts,
     collate,
     encode,
     load_classifier,
@@ -63,7 +63,7 @@ class _Job:
     config: FinetuneConfig
     tokenizer: "PreTrainedTokenizerFast"
     data: dict[str, TaskData]  # train, dev and maybe test
-    encoded: dict[str, Encoded]
+    encoded: dict[str, EncodedTexts]
     metric: str
     device: torch.device
     precision: str
@@ -98,7 +98,8 @@ def finetune(
     if config.epochs == 0 or config.head is not None or config.merge is not None:
         raise InputError(
             f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
-            "without training, with epochs: 0 (from Python: train.score_model.score_model)"
+            "without training, with epochs: 0 (from Python: score_model of "
+            "rekindle.train.finetune.score)"
         )
     check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})

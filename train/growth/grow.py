@@ -1,4 +1,4 @@
-"""Growth of language models in width and depth (ELLE, METHODS.md): a larger model from a smaller.
+"""Grow a language model in width and depth (ELLE, Findings of ACL 2022).
 
 Knows no student and no cache; a model goes in, another one comes out.
 

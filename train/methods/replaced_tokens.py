@@ -2,8 +2,8 @@
 put in, which is not run again.
 
 ELECTRA (Clark et al., 2020) trains a generator beside the student and samples from it. Here the
-replacements at the masked positions are sampled from a teacher's cached targets (METHODS.md), and
-the student's head, of one output, judges every token of the corrupted text:
+replacements at the masked positions are sampled from a teacher's cached targets, and the
+student's head, of one output, judges every token of the corrupted text:
 L = weight · mean BCE(head(h_i), [x_i ≠ original]). A token that is sampled as it was is an original
 one. Shapes: B sequences, S positions, P masked ones with a target, K kept ids, V vocabulary,
 N tokens that are judged.

@@ -1,4 +1,4 @@
-"""Domain prompts (ELLE, METHODS.md): a learned vector per domain after a sequence's first token.
+"""Domain prompts (ELLE, ACL 2022): a learned vector per domain after a sequence's first token.
 
 Positions keep their meaning: whoever names a position means that of the text without the prompt.
 The prompt stands at place 1 of what the model reads; its own hidden state is left out again.

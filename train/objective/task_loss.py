@@ -96,7 +96,7 @@ def _add_mixture(
     counts: Counts,
     add: Add,
 ) -> None:
-    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)); METHODS.md, MUKI.
+    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)) (MUKI).
 
     Of ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
     """

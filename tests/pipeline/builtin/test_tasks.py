@@ -15,7 +15,7 @@ from rekindle.data.corpus.sentences import split_sentences
 from rekindle.pipeline.builtin.tasks import (
     LABELLED,
     TASKS,
-    Task,
+    LabelledTask,
     TaskSizes,
     labelled_examples,
     passages,
@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def splits(out: Path, task: Task) -> dict[str, list[dict[str, str]]]:
+def splits(out: Path, task: LabelledTask) -> dict[str, list[dict[str, str]]]:
     return {split: rows(out / "tasks" / task.name / f"{split}.jsonl") for split in LABELLED}
 
 
@@ -57,7 +57,7 @@ def test_no_document_is_in_two_splits_or_in_the_corpus(written: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_no_text_is_in_two_splits_or_twice_in_one(
-    task: Task, pages: list[PythonDoc], written: Path
+    task: LabelledTask, pages: list[PythonDoc], written: Path
 ) -> None:
     texts = [
         (e.get("text") or e["sentence1"], e.get("sentence2"))
@@ -71,7 +71,7 @@ def test_no_text_is_in_two_splits_or_twice_in_one(
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_labels_are_balanced_and_all_there(task: Task, written: Path) -> None:
+def test_labels_are_balanced_and_all_there(task: LabelledTask, written: Path) -> None:
     found = splits(written, task)
     names = {example["label"] for example in found["train"]}
     for split, examples in found.items():

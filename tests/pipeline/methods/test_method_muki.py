@@ -1,4 +1,4 @@
-"""MUKI through both stages, against METHODS.md's formulas in plain NumPy.
+"""MUKI through both stages, against the paper's formulas in plain NumPy.
 
     u = H(p̄)/log|Y|;  s = 1 − u;  w = softmax(s/0.2) or one-hot;  q = Σ w·pad(softmax(z))
     v = s₍₁₎ − s₍₂₎ + 1e-6;  L = mean v·KL(q ‖ p_S)
@@ -87,7 +87,7 @@ def union_probs(example, labels):
 
 
 def muki(example, labels=UNION, selection="soft", margin=True, sharpness=0.2):
-    """(q, v) as METHODS.md writes them."""
+    """(q, v) as the paper writes them."""
     s = []
     for name, own in LABELS.items():
         mean = example.targets[name][0].mc_probs.astype(np.float64)

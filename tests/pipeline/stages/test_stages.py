@@ -22,7 +22,7 @@ from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
-from rekindle.pipeline.progress import Progress, Task
+from rekindle.pipeline.progress import Progress, ProgressTask
 from rekindle.pipeline.stages import run as module
 from rekindle.pipeline.stages.run import cache_stages, run_stages
 from rekindle.pipeline.sweep.grid import plan_sweep
@@ -207,7 +207,7 @@ class Stopping(Progress):
     def task(self, name, unit, total=None):
         progress = self
 
-        class Watched(Task):
+        class Watched(ProgressTask):
             def advance(self, amount=1, **counts):
                 super().advance(amount, **counts)
                 progress.see(name, self.done)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.sweep.grid import Axis, parse_axis, plan_sweep, shortest_tails, unique_names
+from rekindle.pipeline.sweep.grid import (
+    SweptKey,
+    parse_swept_key,
+    plan_sweep,
+    shortest_tails,
+    unique_names,
+)
 
 TEMPERATURE = "train.objective.distill.0.temperature"
 
@@ -44,7 +50,7 @@ def run_file(tmp_path):
     ],
 )
 def test_the_values_are_items_of_a_yaml_list(text, values):
-    assert parse_axis(text) == Axis("a.b", values)
+    assert parse_swept_key(text) == SweptKey("a.b", values)
 
 
 @given(
@@ -63,7 +69,7 @@ def test_the_values_are_items_of_a_yaml_list(text, values):
 def test_every_value_is_read_as_set_reads_it(values):
     """A value that is cut out of the list means what it means inside of it."""
     inside = yaml.safe_dump(values, default_flow_style=True, width=10**6, allow_unicode=True)
-    texts = parse_axis("a=" + inside.strip().removeprefix("[").removesuffix("]")).values
+    texts = parse_swept_key("a=" + inside.strip().removeprefix("[").removesuffix("]")).values
     assert [yaml.safe_load(text) for text in texts] == values
 
 

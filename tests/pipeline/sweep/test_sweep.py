@@ -20,7 +20,7 @@ from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes import devices as devices_module
 from rekindle.pipeline.processes import jobs
 from rekindle.pipeline.processes.worker import Returned, Worker
-from rekindle.pipeline.progress import Progress, Task
+from rekindle.pipeline.progress import Progress, ProgressTask
 from rekindle.pipeline.sweep import run as module
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
@@ -149,7 +149,7 @@ class Recorder(Progress):
     def task(self, name, unit, total=None):
         recorder = self
 
-        class Told(Task):
+        class Told(ProgressTask):
             def advance(self, amount=1, **counts):
                 super().advance(amount, **counts)
                 recorder.steps[name] = self.done
@@ -174,7 +174,7 @@ def interrupt_at(monkeypatch, number, error=KeyboardInterrupt):
         begun.append(out.name)
         if len(begun) == number:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Task, "note", stop)
+                patch.setattr(ProgressTask, "note", stop)
                 return train_from_config(config, out, **options)
         return train_from_config(config, out, **options)
 

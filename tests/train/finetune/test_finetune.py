@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train.finetune import run as module
-from rekindle.train.finetune.classifier import Encoded, collate, encode, evaluate
+from rekindle.train.finetune.classifier import EncodedTexts, collate, encode, evaluate
 from rekindle.train.finetune.run import (
     FinetuneConfig,
     epoch_batches,
@@ -470,7 +470,7 @@ def test_pairs_texts_and_special_names_are_encoded_as_stage_one_does(wordpiece, 
 
 
 def test_batches_are_padded_on_the_right():
-    encoded = Encoded([[5, 6, 7], [1], [8, 8]], [[0, 1, 1], [0], [0, 0]], padding_id=9)
+    encoded = EncodedTexts([[5, 6, 7], [1], [8, 8]], [[0, 1, 1], [0], [0, 0]], padding_id=9)
     batch = collate(encoded, [2, 0], torch.device("cpu"))
     batch = {name: tensor.tolist() for name, tensor in batch.items()}
     assert batch == {

@@ -37,7 +37,7 @@ WAYS = ["A alone", "B alone", "uniform mixture", "concatenated logits", "MUKI, s
 
 
 def by_hand(row):
-    """Probabilities of cat, dog, bird by every way, with numpy alone (METHODS.md, MUKI)."""
+    """Probabilities of cat, dog, bird by every way, with numpy alone (MUKI)."""
     a, b = np.exp(LOGITS["A"][row]), np.exp(LOGITS["B"][row])
     alone_a = np.array([*a, 0]) / a.sum()
     alone_b = np.array([b[2], b[0], b[1]]) / b.sum()

@@ -309,7 +309,7 @@ def union_of(setting, term):
 
 
 def mixed_row(setting, example, term):
-    """(v·τ²·D(q ‖ p), v·D) of one example, as METHODS.md writes MUKI down."""
+    """(v·τ²·D(q ‖ p), v·D) of one example, as MUKI's paper writes it."""
     tau = term.temperature
     found = {teacher: targets_of(setting, example, teacher) for teacher in term.teachers}
     weights, v = dict.fromkeys(found, 1 / len(found)), 1.0

@@ -15,7 +15,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.reading.hard_masks import hard_tokens
-from rekindle.pipeline.caching import compute_unit as run_teacher
+from rekindle.pipeline.caching import compute_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache, inspect_example
@@ -197,7 +197,7 @@ def test_what_decides_the_masks_is_in_the_name(tmp_path, evolve, make_model, wor
 def test_another_threshold_is_another_view_of_one_pass(tmp_path, evolve, monkeypatch):
     cache_teachers(evolve(tmp_path))
     before = contents(tmp_path)
-    monkeypatch.setattr(run_teacher, "run_batches", None)  # no model may run
+    monkeypatch.setattr(compute_unit, "run_batches", None)  # no model may run
     again = evolve(tmp_path, {"loss_above": 2.0})
     done = cache_teachers(again)
     assert done.units_done == 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.caching import compute_unit as run_teacher
+from rekindle.pipeline.caching import compute_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.train_student import student_view, train_from_config
@@ -268,7 +268,7 @@ def test_a_run_teaches_the_next_generation(made, tmp_path, evolve):
 
 
 def test_the_recipe_masks_and_teaches_as_published(tmp_path, corpus_file, wordpiece, model):
-    recipe = Path(run_teacher.__file__).parents[1] / "recipes" / "self-evolution.yaml"
+    recipe = Path(compute_unit.__file__).parents[1] / "recipes" / "self-evolution.yaml"
     small = [f"corpus.source=[{corpus_file}]", f"corpus.tokenizer={wordpiece}"]
     small += [f"teachers.reference.model={model}", f"student.model={model}"]
     small += [f"cache.path={tmp_path / 'cache'}", "corpus.limit_sequences=40"]
