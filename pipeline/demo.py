@@ -28,7 +28,7 @@ from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.stage_config import with_directories
-from rekindle.pipeline.tiny_model import make_model
+from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, read_record
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one

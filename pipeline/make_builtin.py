@@ -34,7 +34,7 @@ from rekindle.pipeline.exits import leave
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.tiny_model import make_model
+from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import alone_in
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``

@@ -1,7 +1,8 @@
 """Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits
 them.
 
-Resume is plan − commits: the same command again does only what is missing.
+Resume is plan − commits: the same command again does only what is missing. How several processes
+share the units of one cache: ``make_unit``.
 """
 
 import functools

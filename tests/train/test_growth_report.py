@@ -19,7 +19,7 @@ from rekindle.train.config import GrowConfig, StudentConfig, TrainConfig
 from rekindle.train.growth.grow import grow
 from rekindle.train.growth_report import saved_growth
 from rekindle.train.loop import train_student
-from rekindle.train.order.split import split_corpus
+from rekindle.train.order.held_out import split_corpus
 from rekindle.train.student import Student
 from testlib.models import STILL
 

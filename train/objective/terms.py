@@ -1,4 +1,7 @@
-"""What a distillation term may ask for, said before the first step and not at the 3,000th."""
+"""What a distillation term may ask for, said before the first step and not at the 3,000th.
+
+Names that the cache does not have are refused before, by ``Cache.teacher``.
+"""
 
 from collections.abc import Mapping, Sequence
 

@@ -11,7 +11,7 @@ import numpy as np
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.config import CurriculumConfig
-from rekindle.train.order.split import Ranges
+from rekindle.train.order.held_out import Ranges
 
 
 def first_steps(config: CurriculumConfig, steps: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.seal import REPAIR
-from rekindle.train.order.split import Ranges
+from rekindle.train.order.held_out import Ranges
 
 Runs = NDArray[np.int64]  # [R,3] number of the domain (-1: of none), first row, row after the last
 

@@ -34,7 +34,7 @@ import xxhash
 
 from rekindle.data.batch import Ints
 from rekindle.data.permutation import stream_part
-from rekindle.train.order.split import Ranges
+from rekindle.train.order.held_out import Ranges
 
 CYCLE = 1000  # slots after which the domains' turns come again
 

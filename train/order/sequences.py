@@ -18,8 +18,8 @@ from rekindle.data.permutation import stream_part
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.curriculum import best_scored, first_steps
 from rekindle.train.order.domains import check_domains, domain_ranges
+from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
-from rekindle.train.order.split import Ranges, Split, split_corpus
 
 log = logging.getLogger("rekindle")
 

@@ -13,7 +13,7 @@ import torch
 
 from rekindle.data.cache import Cache
 from rekindle.data.example import TokenTargets
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.caches import examples
 from testlib.models import AUTO
@@ -125,7 +125,7 @@ def grow_folder(folder: Path, texts: Path, names: str) -> Path:
 @contextmanager
 def stopped(monkeypatch, count: int) -> Iterator[None]:
     """A run that is killed before it computes unit number ``count``."""
-    original, calls = stage_one.run_unit, []
+    original, calls = make_unit.run_unit, []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         if len(calls) == count:
@@ -134,6 +134,6 @@ def stopped(monkeypatch, count: int) -> Iterator[None]:
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_one, "run_unit", failing)
+        patch.setattr(make_unit, "run_unit", failing)
         with pytest.raises(KeyboardInterrupt):
             yield

@@ -20,7 +20,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.storage import atomic as atomic_module
 from rekindle.data.storage import shards as shards_module
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.processes import worker
@@ -120,7 +120,7 @@ class Journal:
         os.fsync = self.around("sync", os.fsync, by_descriptor)
         Path.unlink = self.around("unlink", Path.unlink, lambda path, **_: path)
         atomic_module.open = shards_module.open = self.open
-        original = stage_one.run_unit
+        original = make_unit.run_unit
 
         def run(*arguments: Any, **named: Any) -> Any:
             self.note(f"begun {arguments[0].info.name} {arguments[3].name}")
@@ -128,7 +128,7 @@ class Journal:
             self.note(f"computed {arguments[0].info.name} {arguments[3].name}")
             return result
 
-        stage_one.run_unit = run
+        make_unit.run_unit = run
 
 
 class Halved:
@@ -224,13 +224,13 @@ def assert_little_lost(journal: Journal, cache: Path, workers: int = 1) -> None:
 
 def slow(journal: Journal, seconds: float) -> None:
     """Computing a unit takes so long, so that others come in between."""
-    original = stage_one.run_unit
+    original = make_unit.run_unit
 
     def run(*arguments: Any, **named: Any) -> Any:
         time.sleep(seconds)
         return original(*arguments, **named)
 
-    stage_one.run_unit = run
+    make_unit.run_unit = run
     journal.follow()
 
 

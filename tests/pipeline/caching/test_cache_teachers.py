@@ -21,6 +21,7 @@ from rekindle.data.storage.commits import Commit, seconds_of
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.processes import pool as units
 from rekindle.pipeline.processes.devices import Place
@@ -113,7 +114,7 @@ def test_run_again_it_does_nothing(tmp_path, configure, stable):
 def test_a_finished_cache_needs_no_model_to_be_loaded(tmp_path, configure, stable, monkeypatch):
     config = configure(tmp_path, stable[:1])
     cache_teachers(config)
-    monkeypatch.setattr(stage_one, "Teacher", None)
+    monkeypatch.setattr(make_unit, "Teacher", None)
     assert cache_teachers(config).units_done == 0
 
 
@@ -125,7 +126,7 @@ def test_interrupted_in_any_unit_it_goes_on(
 ):
     """The same shards in the end, those that were finished untouched, nothing left over."""
     config = configure(tmp_path, stable)
-    original, calls = getattr(stage_one, step), []
+    original, calls = getattr(make_unit, step), []
 
     def failing(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -134,7 +135,7 @@ def test_interrupted_in_any_unit_it_goes_on(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_one, step, failing)
+        patch.setattr(make_unit, step, failing)
         with pytest.raises(KeyboardInterrupt):
             cache_teachers(config)
     before, half = files(tmp_path), committed(tmp_path)

@@ -235,11 +235,11 @@ def test_a_damaged_record(copy):
 @pytest.mark.parametrize("name", ["lm", "causal", "odd"])
 def test_positions_that_are_missing_are_a_problem(copy, configure, teachers, name, monkeypatch):
     """A shard whose every checksum is right, and in which a sequence has lost its targets."""
-    from rekindle.pipeline.caching import cache_teachers as stage_one
+    from rekindle.pipeline.caching import make_unit
     from rekindle.pipeline.caching.compute_unit import UnitResult
 
     shutil.rmtree(copy / "targets" / name)
-    run = stage_one.run_unit
+    run = make_unit.run_unit
 
     def forgetful(teacher: Any, corpus: Any, view: Any, unit: Any, kept: Any) -> UnitResult:
         found = run(teacher, corpus, view, unit)
@@ -248,7 +248,7 @@ def test_positions_that_are_missing_are_a_problem(copy, configure, teachers, nam
         kept = found.rows != found.rows.max()
         return UnitResult(found.rows[kept], {n: c[kept] for n, c in found.columns.items()})
 
-    monkeypatch.setattr(stage_one, "run_unit", forgetful)
+    monkeypatch.setattr(make_unit, "run_unit", forgetful)
     cache_teachers(configure(copy, teachers), only=[name])
     found = problems(copy)
     assert found

@@ -16,8 +16,8 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast
 from rekindle.train.objective.objective import Objective
+from rekindle.train.order.held_out import split_corpus
 from rekindle.train.order.sequences import Order
-from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student

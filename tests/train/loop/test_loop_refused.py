@@ -18,8 +18,8 @@ from rekindle.data.views.masking import MaskConfig
 from rekindle.train.config import StudentConfig
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.order.held_out import split_corpus
 from rekindle.train.order.sequences import Order
-from rekindle.train.order.split import split_corpus
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.student import Student
 from testlib.loop import (

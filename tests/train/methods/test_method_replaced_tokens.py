@@ -264,7 +264,7 @@ def test_held_out_values_are_those_of_all_tokens_together(kinds, student, tmp_pa
     result = train(kinds, rtd_student(student), out)
     cache, method = method_of(kinds, "topk")
     trained = Student.from_pretrained(out).eval()
-    from rekindle.train.order.split import split_corpus
+    from rekindle.train.order.held_out import split_corpus
 
     index = split_corpus(cache, 0.2).held_out.spread(256)
     with torch.no_grad():

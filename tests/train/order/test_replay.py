@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.train.order.held_out import Ranges
 from rekindle.train.order.replay import CYCLE, Replay, _deal
-from rekindle.train.order.split import Ranges
 
 MEMORIES = {"a": Ranges([(0, 7)]), "b": Ranges([(10, 12), (20, 23)]), "c": Ranges([(40, 41)])}
 

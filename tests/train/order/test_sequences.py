@@ -11,9 +11,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import TrainConfig
+from rekindle.train.order.held_out import Ranges, split_corpus
 from rekindle.train.order.replay import Replay
 from rekindle.train.order.sequences import Order, choose_sequences
-from rekindle.train.order.split import Ranges, split_corpus
 from rekindle.train.order.stream import TrainingStream
 
 NEW = Ranges([(0, 11), (30, 36)])

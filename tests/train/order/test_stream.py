@@ -15,8 +15,8 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
 from rekindle.data.targets.reading import reader as teacher_reader
+from rekindle.train.order.held_out import Ranges, split_corpus
 from rekindle.train.order.sequences import Order
-from rekindle.train.order.split import Ranges, split_corpus
 from rekindle.train.order.stream import AHEAD, TrainingStream
 
 

@@ -10,7 +10,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, RekindleError
 from rekindle.data.storage.cuts import RowTexts
 from rekindle.pipeline.checks.verify import verify_cache
-from rekindle.train.order.split import split_corpus
+from rekindle.train.order.held_out import split_corpus
 
 
 class Wrong(Exception):

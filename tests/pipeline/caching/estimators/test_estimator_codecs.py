@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from rekindle.data.cache import Cache
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from testlib.caches import committed
@@ -140,7 +140,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
         given = [teacher | {"batch_tokens": tokens} for teacher in teachers]
         config = configure(tmp_path / str(tokens), given)
         if tokens == 60:
-            original, calls = stage_one.run_unit, []
+            original, calls = make_unit.run_unit, []
 
             def failing(*arguments: Any, _run: Any = original, _calls: list = calls, **options):
                 _calls.append(arguments)
@@ -149,7 +149,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
                 return _run(*arguments, **options)
 
             with monkeypatch.context() as patch:
-                patch.setattr(stage_one, "run_unit", failing)
+                patch.setattr(make_unit, "run_unit", failing)
                 interrupted = 0
                 while True:
                     try:

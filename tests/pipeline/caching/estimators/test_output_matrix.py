@@ -10,7 +10,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import StoredHead, write_head
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.estimators import log_softmax, targets_of, teachers_of
@@ -95,7 +95,7 @@ def test_a_new_hidden_teacher_never_makes_the_cache_unreadable(
 
     teachers = teachers_of(model, "causal_lm", ["topk", "hidden"])
     with monkeypatch.context() as patch:
-        patch.setattr(stage_one, "run_unit", killed)
+        patch.setattr(make_unit, "run_unit", killed)
         with pytest.raises(KeyboardInterrupt):
             cache_teachers(configure(tmp_path, teachers))
     assert len(Cache.open(tmp_path).example(0).targets["topk"]) == 1
@@ -112,7 +112,7 @@ def test_states_never_meet_another_models_matrix(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_one, "run_unit", killed)
+        patch.setattr(make_unit, "run_unit", killed)
         with pytest.raises(KeyboardInterrupt):
             cache_teachers(configure(tmp_path, teachers_of(first, "causal_lm", ["hidden"])))
     cache_teachers(configure(tmp_path, teachers_of(second, "causal_lm", ["hidden"])))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from testlib.extending import Make, Ran, rows
 from testlib.models import AUTO
@@ -73,13 +73,13 @@ def make(configure, texts, models) -> Make:
 def ran(monkeypatch) -> Ran:
     """Every unit that is computed."""
     found: Ran = []
-    original = stage_one.run_unit
+    original = make_unit.run_unit
 
     def noted(teacher: Any, corpus: Any, view: Any, unit: Any, **options: Any) -> Any:
         found.append((teacher.info.name, teacher.info.part, unit.name))
         return original(teacher, corpus, view, unit, **options)
 
-    monkeypatch.setattr(stage_one, "run_unit", noted)
+    monkeypatch.setattr(make_unit, "run_unit", noted)
     return found
 
 

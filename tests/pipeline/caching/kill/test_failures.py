@@ -11,7 +11,7 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.inventory import shard_sets
 from rekindle.data.storage.store import open_store
-from rekindle.pipeline.caching import cache_teachers as stage_one
+from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import dump_config
@@ -133,7 +133,7 @@ def test_a_model_that_fails_on_one_batch_is_one_message(
 
     def work() -> None:
         fork_workers()
-        body, original, current = transformers.BertModel.forward, stage_one.run_unit, []
+        body, original, current = transformers.BertModel.forward, make_unit.run_unit, []
 
         def run_unit(*arguments: Any, **named: Any) -> Any:
             current[:] = [arguments[3].name]
@@ -144,7 +144,7 @@ def test_a_model_that_fails_on_one_batch_is_one_message(
                 raise RuntimeError("the tensors do not fit\ntogether")
             return body(model, input_ids, **named)
 
-        stage_one.run_unit, transformers.BertModel.forward = run_unit, forward
+        make_unit.run_unit, transformers.BertModel.forward = run_unit, forward
         run_main("cache-teachers", run, "--workers", workers)
 
     fails(Child(work), "teacher 'lm' failed on a batch", "the tensors do not fit")
@@ -166,7 +166,7 @@ def failing_first(config: Any) -> None:
         def fail(*arguments: Any, **named: Any) -> None:
             raise KeyboardInterrupt
 
-        stage_one.run_unit = fail
+        make_unit.run_unit = fail
         cache_teachers(config, only=["hidden"])
 
     assert Child(work).wait() == 1

@@ -1,4 +1,4 @@
-"""The demo's language model before it is trained: a WordPiece tokenizer and a configuration."""
+"""A tiny language model before it is trained: a WordPiece tokenizer and a configuration."""
 
 import json
 from collections import Counter

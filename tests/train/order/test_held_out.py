@@ -14,7 +14,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import open_store
-from rekindle.train.order.split import FAR_TOO_MUCH, PLACES, Ranges, split_corpus
+from rekindle.train.order.held_out import FAR_TOO_MUCH, PLACES, Ranges, split_corpus
 
 ROOM = 10  # tokens of a sequence of the fakes
 
