@@ -11,7 +11,7 @@ from rekindle.data.targets import codec
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
-from testlib.reference import reference_losses
+from testlib.kernels.reference import reference_losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rekindle.kernels import blocks, losses, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
-from testlib.reference import reference_losses
+from testlib.kernels.reference import reference_losses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
 TAILS = ("bucket", "renormalise", "none")

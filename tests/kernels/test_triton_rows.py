@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
-from testlib.reference import reference_losses
+from testlib.kernels.reference import reference_losses
 
 pytest.importorskip("triton")
 
