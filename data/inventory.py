@@ -1,4 +1,4 @@
-"""All that a cache consists of, file by file: for checks, repairs and cleaning up, not for reading.
+"""All that a cache consists of, file by file: what is damaged, what ``pipeline gc`` removes.
 
 Works on a cache that is damaged anywhere: nothing here needs another part of it to be sound.
 """

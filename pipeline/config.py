@@ -56,6 +56,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _names_and_stages(self) -> "RunConfig":
+        # Teachers named in train.objective are held against the cache: Cache.teacher.
         names = [t.name for t in self.teachers]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:

@@ -1,5 +1,7 @@
 """The functions of jobs: each does what a command of the pipeline does, and reports its steps.
 
+``fine_tune`` takes, of the settings that ``search`` has tried, those that are best on dev.
+
 torch is imported within the functions only: the process that starts the jobs has no use for it.
 """
 
