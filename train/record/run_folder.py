@@ -6,6 +6,7 @@ A file in the folder says what the run in it is (``run.json``, ``sweep.json``, â
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any, TextIO, TypeGuard, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import is_temporary, remove_leftovers
+
+log = logging.getLogger("rekindle")
 
 LOCK_FILE = ".lock"  # there while a process works in the folder, and after one that was killed
 
@@ -147,7 +150,12 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
             f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for "
             "it, or give another --out"
         ) from None
-    except OSError:
+    except OSError as error:
+        log.warning(
+            "%s cannot be locked (%s): a second process in it would not be noticed",
+            folder,
+            error.strerror,
+        )
         return False
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -172,7 +172,7 @@ def test_who_waits_comes_next_although_the_file_was_removed(tmp_path, holder):
     assert names(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch, caplog):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -180,6 +180,7 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
     with alone_in(tmp_path) as held, alone_in(tmp_path) as other:
         assert (held, other) == (False, False)
     assert names(tmp_path) == []
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_folders_within_a_folder_are_held_apart(tmp_path):
