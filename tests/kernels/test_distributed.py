@@ -18,6 +18,7 @@ from rekindle.kernels.hidden import HiddenTargets
 from rekindle.kernels.losses import linear_kd_loss
 
 WORLD = 2
+KINDS = ("ddp", "fsdp", "hidden-ddp", "hidden-fsdp")
 ROWS, HIDDEN, VOCABULARY, KEPT, TEACHER_HIDDEN = 8, 16, 40, 5, 6
 
 
@@ -105,28 +106,34 @@ def model(kind: str) -> nn.Module:
     return {"ddp": Head, "fsdp": Sharded}.get(kind, OfHidden)()
 
 
-def worker(rank: int, port: int, kind: str, out: str) -> None:
+def gradients_of(kind: str, rank: int) -> dict[str, Tensor]:
+    """Those of all processes, from the share of this one."""
+    net: nn.Module = model(kind)
+    if kind.endswith("ddp"):
+        net = nn.parallel.DistributedDataParallel(net)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for part in (net.body, net.out, net):
+            fully_shard(part, mesh=mesh)
+    net(*batch(kind, slice(rank, None, WORLD))).backward()
+    return {
+        name.removeprefix("module."): p.grad.full_tensor() if kind.endswith("fsdp") else p.grad
+        for name, p in net.named_parameters()
+    }
+
+
+def worker(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        net: nn.Module = model(kind)
-        if kind.endswith("ddp"):
-            net = nn.parallel.DistributedDataParallel(net)
-        else:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh("cpu", (WORLD,))
-            for part in (net.body, net.out, net):
-                fully_shard(part, mesh=mesh)
-        net(*batch(kind, slice(rank, None, WORLD))).backward()
-        gradients = {
-            name.removeprefix("module."): p.grad.full_tensor() if kind.endswith("fsdp") else p.grad
-            for name, p in net.named_parameters()
-        }
-        if rank == 0:
-            torch.save(gradients, out)
+        for kind in KINDS:
+            gradients = gradients_of(kind, rank)
+            if rank == 0:
+                torch.save(gradients, out / kind)
     finally:
         dist.destroy_process_group()
     # Without the interpreter's own end: a thread of gloo that still holds a tensor there aborts
@@ -134,21 +141,27 @@ def worker(rank: int, port: int, kind: str, out: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hidden-ddp", "hidden-fsdp"])
-def test_two_processes_give_the_gradient_of_one(kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with those of every kind, by its name."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    out = tmp_path / "gradients.pt"
-    command = [sys.executable, __file__, str(port), kind, str(out)]
+    out = tmp_path_factory.mktemp("gradients")
+    command = [sys.executable, __file__, str(port), str(out)]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(WORLD)]
     assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_give_the_gradient_of_one(kind: str, gradients: Path) -> None:
     alone = model(kind)
     alone(*batch(kind)).backward()
-    found = torch.load(out, weights_only=True)
+    found = torch.load(gradients / kind, weights_only=True)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[4]), int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    worker(int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2]))

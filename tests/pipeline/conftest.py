@@ -15,15 +15,31 @@ def _one_thread(one_thread: None) -> None:
     """In every test of this folder."""
 
 
+def _home(tmp_path_factory: pytest.TempPathFactory, name: str) -> str:
+    """A folder that all processes of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    return str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name)
+
+
 @pytest.fixture(scope="session")
 def built_in_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the built-in models are made, once for all tests: $REKINDLE_HOME where it is given."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
         if "REKINDLE_HOME" not in os.environ:
-            patch.setenv("REKINDLE_HOME", str(shared / "rekindle-home"))
+            patch.setenv("REKINDLE_HOME", _home(tmp_path_factory, "rekindle-home"))
         yield Path(os.environ["REKINDLE_HOME"])
+
+
+@pytest.fixture
+def hasty_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of built-in models that have learnt nothing: trained for two steps, in this process.
+
+    For tests that ask whether something runs, not how well.
+    """
+    from testlib.builtin.hasty import make_hastily
+
+    monkeypatch.setenv("REKINDLE_HOME", _home(tmp_path_factory, "hasty-home"))
+    monkeypatch.setattr("rekindle.pipeline.builtin.missing._make", make_hastily)
 
 
 @pytest.fixture

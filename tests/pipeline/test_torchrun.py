@@ -22,15 +22,15 @@ from testlib.students import metrics
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher):
-    """A run of 150 steps with dropout, and its cache."""
+    """A run of 40 steps with dropout, and its cache."""
     home = tmp_path_factory.mktemp("torchrun")
     targets = {"kind": "topk", "k": 8, "temperatures": [2.0]}
     train = {
-        "steps": 150,
+        "steps": 40,
         "batch_sequences": 4,
         "warmup_steps": 2,
-        "checkpoint_every": 7,
-        "evaluate_every": 30,
+        "checkpoint_every": 5,
+        "evaluate_every": 10,
         "evaluate_sequences": 4,
         "held_out": 0.1,
         "objective": {"distill": [{"teachers": ["lm"], "temperature": 2.0}]},
@@ -80,10 +80,10 @@ def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, out, err = finish(start(run_file, whole))
     assert code == 0, err
-    assert out.count("150 steps in") == 1  # one of them talks
-    assert [r["step"] for r in metrics(whole) if r["kind"] == "train"] == list(range(1, 151))
+    assert out.count("40 steps in") == 1  # one of them talks
+    assert [r["step"] for r in metrics(whole) if r["kind"] == "train"] == list(range(1, 41))
     process = start(run_file, broken)
-    while process.poll() is None and len(read_metrics(broken)) < 40:
+    while process.poll() is None and len(read_metrics(broken)) < 12:
         time.sleep(0.005)
     kill_all(process)
     finish(process)
@@ -119,7 +119,7 @@ def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path)
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("train.batch_sequences=3", "batch_sequences"),
+        pytest.param("train.batch_sequences=3", "batch_sequences", marks=pytest.mark.slow),
         ("train.objective.distill.0.temperature=3", "stores the temperatures"),
     ],
 )

@@ -543,20 +543,26 @@ def config_in(out: Path) -> CycleConfig:
     return load_cycle(out / "run.yaml")
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, folder):
+# What is there when a run is killed, and how it is.
+MOMENTS = [
+    ("experts/colour", signal.SIGKILL),
+    ("costs/colour.json", signal.SIGINT),
+    ("students/mixture/metrics.jsonl", signal.SIGKILL),
+    ("search/mixture/colour/learning_rate=0.003", signal.SIGKILL),
+]
+
+
+@pytest.mark.parametrize(
+    "moments", [MOMENTS[2:3], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["one", "four"]
+)
+def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, tmp_path, moments):
     """With two of the arms; scores of a cell depend on nothing of the other arms."""
-    out, file = folder / "broken", folder / "two-arms.yaml"
+    out, file = tmp_path / "broken", tmp_path / "two-arms.yaml"
     file.write_text(dump_cycle(config.model_copy(update={"arms": ("expert", "mixture")})))
-    moments = [
-        (out / "experts" / "colour", signal.SIGKILL),
-        (out / "costs" / "colour.json", signal.SIGINT),
-        (out / "students" / "mixture" / "metrics.jsonl", signal.SIGKILL),
-        (out / "search" / "mixture" / "colour" / "learning_rate=0.003", signal.SIGKILL),
-    ]
     for moment, how in moments:
         process = start(file, out)
         began = time.monotonic()
-        while not moment.exists():
+        while not (out / moment).exists():
             time.sleep(0.05)
             assert process.poll() is None, process.communicate()
             assert time.monotonic() - began < 300

@@ -38,7 +38,7 @@ def fits(counts, expected):
     return statistic < chi2.ppf(1 - 1e-5, max(len(cells) - 1, 1))
 
 
-DRAWS = 3000
+DRAWS = 1200
 CASES = [(kind, 1.0) for kind in KINDS] + [("topk", 3.0), ("dense", 2.0), ("hidden", 0.5)]
 
 
