@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from rekindle.pipeline.processes.devices import cores
+
 pytest.register_assert_rewrite("testlib")
 
 # A loaded machine is no fault of an example's.
@@ -27,6 +29,8 @@ settings.register_profile("rekindle", deadline=None)
 settings.load_profile("rekindle")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -77,6 +81,23 @@ WORDS = [
     "without",
     "against",
 ]
+
+
+GIGABYTES_OF_A_WORKER = 2
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core, as far as there is memory for it; for files that are named, none.
+
+    Each begins with a stretch of neighbours, which share fixtures, and then takes from the others.
+    """
+    files = [argument.partition("::")[0] for argument in config.args]
+    if not any(Path(file).is_dir() for file in files):
+        config.option.dist = "no"
+        return 0
+    config.option.dist = "worksteal"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    return max(1, min(cores(), memory // GIGABYTES_OF_A_WORKER))
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow  # quick: a grown student among those of test_distributed
 def test_two_processes_grow_and_train_the_student_of_one(
     masked_world, make_model, wordpiece, tmp_path
 ):

@@ -245,7 +245,9 @@ def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_students_end_with_the_command(run_file, tmp_path, how):
     command = [sys.executable, "-m", "rekindle.pipeline.cli", "train-student", str(run_file)]
     options = ["--sweep", "train.seed=0,1", "--workers", "2", "--set", "train.steps=100000"]

@@ -82,7 +82,7 @@ def test_every_sequence_of_a_domain_is_replayed_once_per_epoch_of_it(every):
 def test_a_run_that_goes_on_anywhere_replays_the_same(every):
     whole = replay(every)
     expected = run(whole, 0, 60, every)
-    for stop in range(1, 60):
+    for stop in range(1, 60, 2):
         first = replay(every)
         run(first, 0, stop, every)
         again = replay(every)

@@ -288,9 +288,9 @@ def check_threads(path, names, repeats, steps=24):
 
 def test_four_threads_read_what_one_reads(masked_world, hasty):
     """Every kind of teacher; from a cache that is freshly opened, so that all is read at once."""
-    check_threads(masked_world.path, sorted(masked_world.open().teachers), repeats=12)
+    check_threads(masked_world.path, sorted(masked_world.open().teachers), repeats=6)
 
 
 def test_four_threads_may_drop_decoded_batches_at_the_same_time(masked_world, hasty, monkeypatch):
     monkeypatch.setattr(teacher_reader, "DECODED_BATCHES", 1)
-    check_threads(masked_world.path, ["sense", "score", "topics", "pair"], repeats=10)
+    check_threads(masked_world.path, ["sense", "score", "topics", "pair"], repeats=6)
