@@ -63,6 +63,7 @@ TOGETHER = {
         "methods": [{"method": "replaced_tokens", "teacher": "big"}],
     },
 }
+RTD = {"task": "replaced_token_detection"}
 GROWN = {
     "task": "replaced_token_detection",
     "domain_prompts": True,
@@ -124,33 +125,56 @@ def alone(world, student, train, out):
     return out
 
 
+# Jobs with another student than the rest have, or with other steps.
+TRAINS = {name: (None, values) for name, values in JOBS.items()}
+TRAINS |= {f"sparse-{p}": (None, SPARSE | {"parallel": p}) for p in ("ddp", "fsdp")}
+TRAINS |= {f"rtd-{p}": (RTD, REPLACED | {"parallel": p}) for p in ("ddp", "fsdp")}
+TRAINS |= {f"all-{p}": (GROWN, TOGETHER | {"parallel": p}) for p in ("ddp", "fsdp")}
+TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
+# What another job shows with the other way of sharing a student.
+SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp"}
+
+
+def named(*names):
+    return [pytest.param(n, marks=pytest.mark.slow if n in SLOW else []) for n in names]
+
+
+def in_two_processes(world, student, folder, names):
+    jobs = []
+    for name in names:
+        more, values = TRAINS[name]
+        job = {"student": student | (more or {}), "train": train_config(**values)}
+        jobs.append(job | {"out": str(folder / name)})
+    torchrun(folder, world.path, jobs)
+
+
 @pytest.fixture(scope="module")
-def runs(masked_world, student, tmp_path_factory):
-    """Every job in two processes, and the same in one."""
+def quick_runs(masked_world, student, tmp_path_factory):
+    """Most jobs in two processes, and each kind in one."""
     folder = tmp_path_factory.mktemp("torchrun")
-    trains = {name: train_config(**values) for name, values in JOBS.items()}
-    trains |= {"sparse-ddp": train_config(**SPARSE)}
-    trains |= {"sparse-fsdp": train_config(**SPARSE, parallel="fsdp")}
-    trains |= {"replay-ddp": train_config(**REPLAY)}
-    jobs = [
-        {"student": student, "train": train, "out": str(folder / name)}
-        for name, train in trains.items()
-    ]
-    rtd = student | {"task": "replaced_token_detection"}
-    for parallel in ("ddp", "fsdp"):
-        train, out = train_config(**REPLACED, parallel=parallel), str(folder / f"rtd-{parallel}")
-        jobs.append({"student": rtd, "train": train, "out": out})
-    grown = student | GROWN
-    for parallel in ("ddp", "fsdp"):
-        train, out = train_config(**TOGETHER, parallel=parallel), str(folder / f"all-{parallel}")
-        jobs.append({"student": grown, "train": train, "out": out})
-    torchrun(folder, masked_world.path, jobs)
-    alone(masked_world, grown, train_config(**TOGETHER), folder / "all-alone")
-    alone(masked_world, rtd, train_config(**REPLACED), folder / "rtd-alone")
-    alone(masked_world, student, trains["ddp"], folder / "alone")
-    alone(masked_world, student, trains["sparse-ddp"], folder / "sparse-alone")
-    alone(masked_world, student, trains["replay-ddp"], folder / "replay-alone")
+    in_two_processes(masked_world, student, folder, [n for n in TRAINS if n not in SLOW])
+    for name in ("ddp", "sparse-ddp", "rtd-ddp", "all-ddp", "replay-ddp"):
+        more, values = TRAINS[name]
+        alone(
+            masked_world,
+            student | (more or {}),
+            train_config(**values),
+            folder / name.replace("ddp", "alone"),
+        )
     return folder
+
+
+@pytest.fixture(scope="module")
+def slow_runs(masked_world, student, quick_runs):
+    in_two_processes(masked_world, student, quick_runs, SLOW)
+    return quick_runs
+
+
+@pytest.fixture
+def runs(request):
+    """The folder of all jobs."""
+    slow = request.node.get_closest_marker("slow")
+    return request.getfixturevalue("slow_runs" if slow else "quick_runs")
 
 
 def assert_same_run(found, expected):
@@ -177,12 +201,12 @@ def assert_same_weights(found, expected):
             )
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", named(*JOBS))
 def test_two_processes_train_the_student_of_one(runs, name):
     assert_same_run(runs / name, runs / "alone")
 
 
-@pytest.mark.parametrize("name", ["rtd-ddp", "rtd-fsdp"])
+@pytest.mark.parametrize("name", named("rtd-ddp", "rtd-fsdp"))
 def test_a_method_does_not_see_the_processes(runs, name):
     """The same replacements, rows and head; in some steps a process has no row of its own."""
     steps = [r for r in read_metrics(runs / "rtd-alone") if r["kind"] == "train"]
@@ -191,14 +215,14 @@ def test_a_method_does_not_see_the_processes(runs, name):
     assert_same_run(runs / name, runs / "rtd-alone")
 
 
-@pytest.mark.parametrize("name", ["all-ddp", "all-fsdp"])
+@pytest.mark.parametrize("name", named("all-ddp", "all-fsdp"))
 def test_all_that_methods_bring_does_not_see_the_processes(runs, name):
     assert "prompts.vectors.weight" in weights(runs / name)
     assert (runs / name / "growth.json").is_file()
     assert_same_run(runs / name, runs / "all-alone")
 
 
-@pytest.mark.parametrize("name", ["sparse-ddp", "sparse-fsdp"])
+@pytest.mark.parametrize("name", named("sparse-ddp", "sparse-fsdp"))
 def test_processes_without_any_row_take_part(runs, name):
     steps = [r for r in read_metrics(runs / "sparse-alone") if r["kind"] == "train"]
     assert len({"kd/odd.lm" in r for r in steps}) == 2  # some steps had no row at all
