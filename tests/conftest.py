@@ -347,7 +347,7 @@ def s3():
     """The URL of a bucket on a moto server."""
     for module in ("moto", "s3fs", "flask"):
         if find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install 'rekindle[dev]'")
+            pytest.skip(f"{module} is not installed: pip install -e '.[dev]'")
     import s3fs
 
     with socket.socket() as probe:

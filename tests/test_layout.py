@@ -148,7 +148,7 @@ def test_the_distribution_has_the_four_namespaced_packages():
         link = ROOT / ".ns/rekindle" / folder  # for mypy and editors only
         assert link.is_symlink()
         assert link.resolve() == ROOT / folder
-    commands = {e.name: e.value for e in distribution("rekindle").entry_points}
+    commands = {e.name: e.value for e in distribution("rekindle-kd").entry_points}
     assert commands == {"pipeline": "rekindle.pipeline.cli:main"}
 
 

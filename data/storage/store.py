@@ -267,7 +267,7 @@ class ObjectStore(Store):
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"cannot open {url!r}: {error}. "
-                "For s3:// install the extra: pip install 'rekindle[s3]'"
+                "For s3:// install the extra, in Rekindle's checkout: pip install -e '.[s3]'"
             ) from None
         self.location = url.rstrip("/")
         self._scratch = Path(tempfile.mkdtemp(prefix="rekindle-"))

@@ -102,9 +102,14 @@ def digests_of(checkout: Path, work: Path, groups: Sequence[str]) -> dict[str, s
     steps.write_text(json.dumps(steps_of(groups)))
     for name in ("logs", "caches", "students"):
         (work / name).mkdir()
+    # Commits from before the distribution was renamed ask for the version of `rekindle`.
+    former = work / "former/rekindle-0.1.0.dist-info"
+    former.mkdir(parents=True)
+    (former / "METADATA").write_text("Metadata-Version: 2.1\nName: rekindle\nVersion: 0.1.0\n")
     alone = {f"{name}_NUM_THREADS": THREADS for name in ("OMP", "MKL", "OPENBLAS")}
     environment = os.environ | alone
-    environment |= {"PYTHONPATH": str(checkout / ".ns"), "CUDA_VISIBLE_DEVICES": ""}
+    paths = (checkout / ".ns", former.parent)
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = work / "digests.json"
     command = [sys.executable, str(HERE / "digest_runs/subject.py"), str(checkout), str(steps)]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rekindle")
 
+# What pip calls this package. The name `rekindle` is somebody else's there.
+DISTRIBUTION = "rekindle-kd"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -196,9 +198,14 @@ def place(precision: str) -> Placement:
 
 
 def package_versions() -> dict[str, str]:
-    """What a run was made with; informative."""
+    """What a run was made with; informative. Our own version is told under the import's name."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = ("rekindle", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    try:
+        own = version(DISTRIBUTION)
+    except PackageNotFoundError:  # run from a folder on the path
+        own = "not installed"
+    names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    found = {name: version(name) for name in names}
+    return {"python": platform.python_version(), "rekindle": own} | found

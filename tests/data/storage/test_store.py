@@ -190,7 +190,7 @@ def test_open_store(tmp_path, monkeypatch):
     assert open_store("~/cache").root == tmp_path / "cache"
     assert open_store(f"file://{tmp_path}/cache").root == tmp_path / "cache"
     assert open_store(tmp_path).root == tmp_path
-    with pytest.raises(InputError, match=r"foo://x/y.*rekindle\[s3\]"):
+    with pytest.raises(InputError, match=r"foo://x/y.*pip install -e '\.\[s3\]'"):
         open_store("foo://x/y")
 
 
