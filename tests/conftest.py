@@ -94,7 +94,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     import torch
 
-    from testlib.memory import nan_in_new_memory
+    from testlib.kernels.memory import nan_in_new_memory
 
     if torch.cuda.is_available():
         return (yield)

@@ -108,7 +108,7 @@ def model(kind: str) -> nn.Module:
 def worker(rank: int, port: int, kind: str, out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch.set_deterministic_debug_mode("warn")  # new memory holds NaN: see testlib.memory
+    torch.set_deterministic_debug_mode("warn")  # NaN in new memory: see testlib.kernels.memory
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         net: nn.Module = model(kind)

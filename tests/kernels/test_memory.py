@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rekindle.kernels import blocks
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
-from testlib.memory import nan_in_new_memory
+from testlib.kernels.memory import nan_in_new_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
