@@ -31,6 +31,18 @@ def row_blocks(
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def rows_apart(like: Tensor, rows: int, size: int, stride: int) -> Tensor:
+    """Memory [rows,size] of like's dtype and device whose rows start `stride` apart, not filled.
+
+    Only what lies between the rows is zero. A product may read it: oneDNN's in bfloat16 takes a
+    factor's rows up to a whole AMX tile and multiplies what is too much by zero, so that NaN left
+    there by others becomes NaN in the result (uxlfoundation/oneDNN#5717; PyTorch 2.13 has it).
+    """
+    memory = like.new_empty(rows, stride)
+    memory[:, size:] = 0
+    return memory[:, :size]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: sixteen-bit inputs are computed in float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

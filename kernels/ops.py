@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import Gradients
+from rekindle.kernels.blocks import Gradients, rows_apart
 from rekindle.kernels.call import (
     ARGUMENTS,
     SCHEMA,
@@ -91,9 +91,8 @@ def _loss_factors(
 
 def _like(logits: Tensor) -> Tensor:
     """Memory for a gradient, laid out as the logits are, so that both are read in aligned steps."""
-    return torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
-    )
+    rows, size = logits.shape
+    return rows_apart(logits, rows, size, logits.stride(0))
 
 
 def _at_once(call: Call) -> Wanted:

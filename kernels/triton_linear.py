@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import Gradients, HeadGradients, row_blocks
+from rekindle.kernels.blocks import Gradients, HeadGradients, row_blocks, rows_apart
 from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import SparseTargets
@@ -41,9 +41,9 @@ def linear_fused(call: Call, factors: Coefficients | None) -> tuple[BlockLosses,
     ce, kd = (torch.zeros(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     stride = -(-len(w) // 64) * 64  # products want rows that start on 128 bytes
     blocks = row_blocks(len(x), stride, x.element_size(), x.device)
-    buffer = x.new_empty(blocks[0].stop if blocks else 0, stride)
+    buffer = rows_apart(x, blocks[0].stop if blocks else 0, len(w), stride)
     for block in blocks:
-        z = buffer[: block.stop - block.start, : len(w)]
+        z = buffer[: block.stop - block.start]
         if b is None:
             torch.mm(x[block], w.t(), out=z)
         else:

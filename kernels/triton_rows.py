@@ -3,6 +3,8 @@
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,14 @@ from torch import Tensor
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.row_kernel import row_kernel
 from rekindle.kernels.targets import DIVERGENCES, TAILS, LossSettings, SparseTargets
+
+# How every kernel is compiled, said at each launch: a·b + c may become one instruction that rounds
+# once. Triton does so unasked up to 3.9 and no longer from 3.10 (triton-lang/triton#11270). The row
+# kernel wants it for its speed: without, it has 1 to 10 % more instructions and up to 16 more
+# registers a thread. Its accuracy needs neither: the interpreter, which fuses nothing, is held to
+# the same bounds as a GPU. Said or not, which pairs are fused is the compiler's choice: losses and
+# gradients are equal to the bit on one version of Triton and one GPU, not from one to another.
+COMPILED = {"enable_fp_fusion": True}
 
 
 def losses_of_rows(
@@ -35,27 +45,28 @@ def losses_of_rows(
     resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
     weights = (None, None) if factors is None else factors
     block_k = triton.next_power_of_2(max(1, targets.ids.shape[1]))
-    with torch.cuda.device_of(logits):  # a launch goes to the current device
-        row_kernel[(rows,)](
-            logits,
-            gradient,
-            # ids, probs, tail, labels, weight, high; then what CE and D are multiplied by
-            *(None if t is None else t.contiguous() for t in (*targets, *weights)),
-            ce,
-            kd,
-            logits.stride(0),
-            vocabulary,
-            targets.ids.shape[1],
-            settings.kept,
-            settings.ignore_index,
-            1.0 / settings.temperature,
-            float(settings.logit_scale),
-            0.0 if settings.softcap is None else float(settings.softcap),
-            resolution,
-            **_constants(targets, settings, gradient is logits, factors is not None),
-            **_tile(vocabulary, block_k),
-            BLOCK_K=block_k,
-        )
+    _launch(
+        row_kernel,
+        rows,
+        logits,
+        gradient,
+        # ids, probs, tail, labels, weight, high; then what CE and D are multiplied by
+        *(None if t is None else t.contiguous() for t in (*targets, *weights)),
+        ce,
+        kd,
+        logits.stride(0),
+        vocabulary,
+        targets.ids.shape[1],
+        settings.kept,
+        settings.ignore_index,
+        1.0 / settings.temperature,
+        float(settings.logit_scale),
+        0.0 if settings.softcap is None else float(settings.softcap),
+        resolution,
+        **_constants(targets, settings, gradient is logits, factors is not None),
+        **_tile(vocabulary, block_k),
+        BLOCK_K=block_k,
+    )
     return BlockLosses(ce, kd)
 
 
@@ -97,6 +108,14 @@ def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
     return tile
 
 
+def _launch(
+    kernel: Any, programs: int, first: Tensor, *arguments: object, **constants: object
+) -> None:
+    """Run a kernel on the device of its first argument: a launch goes to the current one."""
+    with torch.cuda.device_of(first):
+        kernel[(programs,)](first, *arguments, **constants, **COMPILED)
+
+
 @triton.jit
 def _scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values [n] *= factor [], without touching them if the factor is 1."""
@@ -113,8 +132,5 @@ def scale_unless_one(values: Tensor, factor: Tensor) -> None:
     if not values.is_contiguous():
         values.mul_(factor)
     elif values.numel():
-        block = 4096
-        with torch.cuda.device_of(values):
-            _scale_kernel[(triton.cdiv(values.numel(), block),)](
-                values, factor, values.numel(), BLOCK=block
-            )
+        count, block = values.numel(), 4096
+        _launch(_scale_kernel, triton.cdiv(count, block), values, factor, count, BLOCK=block)

@@ -128,6 +128,7 @@ def gradients_of(kind: str, rank: int) -> dict[str, Tensor]:
 def worker(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch.set_deterministic_debug_mode("warn")  # NaN in new memory: see testlib.kernels.memory
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         for kind in KINDS:

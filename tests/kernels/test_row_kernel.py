@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -42,7 +43,7 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rekindle.kernels.triton_rows import _tile
+from rekindle.kernels.triton_rows import COMPILED, _tile
 from rekindle.kernels.row_kernel import row_kernel
 
 BYTES = {"high_ptr": "*u8"}
@@ -68,7 +69,8 @@ def compiled(arch, dtype, aligned, vocabulary, kept, options):
                   if n.endswith("_ptr") or (aligned and n == "stride")}
     source = ASTSource(row_kernel, signature,
                        {(names.index(n),): v for n, v in constants.items()}, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                            options=tile | COMPILED)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
@@ -81,6 +83,7 @@ def compiled(arch, dtype, aligned, vocabulary, kept, options):
     return dict(registers=registers, stack=stack, threads=32 * tile["num_warps"],
                 entries=constants["BLOCK"],
                 vector_loads=count(vector, "ld"), vector_stores=count(vector, "st"),
+                fused=len(re.findall(r"\\bfma\\.rn\\.", ptx)),
                 narrow_loads=count(narrow, "ld"), narrow_stores=count(narrow, "st"))
 
 print(json.dumps([compiled(*v) for v in json.loads(sys.argv[1])]))
@@ -98,6 +101,7 @@ def results() -> list[dict[str, int]]:
         cwd=Path(__file__).parent,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "FP_FUSION" not in run.stderr  # 3.9 warns where fusion is left to a default
     return json.loads(run.stdout)
 
 
@@ -114,3 +118,39 @@ def test_no_spills_and_whole_vectors(results: list[dict[str, int]], index: int) 
     # what is narrow are the k ids, the label and the edges, never a step of the row
     assert found["narrow_loads"] <= 8
     assert found["narrow_stores"] <= 8
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[str(v[:4]) for v in VARIANTS])
+def test_products_are_fused_with_sums(results: list[dict[str, int]], index: int) -> None:
+    """By any version: 60 stand in the logarithms (84 with a softcap); fusion adds 40 or more."""
+    written = 84 if VARIANTS[index][-1].get("SOFTCAP") else 60
+    assert results[index]["fused"] >= written + 40
+
+
+def test_every_launch_says_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels; no compiler is asked."""
+    from rekindle.kernels import triton_rows
+    from rekindle.kernels.targets import LossSettings, SparseTargets
+
+    said: dict[str, dict[str, object]] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> "Kernel":
+            return self
+
+        def __call__(self, *arguments: object, **options: object) -> None:
+            said[self.name] = options
+
+    for name in ("row_kernel", "_scale_kernel"):
+        monkeypatch.setattr(triton_rows, name, Kernel(name))
+    z = torch.zeros(2, 9)
+    targets = SparseTargets(
+        torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), None, None, None
+    )
+    triton_rows.losses_of_rows(z, z, targets, LossSettings(), None)
+    triton_rows.scale_unless_one(z, torch.tensor(2.0))
+    fusion = {name: options.get("enable_fp_fusion") for name, options in said.items()}
+    assert fusion == {"row_kernel": True, "_scale_kernel": True}

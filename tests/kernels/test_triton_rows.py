@@ -191,8 +191,9 @@ def test_an_id_out_of_range_is_loud() -> None:
     assert losses.kd.isnan().tolist() == [False, True, False]
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
+def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffer is virtual: three rows a gibi-element apart touch a few pages of it."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     from rekindle.kernels.closed_form import Coefficients
     from rekindle.kernels.triton_rows import losses_of_rows
 

@@ -112,6 +112,8 @@ KILLED = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    torch.set_deterministic_debug_mode("warn")  # as in the test itself: see testlib.kernels.memory
 from pathlib import Path
 from rekindle.data.cache import Cache
 from rekindle.train.config import StudentConfig, TrainConfig

@@ -1,0 +1,125 @@
+"""What lay in memory before a call does not reach its results: NaN lies in all of it here."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rekindle.kernels import blocks
+from rekindle.kernels.losses import kd_loss, linear_kd_loss
+from testlib.kernels.memory import nan_in_new_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one more than a multiple of 32: on AMX, products in bfloat16 read on to the next one
+VOCABULARY, HIDDEN, ROWS = 97, 8, 6
+
+
+@pytest.fixture(autouse=True)
+def _nan() -> Iterator[None]:
+    with nan_in_new_memory():
+        yield
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        triton = pytest.importorskip("triton")
+        if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+            pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
+    return request.param
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def targets() -> tuple[Tensor, Tensor]:
+    probs, ids = draw(ROWS, VOCABULARY, seed=1).softmax(1).topk(5)
+    return ids, probs
+
+
+def span(matrix: Tensor) -> Tensor:
+    """All memory from a matrix' first entry to its last, what lies between its rows too."""
+    length = 1 + sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    return matrix.as_strided((length,), (1,))
+
+
+def test_new_memory_holds_nan() -> None:
+    like = torch.zeros(3, device=DEVICE)
+    for fresh in (torch.empty(3, device=DEVICE), torch.empty_like(like), like.new_empty(3)):
+        assert fresh.isnan().all()
+    assert torch.empty_strided((3, 2), (5, 1), device=DEVICE).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_overwrites_what_it_is_given(dtype: torch.dtype) -> None:
+    a, b = draw(5, 97).to(dtype), draw(97, 7).to(dtype)
+    padded = blocks.rows_apart(a, 5, 97, 128)
+    padded.copy_(a)
+    for factor in (a, padded, a.t().contiguous().t()):
+        for out in (torch.empty_like(a @ b), torch.empty(5, 64, dtype=dtype, device=DEVICE)[:, :7]):
+            assert out.isnan().all()
+            blocks.product_(out, factor, b)
+            torch.testing.assert_close(out, a @ b)
+
+
+def test_only_what_lies_between_rows_is_zero() -> None:
+    rows = blocks.rows_apart(torch.ones(1, device=DEVICE), 3, 5, 8)
+    assert (rows.shape, rows.stride()) == ((3, 5), (8, 1))
+    assert rows.isnan().all()
+    assert span(rows).nansum() == 0
+    assert span(rows).isnan().sum() == 15
+    whole = blocks.rows_apart(rows, 3, 5, 5)
+    assert whole.is_contiguous()
+    assert whole.isnan().all()
+
+
+@pytest.mark.parametrize("budget", [1, 10**9])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_heads_products_read_nothing_that_nobody_wrote(
+    impl: str, dtype: torch.dtype, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even between the rows of their factors: whether that reaches a result is the CPU's."""
+    read = 0
+
+    def watch(name: str, factors: slice) -> None:
+        product = getattr(torch, name)
+
+        def watched(*arguments: Tensor, **options: Any) -> Tensor:
+            nonlocal read
+            for factor in arguments[factors]:
+                assert span(factor).isfinite().all(), name
+                read += 1
+            return product(*arguments, **options)
+
+        monkeypatch.setattr(torch, name, watched)
+
+    monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget)
+    watch("mm", slice(0, 2))
+    watch("addmm", slice(-2, None))
+    x, w = (draw(n, HIDDEN, seed=n).to(dtype).requires_grad_() for n in (ROWS, VOCABULARY))
+    for bias in (None, draw(VOCABULARY).to(dtype)):
+        loss = linear_kd_loss(x, w, *targets(), bias=bias, impl=impl).loss
+        for gradient in (loss, *torch.autograd.grad(loss, (x, w))):
+            assert gradient.isfinite().all()
+    assert read >= 8
+
+
+@pytest.mark.parametrize("stride", [VOCABULARY, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_has_nothing_unwritten_between_its_rows(
+    impl: str, dtype: torch.dtype, stride: int
+) -> None:
+    """What multiplies it next is the caller's graph."""
+    z = torch.zeros(ROWS, stride, dtype=dtype, device=DEVICE)[:, :VOCABULARY]
+    z.copy_(draw(ROWS, VOCABULARY))
+    weight = torch.ones(ROWS, device=DEVICE)
+    weight[2] = 0.0
+    z.requires_grad_()
+    loss = kd_loss(z, *targets(), row_weight=weight, impl=impl).loss
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert span(gradient).isfinite().all()
