@@ -23,9 +23,8 @@ from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
-from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
-from rekindle.pipeline.processes.worker import warm_up
+from rekindle.pipeline.processes.worker import Place, cores, warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.stage_config import with_directories
 from rekindle.pipeline.untrained_model import make_model

@@ -58,7 +58,6 @@ def save_start(model: str, out: Path, report: Report) -> None:
         torch.manual_seed(0)  # of a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
         load_tokenizer(str(directory)).save(staging)
-    report(1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ def search(one: FineTuning, values: Mapping[str, object], report: Report) -> Non
     with new_files(one.out) as folder:
         _finetune(one, folder / "model", values)
         (folder / "model" / "metrics.json").rename(folder / "metrics.json")
-    report(1)
 
 
 def fine_tune(
@@ -91,7 +89,6 @@ def fine_tune(
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         values = tried[means.index(max(means))][0]
     _finetune(one, one.out, values, test=str(one.task / "test.jsonl"))
-    report(1)
 
 
 def _finetune(

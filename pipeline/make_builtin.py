@@ -160,7 +160,6 @@ def write_untrained(
         config = GPT2Config(n_positions=SETTINGS.positions, **shared, **ends, **values)
     config.save_pretrained(out)
     known.save(out)
-    report(1)
 
 
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:

@@ -15,7 +15,6 @@ from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 
-STAGES_FILE = "stages.json"  # in the output directory, beside the folders of the stages
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _PLACEHOLDERS = ("text", "label")
 
@@ -97,7 +96,7 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
     earlier: list[str] = []
     for stage in stages:
         name = stage.name.casefold()  # some file systems do not tell them apart
-        if name == STAGES_FILE:
+        if name == "stages.json":
             raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
         if name in (other.casefold() for other in earlier):
             raise InputError(f"two stages are called {stage.name!r}; give each its own name")

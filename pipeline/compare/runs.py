@@ -13,11 +13,10 @@ from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
-from rekindle.pipeline.stages.resolve import read_stages
-from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
-from rekindle.pipeline.sweep.run import read_sweep
+from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
+from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.record.run_folder import read_record, reading
+from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -126,19 +125,7 @@ def _find(directories: Sequence[Path]) -> list[RunFolder]:
     found: dict[Path, RunFolder] = {}
     strangers = []
     for directory in directories:
-        ones: list[RunFolder | None]
-        if (sweep := read_sweep(directory)) is not None:
-            ones = [
-                _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
-                for run in sweep["runs"]
-            ]
-        elif is_cycle(directory):
-            ones = [_open_run(folder) for folder in sorted(directory.glob("students/*"))]
-        elif (stages := read_stages(directory)) is not None:
-            ones = [_open_run(directory / name) for name in stages]
-        else:
-            ones = [_open_run(directory)]
-        begun = {one.directory.resolve(): one for one in ones if one is not None}
+        begun = {one.directory.resolve(): one for one in _runs_in(directory) if one is not None}
         strangers += [] if begun else [str(directory)]
         found |= begun
     if strangers:
@@ -149,25 +136,31 @@ def _find(directories: Sequence[Path]) -> list[RunFolder]:
     return list(found.values())
 
 
+def _runs_in(directory: Path) -> list[RunFolder | None]:
+    for file in (SWEEP_FILE, STAGES_FILE):
+        if (recorded := read_runs(directory, file)) is not None:
+            return [_open_run(directory / name, about) for name, about in recorded.items()]
+    folders = directory.glob("students/*") if is_cycle(directory) else [directory]
+    return [_open_run(folder) for folder in sorted(folders)]
+
+
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
     return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
 
 
-def _open_run(directory: Path) -> RunFolder | None:
+def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | None:
+    """The run; of a student that a sweep has not begun, what is ``planned``."""
     about = read_record(directory / "run.json")
+    if about is None and "corpus" in planned:
+        about = {**planned, "cache": {"corpus": planned["corpus"]}}
     if about is None:
         return None
     with reading(directory / "run.json"):
-        settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
+        settings = {section: dict(about[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
     return RunFolder(directory, settings, cache, read_metrics(directory))
-
-
-def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFolder:
-    settings = {section: run[section] for section in SWEPT_SECTIONS}
-    return RunFolder(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -249,25 +242,6 @@ def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
 
 
 # --- comparing ------------------------------------------------------------------------------------
-
-
-def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
-    """The keys of nested settings at which not all are the same, with the value of each.
-
-    Lists of one length are compared item by item; others are different as a whole.
-    """
-    if all(one == settings[0] for one in settings):
-        return {}
-    mappings = [one for one in settings if isinstance(one, Mapping)]
-    lists = [one for one in settings if isinstance(one, list)]
-    if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
-        mappings = [dict(enumerate(one)) for one in lists]
-    if len(mappings) < len(settings):
-        return {".".join(path): list(settings)}
-    found: dict[str, list[object]] = {}
-    for key in dict.fromkeys(key for one in mappings for key in one):
-        found |= differences([one.get(key) for one in mappings], (*path, str(key)))
-    return found
 
 
 def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> list[str]:

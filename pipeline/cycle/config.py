@@ -5,6 +5,8 @@ made by ``cycle.configs``.
 """
 
 import itertools
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +37,21 @@ ARMS: dict[Arm, str] = {
 }
 # What a search may not change: the budget is the same for all.
 _BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
+_ARMS_SET = "is what the arms set"
+_OTHER_MODEL = (
+    "makes a student that is not the model which its expert was fine-tuned from, and the "
+    "comparison would be of models"
+)
+# Keys of a run that a cycle cannot have, and why.
+_NOT_OF_A_CYCLE = {
+    "student.from_scratch": _OTHER_MODEL,
+    "student.grow": _OTHER_MODEL,
+    "student.domain_prompts": "puts a token into every text that fine-tuning does not have",
+    "train.objective.distill": f"{_ARMS_SET}; give distill, for all experts, or tasks.….distill",
+    "train.objective.methods": _ARMS_SET,
+    "train.curriculum": "chooses the text by a teacher, also for the arms that see none",
+}
+_NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring without training")
 
 
 class CycleCacheConfig(CacheConfig):
@@ -151,29 +168,9 @@ class CycleConfig(Settings):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
-        if self.student.from_scratch or self.student.grow is not None:
-            raise ValueError(
-                "student.from_scratch and student.grow make a student that is not the model which "
-                "its expert was fine-tuned from, and the comparison would be of models; leave them "
-                "out"
-            )
-        if self.student.domain_prompts:
-            raise ValueError(
-                "student.domain_prompts puts a token into every text that fine-tuning does not "
-                "have; leave it out"
-            )
+        _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
-        if self.train.objective.distill or self.train.objective.methods:
-            raise ValueError(
-                "train.objective.distill and methods are what the arms set; give distill (for all "
-                "experts) or tasks.….distill"
-            )
-        if self.train.curriculum is not None:
-            raise ValueError(
-                "train.curriculum chooses the text by a teacher, also for the arms that see none; "
-                "leave it out"
-            )
         if not (self.train.keep_best or "loss").startswith("loss"):
             raise ValueError(
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
@@ -186,18 +183,18 @@ class CycleConfig(Settings):
             )
         for task in self.tasks:
             for point in self.search_points():
-                _check_finetune(self.finetune_of(task, point))
-            self._check_term(task)
+                config = self.finetune_of(task, point)
+                _refuse_set(config, _NOT_OF_ITS_FINE_TUNING, "finetune.")
+                if config.epochs == 0:
+                    raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
+            if {"teachers"} & {*self.distill, *task.distill}:
+                raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
+            if self.term_of(task, regression=False).weight == 0:
+                raise ValueError(
+                    f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; "
+                    "the arm mlm is without experts"
+                )
         return self
-
-    def _check_term(self, task: CycleTask) -> None:
-        if {"teachers"} & {*self.distill, *task.distill}:
-            raise ValueError("distill.teachers is what the arms set; leave it out")
-        if self.term_of(task, regression=False).weight == 0:
-            raise ValueError(
-                f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; the "
-                "arm mlm is without experts"
-            )
 
     @property
     def seeds_of_search(self) -> range:
@@ -224,11 +221,11 @@ class CycleConfig(Settings):
         return parse_settings(DistillTerm, values, f"distill of task {task.name!r}")
 
 
-def _check_finetune(config: FinetuneConfig) -> None:
-    if config.epochs == 0:
-        raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
-    if config.head is not None or config.merge is not None:
-        raise ValueError("finetune.head and merge are for scoring without training; leave them out")
+def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:
+    """Raise ValueError, saying why, where one of these ``keys`` is set."""
+    for key, why in keys.items():
+        if attrgetter(key)(section):
+            raise ValueError(f"{where}{key} {why}; leave it out")
 
 
 def _setting(key: str, value: Setting) -> Setting:

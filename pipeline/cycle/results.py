@@ -6,6 +6,7 @@ does not fit together (other seeds, other budgets, other files) is refused, neve
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -15,11 +16,11 @@ from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
     Grid,
-    check_together,
+    budget_of,
+    check_alike,
     folder_of,
     read_finetuned,
     read_json,
-    refuse,
 )
 from rekindle.pipeline.cycle.notes import notes_of
 from rekindle.pipeline.cycle.scores import (
@@ -97,28 +98,29 @@ def _check(
     """Nothing is compared that had not the same data, seeds, budget and search."""
     seeds = plan.settings.get("seeds")
     for one in found.values():
+        metric = plan.metrics[one.task]
         if not one.test:
-            raise CheckpointError(f"{out / one.folder} has no test scores; remove it and resume")
-        if isinstance(seeds, int) and len(one.seeds) != seeds:
-            raise CheckpointError(
-                f"{out / one.folder} has {len(one.seeds)} seeds, and {CYCLE_FILE} says "
-                f"{seeds}; remove it and resume"
-            )
+            wrong = "no test scores"
+        elif isinstance(seeds, int) and len(one.seeds) != seeds:
+            wrong = f"{len(one.seeds)} seeds, and {CYCLE_FILE} says {seeds}"
+        elif one.metric != metric:
+            wrong = f"the metric {one.metric}, and {CYCLE_FILE} says {metric}"
+        else:
+            continue
+        raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
-        for one in final.values():
-            if one.metric != task.metric:
-                raise CheckpointError(
-                    f"{out / one.folder} has the metric {one.metric}, and {CYCLE_FILE} says "
-                    f"{task.metric}; remove it and resume"
-                )
-        check_together(out, list(final.values()), list(grid))
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
+        for ones in (list(final.values()), searches):
+            check_alike(out, ones, partial(budget_of, searched=grid))
+        check_alike(out, [*searches[:1], *[*final.values()][:1]], _selecting)
         check_search(out, grid, searches, final)
-    ones = list(found.values())
-    for other in ones[1:]:
-        if other.seeds != ones[0].seeds:
-            refuse(out, ones[0], other, "seeds", ones[0].seeds, other.seeds)
+    check_alike(out, list(found.values()), lambda one: {"seeds": one.seeds})
+
+
+def _selecting(one: FineTuned) -> dict[str, object]:
+    """The files that a search has in common with what it chooses for."""
+    return {split: one.splits.get(split) for split in ("train", "dev")}
 
 
 # --- what it cost ---------------------------------------------------------------------------------

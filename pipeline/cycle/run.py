@@ -34,9 +34,8 @@ from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, w
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.processes.devices import Place, cores, places_for, visible_devices
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
-from rekindle.pipeline.processes.worker import warm_up
+from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 

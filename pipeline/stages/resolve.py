@@ -16,14 +16,12 @@ from rekindle.data.storage.store import open_store
 from rekindle.data.targets.reading.files import is_described
 from rekindle.pipeline.config import RunConfig, configure_stage
 from rekindle.pipeline.stage_config import (
-    STAGES_FILE,
     PromptsConfig,
     StageConfig,
     references,
     with_directories,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.record.run_folder import reading
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
 
@@ -74,7 +72,13 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     which the stage does not read.
     """
     directories = {stage.name: str(out / stage.name) for stage in config.stages}
-    stages = [_plan(config, stage, directories, out) for stage in config.stages]
+    stages = []
+    for stage in config.stages:
+        if (prompts := stage.write_prompts) is not None:
+            values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
+            prompts = prompts.model_copy(update=with_directories(values, directories))
+        whole, written = (configure_stage(config, stage, known) for known in (directories, {}))
+        stages.append(Stage(stage.name, out / stage.name, stage, whole, written, prompts))
     for number, stage in enumerate(stages):
         with naming(f"stage {stage.name!r}"):
             _check_replaced(stage, directories)
@@ -83,23 +87,6 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
         if one.config.cache.path == other.config.cache.path:
             _check_shared_cache(one, other)
     return stages
-
-
-def _plan(
-    config: RunConfig, stage: StageConfig, directories: Mapping[str, str], out: Path
-) -> Stage:
-    prompts = stage.write_prompts
-    if prompts is not None:
-        values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
-        prompts = prompts.model_copy(update=with_directories(values, directories))
-    return Stage(
-        name=stage.name,
-        directory=out / stage.name,
-        definition=stage,
-        config=configure_stage(config, stage, directories),
-        written=configure_stage(config, stage),
-        prompts=prompts,
-    )
 
 
 def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
@@ -169,50 +156,41 @@ def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage
 
 
 def _check_shared_cache(one: Stage, other: Stage) -> None:
-    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's."""
-    advice = f"Give stage {other.name!r} a cache.path of its own"
+    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's.
+    Targets of two models, or of two inputs, never mix under one name.
+    """
     first, second = (s.config.corpus.model_dump(mode="json") for s in (one, other))
-    longer = second["source"][: len(first["source"])] == first["source"]
-    if longer:
+    if second["source"][: len(first["source"])] == first["source"]:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
     pairs = {f"corpus.{key}": (first[key], second[key]) for key in first}
     sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
-    for key, (before, now) in (pairs | {"cache.sequences_per_shard": sizes}).items():
-        if before != now:
-            raise InputError(
-                f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"but not {key} ({before!r}, then {now!r}). {advice}"
-            )
+    pairs["cache.sequences_per_shard"] = sizes
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
-            _check_same_teacher(one, other, known[teacher.name], teacher, advice)
-
-
-def _check_same_teacher(
-    one: Stage, other: Stage, first: TeacherConfig, second: TeacherConfig, advice: str
-) -> None:
-    """Targets of two models, or of two inputs, never mix under one name."""
-    pairs = {key: (getattr(first, key), getattr(second, key)) for key in _OF_A_TEACHER}
-    before, now = ("masked" if t.sees_masks else "clean" for t in (first, second))
-    pairs["view"] = (before, now)
-    if first.sees_masks and second.sees_masks:
-        pairs["masks"] = (_masks(one), _masks(other))
-    for key, (before, now) in pairs.items():
+            ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
+            pairs |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
+    for what, (before, now) in pairs.items():
         if before != now:
+            teachers = what.startswith("the ")
+            named = "In a cache one name is one teacher: give it another, or: " if teachers else ""
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"in which one name is one teacher; the {key} of {first.name!r} is {before!r}, "
-                f"then {now!r}. Give it another name, or: {advice}"
+                f"but {what} is {before!r}, then {now!r}. {named}Give stage {other.name!r} a "
+                "cache.path of its own"
             )
 
 
-def _masks(stage: Stage) -> dict[str, object]:
-    """What decides the masks of a stage."""
+def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
+    """What decides a teacher's targets, the masks that it is shown included."""
+    found = {key: getattr(teacher, key) for key in _OF_A_TEACHER}
+    if not teacher.sees_masks:
+        return found | {"view": "clean"}
     cache = stage.config.cache
-    found = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
-    return found | ({"replicas": cache.replicas} if cache.mask.policy == "cover" else {})
+    masks = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
+    masks |= {"replicas": cache.replicas} if cache.mask.policy == "cover" else {}
+    return found | {"view": "masked", "masks": masks}
 
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
@@ -247,19 +225,6 @@ def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if names := settings.get("id2label"):
         words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
-
-
-def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """The records of the stages in ``directory`` by name; None where there are none.
-
-    Raises CheckpointError when the file is damaged.
-    """
-    path = directory / STAGES_FILE
-    if not path.is_file():
-        return None
-    with reading(path, "start again in another --out"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(stage["name"]): dict(stage) for stage in found["stages"]}
 
 
 @dataclass(frozen=True)

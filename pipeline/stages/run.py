@@ -22,27 +22,21 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.stage_config import STAGES_FILE
+from rekindle.pipeline.several_runs import STAGES_FILE, check_same_runs, is_finished, read_runs
 from rekindle.pipeline.stages.prompts import write_prompts
 from rekindle.pipeline.stages.resolve import (
     Ready,
     Stage,
     check_models,
     plan_stages,
-    read_stages,
     ready_parts,
 )
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult
-from rekindle.train.record.checkpoint import FREE
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder
-from rekindle.train.student import ABOUT_FILE
+from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
-
-# A run's configuration is the last file that is written into its directory.
-FINISHED = ("config.json", ABOUT_FILE, "summary.json", "run.yaml")
 
 
 def run_stages(
@@ -108,7 +102,12 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     Stages that were not begun may have changed.
     """
     if goes_on(out, STAGES_FILE, "run of stages", resume):
-        _check_same(out, read_stages(out) or {}, stages)
+        recorded = read_runs(out, STAGES_FILE) or {}
+        begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
+        now = {stage.name: _whole(stage.record) for stage in stages}
+        stranger = "has a stage {name!r}, which the file has not"
+        rule = "Resume it with its own configuration, or give another --out"
+        check_same_runs(out, begun, now, stranger, rule)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]
@@ -117,27 +116,9 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     return missing
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` has all that a finished run leaves."""
-    files = all((directory / name).is_file() for name in FINISHED)
-    return files and any(directory.glob("*.safetensors"))
-
-
-def _check_same(
-    out: Path, recorded: Mapping[str, Mapping[str, Any]], stages: Sequence[Stage]
-) -> None:
-    rule = "Resume it with its own configuration, or give another --out"
-    ours = {stage.name: stage.record for stage in stages}
-    for name, old in recorded.items():
-        if not (out / name).exists():
-            continue
-        if name not in ours:
-            raise CheckpointError(f"{out} has a stage {name!r}, which the file has not. {rule}")
-        before, now = (
-            {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
-            for record in (old, ours[name])
-        )
-        check_same(out / name, before, now, rule, FREE)
+def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's configuration with its prompts."""
+    return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ import yaml
 
 from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
+from rekindle.pipeline.several_runs import SECTIONS
 from rekindle.train.config import StudentConfig
 
-SWEPT_SECTIONS = ("student", "train")
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
 
@@ -46,7 +46,7 @@ class SweepRun:
     def record(self) -> dict[str, object]:
         """What ``sweep.json`` says of it."""
         config = self.config.model_dump(mode="json", by_alias=True)
-        return {"name": self.name, "values": self.values} | {s: config[s] for s in SWEPT_SECTIONS}
+        return {"name": self.name, "values": self.values} | {s: config[s] for s in SECTIONS}
 
 
 def plan_sweep(
@@ -102,7 +102,7 @@ def parse_swept_key(text: str) -> SweptKey:
 def _check_keys(keys: Sequence[str]) -> None:
     for key in keys:
         section = key.split(".")[0]
-        if section in RunConfig.model_fields and section not in SWEPT_SECTIONS:
+        if section in RunConfig.model_fields and section not in SECTIONS:
             raise InputError(
                 f"--sweep {key}: the students of a sweep learn from one cache, so {section}.* is "
                 "the same for all of them. Sweep keys of student.* or train.*; for another cache "

@@ -11,22 +11,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
-from rekindle.pipeline.processes.devices import places_for, visible_devices
+from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
-from rekindle.pipeline.processes.worker import WorkerKilled
+from rekindle.pipeline.processes.worker import places_for, visible_devices
 from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, SweepRun
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
+from rekindle.pipeline.several_runs import (
+    SECTIONS,
+    SWEEP_FILE,
+    check_same_runs,
+    is_finished,
+    read_runs,
+)
+from rekindle.pipeline.sweep.grid import SweepRun
+from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
-
-SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Failure:
     @classmethod
     def of(cls, name: str, error: Exception) -> "Failure":
         """The failure that ``error`` means; what only a bug raises is logged with its traceback."""
+        log.warning("%s failed; its message comes at the end", name)
         if isinstance(error, RekindleError):
             return cls(name, str(error), error.exit_code)
         if isinstance(error, OSError):
@@ -63,21 +68,6 @@ class SweepError(RekindleError):
 # --- the directory --------------------------------------------------------------------------------
 
 
-def read_sweep(directory: Path) -> dict[str, Any] | None:
-    """The definition of the sweep in ``directory``; None where there is none.
-
-    Raises CheckpointError when it is damaged.
-    """
-    path, advice = directory / SWEEP_FILE, "start a new sweep in another --out"
-    if (found := read_record(path, advice)) is None:
-        return None
-    with reading(path, advice):
-        sound = all({"name", "values", *SWEPT_SECTIONS} <= run.keys() for run in found["runs"])
-        if not sound or not isinstance(found["corpus"], str):
-            raise ValueError("it has not the keys of a sweep")
-    return found
-
-
 def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
     """Check that ``out`` is free, or holds the sweep to go on with. It may have got more students.
 
@@ -85,21 +75,19 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
     """
     if not goes_on(out, SWEEP_FILE, "sweep", resume):
         return
-    recorded = read_sweep(out) or {}
+    recorded = read_runs(out, SWEEP_FILE) or {}
     rule = "Resume it with its own definition (more values may be added), or give another --out"
-    if recorded["corpus"] != corpus:
+    if any(run["corpus"] != corpus for run in recorded.values()):
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
-    ours = {run.name: run.config.model_dump(mode="json", by_alias=True) for run in runs}
-    for run in recorded["runs"]:
-        mine = ours.get(run["name"])
-        if mine is None:
-            raise CheckpointError(
-                f"{out} is another sweep: its student {run['name']} is none of this one's "
-                f"({', '.join(ours)}). {rule}"
-            )
-        # What only the record has is of an older version.
-        before = {s: {k: run[s].get(k) for k in mine[s]} for s in SWEPT_SECTIONS}
-        check_same(out, before, {s: mine[s] for s in SWEPT_SECTIONS}, rule)
+    now = {run.name: {key: run.record[key] for key in SECTIONS} for run in runs}
+    # What only the record has is of an older version.
+    known = {key: now[runs[0].name][key].keys() for key in SECTIONS}
+    before = {
+        name: {key: {k: run[key].get(k) for k in known[key]} for key in SECTIONS}
+        for name, run in recorded.items()
+    }
+    stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
+    check_same_runs(out, before, now, stranger, rule)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -134,40 +122,36 @@ def run_sweep(
 def _train_missing(
     runs: Sequence[SweepRun], out: Path, workers: int | None, progress: Progress
 ) -> list[Failure]:
-    missing = [run for run in runs if not _is_finished(out / run.name)]
+    missing = [run for run in runs if not is_finished(out / run.name)]
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
-    if not missing:
-        return []
     workers = min(workers or max(1, len(visible_devices())), len(missing))
-    if workers == 1:
+    if workers <= 1:
         found = [train_one(run, out, progress) for run in missing]
-    else:
-        found = _train_in_processes(missing, out, workers, progress)
-    return [failure for failure in found if failure is not None]
-
-
-def _train_in_processes(
-    runs: Sequence[SweepRun], out: Path, workers: int, progress: Progress
-) -> list[Failure | None]:
-    """What ``train_one`` returns for each of ``runs``, each in a process of its own."""
+        return [failure for failure in found if failure is not None]
     jobs = [
-        Job(str(out / run.name), _train_one, (run, out), None, steps=run.config.train.steps)
-        for run in runs
+        Job(
+            str(out / run.name),
+            _train,
+            (run.config, out / run.name),
+            None,
+            steps=run.config.train.steps,
+        )
+        for run in missing
     ]
     ended = run_jobs(jobs, None, progress, places_for(workers), failed=_failed)
-    return [cast(Failure | None, ended[job.name]) for job in jobs]
-
-
-def _train_one(run: SweepRun, out: Path, report: Report) -> Failure | None:
-    return train_one(run, out, StepReports(report))
+    return [failure for job in jobs if isinstance(failure := ended[job.name], Failure)]
 
 
 def _failed(job: Job, error: Exception) -> Failure:
-    """The failure of a student whose process could not say what went wrong."""
-    if isinstance(error, WorkerKilled):
-        error = InputError(f"{error}. If memory is short, give fewer --workers")
     return Failure.of(Path(job.name).name, error)
+
+
+def _train(config: RunConfig, out: Path, report: Report) -> None:
+    """Train one student in a process of its own, or go on with it."""
+    from rekindle.pipeline.train_student import train_from_config
+
+    train_from_config(config, out, resume=True, progress=StepReports(report))
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
@@ -177,7 +161,6 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
     try:
         train_from_config(run.config, out / run.name, resume=True, progress=progress)
     except Exception as error:
-        log.warning("%s failed; its message comes at the end", out / run.name)
         return Failure.of(run.name, error)
     return None
 
@@ -198,8 +181,3 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
         with naming(f"student {run.name}"):
             check_tokenizer(cache, run.student)
     return cache.corpus.fingerprint
-
-
-def _is_finished(directory: Path) -> bool:
-    """A run's configuration is the last file that is written into its directory."""
-    return all((directory / name).is_file() for name in ("summary.json", "run.yaml"))

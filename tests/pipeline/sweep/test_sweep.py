@@ -17,13 +17,13 @@ import yaml
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.processes import devices as devices_module
 from rekindle.pipeline.processes import jobs
+from rekindle.pipeline.processes import worker as devices_module
 from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress, ProgressTask
 from rekindle.pipeline.sweep import run as module
 from rekindle.pipeline.sweep.grid import plan_sweep
-from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
+from rekindle.pipeline.sweep.run import Failure, SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.run_folder import alone_in
 from testlib.processes import descendants
@@ -118,7 +118,7 @@ def test_the_product_of_two_sweeps_and_what_is_written_down(run_file, tmp_path, 
     assert same_weights(
         tmp_path / "temperature=4,seed=1", alone(f"{TEMPERATURE}=4", "train.seed=1")
     )
-    record = read_sweep(tmp_path)
+    record = json.loads((tmp_path / "sweep.json").read_text())
     assert [run["name"] for run in record["runs"]] == [run.name for run in runs]
     assert [run["values"] for run in record["runs"]] == [run.values for run in runs]
     assert [run["train"]["seed"] for run in record["runs"]] == [0, 1, 0, 1]
@@ -221,7 +221,8 @@ def test_a_sweep_may_get_more_students(run_file, tmp_path, alone, monkeypatch):
     assert run_sweep(plan_sweep(run_file, ["train.seed=2,1,0"]), tmp_path, resume=True) == []
     assert begun == ["seed=2"]
     assert same_weights(tmp_path / "seed=2", alone("train.seed=2"))
-    assert [run["name"] for run in read_sweep(tmp_path)["runs"]] == ["seed=2", "seed=1", "seed=0"]
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["seed=2", "seed=1", "seed=0"]
 
 
 def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
