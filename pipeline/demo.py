@@ -18,7 +18,7 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import write_json, write_text
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TaskSizes, write_corpus
-from rekindle.pipeline.config import RunConfig, dump_config, read_values
+from rekindle.pipeline.config import RunConfig, dump_config, read_values, with_directories
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.scores import CycleResults
@@ -26,7 +26,6 @@ from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
 from rekindle.pipeline.processes.worker import Place, cores, warm_up
 from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.stage_config import with_directories
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, read_record
 

@@ -4,15 +4,14 @@ What is begun stands in a folder of its own until it is whole, and a lock lets o
 make anything: a second one waits, and then finds it made.
 """
 
-import contextlib
 import logging
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
@@ -46,14 +45,23 @@ _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _T
 def make(names: Sequence[str], progress: Progress) -> None:
     """Make the built-ins ``names`` (with or without prefix) and what they depend on."""
     where = folder()
-    with alone_in(where, wait=True) as alone, _begun(where, alone) as begun:
-        own = [name.removeprefix(PREFIX) for name in names]
-        models = with_what_they_need([name for name in own if name in MODELS])
-        if any(not (where / name).exists() for name in models):
-            warm_up()  # while the documents are read
-        if not (where / "documents").exists():
-            _make_documents(begun / "documents", where / "documents", progress)
-        run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
+    own = [name.removeprefix(PREFIX) for name in names]
+    models = with_what_they_need([name for name in own if name in MODELS])
+    with alone_in(where, wait=True) as alone:
+        for left in where.glob(f"{_BEGUN}*") if alone else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # Not alone, two processes do the same, harmlessly.
+        with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as folder_:
+            begun = Path(folder_)
+            if any(not (where / name).exists() for name in models):
+                warm_up()  # while the documents are read
+            if not (where / "documents").exists():
+                texts = begun / "documents"
+                with progress.task("documents", unit="files", total=len(FILES)) as task:
+                    write_documents(texts, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
+                    _appear(texts, where / "documents")
+                    task.advance(len(FILES))
+            run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
 
 
 def with_what_they_need(models: Sequence[str]) -> list[str]:
@@ -70,26 +78,6 @@ def needs(name: str) -> tuple[str, ...]:
         return ()
     from_bert = name.startswith("expert-") or name.removeprefix("bert-") in DOMAINS
     return ("bert",) if from_bert else ("tokenizer",)
-
-
-@contextlib.contextmanager
-def _begun(where: Path, alone: bool) -> Iterator[Path]:
-    """Yield a folder for unfinished work. Not ``alone``, two processes do the same, harmlessly."""
-    if alone:
-        for left in where.glob(f"{_BEGUN}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-    begun = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=where))
-    try:
-        yield begun
-    finally:
-        shutil.rmtree(begun, ignore_errors=True)
-
-
-def _make_documents(begun: Path, out: Path, progress: Progress) -> None:
-    with progress.task("documents", unit="files", total=len(FILES)) as task:
-        write_documents(begun, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
-        _appear(begun, out)
-        task.advance(len(FILES))
 
 
 def _appear(begun: Path, out: Path) -> None:
@@ -136,10 +124,12 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
     if name == "gpt2":
         return partial(pretrain_gpt2, tokenizer, corpus), train["steps"]
     if name == "bert":
-        return partial(pretrain, tokenizer, corpus, "masked_lm", True, train), train["steps"]
+        student = {"model": str(tokenizer), "from_scratch": True}
+        return partial(pretrain, student, corpus, train), train["steps"]
     text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
-    train = settings.further
-    return partial(pretrain, bert, text, "masked_lm", False, train), train["steps"]
+    return partial(pretrain, {"model": str(bert)}, text, settings.further), settings.further[
+        "steps"
+    ]
 
 
 def write_untrained(
@@ -166,17 +156,12 @@ def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> N
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
     write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report())
-    pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
+    student = {"model": str(untrained), "from_scratch": True, "task": "causal_lm"}
+    pretrain(student, corpus, SETTINGS.pretrain, out, report)
 
 
 def pretrain(
-    model: Path,
-    corpus: Path,
-    task: str,
-    from_scratch: bool,
-    train: dict[str, object],
-    out: Path,
-    report: Report,
+    student: Mapping[str, object], corpus: Path, train: dict[str, object], out: Path, report: Report
 ) -> None:
     """Both stages without teachers, on a cache of its own that is thrown away; keep the model."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -186,7 +171,7 @@ def pretrain(
     values = {
         "corpus": {
             "source": [str(corpus)],
-            "tokenizer": str(model),
+            "tokenizer": student["model"],
             "sequence_length": settings.sequence_length,
         },
         "cache": {
@@ -194,7 +179,7 @@ def pretrain(
             "replicas": settings.replicas,
             "seed": settings.seed,
         },
-        "student": {"model": str(model), "from_scratch": from_scratch, "task": task},
+        "student": student,
         "train": train | {"seed": settings.seed, "batch_sequences": settings.batch_sequences},
     }
     config = parse_settings(RunConfig, values, out.name)

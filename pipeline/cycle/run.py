@@ -29,7 +29,7 @@ from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
-from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
@@ -72,7 +72,7 @@ def run_cycle(
             if cache not in (folder, *folder.parents):
                 remove_leftovers(folder)
         write_tasks(tasks, home)
-        write_text(home / "run.yaml", dump_cycle(config))
+        write_text(home / "run.yaml", dump_config(config))
         for name, run in runs.items():
             write_text(home / name, dump_config(run))
         places = places or places_for(

@@ -20,7 +20,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import remove_leftovers, write_lines
 from rekindle.data.storage.shards import ROWS_PER_BATCH
-from rekindle.pipeline.stage_config import check_template, fill_template
+from rekindle.pipeline.config import check_template, fill_template
 
 
 @dataclass

@@ -14,10 +14,11 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.reading.files import is_described
-from rekindle.pipeline.config import RunConfig, configure_stage
-from rekindle.pipeline.stage_config import (
+from rekindle.pipeline.config import (
     PromptsConfig,
+    RunConfig,
     StageConfig,
+    configure_stage,
     references,
     with_directories,
 )

@@ -17,8 +17,7 @@ from rekindle.data.corpus.documents import read_documents
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.config import load_config
-from rekindle.pipeline.stage_config import PromptsConfig, fill_template
+from rekindle.pipeline.config import PromptsConfig, fill_template, load_config
 from rekindle.pipeline.stages.prompts import most_probable, write_prompts
 from rekindle.pipeline.stages.run import cache_stages, run_stages
 
