@@ -6,13 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rekindle.data.settings import Settings
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS
-from rekindle.data.targets.schema import (
-    TEACHER_NAME,
-    VOCABULARY_TASKS,
-    Codec,
-    Kept,
-    Task,
-)
+from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Codec, Kept, Task
 
 
 class TargetsConfig(Settings):

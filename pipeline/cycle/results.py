@@ -23,13 +23,7 @@ from rekindle.pipeline.cycle.finetuned import (
     read_json,
 )
 from rekindle.pipeline.cycle.notes import notes_of
-from rekindle.pipeline.cycle.scores import (
-    MEAN,
-    CycleResults,
-    TaskFacts,
-    differences_of,
-    scores_of,
-)
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults, TaskFacts, differences_of, scores_of
 from rekindle.pipeline.cycle.search import check_search, read_search, searched_of
 
 
@@ -113,14 +107,11 @@ def _check(
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
         for ones in (list(final.values()), searches):
             check_alike(out, ones, partial(budget_of, searched=grid))
-        check_alike(out, [*searches[:1], *[*final.values()][:1]], _selecting)
+        # The files that a search has in common with what it chooses for.
+        both = [*searches[:1], *[*final.values()][:1]]
+        check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
         check_search(out, grid, searches, final)
     check_alike(out, list(found.values()), lambda one: {"seeds": one.seeds})
-
-
-def _selecting(one: FineTuned) -> dict[str, object]:
-    """The files that a search has in common with what it chooses for."""
-    return {split: one.splits.get(split) for split in ("train", "dev")}
 
 
 # --- what it cost ---------------------------------------------------------------------------------

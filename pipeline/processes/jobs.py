@@ -15,13 +15,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar, cast
 
-from rekindle.pipeline.processes.worker import (
-    Place,
-    Returned,
-    Worker,
-    cores,
-    killed_at_exit,
-)
+from rekindle.pipeline.processes.worker import Place, Returned, Worker, cores, killed_at_exit
 from rekindle.pipeline.progress import Progress, ProgressTask
 
 MOST_WORKERS = 4

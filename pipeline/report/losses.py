@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rekindle.pipeline.report.page import (
-    SMALL,
-    WIDE,
-    Block,
-    Figure,
-    Figures,
-    Legend,
-    Note,
-    Section,
-)
+from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, Legend, Note, Section
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in

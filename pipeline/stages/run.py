@@ -24,13 +24,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.several_runs import STAGES_FILE, check_same_runs, is_finished, read_runs
 from rekindle.pipeline.stages.prompts import write_prompts
-from rekindle.pipeline.stages.resolve import (
-    Ready,
-    Stage,
-    check_models,
-    plan_stages,
-    ready_parts,
-)
+from rekindle.pipeline.stages.resolve import Ready, Stage, check_models, plan_stages, ready_parts
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult

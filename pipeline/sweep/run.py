@@ -139,12 +139,12 @@ def _train_missing(
         )
         for run in missing
     ]
-    ended = run_jobs(jobs, None, progress, places_for(workers), failed=_failed)
+
+    def failed(job: Job, error: Exception) -> Failure:
+        return Failure.of(Path(job.name).name, error)
+
+    ended = run_jobs(jobs, None, progress, places_for(workers), failed)
     return [failure for job in jobs if isinstance(failure := ended[job.name], Failure)]
-
-
-def _failed(job: Job, error: Exception) -> Failure:
-    return Failure.of(Path(job.name).name, error)
 
 
 def _train(config: RunConfig, out: Path, report: Report) -> None:
