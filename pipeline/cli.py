@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rekindle.pipeline.commands.caches import CACHE_COMMANDS
+from rekindle.data.errors import InputError
+from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
 from rekindle.pipeline.commands.options import Json, Overrides, RunFile
 from rekindle.pipeline.exits import (
     command_again,
@@ -37,7 +37,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     quick: Annotated[
@@ -55,7 +54,6 @@ def demo(
     typer.echo(printed(out, results))
 
 
-@app.command()
 def init(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="a method's name; --list shows them")
@@ -66,7 +64,6 @@ def init(
     ] = False,
 ) -> None:
     """Write a commented run file for a method; it runs as it is, and is there to be edited."""
-    from rekindle.data.errors import InputError
     from rekindle.pipeline.init import recipes, write_recipe
 
     if list_:
@@ -84,7 +81,6 @@ def init(
         typer.echo(f"  {command}", err=True)
 
 
-@app.command()
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
     # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
@@ -125,11 +121,6 @@ def finetune(
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
-for name, command in CACHE_COMMANDS.items():
-    app.command(name)(command)
-
-
-@app.command("train-student")
 def train_student(
     run: RunFile,
     out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
@@ -152,27 +143,24 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    again = command_again(
-        ["train-student", str(run)], target, set_, sweep, workers, ending=["--resume"]
-    )
-    if sweep:
-        with resumable(again):
+    with resumable(
+        command_again(["train-student", str(run)], target, set_, sweep, workers, ["--resume"])
+    ):
+        if sweep:
             _train_sweep(run, target, set_, sweep, workers, resume)
-        return
-    if workers is not None:
-        from rekindle.data.errors import InputError
-
-        raise InputError("--workers is for --sweep; one student on several devices needs torchrun")
-    with resumable(again):
+            return
         from rekindle.pipeline.config import load_config
 
+        if workers is not None:
+            raise InputError(
+                "--workers is for --sweep; one student on several devices needs torchrun"
+            )
         config = load_config(run, set_)
         from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.stages.run import run_stages
         from rekindle.pipeline.train_student import describe_result, train_from_config
 
-        silent = nullcontext(Progress.silent())
-        with Progress.to_terminal() if is_main() else silent as progress:
+        with Progress.to_terminal(silent=not is_main()) as progress:
             if config.stages:
                 results = run_stages(config, target, resume=resume, progress=progress)
             else:
@@ -214,7 +202,6 @@ def _train_sweep(
         raise SweepError(failures, len(students))
 
 
-@app.command()
 def rekindle(
     run: Annotated[
         Path, typer.Argument(metavar="CYCLE.yaml", help="the cycle: text, model, tasks (`init`)")
@@ -246,7 +233,6 @@ def rekindle(
     typer.echo(json.dumps(results.as_dict()) if as_json else printed(target, results))
 
 
-@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")
@@ -268,13 +254,19 @@ def compare(
     typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 
-@app.command()
 def doctor() -> None:
     """Show versions, devices, and which kernel implementation is used and why."""
     from rekindle.pipeline.doctor import diagnose
 
     for name, value in diagnose().items():
         typer.echo(f"{name:14} {value}")
+
+
+for command in (
+    *(demo, init, finetune, cache_teachers, plan, gc, verify, inspect_),
+    *(train_student, rekindle, compare, doctor),
+):
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def main() -> None:

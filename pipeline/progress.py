@@ -100,11 +100,11 @@ class Progress:
 
     @classmethod
     @contextmanager
-    def to_terminal(cls) -> Iterator["Progress"]:
-        """Draw bars if stderr is a terminal; else log lines."""
+    def to_terminal(cls, silent: bool = False) -> Iterator["Progress"]:
+        """Draw bars if stderr is a terminal; else log lines. Neither if ``silent``."""
         console = Console(stderr=True)
-        if not console.is_terminal:
-            yield cls(quiet=False)
+        if silent or not console.is_terminal:
+            yield cls(quiet=silent)
             return
         # On a narrow terminal the note is cut, never the count and the time that is left.
         width, kept = console.width, Column(no_wrap=True, min_width=9)
