@@ -92,14 +92,8 @@ def _appear(begun: Path, out: Path) -> None:
 def job_of(name: str, where: Path, begun: Path) -> Job:
     """The job that makes a model in ``begun`` and puts it into ``where``."""
     make_it, steps = _recipe_of(name, where)
-    return Job(
-        PREFIX + name,
-        _make_and_show,
-        (make_it, begun / name, where / name),
-        output=where / name,
-        after=tuple(PREFIX + needed for needed in needs(name)),
-        steps=steps,
-    )
+    after, out = tuple(PREFIX + needed for needed in needs(name)), where / name
+    return Job(PREFIX + name, _make_and_show, (make_it, begun / name, out), out, after, steps)
 
 
 def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> None:

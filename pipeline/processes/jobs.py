@@ -81,15 +81,15 @@ def run_jobs(
     log_file: Path | None,
     progress: Progress,
     places: Sequence[Place] = (),
-    failed: Callable[[Job, Exception], object] | None = None,
+    keep_going: bool = False,
 ) -> dict[str, object]:
     """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
     what their functions returned, by name.
 
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``
-    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others,
-    but where ``failed`` takes it: what that returns counts as the job's result.
+    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others;
+    with ``keep_going`` it is the job's result.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
@@ -109,9 +109,9 @@ def run_jobs(
                 try:
                     message = worker.receive()
                 except Exception as error:
-                    if failed is None:
+                    if not keep_going:
                         raise
-                    results[job.name] = failed(job, error)
+                    results[job.name] = error
                 else:
                     if not isinstance(message, Returned):
                         cast(_Tell, message)(task)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
-from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
 
 NOTE = (
     "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each token of "
@@ -113,16 +113,15 @@ def _blocks(cache: KnownCache) -> list[Block]:
 
 def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str = "") -> Table:
     """A line for each teacher: what is kept, how large it is, how long it took."""
-    milliseconds = [
-        None if t.seconds_per_view is None else 1000 * t.seconds_per_view for t in teachers
+    head = ["teacher", "kept for each target", "targets"]
+    head += ["bytes", "bytes/target", "bytes/token", "ms/sequence"]
+    rows = [
+        [
+            *(t.name, t.targets, f"{t.positions:,}", f"{t.bytes:,}"),
+            f"{t.bytes / max(1, t.positions):.1f}",
+            f"{t.bytes / max(1, t.corpus_tokens):.2f}",
+            formatted(t.seconds_per_view and 1000 * t.seconds_per_view, "{:,.2f}"),
+        ]
+        for t in teachers
     ]
-    columns = [
-        Column("teacher", [t.name for t in teachers], words=True),
-        Column("kept for each target", [t.targets for t in teachers], words=True),
-        Column("targets", [f"{t.positions:,}" for t in teachers]),
-        Column("bytes", [f"{t.bytes:,}" for t in teachers]),
-        Column("bytes/target", [f"{t.bytes / max(1, t.positions):.1f}" for t in teachers]),
-        Column("bytes/token", [f"{t.bytes / max(1, t.corpus_tokens):.2f}" for t in teachers]),
-        Column("ms/sequence", [formatted(value, "{:,.2f}") for value in milliseconds]),
-    ]
-    return Table(title, columns, note)
+    return table_of(title, head, rows, 2, note)

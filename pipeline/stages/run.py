@@ -74,15 +74,9 @@ def _cache(
     """Make the stage's corpus of prompts, and what is missing of its cache as ``config`` has it."""
     if (prompts := stage.prompts) is not None:
         assert prompts.cache is not None
-        counts = write_prompts(
-            Cache.open(prompts.cache),
-            prompts.teacher,
-            prompts.to,
-            template=prompts.template,
-            words=prompts.words,
-            confidence=prompts.confidence,
-            tokenizer=load_tokenizer(stage.config.corpus.tokenizer),
-        )
+        how = prompts.model_dump(include={"template", "words", "confidence"})
+        tokenizer, cache = load_tokenizer(stage.config.corpus.tokenizer), Cache.open(prompts.cache)
+        counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **how)
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
     return cache_teachers(config, only, workers, progress, check)
 

@@ -8,8 +8,7 @@ Every student is held against the cache before the first one is trained.
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.cache import Cache
@@ -32,37 +31,28 @@ from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A student that could not be trained, and the exit code that its run alone would have had."""
-
-    name: str
-    message: str
-    exit_code: int
-
-    @classmethod
-    def of(cls, name: str, error: Exception) -> "Failure":
-        """The failure that ``error`` means; what only a bug raises is logged with its traceback."""
-        log.warning("%s failed; its message comes at the end", name)
-        if isinstance(error, RekindleError):
-            return cls(name, str(error), error.exit_code)
-        if isinstance(error, OSError):
-            return cls(name, str(error), InputError.exit_code)
-        log.error("%s failed", name, exc_info=error)
-        return cls(name, f"{type(error).__name__}: {error}", RekindleError.exit_code)
+_EXPECTED = (RekindleError, OSError)  # whatever else ends a student is a bug
 
 
 class SweepError(RekindleError):
-    """Some students failed; the others are finished. Ends with the first one's exit code."""
+    """Some students failed; the others are finished. Ends with the exit code that the first one's
+    run alone would have had.
+    """
 
-    def __init__(self, failures: Sequence[Failure], count: int):
-        told = "; ".join(f"{failure.name}: {failure.message.rstrip('.')}" for failure in failures)
+    def __init__(self, failures: Mapping[str, Exception], count: int):
+        told = [f"{name}: {_message(error).rstrip('.')}" for name, error in failures.items()]
         super().__init__(
-            f"{len(failures)} of {count} students failed. {told}. The others are finished; "
-            "--resume tries the failed ones again"
+            f"{len(failures)} of {count} students failed. {'; '.join(told)}. The others are "
+            "finished; --resume tries the failed ones again"
         )
-        self.exit_code = failures[0].exit_code
+        first = next(iter(failures.values()))
+        usual = InputError.exit_code if isinstance(first, OSError) else RekindleError.exit_code
+        self.exit_code = getattr(first, "exit_code", usual)
+
+
+def _message(error: Exception) -> str:
+    """What a user is told, with the name of what only a bug raises."""
+    return str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -100,8 +90,9 @@ def run_sweep(
     resume: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> list[Failure]:
-    """Train every student of ``plan_sweep`` into a folder of ``out``; returns those that failed.
+) -> dict[str, Exception]:
+    """Train every student of ``plan_sweep`` into a folder of ``out``; returns what ended those that
+    failed, by name.
 
     ``workers`` students at a time (None: one per CUDA device, or one), each in a process of its own
     where that is more than one. A failed student stops no other. ``resume`` leaves finished runs as
@@ -121,30 +112,23 @@ def run_sweep(
 
 def _train_missing(
     runs: Sequence[SweepRun], out: Path, workers: int | None, progress: Progress
-) -> list[Failure]:
+) -> dict[str, Exception]:
     missing = [run for run in runs if not is_finished(out / run.name)]
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     workers = min(workers or max(1, len(visible_devices())), len(missing))
+    ended: Sequence[object]
     if workers <= 1:
-        found = [train_one(run, out, progress) for run in missing]
-        return [failure for failure in found if failure is not None]
-    jobs = [
-        Job(
-            str(out / run.name),
-            _train,
-            (run.config, out / run.name),
-            None,
-            steps=run.config.train.steps,
-        )
-        for run in missing
-    ]
-
-    def failed(job: Job, error: Exception) -> Failure:
-        return Failure.of(Path(job.name).name, error)
-
-    ended = run_jobs(jobs, None, progress, places_for(workers), failed)
-    return [failure for job in jobs if isinstance(failure := ended[job.name], Failure)]
+        ended = [train_one(run, out, progress) for run in missing]
+    else:
+        jobs = []
+        for run in missing:
+            where, steps = out / run.name, run.config.train.steps
+            jobs.append(Job(str(where), _train, (run.config, where), None, steps=steps))
+        results = run_jobs(jobs, None, progress, places_for(workers), keep_going=True)
+        ended = [results[job.name] for job in jobs]
+    pairs = zip(missing, ended, strict=True)
+    return {run.name: error for run, error in pairs if isinstance(error, Exception)}
 
 
 def _train(config: RunConfig, out: Path, report: Report) -> None:
@@ -154,14 +138,16 @@ def _train(config: RunConfig, out: Path, report: Report) -> None:
     train_from_config(config, out, resume=True, progress=StepReports(report))
 
 
-def train_one(run: SweepRun, out: Path, progress: Progress) -> Failure | None:
-    """Train one student in this process, or go on with it. Returns why it failed, if it did."""
+def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
+    """Train one student in this process, or go on with it. Returns what ended it, if it failed."""
     from rekindle.pipeline.train_student import train_from_config
 
     try:
         train_from_config(run.config, out / run.name, resume=True, progress=progress)
     except Exception as error:
-        return Failure.of(run.name, error)
+        bug = not isinstance(error, _EXPECTED)
+        log.warning("%s failed; its message comes at the end", out / run.name, exc_info=bug)
+        return error
     return None
 
 
