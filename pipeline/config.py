@@ -83,6 +83,11 @@ class PromptsConfig(Settings):
         None, description="the cache the teacher is in; null: that of the file's own cache.path"
     )
 
+    @property
+    def places(self) -> list[str]:
+        """What it writes, and the cache that it reads: they may be in directories of stages."""
+        return [self.to, self.cache or ""]
+
 
 class StageConfig(Settings):
     """One run: the file with some values changed."""
@@ -223,27 +228,21 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
             raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
         if name in (other.casefold() for other in earlier):
             raise InputError(f"two stages are called {stage.name!r}; give each its own name")
-        if stage.write_prompts is not None:
-            prompts = stage.write_prompts
-            _check_references(stage.name, [prompts.to, prompts.cache or ""], earlier)
-        _check_references(stage.name, stage.set, earlier)
+        given = [stage.set, *(stage.write_prompts.places if stage.write_prompts else ())]
+        for other in references(given):
+            if other not in earlier:
+                hint = did_you_mean(f"{{{other}}}", [f"{{{one}}}" for one in earlier])
+                raise InputError(
+                    f"stage {stage.name!r}: '{{{other}}}' is no earlier stage (there are: "
+                    f"{', '.join(earlier) or 'none'}){hint}"
+                )
+        for other in earlier:
+            if {other: None} in values_in(given):
+                raise InputError(
+                    f"stage {stage.name!r}: {{{other}}} without quotes is a mapping in YAML; write "
+                    f'"{{{other}}}" for the directory of that stage'
+                )
         earlier.append(stage.name)
-
-
-def _check_references(stage: str, value: object, earlier: Sequence[str]) -> None:
-    for name in references(value):
-        if name not in earlier:
-            hint = did_you_mean(f"{{{name}}}", [f"{{{one}}}" for one in earlier])
-            raise InputError(
-                f"stage {stage!r}: '{{{name}}}' is no earlier stage (there are: "
-                f"{', '.join(earlier) or 'none'}){hint}"
-            )
-    for name in earlier:
-        if {name: None} in values_in(value):
-            raise InputError(
-                f"stage {stage!r}: {{{name}}} without quotes is a mapping in YAML; write "
-                f'"{{{name}}}" for the directory of that stage'
-            )
 
 
 def references(value: object) -> list[str]:

@@ -1,17 +1,18 @@
-"""The results of a cycle as tables, in plain text and in Markdown: the same cells in both.
+"""The results of a cycle as tables, and these in plain text.
 
 Every cell comes from ``CycleResults`` alone, so that results.json gives the same tables again.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.search import Searched, Tried
 from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
-from rekindle.pipeline.report.scores import difference_tables, percent
-from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
-from rekindle.pipeline.report.text import escaped, markdown_of, terminal_width, text_lines
+from rekindle.pipeline.report.scores import TaskScores, difference_tables, score_table
+from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
+from rekindle.pipeline.report.text import terminal_width, text_lines
 
 
 def tables_of(results: CycleResults) -> list[Table]:
@@ -44,20 +45,21 @@ def saved_tables(results: CycleResults) -> list[Table]:
 
 
 def _scores(results: CycleResults) -> Table:
-    columns = list(dict.fromkeys((s.task, s.metric) for s in results.scores if s.task != MEAN))
-    order = [task.name for task in results.tasks]
-    columns.sort(key=lambda column: order.index(column[0]))
-    if any(one.task == MEAN for one in results.scores):
-        columns.append((MEAN, MEAN))
-    by_cell = {(s.arm, s.task, s.metric): s for s in results.scores}
-    rows = []
-    for arm in dict.fromkeys(one.arm for one in results.scores):
-        cells = [by_cell.get((arm, *column)) for column in columns]
-        seeds = 1 if arm == SELECTED else max(len(one.scores) for one in cells if one)
-        rows.append([arm, str(seeds), *(percent(one.scores if one else []) for one in cells)])
-    heads = [MEAN if task == MEAN else f"{task} {metric}" for task, metric in columns]
-    title = "test scores in %: mean ± standard deviation over seeds"
-    return table_of(title, ["arm", "seeds", *heads], rows, words=1)
+    """Also the tasks' second metrics, and the expert that teaches."""
+    by_column: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for one in results.scores:
+        metric = "" if one.task == MEAN else one.metric
+        by_column.setdefault((one.task, metric), {})[one.arm] = one.scores
+    order = [*results.metrics, MEAN]
+    columns = [
+        TaskScores(task, metric, "", by_column[task, metric])
+        for task, metric in sorted(by_column, key=lambda column: order.index(column[0]))
+    ]
+    arms = list(dict.fromkeys(one.arm for one in results.scores))
+    title = "test scores in %: mean ± standard deviation over seeds; * the highest mean"
+    table = score_table("arm", arms, columns, title)
+    seeds = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
+    return replace(table, columns=[table.columns[0], Column("seeds", seeds), *table.columns[1:]])
 
 
 def _searches(searched: Sequence[Searched]) -> list[Table]:
@@ -120,9 +122,3 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     lines = [(*text_lines(table, width or terminal_width()), "") for table in tables]
     notes = (f" note: {note}" for note in results.notes)
     return "\n".join([*(one for table in lines for one in table), *notes])
-
-
-def as_markdown(results: CycleResults) -> str:
-    """The same tables and notes in Markdown."""
-    notes = "\n".join(f"- {escaped(note)}" for note in results.notes)
-    return "\n\n".join([*map(markdown_of, tables_of(results)), notes]) + "\n"

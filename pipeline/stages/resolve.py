@@ -42,7 +42,7 @@ class Stage:
     def text_waits(self) -> list[str]:
         """Earlier stages that must be finished before its corpus and views can be made."""
         config, prompts = self.written, self.definition.write_prompts
-        places = [prompts.to, prompts.cache or ""] if prompts else []
+        places = prompts.places if prompts else []
         return references([config.corpus.model_dump(mode="json"), config.cache.path, places])
 
     @property

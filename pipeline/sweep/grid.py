@@ -21,14 +21,6 @@ _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
-class SweptKey:
-    """One ``--sweep``: a key of the configuration, and its values as YAML texts."""
-
-    key: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class SweepRun:
     """One student: the folder of its run, the values that make it, its whole configuration."""
 
@@ -59,13 +51,14 @@ def plan_sweep(
     and for keys that students of one cache must share.
     """
     axes = [parse_swept_key(text) for text in sweep]
-    _check_keys([axis.key for axis in axes])
-    tails = shortest_tails([axis.key.split(".") for axis in axes])
-    products = list(itertools.product(*(axis.values for axis in axes)))
+    keys = [key for key, _ in axes]
+    _check_keys(keys)
+    tails = shortest_tails([key.split(".") for key in keys])
+    products = list(itertools.product(*(values for _, values in axes)))
     names = unique_names([zip(tails, product, strict=True) for product in products])
     runs = []
     for name, product in zip(names, products, strict=True):
-        values = {axis.key: value for axis, value in zip(axes, product, strict=True)}
+        values = dict(zip(keys, product, strict=True))
         runs.append(SweepRun(name, values, _configure(run, values, overrides or ())))
     for one, other in itertools.combinations(runs, 2):
         if one.config == other.config:
@@ -76,8 +69,9 @@ def plan_sweep(
     return runs
 
 
-def parse_swept_key(text: str) -> SweptKey:
-    """Parse ``a.b=1,2``; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
+def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
+    """Parse ``a.b=1,2`` into the key and its values, items of a YAML flow sequence, as YAML texts:
+    ``a.b=[1,2],[3]``.
 
     Raises InputError when there is no key, no value, or no YAML.
     """
@@ -96,7 +90,7 @@ def parse_swept_key(text: str) -> SweptKey:
         raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
     # As they are written: each is then read exactly as `--set` reads it.
     texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
-    return SweptKey(key.strip(), tuple(texts))
+    return key.strip(), tuple(texts)
 
 
 def _check_keys(keys: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
-from rekindle.pipeline.cycle.tables import as_markdown, as_text, tables_of
+from rekindle.pipeline.cycle.tables import as_text, tables_of
 from rekindle.pipeline.report.significance import holm
 from testlib.cycles import (
     ARMS,
@@ -27,6 +27,7 @@ from testlib.cycles import (
     score,
     write,
 )
+from testlib.markdown import as_markdown
 
 
 def one_score(results, arm, task, metric):
