@@ -147,6 +147,12 @@ class RunConfig(Settings):
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
 
+    def needed_student(self) -> StudentConfig:
+        """Return the student; InputError where there is none."""
+        if self.student is None:
+            raise InputError("the configuration has no `student` section; add student.model")
+        return self.student
+
     @property
     def evaluates_domains(self) -> bool:
         """Tell whether the run, or one of its stages, evaluates the domains one by one."""

@@ -135,3 +135,6 @@ class Progress:
             log.info(
                 "%s: %s %s in %.1f s (%s)", name, f"{task.done:,}", unit, seconds, task.rates()
             )
+
+
+SILENT = Progress.silent()

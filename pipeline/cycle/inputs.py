@@ -129,14 +129,11 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
     texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
-    return texts | {"label": _label(data, row)}
-
-
-def _label(data: TaskData, row: int) -> float | int | str:
-    if not data.label_names:
-        return float(data.labels[row])
-    name = data.label_names[data.labels[row]]
-    return int(name) if _are_numbers(data.label_names) else name
+    label: float | int | str = float(data.labels[row])
+    if data.label_names:
+        label = data.label_names[data.labels[row]]
+        label = int(label) if _are_numbers(data.label_names) else label
+    return texts | {"label": label}
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

@@ -36,7 +36,7 @@ from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 
@@ -47,7 +47,7 @@ def run_cycle(
     workers: int | None = None,
     places: Sequence[Place] = (),
     beside: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> CycleResults:
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
@@ -81,7 +81,7 @@ def run_cycle(
         if places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
         jobs = list(plan_jobs(home, config, tasks))
-        run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
+        run_jobs(jobs, home / "cycle.log", progress, places)
         return _write_results(home)
 
 

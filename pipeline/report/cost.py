@@ -5,7 +5,7 @@ student. Nothing is guessed: a cost that was not recorded is unknown, and so is 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -104,7 +104,7 @@ def cost_section(
     students: Sequence[StudentCost],
     cost: Cost | None,
     notes: Sequence[str],
-    more: Sequence[Block] = (),
+    more: Iterable[Block] = (),
     samples: Sequence[int] | None = None,
 ) -> Section:
     """Each teacher once, each student, and their sums over the number of students.

@@ -102,8 +102,7 @@ def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
 
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     config = stage.config
-    if config.student is None:
-        raise InputError("there is no `student` section; add student.model")
+    config.needed_student()
     cached = _put_into(config.cache.path, [*earlier, stage])
     for key, name in _teachers_read(config):
         if name not in cached and not is_described(open_store(config.cache.path), name):

@@ -21,7 +21,7 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.several_runs import STAGES_FILE, check_same_runs, is_finished, read_runs
 from rekindle.pipeline.stages.prompts import write_prompts
 from rekindle.pipeline.stages.resolve import Ready, Stage, check_models, plan_stages, ready_parts
@@ -34,7 +34,7 @@ log = logging.getLogger("rekindle")
 
 
 def run_stages(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
 ) -> list[TrainResult]:
     """Run the stages of ``config`` into folders of ``out``; returns the results of those that ran.
 
@@ -43,7 +43,6 @@ def run_stages(
     any stage, and for an ``out`` in use, before anything runs; CheckpointError when ``resume``
     meets stages of another configuration.
     """
-    progress = progress or Progress.silent()
     results = []
     with join_world() as world, ExitStack() as held:  # by the main process: the folder
         stages = world.agree(lambda: plan_stages(config, out))
@@ -144,14 +143,13 @@ def cache_stages(
     config: RunConfig,
     only: Sequence[str] = (),
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     check: bool | None = None,
 ) -> list[CachedStage]:
     """``cache_teachers`` for every stage, as far as no student has to be trained before.
 
     ``only`` limits the work to stages with teachers of those names, and to these.
     """
-    progress = progress or Progress.silent()
     stages = plan_stages(config, Path())
     known = {teacher.name for stage in stages for teacher in stage.config.teachers}
     if unknown := [name for name in only if name not in known]:

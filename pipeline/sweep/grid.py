@@ -15,7 +15,6 @@ import yaml
 from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.several_runs import SECTIONS
-from rekindle.train.config import StudentConfig
 
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
@@ -27,12 +26,6 @@ class SweepRun:
     name: str
     values: dict[str, str]
     config: RunConfig
-
-    @property
-    def student(self) -> StudentConfig:
-        """What is trained; ``plan_sweep`` has seen to it that there is one."""
-        assert self.config.student is not None
-        return self.config.student
 
     @property
     def record(self) -> dict[str, object]:
@@ -115,8 +108,7 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
             f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "
             "Sweep the run.yaml that a stage leaves in its folder, or a file without `stages`"
         )
-    if config.student is None:
-        raise InputError("the configuration has no `student` section; add student.model")
+    config.needed_student()
     return config
 
 

@@ -18,7 +18,7 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import places_for, visible_devices
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.several_runs import (
     SECTIONS,
     SWEEP_FILE,
@@ -89,7 +89,7 @@ def run_sweep(
     *,
     resume: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Exception]:
     """Train every student of ``plan_sweep`` into a folder of ``out``; returns what ended those that
     failed, by name.
@@ -103,7 +103,6 @@ def run_sweep(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
         )
-    progress = progress or Progress.silent()
     corpus = _check_cache(runs)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
@@ -157,13 +156,14 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     from rekindle.train.prepare import check_tokenizer, prepare_objective
 
     cache = Cache.open(runs[0].config.cache.path)
+    students = {run.name: run.config.needed_student() for run in runs}
     for run in runs:
         with naming(f"student {run.name}"):
             view = student_view(cache, run.config)
-            prepare_objective(cache, run.student, run.config.train, view)
-    make_missing(*(run.student for run in runs))
-    one_of_each = {run.student.model: run for run in reversed(runs)}  # most share a tokenizer
-    for run in one_of_each.values():
-        with naming(f"student {run.name}"):
-            check_tokenizer(cache, run.student)
+            prepare_objective(cache, students[run.name], run.config.train, view)
+    make_missing(*students.values())
+    # One of each: most share a tokenizer.
+    for name in {student.model: name for name, student in reversed(students.items())}.values():
+        with naming(f"student {name}"):
+            check_tokenizer(cache, students[name])
     return cache.corpus.fingerprint

@@ -335,7 +335,7 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
         ({"name": "FIRST"}, r"two stages are called 'FIRST'"),
         ({"name": "stages.json"}, r"stage cannot be called 'stages.json'"),
         ({"name": "../up"}, r"stages.3.name"),
-        ({"set": {"student": None}}, r"stage 'late': there is no `student` section"),
+        ({"set": {"student": None}}, r"stage 'late': the configuration has no `student` section"),
         ({"set": {"train.objective.distill.0.teachers": ["ml"]}}, r"stage 'late': .*'ml', which"),
         ({"set": {"corpus.sequence_length": 32}}, r"'late' share.*not corpus.sequence_length"),
         ({"set": {"corpus.source": ["python-docs"]}}, r"'late' share.*not corpus.source"),
