@@ -17,7 +17,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
-from rekindle.pipeline.commands.options import Json, Overrides, RunFile
+from rekindle.pipeline.commands.options import Json, Overrides, RunFile, Students, Sweeps
 from rekindle.pipeline.exits import (
     command_again,
     errors_as_exit_codes,
@@ -125,47 +125,45 @@ def train_student(
     run: RunFile,
     out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
     set_: Overrides = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sweep",
-            metavar="KEY.PATH=V1,V2",
-            help="a student for each value, in folders of --out; repeated: for each combination",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="students of a sweep at a time; default: one per CUDA device, or one"
-        ),
-    ] = None,
+    sweep: Sweeps = None,
+    workers: Students = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    with resumable(
-        command_again(["train-student", str(run)], target, set_, sweep, workers, ["--resume"])
-    ):
-        if sweep:
-            _train_sweep(run, target, set_, sweep, workers, resume)
-            return
+    again = command_again(["train-student", str(run)], target, set_, sweep, workers, ["--resume"])
+    with resumable(again) as progress:
         from rekindle.pipeline.config import load_config
+        from rekindle.pipeline.sweep.grid import plan_sweep
 
-        if workers is not None:
+        if sweep:
+            students = plan_sweep(run, sweep, set_)
+            from rekindle.pipeline.sweep.run import SweepError, run_sweep
+
+            failures = run_sweep(
+                students, target, resume=resume, workers=workers, progress=progress
+            )
+        elif workers is not None:
             raise InputError(
                 "--workers is for --sweep; one student on several devices needs torchrun"
             )
-        config = load_config(run, set_)
-        from rekindle.pipeline.progress import Progress
-        from rekindle.pipeline.stages.run import run_stages
-        from rekindle.pipeline.train_student import describe_result, train_from_config
+        else:
+            config = load_config(run, set_)
+            from rekindle.pipeline.stages.run import run_stages
+            from rekindle.pipeline.train_student import describe_result, train_from_config
 
-        with Progress.to_terminal(silent=not is_main()) as progress:
             if config.stages:
                 results = run_stages(config, target, resume=resume, progress=progress)
             else:
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
-    if is_main():
+    if sweep:
+        from rekindle.pipeline.compare.runs import compare_runs
+        from rekindle.pipeline.compare.tables import as_text
+
+        typer.echo(as_text(compare_runs([target])))
+        if failures:
+            raise SweepError(failures, len(students))
+    elif is_main():
         for result in results:
             typer.echo(describe_result(result))
         if not results:
@@ -176,30 +174,6 @@ def train_student(
             typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
     if is_one_of_many():
         leave(0)
-
-
-def _train_sweep(
-    run: Path,
-    out: Path,
-    set_: list[str] | None,
-    sweep: list[str],
-    workers: int | None,
-    resume: bool,
-) -> None:
-    """Every student of a sweep, then all of them in a table."""
-    from rekindle.pipeline.sweep.grid import plan_sweep
-
-    students = plan_sweep(run, sweep, set_)
-    from rekindle.pipeline.compare.runs import compare_runs
-    from rekindle.pipeline.compare.tables import as_text
-    from rekindle.pipeline.progress import Progress
-    from rekindle.pipeline.sweep.run import SweepError, run_sweep
-
-    with Progress.to_terminal() as progress:
-        failures = run_sweep(students, out, resume=resume, workers=workers, progress=progress)
-    typer.echo(as_text(compare_runs([out])))
-    if failures:
-        raise SweepError(failures, len(students))
 
 
 def rekindle(
@@ -219,15 +193,14 @@ def rekindle(
     Resumes by itself: what is finished is left as it is.
     """
     target = out or Path("runs") / run.stem
-    with resumable(command_again(["rekindle", str(run)], target, set_, workers=workers)):
+    again = command_again(["rekindle", str(run)], target, set_, workers=workers)
+    with resumable(again) as progress:
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)
         from rekindle.pipeline.cycle.run import run_cycle
-        from rekindle.pipeline.progress import Progress
 
-        with Progress.to_terminal() as progress:
-            results = run_cycle(config, target, workers=workers, progress=progress)
+        results = run_cycle(config, target, workers=workers, progress=progress)
     from rekindle.pipeline.cycle.page import printed
 
     typer.echo(json.dumps(results.as_dict()) if as_json else printed(target, results))

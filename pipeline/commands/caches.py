@@ -28,20 +28,18 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    with resumable(f"pipeline cache-teachers {run}"):
+    with resumable(f"pipeline cache-teachers {run}") as progress:
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
-        from rekindle.pipeline.progress import Progress
         from rekindle.pipeline.stages.run import cache_stages
 
-        with Progress.to_terminal() as progress:
-            asked = (teacher or (), workers, progress, check)
-            if config.stages:
-                lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
-            else:
-                lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
+        asked = (teacher or (), workers, progress, check)
+        if config.stages:
+            lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
+        else:
+            lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
     typer.echo("\n".join(lines))
 
 

@@ -101,40 +101,36 @@ def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
 
 
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
-    config = stage.config
-    config.needed_student()
-    cached = _put_into(config.cache.path, [*earlier, stage])
-    for key, name in _teachers_read(config):
-        if name not in cached and not is_described(open_store(config.cache.path), name):
-            known = ", ".join(sorted(cached)) or "none"
-            raise InputError(
-                f"{key} names the teacher {name!r}, which nothing puts into "
-                f"{config.cache.path} (its teachers: {known}). Add it to `teachers`"
-            )
+    stage.config.needed_student()
     if stage.prompts is not None:
-        _check_prompts(stage, stage.prompts, earlier)
+        _check_prompts(stage, stage.prompts)
+    for key, name, cache in _teachers_read(stage):
+        inside = [s for s in (*earlier, stage) if s.config.cache.path == cache]
+        cached = sorted({teacher.name for s in inside for teacher in s.config.teachers})
+        if name not in cached and not is_described(open_store(cache), name):
+            raise InputError(
+                f"{key} names the teacher {name!r}, which nothing puts into {cache} (its "
+                f"teachers: {', '.join(cached) or 'none'}). Add it to `teachers`"
+            )
 
 
-def _teachers_read(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The teachers whose targets or scalars a stage needs, and which key says so."""
-    train = config.train
+def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:
+    """Which key needs which teacher's targets or scalars, and from which cache."""
+    train, cache = stage.config.train, stage.config.cache
     for term in train.objective.distill:
-        yield from (("train.objective", name) for name in term.teachers)
+        yield from (("train.objective", name, cache.path) for name in term.teachers)
     for method in train.objective.methods:
         if isinstance(name := (method.model_extra or {}).get("teacher"), str):
-            yield "train.objective", name
+            yield "train.objective", name, cache.path
     if train.curriculum is not None:
-        yield "train.curriculum", train.curriculum.teacher
-    if config.cache.mask.teacher is not None:
-        yield "cache.mask", config.cache.mask.teacher
+        yield "train.curriculum", train.curriculum.teacher, cache.path
+    if cache.mask.teacher is not None:
+        yield "cache.mask", cache.mask.teacher, cache.path
+    if stage.prompts is not None:
+        yield "write_prompts.teacher", stage.prompts.teacher, stage.prompts.cache or ""
 
 
-def _put_into(cache: str, stages: Sequence[Stage]) -> set[str]:
-    """The names of the teachers that these stages put into a cache."""
-    return {t.name for s in stages if s.config.cache.path == cache for t in s.config.teachers}
-
-
-def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage]) -> None:
+def _check_prompts(stage: Stage, prompts: PromptsConfig) -> None:
     sources = stage.config.corpus.source
     if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
         raise InputError(
@@ -145,13 +141,6 @@ def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage
         raise InputError(
             f"write_prompts reads the cache {prompts.cache}, into which the prompts would be "
             "cached; set a cache.path of its own"
-        )
-    assert prompts.cache is not None
-    known, store = _put_into(prompts.cache, earlier), open_store(prompts.cache)
-    if prompts.teacher not in known and not is_described(store, prompts.teacher):
-        raise InputError(
-            f"write_prompts.teacher is {prompts.teacher!r}; no earlier stage puts it into "
-            f"{prompts.cache} (teachers there: {', '.join(sorted(known)) or 'none'})"
         )
 
 

@@ -280,8 +280,12 @@ def test_caching_alone_writes_the_lines_too(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "prompts", "message"),
     [
-        ({}, {"teacher": "class"}, "write_prompts.teacher is 'class'; no earlier stage"),
-        ({}, {"cache": "elsewhere"}, r"no earlier stage puts it into elsewhere"),
+        (
+            {},
+            {"teacher": "class"},
+            "write_prompts.teacher names the teacher 'class', which nothing",
+        ),
+        ({}, {"cache": "elsewhere"}, r"which nothing puts into elsewhere"),
         ({"corpus.source": ["python-docs"]}, {}, "the stage does not read"),
         ({"cache.path": None}, {}, "stage 'prompted': cache.path"),
         ({}, {"words": {"water": "a"}}, "stage 'prompted': words: there is none for .* 'city'"),
