@@ -44,10 +44,9 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    from rekindle.pipeline.demo import run_demo
-    from rekindle.pipeline.progress import Progress
+    with resumable(command_again(["demo", *(["--quick"] if quick else [])], out)) as progress:
+        from rekindle.pipeline.demo import run_demo
 
-    with Progress.to_terminal() as progress:
         results = run_demo(out, quick=quick, progress=progress)
     from rekindle.pipeline.cycle.page import printed
 

@@ -34,6 +34,7 @@ from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
+from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.record.run_folder import alone_in
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
@@ -121,9 +122,8 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
         student = {"model": str(tokenizer), "from_scratch": True}
         return partial(pretrain, student, corpus, train), train["steps"]
     text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
-    return partial(pretrain, {"model": str(bert)}, text, settings.further), settings.further[
-        "steps"
-    ]
+    train = settings.further
+    return partial(pretrain, {"model": str(bert)}, text, train), train["steps"]
 
 
 def write_untrained(
@@ -188,8 +188,9 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
+    config = parse_settings(FinetuneConfig, values)
     one = job_functions.FineTuning(model, task, out, range(1))
-    job_functions.fine_tune(one, [(values, out)], report)
+    job_functions.fine_tune(one, [(config, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

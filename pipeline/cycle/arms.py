@@ -8,6 +8,7 @@ from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.processes.jobs import Job
+from rekindle.train.finetune.config import FinetuneConfig
 
 CACHE_FILE = "stage1.yaml"
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well
@@ -69,10 +70,10 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     start = home / "students" / student if student else home / START_FOLDER
     after: tuple[str, ...] = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
-    tried: list[tuple[dict[str, object], Path]] = []
+    tried: list[tuple[FinetuneConfig, Path]] = []
     searched = []
     for point in points:
-        values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
+        values = config.finetune_of(one.task, point, longer=arm == "longer")
         folder = home / "search" / arm / name / point_name(point)
         done = folder / "metrics.json"
         tried.append((values, done))
