@@ -1,6 +1,6 @@
 """The page's facts of caches: what they hold and how large it is, where they can still be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
@@ -92,23 +92,23 @@ def cache_section(caches: Sequence[KnownCache]) -> Section:
     return Section("The cache" if len(caches) < 2 else "The caches", blocks)
 
 
-def _blocks(cache: KnownCache) -> list[Block]:
-    facts = cache.facts
-    if facts is None:
-        note = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
-        return [Note(note, warns=True)]
-    about = [
-        ("at", cache.path),
-        ("text", f"{facts.sequences:,} sequences, {facts.tokens:,} tokens"),
-        ("vocabulary", f"{facts.vocabulary:,} tokens"),
-        ("targets", f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes"),
-    ]
-    blocks: list[Block] = [Facts(about)]
-    if cache.changed:
-        changed = ", ".join(cache.changed)
-        note = f"Not as the runs have read it: {changed}. What follows is what is there now."
-        blocks.append(Note(note, warns=True))
-    return [*blocks, teacher_table(facts.teachers, note=NOTE)] if facts.teachers else blocks
+def _blocks(cache: KnownCache) -> Iterator[Block]:
+    if (facts := cache.facts) is None:
+        told = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
+        yield Note(told, warns=True)
+        return
+    about = {
+        "at": cache.path,
+        "text": f"{facts.sequences:,} sequences, {facts.tokens:,} tokens",
+        "vocabulary": f"{facts.vocabulary:,} tokens",
+        "targets": f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes",
+    }
+    yield Facts(list(about.items()))
+    if changed := ", ".join(cache.changed):
+        told = f"Not as the runs have read it: {changed}. What follows is what is there now."
+        yield Note(told, warns=True)
+    if facts.teachers:
+        yield teacher_table(facts.teachers, note=NOTE)
 
 
 def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str = "") -> Table:

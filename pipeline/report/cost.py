@@ -6,7 +6,7 @@ student. Nothing is guessed: a cost that was not recorded is unknown, and so is 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -128,7 +128,7 @@ def cost_section(
     ]
     head = ["student", "learns from", "seconds", "its teachers live"]
     samples = range(len(students)) if samples is None else samples
-    blocks.append(table_of("Each student", head, rows, 2, samples=samples))
+    blocks.append(replace(table_of("Each student", head, rows, words=2), samples=samples))
     if cost is not None:
         blocks += [Figures([_picture(cost)]), Facts(cost_lines(cost))]
     return Section("Cost", [*blocks, *map(Note, notes), *more])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 NOTHING = "–"  # for what is not there
+Words = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,13 @@ class Table:
         return [list(row) for row in zip(*(c.cells for c in self.columns), strict=True)]
 
 
-def table_of(
-    title: str,
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    words: int,
-    note: str = "",
-    samples: Sequence[int] = (),
-) -> Table:
+def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: str = "") -> Table:
     """The table with these ``rows``; the first ``words`` columns are words, the others numbers."""
     columns = [
         Column(name, [row[number] for row in rows], words=number < words)
         for number, name in enumerate(head)
     ]
-    return Table(title, columns, note, samples)
+    return Table(title, columns, note)
 
 
 def best_rows(
