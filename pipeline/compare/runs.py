@@ -20,6 +20,7 @@ from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
+SPEED = "tokens_per_second"
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
@@ -103,7 +104,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         _read_run(one, name, {key: values[number] for key, values in differing.items()})
         for number, (one, name) in enumerate(zip(found, names, strict=True))
     ]
-    positions, teachers = _position_notes(found, differing), _teacher_notes(found)
+    positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
     curves = [] if positions else [run.curve for run in runs]
     return Comparison(
         corpus,
@@ -244,53 +245,47 @@ def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> list[str]:
+def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> Iterator[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
-    notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
     keys = ["student.task"] if len(causal) > 1 else []
     below = [f"{key}." for key in differing]
     keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
-        notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
+        yield f"{', '.join(keys)} differ: held-out values are not of the same positions"
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
-        notes.append("the runs see different masks: held-out values are not of the same positions")
-    return notes
+        yield "the runs see different masks: held-out values are not of the same positions"
 
 
-def _teacher_notes(found: Sequence[RunFolder]) -> list[str]:
+def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
     """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:
         for name, fingerprint in one.cache["teachers"].items():
             prints.setdefault(name, set()).add(str(fingerprint))
-    changed = [name for name, known in prints.items() if len(known) > 1]
-    return [f"not the same teacher in all runs: {', '.join(changed)}"] if changed else []
-
-
-def is_higher_better(name: str) -> bool:
-    """Whether the most is the best of a value: speed, scores, agreement and what methods say of
-    their own values; else the least is.
-    """
-    return name == "tokens_per_second" or name.startswith(SCORES) or is_better_upwards(name)
+    if changed := ", ".join(name for name, known in prints.items() if len(known) > 1):
+        yield f"not the same teacher in all runs: {changed}"
 
 
 def values_of(run: RunFacts) -> dict[str, float]:
     """What a run is judged by, under the names that ``Comparison.best`` has."""
     values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
     if run.tokens_per_second is not None:
-        values["tokens_per_second"] = run.tokens_per_second
+        values[SPEED] = run.tokens_per_second
     return values
 
 
 def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
-    """The best finished runs for each value that several have, and not all the same."""
+    """The best finished runs for each value that several have, and not all the same: the most of
+    speed, scores, agreement and what methods say of their own values, else the least.
+    """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     best = {}
     for name in dict.fromkeys(name for run in finished for name in values_of(run)):
+        upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)
         values = [values_of(run).get(name) for run in finished]
-        rows = best_rows(values, max if is_higher_better(name) else min)
+        rows = best_rows(values, max if upwards else min)
         if rows and name not in left_out:
             best[name] = [finished[row].name for row in sorted(rows)]
     return best

@@ -11,6 +11,7 @@ from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
 from rekindle.pipeline.compare.matching import Match, thinned
 from rekindle.pipeline.compare.runs import (
     SCORES,
+    SPEED,
     Comparison,
     RunFacts,
     by_corpus,
@@ -26,7 +27,6 @@ COST = (
     "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
     "last evaluation that had cost no more, nothing is interpolated"
 )
-SPEED = "tokens_per_second"
 _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
 

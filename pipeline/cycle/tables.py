@@ -3,7 +3,7 @@
 Every cell comes from ``CycleResults`` alone, so that results.json gives the same tables again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
@@ -17,31 +17,23 @@ from rekindle.pipeline.report.text import terminal_width, text_lines
 
 def tables_of(results: CycleResults) -> list[Table]:
     """Scores, differences, search, tasks and seconds, without those that are empty."""
-    differences = difference_tables(results.differences)
     own = own_tables(results)
-    return [*own[:1], *differences, *own[1:]]
+    return [*own[:1], *difference_tables(results.differences), *own[1:]]
 
 
 def own_tables(results: CycleResults) -> list[Table]:
     """Those of ``tables_of`` that no other page has."""
-    tables = [
-        _scores(results),
-        *_searches(results.searched),
-        _tasks(results),
-        _costs(results.costs),
-    ]
+    tables = [_scores(results), *_searches(results.searched), _tasks(results), _costs(results)]
     return [table for table in tables if table.rows]
 
 
-def saved_tables(results: CycleResults) -> list[Table]:
+def saved_tables(results: CycleResults) -> Iterator[Table]:
     """What is in the cache, and what it has saved; nothing where that is not known."""
-    tables = []
-    if results.cache is not None:
-        title = f"the cache: {results.cache.sequences:,} sequences, {results.cache.tokens:,} tokens"
-        tables.append(teacher_table(results.cache.teachers, title))
+    if (cache := results.cache) is not None:
+        title = f"the cache: {cache.sequences:,} sequences, {cache.tokens:,} tokens"
+        yield teacher_table(cache.teachers, title)
     if results.cost is not None:
-        tables.append(table_of("what it costs", ["", ""], cost_lines(results.cost), words=1))
-    return tables
+        yield table_of("what it costs", ["", ""], cost_lines(results.cost), words=1)
 
 
 def _scores(results: CycleResults) -> Table:
@@ -62,9 +54,9 @@ def _scores(results: CycleResults) -> Table:
     return replace(table, columns=[table.columns[0], Column("seeds", seeds), *table.columns[1:]])
 
 
-def _searches(searched: Sequence[Searched]) -> list[Table]:
+def _searches(searched: Sequence[Searched]) -> Iterator[Table]:
     if not searched:
-        return []
+        return
     names = list(dict.fromkeys(_point(point) for one in searched for point in one.tried))
     rows = []
     for one in searched:
@@ -74,7 +66,7 @@ def _searches(searched: Sequence[Searched]) -> list[Table]:
     keys = ", ".join(searched[0].tried[0].settings)
     over = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     title = f"search over {keys}: main metric on dev in %, {over}; * chosen"
-    return [table_of(title, ["arm", "task", *names], rows, words=2)]
+    yield table_of(title, ["arm", "task", *names], rows, words=2)
 
 
 def _point(point: Tried) -> str:
@@ -102,10 +94,10 @@ def _tasks(results: CycleResults) -> Table:
     return table_of("tasks and their examples", head, rows, words=2)
 
 
-def _costs(costs: dict[str, float]) -> Table:
+def _costs(results: CycleResults) -> Table:
     """By kind of stage, or arm: the single folders are in the JSON."""
     sums: dict[str, list[float]] = {}
-    for folder, seconds in costs.items():
+    for folder, seconds in results.costs.items():
         kind, *rest = folder.split("/")
         name = f"{kind}/{rest[0]}" if kind in ("fine-tuned", "students") else kind
         sums.setdefault(name, []).append(seconds)

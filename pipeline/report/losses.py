@@ -3,7 +3,7 @@ evaluated on the way as small pictures.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -82,7 +82,7 @@ def losses_section(
     samples = [number for number, run in enumerate(runs) if run in drawn]
     blocks: list[Block] = [Note(f"{text}.", warns=True) for text in warnings]
     blocks.append(Legend([run.name for run in drawn], samples))
-    blocks.append(Figures(_large(runs)))
+    blocks.append(Figures(list(_large(runs))))
     curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
     names = sorted({name for name in curves if name != LOSS})
     if small := [_picture(_meaning(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
@@ -93,11 +93,10 @@ def losses_section(
     return Section("Losses", [*blocks, *more])
 
 
-def _large(runs: Sequence[RunCurves]) -> list[Figure]:
-    figures = []
+def _large(runs: Sequence[RunCurves]) -> Iterator[Figure]:
     if any(LOSS in run.held_out for run in runs):
         caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
-        figures.append(_picture(caption, runs, LOSS))
+        yield _picture(caption, runs, LOSS)
     training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
@@ -105,9 +104,7 @@ def _large(runs: Sequence[RunCurves]) -> list[Figure]:
     for what, curve in training.items():
         lines = [(number, getattr(run, curve)) for number, run in enumerate(runs)]
         if any(points for _, points in lines):
-            draw = partial(_training_lines, lines)
-            figures.append(Figure(f"Training: {what}{SMOOTH}", draw))
-    return figures
+            yield Figure(f"Training: {what}{SMOOTH}", partial(_training_lines, lines))
 
 
 def _equal(run: RunCurves) -> bool:
@@ -166,14 +163,11 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     few_ticks(axes.yaxis, 6)
 
 
-def _notes(runs: Sequence[RunCurves]) -> list[str]:
-    notes = []
+def _notes(runs: Sequence[RunCurves]) -> Iterator[str]:
     if any(len(run.objective) == MOST_POINTS for run in runs):
-        notes.append(f"Curves of training have {MOST_POINTS} points: means of neighbouring steps.")
-    without = [run.name for run in runs if LOSS not in run.held_out]
-    if without:
-        notes.append(f"No held-out loss so far: {', '.join(without)}.")
+        yield f"Curves of training have {MOST_POINTS} points: means of neighbouring steps."
+    if without := ", ".join(run.name for run in runs if LOSS not in run.held_out):
+        yield f"No held-out loss so far: {without}."
     values = [v for run in runs for points in run.held_out.values() for _, v in points]
-    if not all(math.isfinite(value) for value in values):
-        notes.append("Gaps in lines are values that were no finite numbers.")
-    return notes
+    if not all(map(math.isfinite, values)):
+        yield "Gaps in lines are values that were no finite numbers."

@@ -1,7 +1,7 @@
 """The page's scores: each task's, with an interval over seeds and a dot for every seed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
@@ -115,10 +115,9 @@ def interval_words(values: Sequence[float]) -> str:
     return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
 
 
-def difference_tables(differences: Sequence[Difference]) -> list[Table]:
+def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
     """A table for each arm that others are compared with."""
     head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
-    tables = []
     for against in dict.fromkeys(one.against for one in differences):
         rows = [
             [
@@ -129,8 +128,7 @@ def difference_tables(differences: Sequence[Difference]) -> list[Table]:
             if one.against == against
         ]
         title = f"differences to {against} on test, main metrics, in points of 100"
-        tables.append(table_of(title, head, rows, words=2))
-    return tables
+        yield table_of(title, head, rows, words=2)
 
 
 # --- pictures -------------------------------------------------------------------------------------
