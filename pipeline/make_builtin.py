@@ -109,10 +109,9 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
     if name == "tokenizer":  # and bert's configuration
         config = settings.bert | {"max_position_embeddings": settings.positions}
         return partial(make_model, corpus, vocabulary=settings.vocabulary, config=config), 1
-    if name == "bert-larger":
-        return partial(write_untrained, tokenizer, "bert", settings.bert_larger), 1
-    if name == "gpt2-larger":
-        return partial(write_untrained, tokenizer, "gpt2", settings.gpt2_larger), 1
+    if name.endswith("-larger"):
+        values = settings.bert_larger if name.startswith("bert") else settings.gpt2_larger
+        return partial(write_untrained, tokenizer, name.removesuffix("-larger"), values), 1
     if name.startswith("expert-"):
         task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
         return partial(fine_tune, bert, task), 1

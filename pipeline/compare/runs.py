@@ -106,6 +106,10 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     ]
     positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
     curves = [] if positions else [run.curve for run in runs]
+    by_domain = [
+        (run.name, run.evaluation, one.settings["train"].get("domains") or [])
+        for run, one in zip(runs, found, strict=True)
+    ]
     return Comparison(
         corpus,
         runs,
@@ -113,11 +117,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         positions + teachers,
         match_steps(curves),
         match_cost(curves),
-        matrix_of(
-            [run.name for run in runs],
-            [run.evaluation for run in runs],
-            [one.settings["train"].get("domains") or [] for one in found],
-        ),
+        matrix_of(by_domain),
         found,
     )
 

@@ -134,15 +134,16 @@ class CycleConfig(Settings):
     @field_validator("search")
     @classmethod
     def _searched(cls, value: Search) -> Search:
+        found: Search = {}
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
             if not values:
                 raise ValueError(f"{key} has no values")
-        # As they are used: YAML reads 1e-5 as a string, and what was tried is found by its values.
-        found = {key: tuple(_setting(key, one) for one in ones) for key, ones in value.items()}
-        for key, ones in found.items():
-            if len(set(ones)) < len(ones):
+            # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.
+            read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
+            found[key] = tuple(getattr(one, key) for one in read)
+            if len(set(found[key])) < len(values):
                 raise ValueError(f"{key} has a value twice; every arm tries each of them once")
         return found
 
@@ -212,12 +213,6 @@ def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> 
     for key, why in keys.items():
         if attrgetter(key)(section):
             raise ValueError(f"{where}{key} {why}; leave it out")
-
-
-def _setting(key: str, value: Setting) -> Setting:
-    """A value of fine-tuning as it is understood: of its own type, not of the file's."""
-    setting: Setting = getattr(parse_settings(FinetuneConfig, {key: value}), key)
-    return setting
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:

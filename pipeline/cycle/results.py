@@ -4,7 +4,7 @@ It reads what the stages leave in the cycle's directory, finished or not, and tr
 does not fit together (other seeds, other budgets, other files) is refused, never compared.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,9 @@ from rekindle.pipeline.cycle.notes import notes_of
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults, TaskFacts, differences_of, scores_of
 from rekindle.pipeline.cycle.search import check_search, read_search, searched_of
 
+Found = Mapping[tuple[str, str], FineTuned]  # by arm and task
+Tried = Mapping[tuple[str, str], Sequence[FineTuned]]
+
 
 def read_results(out: Path) -> CycleResults:
     """The results so far in the cycle's directory ``out``.
@@ -40,15 +43,10 @@ def read_results(out: Path) -> CycleResults:
     tried = {cell: read_search(out, *cell, grid) for cell in cells}
     _check(out, plan, grid, found, tried)
     scores = scores_of(plan.arms, list(plan.metrics), found)
-    results = replace(
-        plan,
-        scores=scores,
-        differences=differences_of(plan.arms, plan.metrics, scores),
-        searched=[
-            searched_of(*cell, grid, tried[cell], found.get(cell)) for cell in cells if tried[cell]
-        ],
-        costs=_costs(out, found.values(), tried),
-    )
+    differences = differences_of(plan.arms, plan.metrics, scores)
+    searched = [searched_of(*c, grid, tried[c], found.get(c)) for c in cells if tried[c]]
+    costs = _costs(out, found, tried)
+    results = replace(plan, scores=scores, differences=differences, searched=searched, costs=costs)
     return replace(results, notes=notes_of(results, found))
 
 
@@ -82,13 +80,7 @@ def _name(name: object) -> str:
     return name
 
 
-def _check(
-    out: Path,
-    plan: CycleResults,
-    grid: Grid,
-    found: Mapping[tuple[str, str], FineTuned],
-    tried: Mapping[tuple[str, str], Sequence[FineTuned]],
-) -> None:
+def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried) -> None:
     """Nothing is compared that had not the same data, seeds, budget and search."""
     seeds = plan.settings.get("seeds")
     for one in found.values():
@@ -117,13 +109,9 @@ def _check(
 # --- what it cost ---------------------------------------------------------------------------------
 
 
-def _costs(
-    out: Path,
-    found: Iterable[FineTuned],
-    tried: Mapping[tuple[str, str], Sequence[FineTuned]],
-) -> dict[str, float]:
+def _costs(out: Path, found: Found, tried: Tried) -> dict[str, float]:
     """Seconds of the stages that are finished and have recorded them, by their folder."""
-    costs = {one.folder: one.seconds for one in found}
+    costs = {one.folder: one.seconds for one in found.values()}
     for (arm, task), ones in tried.items():
         if ones:
             costs[f"search/{arm}/{task}"] = sum(one.seconds for one in ones)

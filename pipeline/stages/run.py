@@ -55,29 +55,25 @@ def run_stages(
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
                 continue
             log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
-            world.decide(functools.partial(_cache, stage, stage.config, progress), patient=True)
-            results.append(
-                train_from_config(stage.config, stage.directory, resume=True, progress=progress)
-            )
+            world.decide(functools.partial(_cache, stage, progress), patient=True)
+            where = stage.directory
+            results.append(train_from_config(stage.config, where, resume=True, progress=progress))
     return results
 
 
-def _cache(
-    stage: Stage,
-    config: RunConfig,
-    progress: Progress,
-    only: Sequence[str] = (),
-    workers: int = 1,
-    check: bool | None = None,
-) -> StageOne:
-    """Make the stage's corpus of prompts, and what is missing of its cache as ``config`` has it."""
+def _cache(stage: Stage, progress: Progress) -> None:
+    _write_text(stage)
+    cache_teachers(stage.config, progress=progress)
+
+
+def _write_text(stage: Stage) -> None:
+    """Make the stage's corpus of prompts, if it has one."""
     if (prompts := stage.prompts) is not None:
         assert prompts.cache is not None
         how = prompts.model_dump(include={"template", "words", "confidence"})
         tokenizer, cache = load_tokenizer(stage.config.corpus.tokenizer), Cache.open(prompts.cache)
         counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **how)
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
-    return cache_teachers(config, only, workers, progress, check)
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -163,6 +159,7 @@ def cache_stages(
         made, part = None, ready.config
         chosen = [t.name for t in part.teachers if t.name in only] if part else []
         if part and (chosen or not only):
-            made = _cache(ready.stage, part, progress, chosen, workers, check)
+            _write_text(ready.stage)
+            made = cache_teachers(part, chosen, workers, progress, check)
         done.append(CachedStage(ready, made))
     return done
