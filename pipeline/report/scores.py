@@ -39,8 +39,9 @@ class TaskScores:
 
     @property
     def title(self) -> str:
-        """Task, metric and split: what the numbers are."""
-        return " ".join(word for word in (self.task, self.metric, f"({self.split})") if word)
+        """Task, metric and split, as far as they are told: what the numbers are."""
+        split = f"({self.split})" if self.split else ""
+        return " ".join(word for word in (self.task, self.metric, split) if word)
 
 
 def scores_section(

@@ -80,10 +80,10 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
             prompts = prompts.model_copy(update=with_directories(values, directories))
         whole, written = (configure_stage(config, stage, known) for known in (directories, {}))
         stages.append(Stage(stage.name, out / stage.name, stage, whole, written, prompts))
-    for number, stage in enumerate(stages):
-        with naming(f"stage {stage.name!r}"):
-            _check_replaced(stage, directories)
-            _check_stage(stage, stages[:number])
+    for number, planned in enumerate(stages):
+        with naming(f"stage {planned.name!r}"):
+            _check_replaced(planned, directories)
+            _check_stage(planned, stages[:number])
     for one, other in itertools.combinations(stages, 2):
         if one.config.cache.path == other.config.cache.path:
             _check_shared_cache(one, other)

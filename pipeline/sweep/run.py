@@ -69,7 +69,8 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
     rule = "Resume it with its own definition (more values may be added), or give another --out"
     if any(run["corpus"] != corpus for run in recorded.values()):
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
-    now = {run.name: {key: run.record[key] for key in SECTIONS} for run in runs}
+    sections = set(SECTIONS)
+    now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
     # What only the record has is of an older version.
     known = {key: now[runs[0].name][key].keys() for key in SECTIONS}
     before = {

@@ -20,6 +20,7 @@ from testlib.cycles import (
     SEEDS,
     TASKS,
     about,
+    as_markdown,
     cycle,
     edit,
     finetuned,
@@ -27,7 +28,6 @@ from testlib.cycles import (
     score,
     write,
 )
-from testlib.markdown import as_markdown
 
 
 def one_score(results, arm, task, metric):
