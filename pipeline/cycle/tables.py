@@ -24,7 +24,7 @@ def tables_of(results: CycleResults) -> list[Table]:
 def own_tables(results: CycleResults) -> list[Table]:
     """Those of ``tables_of`` that no other page has."""
     tables = [_scores(results), *_searches(results.searched), _tasks(results), _costs(results)]
-    return [table for table in tables if table.rows]
+    return [table for table in tables if table.columns[0].cells]
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:

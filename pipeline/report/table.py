@@ -36,16 +36,6 @@ class Table:
     note: str = ""
     samples: Sequence[int] = ()
 
-    @property
-    def head(self) -> list[str]:
-        """The titles of the columns."""
-        return [column.title for column in self.columns]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """The cells, row by row."""
-        return [list(row) for row in zip(*(c.cells for c in self.columns), strict=True)]
-
 
 def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: str = "") -> Table:
     """The table with these ``rows``; the first ``words`` columns are words, the others numbers."""

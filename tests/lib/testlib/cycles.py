@@ -152,7 +152,8 @@ def as_markdown(results: CycleResults) -> str:
 def markdown_of(table: Table) -> str:
     """The title in bold, and the table."""
     dashes = "|".join("---" if column.words else "---:" for column in table.columns)
-    lines = [_piped(table.head), f"|{dashes}|", *map(_piped, table.rows)]
+    head = [column.title for column in table.columns]
+    lines = [_piped(head), f"|{dashes}|", *map(_piped, rows_of(table))]
     return "\n".join([f"**{escaped(table.title)}**", "", *lines])
 
 
@@ -163,3 +164,8 @@ def _piped(row: Sequence[str]) -> str:
 def escaped(text: str) -> str:
     """The text without what Markdown would take for its own."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+
+
+def rows_of(table: Table) -> list[tuple[str, ...]]:
+    """The cells, row by row."""
+    return list(zip(*(column.cells for column in table.columns), strict=True))
