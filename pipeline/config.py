@@ -260,14 +260,9 @@ def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
     """Return ``value`` with the directories for the references in its strings; unknown ones
     stay.
     """
-
-    def place(found: re.Match[str]) -> str:
-        return directories.get(found[1], found[0])
-
-    return with_strings(value, partial(_REFERENCE.sub, place))
+    return with_strings(value, partial(_REFERENCE.sub, lambda m: directories.get(m[1], m[0])))
 
 
 def fill_template(template: str, text: str, label: str) -> str:
     """The template with its placeholders filled; braces in ``text`` stay as they are."""
-    values = {"text": text, "label": label}
-    return _REFERENCE.sub(lambda found: values[found[1]], template)
+    return _REFERENCE.sub(lambda found: {"text": text, "label": label}[found[1]], template)

@@ -129,12 +129,10 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
     model, base, cached = made / "model", made / "base", made / "cached.json"
     bert = SETTINGS.bert | {"max_position_embeddings": SETTINGS.sequence_length}
     shape = (made / "corpus.jsonl", model, settings.vocabulary, bert)
-    run = made / "base.yaml"
-    trained = base / "run.yaml"
-    steps = int(settings.base["steps"])
+    run, steps = made / "base.yaml", int(settings.base["steps"])
     return [
         Job("tokenizer", make_model, shape, output=model, steps=1),
-        Job("base", pretrain, (run, base), trained, after=("tokenizer",), steps=steps),
+        Job("base", pretrain, (run, base), base / "run.yaml", after=("tokenizer",), steps=steps),
         Job(f"cache {LM}", cache, (run, (), cached), output=cached, after=("base",)),
     ]
 

@@ -156,20 +156,20 @@ def _picture(cost: Cost) -> Figure:
     )
     if cost.pays_after is not None:
         caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
-    return Figure(caption, lambda axes: _draw(axes, cost, most, unit, size))
-
-
-def _draw(axes: Any, cost: Cost, most: int, unit: str, size: float) -> None:
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
         "live teachers": [cost.with_live_teachers(n) / size for n in runs],
         "cached teachers": [cost.cached(n) / size for n in runs],
     }
-    for style, (label, values) in enumerate(lines.items()):
-        axes.plot(runs, plottable(values), label=label, **line_style(style))
-    if cost.pays_after is not None and cost.pays_after <= most:
-        axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
-    axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
-    axes.set_ylim(bottom=0)
-    few_ticks(axes.xaxis, 6, whole=True)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+    def draw(axes: Any) -> None:
+        for style, (label, values) in enumerate(lines.items()):
+            axes.plot(runs, plottable(values), label=label, **line_style(style))
+        if cost.pays_after is not None and cost.pays_after <= most:
+            axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
+        axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
+        axes.set_ylim(bottom=0)
+        few_ticks(axes.xaxis, 6, whole=True)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+    return Figure(caption, draw)
