@@ -48,10 +48,12 @@ def _scores(results: CycleResults) -> Table:
         for task, metric in sorted(by_column, key=lambda column: order.index(column[0]))
     ]
     arms = list(dict.fromkeys(one.arm for one in results.scores))
-    title = "test scores in %: mean ± standard deviation over seeds; * the highest mean"
+    title = "test scores in %: mean ± standard deviation over seeds"
     table = score_table("arm", arms, columns, title)
     seeds = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
-    return replace(table, columns=[table.columns[0], Column("seeds", seeds), *table.columns[1:]])
+    # The selected expert is no mean: among the others it would be marked as the best of them.
+    names, *scores = (replace(column, best=frozenset()) for column in table.columns)
+    return replace(table, columns=[names, Column("seeds", seeds), *scores])
 
 
 def _searches(searched: Sequence[Searched]) -> Iterator[Table]:
