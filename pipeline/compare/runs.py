@@ -66,7 +66,7 @@ class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
     ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
-    losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
+    losses in the order of ``runs`` (``compare.matching``); both are empty where held-out losses may
     not be compared. ``folders``: what the runs were read from, in their order.
     """
 
