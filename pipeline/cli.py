@@ -10,14 +10,14 @@ import json
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rekindle.pipeline.commands.caches import CACHE_COMMANDS
-from rekindle.pipeline.commands.options import Json, Overrides, RunFile
+from rekindle.data.errors import InputError
+from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
+from rekindle.pipeline.commands.options import Json, Overrides, RunFile, Students, Sweeps
 from rekindle.pipeline.exits import (
     command_again,
     errors_as_exit_codes,
@@ -37,7 +37,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     quick: Annotated[
@@ -45,17 +44,15 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    from rekindle.pipeline.demo import run_demo
-    from rekindle.pipeline.progress import Progress
+    with resumable(command_again(["demo", *(["--quick"] if quick else [])], out)) as progress:
+        from rekindle.pipeline.demo import run_demo
 
-    with Progress.to_terminal() as progress:
         results = run_demo(out, quick=quick, progress=progress)
     from rekindle.pipeline.cycle.page import printed
 
     typer.echo(printed(out, results))
 
 
-@app.command()
 def init(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="a method's name; --list shows them")
@@ -66,7 +63,6 @@ def init(
     ] = False,
 ) -> None:
     """Write a commented run file for a method; it runs as it is, and is there to be edited."""
-    from rekindle.data.errors import InputError
     from rekindle.pipeline.init import recipes, write_recipe
 
     if list_:
@@ -84,7 +80,6 @@ def init(
         typer.echo(f"  {command}", err=True)
 
 
-@app.command()
 def finetune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
     # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
@@ -125,59 +120,49 @@ def finetune(
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
-for name, command in CACHE_COMMANDS.items():
-    app.command(name)(command)
-
-
-@app.command("train-student")
 def train_student(
     run: RunFile,
     out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
     set_: Overrides = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sweep",
-            metavar="KEY.PATH=V1,V2",
-            help="a student for each value, in folders of --out; repeated: for each combination",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="students of a sweep at a time; default: one per CUDA device, or one"
-        ),
-    ] = None,
+    sweep: Sweeps = None,
+    workers: Students = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    again = command_again(
-        ["train-student", str(run)], target, set_, sweep, workers, ending=["--resume"]
-    )
-    if sweep:
-        with resumable(again):
-            _train_sweep(run, target, set_, sweep, workers, resume)
-        return
-    if workers is not None:
-        from rekindle.data.errors import InputError
-
-        raise InputError("--workers is for --sweep; one student on several devices needs torchrun")
-    with resumable(again):
+    again = command_again(["train-student", str(run)], target, set_, sweep, workers, ["--resume"])
+    with resumable(again) as progress:
         from rekindle.pipeline.config import load_config
+        from rekindle.pipeline.sweep.grid import plan_sweep
 
-        config = load_config(run, set_)
-        from rekindle.pipeline.progress import Progress
-        from rekindle.pipeline.stages.run import run_stages
-        from rekindle.pipeline.train_student import describe_result, train_from_config
+        if sweep:
+            students = plan_sweep(run, sweep, set_)
+            from rekindle.pipeline.sweep.run import SweepError, run_sweep
 
-        silent = nullcontext(Progress.silent())
-        with Progress.to_terminal() if is_main() else silent as progress:
+            failures = run_sweep(
+                students, target, resume=resume, workers=workers, progress=progress
+            )
+        elif workers is not None:
+            raise InputError(
+                "--workers is for --sweep; one student on several devices needs torchrun"
+            )
+        else:
+            config = load_config(run, set_)
+            from rekindle.pipeline.stages.run import run_stages
+            from rekindle.pipeline.train_student import describe_result, train_from_config
+
             if config.stages:
                 results = run_stages(config, target, resume=resume, progress=progress)
             else:
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
-    if is_main():
+    if sweep:
+        from rekindle.pipeline.compare.runs import compare_runs
+        from rekindle.pipeline.compare.tables import as_text
+
+        typer.echo(as_text(compare_runs([target])))
+        if failures:
+            raise SweepError(failures, len(students))
+    elif is_main():
         for result in results:
             typer.echo(describe_result(result))
         if not results:
@@ -190,31 +175,6 @@ def train_student(
         leave(0)
 
 
-def _train_sweep(
-    run: Path,
-    out: Path,
-    set_: list[str] | None,
-    sweep: list[str],
-    workers: int | None,
-    resume: bool,
-) -> None:
-    """Every student of a sweep, then all of them in a table."""
-    from rekindle.pipeline.sweep.grid import plan_sweep
-
-    students = plan_sweep(run, sweep, set_)
-    from rekindle.pipeline.compare.runs import compare_runs
-    from rekindle.pipeline.compare.tables import as_text
-    from rekindle.pipeline.progress import Progress
-    from rekindle.pipeline.sweep.run import SweepError, run_sweep
-
-    with Progress.to_terminal() as progress:
-        failures = run_sweep(students, out, resume=resume, workers=workers, progress=progress)
-    typer.echo(as_text(compare_runs([out])))
-    if failures:
-        raise SweepError(failures, len(students))
-
-
-@app.command()
 def rekindle(
     run: Annotated[
         Path, typer.Argument(metavar="CYCLE.yaml", help="the cycle: text, model, tasks (`init`)")
@@ -232,21 +192,19 @@ def rekindle(
     Resumes by itself: what is finished is left as it is.
     """
     target = out or Path("runs") / run.stem
-    with resumable(command_again(["rekindle", str(run)], target, set_, workers=workers)):
+    again = command_again(["rekindle", str(run)], target, set_, workers=workers)
+    with resumable(again) as progress:
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)
         from rekindle.pipeline.cycle.run import run_cycle
-        from rekindle.pipeline.progress import Progress
 
-        with Progress.to_terminal() as progress:
-            results = run_cycle(config, target, workers=workers, progress=progress)
+        results = run_cycle(config, target, workers=workers, progress=progress)
     from rekindle.pipeline.cycle.page import printed
 
     typer.echo(json.dumps(results.as_dict()) if as_json else printed(target, results))
 
 
-@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")
@@ -268,13 +226,19 @@ def compare(
     typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
 
 
-@app.command()
 def doctor() -> None:
     """Show versions, devices, and which kernel implementation is used and why."""
     from rekindle.pipeline.doctor import diagnose
 
     for name, value in diagnose().items():
         typer.echo(f"{name:14} {value}")
+
+
+for command in (
+    *(demo, init, finetune, cache_teachers, plan, gc, verify, inspect_),
+    *(train_student, rekindle, compare, doctor),
+):
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def main() -> None:

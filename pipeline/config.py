@@ -2,22 +2,28 @@
 model.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.overrides import put_value, set_value
-from rekindle.pipeline.plain_values import parse_yaml
-from rekindle.pipeline.stage_config import StageConfig, check_stages, with_directories
+from rekindle.pipeline.plain_values import parse_yaml, strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
+
+_REFERENCE = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDERS = ("text", "label")
 
 
 class CacheConfig(Settings):
@@ -40,6 +46,72 @@ class CacheConfig(Settings):
     def masked_replicas(self) -> int:
         """Return how many masked replicas there are: what a teacher finds hard is masked in one."""
         return 1 if self.mask.policy == "hard" else self.replicas
+
+
+def check_template(template: str) -> str:
+    """The template; ValueError unless it has {text} and {label}, and no other placeholder."""
+    found = _REFERENCE.findall(template)
+    missing = [name for name in _PLACEHOLDERS if name not in found]
+    unknown = [name for name in found if name not in _PLACEHOLDERS]
+    if missing or unknown:
+        wrong = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
+        raise ValueError(
+            f"the template {template!r} {wrong}; it needs {{text}} and {{label}}, and takes "
+            "nothing else in braces"
+        )
+    return template
+
+
+class PromptsConfig(Settings):
+    """Text made of cached predictions before a stage begins (prompted continued pre-training)."""
+
+    teacher: str = Field(description="a cached classifier; its most probable label is written")
+    template: Annotated[str, AfterValidator(check_template)] = Field(
+        "{text} This is about {label}.",
+        description="the line: {text} is the sequence, {label} the word of its label",
+    )
+    words: dict[str, str] | None = Field(
+        None, description="label name -> word, for every label; null: the names themselves"
+    )
+    to: str = Field(
+        pattern=r"\.jsonl$", description="the new corpus: lines with id, text and domain"
+    )
+    confidence: float = Field(
+        0.0, ge=0, le=1, description="only sequences whose label has at least this probability"
+    )
+    cache: str | None = Field(
+        None, description="the cache the teacher is in; null: that of the file's own cache.path"
+    )
+
+    @property
+    def places(self) -> list[str]:
+        """What it writes, and the cache that it reads: they may be in directories of stages."""
+        return [self.to, self.cache or ""]
+
+
+class StageConfig(Settings):
+    """One run: the file with some values changed."""
+
+    name: str = Field(pattern=TEACHER_NAME, description="its folder in the output directory")
+    set: dict[str, object] = Field(
+        default_factory=dict,
+        description="key.path: value over the file; '{first}' stands for the directory of the "
+        "earlier stage of that name",
+    )
+    write_prompts: PromptsConfig | None = Field(
+        None, description="text that is made of cached predictions before the stage begins"
+    )
+
+    @field_validator("set")
+    @classmethod
+    def _each_key_once(cls, value: dict[str, object]) -> dict[str, object]:
+        for key in value:
+            if key.split(".")[0] == "stages":
+                raise ValueError(f"{key}: a stage has no stages of its own")
+            above = next((other for other in value if key.startswith(f"{other}.")), None)
+            if above:
+                raise ValueError(f"{above!r} and {key!r} set the same value; give one of them")
+        return value
 
 
 class RunConfig(Settings):
@@ -74,6 +146,12 @@ class RunConfig(Settings):
                 "takes one configuration. Give it the run.yaml of a stage, which `pipeline "
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
+
+    def needed_student(self) -> StudentConfig:
+        """Return the student; InputError where there is none."""
+        if self.student is None:
+            raise InputError("the configuration has no `student` section; add student.model")
+        return self.student
 
     @property
     def evaluates_domains(self) -> bool:
@@ -138,7 +216,53 @@ def configure_stage(
     return parse_settings(RunConfig, values, where)
 
 
-def dump_config(config: RunConfig) -> str:
-    """Write the resolved configuration as YAML, loadable again."""
+def dump_config(config: Settings) -> str:
+    """Write the resolved configuration of a run or a cycle as YAML, loadable again."""
     values = config.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+# --- stages: what they may be called, and what "{first}" in them stands for -----------------------
+
+
+def check_stages(stages: Sequence[StageConfig]) -> None:
+    """Raise InputError for two stages of one name, and for a reference to no earlier stage."""
+    earlier: list[str] = []
+    for stage in stages:
+        name = stage.name.casefold()  # some file systems do not tell them apart
+        if name == "stages.json":
+            raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
+        if name in (other.casefold() for other in earlier):
+            raise InputError(f"two stages are called {stage.name!r}; give each its own name")
+        given = [stage.set, *(stage.write_prompts.places if stage.write_prompts else ())]
+        for other in references(given):
+            if other not in earlier:
+                hint = did_you_mean(f"{{{other}}}", [f"{{{one}}}" for one in earlier])
+                raise InputError(
+                    f"stage {stage.name!r}: '{{{other}}}' is no earlier stage (there are: "
+                    f"{', '.join(earlier) or 'none'}){hint}"
+                )
+        for other in earlier:
+            if {other: None} in values_in(given):
+                raise InputError(
+                    f"stage {stage.name!r}: {{{other}}} without quotes is a mapping in YAML; write "
+                    f'"{{{other}}}" for the directory of that stage'
+                )
+        earlier.append(stage.name)
+
+
+def references(value: object) -> list[str]:
+    """Return the names in braces in ``value``'s strings, each once, in the order they stand."""
+    return list(dict.fromkeys(n for text in strings_in(value) for n in _REFERENCE.findall(text)))
+
+
+def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
+    """Return ``value`` with the directories for the references in its strings; unknown ones
+    stay.
+    """
+    return with_strings(value, partial(_REFERENCE.sub, lambda m: directories.get(m[1], m[0])))
+
+
+def fill_template(template: str, text: str, label: str) -> str:
+    """The template with its placeholders filled; braces in ``text`` stay as they are."""
+    return _REFERENCE.sub(lambda found: {"text": text, "label": label}[found[1]], template)

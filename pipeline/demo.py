@@ -18,16 +18,14 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import write_json, write_text
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import TaskSizes, write_corpus
-from rekindle.pipeline.config import RunConfig, dump_config, read_values
+from rekindle.pipeline.config import RunConfig, dump_config, read_values, with_directories
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
-from rekindle.pipeline.processes.devices import Place, cores
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
-from rekindle.pipeline.processes.worker import warm_up
+from rekindle.pipeline.processes.worker import Place, cores, warm_up
 from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.stage_config import with_directories
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, read_record
 
@@ -131,12 +129,10 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
     model, base, cached = made / "model", made / "base", made / "cached.json"
     bert = SETTINGS.bert | {"max_position_embeddings": SETTINGS.sequence_length}
     shape = (made / "corpus.jsonl", model, settings.vocabulary, bert)
-    run = made / "base.yaml"
-    trained = base / "run.yaml"
-    steps = int(settings.base["steps"])
+    run, steps = made / "base.yaml", int(settings.base["steps"])
     return [
         Job("tokenizer", make_model, shape, output=model, steps=1),
-        Job("base", pretrain, (run, base), trained, after=("tokenizer",), steps=steps),
+        Job("base", pretrain, (run, base), base / "run.yaml", after=("tokenizer",), steps=steps),
         Job(f"cache {LM}", cache, (run, (), cached), output=cached, after=("base",)),
     ]
 

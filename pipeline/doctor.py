@@ -3,7 +3,7 @@
 import torch
 
 from rekindle.kernels.losses import TRITON_INSTALLED
-from rekindle.pipeline.processes.devices import cores
+from rekindle.pipeline.processes.worker import cores
 from rekindle.train.model.files import package_versions, place
 
 

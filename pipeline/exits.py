@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rekindle.data.errors import RekindleError
+
+if TYPE_CHECKING:
+    from rekindle.pipeline.progress import Progress
 
 
 def is_main() -> bool:
@@ -48,10 +51,16 @@ def tidy_up() -> None:
 
 
 @contextmanager
-def resumable(line: str) -> Iterator[None]:
-    """Ctrl-C ends with the line that goes on where it stopped."""
+def resumable(line: str) -> Iterator["Progress"]:
+    """Show progress; Ctrl-C ends with the line that goes on where it stopped.
+
+    Results are printed after the block: until then the terminal is that of the bars.
+    """
+    from rekindle.pipeline.progress import Progress
+
     try:
-        yield
+        with Progress.to_terminal(silent=not is_main()) as progress:
+            yield progress
     except KeyboardInterrupt:
         if is_main():
             say(f"\ninterrupted; finished work is kept. To go on: {line}")

@@ -62,5 +62,4 @@ def _head(text: str) -> Iterator[str]:
 
 
 def _text(name: str) -> str:
-    with open(FOLDER / f"{name}.yaml", encoding="utf-8", newline="") as file:
-        return file.read()
+    return (FOLDER / f"{name}.yaml").read_bytes().decode()  # the ends of its lines as they are

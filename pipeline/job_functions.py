@@ -7,14 +7,14 @@ torch is imported within the functions only: the process that starts the jobs ha
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import new_files, new_folder, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
+from rekindle.train.finetune.config import FinetuneConfig
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
@@ -58,7 +58,6 @@ def save_start(model: str, out: Path, report: Report) -> None:
         torch.manual_seed(0)  # of a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
         load_tokenizer(str(directory)).save(staging)
-    report(1)
 
 
 @dataclass(frozen=True)
@@ -72,42 +71,31 @@ class FineTuning:
     metric: str | None = None
 
 
-def search(one: FineTuning, values: Mapping[str, object], report: Report) -> None:
+def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
     with new_files(one.out) as folder:
-        _finetune(one, folder / "model", values)
+        _finetune(one, folder / "model", config)
         (folder / "model" / "metrics.json").rename(folder / "metrics.json")
-    report(1)
 
 
 def fine_tune(
-    one: FineTuning, tried: Sequence[tuple[Mapping[str, object], Path]], report: Report
+    one: FineTuning, tried: Sequence[tuple[FinetuneConfig, Path]], report: Report
 ) -> None:
     """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
     metrics.json beside them, was best (the first of equals); test is scored for every seed.
     """
-    values = tried[0][0]
+    config = tried[0][0]
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
-        values = tried[means.index(max(means))][0]
-    _finetune(one, one.out, values, test=str(one.task / "test.jsonl"))
-    report(1)
+        config = tried[means.index(max(means))][0]
+    _finetune(one, one.out, config, test=str(one.task / "test.jsonl"))
 
 
-def _finetune(
-    one: FineTuning, out: Path, values: Mapping[str, object], test: str | None = None
-) -> None:
-    from rekindle.train.finetune.config import FinetuneConfig
+def _finetune(one: FineTuning, out: Path, config: FinetuneConfig, test: str | None = None) -> None:
     from rekindle.train.finetune.run import finetune
 
+    train, dev = (str(one.task / f"{split}.jsonl") for split in ("train", "dev"))
+    seeds = {"seeds": len(one.seeds), "first_seed": one.seeds.start}
     finetune(
-        str(one.model),
-        str(one.task / "train.jsonl"),
-        str(one.task / "dev.jsonl"),
-        str(out),
-        seeds=len(one.seeds),
-        first_seed=one.seeds.start,
-        metric=one.metric,
-        test=test,
-        config=parse_settings(FinetuneConfig, dict(values), "finetune"),
+        str(one.model), train, dev, str(out), **seeds, metric=one.metric, test=test, config=config
     )

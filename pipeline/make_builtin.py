@@ -4,15 +4,14 @@ What is begun stands in a folder of its own until it is whole, and a lock lets o
 make anything: a second one waits, and then finds it made.
 """
 
-import contextlib
 import logging
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
@@ -35,6 +34,7 @@ from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
+from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.record.run_folder import alone_in
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
@@ -46,14 +46,23 @@ _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _T
 def make(names: Sequence[str], progress: Progress) -> None:
     """Make the built-ins ``names`` (with or without prefix) and what they depend on."""
     where = folder()
-    with alone_in(where, wait=True) as alone, _begun(where, alone) as begun:
-        own = [name.removeprefix(PREFIX) for name in names]
-        models = with_what_they_need([name for name in own if name in MODELS])
-        if any(not (where / name).exists() for name in models):
-            warm_up()  # while the documents are read
-        if not (where / "documents").exists():
-            _make_documents(begun / "documents", where / "documents", progress)
-        run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
+    own = [name.removeprefix(PREFIX) for name in names]
+    models = with_what_they_need([name for name in own if name in MODELS])
+    with alone_in(where, wait=True) as alone:
+        for left in where.glob(f"{_BEGUN}*") if alone else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # Not alone, two processes do the same, harmlessly.
+        with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as folder_:
+            begun = Path(folder_)
+            if any(not (where / name).exists() for name in models):
+                warm_up()  # while the documents are read
+            if not (where / "documents").exists():
+                texts = begun / "documents"
+                with progress.task("documents", unit="files", total=len(FILES)) as task:
+                    write_documents(texts, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
+                    _appear(texts, where / "documents")
+                    task.advance(len(FILES))
+            run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
 
 
 def with_what_they_need(models: Sequence[str]) -> list[str]:
@@ -72,26 +81,6 @@ def needs(name: str) -> tuple[str, ...]:
     return ("bert",) if from_bert else ("tokenizer",)
 
 
-@contextlib.contextmanager
-def _begun(where: Path, alone: bool) -> Iterator[Path]:
-    """Yield a folder for unfinished work. Not ``alone``, two processes do the same, harmlessly."""
-    if alone:
-        for left in where.glob(f"{_BEGUN}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-    begun = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=where))
-    try:
-        yield begun
-    finally:
-        shutil.rmtree(begun, ignore_errors=True)
-
-
-def _make_documents(begun: Path, out: Path, progress: Progress) -> None:
-    with progress.task("documents", unit="files", total=len(FILES)) as task:
-        write_documents(begun, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
-        _appear(begun, out)
-        task.advance(len(FILES))
-
-
 def _appear(begun: Path, out: Path) -> None:
     """Give what is whole its name; where another process was first, its work stays."""
     if not out.exists():
@@ -104,14 +93,8 @@ def _appear(begun: Path, out: Path) -> None:
 def job_of(name: str, where: Path, begun: Path) -> Job:
     """The job that makes a model in ``begun`` and puts it into ``where``."""
     make_it, steps = _recipe_of(name, where)
-    return Job(
-        PREFIX + name,
-        _make_and_show,
-        (make_it, begun / name, where / name),
-        output=where / name,
-        after=tuple(PREFIX + needed for needed in needs(name)),
-        steps=steps,
-    )
+    after, out = tuple(PREFIX + needed for needed in needs(name)), where / name
+    return Job(PREFIX + name, _make_and_show, (make_it, begun / name, out), out, after, steps)
 
 
 def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> None:
@@ -126,20 +109,20 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
     if name == "tokenizer":  # and bert's configuration
         config = settings.bert | {"max_position_embeddings": settings.positions}
         return partial(make_model, corpus, vocabulary=settings.vocabulary, config=config), 1
-    if name == "bert-larger":
-        return partial(write_untrained, tokenizer, "bert", settings.bert_larger), 1
-    if name == "gpt2-larger":
-        return partial(write_untrained, tokenizer, "gpt2", settings.gpt2_larger), 1
+    if name.endswith("-larger"):
+        values = settings.bert_larger if name.startswith("bert") else settings.gpt2_larger
+        return partial(write_untrained, tokenizer, name.removesuffix("-larger"), values), 1
     if name.startswith("expert-"):
         task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
         return partial(fine_tune, bert, task), 1
     if name == "gpt2":
         return partial(pretrain_gpt2, tokenizer, corpus), train["steps"]
     if name == "bert":
-        return partial(pretrain, tokenizer, corpus, "masked_lm", True, train), train["steps"]
+        student = {"model": str(tokenizer), "from_scratch": True}
+        return partial(pretrain, student, corpus, train), train["steps"]
     text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
     train = settings.further
-    return partial(pretrain, bert, text, "masked_lm", False, train), train["steps"]
+    return partial(pretrain, {"model": str(bert)}, text, train), train["steps"]
 
 
 def write_untrained(
@@ -160,24 +143,18 @@ def write_untrained(
         config = GPT2Config(n_positions=SETTINGS.positions, **shared, **ends, **values)
     config.save_pretrained(out)
     known.save(out)
-    report(1)
 
 
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
     """A causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
     write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report())
-    pretrain(untrained, corpus, "causal_lm", True, SETTINGS.pretrain, out, report)
+    student = {"model": str(untrained), "from_scratch": True, "task": "causal_lm"}
+    pretrain(student, corpus, SETTINGS.pretrain, out, report)
 
 
 def pretrain(
-    model: Path,
-    corpus: Path,
-    task: str,
-    from_scratch: bool,
-    train: dict[str, object],
-    out: Path,
-    report: Report,
+    student: Mapping[str, object], corpus: Path, train: dict[str, object], out: Path, report: Report
 ) -> None:
     """Both stages without teachers, on a cache of its own that is thrown away; keep the model."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -187,7 +164,7 @@ def pretrain(
     values = {
         "corpus": {
             "source": [str(corpus)],
-            "tokenizer": str(model),
+            "tokenizer": student["model"],
             "sequence_length": settings.sequence_length,
         },
         "cache": {
@@ -195,7 +172,7 @@ def pretrain(
             "replicas": settings.replicas,
             "seed": settings.seed,
         },
-        "student": {"model": str(model), "from_scratch": from_scratch, "task": task},
+        "student": student,
         "train": train | {"seed": settings.seed, "batch_sequences": settings.batch_sequences},
     }
     config = parse_settings(RunConfig, values, out.name)
@@ -210,8 +187,9 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
+    config = parse_settings(FinetuneConfig, values)
     one = job_functions.FineTuning(model, task, out, range(1))
-    job_functions.fine_tune(one, [(values, out)], report)
+    job_functions.fine_tune(one, [(config, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -16,75 +15,70 @@ from rich.table import Column
 log = logging.getLogger("rekindle")
 
 LINE_EVERY = 30.0  # seconds, where there is no terminal
+Show = Callable[["ProgressTask", str | None], None]
 
 
 class ProgressTask:
-    """One line of progress: drawn, logged now and then, or only counted (``quiet``).
+    """One line of progress: drawn, logged now and then, or only counted.
 
-    ``draw`` takes what changes of the bar, as rich names it.
+    ``show`` is called at each change with the task and the note, if there is a new one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        unit: str,
-        total: int | None = None,
-        draw: Callable[..., object] | None = None,
-        quiet: bool = True,
-    ):
-        self.name, self.unit, self.total, self.quiet = name, unit, total, quiet
+    def __init__(self, name: str, unit: str, total: int | None = None, show: Show | None = None):
+        self.name, self.unit, self.total = name, unit, total
         self.counts: dict[str, float] = {}
-        self.done = 0
-        self.started = self._said = time.monotonic()
-        self._draw, self._noted, self._before = draw, False, 0
+        self.done = self.before = 0
+        self.started = time.monotonic()
+        self._show: Show = show or (lambda task, note: None)
 
     def begin(self, done: int) -> None:
         """Measure speed from now on; ``done`` units were there before."""
-        self.done = self._before = done
+        self.done = self.before = done
         self.started = time.monotonic()
-        if self._draw is not None:
-            self._draw(completed=done)
+        self._show(self, None)
 
     def advance(self, amount: int = 1, **counts: float) -> None:
         """Count ``amount`` more units as done, and anything else by name."""
         self.done += amount
         for name, value in counts.items():
             self.counts[name] = self.counts.get(name, 0) + value
-        if self._draw is not None:
-            self._draw(advance=amount, note=self.rates())
-        elif not self._noted:
-            self._say(self.rates)
+        self._show(self, None)
 
     def note(self, text: str) -> None:
         """Show ``text`` beside the bar, or in the lines instead of the rates."""
-        self._noted = True
-        if self._draw is not None:
-            self._draw(note=text)
-        else:
-            self._say(lambda: text)
-
-    def _say(self, text: Callable[[], str]) -> None:
-        """Log a line, unless there was one a moment ago."""
-        now = time.monotonic()
-        if self.quiet or now - self._said < LINE_EVERY:
-            return
-        self._said = now
-        of, left = "", ""
-        if self.total:
-            made = max(self.done - self._before, 1)
-            remaining = (now - self.started) / made * (self.total - self.done)
-            of, left = f" of {self.total:,}", f" · {timedelta(seconds=round(remaining))} left"
-        log.info("%s: %s%s %s · %s%s", self.name, f"{self.done:,}", of, self.unit, text(), left)
+        self._show(self, text)
 
     def rates(self) -> str:
         """Say units per second, tokens per second and bytes so far."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        parts = [f"{(self.done - self._before) / seconds:,.1f} {self.unit}/s"]
+        parts = [f"{(self.done - self.before) / seconds:,.1f} {self.unit}/s"]
         if "tokens" in self.counts:
             parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
         if "bytes" in self.counts:
             parts.append(f"{self.counts['bytes'] / 1e6:,.1f} MB")
         return " · ".join(parts)
+
+
+def _lines() -> Show:
+    """Log a line, unless there was one a moment ago; for who gives notes, at these alone."""
+    said, noted = time.monotonic(), False
+
+    def show(task: ProgressTask, note: str | None) -> None:
+        nonlocal said, noted
+        noted = noted or note is not None
+        now, nothing_yet = time.monotonic(), task.done == task.before
+        if nothing_yet or now - said < LINE_EVERY or (noted and note is None):
+            return
+        said = now
+        of, left = "", ""
+        if task.total:
+            made = max(task.done - task.before, 1)
+            remaining = (now - task.started) / made * (task.total - task.done)
+            of, left = f" of {task.total:,}", f" · {timedelta(seconds=round(remaining))} left"
+        text = task.rates() if note is None else note
+        log.info("%s: %s%s %s · %s%s", task.name, f"{task.done:,}", of, task.unit, text, left)
+
+    return show
 
 
 class Progress:
@@ -100,11 +94,11 @@ class Progress:
 
     @classmethod
     @contextmanager
-    def to_terminal(cls) -> Iterator["Progress"]:
-        """Draw bars if stderr is a terminal; else log lines."""
+    def to_terminal(cls, silent: bool = False) -> Iterator["Progress"]:
+        """Draw bars if stderr is a terminal; else log lines. Neither if ``silent``."""
         console = Console(stderr=True)
-        if not console.is_terminal:
-            yield cls(quiet=False)
+        if silent or not console.is_terminal:
+            yield cls(quiet=silent)
             return
         # On a narrow terminal the note is cut, never the count and the time that is left.
         width, kept = console.width, Column(no_wrap=True, min_width=9)
@@ -123,15 +117,22 @@ class Progress:
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
         """Show a task of ``total`` units (None: unknown) while the block runs."""
-        draw = None
-        if self._bars is not None:
-            draw = partial(self._bars.update, self._bars.add_task(name, total=total, note=""))
-        task = ProgressTask(name, unit, total, draw, self._quiet)
+        bars = self._bars
+        if bars is None:
+            task = ProgressTask(name, unit, total, None if self._quiet else _lines())
+            yield task
+            if not self._quiet and task.done:
+                seconds, done = time.monotonic() - task.started, f"{task.done:,}"
+                log.info("%s: %s %s in %.1f s (%s)", name, done, unit, seconds, task.rates())
+            return
+        bar = bars.add_task(name, total=total, note="")
+
+        def show(task: ProgressTask, note: str | None) -> None:
+            bars.update(bar, completed=task.done, note=task.rates() if note is None else note)
+
+        task = ProgressTask(name, unit, total, show)
         yield task
-        if draw is not None:
-            draw(total=task.done, completed=task.done)
-        elif not self._quiet and task.done:
-            seconds = time.monotonic() - task.started
-            log.info(
-                "%s: %s %s in %.1f s (%s)", name, f"{task.done:,}", unit, seconds, task.rates()
-            )
+        bars.update(bar, total=task.done, completed=task.done)
+
+
+SILENT = Progress.silent()

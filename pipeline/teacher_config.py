@@ -1,18 +1,12 @@
 """What the configuration says of a teacher. No model is touched here, and torch is not imported."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from rekindle.data.settings import Settings
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS
-from rekindle.data.targets.schema import (
-    TEACHER_NAME,
-    VOCABULARY_TASKS,
-    Codec,
-    Kept,
-    Task,
-)
+from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Codec, Kept, Task
 
 
 class TargetsConfig(Settings):
@@ -28,7 +22,7 @@ class TargetsConfig(Settings):
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
     )
-    temperatures: tuple[float, ...] = Field(
+    temperatures: tuple[Annotated[float, Field(gt=0, lt=1000)], ...] = Field(
         (1.0, 2.0, 4.0),
         description="temperatures a student may train at. topk: 1 is always stored, and 2 and 4 if "
         "none are listed. Samples are drawn at one, 1 if none is listed",
@@ -38,13 +32,6 @@ class TargetsConfig(Settings):
         description="of topk and threshold: default (8-bit values, memory-mapped), precise (16-bit "
         "values), compact (compressed, for cold storage and transfer)",
     )
-
-    @field_validator("temperatures")
-    @classmethod
-    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not 0 < t < 1000 for t in value):
-            raise ValueError("temperatures must be positive numbers")
-        return value
 
     @model_validator(mode="after")
     def _one_temperature_of_samples(self) -> "TargetsConfig":
@@ -101,7 +88,7 @@ class TeacherConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
-    batch_tokens: Literal["auto"] | int = Field(
+    batch_tokens: Literal["auto"] | PositiveInt = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
     view: Literal["masked", "clean"] | None = Field(
@@ -126,8 +113,6 @@ class TeacherConfig(Settings):
             raise ValueError(
                 "monte_carlo passes give class probabilities: they are for sequence_classification"
             )
-        if isinstance(self.batch_tokens, int) and self.batch_tokens < 1:
-            raise ValueError("batch_tokens must be positive")
         return self
 
     @property

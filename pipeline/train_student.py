@@ -4,29 +4,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult, train_student
 
 
 def train_from_config(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
 ) -> TrainResult:
     """Train the configured student from the configured cache into ``out``; save the configuration
     there last.
     """
     config.check_single()
-    if config.student is None:
-        raise InputError("the configuration has no `student` section; add student.model")
-    progress = progress or Progress.silent()
+    student = config.needed_student()
     cache = Cache.open(config.cache.path)
-    make_missing(config.student)  # in every process: another machine has a home of its own
+    make_missing(student)  # in every process: another machine has a home of its own
     with (
         join_world() as world,
         progress.task(str(out), unit="steps", total=config.train.steps) as task,
@@ -43,7 +40,7 @@ def train_from_config(
 
         result = train_student(
             cache,
-            config.student,
+            student,
             config.train,
             out,
             masked_view=student_view(cache, config),

@@ -71,4 +71,3 @@ def make_model(
     with new_folder(out) as staged:
         wrapped.save_pretrained(staged)
         bert.save_pretrained(staged)
-    report(1)

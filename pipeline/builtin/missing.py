@@ -59,10 +59,13 @@ def _make(names: list[str]) -> None:
     log.info("made once from Python's documentation, and kept in %s:", folder())
     for name in names:
         log.info("  %s: %s", name, ABOUT[name])
+    # By itself, also where torchrun has started this process: it would wait for the others to join
+    # it, and those for the lock that it holds.
+    own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
     # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.make_builtin", *names],
-        env=_environment(),
+        env=own | {"CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -80,12 +83,3 @@ def _make(names: list[str]) -> None:
         reason = complaint.strip() or f"its process ended with exit code {process.returncode}"
         error = InputError if process.returncode == InputError.exit_code else RekindleError
         raise error(f"{', '.join(names)} could not be made in {folder()}: {reason}")
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of a process by itself, also where torchrun has started this one.
-
-    It would wait for the other processes' to join it, and those for the lock that it holds.
-    """
-    own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
-    return own | {"CUDA_VISIBLE_DEVICES": ""}

@@ -52,11 +52,6 @@ FILES = {
 ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 
 
-def is_built_in(name: str) -> bool:
-    """Tell whether ``name`` is (or means to be) that of a built-in model or file."""
-    return name.startswith(PREFIX)
-
-
 def resolve_values(values: object) -> object:
     """Return nested dictionaries and lists with each built-in name replaced by its local path.
 
@@ -70,7 +65,7 @@ def resolve_name(name: str) -> str:
 
     Raises InputError for an unknown built-in, with the nearest one.
     """
-    if not is_built_in(name):
+    if not name.startswith(PREFIX):
         return name
     known = places()
     if name in known:

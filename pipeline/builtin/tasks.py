@@ -6,7 +6,7 @@ others to train, dev or test. The labels are what is known of a text without any
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -46,7 +46,6 @@ class LabelledTask:
 
     name: str
     examples: Callable[[PythonDoc], Iterator[LabelledText]]
-    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,13 @@ def passages(text: str) -> list[str]:
     return [passage for passage in cut if len(passage) >= _SHORTEST]
 
 
-def _part_examples(page: PythonDoc) -> Iterator[LabelledText]:
-    if page.kind != "topic":  # topics belong to no module, so to no part
+def _passages(label: str, parts: Collection[str], page: PythonDoc) -> Iterator[LabelledText]:
+    """The passages of a document of these ``parts``, each with its ``label``, part or kind."""
+    if page.kind == "topic" and label == "part":  # topics belong to no module, so to no part
+        return
+    if page.part in parts:
         for passage in passages(page.text):
-            yield LabelledText(page.id, passage, None, page.part)
-
-
-def _kind_examples(page: PythonDoc) -> Iterator[LabelledText]:
-    for passage in passages(page.text):
-        yield LabelledText(page.id, passage, None, page.kind)
+            yield LabelledText(page.id, passage, None, getattr(page, label))
 
 
 def _next_examples(page: PythonDoc) -> Iterator[LabelledText]:
@@ -108,9 +105,9 @@ def _next_examples(page: PythonDoc) -> Iterator[LabelledText]:
 
 
 TASKS = (
-    LabelledTask("part", _part_examples),
-    LabelledTask("kind", _kind_examples),
-    LabelledTask("next", _next_examples, paired=True),
+    LabelledTask("part", partial(_passages, "part", PARTS)),
+    LabelledTask("kind", partial(_passages, "kind", PARTS)),
+    LabelledTask("next", _next_examples),
 )
 
 
@@ -147,26 +144,24 @@ def _balanced(groups: list[list[tuple[int, int, LabelledText]]], size: int) -> l
 
 
 def write_corpus(
-    pages: list[PythonDoc], sizes: TaskSizes, out: Path, documents: int | None = None
+    pages: list[PythonDoc],
+    sizes: TaskSizes,
+    out: Path,
+    documents: int | None = None,
+    tasks: Sequence[LabelledTask] = TASKS,
 ) -> None:
-    """Write ``tasks/<name>/<split>.jsonl`` for each of TASKS, then ``corpus.jsonl``, into ``out``.
+    """Write ``tasks/<name>/<split>.jsonl`` for each of ``tasks``, then ``corpus.jsonl``.
 
     ``documents`` limits the unlabelled corpus to so many, chosen by a hash. The corpus comes last
     and whole: where it is, everything is.
     """
-    for task in TASKS:
-        _write_task(out, task, pages, sizes)
+    for task in tasks:
+        for split, examples in labelled_examples(task, pages, sizes).items():
+            write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
     unlabelled = [page for page in pages if split_of(page.id) == "corpus"]
     chosen = {p.id for p in sorted(unlabelled, key=lambda p: _hash("corpus", p.id))[:documents]}
     records = ({"id": p.id, "text": p.text, "domain": p.part} for p in unlabelled if p.id in chosen)
     write_lines(out / "corpus.jsonl", records)
-
-
-def _write_task(
-    out: Path, task: LabelledTask, pages: Sequence[PythonDoc], sizes: TaskSizes
-) -> None:
-    for split, examples in labelled_examples(task, pages, sizes).items():
-        write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
 
 
 def record_of(example: LabelledText) -> dict[str, object]:
@@ -188,7 +183,6 @@ def _hash(*parts: str | int) -> int:
 
 HALVES = {"part-1": PARTS[: len(PARTS) // 2], "part-2": PARTS[len(PARTS) // 2 :]}
 _FEWEST = 3  # passages of a document that has a beginning, a middle and an end
-_PART = next(task for task in TASKS if task.name == "part")
 
 
 def write_documents(
@@ -197,18 +191,11 @@ def write_documents(
     """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``."""
     # In an order without meaning: the first documents of the corpus are then a sample of all of it.
     pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
-    write_corpus(pages, sizes, out, documents)
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
-    halves = [LabelledTask(name, partial(_examples_of, HALVES[name])) for name in HALVES]
-    for task in (*halves, PLACE):
-        _write_task(out, task, pages, sizes)
-
-
-def _examples_of(parts: tuple[str, ...], page: PythonDoc) -> Iterator[LabelledText]:
-    if page.part in parts:
-        yield from _PART.examples(page)
+    halves = [LabelledTask(name, partial(_passages, "part", half)) for name, half in HALVES.items()]
+    write_corpus(pages, sizes, out, documents, (*TASKS, *halves, PLACE))
 
 
 def _place_examples(page: PythonDoc) -> Iterator[LabelledText]:

@@ -34,8 +34,8 @@ from rekindle.pipeline.caching.teachers import (
 )
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.processes.devices import places_for
-from rekindle.pipeline.processes.pool import run_units
+from rekindle.pipeline.processes.jobs import run_units
+from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 

@@ -1,12 +1,12 @@
 """The commands that make, plan, check, show and tidy a cache."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.pipeline.commands.options import CachePath, Json, Overrides, RunFile
 from rekindle.pipeline.exits import resumable
 
@@ -28,23 +28,19 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    with resumable(f"pipeline cache-teachers {run}"):
+    with resumable(f"pipeline cache-teachers {run}") as progress:
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
-        from rekindle.pipeline.progress import Progress
+        from rekindle.pipeline.stages.run import cache_stages
 
+        asked = (teacher or (), workers, progress, check)
         if config.stages:
-            from rekindle.pipeline.stages.run import cache_stages
-
-            with Progress.to_terminal() as progress:
-                cached = cache_stages(config, teacher or (), workers, progress, check)
-            typer.echo("\n".join(text for one in cached if (text := one.as_text())))
-            return
-        with Progress.to_terminal() as progress:
-            done = stage_one(config, teacher or (), workers, progress, check)
-    typer.echo(f"{config.cache.path}: {done.as_text()}")
+            lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
+        else:
+            lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
+    typer.echo("\n".join(lines))
 
 
 def plan(
@@ -109,7 +105,6 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every checksum and invariant of a cache."""
-    from rekindle.data.errors import CacheFormatError, InputError
     from rekindle.pipeline.checks.verify import verify_cache
 
     if audit and config is None:
@@ -150,12 +145,3 @@ def inspect_(
         typer.echo(inspect_example(cache, example, teacher, as_json), nl=False)
     else:
         typer.echo(inspect_cache(cache, teacher, as_json), nl=False)
-
-
-CACHE_COMMANDS: dict[str, Callable[..., None]] = {
-    "cache-teachers": cache_teachers,
-    "plan": plan,
-    "gc": gc,
-    "verify": verify,
-    "inspect": inspect_,
-}

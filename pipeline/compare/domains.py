@@ -16,22 +16,17 @@ class DomainMatrix:
     perplexity: list[list[float | None]]  # [R][D] exp(loss in nats); None where not evaluated
 
 
-def matrix_of(
-    names: Sequence[str],
-    evaluations: Sequence[Mapping[str, float]],
-    trained: Sequence[Sequence[str]],
-) -> DomainMatrix:
-    """The matrix of the runs ``names`` from their last ``evaluations``; runs that have not
-    evaluated by domain are left out. ``trained``: the domains that each was trained on (none: all).
+def matrix_of(runs: Sequence[tuple[str, Mapping[str, float], Sequence[str]]]) -> DomainMatrix:
+    """The matrix of runs, each with its name, its last evaluation, and the domains that it was
+    trained on (none: all); those that have not evaluated by domain are left out.
     """
-    kept = [n for n, found in enumerate(evaluations) if any(k.startswith(PREFIX) for k in found)]
-    measured = {
-        key.removeprefix(PREFIX) for n in kept for key in evaluations[n] if key.startswith(PREFIX)
-    }
-    learned = [name for domains in trained for name in domains if name in measured]
+    kept = [one for one in runs if any(key.startswith(PREFIX) for key in one[1])]
+    every = [key for _, found, _ in kept for key in found]
+    measured = {key.removeprefix(PREFIX) for key in every if key.startswith(PREFIX)}
+    learned = [name for _, _, domains in runs for name in domains if name in measured]
     domains = list(dict.fromkeys([*learned, *sorted(measured)]))
-    values = [[_perplexity(evaluations[n].get(PREFIX + name)) for name in domains] for n in kept]
-    return DomainMatrix([names[n] for n in kept], domains, values)
+    values = [[_perplexity(found.get(PREFIX + name)) for name in domains] for _, found, _ in kept]
+    return DomainMatrix([name for name, _, _ in kept], domains, values)
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -4,6 +4,7 @@ Beside the comparison it reads what its pictures need from the runs' directories
 that they name, as far as they are still there.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,21 +20,18 @@ from rekindle.pipeline.compare.tables import (
 )
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, cache_section, find_cache
-from rekindle.pipeline.report.cost import (
-    ESTIMATED,
-    Cost,
-    StudentCost,
-    cost_section,
-    typical_cost,
-)
+from rekindle.pipeline.report.cost import ESTIMATED, Cost, StudentCost, cost_section, typical_cost
 from rekindle.pipeline.report.losses import curves_of, losses_section
-from rekindle.pipeline.report.page import Page, Section, as_html
+from rekindle.pipeline.report.page import Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
-from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.table import Column, Table
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import TrainConfig
 
+MARKED = (
+    "≠ marks what is unlike the most common value of its line (of several, the one that comes "
+    "first). Settings that are not here are the same in all runs."
+)
 BEST = "The best of a column stands out; held-out values are those of the last evaluation."
 
 
@@ -56,6 +54,9 @@ def comparison_page(
     records = {name: one.records for name, one in zip(names, comparison.folders, strict=True)}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
     caches = _caches(comparison.folders)
+    once, students = _costs(comparison, caches)
+    cost, note = typical_cost(once, students)
+    notes = [note, ESTIMATED] if cost is not None else [note]
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
@@ -65,26 +66,35 @@ def comparison_page(
     own_scores = scores_section(names, read_scores(comparison.runs))
     warnings = [note[:1].upper() + note[1:] for note in comparison.notes]
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
+    finished = sum(run.finished for run in comparison.runs)
+    done = "finished" if finished == len(names) else f"of which {finished} finished"
+    count = f"{len(names)} run{'s' if len(names) > 1 else ''}, {done}"
     return Page(
         title="Students of one corpus",
-        lead=_lead(comparison),
+        lead=f"{count}. The corpus has the fingerprint {comparison.corpus[:12]}.",
         sections=[
             Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
             settings_section(names, differing),
             losses_section(curves, more, warnings),
             scores or own_scores,
-            _cost_section(comparison, caches, samples),
+            cost_section(once, students, cost, notes, cost_tables(comparison), samples),
             cache_section(list(caches.values())),
         ],
     )
 
 
-def _lead(comparison: Comparison) -> str:
-    runs = comparison.runs
-    finished = sum(run.finished for run in runs)
-    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    done = "finished" if finished == len(runs) else f"of which {finished} finished"
-    return f"{count}, {done}. The corpus has the fingerprint {comparison.corpus[:12]}."
+def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:
+    """A line for each key of ``differing``, which has its value, in words, for every run."""
+    if len(names) < 2 or not differing:
+        same = [Note("All settings of the runs are the same.")] if len(names) > 1 else []
+        return Section("Configuration", same)
+    usual = [Counter(values).most_common(1)[0][0] for values in differing.values()]
+    columns = [Column("setting", list(differing))]
+    for number, name in enumerate(names):
+        cells = [values[number] for values in differing.values()]
+        unlike = {row for row, cell in enumerate(cells) if cell != usual[row]}
+        columns.append(Column(name, cells, words=True, unlike=frozenset(unlike)))
+    return Section("Configuration", [Table("", columns), Note(MARKED)])
 
 
 # --- what the pictures need -----------------------------------------------------------------------
@@ -143,15 +153,6 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
     known = [cache.facts for cache in caches.values()]
     cost, _ = typical_cost(*_costs(comparison, caches))
     return known[0] if len(known) == 1 else None, cost
-
-
-def _cost_section(
-    comparison: Comparison, caches: Mapping[str, KnownCache], samples: Sequence[int]
-) -> Section:
-    once, students = _costs(comparison, caches)
-    cost, note = typical_cost(once, students)
-    notes = [note, ESTIMATED] if cost is not None else [note]
-    return cost_section(once, students, cost, notes, cost_tables(comparison), samples)
 
 
 def _costs(

@@ -13,14 +13,14 @@ from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
-from rekindle.pipeline.stages.resolve import read_stages
-from rekindle.pipeline.sweep.grid import SWEPT_SECTIONS, shortest_tails
-from rekindle.pipeline.sweep.run import read_sweep
+from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
+from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.record.run_folder import read_record, reading
+from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
+SPEED = "tokens_per_second"
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
@@ -66,7 +66,7 @@ class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
     ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
-    losses in the order of ``runs`` (``compare_cost.py``); both are empty where held-out losses may
+    losses in the order of ``runs`` (``compare.matching``); both are empty where held-out losses may
     not be compared. ``folders``: what the runs were read from, in their order.
     """
 
@@ -104,8 +104,12 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         _read_run(one, name, {key: values[number] for key, values in differing.items()})
         for number, (one, name) in enumerate(zip(found, names, strict=True))
     ]
-    positions, teachers = _position_notes(found, differing), _teacher_notes(found)
+    positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
     curves = [] if positions else [run.curve for run in runs]
+    by_domain = [
+        (run.name, run.evaluation, one.settings["train"].get("domains") or [])
+        for run, one in zip(runs, found, strict=True)
+    ]
     return Comparison(
         corpus,
         runs,
@@ -113,11 +117,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         positions + teachers,
         match_steps(curves),
         match_cost(curves),
-        matrix_of(
-            [run.name for run in runs],
-            [run.evaluation for run in runs],
-            [one.settings["train"].get("domains") or [] for one in found],
-        ),
+        matrix_of(by_domain),
         found,
     )
 
@@ -126,19 +126,7 @@ def _find(directories: Sequence[Path]) -> list[RunFolder]:
     found: dict[Path, RunFolder] = {}
     strangers = []
     for directory in directories:
-        ones: list[RunFolder | None]
-        if (sweep := read_sweep(directory)) is not None:
-            ones = [
-                _open_run(directory / run["name"]) or _not_begun(directory, sweep, run)
-                for run in sweep["runs"]
-            ]
-        elif is_cycle(directory):
-            ones = [_open_run(folder) for folder in sorted(directory.glob("students/*"))]
-        elif (stages := read_stages(directory)) is not None:
-            ones = [_open_run(directory / name) for name in stages]
-        else:
-            ones = [_open_run(directory)]
-        begun = {one.directory.resolve(): one for one in ones if one is not None}
+        begun = {one.directory.resolve(): one for one in _runs_in(directory) if one is not None}
         strangers += [] if begun else [str(directory)]
         found |= begun
     if strangers:
@@ -149,25 +137,31 @@ def _find(directories: Sequence[Path]) -> list[RunFolder]:
     return list(found.values())
 
 
+def _runs_in(directory: Path) -> list[RunFolder | None]:
+    for file in (SWEEP_FILE, STAGES_FILE):
+        if (recorded := read_runs(directory, file)) is not None:
+            return [_open_run(directory / name, about) for name, about in recorded.items()]
+    folders = directory.glob("students/*") if is_cycle(directory) else [directory]
+    return [_open_run(folder) for folder in sorted(folders)]
+
+
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
     return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
 
 
-def _open_run(directory: Path) -> RunFolder | None:
+def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | None:
+    """The run; of a student that a sweep has not begun, what is ``planned``."""
     about = read_record(directory / "run.json")
+    if about is None and "corpus" in planned:
+        about = {**planned, "cache": {"corpus": planned["corpus"]}}
     if about is None:
         return None
     with reading(directory / "run.json"):
-        settings = {section: dict(about[section]) for section in SWEPT_SECTIONS}
+        settings = {section: dict(about[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
     return RunFolder(directory, settings, cache, read_metrics(directory))
-
-
-def _not_begun(directory: Path, sweep: Facts, run: Facts) -> RunFolder:
-    settings = {section: run[section] for section in SWEPT_SECTIONS}
-    return RunFolder(directory / run["name"], settings, {"corpus": sweep["corpus"], "teachers": {}})
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -251,72 +245,47 @@ def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
-    """The keys of nested settings at which not all are the same, with the value of each.
-
-    Lists of one length are compared item by item; others are different as a whole.
-    """
-    if all(one == settings[0] for one in settings):
-        return {}
-    mappings = [one for one in settings if isinstance(one, Mapping)]
-    lists = [one for one in settings if isinstance(one, list)]
-    if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
-        mappings = [dict(enumerate(one)) for one in lists]
-    if len(mappings) < len(settings):
-        return {".".join(path): list(settings)}
-    found: dict[str, list[object]] = {}
-    for key in dict.fromkeys(key for one in mappings for key in one):
-        found |= differences([one.get(key) for one in mappings], (*path, str(key)))
-    return found
-
-
-def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> list[str]:
+def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> Iterator[str]:
     """Why held-out losses of these runs are not comparable; nothing where they are."""
-    notes = []
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
     keys = ["student.task"] if len(causal) > 1 else []
     below = [f"{key}." for key in differing]
     keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
-        notes.append(f"{', '.join(keys)} differ: held-out values are not of the same positions")
+        yield f"{', '.join(keys)} differ: held-out values are not of the same positions"
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
-        notes.append("the runs see different masks: held-out values are not of the same positions")
-    return notes
+        yield "the runs see different masks: held-out values are not of the same positions"
 
 
-def _teacher_notes(found: Sequence[RunFolder]) -> list[str]:
+def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
     """That values of a teacher are of several teachers under one name."""
     prints: dict[str, set[str]] = {}
     for one in found:
         for name, fingerprint in one.cache["teachers"].items():
             prints.setdefault(name, set()).add(str(fingerprint))
-    changed = [name for name, known in prints.items() if len(known) > 1]
-    return [f"not the same teacher in all runs: {', '.join(changed)}"] if changed else []
-
-
-def is_higher_better(name: str) -> bool:
-    """Whether the most is the best of a value: speed, scores, agreement and what methods say of
-    their own values; else the least is.
-    """
-    return name == "tokens_per_second" or name.startswith(SCORES) or is_better_upwards(name)
+    if changed := ", ".join(name for name, known in prints.items() if len(known) > 1):
+        yield f"not the same teacher in all runs: {changed}"
 
 
 def values_of(run: RunFacts) -> dict[str, float]:
     """What a run is judged by, under the names that ``Comparison.best`` has."""
     values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
     if run.tokens_per_second is not None:
-        values["tokens_per_second"] = run.tokens_per_second
+        values[SPEED] = run.tokens_per_second
     return values
 
 
 def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
-    """The best finished runs for each value that several have, and not all the same."""
+    """The best finished runs for each value that several have, and not all the same: the most of
+    speed, scores, agreement and what methods say of their own values, else the least.
+    """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     best = {}
     for name in dict.fromkeys(name for run in finished for name in values_of(run)):
+        upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)
         values = [values_of(run).get(name) for run in finished]
-        rows = best_rows(values, max if is_higher_better(name) else min)
+        rows = best_rows(values, max if upwards else min)
         if rows and name not in left_out:
             best[name] = [finished[row].name for row in sorted(rows)]
     return best

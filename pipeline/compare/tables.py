@@ -1,6 +1,6 @@
 """A comparison as tables of finished cells, and these in plain text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -11,13 +11,14 @@ from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
 from rekindle.pipeline.compare.matching import Match, thinned
 from rekindle.pipeline.compare.runs import (
     SCORES,
+    SPEED,
     Comparison,
     RunFacts,
     by_corpus,
     compare_runs,
     values_of,
 )
-from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, formatted
+from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, formatted, table_of
 from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
@@ -31,88 +32,82 @@ _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
 def columns_of(comparison: Comparison) -> list[Column]:
     """What is shown: the runs, the settings that differ, time and speed, values, coverage."""
-    runs = comparison.runs
-    names = Column("run", [run.name for run in runs], words=True)
-    return [names, *_settings(runs), *result_columns(comparison)]
+    names = Column("run", [run.name for run in comparison.runs], words=True)
+    return [names, *_settings(comparison.runs), *result_columns(comparison)]
 
 
-def result_columns(comparison: Comparison, scores: bool = True) -> list[Column]:
+def result_columns(comparison: Comparison, scores: bool = True) -> Iterator[Column]:
     """What came out of each run: steps, time and speed, values (with task ``scores``, or without),
     coverage.
     """
     runs = comparison.runs
-    shown = [Column("steps", [_steps(run) for run in runs])]
-    shown.append(Column("seconds", [formatted(run.seconds, "{:,.1f}") for run in runs]))
-    formats = {"tokens_per_second": "{:,.0f}"}
-    names = list(dict.fromkeys(name for run in runs for name in values_of(run)))
-    names = [name for name in names if not name.startswith(PREFIX)]  # they have their own table
-    names = [name for name in names if scores or not name.startswith(SCORES)]
-    names.sort(key=lambda name: name not in formats)  # speed stands beside time
-    for name in names:
-        cells = [formatted(values_of(run).get(name), formats.get(name, "{:.4f}")) for run in runs]
+    yield Column("steps", [_steps(run) for run in runs])
+    yield Column("seconds", [formatted(run.seconds, "{:,.1f}") for run in runs])
+    names = dict.fromkeys(name for run in runs for name in values_of(run))
+    for name in sorted(names, key=lambda name: name != SPEED):  # speed stands beside time
+        if name.startswith(PREFIX) or (name.startswith(SCORES) and not scores):
+            continue  # domains have their own table
+        form = "{:,.0f}" if name == SPEED else "{:.4f}"
         best = comparison.best.get(name, [])
-        rows = frozenset(number for number, run in enumerate(runs) if run.name in best)
-        title = name.replace("tokens_per_second", "tokens/s").removeprefix(SCORES)
-        shown.append(Column(title, cells, rows))
-        if name == "tokens_per_second":
-            shown.append(Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs]))
+        yield Column(
+            "tokens/s" if name == SPEED else name.removeprefix(SCORES),
+            [formatted(values_of(run).get(name), form) for run in runs],
+            frozenset(number for number, run in enumerate(runs) if run.name in best),
+        )
+        if name == SPEED:
+            yield Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs])
     for what in ("sequences", "positions"):
         cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
-        shown.append(Column(f"KD {what}", cells))
-    return shown
+        yield Column(f"KD {what}", cells)
 
 
-def step_tables(comparison: Comparison) -> list[Table]:
+def step_tables(comparison: Comparison) -> Iterator[Table]:
     """Losses at equal steps, where the last evaluations are not all there is to compare."""
-    names = [run.name for run in comparison.runs]
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
-        columns = _matched(names, comparison.matched_steps, "steps", "{:,.0f}")
-        return [Table("held-out loss at equal steps", columns)]
-    return []
+        columns = _matched(comparison.runs, comparison.matched_steps, "steps", "{:,.0f}")
+        yield Table("held-out loss at equal steps", columns)
 
 
-def cost_tables(comparison: Comparison) -> list[Table]:
+def cost_tables(comparison: Comparison) -> Iterator[Table]:
     """Nothing where no cost is known; where one run's alone is, whose are not."""
     title = "held-out loss at equal total cost"
     evaluated = [run for run in comparison.runs if run.curve.points]
     unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
     if comparison.matched_cost:
-        names = [run.name for run in comparison.runs]
-        columns = _matched(names, comparison.matched_cost, "seconds", "{:,.1f}", steps=True)
-        return [Table(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))]
-    if comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
+        columns = _matched(comparison.runs, comparison.matched_cost, "seconds", "{:,.1f}", True)
+        yield Table(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))
+    elif comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
         note = "not compared: what it cost is not recorded (by older versions) for "
-        return [Table(title, [], note + unknown)]
-    return []
+        yield Table(title, [], note + unknown)
 
 
 def _matched(
-    names: Sequence[str], matches: Sequence[Match], title: str, form: str, steps: bool = False
+    runs: Sequence[RunFacts], matches: Sequence[Match], title: str, form: str, steps: bool = False
 ) -> list[Column]:
     shown = thinned(matches, _MOST_MATCHES)
     lowest = [best_rows([p.loss if p else None for p in match.points], min) for match in shown]
     columns = [Column(title, [form.format(match.at) for match in shown])]
-    for number, name in enumerate(names):
+    for number, run in enumerate(runs):
         points = [match.points[number] for match in shown]
         cells = [
             NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
             for p in points
         ]
-        best = frozenset(row for row, runs in enumerate(lowest) if number in runs)
-        columns.append(Column(name, cells, best))
+        best = frozenset(row for row, least in enumerate(lowest) if number in least)
+        columns.append(Column(run.name, cells, best))
     return columns
 
 
-def domain_tables(matrix: DomainMatrix) -> list[Table]:
+def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
     """Perplexity by domain, where runs have evaluated it."""
-    if not matrix.runs:
-        return []
-    columns = [Column("run", matrix.runs, words=True)]
-    for number, name in enumerate(matrix.domains):
-        cells = [formatted(values[number], "{:,.2f}") for values in matrix.perplexity]
-        columns.append(Column(name, cells))
-    return [Table("held-out perplexity by domain, at the last evaluation", columns)]
+    if matrix.runs:
+        rows = [
+            [name, *(formatted(value, "{:,.2f}") for value in values)]
+            for name, values in zip(matrix.runs, matrix.perplexity, strict=True)
+        ]
+        title = "held-out perplexity by domain, at the last evaluation"
+        yield table_of(title, ["run", *matrix.domains], rows, words=1)
 
 
 def domain_matrix(runs: Sequence[Path]) -> str:
@@ -127,7 +122,7 @@ def domain_matrix(runs: Sequence[Path]) -> str:
     return "\n".join(line for table in tables for line in text_lines(table, WIDEST))
 
 
-def _settings(runs: list[RunFacts]) -> Iterable[Column]:
+def _settings(runs: list[RunFacts]) -> Iterator[Column]:
     keys = [key for key in runs[0].settings if key != "train.steps"]  # it has a column anyway
     tails = shortest_tails([key.split(".") for key in keys])
     for key, tail in zip(keys, tails, strict=True):

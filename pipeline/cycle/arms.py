@@ -8,6 +8,7 @@ from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.processes.jobs import Job
+from rekindle.train.finetune.config import FinetuneConfig
 
 CACHE_FILE = "stage1.yaml"
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well
@@ -47,26 +48,16 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
     # One after another: a teacher's time is then its own.
     before: tuple[str, ...] = ("corpus",)
     for one in tasks:
-        cost = home / "costs" / f"{one.task.name}.json"
-        name = f"cache {one.task.name}"
-        yield Job(
-            name,
-            stages.cache,
-            (home / CACHE_FILE, (one.task.name,), cost),
-            output=cost,
-            after=(*before, f"expert on {one.task.name}"),
-        )
-        before = (name,)
+        name = one.task.name
+        cost = home / "costs" / f"{name}.json"
+        after = (*before, f"expert on {name}")
+        yield Job(f"cache {name}", stages.cache, (home / CACHE_FILE, (name,), cost), cost, after)
+        before = (f"cache {name}",)
     for student, (taught, _) in student_names(config).items():
-        run = home / "students" / student
-        yield Job(
-            f"student {student}",
-            stages.train,
-            (home / "students" / f"{student}.yaml", run),
-            output=run / "run.yaml",
-            after=("corpus", *(f"cache {name}" for name in taught)),
-            steps=config.train.steps,
-        )
+        run, file = home / "students" / student, home / "students" / f"{student}.yaml"
+        after = ("corpus", *(f"cache {name}" for name in taught))
+        done, steps = run / "run.yaml", config.train.steps
+        yield Job(f"student {student}", stages.train, (file, run), done, after, steps)
     for arm in [arm for arm in _ORDER if arm in config.arms]:
         for one in tasks:
             yield from _fine_tuning(home, config, one, arm)
@@ -77,28 +68,20 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     name, points = one.task.name, config.search_points()
     student = student_of(arm, name)
     start = home / "students" / student if student else home / START_FOLDER
-    after = (f"student {student}",) if student else ("start",)
+    after: tuple[str, ...] = (f"student {student}",) if student else ("start",)
     files = home / TASKS_FOLDER / name
-    seeds = config.seeds_of_search
-    tried: list[tuple[dict[str, object], Path]] = []
+    tried: list[tuple[FinetuneConfig, Path]] = []
+    searched = []
     for point in points:
-        values = config.finetune_of(one.task, point, longer=arm == "longer").model_dump()
+        values = config.finetune_of(one.task, point, longer=arm == "longer")
         folder = home / "search" / arm / name / point_name(point)
-        tried.append((values, folder / "metrics.json"))
+        done = folder / "metrics.json"
+        tried.append((values, done))
         if len(points) > 1:
-            yield Job(
-                f"search {point_name(point)} {arm} on {name}",
-                stages.search,
-                (stages.FineTuning(start, files, folder, seeds, one.metric), values),
-                output=folder / "metrics.json",
-                after=after,
-            )
-    searched = tuple(f"search {point_name(p)} {arm} on {name}" for p in points)
+            what = stages.FineTuning(start, files, folder, config.seeds_of_search, one.metric)
+            searched.append(f"search {point_name(point)} {arm} on {name}")
+            yield Job(searched[-1], stages.search, (what, values), done, after)
     out = home / folder_of(arm, name)
-    yield Job(
-        f"{arm} on {name}",
-        stages.fine_tune,
-        (stages.FineTuning(start, files, out, range(config.seeds), one.metric), tried),
-        output=out / "metrics.json",
-        after=(*after, *(searched if len(points) > 1 else ())),
-    )
+    what = stages.FineTuning(start, files, out, range(config.seeds), one.metric)
+    after = (*after, *searched)
+    yield Job(f"{arm} on {name}", stages.fine_tune, (what, tried), out / "metrics.json", after)

@@ -5,10 +5,11 @@ made by ``cycle.configs``.
 """
 
 import itertools
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
@@ -19,11 +20,11 @@ from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.metrics import METRICS
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
 Search = dict[str, tuple[Setting, ...]]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
 ARMS: dict[Arm, str] = {
     "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
@@ -35,6 +36,21 @@ ARMS: dict[Arm, str] = {
 }
 # What a search may not change: the budget is the same for all.
 _BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
+_ARMS_SET = "is what the arms set"
+_OTHER_MODEL = (
+    "makes a student that is not the model which its expert was fine-tuned from, and the "
+    "comparison would be of models"
+)
+# Keys of a run that a cycle cannot have, and why.
+_NOT_OF_A_CYCLE = {
+    "student.from_scratch": _OTHER_MODEL,
+    "student.grow": _OTHER_MODEL,
+    "student.domain_prompts": "puts a token into every text that fine-tuning does not have",
+    "train.objective.distill": f"{_ARMS_SET}; give distill, for all experts, or tasks.….distill",
+    "train.objective.methods": _ARMS_SET,
+    "train.curriculum": "chooses the text by a teacher, also for the arms that see none",
+}
+_NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring without training")
 
 
 class CycleCacheConfig(CacheConfig):
@@ -59,7 +75,7 @@ class CycleTask(Settings):
     train_examples: int | None = Field(
         None, gt=0, description="at most so many, chosen at random after dev; null: all"
     )
-    metric: str | None = Field(
+    metric: Metric | None = Field(
         None, description="accuracy, f1, matthews, pearson, spearman; null: accuracy, or pearson"
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
@@ -73,14 +89,6 @@ class CycleTask(Settings):
     finetune: dict[str, object] = Field(
         default_factory=dict, description="over the file's finetune, for every arm alike"
     )
-
-    @field_validator("metric")
-    @classmethod
-    def _known_metric(cls, value: str | None) -> str | None:
-        known = [name for names in METRICS.values() for name in names]
-        if value is not None and value not in known:
-            raise ValueError(f"use one of: {', '.join(known)}")
-        return value
 
 
 class CycleConfig(Settings):
@@ -126,24 +134,18 @@ class CycleConfig(Settings):
     @field_validator("search")
     @classmethod
     def _searched(cls, value: Search) -> Search:
+        found: Search = {}
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
             if not values:
                 raise ValueError(f"{key} has no values")
-        # As they are used: YAML reads 1e-5 as a string, and what was tried is found by its values.
-        found = {key: tuple(_setting(key, one) for one in ones) for key, ones in value.items()}
-        for key, ones in found.items():
-            if len(set(ones)) < len(ones):
+            # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.
+            read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
+            found[key] = tuple(getattr(one, key) for one in read)
+            if len(set(found[key])) < len(values):
                 raise ValueError(f"{key} has a value twice; every arm tries each of them once")
         return found
-
-    @field_validator("tasks")
-    @classmethod
-    def _not_the_mean(cls, value: tuple[CycleTask, ...]) -> tuple[CycleTask, ...]:
-        if any(task.name == "mean" for task in value):
-            raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "CycleConfig":
@@ -151,29 +153,11 @@ class CycleConfig(Settings):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
-        if self.student.from_scratch or self.student.grow is not None:
-            raise ValueError(
-                "student.from_scratch and student.grow make a student that is not the model which "
-                "its expert was fine-tuned from, and the comparison would be of models; leave them "
-                "out"
-            )
-        if self.student.domain_prompts:
-            raise ValueError(
-                "student.domain_prompts puts a token into every text that fine-tuning does not "
-                "have; leave it out"
-            )
+        if "mean" in names:
+            raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
+        _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
-        if self.train.objective.distill or self.train.objective.methods:
-            raise ValueError(
-                "train.objective.distill and methods are what the arms set; give distill (for all "
-                "experts) or tasks.….distill"
-            )
-        if self.train.curriculum is not None:
-            raise ValueError(
-                "train.curriculum chooses the text by a teacher, also for the arms that see none; "
-                "leave it out"
-            )
         if not (self.train.keep_best or "loss").startswith("loss"):
             raise ValueError(
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
@@ -186,18 +170,18 @@ class CycleConfig(Settings):
             )
         for task in self.tasks:
             for point in self.search_points():
-                _check_finetune(self.finetune_of(task, point))
-            self._check_term(task)
+                config = self.finetune_of(task, point)
+                _refuse_set(config, _NOT_OF_ITS_FINE_TUNING, "finetune.")
+                if config.epochs == 0:
+                    raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
+            if {"teachers"} & {*self.distill, *task.distill}:
+                raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
+            if self.term_of(task, regression=False).weight == 0:
+                raise ValueError(
+                    f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; "
+                    "the arm mlm is without experts"
+                )
         return self
-
-    def _check_term(self, task: CycleTask) -> None:
-        if {"teachers"} & {*self.distill, *task.distill}:
-            raise ValueError("distill.teachers is what the arms set; leave it out")
-        if self.term_of(task, regression=False).weight == 0:
-            raise ValueError(
-                f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; the "
-                "arm mlm is without experts"
-            )
 
     @property
     def seeds_of_search(self) -> range:
@@ -224,17 +208,11 @@ class CycleConfig(Settings):
         return parse_settings(DistillTerm, values, f"distill of task {task.name!r}")
 
 
-def _check_finetune(config: FinetuneConfig) -> None:
-    if config.epochs == 0:
-        raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
-    if config.head is not None or config.merge is not None:
-        raise ValueError("finetune.head and merge are for scoring without training; leave them out")
-
-
-def _setting(key: str, value: Setting) -> Setting:
-    """A value of fine-tuning as it is understood: of its own type, not of the file's."""
-    setting: Setting = getattr(parse_settings(FinetuneConfig, {key: value}), key)
-    return setting
+def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:
+    """Raise ValueError, saying why, where one of these ``keys`` is set."""
+    for key, why in keys.items():
+        if attrgetter(key)(section):
+            raise ValueError(f"{where}{key} {why}; leave it out")
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:
@@ -246,12 +224,6 @@ def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleCon
             "an example. Runs of one student are for `pipeline train-student`"
         )
     return parse_settings(CycleConfig, resolve_values(values), str(path))
-
-
-def dump_cycle(config: CycleConfig) -> str:
-    """The resolved configuration as YAML, loadable again."""
-    values = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def point_name(point: Point) -> str:

@@ -7,7 +7,7 @@ A search is part of the budget: every arm must have tried the same settings with
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ class FineTuned(FinetuneResult):
         return self.config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
 
 
+Terms = Callable[[FineTuned], Mapping[str, object]]  # what is compared of a result
+
+
 def folder_of(arm: str, task: str) -> str:
     """Where an arm's fine-tuned model of a task is, in the cycle's directory."""
     return f"experts/{task}" if arm == EXPERT else f"fine-tuned/{arm}/{task}"
@@ -127,29 +130,24 @@ def _checked(one: FineTuned) -> FineTuned:
     return one
 
 
-def check_together(out: Path, found: Sequence[FineTuned], searched: Sequence[str] = ()) -> None:
-    """Raise CheckpointError where results of one task may not be compared, naming two of them."""
+def check_alike(out: Path, found: Sequence[FineTuned], terms: Terms) -> None:
+    """Raise CheckpointError where ``terms``, what must be the same in all, differ; name two."""
     for other in found[1:]:
-        one, two = _terms(found[0], searched), _terms(other, searched)
-        for key in {**two, **one}:
-            if one.get(key) != two.get(key, ...):
-                refuse(out, found[0], other, key, one.get(key), two.get(key))
+        first, second = terms(found[0]), terms(other)
+        for key in {**second, **first}:
+            if first.get(key) == second.get(key, ...):
+                continue
+            halved = LONGER in (found[0].arm, other.arm) and key in _DOUBLED
+            raise CheckpointError(
+                f"{out / found[0].folder} and {out / other.folder} cannot be compared: {key}"
+                f"{' (longer: halved)' if halved else ''} is {first.get(key)!r} in the first, "
+                f"{second.get(key)!r} in the second. All arms of a task need the same data, seeds "
+                "and budget: remove the one that is wrong and resume"
+            )
 
 
-def refuse(
-    out: Path, first: FineTuned, other: FineTuned, key: str, one: object, two: object
-) -> None:
-    """Raise the CheckpointError of two results that had not the same ``key``."""
-    doubled = " (longer: halved)" if LONGER in (first.arm, other.arm) and key in _DOUBLED else ""
-    raise CheckpointError(
-        f"{out / first.folder} and {out / other.folder} cannot be compared: {key}{doubled} is "
-        f"{one!r} in the first, {two!r} in the second. All arms of a task need the same data, "
-        "seeds and budget: remove the one that is wrong and resume"
-    )
-
-
-def _terms(one: FineTuned, searched: Sequence[str]) -> dict[str, object]:
-    """Everything that must be the same in all arms."""
+def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, object]:
+    """Everything that must be the same in all arms of a task, but for what was ``searched``."""
     names = ("problem", "label_names", "metric", "seeds")
     settings = {key: value for key, value in one.budget.items() if key not in searched}
     # The setting may be "auto"; where it was searched, arms may have chosen differently.

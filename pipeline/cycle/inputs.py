@@ -67,9 +67,8 @@ def read_tasks(config: CycleConfig) -> list[TaskFiles]:
 
 
 def _read(task: CycleTask, seed: int) -> TaskFiles:
-    names = ["train", "test"] + (["dev"] if task.dev else [])
-    paths = [task.train, task.test] + ([task.dev] if task.dev else [])
-    splits = dict(zip(names, read_task(*paths), strict=True))
+    paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
+    splits = dict(zip(paths, read_task(*paths.values()), strict=True))
     train = splits["train"]
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
@@ -89,22 +88,16 @@ def _read(task: CycleTask, seed: int) -> TaskFiles:
             "expert on single texts is shown single texts: leave pairs out"
         )
     pairs = (task.pairs or "adjacent") if train.pairs is not None else None
-    digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
-    files = TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
-    _check_classes(files)
-    return files
-
-
-def _check_classes(files: TaskFiles) -> None:
-    """What is left to train on must have every class."""
-    train = files.splits["train"]
-    missing = set(range(len(train.label_names))) - set(train.labels[files.rows["train"]].tolist())
+    # What is left to train on must have every class.
+    missing = set(range(len(train.label_names))) - set(train.labels[rows["train"]].tolist())
     if missing:
         raise InputError(
-            f"task {files.task.name!r}: none of the {len(files.rows['train'])} examples that are "
-            f"left to train on has the label {train.label_names[min(missing)]!r}; raise "
-            "train_examples, lower dev_examples, or give a dev file"
+            f"task {task.name!r}: none of the {len(rows['train'])} examples that are left to train "
+            f"on has the label {train.label_names[min(missing)]!r}; raise train_examples, lower "
+            "dev_examples, or give a dev file"
         )
+    digests = {p: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths.values()}
+    return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
 
 
 def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[str, str | None]]:
@@ -129,14 +122,11 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
     texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
-    return texts | {"label": _label(data, row)}
-
-
-def _label(data: TaskData, row: int) -> float | int | str:
-    if not data.label_names:
-        return float(data.labels[row])
-    name = data.label_names[data.labels[row]]
-    return int(name) if _are_numbers(data.label_names) else name
+    label: float | int | str = float(data.labels[row])
+    if data.label_names:
+        label = data.label_names[data.labels[row]]
+        label = int(label) if _are_numbers(data.label_names) else label
+    return texts | {"label": label}
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

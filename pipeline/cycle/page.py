@@ -56,12 +56,8 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
 def cycle_section(results: CycleResults) -> Section:
     """Scores on test by arm and task, differences, and what must be said beside them."""
     first = [note for note in results.notes if note.startswith(_FIRST)]
-    section = scores_section(
-        results.arms,
-        [_task_scores(results, task) for task in results.tasks],
-        results.differences,
-        [_sentence(note) for note in first],
-    )
+    tasks = [_task_scores(results, task) for task in results.tasks]
+    section = scores_section(results.arms, tasks, results.differences, [*map(_sentence, first)])
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
     return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])

@@ -4,8 +4,9 @@ It reads what the stages leave in the cycle's directory, finished or not, and tr
 does not fit together (other seeds, other budgets, other files) is refused, never compared.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -15,21 +16,18 @@ from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
     Grid,
-    check_together,
+    budget_of,
+    check_alike,
     folder_of,
     read_finetuned,
     read_json,
-    refuse,
 )
 from rekindle.pipeline.cycle.notes import notes_of
-from rekindle.pipeline.cycle.scores import (
-    MEAN,
-    CycleResults,
-    TaskFacts,
-    differences_of,
-    scores_of,
-)
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults, TaskFacts, differences_of, scores_of
 from rekindle.pipeline.cycle.search import check_search, read_search, searched_of
+
+Found = Mapping[tuple[str, str], FineTuned]  # by arm and task
+Tried = Mapping[tuple[str, str], Sequence[FineTuned]]
 
 
 def read_results(out: Path) -> CycleResults:
@@ -45,15 +43,10 @@ def read_results(out: Path) -> CycleResults:
     tried = {cell: read_search(out, *cell, grid) for cell in cells}
     _check(out, plan, grid, found, tried)
     scores = scores_of(plan.arms, list(plan.metrics), found)
-    results = replace(
-        plan,
-        scores=scores,
-        differences=differences_of(plan.arms, plan.metrics, scores),
-        searched=[
-            searched_of(*cell, grid, tried[cell], found.get(cell)) for cell in cells if tried[cell]
-        ],
-        costs=_costs(out, found.values(), tried),
-    )
+    differences = differences_of(plan.arms, plan.metrics, scores)
+    searched = [searched_of(*c, grid, tried[c], found.get(c)) for c in cells if tried[c]]
+    costs = _costs(out, found, tried)
+    results = replace(plan, scores=scores, differences=differences, searched=searched, costs=costs)
     return replace(results, notes=notes_of(results, found))
 
 
@@ -87,50 +80,38 @@ def _name(name: object) -> str:
     return name
 
 
-def _check(
-    out: Path,
-    plan: CycleResults,
-    grid: Grid,
-    found: Mapping[tuple[str, str], FineTuned],
-    tried: Mapping[tuple[str, str], Sequence[FineTuned]],
-) -> None:
+def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried) -> None:
     """Nothing is compared that had not the same data, seeds, budget and search."""
     seeds = plan.settings.get("seeds")
     for one in found.values():
+        metric = plan.metrics[one.task]
         if not one.test:
-            raise CheckpointError(f"{out / one.folder} has no test scores; remove it and resume")
-        if isinstance(seeds, int) and len(one.seeds) != seeds:
-            raise CheckpointError(
-                f"{out / one.folder} has {len(one.seeds)} seeds, and {CYCLE_FILE} says "
-                f"{seeds}; remove it and resume"
-            )
+            wrong = "no test scores"
+        elif isinstance(seeds, int) and len(one.seeds) != seeds:
+            wrong = f"{len(one.seeds)} seeds, and {CYCLE_FILE} says {seeds}"
+        elif one.metric != metric:
+            wrong = f"the metric {one.metric}, and {CYCLE_FILE} says {metric}"
+        else:
+            continue
+        raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
-        for one in final.values():
-            if one.metric != task.metric:
-                raise CheckpointError(
-                    f"{out / one.folder} has the metric {one.metric}, and {CYCLE_FILE} says "
-                    f"{task.metric}; remove it and resume"
-                )
-        check_together(out, list(final.values()), list(grid))
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
+        for ones in (list(final.values()), searches):
+            check_alike(out, ones, partial(budget_of, searched=grid))
+        # The files that a search has in common with what it chooses for.
+        both = [*searches[:1], *[*final.values()][:1]]
+        check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
         check_search(out, grid, searches, final)
-    ones = list(found.values())
-    for other in ones[1:]:
-        if other.seeds != ones[0].seeds:
-            refuse(out, ones[0], other, "seeds", ones[0].seeds, other.seeds)
+    check_alike(out, list(found.values()), lambda one: {"seeds": one.seeds})
 
 
 # --- what it cost ---------------------------------------------------------------------------------
 
 
-def _costs(
-    out: Path,
-    found: Iterable[FineTuned],
-    tried: Mapping[tuple[str, str], Sequence[FineTuned]],
-) -> dict[str, float]:
+def _costs(out: Path, found: Found, tried: Tried) -> dict[str, float]:
     """Seconds of the stages that are finished and have recorded them, by their folder."""
-    costs = {one.folder: one.seconds for one in found}
+    costs = {one.folder: one.seconds for one in found.values()}
     for (arm, task), ones in tried.items():
         if ones:
             costs[f"search/{arm}/{task}"] = sum(one.seconds for one in ones)

@@ -29,15 +29,14 @@ from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
-from rekindle.pipeline.cycle.config import CycleConfig, dump_cycle
+from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.processes.devices import Place, cores, places_for, visible_devices
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
-from rekindle.pipeline.processes.worker import warm_up
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 
@@ -48,7 +47,7 @@ def run_cycle(
     workers: int | None = None,
     places: Sequence[Place] = (),
     beside: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> CycleResults:
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
@@ -73,7 +72,7 @@ def run_cycle(
             if cache not in (folder, *folder.parents):
                 remove_leftovers(folder)
         write_tasks(tasks, home)
-        write_text(home / "run.yaml", dump_cycle(config))
+        write_text(home / "run.yaml", dump_config(config))
         for name, run in runs.items():
             write_text(home / name, dump_config(run))
         places = places or places_for(
@@ -82,7 +81,7 @@ def run_cycle(
         if places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
         jobs = list(plan_jobs(home, config, tasks))
-        run_jobs(jobs, home / "cycle.log", progress or Progress.silent(), places)
+        run_jobs(jobs, home / "cycle.log", progress, places)
         return _write_results(home)
 
 

@@ -2,7 +2,7 @@
 arithmetic on what was read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -40,6 +40,15 @@ class ArmScores:
     low: float | None
     high: float | None
 
+    @classmethod
+    def of(
+        cls, arm: str, task: str, metric: str, seeds: list[int], scores: list[float]
+    ) -> "ArmScores":
+        """These scores with their mean and how sure it is."""
+        low, high = mean_interval(scores) or (None, None)
+        std = stdev(scores) if len(scores) > 1 else None
+        return cls(arm, task, metric, seeds, scores, fmean(scores), std, low, high)
+
 
 def scores_of(
     arms: Sequence[str], tasks: Sequence[str], found: Mapping[tuple[str, str], FineTuned]
@@ -49,7 +58,7 @@ def scores_of(
     There is a mean where there are several tasks, and the arm has them all. The selected expert
     stands behind the arm ``expert``. ``found``: by arm and task; the seeds are the same in all.
     """
-    scores = []
+    scores: list[ArmScores] = []
     for arm in arms:
         ones = [found[arm, task] for task in tasks if (arm, task) in found]
         whole = len(ones) == len(tasks) > 1
@@ -59,28 +68,19 @@ def scores_of(
     return scores
 
 
-def _of_arm(arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool) -> list[ArmScores]:
+def _of_arm(
+    arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool
+) -> Iterator[ArmScores]:
     """The scores of each task with these seeds, and their mean where the tasks are ``whole``."""
-    scores, main = [], []
+    main = []
     for one, seeds in ones:
         tests = [one.test[one.seeds.index(seed)] for seed in seeds]
         main.append([test[one.metric] for test in tests])
         for metric in one.shown:
-            values = [test[metric] for test in tests]
-            scores.append(_summary(arm, one.task, metric, seeds, values))
+            yield ArmScores.of(arm, one.task, metric, seeds, [test[metric] for test in tests])
     if whole:
         seeds = [] if arm == SELECTED else ones[0][1]
-        means = [fmean(column) for column in zip(*main, strict=True)]
-        scores.append(_summary(arm, MEAN, MEAN, seeds, means))
-    return scores
-
-
-def _summary(
-    arm: str, task: str, metric: str, seeds: Sequence[int], values: Sequence[float]
-) -> ArmScores:
-    low, high = mean_interval(values) or (None, None)
-    std = stdev(values) if len(values) > 1 else None
-    return ArmScores(arm, task, metric, list(seeds), list(values), fmean(values), std, low, high)
+        yield ArmScores.of(arm, MEAN, MEAN, seeds, [fmean(s) for s in zip(*main, strict=True)])
 
 
 def main_scores(

@@ -1,68 +1,64 @@
-"""The results of a cycle as tables, in plain text and in Markdown: the same cells in both.
+"""The results of a cycle as tables, and these in plain text.
 
 Every cell comes from ``CycleResults`` alone, so that results.json gives the same tables again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.search import Searched, Tried
 from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
-from rekindle.pipeline.report.scores import difference_tables, percent
-from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
-from rekindle.pipeline.report.text import escaped, markdown_of, terminal_width, text_lines
+from rekindle.pipeline.report.scores import TaskScores, difference_tables, score_table
+from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
+from rekindle.pipeline.report.text import terminal_width, text_lines
 
 
 def tables_of(results: CycleResults) -> list[Table]:
     """Scores, differences, search, tasks and seconds, without those that are empty."""
-    differences = difference_tables(results.differences)
     own = own_tables(results)
-    return [*own[:1], *differences, *own[1:]]
+    return [*own[:1], *difference_tables(results.differences), *own[1:]]
 
 
 def own_tables(results: CycleResults) -> list[Table]:
     """Those of ``tables_of`` that no other page has."""
-    tables = [
-        _scores(results),
-        *_searches(results.searched),
-        _tasks(results),
-        _costs(results.costs),
-    ]
-    return [table for table in tables if table.rows]
+    tables = [_scores(results), *_searches(results.searched), _tasks(results), _costs(results)]
+    return [table for table in tables if table.columns[0].cells]
 
 
-def saved_tables(results: CycleResults) -> list[Table]:
+def saved_tables(results: CycleResults) -> Iterator[Table]:
     """What is in the cache, and what it has saved; nothing where that is not known."""
-    tables = []
-    if results.cache is not None:
-        title = f"the cache: {results.cache.sequences:,} sequences, {results.cache.tokens:,} tokens"
-        tables.append(teacher_table(results.cache.teachers, title))
+    if (cache := results.cache) is not None:
+        title = f"the cache: {cache.sequences:,} sequences, {cache.tokens:,} tokens"
+        yield teacher_table(cache.teachers, title)
     if results.cost is not None:
-        tables.append(table_of("what it costs", ["", ""], cost_lines(results.cost), words=1))
-    return tables
+        yield table_of("what it costs", ["", ""], cost_lines(results.cost), words=1)
 
 
 def _scores(results: CycleResults) -> Table:
-    columns = list(dict.fromkeys((s.task, s.metric) for s in results.scores if s.task != MEAN))
-    order = [task.name for task in results.tasks]
-    columns.sort(key=lambda column: order.index(column[0]))
-    if any(one.task == MEAN for one in results.scores):
-        columns.append((MEAN, MEAN))
-    by_cell = {(s.arm, s.task, s.metric): s for s in results.scores}
-    rows = []
-    for arm in dict.fromkeys(one.arm for one in results.scores):
-        cells = [by_cell.get((arm, *column)) for column in columns]
-        seeds = 1 if arm == SELECTED else max(len(one.scores) for one in cells if one)
-        rows.append([arm, str(seeds), *(percent(one.scores if one else []) for one in cells)])
-    heads = [MEAN if task == MEAN else f"{task} {metric}" for task, metric in columns]
+    """Also the tasks' second metrics, and the expert that teaches."""
+    by_column: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for one in results.scores:
+        metric = "" if one.task == MEAN else one.metric
+        by_column.setdefault((one.task, metric), {})[one.arm] = one.scores
+    order = [*results.metrics, MEAN]
+    columns = [
+        TaskScores(task, metric, "", by_column[task, metric])
+        for task, metric in sorted(by_column, key=lambda column: order.index(column[0]))
+    ]
+    arms = list(dict.fromkeys(one.arm for one in results.scores))
     title = "test scores in %: mean ± standard deviation over seeds"
-    return table_of(title, ["arm", "seeds", *heads], rows, words=1)
+    table = score_table("arm", arms, columns, title)
+    seeds = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
+    # The selected expert is no mean: among the others it would be marked as the best of them.
+    names, *scores = (replace(column, best=frozenset()) for column in table.columns)
+    return replace(table, columns=[names, Column("seeds", seeds), *scores])
 
 
-def _searches(searched: Sequence[Searched]) -> list[Table]:
+def _searches(searched: Sequence[Searched]) -> Iterator[Table]:
     if not searched:
-        return []
+        return
     names = list(dict.fromkeys(_point(point) for one in searched for point in one.tried))
     rows = []
     for one in searched:
@@ -72,7 +68,7 @@ def _searches(searched: Sequence[Searched]) -> list[Table]:
     keys = ", ".join(searched[0].tried[0].settings)
     over = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     title = f"search over {keys}: main metric on dev in %, {over}; * chosen"
-    return [table_of(title, ["arm", "task", *names], rows, words=2)]
+    yield table_of(title, ["arm", "task", *names], rows, words=2)
 
 
 def _point(point: Tried) -> str:
@@ -100,10 +96,10 @@ def _tasks(results: CycleResults) -> Table:
     return table_of("tasks and their examples", head, rows, words=2)
 
 
-def _costs(costs: dict[str, float]) -> Table:
+def _costs(results: CycleResults) -> Table:
     """By kind of stage, or arm: the single folders are in the JSON."""
     sums: dict[str, list[float]] = {}
-    for folder, seconds in costs.items():
+    for folder, seconds in results.costs.items():
         kind, *rest = folder.split("/")
         name = f"{kind}/{rest[0]}" if kind in ("fine-tuned", "students") else kind
         sums.setdefault(name, []).append(seconds)
@@ -120,9 +116,3 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     lines = [(*text_lines(table, width or terminal_width()), "") for table in tables]
     notes = (f" note: {note}" for note in results.notes)
     return "\n".join([*(one for table in lines for one in table), *notes])
-
-
-def as_markdown(results: CycleResults) -> str:
-    """The same tables and notes in Markdown."""
-    notes = "\n".join(f"- {escaped(note)}" for note in results.notes)
-    return "\n\n".join([*map(markdown_of, tables_of(results)), notes]) + "\n"

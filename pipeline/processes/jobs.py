@@ -5,6 +5,7 @@ sums are then formed in the same order whatever the number of cores, so that no 
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from operator import methodcaller
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import TypeVar, cast
 
-from rekindle.data.errors import InputError
-from rekindle.pipeline.processes.devices import Place, cores
-from rekindle.pipeline.processes.worker import Returned, Worker, WorkerKilled, killed_at_exit
+from rekindle.pipeline.processes.worker import Place, Returned, Worker, cores, killed_at_exit
 from rekindle.pipeline.progress import Progress, ProgressTask
 
 MOST_WORKERS = 4
@@ -24,7 +23,7 @@ _Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method o
 
 
 class Report(ProgressTask):
-    """A job's own task, shown by the process that started the job. ``report(n)``: n steps more.
+    """A job's own task, shown by the process that started the job.
 
     ``send`` takes what is to be done with the task there; by default nobody is told.
     """
@@ -32,10 +31,6 @@ class Report(ProgressTask):
     def __init__(self, send: Callable[[_Tell], None] = lambda tell: None):
         super().__init__("", "steps")
         self.send = send
-
-    def __call__(self, steps: int) -> None:
-        """As ``advance``."""
-        self.advance(steps)
 
     def begin(self, done: int) -> None:
         """As for any task."""
@@ -81,29 +76,20 @@ class Job:
     steps: int | None = None
 
 
-def raise_error(job: Job, error: Exception) -> NoReturn:
-    """Raise the error that ended a job; InputError if its process was killed."""
-    if isinstance(error, WorkerKilled):
-        raise InputError(
-            f"{job.name}: {error}. What is finished is kept; run the same command again to go on"
-        ) from None
-    raise error
-
-
 def run_jobs(
     jobs: Sequence[Job],
     log_file: Path | None,
     progress: Progress,
     places: Sequence[Place] = (),
-    failed: Callable[[Job, Exception], object] = raise_error,
+    keep_going: bool = False,
 ) -> dict[str, object]:
     """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
     what their functions returned, by name.
 
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``
-    (None: to stderr). ``failed`` takes the error of a job (see ``Worker.receive``): what it raises
-    is raised here and stops the other jobs; what it returns counts as the job's result.
+    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others;
+    with ``keep_going`` it is the job's result.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
@@ -123,12 +109,16 @@ def run_jobs(
                 try:
                     message = worker.receive()
                 except Exception as error:
-                    results[job.name] = failed(job, error)
+                    if not keep_going:
+                        raise
+                    results[job.name] = error
                 else:
                     if not isinstance(message, Returned):
                         cast(_Tell, message)(task)
                         continue
                     results[job.name] = message.value
+                    if not task.done:  # a job of one step needs not say that it is done
+                        task.advance()
                     shown.close()
                 del running[worker]
                 free.append(worker.place)
@@ -140,3 +130,44 @@ def _do(job: Job, parent: Connection) -> object:
     logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
     logging.getLogger("rekindle").setLevel(logging.INFO)
     return job.function(*job.arguments, Report(parent.send))
+
+
+# --- units of one work ----------------------------------------------------------------------------
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+# Makes the large object that all units need, a function of a unit: each process does it once.
+Load = Callable[[], Callable[[Unit], Result]]
+
+
+def run_units(
+    name: str,
+    load: Load[Unit, Result],
+    units: Sequence[Unit],
+    places: Sequence[Place],
+    report: Callable[[Result], None],
+) -> None:
+    """Do ``units`` in a process at each of ``places``; ``report`` takes each result as it comes.
+
+    An error of a unit, or of ``load``, ends all (see ``Worker.receive``).
+    """
+    waiting, workers = deque(units), list[Worker]()
+    with killed_at_exit(workers):
+        for place in places[: len(units)]:
+            workers.append(Worker(name, partial(_do_units, load), place))
+            workers[-1].send(waiting.popleft())
+        while workers:
+            for worker in Worker.with_messages(workers):
+                message = worker.receive()
+                if isinstance(message, Returned):
+                    workers.remove(worker)
+                    continue
+                report(cast(Result, message))
+                worker.send(waiting.popleft() if waiting else None)
+
+
+def _do_units(load: Load[Unit, Result], parent: Connection) -> None:
+    """What each process does: a unit at a time, until the parent has no more."""
+    do = load()
+    while (unit := parent.recv()) is not None:
+        parent.send(do(unit))

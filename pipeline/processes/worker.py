@@ -1,4 +1,4 @@
-"""A child process: how it begins, fails and ends. Knows nothing of what it works on.
+"""A child process: where it works, how it begins, fails and ends. Knows nothing of its work.
 
 Children are forked from a server, a process of its own that has seen neither CUDA nor this
 process's threads. A fork of this process would inherit both, and could use neither.
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.exits import tidy_up
-from rekindle.pipeline.processes.devices import Place
 
 # What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
 # child does it for itself, as its device has to be chosen before anything can look at one.
@@ -40,8 +39,20 @@ if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
 Work = Callable[[Connection], object]  # what a child does, given its connection to the parent
 
 
-class WorkerKilled(InputError):
-    """A child was killed: mostly by the system, for want of memory, so fewer workers may help."""
+@dataclass(frozen=True)
+class Place:
+    """One process's: its CUDA device as CUDA_VISIBLE_DEVICES names it (None: the CPU)."""
+
+    device: str | None
+    threads: int
+
+    def take(self) -> None:
+        """Make this process work here; before it looks at any device."""
+        if self.device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.device
+        import torch
+
+        torch.set_num_threads(self.threads)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         if place.device is None:
             context.set_forkserver_preload(_PRELOADED)
-        self.place = place
+        self.name, self.place = name, place
         self._connection, theirs = context.Pipe()
         arguments = (name, work, place, theirs, log_file)
         self._process = context.Process(target=_live, args=arguments, daemon=True)
@@ -78,14 +89,17 @@ class Worker:
         """Wait for the next message and return it; ``Returned`` is the last one.
 
         Raises the RekindleError or OSError that ended the work, any other error as RuntimeError
-        with the child's traceback, and WorkerKilled if the process was killed.
+        with the child's traceback, and InputError if the process was killed: mostly by the system,
+        for want of memory.
         """
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise WorkerKilled(
-                f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
+            raise InputError(
+                f"{self.name}: its process was killed (exit code {self._process.exitcode}; out of "
+                "memory?). What is finished is kept; run the same command again to go on, where "
+                "memory is short with fewer --workers"
             ) from None
         if isinstance(message, Exception | Returned):
             self._process.join()  # it may have temporary files to remove
@@ -152,3 +166,31 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+# --- places: each a device and a share of the threads ---------------------------------------------
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def places_for(workers: int) -> list[Place]:
+    """A place for each worker: they share the devices in turn, and all the threads of one."""
+    import torch
+
+    threads = max(1, torch.get_num_threads() // workers)
+    devices = visible_devices()
+    if not devices:
+        return [Place(None, threads)] * workers
+    return [Place(devices[number % len(devices)], threads) for number in range(workers)]
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

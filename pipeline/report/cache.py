@@ -1,11 +1,11 @@
 """The page's facts of caches: what they hold and how large it is, where they can still be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
-from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted
+from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
 
 NOTE = (
     "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each token of "
@@ -92,37 +92,36 @@ def cache_section(caches: Sequence[KnownCache]) -> Section:
     return Section("The cache" if len(caches) < 2 else "The caches", blocks)
 
 
-def _blocks(cache: KnownCache) -> list[Block]:
-    facts = cache.facts
-    if facts is None:
-        note = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
-        return [Note(note, warns=True)]
-    about = [
-        ("at", cache.path),
-        ("text", f"{facts.sequences:,} sequences, {facts.tokens:,} tokens"),
-        ("vocabulary", f"{facts.vocabulary:,} tokens"),
-        ("targets", f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes"),
-    ]
-    blocks: list[Block] = [Facts(about)]
-    if cache.changed:
-        changed = ", ".join(cache.changed)
-        note = f"Not as the runs have read it: {changed}. What follows is what is there now."
-        blocks.append(Note(note, warns=True))
-    return [*blocks, teacher_table(facts.teachers, note=NOTE)] if facts.teachers else blocks
+def _blocks(cache: KnownCache) -> Iterator[Block]:
+    if (facts := cache.facts) is None:
+        told = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
+        yield Note(told, warns=True)
+        return
+    about = {
+        "at": cache.path,
+        "text": f"{facts.sequences:,} sequences, {facts.tokens:,} tokens",
+        "vocabulary": f"{facts.vocabulary:,} tokens",
+        "targets": f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes",
+    }
+    yield Facts(list(about.items()))
+    if changed := ", ".join(cache.changed):
+        told = f"Not as the runs have read it: {changed}. What follows is what is there now."
+        yield Note(told, warns=True)
+    if facts.teachers:
+        yield teacher_table(facts.teachers, note=NOTE)
 
 
 def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str = "") -> Table:
     """A line for each teacher: what is kept, how large it is, how long it took."""
-    milliseconds = [
-        None if t.seconds_per_view is None else 1000 * t.seconds_per_view for t in teachers
+    head = ["teacher", "kept for each target", "targets"]
+    head += ["bytes", "bytes/target", "bytes/token", "ms/sequence"]
+    rows = [
+        [
+            *(t.name, t.targets, f"{t.positions:,}", f"{t.bytes:,}"),
+            f"{t.bytes / max(1, t.positions):.1f}",
+            f"{t.bytes / max(1, t.corpus_tokens):.2f}",
+            formatted(t.seconds_per_view and 1000 * t.seconds_per_view, "{:,.2f}"),
+        ]
+        for t in teachers
     ]
-    columns = [
-        Column("teacher", [t.name for t in teachers], words=True),
-        Column("kept for each target", [t.targets for t in teachers], words=True),
-        Column("targets", [f"{t.positions:,}" for t in teachers]),
-        Column("bytes", [f"{t.bytes:,}" for t in teachers]),
-        Column("bytes/target", [f"{t.bytes / max(1, t.positions):.1f}" for t in teachers]),
-        Column("bytes/token", [f"{t.bytes / max(1, t.corpus_tokens):.2f}" for t in teachers]),
-        Column("ms/sequence", [formatted(value, "{:,.2f}") for value in milliseconds]),
-    ]
-    return Table(title, columns, note)
+    return table_of(title, head, rows, 2, note)

@@ -5,14 +5,14 @@ student. Nothing is guessed: a cost that was not recorded is unknown, and so is 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
-from rekindle.pipeline.report.table import Column, Table, formatted
+from rekindle.pipeline.report.table import formatted, table_of
 
 ESTIMATED = (
     "Live teachers were not run: their cost is estimated, as the recorded seconds of stage 1 for "
@@ -21,6 +21,7 @@ ESTIMATED = (
     "as in stage 1, that teachers and student then share one memory, and the loading of teachers; "
     "it counts the encoding of what they say, which live teachers would not need."
 )
+UNKNOWN = "unknown"  # in a cell: it was not recorded
 _UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0))
 
 
@@ -103,7 +104,7 @@ def cost_section(
     students: Sequence[StudentCost],
     cost: Cost | None,
     notes: Sequence[str],
-    more: Sequence[Block] = (),
+    more: Iterable[Block] = (),
     samples: Sequence[int] | None = None,
 ) -> Section:
     """Each teacher once, each student, and their sums over the number of students.
@@ -113,8 +114,21 @@ def cost_section(
     """
     blocks: list[Block] = []
     if teachers:
-        blocks.append(_teacher_table(teachers))
-    blocks.append(_student_table(students, samples))
+        cells = [[name, formatted(value, "{:,.1f}", UNKNOWN)] for name, value in teachers.items()]
+        note = "Of one process each, without loading. Unknown: older versions did not record it."
+        head = ["teacher", "seconds, once"]
+        shown = note if None in teachers.values() else ""
+        blocks.append(table_of("Each teacher, run over the corpus", head, cells, 1, shown))
+    rows = [
+        [
+            *(one.name, ", ".join(one.teachers) or "no teacher"),
+            *(formatted(one.seconds, "{:,.1f}"), formatted(one.live, "{:,.1f}", UNKNOWN)),
+        ]
+        for one in students
+    ]
+    head = ["student", "learns from", "seconds", "its teachers live"]
+    samples = range(len(students)) if samples is None else samples
+    blocks.append(replace(table_of("Each student", head, rows, words=2), samples=samples))
     if cost is not None:
         blocks += [Figures([_picture(cost)]), Facts(cost_lines(cost))]
     return Section("Cost", [*blocks, *map(Note, notes), *more])
@@ -132,30 +146,6 @@ def cost_lines(cost: Cost) -> list[tuple[str, str]]:
     ]
 
 
-def _teacher_table(teachers: Mapping[str, float | None]) -> Table:
-    cells = ["unknown" if value is None else f"{value:,.1f}" for value in teachers.values()]
-    columns = [Column("teacher", list(teachers)), Column("seconds, once", cells)]
-    note = "Of one process each, without loading. Unknown: older versions did not record it."
-    return Table("Each teacher, run over the corpus", columns, note if "unknown" in cells else "")
-
-
-def _student_table(students: Sequence[StudentCost], samples: Sequence[int] | None) -> Table:
-    live = [
-        formatted(one.live, "{:,.1f}") if one.live is not None else "unknown" for one in students
-    ]
-    columns = [
-        Column("student", [one.name for one in students]),
-        Column("seconds", [formatted(one.seconds, "{:,.1f}") for one in students]),
-        Column(
-            "learns from", [", ".join(one.teachers) or "no teacher" for one in students], words=True
-        ),
-        Column("its teachers live", live),
-    ]
-    return Table(
-        "Each student", columns, samples=range(len(students)) if samples is None else samples
-    )
-
-
 def _picture(cost: Cost) -> Figure:
     most = max(6, min(2 * (cost.pays_after or 0), 1000))  # student runs
     dearest = max(cost.cached(most), cost.with_live_teachers(most))
@@ -166,20 +156,20 @@ def _picture(cost: Cost) -> Figure:
     )
     if cost.pays_after is not None:
         caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
-    return Figure(caption, lambda axes: _draw(axes, cost, most, unit, size))
-
-
-def _draw(axes: Any, cost: Cost, most: int, unit: str, size: float) -> None:
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
         "live teachers": [cost.with_live_teachers(n) / size for n in runs],
         "cached teachers": [cost.cached(n) / size for n in runs],
     }
-    for style, (label, values) in enumerate(lines.items()):
-        axes.plot(runs, plottable(values), label=label, **line_style(style))
-    if cost.pays_after is not None and cost.pays_after <= most:
-        axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
-    axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
-    axes.set_ylim(bottom=0)
-    few_ticks(axes.xaxis, 6, whole=True)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+    def draw(axes: Any) -> None:
+        for style, (label, values) in enumerate(lines.items()):
+            axes.plot(runs, plottable(values), label=label, **line_style(style))
+        if cost.pays_after is not None and cost.pays_after <= most:
+            axes.axvline(cost.pays_after, color=INK, lw=0.9, ls=(0, (1, 2)))
+        axes.set(xlabel="student runs", ylabel=unit, xlim=(0, most))
+        axes.set_ylim(bottom=0)
+        few_ticks(axes.xaxis, 6, whole=True)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+    return Figure(caption, draw)

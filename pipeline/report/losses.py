@@ -3,21 +3,13 @@ evaluated on the way as small pictures.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rekindle.pipeline.report.page import (
-    SMALL,
-    WIDE,
-    Block,
-    Figure,
-    Figures,
-    Legend,
-    Note,
-    Section,
-)
+from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, Legend, Note, Section
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
@@ -49,13 +41,10 @@ class RunCurves:
 def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
     """The curves of a run from its records (``train.run_log``); null counts as no number."""
     steps = [record for record in records if record["kind"] == "train"]
-    held_out: dict[str, Points] = {}
-    for record in records:
-        if record["kind"] == "evaluate":
-            for key in record.keys() - {"kind", "step"}:
-                held_out.setdefault(key, []).append((record["step"], _number(record[key])))
-    objective, hard = thinned(_points(steps, LOSS)), thinned(_points(steps, "ce"))
-    return RunCurves(name, objective, hard, dict(sorted(held_out.items())))
+    evaluated = [record for record in records if record["kind"] == "evaluate"]
+    names = sorted({key for record in evaluated for key in record} - {"kind", "step"})
+    held_out = {name: _points(evaluated, name) for name in names}
+    return RunCurves(name, thinned(_points(steps, LOSS)), thinned(_points(steps, "ce")), held_out)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -93,30 +82,29 @@ def losses_section(
     samples = [number for number, run in enumerate(runs) if run in drawn]
     blocks: list[Block] = [Note(f"{text}.", warns=True) for text in warnings]
     blocks.append(Legend([run.name for run in drawn], samples))
-    blocks.append(Figures(_large(runs)))
-    names, left = _other_values(runs)
-    if small := [_picture(_meaning(name), runs, name, SMALL) for name in names]:
+    blocks.append(Figures(list(_large(runs))))
+    curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
+    names = sorted({name for name in curves if name != LOSS})
+    if small := [_picture(_meaning(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
         blocks.append(Figures(small, small=True))
-    blocks += [Note(f"{len(left)} more values are in the table of runs alone.")] if left else []
+    if left := names[MOST_SMALL:]:
+        blocks.append(Note(f"{len(left)} more values are in the table of runs alone."))
     blocks += [Note(note) for note in _notes(drawn)]
     return Section("Losses", [*blocks, *more])
 
 
-def _large(runs: Sequence[RunCurves]) -> list[Figure]:
-    figures = []
+def _large(runs: Sequence[RunCurves]) -> Iterator[Figure]:
     if any(LOSS in run.held_out for run in runs):
         caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
-        figures.append(_picture(caption, runs, LOSS))
-    objective = [(number, run.objective) for number, run in enumerate(runs)]
-    caption = "Training: the whole objective, in nats. Other terms have other sums." + SMOOTH
-    if any(points for _, points in objective):
-        figures.append(Figure(caption, lambda axes: _training_lines(axes, objective)))
+        yield _picture(caption, runs, LOSS)
+    training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
-        hard = [(number, run.cross_entropy) for number, run in enumerate(runs)]
-        caption = "Training: the cross-entropy on the labels alone, in nats." + SMOOTH
-        figures.append(Figure(caption, lambda axes: _training_lines(axes, hard)))
-    return figures
+        training["the cross-entropy on the labels alone, in nats."] = "cross_entropy"
+    for what, curve in training.items():
+        lines = [(number, getattr(run, curve)) for number, run in enumerate(runs)]
+        if any(points for _, points in lines):
+            yield Figure(f"Training: {what}{SMOOTH}", partial(_training_lines, lines))
 
 
 def _equal(run: RunCurves) -> bool:
@@ -124,13 +112,6 @@ def _equal(run: RunCurves) -> bool:
     return len(run.objective) == len(run.cross_entropy) and all(
         math.isclose(a[1], b[1], rel_tol=1e-5) for a, b in pairs
     )
-
-
-def _other_values(runs: Sequence[RunCurves]) -> tuple[list[str], list[str]]:
-    """The names of values that have a curve, and those of them that are too many."""
-    curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
-    names = sorted({name for name in curves if name != LOSS})
-    return names[:MOST_SMALL], names[MOST_SMALL:]
 
 
 def _meaning(name: str) -> str:
@@ -147,7 +128,7 @@ def _picture(
     return Figure(caption, lambda axes: _lines(axes, lines), size)
 
 
-def _training_lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
+def _training_lines(lines: Sequence[tuple[int, Points]], axes: Any) -> None:
     """Batches differ more than steps do: running means, before the points themselves in pale."""
     lines = [(number, points) for number, points in lines if points]
     for number, points in lines if len(lines) <= MOST_PALE else []:
@@ -182,14 +163,11 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
     few_ticks(axes.yaxis, 6)
 
 
-def _notes(runs: Sequence[RunCurves]) -> list[str]:
-    notes = []
+def _notes(runs: Sequence[RunCurves]) -> Iterator[str]:
     if any(len(run.objective) == MOST_POINTS for run in runs):
-        notes.append(f"Curves of training have {MOST_POINTS} points: means of neighbouring steps.")
-    without = [run.name for run in runs if LOSS not in run.held_out]
-    if without:
-        notes.append(f"No held-out loss so far: {', '.join(without)}.")
+        yield f"Curves of training have {MOST_POINTS} points: means of neighbouring steps."
+    if without := ", ".join(run.name for run in runs if LOSS not in run.held_out):
+        yield f"No held-out loss so far: {without}."
     values = [v for run in runs for points in run.held_out.values() for _, v in points]
-    if not all(math.isfinite(value) for value in values):
-        notes.append("Gaps in lines are values that were no finite numbers.")
-    return notes
+    if not all(map(math.isfinite, values)):
+        yield "Gaps in lines are values that were no finite numbers."

@@ -1,7 +1,7 @@
 """The report page: sections of tables, pictures and words become one page of HTML.
 
-It knows no run and no cache; ``page_*.py`` make its sections. The page needs no network and no
-script: styles and pictures are within it.
+It knows no run and no cache; others here, in ``compare`` and in ``cycle`` make its sections. The
+page needs no network and no script: styles and pictures are within it.
 """
 
 import re

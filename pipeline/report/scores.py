@@ -1,9 +1,8 @@
 """The page's scores: each task's, with an interval over seeds and a dot for every seed."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -40,8 +39,9 @@ class TaskScores:
 
     @property
     def title(self) -> str:
-        """Task, metric and split: what the numbers are."""
-        return " ".join(word for word in (self.task, self.metric, f"({self.split})") if word)
+        """Task, metric and split, as far as they are told: what the numbers are."""
+        split = f"({self.split})" if self.split else ""
+        return " ".join(word for word in (self.task, self.metric, split) if word)
 
 
 def scores_section(
@@ -53,7 +53,12 @@ def scores_section(
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
-        blocks += [_table(models, tasks), Note(ABOUT)]
+        scored = [name for name in models if any(task.of(name) for task in tasks)]
+        means = mean_scores(scored, tasks) if len(tasks) > 1 else None
+        mean_of_tasks = [TaskScores("mean of tasks", "", "", means)] if means else []
+        table = score_table("model", scored, [*tasks, *mean_of_tasks])
+        samples = [models.index(name) for name in scored]
+        blocks += [replace(table, samples=samples), Note(ABOUT)]
         if told := [(task.task, task.about) for task in tasks if task.about]:
             blocks.append(Facts(told, quiet=True))
         blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
@@ -65,27 +70,19 @@ def scores_section(
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _table(models: Sequence[str], tasks: Sequence[TaskScores]) -> Table:
-    """A line for each model that has a score, a column for each task, and their mean."""
-    scored = [name for name in models if any(task.of(name) for task in tasks)]
-    chance = any(task.chance is not None for task in tasks)
-    last = ["chance"] if chance else []
-    columns = [Column("model", scored + last)]
+def score_table(
+    head: str, models: Sequence[str], tasks: Sequence[TaskScores], title: str = ""
+) -> Table:
+    """A line for each model, a column for each task; last what guessing scores, where known."""
+    guessed = ["chance"] if any(task.chance is not None for task in tasks) else []
+    columns = [Column(head, [*models, *guessed], words=True)]
     for task in tasks:
-        every = [task.of(name) for name in scored]
-        guessed = [percent([task.chance] if task.chance is not None else [])] if chance else []
-        columns.append(_score_column(task.title, every, guessed))
-    if len(tasks) > 1 and (means := mean_scores(scored, tasks)):
-        extra = [NOTHING] if chance else []
-        columns.append(_score_column("mean of tasks", [means[name] for name in scored], extra))
-    return Table("", columns, samples=[models.index(name) for name in scored])
-
-
-def _score_column(title: str, every: Sequence[Sequence[float]], more: list[str]) -> Column:
-    cells = [percent(values) for values in every]
-    below = [interval_words(values) for values in every]
-    best = best_rows([mean(values) if values else None for values in every], max)
-    return Column(title, cells + more, best, below=below + [""] * len(more))
+        every = [task.of(name) for name in models]
+        best = best_rows([mean(values) if values else None for values in every], max)
+        every += [[] if task.chance is None else [task.chance] for _ in guessed]
+        below = [interval_words(values) for values in every[: len(models)]] + ["" for _ in guessed]
+        columns.append(Column(task.title, [*map(percent, every)], best, below=below))
+    return Table(title, columns)
 
 
 def mean_scores(
@@ -119,10 +116,9 @@ def interval_words(values: Sequence[float]) -> str:
     return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
 
 
-def difference_tables(differences: Sequence[Difference]) -> list[Table]:
+def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
     """A table for each arm that others are compared with."""
     head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
-    tables = []
     for against in dict.fromkeys(one.against for one in differences):
         rows = [
             [
@@ -133,76 +129,69 @@ def difference_tables(differences: Sequence[Difference]) -> list[Table]:
             if one.against == against
         ]
         title = f"differences to {against} on test, main metrics, in points of 100"
-        tables.append(table_of(title, head, rows, words=2))
-    return tables
+        yield table_of(title, head, rows, words=2)
 
 
 # --- pictures -------------------------------------------------------------------------------------
 
+_Row = tuple[int, str, Sequence[float], tuple[float, float] | None]  # line, name, dots, interval
+
 
 def _picture(models: Sequence[str], task: TaskScores) -> Figure:
-    rows = [(n, name, task.of(name)) for n, name in enumerate(models) if task.of(name)]
+    rows = [
+        (number, name, scores, mean_interval(scores))
+        for number, name in enumerate(models)
+        if (scores := task.of(name))
+    ]
     caption = (
         f"{task.title}, × 100. A dot for each seed, a bar at the mean, a line for its interval."
     )
-    return Figure(caption, lambda axes: _dots(axes, rows, task.chance), _size(len(rows)))
-
-
-def _size(rows: int) -> tuple[float, float]:
-    return 3.5, max(1.5, 0.55 + 0.26 * rows)
-
-
-def _dots(
-    axes: Any, rows: Sequence[tuple[int, str, Sequence[float]]], chance: float | None
-) -> None:
-    points: list[float] = []
-    for place, (number, _, scores) in enumerate(rows):
-        values = plottable(100 * score for score in scores)
-        points += values
-        style = line_style(number) | {"linestyle": "", "clip_on": False}
-        axes.plot(values, [place] * len(values), ms=5, alpha=0.6, **style)
-        if values:
-            middle = sum(values) / len(values)
-            axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
-        if (found := mean_interval(values)) is not None:
-            axes.hlines(place, *plottable(found), color=colour(number), lw=1.3)
-    _score_axis(axes, points, [name for _, name, _ in rows])
-    low, high = axes.get_xlim()
-    if chance is not None and low < 100 * chance < high:
-        axes.axvline(100 * chance, color=INK, lw=0.8, ls=(0, (1, 2)))
-
-
-def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> None:
-    """Names downwards; sideways what is there, and of wide intervals as much again at each end."""
-    there = [value for value in values if value == value] or [0.0]
-    reach = max(max(there) - min(there), 1.0)
-    axes.set_xlim(min(there) - 0.6 * reach, max(there) + 0.6 * reach)
-    axes.set_yticks(range(len(names)), [shown(name) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    few_ticks(axes.xaxis, 4)
+    return _figure(caption, rows, task.chance)
 
 
 def _difference_pictures(differences: Sequence[Difference]) -> Figures:
-    groups: dict[tuple[str, str], list[Difference]] = {}
+    groups: dict[tuple[str, str], list[_Row]] = {}
     for one in differences:
-        groups.setdefault((one.task, one.against), []).append(one)
+        known = one.low is not None and one.high is not None
+        interval = (one.low or 0.0, one.high or 0.0) if known else None
+        groups.setdefault((one.task, one.against), []).append((0, one.arm, [one.mean], interval))
     figures = []
-    for (task, against), ones in groups.items():
+    for (task, against), rows in groups.items():
         caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
-        figures.append(Figure(caption, partial(_draw_differences, ones), _size(len(ones))))
+        figures.append(_figure(caption, rows, 0.0, whole=True))
     return Figures(figures, small=True)
 
 
-def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
-    """Draw differences below each other, with intervals, around a line at none."""
-    values = [0.0]
-    for place, one in enumerate(ones):
-        bounds = plottable(100 * v for v in (one.mean, one.low, one.high) if v is not None)
-        values += bounds
-        axes.plot(bounds[:1], [place], "o", ms=5, mew=0, color=colour(0))
-        if len(bounds) == 3:
-            axes.hlines(place, *bounds[1:], color=colour(0), lw=1.4)
-    _score_axis(axes, values, [one.arm for one in ones])
-    axes.axvline(0, color=INK, lw=0.8)
+def _figure(caption: str, rows: Sequence[_Row], line: float | None, whole: bool = False) -> Figure:
+    """Names downwards, with their dots and intervals × 100, and a ``line`` where it is in view.
+
+    The view is of the dots, and as much again at each end; with ``whole`` of all intervals and of
+    the line.
+    """
+
+    def draw(axes: Any) -> None:
+        seen = [100 * line] if whole and line is not None else []
+        for place, (number, _, scores, interval) in enumerate(rows):
+            dots = plottable(100 * score for score in scores)
+            bounds = plottable(100 * bound for bound in interval or ())
+            seen += [*dots, *(bounds if whole else ())]
+            style = line_style(number) | {"linestyle": "", "clip_on": False}
+            axes.plot(dots, [place] * len(dots), ms=5, alpha=0.6, **style)
+            if not whole:
+                middle = sum(dots) / len(dots)
+                axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
+            if bounds:
+                axes.hlines(place, *bounds, color=colour(number), lw=1.3)
+        there = [value for value in seen if value == value] or [0.0]
+        reach = max(max(there) - min(there), 1.0)
+        low, high = min(there) - 0.6 * reach, max(there) + 0.6 * reach
+        axes.set_xlim(low, high)
+        axes.set_yticks(range(len(rows)), [shown(name) for _, name, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        few_ticks(axes.xaxis, 4)
+        if line is not None and low < 100 * line < high:
+            axes.axvline(100 * line, color=INK, lw=0.8, ls="-" if whole else (0, (1, 2)))
+
+    return Figure(caption, draw, (3.5, max(1.5, 0.55 + 0.26 * len(rows))))

@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from markupsafe import Markup
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 Dash: TypeAlias = str | tuple[int, tuple[float, ...]]  # as matplotlib has it
-INK, PANEL = "#010203", "#010204"  # stand for the page's own inks
+INK, PANEL = "#010203", "#010204"  # stand for the page's own inks; INK also in picture.mplstyle
 # In each mode at least 4.5:1 against panel and ground; blue, orange, green, purple, ochre, rose.
 PALETTE = {
     "light": ("#0b62c4", "#b8481a", "#0a7350", "#7f3fbf", "#7d6000", "#bb2a74"),
@@ -29,37 +30,7 @@ MARKERS = "osD^vP"
 DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 3)))
 _COLOURS = len(PALETTE["light"])
 _LONGEST = 24  # characters of a name within a picture
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rekindle",
-    "text.parse_math": False,  # a run may be called $x$
-    "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": INK,
-    "grid.alpha": 0.13,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "legend.frameon": False,
-    "legend.handlelength": 2.6,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-}
+_STYLE = Path(__file__).with_name("picture.mplstyle")  # as matplotlib names its settings
 _FARTHEST = 1e12  # what is beyond is no loss and no score, and no axis can show it
 
 
@@ -122,7 +93,7 @@ def _drawn(
     from matplotlib import rc_context  # a second's work to import: only for what is drawn
     from matplotlib.figure import Figure as Canvas
 
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context(fname=_STYLE), warnings.catch_warnings():
         # Letters that matplotlib's font lacks are measured wrongly, but the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         canvas = Canvas(figsize=size, layout=layout)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 NOTHING = "–"  # for what is not there
+Words = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,14 @@ class Table:
     note: str = ""
     samples: Sequence[int] = ()
 
-    @property
-    def head(self) -> list[str]:
-        """The titles of the columns."""
-        return [column.title for column in self.columns]
 
-    @property
-    def rows(self) -> list[list[str]]:
-        """The cells, row by row."""
-        return [list(row) for row in zip(*(c.cells for c in self.columns), strict=True)]
-
-
-def table_of(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
+def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: str = "") -> Table:
     """The table with these ``rows``; the first ``words`` columns are words, the others numbers."""
     columns = [
         Column(name, [row[number] for row in rows], words=number < words)
         for number, name in enumerate(head)
     ]
-    return Table(title, columns)
+    return Table(title, columns, note)
 
 
 def best_rows(
@@ -68,6 +59,6 @@ def best_rows(
     return frozenset(row for row, value in known.items() if value == top)
 
 
-def formatted(value: float | None, form: str) -> str:
-    """The value in a format such as ``{:.1f}``; a dash where there is none."""
-    return NOTHING if value is None else form.format(value)
+def formatted(value: float | None, form: str, nothing: str = NOTHING) -> str:
+    """The value in a format such as ``{:.1f}``; ``nothing`` where there is none."""
+    return nothing if value is None else form.format(value)

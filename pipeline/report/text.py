@@ -1,4 +1,4 @@
-"""Tables in plain text and in Markdown: the same cells in both, and none is ever cut."""
+"""Tables in plain text, in which no cell is ever cut."""
 
 import io
 import shutil
@@ -68,19 +68,3 @@ def _drawn(table: rich.table.Table) -> list[str]:
 
 def _width(lines: Sequence[str]) -> int:
     return max(map(len, lines))
-
-
-def markdown_of(table: Table) -> str:
-    """The title in bold, and the table."""
-    dashes = "|".join("---" if column.words else "---:" for column in table.columns)
-    lines = [_piped(table.head), f"|{dashes}|", *map(_piped, table.rows)]
-    return "\n".join([f"**{escaped(table.title)}**", "", *lines])
-
-
-def _piped(row: Sequence[str]) -> str:
-    return "| " + " | ".join(escaped(cell.strip()) for cell in row) + " |"
-
-
-def escaped(text: str) -> str:
-    """The text without what Markdown would take for its own."""
-    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")

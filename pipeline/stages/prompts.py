@@ -20,7 +20,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import remove_leftovers, write_lines
 from rekindle.data.storage.shards import ROWS_PER_BATCH
-from rekindle.pipeline.stage_config import check_template, fill_template
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.pipeline.config import check_template, fill_template
 
 
 @dataclass
@@ -66,23 +67,27 @@ def write_prompts(
     _check(cache, teacher, template)
     names = cache.teacher(teacher).info.label_names
     chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
-    target = Path(path)
+    target, counts = Path(path), PromptCounts()
     remove_leftovers(target.parent, target.name)
-    counts = PromptCounts()
-    lines = _lines(cache, teacher, template, chosen, confidence, counts)
-    write_lines(target, lines, publish=lambda written, _: _publish(written, target, counts))
+
+    def lines() -> Iterator[dict[str, str | None]]:
+        for row, judged, label, sure in _judged(cache, cache.teacher(teacher)):
+            if not judged:
+                counts.not_judged += 1
+            elif sure < confidence:
+                counts.below_confidence += 1
+            else:
+                counts.written += 1
+                counts.labels[names[label]] += 1
+                text = fill_template(template, row["text"], chosen[names[label]])
+                yield {"id": row["document"], "text": text, "domain": row["domain"]}
+
+    write_lines(target, lines(), publish=lambda written, _: _publish(written, target, counts))
     return counts
 
 
-def _lines(
-    cache: Cache,
-    teacher: str,
-    template: str,
-    words: Mapping[str, str],
-    confidence: float,
-    counts: PromptCounts,
-) -> Iterator[dict[str, str | None]]:
-    reader = cache.teacher(teacher)
+def _judged(cache: Cache, reader: TeacherReader) -> Iterator[tuple[dict, bool, int, float]]:
+    """Each row of the corpus: whether it was judged, its most probable label, and how sure."""
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             batch = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
@@ -90,18 +95,7 @@ def _lines(
             target = read_targets(reader, where, None)
             assert isinstance(target, SequenceTargetBatch)
             rows = batch.select(["document", "text", "domain"]).to_pylist()
-            best = zip(*most_probable(target.logits), strict=True)
-            for row, judged, (label, sure) in zip(rows, target.present, best, strict=True):
-                if not judged:
-                    counts.not_judged += 1
-                elif sure < confidence:
-                    counts.below_confidence += 1
-                else:
-                    name = reader.info.label_names[label]
-                    counts.written += 1
-                    counts.labels[name] += 1
-                    text = fill_template(template, row["text"], words[name])
-                    yield {"id": row["document"], "text": text, "domain": row["domain"]}
+            yield from zip(rows, target.present, *most_probable(target.logits), strict=True)
 
 
 def most_probable(

@@ -14,16 +14,15 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.reading.files import is_described
-from rekindle.pipeline.config import RunConfig, configure_stage
-from rekindle.pipeline.stage_config import (
-    STAGES_FILE,
+from rekindle.pipeline.config import (
     PromptsConfig,
+    RunConfig,
     StageConfig,
+    configure_stage,
     references,
     with_directories,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.record.run_folder import reading
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
 
@@ -43,7 +42,7 @@ class Stage:
     def text_waits(self) -> list[str]:
         """Earlier stages that must be finished before its corpus and views can be made."""
         config, prompts = self.written, self.definition.write_prompts
-        places = [prompts.to, prompts.cache or ""] if prompts else []
+        places = prompts.places if prompts else []
         return references([config.corpus.model_dump(mode="json"), config.cache.path, places])
 
     @property
@@ -74,32 +73,21 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     which the stage does not read.
     """
     directories = {stage.name: str(out / stage.name) for stage in config.stages}
-    stages = [_plan(config, stage, directories, out) for stage in config.stages]
-    for number, stage in enumerate(stages):
-        with naming(f"stage {stage.name!r}"):
-            _check_replaced(stage, directories)
-            _check_stage(stage, stages[:number])
+    stages = []
+    for stage in config.stages:
+        if (prompts := stage.write_prompts) is not None:
+            values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
+            prompts = prompts.model_copy(update=with_directories(values, directories))
+        whole, written = (configure_stage(config, stage, known) for known in (directories, {}))
+        stages.append(Stage(stage.name, out / stage.name, stage, whole, written, prompts))
+    for number, planned in enumerate(stages):
+        with naming(f"stage {planned.name!r}"):
+            _check_replaced(planned, directories)
+            _check_stage(planned, stages[:number])
     for one, other in itertools.combinations(stages, 2):
         if one.config.cache.path == other.config.cache.path:
             _check_shared_cache(one, other)
     return stages
-
-
-def _plan(
-    config: RunConfig, stage: StageConfig, directories: Mapping[str, str], out: Path
-) -> Stage:
-    prompts = stage.write_prompts
-    if prompts is not None:
-        values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
-        prompts = prompts.model_copy(update=with_directories(values, directories))
-    return Stage(
-        name=stage.name,
-        directory=out / stage.name,
-        definition=stage,
-        config=configure_stage(config, stage, directories),
-        written=configure_stage(config, stage),
-        prompts=prompts,
-    )
 
 
 def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
@@ -113,41 +101,36 @@ def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
 
 
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
-    config = stage.config
-    if config.student is None:
-        raise InputError("there is no `student` section; add student.model")
-    cached = _put_into(config.cache.path, [*earlier, stage])
-    for key, name in _teachers_read(config):
-        if name not in cached and not is_described(open_store(config.cache.path), name):
-            known = ", ".join(sorted(cached)) or "none"
-            raise InputError(
-                f"{key} names the teacher {name!r}, which nothing puts into "
-                f"{config.cache.path} (its teachers: {known}). Add it to `teachers`"
-            )
+    stage.config.needed_student()
     if stage.prompts is not None:
-        _check_prompts(stage, stage.prompts, earlier)
+        _check_prompts(stage, stage.prompts)
+    for key, name, cache in _teachers_read(stage):
+        inside = [s for s in (*earlier, stage) if s.config.cache.path == cache]
+        cached = sorted({teacher.name for s in inside for teacher in s.config.teachers})
+        if name not in cached and not is_described(open_store(cache), name):
+            raise InputError(
+                f"{key} names the teacher {name!r}, which nothing puts into {cache} (its "
+                f"teachers: {', '.join(cached) or 'none'}). Add it to `teachers`"
+            )
 
 
-def _teachers_read(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The teachers whose targets or scalars a stage needs, and which key says so."""
-    train = config.train
+def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:
+    """Which key needs which teacher's targets or scalars, and from which cache."""
+    train, cache = stage.config.train, stage.config.cache
     for term in train.objective.distill:
-        yield from (("train.objective", name) for name in term.teachers)
+        yield from (("train.objective", name, cache.path) for name in term.teachers)
     for method in train.objective.methods:
         if isinstance(name := (method.model_extra or {}).get("teacher"), str):
-            yield "train.objective", name
+            yield "train.objective", name, cache.path
     if train.curriculum is not None:
-        yield "train.curriculum", train.curriculum.teacher
-    if config.cache.mask.teacher is not None:
-        yield "cache.mask", config.cache.mask.teacher
+        yield "train.curriculum", train.curriculum.teacher, cache.path
+    if cache.mask.teacher is not None:
+        yield "cache.mask", cache.mask.teacher, cache.path
+    if stage.prompts is not None:
+        yield "write_prompts.teacher", stage.prompts.teacher, stage.prompts.cache or ""
 
 
-def _put_into(cache: str, stages: Sequence[Stage]) -> set[str]:
-    """The names of the teachers that these stages put into a cache."""
-    return {t.name for s in stages if s.config.cache.path == cache for t in s.config.teachers}
-
-
-def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage]) -> None:
+def _check_prompts(stage: Stage, prompts: PromptsConfig) -> None:
     sources = stage.config.corpus.source
     if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
         raise InputError(
@@ -159,60 +142,44 @@ def _check_prompts(stage: Stage, prompts: PromptsConfig, earlier: Sequence[Stage
             f"write_prompts reads the cache {prompts.cache}, into which the prompts would be "
             "cached; set a cache.path of its own"
         )
-    assert prompts.cache is not None
-    known, store = _put_into(prompts.cache, earlier), open_store(prompts.cache)
-    if prompts.teacher not in known and not is_described(store, prompts.teacher):
-        raise InputError(
-            f"write_prompts.teacher is {prompts.teacher!r}; no earlier stage puts it into "
-            f"{prompts.cache} (teachers there: {', '.join(sorted(known)) or 'none'})"
-        )
 
 
 def _check_shared_cache(one: Stage, other: Stage) -> None:
-    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's."""
-    advice = f"Give stage {other.name!r} a cache.path of its own"
+    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's.
+    Targets of two models, or of two inputs, never mix under one name.
+    """
     first, second = (s.config.corpus.model_dump(mode="json") for s in (one, other))
-    longer = second["source"][: len(first["source"])] == first["source"]
-    if longer:
+    if second["source"][: len(first["source"])] == first["source"]:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
     pairs = {f"corpus.{key}": (first[key], second[key]) for key in first}
     sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
-    for key, (before, now) in (pairs | {"cache.sequences_per_shard": sizes}).items():
-        if before != now:
-            raise InputError(
-                f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"but not {key} ({before!r}, then {now!r}). {advice}"
-            )
+    pairs["cache.sequences_per_shard"] = sizes
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
-            _check_same_teacher(one, other, known[teacher.name], teacher, advice)
-
-
-def _check_same_teacher(
-    one: Stage, other: Stage, first: TeacherConfig, second: TeacherConfig, advice: str
-) -> None:
-    """Targets of two models, or of two inputs, never mix under one name."""
-    pairs = {key: (getattr(first, key), getattr(second, key)) for key in _OF_A_TEACHER}
-    before, now = ("masked" if t.sees_masks else "clean" for t in (first, second))
-    pairs["view"] = (before, now)
-    if first.sees_masks and second.sees_masks:
-        pairs["masks"] = (_masks(one), _masks(other))
-    for key, (before, now) in pairs.items():
+            ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
+            pairs |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
+    for what, (before, now) in pairs.items():
         if before != now:
+            teachers = what.startswith("the ")
+            named = "In a cache one name is one teacher: give it another, or: " if teachers else ""
             raise InputError(
                 f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"in which one name is one teacher; the {key} of {first.name!r} is {before!r}, "
-                f"then {now!r}. Give it another name, or: {advice}"
+                f"but {what} is {before!r}, then {now!r}. {named}Give stage {other.name!r} a "
+                "cache.path of its own"
             )
 
 
-def _masks(stage: Stage) -> dict[str, object]:
-    """What decides the masks of a stage."""
+def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
+    """What decides a teacher's targets, the masks that it is shown included."""
+    found = {key: getattr(teacher, key) for key in _OF_A_TEACHER}
+    if not teacher.sees_masks:
+        return found | {"view": "clean"}
     cache = stage.config.cache
-    found = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
-    return found | ({"replicas": cache.replicas} if cache.mask.policy == "cover" else {})
+    masks = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
+    masks |= {"replicas": cache.replicas} if cache.mask.policy == "cover" else {}
+    return found | {"view": "masked", "masks": masks}
 
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
@@ -247,19 +214,6 @@ def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if names := settings.get("id2label"):
         words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
-
-
-def read_stages(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """The records of the stages in ``directory`` by name; None where there are none.
-
-    Raises CheckpointError when the file is damaged.
-    """
-    path = directory / STAGES_FILE
-    if not path.is_file():
-        return None
-    with reading(path, "start again in another --out"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(stage["name"]): dict(stage) for stage in found["stages"]}
 
 
 @dataclass(frozen=True)

@@ -21,32 +21,20 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.progress import Progress
-from rekindle.pipeline.stage_config import STAGES_FILE
+from rekindle.pipeline.progress import SILENT, Progress
+from rekindle.pipeline.several_runs import STAGES_FILE, check_same_runs, is_finished, read_runs
 from rekindle.pipeline.stages.prompts import write_prompts
-from rekindle.pipeline.stages.resolve import (
-    Ready,
-    Stage,
-    check_models,
-    plan_stages,
-    read_stages,
-    ready_parts,
-)
+from rekindle.pipeline.stages.resolve import Ready, Stage, check_models, plan_stages, ready_parts
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult
-from rekindle.train.record.checkpoint import FREE
-from rekindle.train.record.run_folder import check_same, goes_on, open_folder
-from rekindle.train.student import ABOUT_FILE
+from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
 
-# A run's configuration is the last file that is written into its directory.
-FINISHED = ("config.json", ABOUT_FILE, "summary.json", "run.yaml")
-
 
 def run_stages(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
 ) -> list[TrainResult]:
     """Run the stages of ``config`` into folders of ``out``; returns the results of those that ran.
 
@@ -55,7 +43,6 @@ def run_stages(
     any stage, and for an ``out`` in use, before anything runs; CheckpointError when ``resume``
     meets stages of another configuration.
     """
-    progress = progress or Progress.silent()
     results = []
     with join_world() as world, ExitStack() as held:  # by the main process: the folder
         stages = world.agree(lambda: plan_stages(config, out))
@@ -68,35 +55,25 @@ def run_stages(
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
                 continue
             log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
-            world.decide(functools.partial(_cache, stage, stage.config, progress), patient=True)
-            results.append(
-                train_from_config(stage.config, stage.directory, resume=True, progress=progress)
-            )
+            world.decide(functools.partial(_cache, stage, progress), patient=True)
+            where = stage.directory
+            results.append(train_from_config(stage.config, where, resume=True, progress=progress))
     return results
 
 
-def _cache(
-    stage: Stage,
-    config: RunConfig,
-    progress: Progress,
-    only: Sequence[str] = (),
-    workers: int = 1,
-    check: bool | None = None,
-) -> StageOne:
-    """Make the stage's corpus of prompts, and what is missing of its cache as ``config`` has it."""
+def _cache(stage: Stage, progress: Progress) -> None:
+    _write_text(stage)
+    cache_teachers(stage.config, progress=progress)
+
+
+def _write_text(stage: Stage) -> None:
+    """Make the stage's corpus of prompts, if it has one."""
     if (prompts := stage.prompts) is not None:
         assert prompts.cache is not None
-        counts = write_prompts(
-            Cache.open(prompts.cache),
-            prompts.teacher,
-            prompts.to,
-            template=prompts.template,
-            words=prompts.words,
-            confidence=prompts.confidence,
-            tokenizer=load_tokenizer(stage.config.corpus.tokenizer),
-        )
+        how = prompts.model_dump(include={"template", "words", "confidence"})
+        tokenizer, cache = load_tokenizer(stage.config.corpus.tokenizer), Cache.open(prompts.cache)
+        counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **how)
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
-    return cache_teachers(config, only, workers, progress, check)
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -108,7 +85,12 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     Stages that were not begun may have changed.
     """
     if goes_on(out, STAGES_FILE, "run of stages", resume):
-        _check_same(out, read_stages(out) or {}, stages)
+        recorded = read_runs(out, STAGES_FILE) or {}
+        begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
+        now = {stage.name: _whole(stage.record) for stage in stages}
+        stranger = "has a stage {name!r}, which the file has not"
+        rule = "Resume it with its own configuration, or give another --out"
+        check_same_runs(out, begun, now, stranger, rule)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]
@@ -117,27 +99,9 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     return missing
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` has all that a finished run leaves."""
-    files = all((directory / name).is_file() for name in FINISHED)
-    return files and any(directory.glob("*.safetensors"))
-
-
-def _check_same(
-    out: Path, recorded: Mapping[str, Mapping[str, Any]], stages: Sequence[Stage]
-) -> None:
-    rule = "Resume it with its own configuration, or give another --out"
-    ours = {stage.name: stage.record for stage in stages}
-    for name, old in recorded.items():
-        if not (out / name).exists():
-            continue
-        if name not in ours:
-            raise CheckpointError(f"{out} has a stage {name!r}, which the file has not. {rule}")
-        before, now = (
-            {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
-            for record in (old, ours[name])
-        )
-        check_same(out / name, before, now, rule, FREE)
+def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's configuration with its prompts."""
+    return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
@@ -175,14 +139,13 @@ def cache_stages(
     config: RunConfig,
     only: Sequence[str] = (),
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     check: bool | None = None,
 ) -> list[CachedStage]:
     """``cache_teachers`` for every stage, as far as no student has to be trained before.
 
     ``only`` limits the work to stages with teachers of those names, and to these.
     """
-    progress = progress or Progress.silent()
     stages = plan_stages(config, Path())
     known = {teacher.name for stage in stages for teacher in stage.config.teachers}
     if unknown := [name for name in only if name not in known]:
@@ -196,6 +159,7 @@ def cache_stages(
         made, part = None, ready.config
         chosen = [t.name for t in part.teachers if t.name in only] if part else []
         if part and (chosen or not only):
-            made = _cache(ready.stage, part, progress, chosen, workers, check)
+            _write_text(ready.stage)
+            made = cache_teachers(part, chosen, workers, progress, check)
         done.append(CachedStage(ready, made))
     return done

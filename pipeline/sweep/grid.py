@@ -14,18 +14,9 @@ import yaml
 
 from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
-from rekindle.train.config import StudentConfig
+from rekindle.pipeline.several_runs import SECTIONS
 
-SWEPT_SECTIONS = ("student", "train")
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
-
-
-@dataclass(frozen=True)
-class SweptKey:
-    """One ``--sweep``: a key of the configuration, and its values as YAML texts."""
-
-    key: str
-    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,16 +28,10 @@ class SweepRun:
     config: RunConfig
 
     @property
-    def student(self) -> StudentConfig:
-        """What is trained; ``plan_sweep`` has seen to it that there is one."""
-        assert self.config.student is not None
-        return self.config.student
-
-    @property
     def record(self) -> dict[str, object]:
         """What ``sweep.json`` says of it."""
         config = self.config.model_dump(mode="json", by_alias=True)
-        return {"name": self.name, "values": self.values} | {s: config[s] for s in SWEPT_SECTIONS}
+        return {"name": self.name, "values": self.values} | {s: config[s] for s in SECTIONS}
 
 
 def plan_sweep(
@@ -59,13 +44,14 @@ def plan_sweep(
     and for keys that students of one cache must share.
     """
     axes = [parse_swept_key(text) for text in sweep]
-    _check_keys([axis.key for axis in axes])
-    tails = shortest_tails([axis.key.split(".") for axis in axes])
-    products = list(itertools.product(*(axis.values for axis in axes)))
+    keys = [key for key, _ in axes]
+    _check_keys(keys)
+    tails = shortest_tails([key.split(".") for key in keys])
+    products = list(itertools.product(*(values for _, values in axes)))
     names = unique_names([zip(tails, product, strict=True) for product in products])
     runs = []
     for name, product in zip(names, products, strict=True):
-        values = {axis.key: value for axis, value in zip(axes, product, strict=True)}
+        values = dict(zip(keys, product, strict=True))
         runs.append(SweepRun(name, values, _configure(run, values, overrides or ())))
     for one, other in itertools.combinations(runs, 2):
         if one.config == other.config:
@@ -76,8 +62,9 @@ def plan_sweep(
     return runs
 
 
-def parse_swept_key(text: str) -> SweptKey:
-    """Parse ``a.b=1,2``; the values are items of a YAML flow sequence: ``a.b=[1,2],[3]``.
+def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
+    """Parse ``a.b=1,2`` into the key and its values, items of a YAML flow sequence, as YAML texts:
+    ``a.b=[1,2],[3]``.
 
     Raises InputError when there is no key, no value, or no YAML.
     """
@@ -96,13 +83,13 @@ def parse_swept_key(text: str) -> SweptKey:
         raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
     # As they are written: each is then read exactly as `--set` reads it.
     texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
-    return SweptKey(key.strip(), tuple(texts))
+    return key.strip(), tuple(texts)
 
 
 def _check_keys(keys: Sequence[str]) -> None:
     for key in keys:
         section = key.split(".")[0]
-        if section in RunConfig.model_fields and section not in SWEPT_SECTIONS:
+        if section in RunConfig.model_fields and section not in SECTIONS:
             raise InputError(
                 f"--sweep {key}: the students of a sweep learn from one cache, so {section}.* is "
                 "the same for all of them. Sweep keys of student.* or train.*; for another cache "
@@ -121,8 +108,7 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
             f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "
             "Sweep the run.yaml that a stage leaves in its folder, or a file without `stages`"
         )
-    if config.student is None:
-        raise InputError("the configuration has no `student` section; add student.model")
+    config.needed_student()
     return config
 
 

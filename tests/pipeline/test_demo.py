@@ -14,7 +14,7 @@ import pytest
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.arms import student_names
-from rekindle.pipeline.cycle.config import dump_cycle, load_cycle
+from rekindle.pipeline.cycle.config import load_cycle
 from rekindle.pipeline.demo import (
     FULL,
     QUICK,
@@ -49,7 +49,7 @@ def test_the_configurations_are_files_that_the_commands_read(
 ) -> None:
     start, cycle = start_config(tmp_path, settings), cycle_config(tmp_path, settings)
     (tmp_path / "start.yaml").write_text(dump_config(start))
-    (tmp_path / "cycle.yaml").write_text(dump_cycle(cycle))
+    (tmp_path / "cycle.yaml").write_text(dump_config(cycle))
     assert load_config(tmp_path / "start.yaml") == start
     assert load_cycle(tmp_path / "cycle.yaml") == cycle
     # The text is tokenized once, and all teachers are in one cache.

@@ -63,7 +63,7 @@ def test_all_steps_of_a_job_are_reported():
         task.begin(4)
         for _ in range(6):
             task.advance(1)
-    report(1)
+    report.advance(1)
     assert task.done == 10
     assert shown.done == 11
 

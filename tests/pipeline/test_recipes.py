@@ -89,8 +89,8 @@ def test_the_variations_it_shows_are_valid_and_change_something(name):
     plain = config_of(name)
     for sets, sweeps in variations(read_recipe(name)):
         assert config_of(name, *sets) != plain or not sets
-        for axis in map(parse_swept_key, sweeps):
-            swept = [config_of(name, *sets, f"{axis.key}={value}") for value in axis.values]
+        for key, values in map(parse_swept_key, sweeps):
+            swept = [config_of(name, *sets, f"{key}={value}") for value in values]
             assert len({repr(config) for config in swept}) > 1
 
 

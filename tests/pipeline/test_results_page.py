@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.cycle.tables import as_markdown
+from testlib.cycles import as_markdown
 
 ROOT = Path(__file__).parents[2]
 

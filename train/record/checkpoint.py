@@ -29,7 +29,7 @@ from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, put, whole
 from rekindle.train.method import find_method
-from rekindle.train.record.run_folder import check_same, goes_on, reading
+from rekindle.train.record.run_folder import FREE, check_same, goes_on, reading
 from rekindle.train.student import Student, saved_weights
 
 log = logging.getLogger("rekindle")
@@ -38,14 +38,6 @@ RUN_FILE = "run.json"
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
-# What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
-# the same); the others decide how the run is made, not what it computes.
-FREE = (
-    *("cache.path", "cache.teacher_seconds"),
-    *("train.parallel", "train.compile", "train.gradient_checkpointing", "train.prefetch_threads"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
-    "train.explosion_factor",
-)
 
 
 def check_run(run: Path, about: Mapping[str, Mapping[str, object]], resume: bool) -> bool:

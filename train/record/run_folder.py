@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeGuard, TypeVar
@@ -20,6 +20,15 @@ from rekindle.data.storage.atomic import is_temporary, remove_leftovers
 log = logging.getLogger("rekindle")
 
 LOCK_FILE = ".lock"  # there while a process works in the folder, and after one that was killed
+
+# What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
+# the same); the others decide how the run is made, not what it computes.
+FREE = (
+    *("cache.path", "cache.teacher_seconds"),
+    *("train.parallel", "train.compile", "train.gradient_checkpointing", "train.prefetch_threads"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
+    "train.explosion_factor",
+)
 
 Found = TypeVar("Found")
 
@@ -93,27 +102,32 @@ def check_same(
 
     Of ``free`` keys, dotted, any may differ. ``rule`` says what to do.
     """
-    if found := _difference(before, json.loads(json.dumps(now)), free):
-        raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
+    for key, (there, here) in differences([before, json.loads(json.dumps(now))]).items():
+        if not any(f"{key}.".startswith(f"{one}.") for one in free):
+            found = f"{key}: {there!r} there, {here!r} here"
+            raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
 
 
-def _difference(before: object, now: object, free: Collection[str], key: str = "") -> str | None:
-    """Return where two nested values first differ, and how."""
-    pairs: Iterable[tuple[str, object, object]]
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        pairs = ((name, before.get(name), now.get(name)) for name in {**before, **now})
-    elif _records(before) and _records(now) and len(before) == len(now):
-        pairs = ((str(i), *pair) for i, pair in enumerate(zip(before, now, strict=True)))
-    else:
-        return None if before == now else f"{key}: {before!r} there, {now!r} here"
-    for name, there, here in pairs:
-        inner = f"{key}.{name}" if key else name
-        if inner not in free and (found := _difference(there, here, free, inner)):
-            return found
-    return None
+def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
+    """Return the keys of nested settings at which not all are the same, with the value of each.
+
+    Lists of as many sections are compared one by one; other lists are different as a whole.
+    """
+    if all(one == settings[0] for one in settings):
+        return {}
+    sections = [one for one in settings if isinstance(one, Mapping)]
+    lists = [one for one in settings if _is_of_sections(one)]
+    if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
+        sections = [dict(enumerate(one)) for one in lists]
+    if len(sections) < len(settings):
+        return {".".join(path): list(settings)}
+    found: dict[str, list[object]] = {}
+    for key in dict.fromkeys(key for one in sections for key in one):
+        found |= differences([one.get(key) for one in sections], (*path, str(key)))
+    return found
 
 
-def _records(value: object) -> TypeGuard[list[Mapping[str, object]]]:
+def _is_of_sections(value: object) -> TypeGuard[list[Mapping[str, object]]]:
     return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 

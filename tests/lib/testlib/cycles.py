@@ -2,10 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import product
 from statistics import fmean, stdev
 
 from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.scores import CycleResults
+from rekindle.pipeline.cycle.tables import tables_of
+from rekindle.pipeline.report.table import Table
 
 ARMS = ["expert", "longer", "mlm", "kd", "both", "mixture"]
 TASKS = {
@@ -134,3 +138,34 @@ def edit(path, change):
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+# --- in Markdown ----------------------------------------------------------------------------------
+
+
+def as_markdown(results: CycleResults) -> str:
+    """The tables and notes of a cycle in Markdown, as RESULTS.md has them."""
+    notes = "\n".join(f"- {escaped(note)}" for note in results.notes)
+    return "\n\n".join([*map(markdown_of, tables_of(results)), notes]) + "\n"
+
+
+def markdown_of(table: Table) -> str:
+    """The title in bold, and the table."""
+    dashes = "|".join("---" if column.words else "---:" for column in table.columns)
+    head = [column.title for column in table.columns]
+    lines = [_piped(head), f"|{dashes}|", *map(_piped, rows_of(table))]
+    return "\n".join([f"**{escaped(table.title)}**", "", *lines])
+
+
+def _piped(row: Sequence[str]) -> str:
+    return "| " + " | ".join(escaped(cell.strip()) for cell in row) + " |"
+
+
+def escaped(text: str) -> str:
+    """The text without what Markdown would take for its own."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
+
+
+def rows_of(table: Table) -> list[tuple[str, ...]]:
+    """The cells, row by row."""
+    return list(zip(*(column.cells for column in table.columns), strict=True))

@@ -23,9 +23,8 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching import cache_teachers as stage_one
 from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
-from rekindle.pipeline.processes import pool as units
-from rekindle.pipeline.processes.devices import Place
-from rekindle.pipeline.processes.worker import Returned, Worker
+from rekindle.pipeline.processes import jobs as units
+from rekindle.pipeline.processes.worker import Place, Returned, Worker
 from rekindle.pipeline.progress import Progress
 from testlib.caches import committed
 

@@ -13,9 +13,10 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.matching import Curve, Point, match_cost, match_steps
 from rekindle.pipeline.compare.page import comparison_html
-from rekindle.pipeline.compare.runs import compare_runs, differences
+from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import NOTHING, as_text, columns_of, domain_matrix
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.record.run_folder import differences
 
 LM = {"teachers": ["lm"], "temperature": 2.0}
 KEYS = {"corpus", "runs", "best", "notes", "matched_steps", "matched_cost", "domains"}

@@ -20,9 +20,9 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline import job_functions as stages
-from rekindle.pipeline.config import load_config
+from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.arms import plan_jobs, student_names
-from rekindle.pipeline.cycle.config import ARMS, CycleConfig, dump_cycle, load_cycle
+from rekindle.pipeline.cycle.config import ARMS, CycleConfig, load_cycle
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.page import commands_of
@@ -425,7 +425,7 @@ def scores(out: Path) -> dict[str, list]:
 @pytest.fixture(scope="module")
 def file(config, folder):
     path = folder / "cycle.yaml"
-    path.write_text(dump_cycle(config))
+    path.write_text(dump_config(config))
     return path
 
 
@@ -558,7 +558,7 @@ MOMENTS = [
 def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, tmp_path, moments):
     """With two of the arms; scores of a cell depend on nothing of the other arms."""
     out, file = tmp_path / "broken", tmp_path / "two-arms.yaml"
-    file.write_text(dump_cycle(config.model_copy(update={"arms": ("expert", "mixture")})))
+    file.write_text(dump_config(config.model_copy(update={"arms": ("expert", "mixture")})))
     for moment, how in moments:
         process = start(file, out)
         began = time.monotonic()

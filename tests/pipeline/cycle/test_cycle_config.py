@@ -8,11 +8,10 @@ import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.config import load_config
+from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.config import (
     ARMS,
     CycleConfig,
-    dump_cycle,
     load_cycle,
     point_name,
 )
@@ -90,7 +89,7 @@ def test_a_tasks_own_settings_are_over_the_files():
     [
         ("arms=[best]", "arms"),
         ("tasks.a.nme=x", "did you mean 'name'"),
-        ("tasks.a.metric=acuracy", "use one of: accuracy"),
+        ("tasks.a.metric=acuracy", "tasks.0.metric: Input should be 'accuracy', 'f1'"),
         ("tasks.1.name=a", "two tasks are called 'a'"),
         ("tasks=[]", "tasks"),
         ("search.epochs=[1,2]", "the budget"),
@@ -126,7 +125,7 @@ def test_what_is_wrong_is_said_before_anything_runs(override, words):
 def test_what_is_written_is_read_as_the_same(tmp_path):
     config = config_of("search.learning_rate=[1e-5,2e-5]", "arms=[both]")
     path = tmp_path / "cycle.yaml"
-    path.write_text(dump_cycle(config))
+    path.write_text(dump_config(config))
     assert load_cycle(path) == config
 
 

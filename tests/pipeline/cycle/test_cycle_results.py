@@ -12,7 +12,7 @@ from scipy import stats
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
-from rekindle.pipeline.cycle.tables import as_markdown, as_text, tables_of
+from rekindle.pipeline.cycle.tables import as_text, tables_of
 from rekindle.pipeline.report.significance import holm
 from testlib.cycles import (
     ARMS,
@@ -20,10 +20,12 @@ from testlib.cycles import (
     SEEDS,
     TASKS,
     about,
+    as_markdown,
     cycle,
     edit,
     finetuned,
     metrics_of,
+    rows_of,
     score,
     write,
 )
@@ -264,28 +266,28 @@ def test_what_are_no_results_is_refused(wrong):
 def test_the_cells_are_percent_as_in_glue(results):
     scores, against_expert, *_ = tables_of(results)
     one = one_score(results, "both", "mrpc", "accuracy")
-    row = next(row for row in scores.rows if row[0] == "both")
-    cells = dict(zip(scores.head, row, strict=True))
+    row = next(row for row in rows_of(scores) if row[0] == "both")
+    cells = dict(zip([column.title for column in scores.columns], row, strict=True))
     assert cells["mrpc accuracy"] == f"{100 * one.mean:.2f} ± {100 * one.std:.2f}"
     assert cells["seeds"] == "5"
-    selected = next(row for row in scores.rows if row[0] == SELECTED)
+    selected = next(row for row in rows_of(scores) if row[0] == SELECTED)
     assert selected[1] == "1"
     assert not any("±" in cell for cell in selected)
     difference = one_difference(results, "longer", "expert", "cola")
-    assert against_expert.rows[0][:3] == ["longer", "cola", f"{100 * difference.mean:+.2f}"]
+    assert rows_of(against_expert)[0][:3] == (*("longer", "cola", f"{100 * difference.mean:+.2f}"),)
 
 
 def test_the_chosen_setting_has_a_star(results):
     (search,) = [table for table in tables_of(results) if table.title.startswith("search")]
-    assert search.head[2:] == ["2e-05", "5e-05", "0.0001"]
-    assert {tuple(row[2:]) for row in search.rows} == {("40.00 ", "50.00*", "45.00 ")}
+    assert [column.title for column in search.columns[2:]] == ["2e-05", "5e-05", "0.0001"]
+    assert {row[2:] for row in rows_of(search)} == {("40.00 ", "50.00*", "45.00 ")}
 
 
 def test_text_and_markdown_have_the_same_cells(results):
     text, markdown = as_text(results, 500), as_markdown(results)
     for table in tables_of(results):
         assert table.title in text
-        for row in table.rows:
+        for row in rows_of(table):
             for cell in row:
                 assert cell.strip() in text
                 assert cell.strip().replace("*", "\\*").replace("<", "\\<") in markdown

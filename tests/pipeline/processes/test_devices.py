@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rekindle.pipeline.processes import devices as places
-from rekindle.pipeline.processes.devices import Place, places_for
+from rekindle.pipeline.processes import worker as places
+from rekindle.pipeline.processes.worker import Place, places_for
 
 
 def test_devices_are_those_that_are_visible(monkeypatch):

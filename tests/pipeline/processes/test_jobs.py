@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.processes.devices import Place
 from rekindle.pipeline.processes.jobs import Job, run_jobs
+from rekindle.pipeline.processes.worker import Place
 from rekindle.pipeline.progress import Progress
 
 WORK = """
@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError
 def write(path, needed, seconds, report):
     assert all(pathlib.Path(p).exists() for p in needed), needed
     time.sleep(seconds)
-    report(1)
+    report.advance(1)
     print("wrote", path)
     pathlib.Path(path).write_text(str(os.getpid()))
 

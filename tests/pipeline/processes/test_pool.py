@@ -12,8 +12,8 @@ import pytest
 
 from rekindle.data.errors import CacheError, InputError
 from rekindle.pipeline.processes import worker
-from rekindle.pipeline.processes.devices import Place
-from rekindle.pipeline.processes.pool import run_units
+from rekindle.pipeline.processes.jobs import run_units
+from rekindle.pipeline.processes.worker import Place
 
 LOADS = """
 import os, pathlib, time

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.pipeline.compare.page import settings_section
 from rekindle.pipeline.report.cost import Cost, StudentCost, cost_section
 from rekindle.pipeline.report.losses import RunCurves, losses_section
 from rekindle.pipeline.report.page import (
@@ -21,7 +22,6 @@ from rekindle.pipeline.report.page import (
     breakable,
 )
 from rekindle.pipeline.report.scores import TaskScores, scores_section
-from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.svg import shown
 from rekindle.pipeline.report.table import Column, Table

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from rekindle.pipeline.compare.page import settings_section
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, TeacherFacts, cache_section
 from rekindle.pipeline.report.cost import Cost, StudentCost, cost_section
 from rekindle.pipeline.report.losses import RunCurves, losses_section
 from rekindle.pipeline.report.page import Facts, Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
-from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import Column, Table
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rekindle.pipeline.compare.page import settings_section
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, TeacherFacts, cache_section
 from rekindle.pipeline.report.cost import Cost, StudentCost, cost_section, typical_cost
 from rekindle.pipeline.report.losses import (
@@ -25,7 +26,6 @@ from rekindle.pipeline.report.scores import (
     percent,
     scores_section,
 )
-from rekindle.pipeline.report.settings import settings_section
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.svg import picture
 from rekindle.pipeline.report.table import Table

@@ -17,8 +17,7 @@ from rekindle.data.corpus.documents import read_documents
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.config import load_config
-from rekindle.pipeline.stage_config import PromptsConfig, fill_template
+from rekindle.pipeline.config import PromptsConfig, fill_template, load_config
 from rekindle.pipeline.stages.prompts import most_probable, write_prompts
 from rekindle.pipeline.stages.run import cache_stages, run_stages
 
@@ -281,8 +280,12 @@ def test_caching_alone_writes_the_lines_too(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "prompts", "message"),
     [
-        ({}, {"teacher": "class"}, "write_prompts.teacher is 'class'; no earlier stage"),
-        ({}, {"cache": "elsewhere"}, r"no earlier stage puts it into elsewhere"),
+        (
+            {},
+            {"teacher": "class"},
+            "write_prompts.teacher names the teacher 'class', which nothing",
+        ),
+        ({}, {"cache": "elsewhere"}, r"which nothing puts into elsewhere"),
         ({"corpus.source": ["python-docs"]}, {}, "the stage does not read"),
         ({"cache.path": None}, {}, "stage 'prompted': cache.path"),
         ({}, {"words": {"water": "a"}}, "stage 'prompted': words: there is none for .* 'city'"),

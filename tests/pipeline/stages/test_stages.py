@@ -335,10 +335,16 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
         ({"name": "FIRST"}, r"two stages are called 'FIRST'"),
         ({"name": "stages.json"}, r"stage cannot be called 'stages.json'"),
         ({"name": "../up"}, r"stages.3.name"),
-        ({"set": {"student": None}}, r"stage 'late': there is no `student` section"),
+        ({"set": {"student": None}}, r"stage 'late': the configuration has no `student` section"),
         ({"set": {"train.objective.distill.0.teachers": ["ml"]}}, r"stage 'late': .*'ml', which"),
-        ({"set": {"corpus.sequence_length": 32}}, r"'late' share.*not corpus.sequence_length"),
-        ({"set": {"corpus.source": ["python-docs"]}}, r"'late' share.*not corpus.source"),
+        (
+            {"set": {"corpus.sequence_length": 32}},
+            r"share.*but corpus.sequence_length is 24, then 32",
+        ),
+        (
+            {"set": {"corpus.source": ["python-docs"]}},
+            r"'late' share.*but corpus.source is ",
+        ),
         ({"set": {"teachers.0.model": "{first}"}}, r"'late' share.*one name is one teacher"),
         ({"set": {"teachers.lm.domains": ["x"]}}, r"'late' share.*one name is one teacher"),
         ({"set": {"teachers.lm.view": "clean"}}, r"'late' share.*the view of 'lm' is 'masked'"),
@@ -353,7 +359,10 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
             {"set": {"cache.path": "c", "cache.mask": {"policy": "hard", "teacher": "ml"}}},
             r"stage 'late': cache.mask names the teacher 'ml'",
         ),
-        ({"set": {"cache.sequences_per_shard": 5}}, r"'late' share.*not cache.sequences_per_shard"),
+        (
+            {"set": {"cache.sequences_per_shard": 5}},
+            r"share.*but cache.sequences_per_shard is 6, then 5",
+        ),
         ({"set": {"student.model": "/no/such/model"}}, r"stage 'late': .*no such directory"),
     ],
 )

@@ -17,13 +17,13 @@ import yaml
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.processes import devices as devices_module
 from rekindle.pipeline.processes import jobs
+from rekindle.pipeline.processes import worker as devices_module
 from rekindle.pipeline.processes.worker import Returned, Worker
 from rekindle.pipeline.progress import Progress, ProgressTask
 from rekindle.pipeline.sweep import run as module
 from rekindle.pipeline.sweep.grid import plan_sweep
-from rekindle.pipeline.sweep.run import Failure, SweepError, read_sweep, run_sweep
+from rekindle.pipeline.sweep.run import SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.run_folder import alone_in
 from testlib.processes import descendants
@@ -96,7 +96,7 @@ def alone(run_file, tmp_path_factory):
 def test_five_students_of_one_cache_are_those_trained_alone(run_file, tmp_path, alone):
     """Without teachers: their directories are deleted."""
     runs = plan_sweep(run_file, [FIVE])
-    assert run_sweep(runs, tmp_path / "out") == []
+    assert run_sweep(runs, tmp_path / "out") == {}
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == sorted(
         run.name for run in runs
     )
@@ -113,12 +113,12 @@ def test_five_students_of_one_cache_are_those_trained_alone(run_file, tmp_path, 
 
 def test_the_product_of_two_sweeps_and_what_is_written_down(run_file, tmp_path, alone):
     runs = plan_sweep(run_file, [f"{TEMPERATURE}=1,4", "train.seed=0,1"])
-    assert run_sweep(runs, tmp_path) == []
+    assert run_sweep(runs, tmp_path) == {}
     assert len({losses(tmp_path / run.name)["loss"] for run in runs}) == 4
     assert same_weights(
         tmp_path / "temperature=4,seed=1", alone(f"{TEMPERATURE}=4", "train.seed=1")
     )
-    record = read_sweep(tmp_path)
+    record = json.loads((tmp_path / "sweep.json").read_text())
     assert [run["name"] for run in record["runs"]] == [run.name for run in runs]
     assert [run["values"] for run in record["runs"]] == [run.values for run in runs]
     assert [run["train"]["seed"] for run in record["runs"]] == [0, 1, 0, 1]
@@ -130,7 +130,7 @@ def test_the_product_of_two_sweeps_and_what_is_written_down(run_file, tmp_path, 
 def test_two_workers_make_the_same_students_as_one(run_file, tmp_path, alone):
     runs = plan_sweep(run_file, ["train.seed=0,1,2"])
     told = Recorder()
-    assert run_sweep(runs, tmp_path, workers=2, progress=told) == []
+    assert run_sweep(runs, tmp_path, workers=2, progress=told) == {}
     for seed, run in enumerate(runs):
         assert same_weights(tmp_path / run.name, alone(f"train.seed={seed}"))
         assert told.steps[str(tmp_path / run.name)] == 3
@@ -198,7 +198,7 @@ def test_a_resumed_sweep_makes_only_what_is_missing(run_file, tmp_path, alone, m
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed=[01]/**/*")}
     begun = interrupt_at(monkeypatch, 100)
     told = Recorder()
-    assert run_sweep(runs, tmp_path, resume=True, progress=told) == []
+    assert run_sweep(runs, tmp_path, resume=True, progress=told) == {}
     assert begun == ["seed=2", "seed=3"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed=[01]/**/*")} == before
     for seed, run in enumerate(runs):
@@ -211,17 +211,18 @@ def test_a_resumed_sweep_makes_only_what_is_missing(run_file, tmp_path, alone, m
     assert steps == [1, 2, 3]
 
     begun = interrupt_at(monkeypatch, 100)
-    assert run_sweep(runs, tmp_path, resume=True) == []
+    assert run_sweep(runs, tmp_path, resume=True) == {}
     assert begun == []
 
 
 def test_a_sweep_may_get_more_students(run_file, tmp_path, alone, monkeypatch):
     run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
     begun = interrupt_at(monkeypatch, 100)
-    assert run_sweep(plan_sweep(run_file, ["train.seed=2,1,0"]), tmp_path, resume=True) == []
+    assert run_sweep(plan_sweep(run_file, ["train.seed=2,1,0"]), tmp_path, resume=True) == {}
     assert begun == ["seed=2"]
     assert same_weights(tmp_path / "seed=2", alone("train.seed=2"))
-    assert [run["name"] for run in read_sweep(tmp_path)["runs"]] == ["seed=2", "seed=1", "seed=0"]
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["seed=2", "seed=1", "seed=0"]
 
 
 def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
@@ -235,13 +236,13 @@ def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
             first.join()
 
     runs = plan_sweep(run_file, ["train.seed=0,1"], ["train.steps=40"])
-    (failure,) = run_sweep(runs, tmp_path, workers=2, progress=Recorder(kill))
-    assert "killed (exit code -9" in failure.message
-    assert failure.exit_code == 2
-    other = next(run.name for run in runs if run.name != failure.name)
+    ((failed, error),) = run_sweep(runs, tmp_path, workers=2, progress=Recorder(kill)).items()
+    assert "killed (exit code -9" in str(error)
+    assert error.exit_code == 2
+    other = next(run.name for run in runs if run.name != failed)
     assert (tmp_path / other / "summary.json").is_file()
-    assert run_sweep(runs, tmp_path, resume=True) == []
-    assert same_weights(tmp_path / failure.name, alone("train.steps=40", f"train.{failure.name}"))
+    assert run_sweep(runs, tmp_path, resume=True) == {}
+    assert same_weights(tmp_path / failed, alone("train.steps=40", f"train.{failed}"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
@@ -280,28 +281,32 @@ def test_students_end_with_the_command(run_file, tmp_path, how):
 def test_a_failed_student_stops_no_other(run_file, tmp_path, workers):
     rates = plan_sweep(run_file, ["train.learning_rate=1e30,1e-2,1e29"])
     failures = run_sweep(rates, tmp_path, workers=workers)
-    assert [f.name for f in failures] == ["learning_rate=1e30", "learning_rate=1e29"]
-    assert {f.exit_code for f in failures} == {2}
-    assert all("loss" in f.message or "grad_norm" in f.message for f in failures)
+    assert list(failures) == ["learning_rate=1e30", "learning_rate=1e29"]
+    assert {error.exit_code for error in failures.values()} == {2}
+    assert all("loss" in str(e) or "grad_norm" in str(e) for e in failures.values())
     assert (tmp_path / "learning_rate=1e-2" / "summary.json").is_file()
     assert not (tmp_path / "learning_rate=1e30" / "summary.json").exists()
 
 
 def test_an_error_of_ours_stops_no_other_either(run_file, tmp_path, monkeypatch, caplog):
     interrupt_at(monkeypatch, 1, ZeroDivisionError("oh"))
-    (failure,) = run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
-    assert failure == Failure("seed=0", "ZeroDivisionError: oh", 1)
+    failures = run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
+    assert list(failures) == ["seed=0"]
+    error = SweepError(failures, 2)
+    assert "seed=0: ZeroDivisionError: oh. The others" in str(error)
+    assert error.exit_code == 1
     assert "Traceback" in caplog.text
     assert (tmp_path / "seed=1" / "summary.json").is_file()
 
 
 def test_the_message_lists_what_failed_and_the_first_one_gives_the_code():
-    error = SweepError([Failure("a", "bad weights.", 3), Failure("b", "nan", 2)], 5)
+    error = SweepError({"a": CheckpointError("bad weights."), "b": InputError("nan")}, 5)
     assert error.exit_code == 3
     assert "2 of 5 students failed. a: bad weights; b: nan." in str(error)
     assert "--resume" in str(error)
-    assert Failure.of("x", OSError(28, "No space left on device")).exit_code == 2
-    assert Failure.of("x", CheckpointError("damaged")) == Failure("x", "damaged", 3)
+    full = SweepError({"x": OSError(28, "No space left on device")}, 1)
+    assert "x: [Errno 28] No space left on device" in str(full)
+    assert full.exit_code == 2
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ def swept(run_file, tmp_path, monkeypatch):
     """A sweep of two that has only been begun."""
     monkeypatch.setattr(module, "train_one", lambda run, out, progress: None)
     runs = plan_sweep(run_file, ["train.seed=0,1"])
-    assert run_sweep(runs, tmp_path / "out") == []
+    assert run_sweep(runs, tmp_path / "out") == {}
     return tmp_path / "out"
 
 
@@ -340,7 +345,7 @@ def test_a_second_process_on_a_sweep_is_refused(run_file, swept):
     with alone_in(swept):
         runs = plan_sweep(run_file, ["train.seed=0,1"])
         refused(InputError, runs, swept, "another process works on", resume=True)
-    assert run_sweep(runs, swept, resume=True) == []
+    assert run_sweep(runs, swept, resume=True) == {}
 
 
 @pytest.mark.parametrize(
@@ -421,7 +426,7 @@ def test_one_student_per_place_at_a_time(run_file, tmp_path, monkeypatch, device
     monkeypatch.setattr(module, "visible_devices", lambda: devices)
     monkeypatch.setattr(devices_module, "visible_devices", lambda: devices)
     runs = plan_sweep(run_file, ["train.seed=0,1,2,3,4"])
-    assert run_sweep(runs, tmp_path, workers=workers) == []
+    assert run_sweep(runs, tmp_path, workers=workers) == {}
     assert [name for name, _ in seen] == [run.name for run in runs]
     used = devices[: workers or len(devices)] or [None]
     assert {device for _, device in seen} == set(used)
