@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +24,13 @@ from rekindle.kernels.hidden import (
 )
 from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import losses
-from rekindle.kernels.targets import MAX_KEPT, LossSettings, SparseTargets, check_values
+from rekindle.kernels.targets import (
+    MAX_KEPT,
+    LossSettings,
+    SparseTargets,
+    check_tensor,
+    check_values,
+)
 
 logger = logging.getLogger("rekindle")
 
@@ -42,7 +48,7 @@ class KDLoss(NamedTuple):
 
 
 def kd_loss(
-    logits: Tensor,
+    logits: Tensor | StudentLogits,
     target_ids: Targets,
     target_probs: Tensor | None = None,
     *,
@@ -69,7 +75,7 @@ def kd_loss(
 
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
-            float32).
+            float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
             Or EncodedTargets, as a cache stores them (target_probs and tail_prob are then left
             out); the Triton kernels decode them in registers. Or HiddenTargets or DenseTargets
@@ -109,13 +115,31 @@ def kd_loss(
 
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
     """
-    _check_matrix("logits", logits)
+    student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
     given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
     settings = LossSettings(
         *(temperature, ce_weight, kd_weight, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
     )
-    return _loss(StudentLogits(logits), given, settings, impl)
+    return _loss(student, given, settings, impl)
+
+
+class LossOptions(TypedDict, total=False):
+    """The arguments of both losses beside the student and the targets; see `kd_loss`."""
+
+    tail_prob: Tensor | None
+    labels: Tensor | None
+    temperature: float
+    ce_weight: float
+    kd_weight: float
+    divergence: str
+    tail: str
+    row_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    impl: str
+    softcap: float | None
+    logit_scale: float
 
 
 def linear_kd_loss(
@@ -125,19 +149,7 @@ def linear_kd_loss(
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    tail_prob: Tensor | None = None,
-    labels: Tensor | None = None,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
-    divergence: str = "forward_kl",
-    tail: str = "bucket",
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    impl: str = "auto",
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    **options: Unpack[LossOptions],
 ) -> KDLoss:
     """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
@@ -158,21 +170,8 @@ def linear_kd_loss(
 
     Returns, Raises: as for `kd_loss`.
     """
-    _check_matrix("hidden", hidden)
-    _check_matrix("weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight is {tuple(weight.shape)} and hidden is {tuple(hidden.shape)}; "
-            "weight must be [V,H] with the H of hidden [N,H]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {tuple(bias.shape)}; it must be [V] = [{weight.shape[0]}]")
-    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
-    settings = LossSettings(
-        *(temperature, ce_weight, kd_weight, divergence, tail),
-        *(ignore_index, reduction, softcap, logit_scale),
-    )
-    return _loss(StudentLogits(hidden, weight, bias), given, settings, impl)
+    student = StudentLogits(hidden, weight, bias)
+    return kd_loss(student, target_ids, target_probs, **options)
 
 
 def merge_targets(
@@ -202,13 +201,10 @@ def merge_targets(
         )
     rows = teachers[0][0].shape[0]
     for t, (ids, probs, tail) in enumerate(teachers):
-        if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
-            raise ValueError(
-                f"teacher {t} has ids {tuple(ids.shape)} and probs {tuple(probs.shape)}; "
-                f"both must be [N,K] with N = {rows}"
-            )
-        if tail is not None and tail.shape != (rows,):
-            raise ValueError(f"teacher {t} has tail {tuple(tail.shape)}; it must be [N] = [{rows}]")
+        why = f"for ids and probs [N,K] and tail [N] with N = {rows}"
+        check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), why)
+        check_tensor(f"teacher {t}'s probs", probs, tuple(ids.shape), why)
+        check_tensor(f"teacher {t}'s tail", tail, (rows,), why)
     weights = torch.as_tensor(weights)
     if weights.shape not in ((len(teachers),), (rows, len(teachers))):
         raise ValueError(
@@ -220,11 +216,18 @@ def merge_targets(
     return merge_rows(teachers, weights.expand(rows, len(teachers)))
 
 
-def _check_matrix(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be a floating-point matrix"
-        )
+def _check_student(student: StudentLogits) -> None:
+    inputs, weight, bias = student
+    matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
+    for name, matrix in matrices.items():
+        if matrix.dim() != 2 or not matrix.is_floating_point():
+            raise ValueError(
+                f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
+                "matrix"
+            )
+    why = "of hidden [N,H], weight [V,H] and bias [V]"
+    check_tensor("weight", weight, ("V", inputs.shape[1]), why, inputs.device)
+    check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
 
 
 class _Given(NamedTuple):
@@ -239,6 +242,7 @@ class _Given(NamedTuple):
 
 def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: str) -> KDLoss:
     """Check a call, choose what computes it, and compute it."""
+    _check_student(student)
     settings.check()
     inputs, weight, _ = student
     whole = given.ids if isinstance(given.ids, WholeTargets) else None
@@ -301,25 +305,17 @@ def _checked(targets: SparseTargets, student: StudentLogits, encoded: bool) -> S
     Raise ValueError for targets that are not of the student's N rows, on its device.
     """
     rows, device = len(student.inputs), student.inputs.device
-    ids, probs, tail, labels, weight, _ = targets
-    if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
-        raise ValueError(
-            f"target_ids is {tuple(ids.shape)} and target_probs {tuple(probs.shape)}; "
-            f"both must be [N,K] with N = {rows}"
-        )
-    vectors = (("tail_prob", None if encoded else tail), ("labels", labels), ("row_weight", weight))
-    for name, vector in vectors:
-        if vector is not None and vector.shape != (rows,):
-            raise ValueError(f"{name} is {tuple(vector.shape)}; it must be [N] = [{rows}]")
+    ids, probs, tail, labels, weight, high = targets
+    why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+    check_tensor("target_ids", ids, (rows, "K"), why, device)
+    check_tensor("target_probs", probs, tuple(ids.shape), why, device)
+    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), why, device)
+    check_tensor("labels", labels, (rows,), why, device)
+    check_tensor("row_weight", weight, (rows,), why, device)
+    check_tensor("ids_high", high, (rows, "Q"), why, device)
     for name, integers in (("target_ids", ids), ("labels", labels)):
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    for tensor in targets:
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"a target tensor is on {tensor.device} and the student on {device}; "
-                "all tensors of a call must be on one device"
-            )
     targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     return targets._replace(
         ids=targets.ids if encoded else targets.ids.long(),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.blocks import Gradients
+from rekindle.kernels.blockwise import blockwise
 from rekindle.kernels.call import (
     ARGUMENTS,
     SCHEMA,
@@ -23,7 +24,6 @@ from rekindle.kernels.call import (
 )
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
-from rekindle.kernels.torch_blocks import linear_blockwise, logits_blockwise
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,27 +42,19 @@ def _run(
     call: Call, wanted: Wanted, upstream: Tensor | None
 ) -> tuple[BlockLosses, tuple[Tensor, ...]]:
     """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
-    inputs, weight, _ = call.student
-    triton = call.computation.impl == "triton"
+    inputs = call.student.inputs
     call = call._replace(computation=call.computation._replace(wanted=wanted))
     dtype = call.student.compute_dtype
     factors = _loss_factors(call.targets, call.settings, dtype, upstream) if any(wanted) else None
     gradients: Gradients
-    if weight is None and triton:
+    if call.student.weight is None and call.computation.impl == "triton":
         from rekindle.kernels.triton_rows import losses_of_rows
 
         gradient = _like(inputs)  # scratch where it is not wanted
         found = losses_of_rows(inputs, gradient, call.targets, call.settings, factors)
         gradients = (gradient if factors is not None else None, None, None)
-    elif weight is None:
-        found, logits_gradient = logits_blockwise(call, factors)
-        gradients = (logits_gradient, None, None)
-    elif triton:
-        from rekindle.kernels.triton_linear import linear_fused
-
-        found, gradients = linear_fused(call, factors)
     else:
-        found, gradients = linear_blockwise(call, factors)
+        found, gradients = blockwise(call, factors)
     return found, tuple(inputs.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -21,6 +21,37 @@ LOG_OF_ZERO = -87.33654475055310
 MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
 
 
+def check_factors(whose: str = "", **factors: float | None) -> None:
+    """ValueError for one that is not positive and finite; None is none."""
+    for name, factor in factors.items():
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"{whose}{name} is {factor}; it must be positive and finite")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int | str, ...],
+    why: str,
+    device: torch.device | None = None,
+) -> None:
+    """ValueError for a tensor of another shape, or on another device than the student's.
+
+    A word in ``shape`` fits any size.
+    """
+    if tensor is None:
+        return
+    given = tuple(tensor.shape)
+    sizes = zip(given, shape, strict=False)
+    if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
+        raise ValueError(f"{name} is {given}; it must be {shape}, {why}".replace("'", ""))
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and the student on {device}; all tensors of a call must "
+            "be on one device"
+        )
+
+
 class LossSettings(NamedTuple):
     """loss = ce_weight·CE + kd_weight·τ²·D of the logits cap·tanh(logit_scale·z / cap)."""
 
@@ -45,11 +76,9 @@ class LossSettings(NamedTuple):
         ):
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
-        for name, factor in (("temperature", self.temperature), ("logit_scale", self.logit_scale)):
-            if not 0 < factor < math.inf:
-                raise ValueError(f"{name} is {factor}; it must be positive and finite")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
+        check_factors(
+            temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap
+        )
         for name, weight in (("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)):
             if not math.isfinite(weight):
                 raise ValueError(f"{name} is {weight}; it must be finite")

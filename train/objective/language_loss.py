@@ -6,7 +6,7 @@ the call that forms its first distillation loss. P rows of the LM loss, H hidden
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.kernels.hidden import row_entropy
-from rekindle.kernels.losses import KDLoss, linear_kd_loss, merge_targets
+from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import (
     DecodedTargets,
@@ -33,18 +33,6 @@ from rekindle.train.objective.selection import Counts, names_of, taught_per_sequ
 Add = Callable[[str, Tensor | None, Tensor], None]
 Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
-
-
-class LossOptions(TypedDict, total=False):
-    """Arguments of `linear_kd_loss`."""
-
-    labels: Tensor | None
-    ce_weight: float
-    kd_weight: float
-    temperature: float
-    divergence: str
-    tail: str
-    row_weight: Tensor | None
 
 
 def head_loss(
