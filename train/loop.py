@@ -120,7 +120,7 @@ def _train(
     objective, stream = prepared.objective, prepared.stream
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
-    stream.order.restore(state.get("order"))
+    stream.order.replay.restore(state.get("order"))
     recent = world.decide(
         lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
     )
@@ -150,7 +150,7 @@ def _train(
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
                 evaluation = _evaluate(training, plan)
-                stream.order.learn(done, evaluation)
+                stream.order.replay.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
@@ -193,7 +193,7 @@ def _save(
 ) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
     total = coverage.over(training.world.sum)
-    order = training.prepared.stream.order.state
+    order = training.prepared.stream.order.replay.state
     state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
     state |= {LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints

@@ -85,52 +85,44 @@ class LanguageLoss:
         at weight ``hard``.
         """
         open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
+        labelled = max(self.counts.labels, 1)
         for lesson in [found for term, weight in terms for found in self._lessons(term, weight)]:
             due = open_rows[lesson.rows] if lesson.row_weight is None else np.zeros(1, bool)
-            loss = self._taught(lesson, due, hard)
-            count = max(self.counts.rows[lesson.name], 1)
-            add(lesson.name, loss.loss, loss.kd / count)
+            loss = self._taught(lesson, due, hard / labelled)
+            add(lesson.name, loss.loss, loss.kd / max(self.counts.rows[lesson.name], 1))
             if due.any():
-                add("ce", None, loss.ce / max(self.counts.labels, 1))
+                add("ce", None, loss.ce / labelled)
                 open_rows[lesson.rows] = False
         if hard > 0 and (open_rows.any() or not terms):
-            loss = self._untaught(open_rows, hard)
-            add("ce", loss.loss, loss.ce / max(self.counts.labels, 1))
+            hidden, labels = self._at(np.flatnonzero(open_rows), self.hidden, self.rows.labels)
+            loss = head_loss(hidden, self.head, None, labels=labels, ce_weight=hard / labelled)
+            add("ce", loss.loss, loss.ce / labelled)
 
-    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], hard: float) -> KDLoss:
-        term = lesson.term
-        index = self._index(lesson.rows)
+    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
+        """Return the loss of a lesson, with the cross-entropy of those of its rows that are due."""
+        hidden, own = self._at(lesson.rows, self.hidden, self.rows.labels)
         labels = None
         if due.any():
-            labels = self.rows.labels if index is None else self.rows.labels[index]
-            if not due.all():
-                labels = labels.masked_fill(send(~due, self.device), IGNORED)
+            labels = own if due.all() else own.masked_fill(send(~due, self.device), IGNORED)
         return head_loss(
-            self._states(index),
+            hidden,
             self.head,
             lesson.targets,
             labels=labels,
-            ce_weight=hard / max(self.counts.labels, 1) if due.any() else 0.0,
+            ce_weight=ce_weight if due.any() else 0.0,
             kd_weight=lesson.weight / max(self.counts.rows[lesson.name], 1),
-            temperature=term.temperature,
-            divergence=term.divergence,
-            tail=term.tail,
+            temperature=lesson.term.temperature,
+            divergence=lesson.term.divergence,
+            tail=lesson.term.tail,
             row_weight=lesson.row_weight,
         )
 
-    def _untaught(self, open_rows: NDArray[np.bool_], hard: float) -> KDLoss:
-        """Return the cross-entropy alone, at the rows that no lesson has."""
-        index = self._index(np.flatnonzero(open_rows))
-        labels = self.rows.labels if index is None else self.rows.labels[index]
-        weight = hard / max(self.counts.labels, 1)
-        return head_loss(self._states(index), self.head, None, labels=labels, ce_weight=weight)
-
-    def _states(self, index: Tensor | None) -> Tensor:
-        return self.hidden if index is None else self.hidden[index]
-
-    def _index(self, rows: Rows) -> Tensor | None:
-        """Send the rows to the device; None for all of them, which spares a copy of the states."""
-        return None if len(rows) == len(self.rows.keys) else send(rows, self.device)
+    def _at(self, rows: Rows, *values: Tensor) -> list[Tensor]:
+        """Return ``values`` [P,…] at the rows; all of them as they are, which spares a copy."""
+        if len(rows) == len(self.rows.keys):
+            return list(values)
+        index = send(rows, self.device)
+        return [value[index] for value in values]
 
     def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
         named = names_of(term)
@@ -172,7 +164,7 @@ class LanguageLoss:
         """
         head = self.head
         with torch.no_grad():
-            hidden = self._states(self._index(rows))
+            (hidden,) = self._at(rows, self.hidden)
             entropy = row_entropy(
                 hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
             )

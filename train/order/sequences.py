@@ -5,7 +5,6 @@ of past evaluations. It is that of a single process: the ranks share it out (``s
 """
 
 import logging
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,15 +22,14 @@ from rekindle.train.order.replay import Replay
 
 log = logging.getLogger("rekindle")
 
-State = list[list[float | None]]
-
 
 class Order:
     """What every step reads: ``sequences``, each once per epoch, in an order of each epoch's own.
 
     In the first ``first_steps`` steps ``first`` takes their place, in epochs of its own; the epochs
     of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
-    a part of every batch, at its end, is replayed instead.
+    a part of every batch, at its end, is replayed instead; what a step of it replays may follow
+    evaluations: ``replay`` is told of them, and a checkpoint holds its state besides the step.
     """
 
     def __init__(
@@ -43,14 +41,12 @@ class Order:
         first_steps: int = 0,
         replay: Replay | None = None,
     ):
-        self.sequences, self.batch_sequences, self.replay = sequences, batch_sequences, replay
-        self._seed = seed
-        self._begins, self._phases, self._epochs = [0], [sequences], [0]
-        if first is not None:
-            place = self._place(first_steps)
-            self._begins.append(place)
-            self._phases.insert(0, first)
-            self._epochs.append(-(-place // max(1, len(first))))
+        self.sequences, self.batch_sequences, self._seed = sequences, batch_sequences, seed
+        self.replay = replay or Replay({}, 0, batch_sequences, seed)
+        begin = 0 if first is None else self._place(first_steps)
+        epoch = 0 if first is None else -(-begin // max(1, len(first)))
+        self._phases = [] if first is None else [(0, first, 0)]
+        self._phases.append((begin, sequences, epoch))  # from which place on, in which epoch
 
     def __len__(self) -> int:
         """Sequences of an epoch."""
@@ -58,47 +54,25 @@ class Order:
 
     def at(self, step: int) -> Ints:
         """The sequence numbers [batch_sequences] of ``step``; reads nothing."""
-        phase, start = self._phase(step)
-        stop = start + self._place(step + 1) - self._place(step)
-        sequences, epoch = self._phases[phase], self._epochs[phase]
-        size = len(sequences)
-        own = sequences.select(stream_part(start, stop, size, seed=self._seed, first_epoch=epoch))
-        return own if self.replay is None else np.concatenate([own, self.replay.at(step)])
+        start, sequences, epoch = self._phase(step)
+        stop, size = start + self._place(step + 1) - self._place(step), len(sequences)
+        places = stream_part(start, stop, size, seed=self._seed, first_epoch=epoch)
+        return np.concatenate([sequences.select(places), self.replay.at(step)])
 
     def epoch(self, step: int) -> int:
         """The epoch in which ``step`` begins: whose masks it sees, replayed sequences too."""
-        phase, start = self._phase(step)
-        return self._epochs[phase] + start // len(self._phases[phase])
-
-    def knows(self, step: int) -> bool:
-        """Whether ``at(step)`` can be said before the next evaluation."""
-        return self.replay is None or self.replay.knows(step)
-
-    def learn(self, done: int, values: Mapping[str, float]) -> None:
-        """Take note of the evaluation after ``done`` steps."""
-        if self.replay is not None:
-            self.replay.learn(done, values)
-
-    @property
-    def state(self) -> State | None:
-        """What a checkpoint must hold of it besides the step; null if nothing."""
-        return None if self.replay is None else self.replay.state
-
-    def restore(self, state: State | None) -> None:
-        """Go on from what ``state`` was; null for the beginning."""
-        if self.replay is not None:
-            self.replay.restore(state or [])
+        start, sequences, epoch = self._phase(step)
+        return epoch + start // len(sequences)
 
     def _place(self, step: int) -> int:
         """How many sequences that are not replayed are read before ``step``."""
-        replayed = 0 if self.replay is None else self.replay.slots_before(step)
-        return step * self.batch_sequences - replayed
+        return step * self.batch_sequences - self.replay.slots_before(step)
 
-    def _phase(self, step: int) -> tuple[int, int]:
-        """The number of the phase of ``step``, and its place in that phase's stream."""
+    def _phase(self, step: int) -> tuple[int, Ranges, int]:
+        """Where ``step`` begins in the stream of its phase, and of what and when that is."""
         place = self._place(step)
-        phase = bisect_right(self._begins, place) - 1
-        return phase, place - self._begins[phase]
+        found = next(phase for phase in reversed(self._phases) if phase[0] <= place)
+        return place - found[0], *found[1:]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class TrainingStream:
     ) -> None:
         """Have as many batches from ``step`` on read as may be read."""
         last = min(stop, step + AHEAD * self.threads)
-        while (number := step + len(ahead)) < last and self.order.knows(number):
+        while (number := step + len(ahead)) < last and self.order.replay.knows(number):
             ahead.append(Future())
             asked.put((number, ahead[-1]))
 
