@@ -5,7 +5,6 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from transformers import AutoConfig
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
@@ -108,7 +107,7 @@ def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
 
 def load_config(model: str, **overrides: object) -> "PretrainedConfig":
     """Load the model's configuration."""
-    with _refusing(model):
+    with refusing(*_refusal(model)):
         return AutoConfig.from_pretrained(
             str(resolve_model(model)), trust_remote_code=False, **overrides
         )
@@ -143,25 +142,23 @@ def _load_weights(
 ) -> tuple["PreTrainedModel", list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
-    with _refusing(model):
-        network, report = load_weights(
-            resolve_model(model),
-            "AutoModelForSequenceClassification",
-            torch.float32,
-            config=config,
-            ignore_mismatched_sizes=True,  # in the head; a body is refused below
-        )
-    unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    body = f"{network.base_model_prefix}."
+    network, body, head = load_weights(
+        resolve_model(model),
+        "AutoModelForSequenceClassification",
+        torch.float32,
+        *_refusal(model),
+        config=config,
+        ignore_mismatched_sizes=True,  # in the head; a body is refused below
+    )
     # A pooler sits in the body but belongs to the head: a masked LM has none.
-    missing = [key for key in unset if key.startswith(body) and ".pooler." not in key]
+    missing = [key for key in body if ".pooler." not in key]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
             f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
             f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
         )
-    return network, [key for key in unset if not key.startswith(body)]
+    return network, head
 
 
 def _renew_output_layer(network: "PreTrainedModel") -> None:
@@ -178,12 +175,11 @@ def _renew_output_layer(network: "PreTrainedModel") -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def _refusing(model: str) -> AbstractContextManager[None]:
-    return refusing(
-        f"{model!r} cannot be loaded for text classification",
-        "; give a model with config.json and safetensors weights (pickled ones are not loaded)",
-        damaged=CheckpointError,
-    )
+def _refusal(model: str) -> tuple[str, str, type[RekindleError]]:
+    """What ``refusing`` says of a model that cannot be had."""
+    what = f"{model!r} cannot be loaded for text classification"
+    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
+    return what, advice, CheckpointError
 
 
 # ---- scoring -----------------------------------------------------------------------------------
