@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from rekindle.data.settings import Settings
 from rekindle.train.method_names import unknown_method
@@ -17,6 +17,9 @@ MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teache
 def _in_list(value: object) -> object:
     """Put a name that stands alone into a list."""
     return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
 
 
 class GrowConfig(Settings):
@@ -215,15 +218,13 @@ class ObjectiveConfig(Settings):
 class ReplayConfig(Settings):
     """Memory of earlier domains that is trained on beside the new ones (ELLE)."""
 
-    domains: tuple[str, ...] = Field(min_length=1, description="the earlier domains")
+    domains: Names = Field(min_length=1, description="the earlier domains")
     fraction: float = Field(0.1, gt=0, lt=1, description="share of all batches' sequences")
     choose: Literal["uniform", "loss_change"] = Field(
         "loss_change",
         description="which domain is replayed how much: all alike, or in proportion to how much "
         "its held-out loss has changed of late",
     )
-
-    _one_or_many = field_validator("domains", mode="before")(_in_list)
 
 
 class CurriculumConfig(Settings):
@@ -287,11 +288,11 @@ class TrainConfig(Settings):
         description="fraction of the sequences that is kept for evaluation, as whole documents",
     )
     evaluate_sequences: int = Field(256, gt=0, description="at most so many of them are evaluated")
-    allow_missing: tuple[str, ...] = Field(
+    allow_missing: Names = Field(
         (), description="teachers whose targets may be incomplete; their holes train without KD"
     )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="the loss")
-    domains: tuple[str, ...] | None = Field(
+    domains: Names | None = Field(
         None,
         min_length=1,
         description="train and evaluate on sequences of these domains only; null: on all",
@@ -303,5 +304,3 @@ class TrainConfig(Settings):
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"
     )
-
-    _one_or_many = field_validator("domains", "allow_missing", mode="before")(_in_list)

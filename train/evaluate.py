@@ -102,8 +102,7 @@ def evaluate(
 
 def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
     """Return every value, in the mean over what it counts."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    totals: dict[str, NDArray[np.float64]] = {}
     for index in data.batches():
         batch = data.cache.gather(
             index,
@@ -116,10 +115,9 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
         for method in data.methods:
             own = run(method.evaluate, batch, device)
             values |= {f"{method.name}/{name}": value for name, value in own.items()}
-        for name, (total, count) in values.items():
-            sums[name] = sums.get(name, 0.0) + total
-            counts[name] = counts.get(name, 0) + count
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+        for name, pair in values.items():
+            totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
+    return {name: float(total / count) for name, (total, count) in totals.items() if count}
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:

@@ -15,12 +15,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.objective.combine import (
-    certainty,
-    concatenated_target,
-    expert_weights,
-    mixed_target,
-)
+from rekindle.train.objective.combine import certainty, expert_weights
 from rekindle.train.objective.label_union import LabelUnion
 
 
@@ -41,14 +36,14 @@ def merged_probabilities(
     }
     some = next(iter(logits.values()))
     equal = some.new_full((len(some), len(logits)), 1.0 / len(logits))
-    found["uniform mixture"] = mixed_target(union, logits, equal, 1.0)
-    found["concatenated logits"] = concatenated_target(union, logits, 1.0)
+    found["uniform mixture"] = union.mixed(logits, equal, 1.0)
+    found["concatenated logits"] = union.concatenated(logits, 1.0)
     if mc_probs is not None:
         certainties = torch.stack([certainty(mc_probs[name]) for name in logits], dim=1)
         for selection in ("soft", "hard"):
             config = UncertaintyConfig(selection=selection, sharpness=sharpness)
             weights = expert_weights(certainties, config)
-            found[f"MUKI, {selection}"] = mixed_target(union, logits, weights, 1.0)
+            found[f"MUKI, {selection}"] = union.mixed(logits, weights, 1.0)
     return found
 
 

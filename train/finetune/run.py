@@ -33,13 +33,7 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
-from rekindle.train.finetune.result import (
-    FinetuneResult,
-    SeedResult,
-    best_of,
-    check_out,
-    result_of,
-)
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
@@ -111,14 +105,13 @@ def finetune(
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):
             network, found, dev_logits = _run_seed(job, seed, progress)
-            results.append(found)
-            if found is best_of(results, metric):
+            if all(found.scores[metric] > earlier.scores[metric] for earlier in results):
                 _save_model(network, job, dev_logits, staging)
+            results.append(found)
             del network
         seconds = time.perf_counter() - started
-        result = result_of(
-            model, files, data["train"], metric, results, config, job.precision, seconds
-        )
+        about = (config, job.precision, seconds)
+        result = FinetuneResult.of(model, files, data["train"], metric, results, *about)
         result.save(staging)
     return result
 

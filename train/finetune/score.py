@@ -10,7 +10,7 @@ from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, result_of
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import quiet_transformers, resolve_model
@@ -64,7 +64,8 @@ def score_model(
         scores = _scores(model, is_student, data, config)
     seconds = time.perf_counter() - started
     files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
-    result = result_of(model, files, data, metric, [only], config, "fp32", seconds, baselines)
+    about = (config, "fp32", seconds, baselines)
+    result = FinetuneResult.of(model, files, data, metric, [only], *about)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     return result

@@ -49,15 +49,7 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError
 from rekindle.train.config import GrowConfig
 from rekindle.train.growth.families import Embedding, Linear, Norm, Role, family_of
-from rekindle.train.growth.maps import (
-    Axis,
-    averaged,
-    balanced_sources,
-    copied,
-    in_blocks,
-    layer_sources,
-    shared,
-)
+from rekindle.train.growth.maps import Axis, balanced_sources, in_blocks, layer_sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -159,7 +151,7 @@ class Growth:
         old, new = self.old.hidden_size, self.new.hidden_size
         source = balanced_sources(old, new, self._draw)
         if self.settings.preserve == "approximate" or new % old == 0:
-            return copied(source)
+            return Axis.copied(source)
         if self.family.norms_after is not None:
             raise InputError(
                 f"student.grow: preserve: exact is impossible from hidden_size {old} to {new}: "
@@ -167,15 +159,14 @@ class Growth:
                 f"dimensions have equally many copies. Use {old * math.ceil(new / old)} (a "
                 "multiple), or preserve: approximate; layers and intermediate_size are free"
             )
-        return shared(source) if self.family.rms else averaged(source)
+        return Axis.shared(source) if self.family.rms else Axis.averaged(source)
 
     def _layer_axes(self, head_size: int) -> LayerAxes:
         groups = balanced_sources(self.old.key_value_heads, self.new.key_value_heads, self._draw)
         heads = in_blocks(groups, self.old.heads // self.old.key_value_heads)
         ffn = balanced_sources(self.old.intermediate_size, self.new.intermediate_size, self._draw)
-        return LayerAxes(
-            copied(in_blocks(heads, head_size)), copied(in_blocks(groups, head_size)), copied(ffn)
-        )
+        sources = (in_blocks(heads, head_size), in_blocks(groups, head_size), ffn)
+        return LayerAxes(*map(Axis.copied, sources))
 
     def _config(self, old: "PretrainedConfig") -> "PretrainedConfig":
         new = copy.deepcopy(old)

@@ -50,6 +50,27 @@ class LabelUnion:
         places = torch.tensor(self.places[expert], device=probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_copy_(1, places, probs)
 
+    def mixed(self, logits: Mapping[str, Tensor], weights: Tensor, temperature: float) -> Tensor:
+        """Return Σ_j w_j · pad_j(softmax(z_j/τ)) [B,U], of ``logits`` z_j [B,C_j] and ``weights``
+        w [B,J].
+        """
+        parts = [
+            weights[:, j : j + 1] * self.pad(name, torch.softmax(z / temperature, dim=1))
+            for j, (name, z) in enumerate(logits.items())
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+    def concatenated(self, logits: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """Return the softmax over all experts' logits z_j [B,C_j] side by side, among all labels
+        [B,U].
+
+        Labels that share a place add up. ``logits`` in the order of the experts.
+        """
+        probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
+        places = [place for own in self.places.values() for place in own]
+        index = torch.tensor(places, device=probs.device)
+        return probs.new_zeros(len(probs), len(self.names)).index_add_(1, index, probs)
+
 
 def _labels(expert: TeacherInfo) -> tuple[str, ...]:
     names = expert.label_names

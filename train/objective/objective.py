@@ -20,10 +20,11 @@ from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.selection import Counts, count_rows, select_targets
-from rekindle.train.objective.step_plan import StepPlan, plan_step
+from rekindle.train.objective.step_plan import StepPlan
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms
+from rekindle.train.schedules import weight_at
 from rekindle.train.student import Student
 
 Weighted = Sequence[tuple[DistillTerm, float]]
@@ -76,8 +77,19 @@ class Objective:
         return found
 
     def plan(self, step: int) -> StepPlan:
-        """Return what ``step`` reads and learns from."""
-        return plan_step(self.config, self.methods, step, self.steps)
+        """Return what ``step`` (0-based) reads and learns from."""
+        given = [self.config.hard, *self.config.distill, *(one.settings for one in self.methods)]
+        hard, *weights = (weight_at(one.weight, step, self.steps) for one in given)
+        split = len(self.config.distill)
+        terms = zip(self.config.distill, weights[:split], strict=True)
+        methods = zip(self.methods, weights[split:], strict=True)
+        return StepPlan(
+            step,
+            hard,
+            tuple((term, weight) for term, weight in terms if weight > 0),
+            tuple((method, weight) for method, weight in methods if weight > 0),
+            (hard, *weights),
+        )
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only those targets that the step's terms use."""

@@ -1,11 +1,9 @@
-"""What one training step learns from: a pure function of the objective and the step."""
+"""What one training step learns from; ``Objective.plan`` makes it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rekindle.train.config import DistillTerm, ObjectiveConfig
+from rekindle.train.config import DistillTerm
 from rekindle.train.method import Method
-from rekindle.train.schedules import weight_at
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,3 @@ class StepPlan:
     def teachers(self) -> tuple[str, ...]:
         """Return the teachers whose targets are read, each once."""
         return tuple(dict.fromkeys(name for user in self.users for name in user.teachers))
-
-
-def plan_step(
-    config: ObjectiveConfig, methods: Sequence[Method], step: int, steps: int
-) -> StepPlan:
-    """Return the plan of ``step`` (0-based) of ``steps``."""
-    hard = weight_at(config.hard.weight, step, steps)
-    terms = [(term, weight_at(term.weight, step, steps)) for term in config.distill]
-    weighted = [(method, weight_at(method.settings.weight, step, steps)) for method in methods]
-    return StepPlan(
-        step,
-        hard,
-        tuple((term, weight) for term, weight in terms if weight > 0),
-        tuple((method, weight) for method, weight in weighted if weight > 0),
-        (hard, *(weight for _, weight in terms), *(weight for _, weight in weighted)),
-    )

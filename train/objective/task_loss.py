@@ -15,13 +15,7 @@ from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.objective.combine import (
-    certainty,
-    concatenated_target,
-    expert_weights,
-    margin,
-    mixed_target,
-)
+from rekindle.train.objective.combine import certainty, expert_weights, margin
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking_loss import group_keys, ranking_loss
@@ -110,9 +104,9 @@ def _mixture_loss(
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None
     if term.combine == "concatenate":
-        wanted = concatenated_target(union, known, term.temperature)
+        wanted = union.concatenated(known, term.temperature)
     else:
-        wanted = mixed_target(union, known, weights, term.temperature)
+        wanted = union.mixed(known, weights, term.temperature)
     own = logits[send(rows, logits.device)].float()
     return _distribution_loss(own, wanted, term, importance)
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from rekindle.data.batch import Batch
@@ -20,6 +21,7 @@ PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 _Asked = tuple[int, Future[Batch]]  # a step to read, and where its batch is put
 
 
+@dataclass
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
@@ -31,23 +33,18 @@ class TrainingStream:
     batch.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        order: Order,
-        teachers_at: Callable[[int], Sequence[str]],
-        masked_view: str | None,
-        allow_missing: tuple[str, ...] = (),
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 1,
-    ):
-        _check_world(len(order), order.batch_sequences, world_size)
-        self.cache, self.order = cache, order
-        self.teachers_at, self.masked_view = teachers_at, masked_view
-        self.allow_missing = allow_missing
-        self.rank, self.world_size, self.threads = rank, world_size, threads
-        self.waited = 0.0  # seconds the training loop has waited for data
+    cache: Cache
+    order: Order
+    teachers_at: Callable[[int], Sequence[str]]
+    masked_view: str | None
+    allow_missing: tuple[str, ...] = ()
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 1
+    waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
+
+    def __post_init__(self) -> None:
+        _check_world(len(self.order), self.order.batch_sequences, self.world_size)
 
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.
