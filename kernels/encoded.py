@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rekindle.kernels.targets import DecodedTargets
+
 STEP = 1024.0  # fixed point: units a nat
 PRECISE_STEP = 2048.0  # of 16-bit values
 NO_TAIL = 32767  # of tail_log_odds: nothing lies outside the ids
@@ -45,7 +47,7 @@ class EncodedTargets:
         return self.ids.view(torch.int16), self.values, side, self.ids_high
 
 
-def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:
     """Ids [N,k] int64, probabilities [N,k] float32 at `temperature`, tail mass [N].
 
     `temperature` must be the one that tail_log_odds was stored for.
@@ -53,7 +55,7 @@ def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor,
     span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
     relative = targets.values.float() * (-span / (255.0 * temperature))[:, None]
     ids, kept = _ids(targets.ids, targets.ids_high, targets.planes), targets.kept
-    return ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept)
+    return DecodedTargets(ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept))
 
 
 def decode_precise(
@@ -65,10 +67,11 @@ def decode_precise(
     ids_high: Tensor | None = None,
     planes: int = 0,
     k: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> DecodedTargets:
     """As `decode`, of 16-bit values: −values/2048 is the log-probability up to a constant."""
     relative = values.float() * (-1.0 / (PRECISE_STEP * temperature))
-    return _ids(ids, ids_high, planes)[:, :k], *_masses(relative, tail_log_odds, k)
+    chosen = _ids(ids, ids_high, planes)[:, :k]
+    return DecodedTargets(chosen, *_masses(relative, tail_log_odds, k))
 
 
 def _masses(relative: Tensor, log_odds: Tensor, k: int | None) -> tuple[Tensor, Tensor]:

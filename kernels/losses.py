@@ -26,6 +26,7 @@ from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import losses
 from rekindle.kernels.targets import (
     MAX_KEPT,
+    DecodedTargets,
     LossSettings,
     SparseTargets,
     check_tensor,
@@ -35,7 +36,7 @@ from rekindle.kernels.targets import (
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-Targets = Tensor | EncodedTargets | WholeTargets
+Targets = Tensor | EncodedTargets | DecodedTargets | WholeTargets
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -77,10 +78,11 @@ def kd_loss(
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
             float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
-            Or EncodedTargets, as a cache stores them (target_probs and tail_prob are then left
-            out); the Triton kernels decode them in registers. Or HiddenTargets or DenseTargets
-            (hidden.py): D over the whole vocabulary, exact, of a bounded block of the teacher's
-            logits at a time; `tail` says nothing then. PyTorch computes these, on any device.
+            Or all of them as DecodedTargets (target_probs and tail_prob are then left out), or
+            EncodedTargets, as a cache stores them; the Triton kernels decode these in registers.
+            Or HiddenTargets or DenseTargets (hidden.py): D over the whole vocabulary, exact, of a
+            bounded block of the teacher's logits at a time; `tail` says nothing then. PyTorch
+            computes these, on any device.
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
@@ -176,7 +178,7 @@ def linear_kd_loss(
 
 def merge_targets(
     teachers: Sequence[SparseRow], weights: Tensor | Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> DecodedTargets:
     """Mixture Σ_t w_t·q_t of several teachers' sparse targets, as one sparse target.
 
     Args:
@@ -289,6 +291,8 @@ def _sparse(
     if probs is not None or tail is not None:
         kind = type(ids).__name__
         raise ValueError(f"{kind} carry their probabilities and tail; give no others")
+    if isinstance(ids, DecodedTargets):
+        return SparseTargets(*ids, labels, weight), settings
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
         return SparseTargets(none, none, None, labels, weight), settings
@@ -350,7 +354,7 @@ def _obstacle(
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
-    kept = (targets.ids if isinstance(targets, EncodedTargets) else targets).shape[-1]
+    kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
     if not TRITON_INSTALLED:

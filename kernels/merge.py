@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rekindle.kernels.targets import DecodedTargets
+
 SparseRow = tuple[Tensor, Tensor, Tensor | None]
 
 
-def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets:
     """Σ_t weights[:, t]·teacher_t over the union of ids; the rule is in `merge_targets`.
 
     All shapes follow from the inputs' shapes, so that a device is never asked for a count.
@@ -24,7 +26,7 @@ def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> tuple[Tensor, 
         all_ids.append(torch.where(listed, ids.long(), -1))
         all_probs.append(p * weights[:, t, None])
         tail = tail + torch.where(listed.any(1), rest * weights[:, t], 0.0)
-    return (*_sum_duplicates(torch.cat(all_ids, 1), torch.cat(all_probs, 1)), tail)
+    return DecodedTargets(*_sum_duplicates(torch.cat(all_ids, 1), torch.cat(all_probs, 1)), tail)
 
 
 def _sum_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

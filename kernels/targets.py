@@ -84,6 +84,14 @@ class LossSettings(NamedTuple):
                 raise ValueError(f"{name} is {weight}; it must be finite")
 
 
+class DecodedTargets(NamedTuple):
+    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+
+    ids: Tensor
+    probs: Tensor
+    tail: Tensor
+
+
 class SparseTargets(NamedTuple):
     """Targets of N rows; ids are int64 with -1 as padding.
 

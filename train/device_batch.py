@@ -6,7 +6,6 @@ holds them equal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,16 +20,8 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
+from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.split_model import OutputHead
-
-
-class DecodedTargets(NamedTuple):
-    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
-
-    ids: Tensor
-    probs: Tensor
-    tail: Tensor
-
 
 Targets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
 
@@ -73,13 +64,6 @@ def kd_targets(
     return targets
 
 
-def as_arguments(targets: Targets) -> dict[str, Any]:
-    """The arguments of the losses that hold a target."""
-    if not isinstance(targets, DecodedTargets):
-        return {"target_ids": targets}
-    return {"target_ids": targets.ids, "target_probs": targets.probs, "tail_prob": targets.tail}
-
-
 def sparse_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> DecodedTargets:
@@ -89,7 +73,7 @@ def sparse_targets(
     """
     targets = kd_targets(batch, temperature, k, device)
     if isinstance(targets, EncodedTargets):
-        return DecodedTargets(*decode(targets, temperature))
+        return decode(targets, temperature)
     if isinstance(targets, HiddenTargets | DenseTargets):
         return _decoded(targets, batch.kind.size, temperature, k)
     return targets
@@ -108,7 +92,7 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     planes = high_planes(batch.kind.size)
     if not batch.kind.codec.spans:
         del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
-        return DecodedTargets(*decode_precise(**sent, planes=planes, k=k, temperature=tau))
+        return decode_precise(**sent, planes=planes, k=k, temperature=tau)
     return EncodedTargets(**sent, planes=planes, k=k)
 
 

@@ -150,15 +150,13 @@ def load_weights(
     return model, body, [key for key in unset if key not in body]
 
 
-def load_model(
-    directory: Path, auto_class: str, dtype: torch.dtype, **options: object
-) -> nn.Module:
+def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:
     """Load a teacher; every weight must come from the directory.
 
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
     what = f"{directory} cannot be loaded as {auto_class}"
-    model, *unset = load_weights(directory, auto_class, dtype, what, **options)
+    model, *unset = load_weights(directory, auto_class, dtype, what)
     missing = sorted(unset[0] + unset[1])
     if missing:
         raise InputError(

@@ -6,7 +6,7 @@ P rows, K kept ids.
 import torch
 from torch import Tensor
 
-from rekindle.train.device_batch import DecodedTargets
+from rekindle.kernels.targets import DecodedTargets
 
 
 def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:

@@ -17,16 +17,9 @@ from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
+from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import (
-    DecodedTargets,
-    LanguageRows,
-    Targets,
-    as_arguments,
-    kd_targets,
-    send,
-    sparse_targets,
-)
+from rekindle.train.device_batch import LanguageRows, Targets, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Counts, names_of, taught_per_sequence
 
@@ -46,16 +39,8 @@ def head_loss(
         no_probs = torch.zeros(nothing.shape, device=hidden.device)
         targets = DecodedTargets(nothing, no_probs, no_probs[:, 0])
         options["kd_weight"] = 0.0
-    return linear_kd_loss(
-        hidden,
-        head.weight,
-        **as_arguments(targets),
-        bias=head.bias,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        **options,
-    )
+    options |= {"reduction": "sum", "softcap": head.softcap, "logit_scale": head.logit_scale}
+    return linear_kd_loss(hidden, head.weight, targets, bias=head.bias, **options)
 
 
 @dataclass(frozen=True)
@@ -153,8 +138,7 @@ class LanguageLoss:
             )
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
-        merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
-        return DecodedTargets(*merged), places[0]
+        return merge_targets(decoded, weights), places[0]
 
     def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
         """Mark by 1 the fraction of each sequence's positions where the student's entropy is

@@ -78,8 +78,9 @@ class Objective:
 
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""
-        given = [self.config.hard, *self.config.distill, *(one.settings for one in self.methods)]
-        hard, *weights = (weight_at(one.weight, step, self.steps) for one in given)
+        given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
+        given += [method.settings.weight for method in self.methods]
+        hard, *weights = (weight_at(weight, step, self.steps) for weight in given)
         split = len(self.config.distill)
         terms = zip(self.config.distill, weights[:split], strict=True)
         methods = zip(self.methods, weights[split:], strict=True)
