@@ -44,7 +44,8 @@ def check_tensor(
     given = tuple(tensor.shape)
     sizes = zip(given, shape, strict=False)
     if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
-        raise ValueError(f"{name} is {given}; it must be {shape}, {why}".replace("'", ""))
+        wanted = str(shape).replace("'", "")
+        raise ValueError(f"{name} is {given}; it must be {wanted}, {why}")
     if device is not None and tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device} and the student on {device}; all tensors of a call must "

@@ -27,9 +27,8 @@ from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking_pass import with_centres
-from rekindle.train.objective.selection import Counts
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.selection import Counts, StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare

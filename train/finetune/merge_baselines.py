@@ -15,8 +15,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.objective.combine import certainty, expert_weights
-from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights
 
 
 def merged_probabilities(

@@ -19,8 +19,7 @@ from rekindle.train.device_batch import language_rows
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.language_loss import LanguageLoss
-from rekindle.train.objective.selection import Counts, count_rows, select_targets
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.selection import Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms

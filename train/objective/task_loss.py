@@ -15,10 +15,9 @@ from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.objective.combine import certainty, expert_weights, margin
-from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights, margin
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
-from rekindle.train.objective.ranking_loss import group_keys, ranking_loss
+from rekindle.train.objective.ranking import group_keys, ranking_loss
 from rekindle.train.objective.selection import Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
 

@@ -12,7 +12,7 @@ from scipy.stats import chi2
 
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.device_batch import split_batch
-from rekindle.train.objective.drawing import sample
+from rekindle.train.methods.replaced_tokens import sample
 from testlib.replaced_tokens import CPU, KINDS, gather, method_of, replacements
 
 

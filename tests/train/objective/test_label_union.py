@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
-from rekindle.train.objective.combine import FLOOR, certainty, expert_weights, margin
-from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.label_union import (
+    FLOOR,
+    LabelUnion,
+    certainty,
+    expert_weights,
+    margin,
+)
 
 NAMES = ["cat", "dog", "bird", "fish", "sun", "rain"]
 
