@@ -7,13 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -29,9 +28,6 @@ from rekindle.train.model.files import (
     refusing,
     resolve_model,
 )
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger("rekindle")
 
@@ -56,8 +52,8 @@ class EncodedTexts:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerFast",
-    model_config: "PretrainedConfig",
+    tokenizer: PreTrainedTokenizerFast,
+    model_config: PretrainedConfig,
     data: TaskData,
     max_length: int,
 ) -> EncodedTexts:
@@ -78,7 +74,7 @@ def encode(
     return EncodedTexts(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
 
 
-def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> int:
+def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
     own = getattr(model_config, "pad_token_id", None)
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -96,7 +92,7 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
 # ---- models ------------------------------------------------------------------------------------
 
 
-def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
+def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Load the model's fast tokenizer, which pads and cuts on the right."""
     tokenizer = load_tokenizer(str(resolve_model(model))).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -105,7 +101,7 @@ def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def load_config(model: str, **overrides: object) -> "PretrainedConfig":
+def load_config(model: str, **overrides: object) -> PretrainedConfig:
     """Load the model's configuration."""
     with refusing(*_refusal(model)):
         return AutoConfig.from_pretrained(
@@ -114,8 +110,8 @@ def load_config(model: str, **overrides: object) -> "PretrainedConfig":
 
 
 def load_classifier(
-    model: str, tokenizer: "PreTrainedTokenizerFast", data: TaskData
-) -> "PreTrainedModel":
+    model: str, tokenizer: PreTrainedTokenizerFast, data: TaskData
+) -> PreTrainedModel:
     """Load ``model`` in fp32 with a head for ``data``, fresh from torch's generator if need be.
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
@@ -138,8 +134,8 @@ def load_classifier(
 
 
 def _load_weights(
-    model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast"
-) -> tuple["PreTrainedModel", list[str]]:
+    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
     network, body, head = load_weights(
@@ -161,7 +157,7 @@ def _load_weights(
     return network, head
 
 
-def _renew_output_layer(network: "PreTrainedModel") -> None:
+def _renew_output_layer(network: PreTrainedModel) -> None:
     width = network.config.num_labels
     head = [
         module
@@ -186,7 +182,7 @@ def _refusal(model: str) -> tuple[str, str, type[RekindleError]]:
 
 
 def predict(
-    model: "PreTrainedModel", encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
+    model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.train(dropout)
@@ -212,7 +208,7 @@ def by_length(
 
 def load_expert(
     model_dir: str, data: TaskData, max_length: int
-) -> tuple["PreTrainedModel", EncodedTexts]:
+) -> tuple[PreTrainedModel, EncodedTexts]:
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
@@ -241,7 +237,7 @@ def evaluate(
     return all_scores(data.problem, logits, labels), logits
 
 
-def _labels_for(model_dir: str, config: "PretrainedConfig", data: TaskData) -> np.ndarray:
+def _labels_for(model_dir: str, config: PretrainedConfig, data: TaskData) -> np.ndarray:
     if not data.label_names:
         if config.num_labels != 1:
             raise InputError(

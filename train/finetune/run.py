@@ -12,13 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
@@ -39,9 +39,6 @@ from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
@@ -55,7 +52,7 @@ class _Job:
 
     model: str
     config: FinetuneConfig
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: PreTrainedTokenizerFast
     data: dict[str, TaskData]  # train, dev and maybe test
     encoded: dict[str, EncodedTexts]
     metric: str
@@ -133,7 +130,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 def _run_seed(
     job: _Job, seed: int, progress: Progress
-) -> tuple["PreTrainedModel", SeedResult, np.ndarray]:
+) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
@@ -242,7 +239,7 @@ def _finite(loss: float, seed: int, step: int) -> float:
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _save_model(network: "PreTrainedModel", job: _Job, logits: np.ndarray, staging: Path) -> None:
+def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging: Path) -> None:
     """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
     network.save_pretrained(staging)
     backend = job.tokenizer.backend_tokenizer

@@ -32,8 +32,7 @@ class HeadConfig(Settings):
     @classmethod
     def of(cls, info: TeacherInfo) -> "HeadConfig":
         """Return the head that fits a cached expert."""
-        names = ("kind", "num_labels", "label_names", "problem")
-        return cls.model_validate({name: getattr(info, name) for name in names})
+        return cls.model_validate(info, from_attributes=True)
 
 
 class TaskHead(nn.Module):

@@ -141,15 +141,14 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
             damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
-        except CacheFormatError as error:
-            log.warning("checkpoint %s: %s; trying the one before", path, damage(error))
-            continue
+            if not damaged:
+                return path, state
+            problem = damaged[0]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
-            continue
-        if not damaged:
-            return path, state
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, damaged[0])
+            problem = str(error)
+        except CacheFormatError as error:
+            problem = damage(error)
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path, problem)
     return None
 
 

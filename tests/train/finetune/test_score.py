@@ -14,9 +14,8 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
 from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import MergeConfig
-from rekindle.train.finetune.expert_outputs import expert_output, names_for
 from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import baselines_table, score_model
+from rekindle.train.finetune.score import baselines_table, expert_output, names_for, score_model
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
