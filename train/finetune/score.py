@@ -24,33 +24,12 @@ from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
-from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import ABOUT_FILE, Student
 
 Scores = dict[str, float]
-
-
-def finetune_or_score(
-    model: str,
-    train: str,
-    dev: str,
-    out: str,
-    *,
-    seeds: int = 1,
-    metric: str | None = None,
-    config: FinetuneConfig,
-) -> FinetuneResult:
-    """``finetune``, or with ``epochs: 0``, where nothing is trained, ``score_model``."""
-    if config.epochs:
-        return finetune(model, train, dev, out, seeds=seeds, metric=metric, config=config)
-    if seeds != 1:
-        raise InputError(
-            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
-        )
-    return score_model(model, train, dev, out, metric=metric, config=config)
 
 
 def score_model(

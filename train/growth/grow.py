@@ -38,7 +38,6 @@ their originals. What is kept of the old model's logits, up to rounding:
 
 import copy
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -191,29 +190,26 @@ class Growth:
     def _deepen(self, state: Mapping[str, Tensor]) -> State:
         """The weights of all new layers, still of the old width."""
         tensors: State = {}
-        places: dict[int, list[int]] = {}
-        for place, layer in enumerate(self.sources):
-            places.setdefault(layer, []).append(place)
         for name, tensor in state.items():
-            found = re.match(rf"({self.family.layer})(\d+)(\..*)", name)
-            if found is None:
+            layer, rest = self.family.place(name)
+            if layer is None:
                 tensors[name] = tensor.cpu()
                 continue
-            start, number, rest = found.groups()
-            copies = places[int(number)]
+            start = name.removesuffix(f"{layer}.{rest}")
+            copies = [place for place, source in enumerate(self.sources) if source == layer]
             for place in copies:
                 kept = tensor.cpu()
                 if self.settings.preserve == "exact":
-                    kept = self._silenced(rest[1:], kept, place, copies)
-                tensors[f"{start}{place}{rest}"] = kept
+                    kept = self._silenced(name, kept, place, copies)
+                tensors[f"{start}{place}.{rest}"] = kept
         return tensors
 
     def _silenced(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
         """A parameter of a layer that stands at ``places`` so that the copies change nothing."""
-        module, _, kind = name.rpartition(".")
-        is_copy, is_last = place != places[0], place == places[-1]
-        if is_copy and module in self.family.outputs:
-            return torch.zeros_like(tensor)
+        module, _, kind = self.family.place(name)[1].rpartition(".")
+        is_copy, is_last, role = place != places[0], place == places[-1], self.family.role(name)
+        if is_copy and isinstance(role, Linear) and role.out == "hidden":
+            return torch.zeros_like(tensor)  # it adds to the residual stream
         inner, outer = self.family.norms_after or ("", "")
         if (module == inner and is_copy) or (module == outer and not is_last):
             return torch.zeros_like(tensor) if kind == "bias" else torch.ones_like(tensor)
@@ -225,15 +221,13 @@ class Growth:
         return {name: self._grown(name, tensor).contiguous() for name, tensor in state.items()}
 
     def _grown(self, name: str, tensor: Tensor) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        role = self.family.role(module)
-        found = re.match(rf"{self.family.layer}(\d+)\.", name)
-        own = self.layers[int(found.group(1))] if found else None
+        role, layer = self.family.role(name), self.family.place(name)[0]
+        own = None if layer is None else self.layers[layer]
         if isinstance(role, Linear):
             return self._linear(role, tensor, own)
         if isinstance(role, Norm):
             read = role.last and self.tied
-            return self.hidden.norm(tensor, bias=kind == "bias", read=read)
+            return self.hidden.norm(tensor, bias=name.endswith(".bias"), read=read)
         return self._table(role, tensor)
 
     def _linear(self, role: Linear, tensor: Tensor, own: LayerAxes | None) -> Tensor:
