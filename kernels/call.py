@@ -6,7 +6,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import compute_dtype
+from rekindle.kernels.blocks import compute_dtype, matrix_dtype
 from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
@@ -24,6 +24,13 @@ class StudentLogits(NamedTuple):
     def vocabulary(self) -> int:
         """V."""
         return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the Triton path's logits are in."""
+        if self.weight is None:
+            return self.inputs.dtype
+        return matrix_dtype(self.inputs, self.weight)
 
     @property
     def compute_dtype(self) -> torch.dtype:

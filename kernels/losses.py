@@ -13,7 +13,6 @@ from typing import NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import matrix_dtype
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import (
@@ -118,12 +117,29 @@ def kd_loss(
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
-    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
     settings = LossSettings(
         *(temperature, ce_weight, kd_weight, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
     )
-    return _loss(student, given, settings, impl)
+    _check_student(student)
+    settings.check()
+    teacher = WholeTeacher()
+    if isinstance(target_ids, WholeTargets):
+        check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
+        teacher = WholeTeacher.of(target_ids)
+    chosen = _choose(impl, student, target_ids)
+    targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
+    targets = _checked(targets._replace(labels=labels, weight=row_weight), student, settings)
+    whole = teacher.states is not None
+    if student.weight is None and (whole or not _rows_are_dense(student.inputs)):
+        student = StudentLogits(student.inputs.contiguous())  # the gradient takes its layout
+    rounded = None
+    if student.weight is not None and whole:
+        rounded = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
+    elif student.weight is not None and chosen == "triton":
+        rounded = student.product_dtype
+    computation = Computation(chosen, rounded)
+    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
 
 
 class LossOptions(TypedDict, total=False):
@@ -232,45 +248,6 @@ def _check_student(student: StudentLogits) -> None:
     check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
 
 
-class _Given(NamedTuple):
-    """A caller's targets, before anything is checked."""
-
-    ids: Targets
-    probs: Tensor | None
-    tail: Tensor | None
-    labels: Tensor | None
-    weight: Tensor | None
-
-
-def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: str) -> KDLoss:
-    """Check a call, choose what computes it, and compute it."""
-    _check_student(student)
-    settings.check()
-    inputs, weight, _ = student
-    whole = given.ids if isinstance(given.ids, WholeTargets) else None
-    if whole is not None:
-        check_whole(whole, len(inputs), student.vocabulary, inputs.device)
-    # what the Triton path's logits are in
-    product_dtype = inputs.dtype if weight is None else matrix_dtype(inputs, weight)
-    chosen = _choose(impl, inputs.device, product_dtype, given.ids)
-    targets, settings = _sparse(given, settings, chosen)
-    targets = _checked(targets, student, encoded=settings.kept > 0)
-    if inputs.device.type == "cpu" and not settings.kept and not torch.compiler.is_compiling():
-        kept = targets.take(targets.active())
-        check_values(kept, student.vocabulary, settings.ignore_index)
-    teacher = WholeTeacher() if whole is None else WholeTeacher.of(whole)
-    computation = Computation(chosen)
-    if weight is None:
-        if whole is not None or not _rows_are_dense(inputs):
-            student = StudentLogits(inputs.contiguous())  # the gradient takes the logits' layout
-    elif whole is not None:
-        rounded = block_product_dtype(inputs, weight, exactly=impl == "torch")
-        computation = Computation(chosen, rounded)
-    elif chosen == "triton":
-        computation = Computation(chosen, product_dtype)
-    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
-
-
 def _rows_are_dense(logits: Tensor) -> bool:
     """Whether a row's logits stand side by side, and the rows not far apart."""
     size = logits.shape[1]
@@ -278,37 +255,37 @@ def _rows_are_dense(logits: Tensor) -> bool:
 
 
 def _sparse(
-    given: _Given, settings: LossSettings, chosen: str
+    ids: Targets, probs: Tensor | None, tail: Tensor | None, settings: LossSettings, chosen: str
 ) -> tuple[SparseTargets, LossSettings]:
     """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is; of
     whole distributions no ids.
     """
-    ids, probs, tail, labels, weight = given
     if isinstance(ids, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
-        return SparseTargets(ids, probs, tail, labels, weight), settings
+        return SparseTargets(ids, probs, tail), settings
     if probs is not None or tail is not None:
         kind = type(ids).__name__
         raise ValueError(f"{kind} carry their probabilities and tail; give no others")
-    if isinstance(ids, DecodedTargets):
-        return SparseTargets(*ids, labels, weight), settings
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
-        return SparseTargets(none, none, None, labels, weight), settings
-    if chosen == "torch":
-        return SparseTargets(*decode(ids, settings.temperature), labels, weight), settings
-    low, values, scalars, high = ids.packed()
-    packed = SparseTargets(low, values, scalars, labels, weight, high)
-    return packed, settings._replace(kept=ids.kept, planes=ids.planes)
+        return SparseTargets(none, none, None), settings
+    if isinstance(ids, EncodedTargets) and chosen == "triton":
+        low, values, scalars, high = ids.packed()
+        packed = SparseTargets(low, values, scalars, high=high)
+        return packed, settings._replace(kept=ids.kept, planes=ids.planes)
+    decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
+    return SparseTargets(*decoded), settings
 
 
-def _checked(targets: SparseTargets, student: StudentLogits, encoded: bool) -> SparseTargets:
+def _checked(
+    targets: SparseTargets, student: StudentLogits, settings: LossSettings
+) -> SparseTargets:
     """Return the targets without gradient; ids (but for packed ones) and labels int64.
 
     Raise ValueError for targets that are not of the student's N rows, on its device.
     """
-    rows, device = len(student.inputs), student.inputs.device
+    rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
     ids, probs, tail, labels, weight, high = targets
     why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
     check_tensor("target_ids", ids, (rows, "K"), why, device)
@@ -321,13 +298,17 @@ def _checked(targets: SparseTargets, student: StudentLogits, encoded: bool) -> S
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
     targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
-    return targets._replace(
+    targets = targets._replace(
         ids=targets.ids if encoded else targets.ids.long(),
         labels=None if targets.labels is None else targets.labels.long(),
     )
+    if device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
+        kept = targets.take(targets.active())
+        check_values(kept, student.vocabulary, settings.ignore_index)
+    return targets
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Targets) -> str:
+def _choose(impl: str, student: StudentLogits, targets: Targets) -> str:
     """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -335,6 +316,7 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Target
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
     whole = isinstance(targets, WholeTargets)
+    device, dtype = student.inputs.device, student.product_dtype
     obstacle = _obstacle(device, dtype, targets, interpreted)
     if impl == "triton" and obstacle and not whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")

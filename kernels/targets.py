@@ -103,8 +103,8 @@ class SparseTargets(NamedTuple):
     ids: Tensor  # [N,K]
     probs: Tensor  # [N,K]
     tail: Tensor | None  # [N]
-    labels: Tensor | None  # [N] int64
-    weight: Tensor | None  # [N]
+    labels: Tensor | None = None  # [N] int64
+    weight: Tensor | None = None  # [N]
     high: Tensor | None = None  # [N,Q]
 
     def take(self, rows: Tensor | slice) -> "SparseTargets":

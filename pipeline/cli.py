@@ -120,9 +120,7 @@ def finetune(
     elif seeds == 1:
         result = score.score_model(*given, metric=metric, config=config)
     else:
-        raise InputError(
-            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
-        )
+        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
