@@ -226,6 +226,11 @@ class ReplayConfig(Settings):
         "its held-out loss has changed of late",
     )
 
+    @property
+    def follows_loss(self) -> bool:
+        """Whether what is replayed depends on evaluations."""
+        return self.choose == "loss_change"
+
 
 class CurriculumConfig(Settings):
     """The sequences that are trained on at first, by a cached teacher's stored scalars (SALT)."""

@@ -5,6 +5,7 @@ and mean |Δlogit|, and the loss and perplexity before and after.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ def compare_students(
     count = min(config.measure_sequences, len(data.index))
     index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
     largest, total, losses, rows = 0.0, 0.0, np.zeros(2), 0
-    for start in range(0, count, data.batch_sequences):
-        part = index[start : start + data.batch_sequences]
-        batch = data.cache.gather(part, (), epoch=0, masked_view=data.masked_view)
+    for batch in replace(data, index=index, teachers=()).batches():
         for old, new, labels in _logits((before, after), batch, device):
             change = (new - old).abs()
             largest = max(largest, float(change.max()))
@@ -113,14 +112,10 @@ def _tell(report: Report) -> None:
         log.info("student grown: %s; nothing is held out to measure it on", ", ".join(grown))
         return
     log.info(
-        "student grown: %s; |Δlogit| max %.2g, mean %.2g; perplexity %.2f before, %.2f after "
-        "(%d held-out sequences)",
-        ", ".join(grown) or "nothing",
-        report["max_logit_change"],
-        report["mean_logit_change"],
-        report["before"]["perplexity"],
-        report["after"]["perplexity"],
-        report["sequences"],
+        f"student grown: {', '.join(grown) or 'nothing'}; |Δlogit| max "
+        f"{report['max_logit_change']:.2g}, mean {report['mean_logit_change']:.2g}; perplexity "
+        f"{report['before']['perplexity']:.2f} before, {report['after']['perplexity']:.2f} after "
+        f"({report['sequences']} held-out sequences)"
     )
 
 

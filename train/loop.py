@@ -28,7 +28,7 @@ from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import with_centres
-from rekindle.train.objective.selection import Counts, StepPlan
+from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
@@ -234,7 +234,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
-                total, shown = run(_attached_loss, objective, part, counts, plan, world.device)
+                total, shown = run(objective.loss, part, counts, plan, world.device)
             (total * world.size).backward()
         loss = loss + total.detach()
         for name, value in shown.items():
@@ -255,24 +255,6 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
         | dict(zip(names, values, strict=True))
         | {"tokens_per_second": tokens / seconds, "tokens": tokens}
     )
-
-
-def _attached_loss(
-    student: Student,
-    objective: Objective,
-    part: Batch,
-    counts: Counts,
-    plan: StepPlan,
-    device: torch.device,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a micro-batch, always with a gradient: where this process's rows have no
-    loss, another's may have one, and all must take part in its backward pass.
-    """
-    result = objective.loss(student, part, counts, plan, device)
-    if not result.total.requires_grad:
-        used_always = student.model.get_input_embeddings().weight
-        result.total = result.total + 0.0 * used_always[0].sum()
-    return result.total, result.terms
 
 
 def _stop(training: Training, step: int, complaint: str) -> None:

@@ -119,7 +119,7 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
                 "set corpus.domain_field, and cache the corpus again"
             )
         return sorted(cache.corpus.domains)
-    if config.replay is not None and config.replay.choose == "loss_change":
+    if config.replay is not None and config.replay.follows_loss:
         return sorted(set(config.replay.domains))
     return []
 
@@ -156,7 +156,7 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
                 f"train.replay.domains: all sequences of {name!r} are held out. Use a smaller "
                 "train.held_out, or leave the domain out"
             )
-    every = config.evaluate_every if config.replay.choose == "loss_change" else None
+    every = config.evaluate_every if config.replay.follows_loss else None
     size, seed = config.batch_sequences, config.seed
     return Replay(memories, config.replay.fraction, size, seed, every)
 
@@ -165,8 +165,7 @@ def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges])
     """The held-out sequences of each domain: ``evaluate_sequences`` shared out among them."""
     found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
     none = [name for name, ranges in found.items() if not len(ranges)]
-    replay = config.replay
-    needed = set(replay.domains) if replay and replay.choose == "loss_change" else set()
+    needed = set(config.replay.domains) if config.replay and config.replay.follows_loss else set()
     if needed & set(none):
         raise InputError(
             "train.replay.choose: loss_change needs the held-out loss of every replayed domain; "

@@ -27,7 +27,7 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import new_folder, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.distributed import ParallelStudent, like, put, whole
+from rekindle.train.distributed import ParallelStudent, like, whole
 from rekindle.train.method import find_method
 from rekindle.train.record.run_folder import check_same, goes_on, reading
 from rekindle.train.student import Student, saved_weights
@@ -166,7 +166,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     if wrong:
         raise CheckpointError(f"checkpoint {path} does not fit this student: {', '.join(wrong)}")
     for name, values in found.items():
-        put(own[name], values)
+        own[name].detach().copy_(like(own[name], values))
     for name, parameter in student.named_parameters():
         kept = {k.split("\0")[1]: v for k, v in moments.items() if k.split("\0")[0] == name}
         if kept:
