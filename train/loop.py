@@ -106,7 +106,17 @@ def train_student(
     with ExitStack() as held:  # by the main process: the folder, until the run is finished
         folder = open_folder(out, lambda: check_run(out, prepared.about, resume))
         resuming = world.decide(lambda: held.enter_context(folder))
-        training, state = _begin(out, cache, config, prepared, world, resuming)
+        # Measured before sharding and training; again where an earlier process died before it.
+        growth = world.decide(lambda: measure_growth(out, prepared, world.device))
+        student = ParallelStudent(prepared.student, world, config.parallel)
+        optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
+        made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
+        lineage = [run.model_dump(mode="json") for run in made_by]
+        training = Training(out, cache, config, student, optimizer, prepared, lineage)
+        if not resuming:
+            world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
+        world.decide(lambda: save_growth(out, growth))
+        state = restore(out, student, optimizer) if resuming else {}
         return _train(training, state, started, report)
 
 
@@ -164,23 +174,6 @@ def _train(
     about = {"made_by": prepared.about, LINEAGE: training.lineage}
     world.decide(lambda: _finish(result, student.student, weights, training.cache, about))
     return result
-
-
-def _begin(
-    out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resuming: bool
-) -> tuple[Training, dict[str, Any]]:
-    """Begin the run in ``out`` or go on with it; return it, and its checkpoint's state if any."""
-    # Measured before sharding and training; again where an earlier process died before it.
-    growth = world.decide(lambda: measure_growth(out, prepared, world.device))
-    student = ParallelStudent(prepared.student, world, config.parallel)
-    optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
-    made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
-    lineage = [run.model_dump(mode="json") for run in made_by]
-    training = Training(out, cache, config, student, optimizer, prepared, lineage)
-    if not resuming:
-        world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
-    world.decide(lambda: save_growth(out, growth))
-    return training, restore(out, student, optimizer) if resuming else {}
 
 
 def _save(

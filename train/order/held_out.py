@@ -40,9 +40,7 @@ class Ranges:
     @classmethod
     def of(cls, numbers: NDArray[np.int64]) -> "Ranges":
         """The ranges of ascending, distinct sequence numbers [B]."""
-        first = np.diff(numbers, prepend=-2) != 1
-        last = np.append(first[1:], True)[: len(numbers)]
-        return cls(np.stack([numbers[first], numbers[last] + 1], axis=1))
+        return cls(np.stack([numbers, numbers + 1], axis=1)).joined()
 
     def __len__(self) -> int:
         return int(self._places[-1])
