@@ -21,15 +21,16 @@ from rekindle.kernels.hidden import (
     block_product_dtype,
     check_whole,
 )
-from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import losses
 from rekindle.kernels.targets import (
     MAX_KEPT,
     DecodedTargets,
     LossSettings,
+    SparseRow,
     SparseTargets,
     check_tensor,
     check_values,
+    merge_rows,
 )
 
 logger = logging.getLogger("rekindle")

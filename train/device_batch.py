@@ -176,8 +176,7 @@ class LanguageRows:
         if not np.array_equal(np.append(self.keys, -1)[found], keys):
             raise InputError(
                 f"teacher {target.info.name!r} has targets at positions where the student has no "
-                "loss: "
-                "its mask is not the student's. Use the cache.mask, seed and replicas it was "
+                "loss: its mask is not the student's. Use the cache.mask, seed and replicas it was "
                 "cached with"
             )
         return found
