@@ -113,8 +113,7 @@ def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
 def _hidden(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
-    head = _head_on(batch.head, device)
-    return HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
+    return HiddenTargets(states, scale, *_head_on(batch.head, device))
 
 
 LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.device], Targets]] = {

@@ -26,7 +26,6 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
-from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
@@ -71,11 +70,6 @@ class Training:
     optimizer: torch.optim.Optimizer
     prepared: Prepared
     lineage: list[dict[str, object]]  # of the student, as its files have it
-
-    @property
-    def objective(self) -> Objective:
-        """The loss."""
-        return self.prepared.objective
 
     @property
     def world(self) -> World:
@@ -213,7 +207,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
     began = time.perf_counter()
-    config, world, objective = training.config, training.world, training.objective
+    config, world, objective = training.config, training.world, training.prepared.objective
     step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)

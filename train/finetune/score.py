@@ -20,7 +20,7 @@ from rekindle.train.finetune.classifier import (
     load_expert,
     predict,
 )
-from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
+from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
@@ -48,13 +48,8 @@ def score_model(
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
     data = read_task(train, dev)[1]
     metric = chosen_metric(metric, data.problem)
-    is_student = (resolve_model(model) / ABOUT_FILE).is_file()
-    baselines = None
-    if config.merge is not None:
-        baselines = _baselines(model, is_student, data, config, config.merge)
-        scores = next(iter(baselines.values()))
-    else:
-        scores = _scores(model, is_student, data, config)
+    found = _scores_by_way(model, data, config)
+    scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
     about = (config, "fp32", seconds, baselines)
@@ -84,16 +79,6 @@ def _check_target(out: Path, models: list[str]) -> None:
         raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
 
 
-def _scores(model: str, is_student: bool, data: TaskData, config: FinetuneConfig) -> Scores:
-    if is_student:
-        return _student_scores(model, data, config)[1]
-    if config.head is not None:
-        raise InputError(
-            f"head is for students with task heads, and {model!r} is none: leave it out"
-        )
-    return evaluate(model, data, max_length=config.max_length, batch_size=config.batch_size)[0]
-
-
 def _student_scores(directory: str, data: TaskData, config: FinetuneConfig) -> tuple[str, Scores]:
     """The name of the head that was scored, and its scores."""
     path = str(resolve_model(directory))
@@ -112,16 +97,25 @@ def _student_scores(directory: str, data: TaskData, config: FinetuneConfig) -> t
     return name, scores_by_name(logits, names, data, f"the head {name!r} of {directory!r}")
 
 
-def _baselines(
-    model: str, is_student: bool, data: TaskData, config: FinetuneConfig, merge: MergeConfig
-) -> dict[str, Scores]:
-    """The scores of the student, each expert, each way to merge them, and of the oracle."""
+def _scores_by_way(model: str, data: TaskData, config: FinetuneConfig) -> dict[str, Scores]:
+    """The scores of the student or expert, and with ``merge`` those of each expert, of each way to
+    merge them, and of the oracle.
+    """
     found: dict[str, Scores] = {}
-    if is_student:
-        head, found_scores = _student_scores(model, data, config)
-        found[f"student, head {head}"] = found_scores
-    models = [*([] if is_student else [model]), *merge.experts]
-    sizes = {"max_length": config.max_length, "batch": config.batch_size}
+    sizes = {"max_length": config.max_length, "batch_size": config.batch_size}
+    models, merge = [model], config.merge
+    if (resolve_model(model) / ABOUT_FILE).is_file():
+        head, scores = _student_scores(model, data, config)
+        found[f"student, head {head}"], models = scores, []
+    elif config.head is not None and merge is None:
+        raise InputError(
+            f"head is for students with task heads, and {model!r} is none: leave it out"
+        )
+    elif merge is None:
+        found["expert"] = evaluate(model, data, **sizes)[0]
+    if merge is None:
+        return found
+    models += merge.experts
     outputs = [
         expert_output(name, directory, data, merge.passes, merge.seed, **sizes)
         for name, directory in zip(names_for(models), models, strict=True)
@@ -153,7 +147,7 @@ class ExpertOutput:
 
 
 def expert_output(
-    name: str, model: str, data: TaskData, passes: int, seed: int, max_length: int, batch: int
+    name: str, model: str, data: TaskData, passes: int, seed: int, max_length: int, batch_size: int
 ) -> ExpertOutput:
     """Run a classifier on the texts of a task; ``passes`` times more with dropout.
 
@@ -161,12 +155,12 @@ def expert_output(
     """
     with quiet_transformers():
         network, encoded = load_expert(model, data, max_length)
-        logits = predict(network, encoded, batch)
+        logits = predict(network, encoded, batch_size)
         means = None
         if passes:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                each = [predict(network, encoded, batch, dropout=True) for _ in range(passes)]
+                each = [predict(network, encoded, batch_size, dropout=True) for _ in range(passes)]
             if all(np.array_equal(one, logits) for one in each):
                 raise InputError(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "

@@ -74,20 +74,16 @@ def read_task(train_path: str, *others: str) -> tuple[TaskData, ...]:
     splits = [_read_split(path) for path in (train_path, *others)]
     train = splits[0]
     for split in splits[1:]:
-        _check_same_shape(train, split)
+        if (train.pairs is None) != (split.pairs is None):
+            has, lacks = (train, split) if split.pairs is None else (split, train)
+            raise InputError(
+                f"{has.path} has sentence2 and {lacks.path} has not; the splits of one task are "
+                "all pairs or all single texts: add the field or take it away"
+            )
     if train.kind == "number" and any(isinstance(label, float) for label in train.labels):
         return tuple(_as_regression(split) for split in splits)
     names = _class_names(train)
     return tuple(_as_classes(split, names, train.path) for split in splits)
-
-
-def _check_same_shape(train: _Split, split: _Split) -> None:
-    if (train.pairs is None) != (split.pairs is None):
-        has, lacks = (train, split) if split.pairs is None else (split, train)
-        raise InputError(
-            f"{has.path} has sentence2 and {lacks.path} has not; the splits of one task are all "
-            "pairs or all single texts: add the field or take it away"
-        )
 
 
 def _class_names(train: _Split) -> tuple[str, ...]:

@@ -148,9 +148,8 @@ class StudentNetwork(nn.Module):
         self.task = task
         self.head_configs: dict[str, HeadConfig] = {}
         self.heads = nn.ModuleDict()  # of experts, and what methods add
-        self.methods: dict[
-            str, dict[str, object]
-        ] = {}  # the settings of those that added something
+        # the settings of the methods that added something
+        self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
         try:
             self._split = SplitLanguageModel(model, causal=task == "causal_lm")

@@ -62,10 +62,8 @@ class Objective:
     @property
     def heads(self) -> dict[str, HeadConfig]:
         """Return the task heads that the student needs."""
-        found: dict[str, HeadConfig] = {}
-        for term in self.config.distill:
-            found |= heads_of(term, self.teachers)
-        return found
+        each = [heads_of(term, self.teachers) for term in self.config.distill]
+        return {name: head for heads in each for name, head in heads.items()}
 
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""

@@ -103,8 +103,14 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     if own is not None:
         within = _union([where[name] for name in dict.fromkeys(own)])
         train, held_out = train.intersection(within), held_out.intersection(within)
+    first, steps = None, 0
+    if config.curriculum is not None:
+        first = best_scored(cache, config.curriculum, train)
+        steps = first_steps(config.curriculum, config.steps)
+        log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
+    replay = _replay(config, split, where)
     return Chosen(
-        _order(cache, config, train, _replay(config, split, where)),
+        Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
         _held_out_of(config, split, {name: where[name] for name in evaluated}),
     )
@@ -133,15 +139,6 @@ def _check_apart(config: TrainConfig) -> None:
             f"train.replay.domains names {shared[0]!r}, which is trained on anyway: replay is of "
             "earlier domains. Give train.domains, without those that are replayed"
         )
-
-
-def _order(cache: Cache, config: TrainConfig, train: Ranges, replay: Replay | None) -> Order:
-    first, steps = None, 0
-    if config.curriculum is not None:
-        first = best_scored(cache, config.curriculum, train)
-        steps = first_steps(config.curriculum, config.steps)
-        log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
-    return Order(train, config.batch_sequences, config.seed, first, steps, replay)
 
 
 def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> Replay | None:
@@ -222,9 +219,4 @@ def best_scored(cache: Cache, config: CurriculumConfig, sequences: Ranges) -> Ra
         )
     sign = -1.0 if config.highest else 1.0
     best = scored[np.argsort(sign * scores[scored], kind="stable")]
-    return Ranges.of(np.sort(best[: share_of(len(numbers), config.keep)]))
-
-
-def share_of(size: int, keep: float) -> int:
-    """How many a share of ``size`` is, at least one."""
-    return max(1, round(size * keep))
+    return Ranges.of(np.sort(best[: max(1, round(len(numbers) * config.keep))]))
