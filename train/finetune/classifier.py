@@ -231,24 +231,12 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     with quiet_transformers():
-        labels = _labels_for(model_dir, load_config(model_dir), data)
+        known, labels = load_config(model_dir), data.labels
+        if data.label_names or known.num_labels != 1:
+            data.check_known(
+                list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
+            )
+            labels = np.array([known.label2id[name] for name in data.label_names])[labels]
         network, encoded = load_expert(model_dir, data, max_length)
         logits = predict(network, encoded, batch_size)
     return all_scores(data.problem, logits, labels), logits
-
-
-def _labels_for(model_dir: str, config: PretrainedConfig, data: TaskData) -> np.ndarray:
-    if not data.label_names:
-        if config.num_labels != 1:
-            raise InputError(
-                f"the task is a regression, but {model_dir!r} has {config.num_labels} outputs; "
-                "give a model that was fine-tuned on scores"
-            )
-        return data.labels
-    unknown = [name for name in data.label_names if name not in config.label2id]
-    if unknown:
-        raise InputError(
-            f"{model_dir!r} does not know the labels {', '.join(unknown[:5])}; its own are "
-            f"{', '.join(list(config.label2id)[:20])}: give the task it was fine-tuned on"
-        )
-    return np.array([config.label2id[name] for name in data.label_names])[data.labels]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import all_scores
@@ -84,13 +83,7 @@ def scores_by_name(
     Labels are matched by name; equal names are one label, whose value is their largest. InputError
     for a task with labels that nobody has.
     """
-    unknown = [name for name in data.label_names if name not in names]
-    if unknown or not data.label_names:
-        wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores instead of classes"
-        raise InputError(
-            f"the task has {wrong}; {who} know {', '.join(list(dict.fromkeys(names))[:20])}: give "
-            "a task whose labels they know"
-        )
+    data.check_known(names, who)
     classes = list(dict.fromkeys([*data.label_names, *names]))
     columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
     merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)

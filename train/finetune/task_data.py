@@ -8,7 +8,7 @@ others are ignored. Rows in messages count from 1, without a csv's header and wi
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -48,6 +48,18 @@ class TaskData:
     def problem(self) -> str:
         """The name transformers gives the problem: classes where there are names, else scores."""
         return "single_label_classification" if self.label_names else "regression"
+
+    def check_known(self, names: Sequence[str], who: str) -> None:
+        """Raise InputError for scores, and for labels that are none of the ``names`` that ``who``
+        knows.
+        """
+        unknown = [name for name in self.label_names if name not in names]
+        if unknown or not self.label_names:
+            wrong = f"the labels {', '.join(unknown[:5])}"
+            raise InputError(
+                f"the task has {wrong if unknown else 'scores instead of classes'}; {who} know "
+                f"{', '.join(list(dict.fromkeys(names))[:20])}: give a task whose labels they know"
+            )
 
 
 @dataclass(frozen=True)

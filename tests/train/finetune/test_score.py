@@ -234,7 +234,7 @@ def test_an_expert_is_scored_by_itself_too(experts, task, folder, tmp_path):
     guesses = reference_logits(experts[0], [row["text"] for row in known]).argmax(axis=1)
     right = [("dog", "cat")[g] == row["label"] for g, row in zip(guesses, known, strict=True)]
     assert result.mean == pytest.approx(np.mean(right))
-    with pytest.raises(InputError, match="does not know the labels"):
+    with pytest.raises(InputError, match="the task has the labels"):
         score_model(experts[0], task, task, str(tmp_path / "t"), config=QUICK)
     given = (experts[0], str(path), str(path), str(tmp_path / "t"))
     with pytest.raises(InputError, match="head is for students"):
