@@ -55,6 +55,10 @@ class Call(NamedTuple):
     settings: LossSettings
     computation: Computation
 
+    def wanting(self, wanted: Wanted) -> "Call":
+        """The same, but for the gradients that are wanted."""
+        return self._replace(computation=self.computation._replace(wanted=wanted))
+
     def flat(self) -> list[object]:
         """The fields of all parts, in the order of the schema."""
         return [value for part in self for value in part]

@@ -340,6 +340,8 @@ def _obstacle(
     kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
+    if isinstance(targets, EncodedTargets) and targets.values.dtype != torch.uint8:
+        return "the kernels decode values of eight bits"
     if not TRITON_INSTALLED:
         return "the package triton is not installed"
     return None

@@ -30,23 +30,20 @@ def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
     enabled = torch.is_grad_enabled()
     wanted = [enabled and t is not None and t.requires_grad for t in call.student]
-    call = call._replace(computation=call.computation._replace(wanted=wanted))
-    loss, ce, kd, *_ = _kd_loss(*call.flat())
+    loss, ce, kd, *_ = _kd_loss(*call.wanting(wanted).flat())
     return loss, ce.detach(), kd.detach()
 
 
 # ---- what it does -------------------------------------------------------------------------------
 
 
-def _run(
-    call: Call, wanted: Wanted, upstream: Tensor | None
-) -> tuple[BlockLosses, tuple[Tensor, ...]]:
-    """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
-    inputs = call.student.inputs
-    call = call._replace(computation=call.computation._replace(wanted=wanted))
-    dtype = call.student.compute_dtype
-    factors = _loss_factors(call.targets, call.settings, dtype, upstream) if any(wanted) else None
+def _run(call: Call, upstream: Tensor | None) -> tuple[BlockLosses, tuple[Tensor, ...]]:
+    """The unweighted losses [N], and the wanted gradients; empty ones for the others."""
+    inputs, dtype = call.student.inputs, call.student.compute_dtype
     gradients: Gradients
+    factors = None
+    if any(call.computation.wanted):
+        factors = _loss_factors(call.targets, call.settings, dtype, upstream)
     if call.student.weight is None and call.computation.impl == "triton":
         from rekindle.kernels.triton_rows import losses_of_rows
 
@@ -114,7 +111,7 @@ _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 )
 def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    found, gradients = _run(call, _at_once(call), None)
+    found, gradients = _run(call.wanting(_at_once(call)), None)
     return *_reduced(found, call.targets, call.settings), *gradients
 
 
@@ -134,7 +131,7 @@ def _(*flat: object) -> tuple[Tensor, ...]:
 )
 def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    return _run(call, call.computation.wanted, upstream)[1]
+    return _run(call, upstream)[1]
 
 
 @_kd_loss_backward.register_fake

@@ -71,12 +71,9 @@ class LossSettings(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for a setting that no loss has."""
-        for name, given, allowed in (
-            ("divergence", self.divergence, DIVERGENCES),
-            ("tail", self.tail, TAILS),
-            ("reduction", self.reduction, REDUCTIONS),
-        ):
-            if given not in allowed:
+        choices = {"divergence": DIVERGENCES, "tail": TAILS, "reduction": REDUCTIONS}
+        for name, allowed in choices.items():
+            if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
         check_factors(
             temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap

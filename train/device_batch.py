@@ -18,7 +18,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
 from rekindle.kernels.blocks import row_blocks
-from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
+from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.split_model import OutputHead
@@ -89,11 +89,10 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
     planes = high_planes(batch.kind.size)
-    if not batch.kind.codec.spans:
-        del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
-        return decode_precise(**sent, planes=planes, k=k, temperature=tau)
-    return EncodedTargets(**sent, planes=planes, k=k)
+    targets = EncodedTargets(**sent, log_prob_min=lowest, planes=planes, k=k)
+    return decode(targets, tau) if lowest is None else targets
 
 
 def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
