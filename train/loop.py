@@ -24,7 +24,7 @@ from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import Best, best_of, evaluate
+from rekindle.train.evaluate import best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
@@ -43,7 +43,6 @@ from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_folder import open_folder
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses
-from rekindle.train.student import Student
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -159,32 +158,23 @@ def _train(
             is_best = best is not None and best["step"] == done
             if last or done % config.checkpoint_every == 0 or is_best:
                 run_log.sync()
-                _save(training, done, coverage, best, earlier + time.monotonic() - started)
+                taken = {"seconds": earlier + time.monotonic() - started}
+                _save(training, done, taken | {"coverage": coverage.over(world.sum), "best": best})
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
-    about = {"made_by": prepared.about, LINEAGE: training.lineage}
-    world.decide(lambda: _finish(result, student.student, weights, training.cache, about))
+    world.decide(lambda: _finish(training, result, weights))
     return result
 
 
-def _save(
-    training: Training,
-    done: int,
-    coverage: Coverage,
-    best: Best | None,
-    seconds: float,
-) -> None:
+def _save(training: Training, done: int, state: dict[str, object]) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
-    total = coverage.over(training.world.sum)
-    order = training.prepared.stream.order.replay.state
-    state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
-    state |= {LINEAGE: training.lineage}
+    about, order = training.prepared.about, training.prepared.stream.order.replay.state
+    whole = about | state | {"order": order, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
-    about = training.prepared.about
-    save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
+    save_checkpoint(training.out, done, student, training.optimizer, whole, keep)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
@@ -259,17 +249,12 @@ def _stop(training: Training, step: int, complaint: str) -> None:
     )
 
 
-def _finish(
-    result: TrainResult,
-    student: Student,
-    weights: Mapping[str, Tensor] | None,
-    cache: Cache,
-    about: Mapping[str, object],
-) -> None:
+def _finish(training: Training, result: TrainResult, weights: Mapping[str, Tensor] | None) -> None:
     """Make the run's directory a model directory."""
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     summary |= saved_growth(result.directory)
+    about = {"made_by": training.prepared.about, LINEAGE: training.lineage}
     with new_files(result.directory) as staged:
-        student.save_pretrained(staged, about, weights)
-        cache.corpus.tokenizer.save(str(staged))
+        training.student.student.save_pretrained(staged, about, weights)
+        training.cache.corpus.tokenizer.save(str(staged))
         (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
