@@ -35,12 +35,10 @@ def _head(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, T
     """
     held = {name: tensor.cpu() for name, tensor in state.items()}
     inner = Axis.copied(growth.hidden.source)  # the head's own units, behind a tanh
-    dense = inner.rows(held["dense.weight"])
-    divided = causal and growth.tied
+    dense, divided = inner.rows(held["dense.weight"]), causal and growth.tied
+    read = growth.hidden.rows(dense, 1) if divided else growth.columns(growth.hidden, dense, 1)
     return {
-        "dense.weight": growth.hidden.rows(dense, 1)
-        if divided
-        else growth.columns(growth.hidden, dense, 1),
+        "dense.weight": read,
         "dense.bias": inner.rows(held["dense.bias"]),
         "out.weight": growth.columns(inner, held["out.weight"], 1),
         "out.bias": held["out.bias"],

@@ -4,7 +4,7 @@ Each position goes through the output matrix once where that can be: its cross-e
 the call that forms its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -21,9 +21,8 @@ from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import LanguageRows, Targets, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
-from rekindle.train.objective.selection import Counts, names_of, taught_per_sequence
+from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
 
-Add = Callable[[str, Tensor | None, Tensor], None]
 Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
 

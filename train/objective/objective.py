@@ -20,8 +20,8 @@ from rekindle.train.device_batch import language_rows
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.language_loss import LanguageLoss
-from rekindle.train.objective.selection import Counts, StepPlan, count_rows, select_targets
-from rekindle.train.objective.task_loss import Add, add_task_losses, heads_of
+from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
+from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.schedules import weight_at

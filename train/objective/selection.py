@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
 from rekindle.data.batch import (
     Batch,
@@ -20,6 +21,8 @@ from rekindle.data.batch import (
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.method import Method
 from rekindle.train.objective.pseudo_labels import confident_only
+
+Add = Callable[[str, Tensor | None, Tensor], None]  # a term's name, its loss, and what is shown
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Shapes: R rows (sequences or positions), C classes of an expert, U labels of a union.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,8 @@ from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights, margin
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import group_keys, ranking_loss
-from rekindle.train.objective.selection import Counts, common_rows, names_of
+from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
-
-Add = Callable[[str, Tensor | None, Tensor], None]
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:

@@ -44,7 +44,18 @@ class TrainingStream:
     waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
 
     def __post_init__(self) -> None:
-        _check_world(len(self.order), self.order.batch_sequences, self.world_size)
+        if not len(self.order):
+            raise InputError(
+                "there is no sequence to train on: the corpus is empty or all of it is held out. "
+                "Give a longer corpus, or a smaller train.held_out"
+            )
+        batch = self.order.batch_sequences
+        if batch % self.world_size:
+            raise InputError(
+                f"train.batch_sequences {batch} cannot be shared by {self.world_size} processes: "
+                "it is the batch of all of them together, and each must get the same number. Use a "
+                f"multiple of {self.world_size}, or a number of processes that divides {batch}"
+            )
 
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.
@@ -111,17 +122,3 @@ class TrainingStream:
                 found.set_result(self.batch(step))
             except BaseException as error:
                 found.set_exception(error)
-
-
-def _check_world(sequences: int, batch_sequences: int, world_size: int) -> None:
-    if not sequences:
-        raise InputError(
-            "there is no sequence to train on: the corpus is empty or all of it is held out. Give "
-            "a longer corpus, or a smaller train.held_out"
-        )
-    if batch_sequences % world_size:
-        raise InputError(
-            f"train.batch_sequences {batch_sequences} cannot be shared by {world_size} processes: "
-            "it is the batch of all of them together, and each must get the same number. Use a "
-            f"multiple of {world_size}, or a number of processes that divides {batch_sequences}"
-        )
