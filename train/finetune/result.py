@@ -60,7 +60,7 @@ class FinetuneResult:
         seconds: float,
         baselines: dict[str, dict[str, float]] | None = None,
     ) -> "FinetuneResult":
-        """Sum up what every seed scored by ``metric``; of equal seeds the first is the best."""
+        """Sum up what every seed scored by ``metric``."""
         scores = [result.scores[metric] for result in per_seed]
         tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
         return cls(
@@ -73,7 +73,7 @@ class FinetuneResult:
             mean=float(np.mean(scores)),
             std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
             test_mean=float(np.mean(tests)) if tests else None,
-            best_seed=per_seed[scores.index(max(scores))].seed,
+            best_seed=best_of(per_seed, metric).seed,
             seconds=seconds,
             precision=precision,
             config=config.model_dump(mode="json"),
@@ -89,6 +89,11 @@ class FinetuneResult:
         """Write RESULT_FILE; ValueError for a number that is not finite."""
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:
+    """Return the result with the highest dev score, the first one of equals."""
+    return max(results, key=lambda result: result.scores[metric])
 
 
 def check_out(out: Path) -> None:

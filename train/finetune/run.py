@@ -33,7 +33,7 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
@@ -102,9 +102,9 @@ def finetune(
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):
             network, found, dev_logits = _run_seed(job, seed, progress)
-            if all(found.scores[metric] > earlier.scores[metric] for earlier in results):
-                _save_model(network, job, dev_logits, staging)
             results.append(found)
+            if found is best_of(results, metric):
+                _save_model(network, job, dev_logits, staging)
             del network
         seconds = time.perf_counter() - started
         about = (config, job.precision, seconds)
