@@ -70,11 +70,6 @@ class Training:
     prepared: Prepared
     lineage: list[dict[str, object]]  # of the student, as its files have it
 
-    @property
-    def world(self) -> World:
-        """The processes of the run."""
-        return self.student.world
-
 
 def train_student(
     cache: Cache,
@@ -117,7 +112,7 @@ def _train(
     training: Training, state: Mapping[str, Any], started: float, report: Report
 ) -> TrainResult:
     """Take the steps that are left, and make the run's directory a model directory."""
-    out, config, world = training.out, training.config, training.world
+    out, config, world = training.out, training.config, training.student.world
     student, prepared = training.student, training.prepared
     objective, stream = prepared.objective, prepared.stream
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
@@ -185,7 +180,7 @@ def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
     """
     methods = tuple(method for method, _ in plan.methods)
     data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
-    student, world = training.student, training.world
+    student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)
     return world.decide(lambda: found)
@@ -197,7 +192,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
     began = time.perf_counter()
-    config, world, objective = training.config, training.world, training.prepared.objective
+    config, world, objective = training.config, training.student.world, training.prepared.objective
     step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)

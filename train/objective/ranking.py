@@ -94,12 +94,10 @@ def with_centres(
     ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` where the
     student's weights are whole; every process makes the same passes.
     """
-    ranking = [term for term in plan.distilled if term.ranking is not None]
-    if not ranking:
-        return counts
-    found = {}
-    for term in ranking:
-        assert term.ranking is not None
+    found: dict[str, Centres] = {}
+    for term in plan.distilled:
+        if term.ranking is None:
+            continue
         for name in term.teachers:
             keys = np.concatenate([group_keys(p, name, term.ranking.group) for p in parts])
             if world.size == 1 and len(parts) == 1:
