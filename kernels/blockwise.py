@@ -100,6 +100,7 @@ class _LinearHead:
             self.blocks = _torch_blocks(call, len(x))
         most = self.blocks[0].stop if self.blocks else 0
         self.buffer = torch.empty(most, width, dtype=logits_dtype, device=x.device)
+        self.buffer[:, len(w) :] = 0  # a product may read what lies between its rows
         self.dx = torch.empty_like(x) if wanted[0] else None
         # the first block overwrites dw, which saves a pass over [V,H]
         fresh = torch.empty if len(x) else torch.zeros
