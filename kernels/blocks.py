@@ -1,9 +1,7 @@
-"""Blocks of rows of bounded size, the products around them, and the sums of a head's gradients.
+"""Blocks of rows of bounded size, and the products around them.
 
 No losses and no autograd here. Shapes: N rows, H hidden, V vocabulary, C block rows.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,14 +29,16 @@ def row_blocks(
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def rows_apart(like: Tensor, rows: int, size: int, stride: int) -> Tensor:
-    """Memory [rows,size] of like's dtype and device whose rows start `stride` apart, not filled.
+def rows_apart(
+    rows: int, size: int, stride: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory [rows,size] whose rows start `stride` apart, not filled.
 
     Only what lies between the rows is zero. A product may read it: oneDNN's in bfloat16 takes a
     factor's rows up to a whole AMX tile and multiplies what is too much by zero, so that NaN left
     there by others becomes NaN in the result (uxlfoundation/oneDNN#5717; PyTorch 2.13 has it).
     """
-    memory = like.new_empty(rows, stride)
+    memory = torch.empty(rows, stride, dtype=dtype, device=device)
     memory[:, size:] = 0
     return memory[:, :size]
 
@@ -71,39 +71,3 @@ def product_(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
         total.addmm_(a, b)
     else:
         torch.mm(a, b, out=total)
-
-
-class HeadGradients:
-    """The `wanted` gradients of x @ w.T + b, added up block by block, those of w and b in `dtype`.
-
-    x [N,H] and w [V,H] are in the dtype of the products.
-    """
-
-    def __init__(self, x: Tensor, w: Tensor, wanted: Sequence[bool], dtype: torch.dtype):
-        self.x, self.w = x, w
-        self.dx = torch.empty_like(x) if wanted[0] else None
-        # the first block overwrites dw, which saves a pass over [V,H]
-        fresh = torch.empty if len(x) else torch.zeros
-        self.dw = fresh(w.shape, dtype=dtype, device=w.device) if wanted[1] else None
-        self.db = torch.zeros(len(w), dtype=dtype, device=w.device) if wanted[2] else None
-
-    def add(self, z: Tensor, block: slice) -> None:
-        """Add a block of the logits' gradient, z [C,V]."""
-        gradient = z.to(self.x.dtype)
-        if self.dx is not None:
-            torch.mm(gradient, self.w, out=self.dx[block])
-        if self.dw is not None:
-            product_(self.dw, gradient.t(), self.x[block], plus=block.start > 0)
-        if self.db is not None:
-            self.db.add_(z.sum(0, dtype=self.db.dtype))
-
-    def like(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
-    ) -> Gradients:
-        """The sums in the dtypes of what they belong to, x being `rows` of hidden; None: all."""
-        dx = None if self.dx is None else self.dx.to(hidden.dtype)
-        if dx is not None and rows is not None:
-            dx = torch.zeros_like(hidden).index_copy_(0, rows, dx)
-        dw = None if self.dw is None else self.dw.to(weight.dtype)
-        db = None if self.db is None or bias is None else self.db.to(bias.dtype)
-        return dx, dw, db

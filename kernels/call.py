@@ -6,7 +6,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import compute_dtype
+from rekindle.kernels.blocks import compute_dtype, matrix_dtype
 from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
@@ -24,6 +24,13 @@ class StudentLogits(NamedTuple):
     def vocabulary(self) -> int:
         """V."""
         return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the Triton path's logits are in."""
+        if self.weight is None:
+            return self.inputs.dtype
+        return matrix_dtype(self.inputs, self.weight)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -47,6 +54,10 @@ class Call(NamedTuple):
     teacher: WholeTeacher
     settings: LossSettings
     computation: Computation
+
+    def wanting(self, wanted: Wanted) -> "Call":
+        """The same, but for the gradients that are wanted."""
+        return self._replace(computation=self.computation._replace(wanted=wanted))
 
     def flat(self) -> list[object]:
         """The fields of all parts, in the order of the schema."""

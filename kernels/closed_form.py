@@ -170,10 +170,6 @@ class _Slots(NamedTuple):
         ids = torch.where(listed, ids, ids.gather(1, anchor)).clamp(min=0)
         return _Slots(ids, listed, anchor, z.gather(1, ids))
 
-    def hide_(self, z: Tensor) -> None:
-        """Take the listed ids out of every row of z."""
-        self.write_(z, torch.full_like(self.logits, -math.inf))
-
     def write_(self, z: Tensor, values: Tensor) -> None:
         """Store values [C,K] at the listed ids."""
         if self.ids.shape[1]:
@@ -198,7 +194,7 @@ def _softmax_(scaled: Tensor, slots: _Slots, temperature: float) -> _Softmax:
     The complement's mass is a log-sum-exp of its own, never 1 − Σ; everything is relative to the
     row's largest logit, so that |z| = 1e4 loses nothing to cancellation.
     """
-    slots.hide_(scaled)
+    slots.write_(scaled, torch.full_like(slots.logits, -math.inf))  # they are taken out
     peak = scaled.amax(1)
     empty = peak == -math.inf
     if scaled.device.type == "cpu":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rekindle.kernels.targets import DecodedTargets
+
 STEP = 1024.0  # fixed point: units a nat
 PRECISE_STEP = 2048.0  # of 16-bit values
 NO_TAIL = 32767  # of tail_log_odds: nothing lies outside the ids
@@ -20,13 +22,14 @@ class EncodedTargets:
     """Sparse targets of N rows in integers, at one temperature τ.
 
     The candidates' log-probabilities at τ are −values/255 · (log_prob_min − log_prob_max)/1024/τ up
-    to a constant; tail_log_odds/1024 is log(kept mass / tail mass) at τ, which fixes it.
+    to a constant (of sixteen-bit values −values/2048/τ, which no Triton kernel decodes);
+    tail_log_odds/1024 is log(kept mass / tail mass) at τ, which fixes it.
     """
 
     ids: Tensor  # [N,K] uint16: low bits of the ids, distinct within a row
-    values: Tensor  # [N,K] uint8
+    values: Tensor  # [N,K] uint8; uint16 where log_prob_min is None
     log_prob_max: Tensor  # [N] uint16, negated, in 1/1024 nat
-    log_prob_min: Tensor  # [N] uint16
+    log_prob_min: Tensor | None  # [N] uint16
     tail_log_odds: Tensor  # [N] int16
     ids_high: Tensor | None = None  # [N,Q] uint8: bits 16 and up, a little-endian plane per bit
     planes: int = 0  # how many
@@ -41,42 +44,31 @@ class EncodedTargets:
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Ids and the three scalars [N,3] as int16 bit patterns, values and planes as uint8."""
         scalars = (self.log_prob_max, self.log_prob_min, self.tail_log_odds)
-        side = torch.stack([s.view(torch.int16) for s in scalars], dim=1)
+        side = torch.stack([s.view(torch.int16) for s in scalars if s is not None], dim=1)
         return self.ids.view(torch.int16), self.values, side, self.ids_high
 
 
-def decode(targets: EncodedTargets, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:
     """Ids [N,k] int64, probabilities [N,k] float32 at `temperature`, tail mass [N].
 
     `temperature` must be the one that tail_log_odds was stored for.
     """
-    span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
-    relative = targets.values.float() * (-span / (255.0 * temperature))[:, None]
+    values = targets.values.float()
+    if targets.log_prob_min is None:
+        relative = values * (-1.0 / (PRECISE_STEP * temperature))
+    else:
+        span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
+        relative = values * (-span / (255.0 * temperature))[:, None]
     ids, kept = _ids(targets.ids, targets.ids_high, targets.planes), targets.kept
-    return ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept)
+    return DecodedTargets(ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept))
 
 
-def decode_precise(
-    ids: Tensor,
-    values: Tensor,
-    tail_log_odds: Tensor,
-    *,
-    temperature: float,
-    ids_high: Tensor | None = None,
-    planes: int = 0,
-    k: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `decode`, of 16-bit values: −values/2048 is the log-probability up to a constant."""
-    relative = values.float() * (-1.0 / (PRECISE_STEP * temperature))
-    return _ids(ids, ids_high, planes)[:, :k], *_masses(relative, tail_log_odds, k)
-
-
-def _masses(relative: Tensor, log_odds: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+def _masses(relative: Tensor, log_odds: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Probabilities of the first k candidates, and the tail with the others' mass."""
     odds = torch.where(log_odds == NO_TAIL, torch.inf, log_odds.float() / STEP)
     probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
     tail = torch.sigmoid(-odds)
-    if k is not None and k < probs.shape[1]:
+    if k < probs.shape[1]:
         tail = tail + probs[:, k:].sum(1)
     return probs[:, :k], tail
 

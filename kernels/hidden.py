@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rekindle.kernels.blocks import compute_dtype, matrix_dtype, product_, row_blocks
 from rekindle.kernels.closed_form import transform_
+from rekindle.kernels.targets import check_factors, check_tensor
 from rekindle.kernels.whole_vocabulary import log_softmax_
 
 
@@ -130,36 +131,15 @@ def block_product_dtype(hidden: Tensor, weight: Tensor, exactly: bool = False) -
 
 def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch.device) -> None:
     """ValueError where the targets are not of the student's N rows and V ids, on its device."""
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]]
-    if isinstance(targets, DenseTargets):
-        shapes = [("log_probs", targets.log_probs, (rows, vocabulary))]
-        real = targets.log_probs
-    else:
-        _check_factors(targets)
+    sizes: dict[str, tuple[int, ...]] = {"log_probs": (rows, vocabulary)}
+    if isinstance(targets, HiddenTargets):
+        check_factors("the teacher's ", logit_scale=targets.logit_scale, softcap=targets.softcap)
         size = targets.weight.shape[-1]
-        shapes = [
-            ("states", targets.states, (rows, size)),
-            ("scale", targets.scale, (rows,)),
-            ("weight", targets.weight, (vocabulary, size)),
-            ("bias", targets.bias, (vocabulary,)),
-        ]
-        real = targets.weight
-    for name, tensor, shape in shapes:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"the teacher's {name} is {tuple(tensor.shape)}; it must be {shape}, for the "
-                f"student's N = {rows} rows and V = {vocabulary} ids"
-            )
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"the teacher's {name} is on {tensor.device} and the student on {device}; "
-                "all tensors of a call must be on one device"
-            )
+        sizes = {"states": (rows, size), "scale": (rows,)}
+        sizes |= {"weight": (vocabulary, size), "bias": (vocabulary,)}
+    why = f"for the student's N = {rows} rows and V = {vocabulary} ids"
+    for name, shape in sizes.items():
+        check_tensor(f"the teacher's {name}", getattr(targets, name), shape, why, device)
+    real = targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs
     if not real.is_floating_point():
         raise ValueError(f"the teacher's values are {real.dtype}; they must be floating point")
-
-
-def _check_factors(targets: HiddenTargets) -> None:
-    for name, given in (("logit_scale", targets.logit_scale), ("softcap", targets.softcap)):
-        if given is not None and not 0 < given < math.inf:
-            raise ValueError(f"the teacher's {name} is {given}; it must be positive and finite")

@@ -8,12 +8,11 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.blocks import matrix_dtype
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import (
@@ -22,14 +21,22 @@ from rekindle.kernels.hidden import (
     block_product_dtype,
     check_whole,
 )
-from rekindle.kernels.merge import SparseRow, merge_rows
 from rekindle.kernels.ops import losses
-from rekindle.kernels.targets import MAX_KEPT, LossSettings, SparseTargets, check_values
+from rekindle.kernels.targets import (
+    MAX_KEPT,
+    DecodedTargets,
+    LossSettings,
+    SparseRow,
+    SparseTargets,
+    check_tensor,
+    check_values,
+    merge_rows,
+)
 
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-Targets = Tensor | EncodedTargets | WholeTargets
+Targets = Tensor | EncodedTargets | DecodedTargets | WholeTargets
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -42,7 +49,7 @@ class KDLoss(NamedTuple):
 
 
 def kd_loss(
-    logits: Tensor,
+    logits: Tensor | StudentLogits,
     target_ids: Targets,
     target_probs: Tensor | None = None,
     *,
@@ -69,12 +76,13 @@ def kd_loss(
 
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
-            float32).
+            float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
-            Or EncodedTargets, as a cache stores them (target_probs and tail_prob are then left
-            out); the Triton kernels decode them in registers. Or HiddenTargets or DenseTargets
-            (hidden.py): D over the whole vocabulary, exact, of a bounded block of the teacher's
-            logits at a time; `tail` says nothing then. PyTorch computes these, on any device.
+            Or all of them as DecodedTargets (target_probs and tail_prob are then left out), or
+            EncodedTargets, as a cache stores them; the Triton kernels decode these in registers.
+            Or HiddenTargets or DenseTargets (hidden.py): D over the whole vocabulary, exact, of a
+            bounded block of the teacher's logits at a time; `tail` says nothing then. PyTorch
+            computes these, on any device.
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
@@ -109,13 +117,48 @@ def kd_loss(
 
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
     """
-    _check_matrix("logits", logits)
-    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
+    student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
     settings = LossSettings(
         *(temperature, ce_weight, kd_weight, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
     )
-    return _loss(StudentLogits(logits), given, settings, impl)
+    _check_student(student)
+    settings.check()
+    teacher = WholeTeacher()
+    if isinstance(target_ids, WholeTargets):
+        check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
+        teacher = WholeTeacher.of(target_ids)
+    chosen = _choose(impl, student, target_ids)
+    targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
+    targets = _checked(targets._replace(labels=labels, weight=row_weight), student, settings)
+    whole = teacher.states is not None
+    if student.weight is None and (whole or not _rows_are_dense(student.inputs)):
+        student = StudentLogits(student.inputs.contiguous())  # the gradient takes its layout
+    rounded = None
+    if student.weight is not None and whole:
+        rounded = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
+    elif student.weight is not None and chosen == "triton":
+        rounded = student.product_dtype
+    computation = Computation(chosen, rounded)
+    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
+
+
+class LossOptions(TypedDict, total=False):
+    """The arguments of both losses beside the student and the targets; see `kd_loss`."""
+
+    tail_prob: Tensor | None
+    labels: Tensor | None
+    temperature: float
+    ce_weight: float
+    kd_weight: float
+    divergence: str
+    tail: str
+    row_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    impl: str
+    softcap: float | None
+    logit_scale: float
 
 
 def linear_kd_loss(
@@ -125,19 +168,7 @@ def linear_kd_loss(
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    tail_prob: Tensor | None = None,
-    labels: Tensor | None = None,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    kd_weight: float = 1.0,
-    divergence: str = "forward_kl",
-    tail: str = "bucket",
-    row_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    impl: str = "auto",
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    **options: Unpack[LossOptions],
 ) -> KDLoss:
     """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
@@ -158,26 +189,13 @@ def linear_kd_loss(
 
     Returns, Raises: as for `kd_loss`.
     """
-    _check_matrix("hidden", hidden)
-    _check_matrix("weight", weight)
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"weight is {tuple(weight.shape)} and hidden is {tuple(hidden.shape)}; "
-            "weight must be [V,H] with the H of hidden [N,H]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {tuple(bias.shape)}; it must be [V] = [{weight.shape[0]}]")
-    given = _Given(target_ids, target_probs, tail_prob, labels, row_weight)
-    settings = LossSettings(
-        *(temperature, ce_weight, kd_weight, divergence, tail),
-        *(ignore_index, reduction, softcap, logit_scale),
-    )
-    return _loss(StudentLogits(hidden, weight, bias), given, settings, impl)
+    student = StudentLogits(hidden, weight, bias)
+    return kd_loss(student, target_ids, target_probs, **options)
 
 
 def merge_targets(
     teachers: Sequence[SparseRow], weights: Tensor | Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> DecodedTargets:
     """Mixture Σ_t w_t·q_t of several teachers' sparse targets, as one sparse target.
 
     Args:
@@ -202,13 +220,10 @@ def merge_targets(
         )
     rows = teachers[0][0].shape[0]
     for t, (ids, probs, tail) in enumerate(teachers):
-        if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
-            raise ValueError(
-                f"teacher {t} has ids {tuple(ids.shape)} and probs {tuple(probs.shape)}; "
-                f"both must be [N,K] with N = {rows}"
-            )
-        if tail is not None and tail.shape != (rows,):
-            raise ValueError(f"teacher {t} has tail {tuple(tail.shape)}; it must be [N] = [{rows}]")
+        why = f"for ids and probs [N,K] and tail [N] with N = {rows}"
+        check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), why)
+        check_tensor(f"teacher {t}'s probs", probs, tuple(ids.shape), why)
+        check_tensor(f"teacher {t}'s tail", tail, (rows,), why)
     weights = torch.as_tensor(weights)
     if weights.shape not in ((len(teachers),), (rows, len(teachers))):
         raise ValueError(
@@ -220,49 +235,18 @@ def merge_targets(
     return merge_rows(teachers, weights.expand(rows, len(teachers)))
 
 
-def _check_matrix(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be a floating-point matrix"
-        )
-
-
-class _Given(NamedTuple):
-    """A caller's targets, before anything is checked."""
-
-    ids: Targets
-    probs: Tensor | None
-    tail: Tensor | None
-    labels: Tensor | None
-    weight: Tensor | None
-
-
-def _loss(student: StudentLogits, given: _Given, settings: LossSettings, impl: str) -> KDLoss:
-    """Check a call, choose what computes it, and compute it."""
-    settings.check()
-    inputs, weight, _ = student
-    whole = given.ids if isinstance(given.ids, WholeTargets) else None
-    if whole is not None:
-        check_whole(whole, len(inputs), student.vocabulary, inputs.device)
-    # what the Triton path's logits are in
-    product_dtype = inputs.dtype if weight is None else matrix_dtype(inputs, weight)
-    chosen = _choose(impl, inputs.device, product_dtype, given.ids)
-    targets, settings = _sparse(given, settings, chosen)
-    targets = _checked(targets, student, encoded=settings.kept > 0)
-    if inputs.device.type == "cpu" and not settings.kept and not torch.compiler.is_compiling():
-        kept = targets.take(targets.active())
-        check_values(kept, student.vocabulary, settings.ignore_index)
-    teacher = WholeTeacher() if whole is None else WholeTeacher.of(whole)
-    computation = Computation(chosen)
-    if weight is None:
-        if whole is not None or not _rows_are_dense(inputs):
-            student = StudentLogits(inputs.contiguous())  # the gradient takes the logits' layout
-    elif whole is not None:
-        rounded = block_product_dtype(inputs, weight, exactly=impl == "torch")
-        computation = Computation(chosen, rounded)
-    elif chosen == "triton":
-        computation = Computation(chosen, product_dtype)
-    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
+def _check_student(student: StudentLogits) -> None:
+    inputs, weight, bias = student
+    matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
+    for name, matrix in matrices.items():
+        if matrix.dim() != 2 or not matrix.is_floating_point():
+            raise ValueError(
+                f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
+                "matrix"
+            )
+    why = "of hidden [N,H], weight [V,H] and bias [V]"
+    check_tensor("weight", weight, ("V", inputs.shape[1]), why, inputs.device)
+    check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
 
 
 def _rows_are_dense(logits: Tensor) -> bool:
@@ -272,62 +256,60 @@ def _rows_are_dense(logits: Tensor) -> bool:
 
 
 def _sparse(
-    given: _Given, settings: LossSettings, chosen: str
+    ids: Targets, probs: Tensor | None, tail: Tensor | None, settings: LossSettings, chosen: str
 ) -> tuple[SparseTargets, LossSettings]:
     """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is; of
     whole distributions no ids.
     """
-    ids, probs, tail, labels, weight = given
     if isinstance(ids, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
-        return SparseTargets(ids, probs, tail, labels, weight), settings
+        return SparseTargets(ids, probs, tail), settings
     if probs is not None or tail is not None:
         kind = type(ids).__name__
         raise ValueError(f"{kind} carry their probabilities and tail; give no others")
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
-        return SparseTargets(none, none, None, labels, weight), settings
-    if chosen == "torch":
-        return SparseTargets(*decode(ids, settings.temperature), labels, weight), settings
-    low, values, scalars, high = ids.packed()
-    packed = SparseTargets(low, values, scalars, labels, weight, high)
-    return packed, settings._replace(kept=ids.kept, planes=ids.planes)
+        return SparseTargets(none, none, None), settings
+    if isinstance(ids, EncodedTargets) and chosen == "triton":
+        low, values, scalars, high = ids.packed()
+        packed = SparseTargets(low, values, scalars, high=high)
+        return packed, settings._replace(kept=ids.kept, planes=ids.planes)
+    decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
+    return SparseTargets(*decoded), settings
 
 
-def _checked(targets: SparseTargets, student: StudentLogits, encoded: bool) -> SparseTargets:
+def _checked(
+    targets: SparseTargets, student: StudentLogits, settings: LossSettings
+) -> SparseTargets:
     """Return the targets without gradient; ids (but for packed ones) and labels int64.
 
     Raise ValueError for targets that are not of the student's N rows, on its device.
     """
-    rows, device = len(student.inputs), student.inputs.device
-    ids, probs, tail, labels, weight, _ = targets
-    if ids.dim() != 2 or ids.shape != probs.shape or ids.shape[0] != rows:
-        raise ValueError(
-            f"target_ids is {tuple(ids.shape)} and target_probs {tuple(probs.shape)}; "
-            f"both must be [N,K] with N = {rows}"
-        )
-    vectors = (("tail_prob", None if encoded else tail), ("labels", labels), ("row_weight", weight))
-    for name, vector in vectors:
-        if vector is not None and vector.shape != (rows,):
-            raise ValueError(f"{name} is {tuple(vector.shape)}; it must be [N] = [{rows}]")
+    rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
+    ids, probs, tail, labels, weight, high = targets
+    why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+    check_tensor("target_ids", ids, (rows, "K"), why, device)
+    check_tensor("target_probs", probs, tuple(ids.shape), why, device)
+    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), why, device)
+    check_tensor("labels", labels, (rows,), why, device)
+    check_tensor("row_weight", weight, (rows,), why, device)
+    check_tensor("ids_high", high, (rows, "Q"), why, device)
     for name, integers in (("target_ids", ids), ("labels", labels)):
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    for tensor in targets:
-        if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"a target tensor is on {tensor.device} and the student on {device}; "
-                "all tensors of a call must be on one device"
-            )
     targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
-    return targets._replace(
+    targets = targets._replace(
         ids=targets.ids if encoded else targets.ids.long(),
         labels=None if targets.labels is None else targets.labels.long(),
     )
+    if device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
+        kept = targets.take(targets.active())
+        check_values(kept, student.vocabulary, settings.ignore_index)
+    return targets
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Targets) -> str:
+def _choose(impl: str, student: StudentLogits, targets: Targets) -> str:
     """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -335,6 +317,7 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, targets: Target
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
     whole = isinstance(targets, WholeTargets)
+    device, dtype = student.inputs.device, student.product_dtype
     obstacle = _obstacle(device, dtype, targets, interpreted)
     if impl == "triton" and obstacle and not whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
@@ -354,9 +337,11 @@ def _obstacle(
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
-    kept = (targets.ids if isinstance(targets, EncodedTargets) else targets).shape[-1]
+    kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
+    if isinstance(targets, EncodedTargets) and targets.values.dtype != torch.uint8:
+        return "the kernels decode values of eight bits"
     if not TRITON_INSTALLED:
         return "the package triton is not installed"
     return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.blocks import Gradients, rows_apart
+from rekindle.kernels.blockwise import blockwise
 from rekindle.kernels.call import (
     ARGUMENTS,
     SCHEMA,
@@ -23,46 +24,34 @@ from rekindle.kernels.call import (
 )
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
-from rekindle.kernels.torch_blocks import linear_blockwise, logits_blockwise
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
     enabled = torch.is_grad_enabled()
     wanted = [enabled and t is not None and t.requires_grad for t in call.student]
-    call = call._replace(computation=call.computation._replace(wanted=wanted))
-    loss, ce, kd, *_ = _kd_loss(*call.flat())
+    loss, ce, kd, *_ = _kd_loss(*call.wanting(wanted).flat())
     return loss, ce.detach(), kd.detach()
 
 
 # ---- what it does -------------------------------------------------------------------------------
 
 
-def _run(
-    call: Call, wanted: Wanted, upstream: Tensor | None
-) -> tuple[BlockLosses, tuple[Tensor, ...]]:
-    """The unweighted losses [N], and the `wanted` gradients; empty ones for the others."""
-    inputs, weight, _ = call.student
-    triton = call.computation.impl == "triton"
-    call = call._replace(computation=call.computation._replace(wanted=wanted))
-    dtype = call.student.compute_dtype
-    factors = _loss_factors(call.targets, call.settings, dtype, upstream) if any(wanted) else None
+def _run(call: Call, upstream: Tensor | None) -> tuple[BlockLosses, tuple[Tensor, ...]]:
+    """The unweighted losses [N], and the wanted gradients; empty ones for the others."""
+    inputs, dtype = call.student.inputs, call.student.compute_dtype
     gradients: Gradients
-    if weight is None and triton:
+    factors = None
+    if any(call.computation.wanted):
+        factors = _loss_factors(call.targets, call.settings, dtype, upstream)
+    if call.student.weight is None and call.computation.impl == "triton":
         from rekindle.kernels.triton_rows import losses_of_rows
 
         gradient = _like(inputs)  # scratch where it is not wanted
         found = losses_of_rows(inputs, gradient, call.targets, call.settings, factors)
         gradients = (gradient if factors is not None else None, None, None)
-    elif weight is None:
-        found, logits_gradient = logits_blockwise(call, factors)
-        gradients = (logits_gradient, None, None)
-    elif triton:
-        from rekindle.kernels.triton_linear import linear_fused
-
-        found, gradients = linear_fused(call, factors)
     else:
-        found, gradients = linear_blockwise(call, factors)
+        found, gradients = blockwise(call, factors)
     return found, tuple(inputs.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -92,7 +81,7 @@ def _loss_factors(
 def _like(logits: Tensor) -> Tensor:
     """Memory for a gradient, laid out as the logits are, so that both are read in aligned steps."""
     rows, size = logits.shape
-    return rows_apart(logits, rows, size, logits.stride(0))
+    return rows_apart(rows, size, logits.stride(0), logits.dtype, logits.device)
 
 
 def _at_once(call: Call) -> Wanted:
@@ -121,7 +110,7 @@ _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 )
 def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    found, gradients = _run(call, _at_once(call), None)
+    found, gradients = _run(call.wanting(_at_once(call)), None)
     return *_reduced(found, call.targets, call.settings), *gradients
 
 
@@ -141,7 +130,7 @@ def _(*flat: object) -> tuple[Tensor, ...]:
 )
 def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    return _run(call, call.computation.wanted, upstream)[1]
+    return _run(call, upstream)[1]
 
 
 @_kd_loss_backward.register_fake

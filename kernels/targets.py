@@ -4,6 +4,7 @@ Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,38 @@ REDUCTIONS = ("mean", "sum", "none")
 LOG_OF_ZERO = -87.33654475055310
 
 MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
+
+
+def check_factors(whose: str = "", **factors: float | None) -> None:
+    """ValueError for one that is not positive and finite; None is none."""
+    for name, factor in factors.items():
+        if factor is not None and not 0 < factor < math.inf:
+            raise ValueError(f"{whose}{name} is {factor}; it must be positive and finite")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int | str, ...],
+    why: str,
+    device: torch.device | None = None,
+) -> None:
+    """ValueError for a tensor of another shape, or on another device than the student's.
+
+    A word in ``shape`` fits any size.
+    """
+    if tensor is None:
+        return
+    given = tuple(tensor.shape)
+    sizes = zip(given, shape, strict=False)
+    if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
+        wanted = str(shape).replace("'", "")
+        raise ValueError(f"{name} is {given}; it must be {wanted}, {why}")
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and the student on {device}; all tensors of a call must "
+            "be on one device"
+        )
 
 
 class LossSettings(NamedTuple):
@@ -38,21 +71,27 @@ class LossSettings(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for a setting that no loss has."""
-        for name, given, allowed in (
-            ("divergence", self.divergence, DIVERGENCES),
-            ("tail", self.tail, TAILS),
-            ("reduction", self.reduction, REDUCTIONS),
-        ):
-            if given not in allowed:
+        choices = {"divergence": DIVERGENCES, "tail": TAILS, "reduction": REDUCTIONS}
+        for name, allowed in choices.items():
+            if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {given!r}; it must be one of {', '.join(allowed)}")
-        for name, factor in (("temperature", self.temperature), ("logit_scale", self.logit_scale)):
-            if not 0 < factor < math.inf:
-                raise ValueError(f"{name} is {factor}; it must be positive and finite")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
+        check_factors(
+            temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap
+        )
         for name, weight in (("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)):
             if not math.isfinite(weight):
                 raise ValueError(f"{name} is {weight}; it must be finite")
+
+
+class DecodedTargets(NamedTuple):
+    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+
+    ids: Tensor
+    probs: Tensor
+    tail: Tensor
+
+
+SparseRow = tuple[Tensor, Tensor, Tensor | None]  # of a teacher: ids, probabilities, tail
 
 
 class SparseTargets(NamedTuple):
@@ -65,8 +104,8 @@ class SparseTargets(NamedTuple):
     ids: Tensor  # [N,K]
     probs: Tensor  # [N,K]
     tail: Tensor | None  # [N]
-    labels: Tensor | None  # [N] int64
-    weight: Tensor | None  # [N]
+    labels: Tensor | None = None  # [N] int64
+    weight: Tensor | None = None  # [N]
     high: Tensor | None = None  # [N,Q]
 
     def take(self, rows: Tensor | slice) -> "SparseTargets":
@@ -157,3 +196,37 @@ def check_values(targets: SparseTargets, vocabulary: int, ignore_index: int) -> 
                 f"labels hold {int(wrong[0])}; a label lies in [0, V) = [0, {vocabulary}) "
                 f"or is ignore_index = {ignore_index}"
             )
+
+
+def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets:
+    """Σ_t weights[:, t]·teacher_t over the union of ids; the rule is in `losses.merge_targets`.
+    Never invents a probability that no teacher stored.
+
+    All shapes follow from the inputs' shapes, so that a device is never asked for a count.
+    """
+    probs_of = [probs for _, probs, _ in teachers]
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in probs_of) else torch.float32
+    weights = weights.to(probs_of[0].device, dtype)
+    all_ids, all_probs, tail = [], [], torch.zeros_like(weights[:, 0])
+    for t, (ids, probs, teacher_tail) in enumerate(teachers):
+        listed = (ids >= 0) & (weights[:, t, None] != 0)
+        p = torch.where(listed, probs.to(dtype), 0.0)
+        rest = (1.0 - p.sum(1)).clamp(min=0) if teacher_tail is None else teacher_tail.to(dtype)
+        all_ids.append(torch.where(listed, ids.long(), -1))
+        all_probs.append(p * weights[:, t, None])
+        tail = tail + torch.where(listed.any(1), rest * weights[:, t], 0.0)
+    return DecodedTargets(*_sum_duplicates(torch.cat(all_ids, 1), torch.cat(all_probs, 1)), tail)
+
+
+def _sum_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids [N,K] with their summed probabilities, by falling probability, padding last."""
+    ids, order = ids.sort(dim=1, stable=True)
+    probs = probs.gather(1, order)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    group = first.long().cumsum(1) - 1
+    summed = torch.zeros_like(probs).scatter_add_(1, group, probs)
+    distinct = torch.full_like(ids, -1).scatter_(1, group, ids)
+    rank = torch.where(distinct >= 0, summed, -1.0)
+    order = rank.argsort(dim=1, descending=True, stable=True)
+    return distinct.gather(1, order), summed.gather(1, order)

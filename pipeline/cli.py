@@ -94,6 +94,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
+    from rekindle.data.errors import InputError
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
@@ -106,15 +107,20 @@ def finetune(
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
-    from rekindle.train.finetune.score import baselines_table
-    from rekindle.train.finetune.score import finetune_or_score as run
+    from rekindle.train.finetune import run, score
 
-    result = run(model, train_file, dev_file, str(out), seeds=seeds, metric=metric, config=config)
+    given = (model, train_file, dev_file, str(out))
+    if config.epochs:
+        result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
+    elif seeds == 1:
+        result = score.score_model(*given, metric=metric, config=config)
+    else:
+        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
     if result.baselines is not None:
-        typer.echo(baselines_table(result.baselines))
+        typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")

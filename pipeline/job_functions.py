@@ -50,8 +50,7 @@ def save_start(model: str, out: Path, report: Report) -> None:
     import torch
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
-    from rekindle.train.model.files import resolve_model
-    from rekindle.train.model.load import load_language_model
+    from rekindle.train.model.files import load_language_model, resolve_model
 
     directory = resolve_model(model)
     with new_folder(out) as staging:

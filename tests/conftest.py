@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from rekindle.pipeline.processes.devices import cores
+from rekindle.pipeline.processes.worker import cores
 
 pytest.register_assert_rewrite("testlib")
 

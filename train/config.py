@@ -2,13 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from rekindle.data.settings import Settings
 from rekindle.train.method_names import unknown_method
-from rekindle.train.schedules import Schedule
+from rekindle.train.schedules import Amount, Count, Positive, Schedule, Share
 
-WeightField = Annotated[float, Field(ge=0)] | Schedule
+WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
@@ -19,18 +19,21 @@ def _in_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
+
+
 class GrowConfig(Settings):
     """ELLE: a larger student that begins as a copy of ``model``. Null: as it is, or in proportion
     to what else grows.
     """
 
-    layers: int | None = Field(None, gt=0, description="layers it grows to")
-    hidden_size: int | None = Field(None, gt=0, description="hidden size it grows to")
-    heads: int | None = Field(
-        None, gt=0, description="attention heads it grows to; the size of a head stays"
+    layers: Count | None = Field(None, description="layers it grows to")
+    hidden_size: Count | None = Field(None, description="hidden size it grows to")
+    heads: Count | None = Field(
+        None, description="attention heads it grows to; the size of a head stays"
     )
-    intermediate_size: int | None = Field(
-        None, gt=0, description="neurons of each feed-forward layer; null: as the hidden size"
+    intermediate_size: Count | None = Field(
+        None, description="neurons of each feed-forward layer; null: as the hidden size"
     )
     preserve: Literal["approximate", "exact"] = Field(
         "approximate",
@@ -39,15 +42,14 @@ class GrowConfig(Settings):
     copies: Literal["spread", "last", "first"] = Field(
         "spread", alias="copy", description="which layers are copied when layers are added"
     )
-    noise: float = Field(
+    noise: Amount = Field(
         0.0,
-        ge=0,
         description="how far the columns of copies are moved apart, in standard deviations of "
         "their matrix; changes no logit, lets the copies learn different things",
     )
     seed: int = Field(0, description="of what is copied, and of the noise")
-    measure_sequences: int = Field(
-        64, gt=0, description="held-out sequences on which growth.json compares before and after"
+    measure_sequences: Count = Field(
+        64, description="held-out sequences on which growth.json compares before and after"
     )
 
 
@@ -91,7 +93,7 @@ class UncertaintyConfig(Settings):
     selection: Literal["soft", "hard"] = Field(
         "soft", description="soft: softmax(certainty / sharpness); hard: the most certain expert"
     )
-    sharpness: float = Field(0.2, gt=0, description="temperature of the soft selection")
+    sharpness: Positive = Field(0.2, description="temperature of the soft selection")
     margin: bool = Field(True, description="weigh examples by how far the best two are apart")
 
 
@@ -100,10 +102,9 @@ class RankingConfig(Settings):
     differences.
     """
 
-    pointwise: float = Field(1.0, ge=0, description="weight of the squared error of a score")
-    pairwise: float = Field(
+    pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
+    pairwise: Amount = Field(
         1.0,
-        ge=0,
         description="weight of the squared error of a difference of two scores, mean over all "
         "pairs of a group in a step; micro-batches and processes change nothing but rounding (and "
         "dropout), at the price of one more forward pass when there are several",
@@ -120,9 +121,7 @@ class DistillTerm(Settings):
 
     teachers: tuple[str, ...] = Field(min_length=1, description="names of cached teachers")
     weight: WeightField = Field(1.0, description="a number or a schedule")
-    temperature: float = Field(
-        1.0, gt=0, description="τ of teacher and student; the loss carries τ²"
-    )
+    temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
         "forward_kl",
         description="mse is for task logits; pseudo_label, for classifiers, is the cross-entropy "
@@ -131,7 +130,7 @@ class DistillTerm(Settings):
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"
     )
-    k: int | None = Field(None, gt=0, description="train at a smaller k than cached")
+    k: Count | None = Field(None, description="train at a smaller k than cached")
     combine: Literal["separate", "mixture", "uncertainty", "route", "concatenate"] = Field(
         "separate",
         description="separate: a loss per teacher; mixture: their average is the target; "
@@ -150,10 +149,8 @@ class DistillTerm(Settings):
     positions: Literal["all", "masked"] = Field(
         "all", description="masked: only positions that the masked view selected"
     )
-    entropy_fraction: float | None = Field(
+    entropy_fraction: Share | None = Field(
         None,
-        gt=0,
-        le=1,
         description="only this fraction of each sequence's positions: where the student is least "
         "certain",
     )
@@ -215,7 +212,7 @@ class ObjectiveConfig(Settings):
 class ReplayConfig(Settings):
     """Memory of earlier domains that is trained on beside the new ones (ELLE)."""
 
-    domains: tuple[str, ...] = Field(min_length=1, description="the earlier domains")
+    domains: Names = Field(min_length=1, description="the earlier domains")
     fraction: float = Field(0.1, gt=0, lt=1, description="share of all batches' sequences")
     choose: Literal["uniform", "loss_change"] = Field(
         "loss_change",
@@ -223,7 +220,10 @@ class ReplayConfig(Settings):
         "its held-out loss has changed of late",
     )
 
-    _one_or_many = field_validator("domains", mode="before")(_in_list)
+    @property
+    def follows_loss(self) -> bool:
+        """Whether what is replayed depends on evaluations."""
+        return self.choose == "loss_change"
 
 
 class CurriculumConfig(Settings):
@@ -233,26 +233,26 @@ class CurriculumConfig(Settings):
     score: Literal["median_loss", "mean_loss", "mean_entropy", "hard_share"] = Field(
         "median_loss", description="median_loss: SALT's, over tokens among the teacher's best ten"
     )
-    keep: float = Field(0.5, gt=0, le=1, description="share of the training sequences")
-    until: float = Field(0.17, gt=0, le=1, description="fraction of the steps; then all are used")
+    keep: Share = Field(0.5, description="share of the training sequences")
+    until: Share = Field(0.17, description="fraction of the steps; then all are used")
     highest: bool = Field(True, description="keep those with the highest score, or the lowest")
 
 
 class TrainConfig(Settings):
     """How the student is trained."""
 
-    steps: int = Field(1000, gt=0, description="optimiser steps")
-    batch_sequences: int = Field(64, gt=0, description="sequences per step, over all processes")
-    micro_batch_sequences: int | None = Field(
-        None, gt=0, description="sequences per forward pass; null: the whole batch at once"
+    steps: Count = Field(1000, description="optimiser steps")
+    batch_sequences: Count = Field(64, description="sequences per step, over all processes")
+    micro_batch_sequences: Count | None = Field(
+        None, description="sequences per forward pass; null: the whole batch at once"
     )
-    learning_rate: float = Field(5.0e-4, gt=0, description="peak learning rate")
+    learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="the learning rate after the warm-up"
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, on matrices only")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradient clipping; null for none")
+    weight_decay: Amount = Field(0.01, description="AdamW's, on matrices only")
+    max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it, fp32 on a CPU"
     )
@@ -265,8 +265,8 @@ class TrainConfig(Settings):
     )
     prefetch_threads: int = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: int = Field(0, description="of weights, data order and dropout")
-    checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="how many of the last are kept")
+    checkpoint_every: Count = Field(200, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="how many of the last are kept")
     keep_best: str | None = Field(
         "loss",
         description="also keep the checkpoint with the best held-out value of this name "
@@ -279,19 +279,19 @@ class TrainConfig(Settings):
         description="stop when a loss exceeds this many times the median of the last 100 steps "
         "(in the first 20, the first loss), and it by 1; null for never",
     )
-    evaluate_every: int = Field(200, gt=0, description="steps between evaluations")
+    evaluate_every: Count = Field(200, description="steps between evaluations")
     held_out: float = Field(
         0.02,
         ge=0,
         lt=1,
         description="fraction of the sequences that is kept for evaluation, as whole documents",
     )
-    evaluate_sequences: int = Field(256, gt=0, description="at most so many of them are evaluated")
-    allow_missing: tuple[str, ...] = Field(
+    evaluate_sequences: Count = Field(256, description="at most so many of them are evaluated")
+    allow_missing: Names = Field(
         (), description="teachers whose targets may be incomplete; their holes train without KD"
     )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="the loss")
-    domains: tuple[str, ...] | None = Field(
+    domains: Names | None = Field(
         None,
         min_length=1,
         description="train and evaluate on sequences of these domains only; null: on all",
@@ -303,5 +303,3 @@ class TrainConfig(Settings):
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"
     )
-
-    _one_or_many = field_validator("domains", "allow_missing", mode="before")(_in_list)

@@ -6,7 +6,6 @@ holds them equal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,18 +18,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
 from rekindle.kernels.blocks import row_blocks
-from rekindle.kernels.encoded import EncodedTargets, decode, decode_precise
+from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
+from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.split_model import OutputHead
-
-
-class DecodedTargets(NamedTuple):
-    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
-
-    ids: Tensor
-    probs: Tensor
-    tail: Tensor
-
 
 Targets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
 
@@ -73,13 +64,6 @@ def kd_targets(
     return targets
 
 
-def as_arguments(targets: Targets) -> dict[str, Any]:
-    """The arguments of the losses that hold a target."""
-    if not isinstance(targets, DecodedTargets):
-        return {"target_ids": targets}
-    return {"target_ids": targets.ids, "target_probs": targets.probs, "tail_prob": targets.tail}
-
-
 def sparse_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> DecodedTargets:
@@ -89,7 +73,7 @@ def sparse_targets(
     """
     targets = kd_targets(batch, temperature, k, device)
     if isinstance(targets, EncodedTargets):
-        return DecodedTargets(*decode(targets, temperature))
+        return decode(targets, temperature)
     if isinstance(targets, HiddenTargets | DenseTargets):
         return _decoded(targets, batch.kind.size, temperature, k)
     return targets
@@ -105,11 +89,10 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
     planes = high_planes(batch.kind.size)
-    if not batch.kind.codec.spans:
-        del sent["log_prob_max"]  # a constant of the row, which the softmax does not see
-        return DecodedTargets(*decode_precise(**sent, planes=planes, k=k, temperature=tau))
-    return EncodedTargets(**sent, planes=planes, k=k)
+    targets = EncodedTargets(**sent, log_prob_min=lowest, planes=planes, k=k)
+    return decode(targets, tau) if lowest is None else targets
 
 
 def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
@@ -129,8 +112,7 @@ def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
 def _hidden(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
-    head = _head_on(batch.head, device)
-    return HiddenTargets(states, scale, head.weight, head.bias, head.softcap, head.logit_scale)
+    return HiddenTargets(states, scale, *_head_on(batch.head, device))
 
 
 LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.device], Targets]] = {
@@ -192,8 +174,7 @@ class LanguageRows:
         if not np.array_equal(np.append(self.keys, -1)[found], keys):
             raise InputError(
                 f"teacher {target.info.name!r} has targets at positions where the student has no "
-                "loss: "
-                "its mask is not the student's. Use the cache.mask, seed and replicas it was "
+                "loss: its mask is not the student's. Use the cache.mask, seed and replicas it was "
                 "cached with"
             )
         return found

@@ -254,11 +254,6 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
-def put(home: Tensor, values: Tensor) -> None:
-    """Copy whole ``values`` into a parameter or buffer, sharded or not."""
-    home.detach().copy_(like(home, values))
-
-
 def like(home: Tensor, values: Tensor, name: str = "") -> Tensor:
     """Whole ``values`` where ``home`` is, in shards if it is; AdamW's ``step`` stays on the CPU
     beside a parameter of a CPU.

@@ -1,7 +1,7 @@
 """How a student does on held-out documents: its loss, and how near it is to each teacher."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
@@ -35,10 +35,16 @@ class EvaluationData:
     methods: tuple[Method, ...] = ()
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
 
-    def batches(self) -> list[NDArray[np.int64]]:
-        """Return the sequence numbers of each batch."""
-        size = self.batch_sequences
-        return [self.index[i : i + size] for i in range(0, len(self.index), size)]
+    def batches(self) -> Iterator[Batch]:
+        """Read them, batch by batch."""
+        for start in range(0, len(self.index), self.batch_sequences):
+            yield self.cache.gather(
+                self.index[start : start + self.batch_sequences],
+                self.teachers,
+                epoch=0,
+                masked_view=self.masked_view,
+                allow_missing=self.allow_missing,
+            )
 
 
 class Best(TypedDict):
@@ -102,24 +108,15 @@ def evaluate(
 
 def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
     """Return every value, in the mean over what it counts."""
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for index in data.batches():
-        batch = data.cache.gather(
-            index,
-            data.teachers,
-            epoch=0,
-            masked_view=data.masked_view,
-            allow_missing=data.allow_missing,
-        )
+    totals: dict[str, NDArray[np.float64]] = {}
+    for batch in data.batches():
         values = run(_batch_sums, batch, device)
         for method in data.methods:
             own = run(method.evaluate, batch, device)
             values |= {f"{method.name}/{name}": value for name, value in own.items()}
-        for name, (total, count) in values.items():
-            sums[name] = sums.get(name, 0.0) + total
-            counts[name] = counts.get(name, 0) + count
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+        for name, pair in values.items():
+            totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
+    return {name: float(total / count) for name, (total, count) in totals.items() if count}
 
 
 def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:

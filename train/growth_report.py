@@ -2,14 +2,16 @@
 and mean |Δlogit|, and the loss and perplexity before and after.
 """
 
-import json
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rekindle.data.batch import Batch
@@ -19,7 +21,7 @@ from rekindle.train.device_batch import language_rows
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.grow import Shape
 from rekindle.train.prepare import Prepared
-from rekindle.train.record.run_folder import reading
+from rekindle.train.record.run_folder import read_record
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -56,15 +58,14 @@ def compare_students(
     """
     count = min(config.measure_sequences, len(data.index))
     index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
-    largest, total, losses, rows = 0.0, 0.0, [0.0, 0.0], 0
-    for student in (before, after):
-        student.eval()
-    for start in range(0, count, data.batch_sequences):
-        part = index[start : start + data.batch_sequences]
-        batch = data.cache.gather(part, (), epoch=0, masked_view=data.masked_view)
-        found = _compare(before, after, batch, device)
-        largest, total, rows = max(largest, found[0]), total + found[1], rows + found[3]
-        losses = [a + b for a, b in zip(losses, found[2], strict=True)]
+    largest, total, losses, rows = 0.0, 0.0, np.zeros(2), 0
+    for batch in replace(data, index=index, teachers=()).batches():
+        for old, new, labels in _logits((before, after), batch, device):
+            change = (new - old).abs()
+            largest = max(largest, float(change.max()))
+            total += float(change.sum(dtype=torch.float64))
+            losses += [float(F.cross_entropy(z, labels, reduction="sum")) for z in (old, new)]
+            rows += len(labels)
     return {
         "preserve": config.preserve,
         "from": _described(before),
@@ -73,36 +74,23 @@ def compare_students(
         "positions": rows,
         "max_logit_change": largest if rows else None,
         "mean_logit_change": total / (rows * before.vocabulary_size) if rows else None,
-        "before": _loss(losses[0], rows),
-        "after": _loss(losses[1], rows),
+        "before": _loss(float(losses[0]), rows),
+        "after": _loss(float(losses[1]), rows),
     }
 
 
 @torch.no_grad()
-def _compare(
-    before: Student, after: Student, batch: Batch, device: torch.device
-) -> tuple[float, float, list[float], int]:
-    """Largest |Δlogit|, the sum of all, both sums of losses, positions."""
-    rows = language_rows(batch, before.task, device)
-    hidden: list[Tensor] = []
-    for student in (before, after):
-        states = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
-        assert states is not None
-        hidden.append(states)
-    largest, total, losses = 0.0, 0.0, [0.0, 0.0]
+def _logits(
+    students: Sequence[Student], batch: Batch, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """The logits [C,V] of each student, and the labels [C], of a block of rows after another."""
+    rows = language_rows(batch, students[0].task, device)
+    inputs = [student.eval().with_domains(rows.inputs, batch.domains) for student in students]
+    hidden = [s(own, rows.select).hidden for s, own in zip(students, inputs, strict=True)]
     for first in range(0, len(rows.labels), ROWS):
         part = slice(first, first + ROWS)
-        old, new = (
-            student.output_head.logits(states[part])
-            for student, states in zip((before, after), hidden, strict=True)
-        )
-        change = (new - old).abs()
-        largest = max(largest, float(change.max()))
-        total += float(change.sum(dtype=torch.float64))
-        for place, logits in enumerate((old, new)):
-            loss = torch.nn.functional.cross_entropy(logits, rows.labels[part], reduction="sum")
-            losses[place] += float(loss)
-    return largest, total, losses, len(rows.labels)
+        logits = [s.output_head.logits(h[part]) for s, h in zip(students, hidden, strict=True)]
+        yield *logits, rows.labels[part]
 
 
 def _loss(total: float, rows: int) -> dict[str, float | None]:
@@ -124,14 +112,10 @@ def _tell(report: Report) -> None:
         log.info("student grown: %s; nothing is held out to measure it on", ", ".join(grown))
         return
     log.info(
-        "student grown: %s; |Δlogit| max %.2g, mean %.2g; perplexity %.2f before, %.2f after "
-        "(%d held-out sequences)",
-        ", ".join(grown) or "nothing",
-        report["max_logit_change"],
-        report["mean_logit_change"],
-        report["before"]["perplexity"],
-        report["after"]["perplexity"],
-        report["sequences"],
+        f"student grown: {', '.join(grown) or 'nothing'}; |Δlogit| max "
+        f"{report['max_logit_change']:.2g}, mean {report['mean_logit_change']:.2g}; perplexity "
+        f"{report['before']['perplexity']:.2f} before, {report['after']['perplexity']:.2f} after "
+        f"({report['sequences']} held-out sequences)"
     )
 
 
@@ -143,8 +127,5 @@ def save_growth(run: Path, report: Report | None) -> None:
 
 def saved_growth(run: Path) -> Report:
     """{"growth": the report} of a run whose student has grown, else nothing."""
-    path = run / GROWTH_FILE
-    if not path.is_file():
-        return {}
-    with reading(path, "remove it and resume: it is made anew"):
-        return {"growth": json.loads(path.read_text(encoding="utf-8"))}
+    report = read_record(run / GROWTH_FILE, "remove it and resume: it is made anew")
+    return {} if report is None else {"growth": report}

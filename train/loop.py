@@ -24,12 +24,10 @@ from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import Best, best_of, evaluate
+from rekindle.train.evaluate import best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
-from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking_pass import with_centres
-from rekindle.train.objective.selection import Counts
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
@@ -45,7 +43,6 @@ from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_folder import open_folder
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses
-from rekindle.train.student import Student
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -73,16 +70,6 @@ class Training:
     prepared: Prepared
     lineage: list[dict[str, object]]  # of the student, as its files have it
 
-    @property
-    def objective(self) -> Objective:
-        """The loss."""
-        return self.prepared.objective
-
-    @property
-    def world(self) -> World:
-        """The processes of the run."""
-        return self.student.world
-
 
 def train_student(
     cache: Cache,
@@ -107,7 +94,17 @@ def train_student(
     with ExitStack() as held:  # by the main process: the folder, until the run is finished
         folder = open_folder(out, lambda: check_run(out, prepared.about, resume))
         resuming = world.decide(lambda: held.enter_context(folder))
-        training, state = _begin(out, cache, config, prepared, world, resuming)
+        # Measured before sharding and training; again where an earlier process died before it.
+        growth = world.decide(lambda: measure_growth(out, prepared, world.device))
+        student = ParallelStudent(prepared.student, world, config.parallel)
+        optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
+        made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
+        lineage = [run.model_dump(mode="json") for run in made_by]
+        training = Training(out, cache, config, student, optimizer, prepared, lineage)
+        if not resuming:
+            world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
+        world.decide(lambda: save_growth(out, growth))
+        state = restore(out, student, optimizer) if resuming else {}
         return _train(training, state, started, report)
 
 
@@ -115,12 +112,12 @@ def _train(
     training: Training, state: Mapping[str, Any], started: float, report: Report
 ) -> TrainResult:
     """Take the steps that are left, and make the run's directory a model directory."""
-    out, config, world = training.out, training.config, training.world
+    out, config, world = training.out, training.config, training.student.world
     student, prepared = training.student, training.prepared
     objective, stream = prepared.objective, prepared.stream
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
-    stream.order.restore(state.get("order"))
+    stream.order.replay.restore(state.get("order"))
     recent = world.decide(
         lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
     )
@@ -150,55 +147,29 @@ def _train(
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
                 evaluation = _evaluate(training, plan)
-                stream.order.learn(done, evaluation)
+                stream.order.replay.learn(done, evaluation)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
             if last or done % config.checkpoint_every == 0 or is_best:
                 run_log.sync()
-                _save(training, done, coverage, best, earlier + time.monotonic() - started)
+                taken = {"seconds": earlier + time.monotonic() - started}
+                _save(training, done, taken | {"coverage": coverage.over(world.sum), "best": best})
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
     weights = gather_weights(student.student) if student.sharded else None
-    about = {"made_by": prepared.about, LINEAGE: training.lineage}
-    world.decide(lambda: _finish(result, student.student, weights, training.cache, about))
+    world.decide(lambda: _finish(training, result, weights))
     return result
 
 
-def _begin(
-    out: Path, cache: Cache, config: TrainConfig, prepared: Prepared, world: World, resuming: bool
-) -> tuple[Training, dict[str, Any]]:
-    """Begin the run in ``out`` or go on with it; return it, and its checkpoint's state if any."""
-    # Measured before sharding and training; again where an earlier process died before it.
-    growth = world.decide(lambda: measure_growth(out, prepared, world.device))
-    student = ParallelStudent(prepared.student, world, config.parallel)
-    optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
-    made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
-    lineage = [run.model_dump(mode="json") for run in made_by]
-    training = Training(out, cache, config, student, optimizer, prepared, lineage)
-    if not resuming:
-        world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
-    world.decide(lambda: save_growth(out, growth))
-    return training, restore(out, student, optimizer) if resuming else {}
-
-
-def _save(
-    training: Training,
-    done: int,
-    coverage: Coverage,
-    best: Best | None,
-    seconds: float,
-) -> None:
+def _save(training: Training, done: int, state: dict[str, object]) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
-    total = coverage.over(training.world.sum)
-    order = training.prepared.stream.order.state
-    state = {"seconds": seconds, "coverage": total, "best": best, "order": order}
-    state |= {LINEAGE: training.lineage}
+    about, order = training.prepared.about, training.prepared.stream.order.replay.state
+    whole = about | state | {"order": order, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
-    about = training.prepared.about
-    save_checkpoint(training.out, done, student, training.optimizer, about | state, keep)
+    save_checkpoint(training.out, done, student, training.optimizer, whole, keep)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
@@ -209,7 +180,7 @@ def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
     """
     methods = tuple(method for method, _ in plan.methods)
     data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
-    student, world = training.student, training.world
+    student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)
     return world.decide(lambda: found)
@@ -221,7 +192,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     Gradients are averaged over the processes, so each one's share is multiplied by their number.
     """
     began = time.perf_counter()
-    config, world, objective = training.config, training.world, training.objective
+    config, world, objective = training.config, training.student.world, training.prepared.objective
     step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
@@ -235,7 +206,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
-                total, shown = run(_attached_loss, objective, part, counts, plan, world.device)
+                total, shown = run(objective.loss, part, counts, plan, world.device)
             (total * world.size).backward()
         loss = loss + total.detach()
         for name, value in shown.items():
@@ -258,24 +229,6 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     )
 
 
-def _attached_loss(
-    student: Student,
-    objective: Objective,
-    part: Batch,
-    counts: Counts,
-    plan: StepPlan,
-    device: torch.device,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a micro-batch, always with a gradient: where this process's rows have no
-    loss, another's may have one, and all must take part in its backward pass.
-    """
-    result = objective.loss(student, part, counts, plan, device)
-    if not result.total.requires_grad:
-        used_always = student.model.get_input_embeddings().weight
-        result.total = result.total + 0.0 * used_always[0].sum()
-    return result.total, result.terms
-
-
 def _stop(training: Training, step: int, complaint: str) -> None:
     """Write the ids of the step's examples into a file; raise the InputError that says where."""
     index = training.prepared.stream.order.at(step)
@@ -291,17 +244,12 @@ def _stop(training: Training, step: int, complaint: str) -> None:
     )
 
 
-def _finish(
-    result: TrainResult,
-    student: Student,
-    weights: Mapping[str, Tensor] | None,
-    cache: Cache,
-    about: Mapping[str, object],
-) -> None:
+def _finish(training: Training, result: TrainResult, weights: Mapping[str, Tensor] | None) -> None:
     """Make the run's directory a model directory."""
     summary = {name: value for name, value in vars(result).items() if name != "directory"}
     summary |= saved_growth(result.directory)
+    about = {"made_by": training.prepared.about, LINEAGE: training.lineage}
     with new_files(result.directory) as staged:
-        student.save_pretrained(staged, about, weights)
-        cache.corpus.tokenizer.save(str(staged))
+        training.student.student.save_pretrained(staged, about, weights)
+        training.cache.corpus.tokenizer.save(str(staged))
         (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

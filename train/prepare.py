@@ -52,17 +52,6 @@ def prepare(
     check_tokenizer(cache, student_config)
     _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)
-    stream, held_out = _data(cache, objective, config, view, world)
-    student = _student(cache, student_config, config, objective, world)
-    ungrown = partial(_built, cache, student_config, config, objective)
-    grows = student_config.grow is not None
-    return Prepared(about, objective, student, stream, held_out, ungrown if grows else None)
-
-
-def _data(
-    cache: Cache, objective: Objective, config: TrainConfig, view: str | None, world: World
-) -> tuple[TrainingStream, EvaluationData]:
-    """Choose what is trained on, and what is held out for evaluation."""
     chosen = choose_sequences(cache, config)
     stream = TrainingStream(
         cache,
@@ -78,7 +67,10 @@ def _data(
     held_out = EvaluationData(
         cache, chosen.held_out, (), view, size, config.allow_missing, domains=chosen.domains
     )
-    return stream, held_out
+    student = _student(cache, student_config, config, objective, world)
+    ungrown = partial(_built, cache, student_config, config, objective)
+    grows = student_config.grow is not None
+    return Prepared(about, objective, student, stream, held_out, ungrown if grows else None)
 
 
 def prepare_objective(
@@ -159,8 +151,12 @@ def _student(
         _checkpoint_activations(student)
     if train.compile:
         _compile(student)
-    attention = getattr(student.model.config, "_attn_implementation", None)
-    log.info("student: %s attention, %s", attention, _described(train, world))
+    told = [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
+    told += [world.device.type]
+    told += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
+    told += ["compiled blocks"] if train.compile else []
+    told += ["activations computed again"] if train.gradient_checkpointing else []
+    log.info("student: %s", ", ".join(told))
     return student
 
 
@@ -177,15 +173,6 @@ def _built(
         info["config"]["sequence_length"],
         tuple(cache.corpus.domains) if config.domain_prompts else (),
     )
-
-
-def _described(train: TrainConfig, world: World) -> str:
-    parts = [f"{world.device.type}"]
-    if world.size > 1:
-        parts.append(f"{world.size} processes ({train.parallel})")
-    parts += ["compiled blocks"] if train.compile else []
-    parts += ["activations computed again"] if train.gradient_checkpointing else []
-    return ", ".join(parts)
 
 
 def _checkpoint_activations(student: Student) -> None:

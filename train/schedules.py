@@ -3,11 +3,16 @@ step.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rekindle.data.settings import Settings
+
+Count = Annotated[int, Field(gt=0)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Schedule(Settings):
@@ -16,9 +21,9 @@ class Schedule(Settings):
     schedule: Literal["constant", "linear", "step", "cosine"] = Field(
         "linear", description="step: `from` until the end of `over`, then `to` (Heaviside)"
     )
-    start: float = Field(1.0, ge=0, alias="from", description="value at the first step")
-    end: float = Field(0.0, ge=0, alias="to", description="value when `over` is through")
-    over: float = Field(1.0, gt=0, le=1, description="fraction of the steps the change takes")
+    start: Amount = Field(1.0, alias="from", description="value at the first step")
+    end: Amount = Field(0.0, alias="to", description="value when `over` is through")
+    over: Share = Field(1.0, description="fraction of the steps the change takes")
 
     def value(self, step: int, steps: int) -> float:
         """The value at ``step`` (0-based) of ``steps``."""

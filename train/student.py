@@ -8,18 +8,24 @@ prompts, ``prompts.safetensors``.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rekindle.data.errors import InputError
-from rekindle.data.settings import parse_settings
+from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
-from rekindle.train.model.files import longest_input, quiet_transformers, resolve_model
-from rekindle.train.model.load import load_language_model, new_language_model
+from rekindle.train.model.files import (
+    load_language_model,
+    longest_input,
+    new_language_model,
+    quiet_transformers,
+    resolve_model,
+)
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -34,14 +40,28 @@ ABOUT_FILE = "rekindle_student.json"
 OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by the part of the state dict
 
 
-class _About(TypedDict):
-    """What ``save_pretrained`` writes of a student, its heads parsed."""
+class _About(Settings):
+    """What ``save_pretrained`` writes of a student, beside what its caller adds."""
+
+    model_config = ConfigDict(extra="ignore")
 
     task: Literal["masked_lm", "causal_lm"]
     vocabulary_size: int
     heads: dict[str, HeadConfig]
-    methods: NotRequired[dict[str, dict[str, object]]]
-    domains: NotRequired[list[str]]
+    methods: dict[str, dict[str, object]] = Field(default_factory=dict)
+    domains: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, directory: Path) -> "_About":
+        """Read it; InputError where there is none."""
+        try:
+            found = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{directory} is not the directory of a student: {ABOUT_FILE} cannot be read "
+                f"({type(error).__name__}). `pipeline train-student` writes such directories"
+            ) from None
+        return parse_settings(cls, found, str(directory / ABOUT_FILE))
 
 
 class Student(StudentNetwork):
@@ -68,14 +88,13 @@ class Student(StudentNetwork):
             own = {k: v.contiguous() for k, v in weights_below(held, part).items()}
             if own or file == HEADS_FILE:
                 save_file(own, path / file)
-        described: dict[str, object] = {
-            "task": self.task,
-            "vocabulary_size": self.vocabulary_size,
-            "heads": {name: head.model_dump() for name, head in self.head_configs.items()},
-            "methods": self.methods,
-        }
-        if self.prompts is not None:
-            described["domains"] = list(self.prompts.domains)
+        described = _About(
+            task=self.task,
+            vocabulary_size=self.vocabulary_size,
+            heads=self.head_configs,
+            methods=self.methods,
+            domains=None if self.prompts is None else self.prompts.domains,
+        ).model_dump(mode="json", exclude={"domains"} if self.prompts is None else None)
         content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
@@ -88,30 +107,28 @@ class Student(StudentNetwork):
         Raises InputError when it is none.
         """
         path = Path(directory)
-        about = _read_about(path)
-        model = load_language_model(path, about["task"])
-        size = vocabulary_size or about["vocabulary_size"]
-        student = cls(model, about["task"], about["heads"], size, about.get("domains"))
+        about = _About.of(path)
+        model = load_language_model(path, about.task)
+        size = vocabulary_size or about.vocabulary_size
+        student = cls(model, about.task, about.heads, size, about.domains)
         student.source = path
-        student.take_heads(path)
-        student.take_prompts(path)
-        for name, settings in about.get("methods", {}).items():
+        student.take_over(path)
+        for name, settings in about.methods.items():
             kind = find_method(name)
             add_module(kind, parse_settings(kind.Settings, settings, str(path)), student)
         return student
 
-    def take_heads(self, directory: Path) -> None:
-        """Take over the heads of the student in ``directory`` that are heads of this one, too."""
-        earlier, weights = _read_about(directory)["heads"], load_file(directory / HEADS_FILE)
+    def take_over(self, directory: Path) -> None:
+        """Take over the heads of the student in ``directory`` that are heads of this one, too, and
+        the prompts of the domains that both have.
+        """
+        earlier, weights = _About.of(directory), load_file(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
-            if earlier.get(name) == head:
+            if earlier.heads.get(name) == head:
                 self.heads[head_key(name)].load_state_dict(weights_below(weights, head_key(name)))
-
-    def take_prompts(self, directory: Path) -> None:
-        """Take over the prompts of the student in ``directory``, of domains that are ours, too."""
-        earlier = _read_about(directory).get("domains")
-        if self.prompts is not None and earlier is not None:
-            self.prompts.take(earlier, load_file(directory / PROMPTS_FILE)["vectors.weight"])
+        if self.prompts is not None and earlier.domains is not None:
+            vectors = load_file(directory / PROMPTS_FILE)["vectors.weight"]
+            self.prompts.take(earlier.domains, vectors)
 
 
 def saved_weights(directory: Path) -> dict[str, Tensor]:
@@ -124,20 +141,6 @@ def saved_weights(directory: Path) -> dict[str, Tensor]:
         if file != PROMPTS_FILE or (directory / file).is_file():
             found |= {f"{part}.{name}": v for name, v in load_file(directory / file).items()}
     return found
-
-
-def _read_about(directory: Path) -> _About:
-    """Read what ``save_pretrained`` wrote of a student."""
-    try:
-        about = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
-        heads = about["heads"].items()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{directory} is not the directory of a student: {ABOUT_FILE} cannot be read "
-            f"({type(error).__name__}). `pipeline train-student` writes such directories"
-        ) from None
-    parsed = {name: parse_settings(HeadConfig, head, str(directory)) for name, head in heads}
-    return cast(_About, about | {"heads": parsed})
 
 
 def build_student(
@@ -173,8 +176,7 @@ def build_student(
         return student
     student.source = directory
     if (directory / HEADS_FILE).is_file():
-        student.take_heads(directory)
-        student.take_prompts(directory)
+        student.take_over(directory)
     return student
 
 

@@ -42,9 +42,9 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.finetune.classifier import evaluate, load_config
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.expert_outputs import ExpertOutput, expert_output, student_logits
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.score import ExpertOutput, expert_output, student_logits
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
 from rekindle.train.objective.label_union import LabelUnion

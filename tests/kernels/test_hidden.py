@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import blocks, ops, torch_blocks
+from rekindle.kernels import blocks, blockwise, ops
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
@@ -197,9 +197,9 @@ def test_blocks_of_any_size_give_the_same(
     options |= {"ce_weight": 0.3, "softcap": 6.0, "impl": "torch"}
     buffers = whole_buffers(LossSettings(softcap=6.0, divergence=kind), True)
     seen = []
-    inner = torch_blocks.whole_loss_block
+    inner = blockwise.whole_loss_block
     monkeypatch.setattr(
-        torch_blocks, "whole_loss_block", lambda z, *rest: seen.append(len(z)) or inner(z, *rest)
+        blockwise, "whole_loss_block", lambda z, *rest: seen.append(len(z)) or inner(z, *rest)
     )
     for path in (fused, from_logits):
         whole = with_gradients(path, head(), teacher(), **options)

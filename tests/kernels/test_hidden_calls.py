@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.kernels import losses, ops, torch_blocks
+from rekindle.kernels import blockwise, losses, ops
 from rekindle.kernels.closed_form import Coefficients
 from rekindle.kernels.hidden import DenseTargets, WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
@@ -100,7 +100,7 @@ def test_products_may_be_of_sixteen_bits(kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         computation = ops.Computation("torch", dtype, (True, True, True))
         asked = ops.Call(student, rows, WholeTeacher.of(targets), objective, computation)
-        losses_, gradients = torch_blocks.linear_blockwise(asked, Coefficients(ones, ones))
+        losses_, gradients = blockwise.blockwise(asked, Coefficients(ones, ones))
         assert all(g.dtype == torch.float32 for g in gradients)
         results.append([losses_.kd, *gradients])
     for exact, rounded in zip(*results, strict=True):

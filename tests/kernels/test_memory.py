@@ -58,7 +58,7 @@ def test_new_memory_holds_nan() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_product_overwrites_what_it_is_given(dtype: torch.dtype) -> None:
     a, b = draw(5, 97).to(dtype), draw(97, 7).to(dtype)
-    padded = blocks.rows_apart(a, 5, 97, 128)
+    padded = blocks.rows_apart(5, 97, 128, dtype, a.device)
     padded.copy_(a)
     for factor in (a, padded, a.t().contiguous().t()):
         for out in (torch.empty_like(a @ b), torch.empty(5, 64, dtype=dtype, device=DEVICE)[:, :7]):
@@ -68,12 +68,12 @@ def test_a_product_overwrites_what_it_is_given(dtype: torch.dtype) -> None:
 
 
 def test_only_what_lies_between_rows_is_zero() -> None:
-    rows = blocks.rows_apart(torch.ones(1, device=DEVICE), 3, 5, 8)
+    rows = blocks.rows_apart(3, 5, 8, torch.float32, torch.device(DEVICE))
     assert (rows.shape, rows.stride()) == ((3, 5), (8, 1))
     assert rows.isnan().all()
     assert span(rows).nansum() == 0
     assert span(rows).isnan().sum() == 15
-    whole = blocks.rows_apart(rows, 3, 5, 5)
+    whole = blocks.rows_apart(3, 5, 5, rows.dtype, rows.device)
     assert whole.is_contiguous()
     assert whole.isnan().all()
 

@@ -5,20 +5,18 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import CheckpointError, InputError, RekindleError
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
@@ -30,9 +28,6 @@ from rekindle.train.model.files import (
     refusing,
     resolve_model,
 )
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger("rekindle")
 
@@ -57,8 +52,8 @@ class EncodedTexts:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerFast",
-    model_config: "PretrainedConfig",
+    tokenizer: PreTrainedTokenizerFast,
+    model_config: PretrainedConfig,
     data: TaskData,
     max_length: int,
 ) -> EncodedTexts:
@@ -79,7 +74,7 @@ def encode(
     return EncodedTexts(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
 
 
-def _padding_id(model_config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast") -> int:
+def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
     own = getattr(model_config, "pad_token_id", None)
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -97,7 +92,7 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
 # ---- models ------------------------------------------------------------------------------------
 
 
-def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
+def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Load the model's fast tokenizer, which pads and cuts on the right."""
     tokenizer = load_tokenizer(str(resolve_model(model))).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -106,17 +101,17 @@ def padded_tokenizer(model: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def load_config(model: str, **overrides: object) -> "PretrainedConfig":
+def load_config(model: str, **overrides: object) -> PretrainedConfig:
     """Load the model's configuration."""
-    with _refusing(model):
+    with refusing(*_refusal(model)):
         return AutoConfig.from_pretrained(
             str(resolve_model(model)), trust_remote_code=False, **overrides
         )
 
 
 def load_classifier(
-    model: str, tokenizer: "PreTrainedTokenizerFast", data: TaskData
-) -> "PreTrainedModel":
+    model: str, tokenizer: PreTrainedTokenizerFast, data: TaskData
+) -> PreTrainedModel:
     """Load ``model`` in fp32 with a head for ``data``, fresh from torch's generator if need be.
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
@@ -139,32 +134,30 @@ def load_classifier(
 
 
 def _load_weights(
-    model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerFast"
-) -> tuple["PreTrainedModel", list[str]]:
+    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
-    with _refusing(model):
-        network, report = load_weights(
-            resolve_model(model),
-            "AutoModelForSequenceClassification",
-            torch.float32,
-            config=config,
-            ignore_mismatched_sizes=True,  # in the head; a body is refused below
-        )
-    unset = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    body = f"{network.base_model_prefix}."
+    network, body, head = load_weights(
+        resolve_model(model),
+        "AutoModelForSequenceClassification",
+        torch.float32,
+        *_refusal(model),
+        config=config,
+        ignore_mismatched_sizes=True,  # in the head; a body is refused below
+    )
     # A pooler sits in the body but belongs to the head: a masked LM has none.
-    missing = [key for key in unset if key.startswith(body) and ".pooler." not in key]
+    missing = [key for key in body if ".pooler." not in key]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
             f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
             f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
         )
-    return network, [key for key in unset if not key.startswith(body)]
+    return network, head
 
 
-def _renew_output_layer(network: "PreTrainedModel") -> None:
+def _renew_output_layer(network: PreTrainedModel) -> None:
     width = network.config.num_labels
     head = [
         module
@@ -178,19 +171,18 @@ def _renew_output_layer(network: "PreTrainedModel") -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def _refusing(model: str) -> AbstractContextManager[None]:
-    return refusing(
-        f"{model!r} cannot be loaded for text classification",
-        "; give a model with config.json and safetensors weights (pickled ones are not loaded)",
-        damaged=CheckpointError,
-    )
+def _refusal(model: str) -> tuple[str, str, type[RekindleError]]:
+    """What ``refusing`` says of a model that cannot be had."""
+    what = f"{model!r} cannot be loaded for text classification"
+    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
+    return what, advice, CheckpointError
 
 
 # ---- scoring -----------------------------------------------------------------------------------
 
 
 def predict(
-    model: "PreTrainedModel", encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
+    model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.train(dropout)
@@ -216,7 +208,7 @@ def by_length(
 
 def load_expert(
     model_dir: str, data: TaskData, max_length: int
-) -> tuple["PreTrainedModel", EncodedTexts]:
+) -> tuple[PreTrainedModel, EncodedTexts]:
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
@@ -239,24 +231,12 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     with quiet_transformers():
-        labels = _labels_for(model_dir, load_config(model_dir), data)
+        known, labels = load_config(model_dir), data.labels
+        if data.label_names or known.num_labels != 1:
+            data.check_known(
+                list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
+            )
+            labels = np.array([known.label2id[name] for name in data.label_names])[labels]
         network, encoded = load_expert(model_dir, data, max_length)
         logits = predict(network, encoded, batch_size)
     return all_scores(data.problem, logits, labels), logits
-
-
-def _labels_for(model_dir: str, config: "PretrainedConfig", data: TaskData) -> np.ndarray:
-    if not data.label_names:
-        if config.num_labels != 1:
-            raise InputError(
-                f"the task is a regression, but {model_dir!r} has {config.num_labels} outputs; "
-                "give a model that was fine-tuned on scores"
-            )
-        return data.labels
-    unknown = [name for name in data.label_names if name not in config.label2id]
-    if unknown:
-        raise InputError(
-            f"{model_dir!r} does not know the labels {', '.join(unknown[:5])}; its own are "
-            f"{', '.join(list(config.label2id)[:20])}: give the task it was fine-tuned on"
-        )
-    return np.array([config.label2id[name] for name in data.label_names])[data.labels]

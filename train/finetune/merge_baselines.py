@@ -10,18 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.objective.combine import (
-    certainty,
-    concatenated_target,
-    expert_weights,
-    mixed_target,
-)
-from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights
 
 
 def merged_probabilities(
@@ -41,14 +34,14 @@ def merged_probabilities(
     }
     some = next(iter(logits.values()))
     equal = some.new_full((len(some), len(logits)), 1.0 / len(logits))
-    found["uniform mixture"] = mixed_target(union, logits, equal, 1.0)
-    found["concatenated logits"] = concatenated_target(union, logits, 1.0)
+    found["uniform mixture"] = union.mixed(logits, equal, 1.0)
+    found["concatenated logits"] = union.concatenated(logits, 1.0)
     if mc_probs is not None:
         certainties = torch.stack([certainty(mc_probs[name]) for name in logits], dim=1)
         for selection in ("soft", "hard"):
             config = UncertaintyConfig(selection=selection, sharpness=sharpness)
             weights = expert_weights(certainties, config)
-            found[f"MUKI, {selection}"] = mixed_target(union, logits, weights, 1.0)
+            found[f"MUKI, {selection}"] = union.mixed(logits, weights, 1.0)
     return found
 
 
@@ -90,13 +83,7 @@ def scores_by_name(
     Labels are matched by name; equal names are one label, whose value is their largest. InputError
     for a task with labels that nobody has.
     """
-    unknown = [name for name in data.label_names if name not in names]
-    if unknown or not data.label_names:
-        wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores instead of classes"
-        raise InputError(
-            f"the task has {wrong}; {who} know {', '.join(list(dict.fromkeys(names))[:20])}: give "
-            "a task whose labels they know"
-        )
+    data.check_known(names, who)
     classes = list(dict.fromkeys([*data.label_names, *names]))
     columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
     merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)

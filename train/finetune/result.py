@@ -47,6 +47,40 @@ class FinetuneResult:
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None  # scores by way of merging
 
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        files: Mapping[str, str],
+        data: TaskData,
+        metric: str,
+        per_seed: Sequence[SeedResult],
+        config: FinetuneConfig,
+        precision: str,
+        seconds: float,
+        baselines: dict[str, dict[str, float]] | None = None,
+    ) -> "FinetuneResult":
+        """Sum up what every seed scored by ``metric``."""
+        scores = [result.scores[metric] for result in per_seed]
+        tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
+        return cls(
+            model=model,
+            files=dict(files),
+            problem=data.problem,
+            label_names=data.label_names,
+            metric=metric,
+            per_seed=tuple(per_seed),
+            mean=float(np.mean(scores)),
+            std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+            test_mean=float(np.mean(tests)) if tests else None,
+            best_seed=best_of(per_seed, metric).seed,
+            seconds=seconds,
+            precision=precision,
+            config=config.model_dump(mode="json"),
+            versions=package_versions(),
+            baselines=baselines,
+        )
+
     def as_dict(self) -> dict[str, object]:
         """Return the result as plain values for JSON."""
         return {"written_by": WRITER, **asdict(self)}
@@ -55,39 +89,6 @@ class FinetuneResult:
         """Write RESULT_FILE; ValueError for a number that is not finite."""
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def result_of(
-    model: str,
-    files: Mapping[str, str],
-    data: TaskData,
-    metric: str,
-    per_seed: Sequence[SeedResult],
-    config: FinetuneConfig,
-    precision: str,
-    seconds: float,
-    baselines: dict[str, dict[str, float]] | None = None,
-) -> FinetuneResult:
-    """Sum up what every seed scored by ``metric``."""
-    scores = [result.scores[metric] for result in per_seed]
-    tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
-    return FinetuneResult(
-        model=model,
-        files=dict(files),
-        problem=data.problem,
-        label_names=data.label_names,
-        metric=metric,
-        per_seed=tuple(per_seed),
-        mean=float(np.mean(scores)),
-        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-        test_mean=float(np.mean(tests)) if tests else None,
-        best_seed=best_of(per_seed, metric).seed,
-        seconds=seconds,
-        precision=precision,
-        config=config.model_dump(mode="json"),
-        versions=package_versions(),
-        baselines=baselines,
-    )
 
 
 def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:

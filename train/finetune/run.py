@@ -12,13 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
@@ -33,20 +33,11 @@ from rekindle.train.finetune.classifier import (
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
-from rekindle.train.finetune.result import (
-    FinetuneResult,
-    SeedResult,
-    best_of,
-    check_out,
-    result_of,
-)
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place, quiet_transformers
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
@@ -61,7 +52,7 @@ class _Job:
 
     model: str
     config: FinetuneConfig
-    tokenizer: "PreTrainedTokenizerFast"
+    tokenizer: PreTrainedTokenizerFast
     data: dict[str, TaskData]  # train, dev and maybe test
     encoded: dict[str, EncodedTexts]
     metric: str
@@ -116,9 +107,8 @@ def finetune(
                 _save_model(network, job, dev_logits, staging)
             del network
         seconds = time.perf_counter() - started
-        result = result_of(
-            model, files, data["train"], metric, results, config, job.precision, seconds
-        )
+        about = (config, job.precision, seconds)
+        result = FinetuneResult.of(model, files, data["train"], metric, results, *about)
         result.save(staging)
     return result
 
@@ -140,7 +130,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 def _run_seed(
     job: _Job, seed: int, progress: Progress
-) -> tuple["PreTrainedModel", SeedResult, np.ndarray]:
+) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
@@ -249,7 +239,7 @@ def _finite(loss: float, seed: int, step: int) -> float:
 # ---- output ------------------------------------------------------------------------------------
 
 
-def _save_model(network: "PreTrainedModel", job: _Job, logits: np.ndarray, staging: Path) -> None:
+def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging: Path) -> None:
     """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
     network.save_pretrained(staging)
     backend = job.tokenizer.backend_tokenizer

@@ -1,42 +1,35 @@
 """Scores what is there, without training: an expert, a student's task head, experts together."""
 
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from scipy.special import softmax
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
-from rekindle.train.finetune.classifier import evaluate
-from rekindle.train.finetune.config import FinetuneConfig, MergeConfig
-from rekindle.train.finetune.expert_outputs import expert_output, head_of, names_for, student_logits
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.finetune.classifier import (
+    EncodedTexts,
+    by_length,
+    evaluate,
+    load_expert,
+    predict,
+)
+from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, result_of
-from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
+from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import ABOUT_FILE, Student
 
 Scores = dict[str, float]
-
-
-def finetune_or_score(
-    model: str,
-    train: str,
-    dev: str,
-    out: str,
-    *,
-    seeds: int = 1,
-    metric: str | None = None,
-    config: FinetuneConfig,
-) -> FinetuneResult:
-    """``finetune``, or with ``epochs: 0``, where nothing is trained, ``score_model``."""
-    if config.epochs:
-        return finetune(model, train, dev, out, seeds=seeds, metric=metric, config=config)
-    if seeds != 1:
-        raise InputError(
-            "with epochs=0 nothing is trained, so there are no --seeds; leave them out"
-        )
-    return score_model(model, train, dev, out, metric=metric, config=config)
 
 
 def score_model(
@@ -55,16 +48,12 @@ def score_model(
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
     data = read_task(train, dev)[1]
     metric = chosen_metric(metric, data.problem)
-    is_student = (resolve_model(model) / ABOUT_FILE).is_file()
-    baselines = None
-    if config.merge is not None:
-        baselines = _baselines(model, is_student, data, config, config.merge)
-        scores = next(iter(baselines.values()))
-    else:
-        scores = _scores(model, is_student, data, config)
+    found = _scores_by_way(model, data, config)
+    scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
-    result = result_of(model, files, data, metric, [only], config, "fp32", seconds, baselines)
+    about = (config, "fp32", seconds, baselines)
+    result = FinetuneResult.of(model, files, data, metric, [only], *about)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     return result
@@ -90,16 +79,6 @@ def _check_target(out: Path, models: list[str]) -> None:
         raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
 
 
-def _scores(model: str, is_student: bool, data: TaskData, config: FinetuneConfig) -> Scores:
-    if is_student:
-        return _student_scores(model, data, config)[1]
-    if config.head is not None:
-        raise InputError(
-            f"head is for students with task heads, and {model!r} is none: leave it out"
-        )
-    return evaluate(model, data, max_length=config.max_length, batch_size=config.batch_size)[0]
-
-
 def _student_scores(directory: str, data: TaskData, config: FinetuneConfig) -> tuple[str, Scores]:
     """The name of the head that was scored, and its scores."""
     path = str(resolve_model(directory))
@@ -118,16 +97,25 @@ def _student_scores(directory: str, data: TaskData, config: FinetuneConfig) -> t
     return name, scores_by_name(logits, names, data, f"the head {name!r} of {directory!r}")
 
 
-def _baselines(
-    model: str, is_student: bool, data: TaskData, config: FinetuneConfig, merge: MergeConfig
-) -> dict[str, Scores]:
-    """The scores of the student, each expert, each way to merge them, and of the oracle."""
+def _scores_by_way(model: str, data: TaskData, config: FinetuneConfig) -> dict[str, Scores]:
+    """The scores of the student or expert, and with ``merge`` those of each expert, of each way to
+    merge them, and of the oracle.
+    """
     found: dict[str, Scores] = {}
-    if is_student:
-        head, found_scores = _student_scores(model, data, config)
-        found[f"student, head {head}"] = found_scores
-    models = [*([] if is_student else [model]), *merge.experts]
-    sizes = {"max_length": config.max_length, "batch": config.batch_size}
+    sizes = {"max_length": config.max_length, "batch_size": config.batch_size}
+    models, merge = [model], config.merge
+    if (resolve_model(model) / ABOUT_FILE).is_file():
+        head, scores = _student_scores(model, data, config)
+        found[f"student, head {head}"], models = scores, []
+    elif config.head is not None and merge is None:
+        raise InputError(
+            f"head is for students with task heads, and {model!r} is none: leave it out"
+        )
+    elif merge is None:
+        found["expert"] = evaluate(model, data, **sizes)[0]
+    if merge is None:
+        return found
+    models += merge.experts
     outputs = [
         expert_output(name, directory, data, merge.passes, merge.seed, **sizes)
         for name, directory in zip(names_for(models), models, strict=True)
@@ -144,3 +132,103 @@ def _baselines(
     if merge.oracle is not None:
         found["oracle"] = evaluate(merge.oracle, data, max_length=config.max_length)[0]
     return found
+
+
+# ---- what experts and heads say of the texts: N of them, C classes ------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertOutput:
+    """One expert's answers: logits [N,C], and the mean probabilities of dropout passes [N,C]."""
+
+    info: TeacherInfo
+    logits: np.ndarray
+    mc_probs: np.ndarray | None
+
+
+def expert_output(
+    name: str, model: str, data: TaskData, passes: int, seed: int, max_length: int, batch_size: int
+) -> ExpertOutput:
+    """Run a classifier on the texts of a task; ``passes`` times more with dropout.
+
+    Raises InputError for a model without a trained head, or without dropout where passes are asked.
+    """
+    with quiet_transformers():
+        network, encoded = load_expert(model, data, max_length)
+        logits = predict(network, encoded, batch_size)
+        means = None
+        if passes:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                each = [predict(network, encoded, batch_size, dropout=True) for _ in range(passes)]
+            if all(np.array_equal(one, logits) for one in each):
+                raise InputError(
+                    f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
+                    "dropout to draw uncertainty from. Set merge.passes to 0 to leave MUKI out"
+                )
+            means = np.mean([softmax(one, axis=1) for one in each], axis=0)
+    about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
+    config = network.config
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
+    return ExpertOutput(info, logits, means)
+
+
+def names_for(models: list[str]) -> list[str]:
+    """A name for each expert: its directory's, or a number where that is none or is taken."""
+    names: list[str] = []
+    for number, model in enumerate(models):
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name)[:100].lstrip("._-")
+        names.append(name if name and name not in names else f"expert-{number}")
+    return names
+
+
+def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, HeadConfig]:
+    """The head of a student that is scored; InputError when it is not clear which."""
+    heads = {n: h for n, h in student.head_configs.items() if h.kind == "sequence"}
+    if wanted is None and len(heads) == 1:
+        wanted = next(iter(heads))
+    if wanted is None or wanted not in heads:
+        has = ", ".join(heads) or "none that judges whole texts"
+        raise InputError(
+            f"student {directory!r} has the task heads {has}"
+            + (f", not {wanted!r}" if wanted else "; say which with head")
+            + ". Train one with a distill term of task experts, or fine-tune it (epochs above 0)"
+        )
+    return wanted, heads[wanted]
+
+
+def student_logits(
+    student: Student, head: str, directory: str, data: TaskData, max_length: int, batch: int
+) -> np.ndarray:
+    """Logits [N,C] of one task head, on texts shown as in training."""
+    device = torch.device(place("fp32").device)
+    student = student.to(device).eval()
+    encoded = _encoded(student, directory, data, max_length)
+
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
+        return logits
+
+    return by_length(encoded, batch, device, run)
+
+
+def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> EncodedTexts:
+    """Tokenize the texts or pairs as the cache shows them."""
+    tokenizer = load_tokenizer(directory)
+    longest = longest_input(student.model.config) or max_length + 1
+    prompted = student.prompts is not None  # that of no domain takes a place, too
+    most = min(max_length, longest - prompted)
+    if data.pairs is not None:
+        two = getattr(student.model.config, "type_vocab_size", 0) >= 2
+        pairs = zip(data.texts, data.pairs, strict=True)
+        joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
+        types = [types if two else np.zeros_like(types) for _, types in joined]
+        return EncodedTexts([ids for ids, _ in joined], types, padding_id=0)
+    room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
+    wrapped = [
+        np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
+        for found in tokenizer.encode(data.texts)
+    ]
+    filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
+    return EncodedTexts(filled, None, padding_id=0)

@@ -8,9 +8,10 @@ others are ignored. Rows in messages count from 1, without a csv's header and wi
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ _FIELDS = ("text", "sentence1", "sentence2", "label")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
 _SHOWN_LABELS = 20
+_KINDS: dict[type, str] = {bool: "boolean", str: "string"}  # of labels; all others are numbers
 Label = bool | int | float | str
 _Columns = dict[str, list[object]]  # those that are no field of a task may be empty
 
@@ -46,6 +48,18 @@ class TaskData:
     def problem(self) -> str:
         """The name transformers gives the problem: classes where there are names, else scores."""
         return "single_label_classification" if self.label_names else "regression"
+
+    def check_known(self, names: Sequence[str], who: str) -> None:
+        """Raise InputError for scores, and for labels that are none of the ``names`` that ``who``
+        knows.
+        """
+        unknown = [name for name in self.label_names if name not in names]
+        if unknown or not self.label_names:
+            wrong = f"the labels {', '.join(unknown[:5])}"
+            raise InputError(
+                f"the task has {wrong if unknown else 'scores instead of classes'}; {who} know "
+                f"{', '.join(list(dict.fromkeys(names))[:20])}: give a task whose labels they know"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,32 +86,27 @@ def read_task(train_path: str, *others: str) -> tuple[TaskData, ...]:
     splits = [_read_split(path) for path in (train_path, *others)]
     train = splits[0]
     for split in splits[1:]:
-        _check_same_shape(train, split)
+        if (train.pairs is None) != (split.pairs is None):
+            has, lacks = (train, split) if split.pairs is None else (split, train)
+            raise InputError(
+                f"{has.path} has sentence2 and {lacks.path} has not; the splits of one task are "
+                "all pairs or all single texts: add the field or take it away"
+            )
     if train.kind == "number" and any(isinstance(label, float) for label in train.labels):
         return tuple(_as_regression(split) for split in splits)
     names = _class_names(train)
     return tuple(_as_classes(split, names, train.path) for split in splits)
 
 
-def _check_same_shape(train: _Split, split: _Split) -> None:
-    if (train.pairs is None) != (split.pairs is None):
-        has, lacks = (train, split) if split.pairs is None else (split, train)
-        raise InputError(
-            f"{has.path} has sentence2 and {lacks.path} has not; the splits of one task are all "
-            "pairs or all single texts: add the field or take it away"
-        )
-
-
 def _class_names(train: _Split) -> tuple[str, ...]:
     by_name = {_class_name(label): label for label in train.labels}
-    numbers = {name: label for name, label in by_name.items() if not isinstance(label, str)}
     if len(by_name) < 2:
         raise InputError(
             f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
             "least two classes in train"
         )
     if train.kind == "number":
-        return tuple(sorted(numbers, key=numbers.__getitem__))
+        return tuple(sorted(by_name, key=cast("dict[str, float]", by_name).__getitem__))
     return tuple(sorted(by_name))
 
 
@@ -134,54 +143,37 @@ def _as_regression(split: _Split) -> TaskData:
 
 def _read_split(path: str) -> _Split:
     columns = _read_columns(path)
-    rows = len(columns["label"])
-    if not rows:
+    if not columns["label"]:
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    given = {
-        field: _checked_texts(path, field, columns[field]) for field in columns.keys() - {"label"}
-    }
-    texts = given.get("text") or given["sentence1"]
-    labels = [_checked_label(path, row, label) for row, label in enumerate(columns["label"], 1)]
-    kinds = [_kind_of(label) for label in labels]
+    for field, values in columns.items():
+        for row, value in enumerate(values, start=1):
+            if problem := _problem(field, value):
+                raise InputError(f"{path}, row {row}: {problem}")
+    labels = cast("list[Label]", columns["label"])
+    kinds = [_KINDS.get(type(label), "number") for label in labels]
     for row, (label, kind) in enumerate(zip(labels, kinds, strict=True), start=1):
         if kind != kinds[0]:
             raise InputError(
                 f"{path}, row {row}: label {label!r} is a {kind}, but row 1 has {labels[0]!r}, "
                 f"a {kinds[0]}; use one type of label throughout"
             )
-    return _Split(path, texts, given.get("sentence2"), labels, kinds[0])
+    texts = cast("dict[str, list[str]]", columns)
+    first = texts.get("text") or texts["sentence1"]
+    return _Split(path, first, texts.get("sentence2"), labels, kinds[0])
 
 
-def _checked_texts(path: str, field: str, texts: list[object]) -> list[str]:
-    checked = []
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            given = "missing" if text is None else f"{text!r}, a {type(text).__name__}"
-            raise InputError(f"{path}, row {row}: {field} must be a string (given: {given})")
-        checked.append(text)
-    return checked
-
-
-def _kind_of(label: Label) -> str:
-    if isinstance(label, bool):
-        return "boolean"
-    return "string" if isinstance(label, str) else "number"
-
-
-def _checked_label(path: str, row: int, label: object) -> Label:
-    where = f"{path}, row {row}"
-    if label is None:
-        raise InputError(f"{where}: label is missing; every row needs one: add it or drop the row")
-    if isinstance(label, str):
-        return label
-    if not isinstance(label, int | float):
-        raise InputError(
-            f"{where}: label must be a class name, an integer or a float "
-            f"(given: {label!r}, a {type(label).__name__})"
-        )
-    if not math.isfinite(label):
-        raise InputError(f"{where}: label is {label}; a score must be finite: drop the row")
-    return label
+def _problem(field: str, value: object) -> str | None:
+    """Say what is wrong with a value of a field, if anything."""
+    given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
+    if field != "label":
+        return None if isinstance(value, str) else f"{field} must be a string (given: {given})"
+    if value is None:
+        return "label is missing; every row needs one: add it or drop the row"
+    if not isinstance(value, str | int | float):
+        return f"label must be a class name, an integer or a float (given: {given})"
+    if not isinstance(value, str) and not math.isfinite(value):
+        return f"label is {value}; a score must be finite: drop the row"
+    return None
 
 
 def _read_columns(path: str) -> _Columns:

@@ -59,7 +59,6 @@ class Family:
     layer: str  # a regular expression of a layer's prefix; its number follows
     inside: dict[str, Role]  # by a regular expression of a module's name within a layer
     outside: dict[str, Role]
-    outputs: tuple[str, str]  # the modules in a layer that add to the residual stream
     eps: str  # the configuration's key
     rms: bool = False
     # Post-LN: the norms after attention and at a layer's end; the latter makes the layer's output.
@@ -67,11 +66,15 @@ class Family:
     # Settings of which another value would change too much.
     needs: dict[str, object] = field(default_factory=dict)
 
+    def place(self, name: str) -> tuple[int | None, str]:
+        """The number of the layer that the parameter ``name`` is in, if any, and its name there."""
+        found = re.match(rf"{self.layer}(\d+)\.", name)
+        return (int(found.group(1)), name[found.end() :]) if found else (None, name)
+
     def role(self, name: str) -> Role | None:
-        """What the parameter ``name`` (without ``.weight`` and the like) is; None if not known."""
-        number = re.match(rf"{self.layer}\d+\.", name)
+        """What the parameter ``name`` is; None if not known."""
+        number, rest = self.place(name.rpartition(".")[0])
         known = self.outside if number is None else self.inside
-        rest = name if number is None else name[number.end() :]
         return next((role for form, role in known.items() if re.fullmatch(form, rest)), None)
 
 
@@ -92,7 +95,6 @@ BERT = Family(
         r"cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm": Norm(last=True),
         r"cls\.predictions(\.decoder)?|lm_head(\.decoder)?": Output(),
     },
-    outputs=("attention.output.dense", "output.dense"),
     norms_after=("attention.output.LayerNorm", "output.LayerNorm"),
     eps="layer_norm_eps",
     needs={"add_cross_attention": False},
@@ -112,7 +114,6 @@ GPT2 = Family(
         r"transformer\.ln_f": Norm(last=True),
         r"lm_head": Output(),
     },
-    outputs=("attn.c_proj", "mlp.c_proj"),
     eps="layer_norm_epsilon",
     # A scale by the layer's number would give a layer's copy another attention.
     needs={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
@@ -133,7 +134,6 @@ LLAMA = Family(
         r"model\.norm": Norm(last=True),
         r"lm_head": Output(),
     },
-    outputs=("self_attn.o_proj", "mlp.down_proj"),
     eps="rms_norm_eps",
     rms=True,
 )
@@ -156,7 +156,7 @@ def family_of(model: nn.Module) -> Family:
                 f"student.grow: a {config.model_type} model with {key}: {getattr(config, key)} "
                 f"cannot be grown, only one with {key}: {value}"
             )
-    strange = [name for name in model.state_dict() if found.role(name.rpartition(".")[0]) is None]
+    strange = [name for name in model.state_dict() if found.role(name) is None]
     if strange:
         raise InputError(
             f"student.grow: {type(model).__name__} has parameters that {config.model_type} models "

@@ -38,7 +38,6 @@ their originals. What is kept of the old model's logits, up to rounding:
 
 import copy
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -49,15 +48,7 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError
 from rekindle.train.config import GrowConfig
 from rekindle.train.growth.families import Embedding, Linear, Norm, Role, family_of
-from rekindle.train.growth.maps import (
-    Axis,
-    averaged,
-    balanced_sources,
-    copied,
-    in_blocks,
-    layer_sources,
-    shared,
-)
+from rekindle.train.growth.maps import Axis, balanced_sources, in_blocks, layer_sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -159,7 +150,7 @@ class Growth:
         old, new = self.old.hidden_size, self.new.hidden_size
         source = balanced_sources(old, new, self._draw)
         if self.settings.preserve == "approximate" or new % old == 0:
-            return copied(source)
+            return Axis.copied(source)
         if self.family.norms_after is not None:
             raise InputError(
                 f"student.grow: preserve: exact is impossible from hidden_size {old} to {new}: "
@@ -167,15 +158,14 @@ class Growth:
                 f"dimensions have equally many copies. Use {old * math.ceil(new / old)} (a "
                 "multiple), or preserve: approximate; layers and intermediate_size are free"
             )
-        return shared(source) if self.family.rms else averaged(source)
+        return Axis.shared(source) if self.family.rms else Axis.averaged(source)
 
     def _layer_axes(self, head_size: int) -> LayerAxes:
         groups = balanced_sources(self.old.key_value_heads, self.new.key_value_heads, self._draw)
         heads = in_blocks(groups, self.old.heads // self.old.key_value_heads)
         ffn = balanced_sources(self.old.intermediate_size, self.new.intermediate_size, self._draw)
-        return LayerAxes(
-            copied(in_blocks(heads, head_size)), copied(in_blocks(groups, head_size)), copied(ffn)
-        )
+        sources = (in_blocks(heads, head_size), in_blocks(groups, head_size), ffn)
+        return LayerAxes(*map(Axis.copied, sources))
 
     def _config(self, old: "PretrainedConfig") -> "PretrainedConfig":
         new = copy.deepcopy(old)
@@ -200,29 +190,26 @@ class Growth:
     def _deepen(self, state: Mapping[str, Tensor]) -> State:
         """The weights of all new layers, still of the old width."""
         tensors: State = {}
-        places: dict[int, list[int]] = {}
-        for place, layer in enumerate(self.sources):
-            places.setdefault(layer, []).append(place)
         for name, tensor in state.items():
-            found = re.match(rf"({self.family.layer})(\d+)(\..*)", name)
-            if found is None:
+            layer, rest = self.family.place(name)
+            if layer is None:
                 tensors[name] = tensor.cpu()
                 continue
-            start, number, rest = found.groups()
-            copies = places[int(number)]
+            start = name.removesuffix(f"{layer}.{rest}")
+            copies = [place for place, source in enumerate(self.sources) if source == layer]
             for place in copies:
                 kept = tensor.cpu()
                 if self.settings.preserve == "exact":
-                    kept = self._silenced(rest[1:], kept, place, copies)
-                tensors[f"{start}{place}{rest}"] = kept
+                    kept = self._silenced(name, kept, place, copies)
+                tensors[f"{start}{place}.{rest}"] = kept
         return tensors
 
     def _silenced(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
         """A parameter of a layer that stands at ``places`` so that the copies change nothing."""
-        module, _, kind = name.rpartition(".")
-        is_copy, is_last = place != places[0], place == places[-1]
-        if is_copy and module in self.family.outputs:
-            return torch.zeros_like(tensor)
+        module, _, kind = self.family.place(name)[1].rpartition(".")
+        is_copy, is_last, role = place != places[0], place == places[-1], self.family.role(name)
+        if is_copy and isinstance(role, Linear) and role.out == "hidden":
+            return torch.zeros_like(tensor)  # it adds to the residual stream
         inner, outer = self.family.norms_after or ("", "")
         if (module == inner and is_copy) or (module == outer and not is_last):
             return torch.zeros_like(tensor) if kind == "bias" else torch.ones_like(tensor)
@@ -234,15 +221,13 @@ class Growth:
         return {name: self._grown(name, tensor).contiguous() for name, tensor in state.items()}
 
     def _grown(self, name: str, tensor: Tensor) -> Tensor:
-        module, _, kind = name.rpartition(".")
-        role = self.family.role(module)
-        found = re.match(rf"{self.family.layer}(\d+)\.", name)
-        own = self.layers[int(found.group(1))] if found else None
+        role, layer = self.family.role(name), self.family.place(name)[0]
+        own = None if layer is None else self.layers[layer]
         if isinstance(role, Linear):
             return self._linear(role, tensor, own)
         if isinstance(role, Norm):
             read = role.last and self.tied
-            return self.hidden.norm(tensor, bias=kind == "bias", read=read)
+            return self.hidden.norm(tensor, bias=name.endswith(".bias"), read=read)
         return self._table(role, tensor)
 
     def _linear(self, role: Linear, tensor: Tensor, own: LayerAxes | None) -> Tensor:

@@ -34,6 +34,28 @@ class Axis:
     means: bool = False
     norm_scale: float = 1.0
 
+    @classmethod
+    def copied(cls, source: Tensor) -> "Axis":
+        """Rows copied, columns divided by the multiplicity: ELLE's and Net2Net's rule."""
+        read = 1.0 / torch.bincount(source)[source].double()
+        return cls(source, torch.ones_like(read), read)
+
+    @classmethod
+    def shared(cls, source: Tensor) -> "Axis":
+        """Rows and columns divided by √multiplicity: the sum of squares stays, so an RMSNorm over D
+        units with eps·d/D finds √(d/D) of what it found, whatever d and D are.
+        """
+        share = torch.bincount(source)[source].double().rsqrt()
+        return cls(source, share, share.clone(), norm_scale=_shrunk(source))
+
+    @classmethod
+    def averaged(cls, source: Tensor) -> "Axis":
+        """The old units as they are, and new ones that hold their mean: the mean stays, and the
+        variance over D units is d/D of what it was, which weights and eps of a LayerNorm make good.
+        """
+        ones = torch.ones(len(source), dtype=torch.float64)
+        return cls(source, ones, ones.clone(), means=True, norm_scale=_shrunk(source))
+
     @property
     def old(self) -> int:
         """d; every old unit has a copy."""
@@ -83,6 +105,11 @@ class Axis:
         return grown
 
 
+def _shrunk(source: Tensor) -> float:
+    """√(d/D)."""
+    return math.sqrt((int(source.max()) + 1) / len(source))
+
+
 def _along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
     """``values`` shaped to multiply ``tensor`` along ``dim``."""
     shape = [1] * tensor.dim()
@@ -101,30 +128,6 @@ def balanced_sources(old: int, new: int, draw: Generator) -> Tensor:
 def in_blocks(source: Tensor, size: int) -> Tensor:
     """[D·size]: blocks of ``size`` consecutive units (a head's dimensions) that grow as one."""
     return (source[:, None] * size + torch.arange(size)).flatten()
-
-
-def copied(source: Tensor) -> Axis:
-    """Rows copied, columns divided by the multiplicity: ELLE's and Net2Net's rule."""
-    read = 1.0 / torch.bincount(source)[source].double()
-    return Axis(source, torch.ones(len(source), dtype=torch.float64), read)
-
-
-def shared(source: Tensor) -> Axis:
-    """Rows and columns divided by √multiplicity: the sum of squares stays, so an RMSNorm over D
-    units with eps·d/D finds √(d/D) of what it found, whatever d and D are.
-    """
-    share = torch.bincount(source)[source].double().rsqrt()
-    old = int(source.max()) + 1
-    return Axis(source, share, share.clone(), norm_scale=math.sqrt(old / len(source)))
-
-
-def averaged(source: Tensor) -> Axis:
-    """The old units as they are, and new ones that hold their mean: the mean stays, and the
-    variance over D units is d/D of what it was, which weights and eps of a LayerNorm make good.
-    """
-    ones = torch.ones(len(source), dtype=torch.float64)
-    old = int(source.max()) + 1
-    return Axis(source, ones, ones.clone(), means=True, norm_scale=math.sqrt(old / len(source)))
 
 
 def layer_sources(old: int, new: int, which: Copied) -> list[int]:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from rekindle.train.config import GrowConfig
 from rekindle.train.growth.grow import Growth
-from rekindle.train.growth.maps import copied
+from rekindle.train.growth.maps import Axis
 from rekindle.train.student import Student
 
 
@@ -34,13 +34,11 @@ def _head(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, T
     Of a causal LM whose output matrix is tied, the last norm has divided these states already.
     """
     held = {name: tensor.cpu() for name, tensor in state.items()}
-    inner = copied(growth.hidden.source)  # the head's own units, behind a tanh
-    dense = inner.rows(held["dense.weight"])
-    divided = causal and growth.tied
+    inner = Axis.copied(growth.hidden.source)  # the head's own units, behind a tanh
+    dense, divided = inner.rows(held["dense.weight"]), causal and growth.tied
+    read = growth.hidden.rows(dense, 1) if divided else growth.columns(growth.hidden, dense, 1)
     return {
-        "dense.weight": growth.hidden.rows(dense, 1)
-        if divided
-        else growth.columns(growth.hidden, dense, 1),
+        "dense.weight": read,
         "dense.bias": inner.rows(held["dense.bias"]),
         "out.weight": growth.columns(inner, held["out.weight"], 1),
         "out.bias": held["out.bias"],

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ DISTRIBUTION = "rekindle-kd"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 # Families of RoBERTa's kind, which number positions from pad_token_id + 1.
 COUNT_PAST_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
@@ -120,49 +121,88 @@ def refusing(
         raise InputError(f"{what}: {reason}{advice}") from None
 
 
-class LoadReport(TypedDict):
-    """The names of weights that a directory and a model do not share."""
-
-    missing_keys: list[str]
-    mismatched_keys: list[tuple[str, torch.Size, torch.Size]]
-
-
 def load_weights(
-    directory: Path, auto_class: str, dtype: torch.dtype, **options: object
-) -> tuple["PreTrainedModel", LoadReport]:
+    directory: Path,
+    auto_class: str,
+    dtype: torch.dtype,
+    what: str,
+    advice: str = "",
+    damaged: type[RekindleError] = InputError,
+    **options: object,
+) -> tuple["PreTrainedModel", list[str], list[str]]:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
-    Raises what transformers raises: see ``refusing``.
+    Returns the model, and the names of its weights that the directory does not have in their
+    shape: those of the body, and those of a head. ``what``, ``advice`` and ``damaged`` are as of
+    ``refusing``.
     """
     import transformers
 
-    model, info = getattr(transformers, auto_class).from_pretrained(
-        str(directory),
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
-    return model, info
+    with refusing(what, advice, damaged):
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            str(directory),
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    body = [key for key in unset if key.startswith(f"{model.base_model_prefix}.")]
+    return model, body, [key for key in unset if key not in body]
 
 
-def load_model(
-    directory: Path, auto_class: str, dtype: torch.dtype, **options: object
-) -> nn.Module:
+def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:
     """Load a teacher; every weight must come from the directory.
 
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
-    with refusing(f"{directory} cannot be loaded as {auto_class}"):
-        model, info = load_weights(directory, auto_class, dtype, **options)
-    missing = sorted(info["missing_keys"])
+    what = f"{directory} cannot be loaded as {auto_class}"
+    model, *unset = load_weights(directory, auto_class, dtype, what)
+    missing = sorted(unset[0] + unset[1])
     if missing:
         raise InputError(
             f"{directory} has no weights for {', '.join(missing[:4])}"
             f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
             "Is the teacher's `task` right for this model?"
         )
+    return model
+
+
+def new_language_model(
+    directory: Path, task: str, attention: str | None = None
+) -> "PreTrainedModel":
+    """Make random weights of the configuration in ``directory``, in float32."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    with refusing(f"student {directory} cannot be made as {AUTO_CLASSES[task]}"):
+        # The configuration may say bfloat16, as large models' do: weights are trained in float32.
+        model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+    return model
+
+
+def load_language_model(
+    directory: Path, task: str, attention: str | None = None
+) -> "PreTrainedModel":
+    """Load pre-trained weights in float32; a body without LM head gets a fresh one, and that is
+    said.
+    """
+    what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
+    advice = ". To start from its configuration alone, set student.from_scratch"
+    kind, dtype = AUTO_CLASSES[task], torch.float32
+    model, body, head = load_weights(
+        directory, kind, dtype, what, advice, attn_implementation=attention
+    )
+    if body:
+        raise InputError(
+            f"student {directory} lacks weights of its body ({', '.join(body[:3])} …); "
+            "to start from random weights, set student.from_scratch"
+        )
+    if head:
+        log.info("student: fresh LM head, %s has none", directory)
     return model
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.model.domain_prompts import DOMAINS, DomainPrompts, with_prompt, without_prompt
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
+DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
+PLACE = 1  # of a domain's prompt in what the model reads
 HEADS_FILE = "heads.safetensors"  # beside a model: the weights of its heads
 
 
@@ -32,8 +33,7 @@ class HeadConfig(Settings):
     @classmethod
     def of(cls, info: TeacherInfo) -> "HeadConfig":
         """Return the head that fits a cached expert."""
-        names = ("kind", "num_labels", "label_names", "problem")
-        return cls.model_validate({name: getattr(info, name) for name in names})
+        return cls.model_validate(info, from_attributes=True)
 
 
 class TaskHead(nn.Module):
@@ -49,6 +49,75 @@ class TaskHead(nn.Module):
         """Return logits [...,C]."""
         logits: Tensor = self.out(self.dropout(torch.tanh(self.dense(states))))
         return logits
+
+
+class DomainPrompts(nn.Module):
+    """Domain prompts (ELLE, ACL 2022): a learned vector [H] per domain after a sequence's first
+    token; number 0 is for text of no domain, or of one that is not known.
+
+    Positions keep their meaning: whoever names a position means that of the text without the
+    prompt. The prompt stands at place 1 of what the model reads; its own hidden state is left out
+    again.
+    """
+
+    def __init__(self, model: Any, domains: Sequence[str]):
+        super().__init__()
+        if not domains:
+            raise InputError(
+                "student.domain_prompts: the corpus has no domains. Make the cache with "
+                "corpus.domain_field, or leave domain_prompts out"
+            )
+        self.domains = tuple(domains)
+        size = model.get_input_embeddings().weight.shape[1]
+        self.vectors = nn.Embedding(len(self.domains) + 1, size)
+        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        nn.init.normal_(self.vectors.weight, std=std)
+
+    def numbers(self, domains: Sequence[str | None]) -> list[int]:
+        """The rows of ``domains`` [B] in the table."""
+        known = {name: number for number, name in enumerate(self.domains, 1)}
+        return [0 if name is None else known.get(name, 0) for name in domains]
+
+    def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
+        """``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) as wide.
+
+        ``inputs[DOMAINS]`` [B], domain number 0 if absent; ``words``: the model's input embeddings.
+        The model numbers its positions itself, the prompt's included.
+        """
+        ids = inputs["input_ids"]
+        numbers = inputs.get(DOMAINS)
+        if numbers is None:
+            numbers = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        embedded = words(ids)
+        prompt = self.vectors(numbers).to(embedded.dtype)[:, None]
+        longer = {"inputs_embeds": _inserted(embedded, prompt)}
+        for name in ("attention_mask", "token_type_ids"):
+            if (found := inputs.get(name)) is not None:  # a prompt is to the model as the first is
+                longer[name] = _inserted(found, found[:, :1])
+        return longer
+
+    @torch.no_grad()
+    def take(self, earlier: Sequence[str], vectors: Tensor) -> None:
+        """Take over the ``vectors`` of ``earlier`` domains that are domains here, and number 0."""
+        self.vectors.weight[0] = vectors[0]
+        for number, name in enumerate(earlier, 1):
+            if name in self.domains:
+                self.vectors.weight[1 + self.domains.index(name)] = vectors[number]
+
+
+def _inserted(values: Tensor, one: Tensor) -> Tensor:
+    return torch.cat([values[:, :PLACE], one, values[:, PLACE:]], dim=1)
+
+
+def with_prompt(flat: Tensor, width: int) -> Tensor:
+    """Flat indices into [B·(S+1)], prompts inserted, of flat indices into [B·S]; S is ``width``."""
+    row, position = flat // width, flat % width
+    return row * (width + 1) + position + (position >= PLACE)
+
+
+def without_prompt(states: Tensor) -> Tensor:
+    """Hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
+    return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)
 
 
 class StudentOutput(NamedTuple):
@@ -79,9 +148,8 @@ class StudentNetwork(nn.Module):
         self.task = task
         self.head_configs: dict[str, HeadConfig] = {}
         self.heads = nn.ModuleDict()  # of experts, and what methods add
-        self.methods: dict[
-            str, dict[str, object]
-        ] = {}  # the settings of those that added something
+        # the settings of the methods that added something
+        self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
         try:
             self._split = SplitLanguageModel(model, causal=task == "causal_lm")

@@ -4,9 +4,9 @@ Each position goes through the output matrix once where that can be: its cross-e
 the call that forms its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,35 +16,15 @@ from torch import Tensor
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.kernels.hidden import row_entropy
-from rekindle.kernels.losses import KDLoss, linear_kd_loss, merge_targets
+from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
+from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import (
-    DecodedTargets,
-    LanguageRows,
-    Targets,
-    as_arguments,
-    kd_targets,
-    send,
-    sparse_targets,
-)
+from rekindle.train.device_batch import LanguageRows, Targets, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
-from rekindle.train.objective.selection import Counts, names_of, taught_per_sequence
+from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
 
-Add = Callable[[str, Tensor | None, Tensor], None]
 Rows = NDArray[np.int64]
 IGNORED = -100  # the label of a row without cross-entropy
-
-
-class LossOptions(TypedDict, total=False):
-    """Arguments of `linear_kd_loss`."""
-
-    labels: Tensor | None
-    ce_weight: float
-    kd_weight: float
-    temperature: float
-    divergence: str
-    tail: str
-    row_weight: Tensor | None
 
 
 def head_loss(
@@ -58,16 +38,8 @@ def head_loss(
         no_probs = torch.zeros(nothing.shape, device=hidden.device)
         targets = DecodedTargets(nothing, no_probs, no_probs[:, 0])
         options["kd_weight"] = 0.0
-    return linear_kd_loss(
-        hidden,
-        head.weight,
-        **as_arguments(targets),
-        bias=head.bias,
-        reduction="sum",
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        **options,
-    )
+    options |= {"reduction": "sum", "softcap": head.softcap, "logit_scale": head.logit_scale}
+    return linear_kd_loss(hidden, head.weight, targets, bias=head.bias, **options)
 
 
 @dataclass(frozen=True)
@@ -97,52 +69,44 @@ class LanguageLoss:
         at weight ``hard``.
         """
         open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
+        labelled = max(self.counts.labels, 1)
         for lesson in [found for term, weight in terms for found in self._lessons(term, weight)]:
             due = open_rows[lesson.rows] if lesson.row_weight is None else np.zeros(1, bool)
-            loss = self._taught(lesson, due, hard)
-            count = max(self.counts.rows[lesson.name], 1)
-            add(lesson.name, loss.loss, loss.kd / count)
+            loss = self._taught(lesson, due, hard / labelled)
+            add(lesson.name, loss.loss, loss.kd / max(self.counts.rows[lesson.name], 1))
             if due.any():
-                add("ce", None, loss.ce / max(self.counts.labels, 1))
+                add("ce", None, loss.ce / labelled)
                 open_rows[lesson.rows] = False
         if hard > 0 and (open_rows.any() or not terms):
-            loss = self._untaught(open_rows, hard)
-            add("ce", loss.loss, loss.ce / max(self.counts.labels, 1))
+            hidden, labels = self._at(np.flatnonzero(open_rows), self.hidden, self.rows.labels)
+            loss = head_loss(hidden, self.head, None, labels=labels, ce_weight=hard / labelled)
+            add("ce", loss.loss, loss.ce / labelled)
 
-    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], hard: float) -> KDLoss:
-        term = lesson.term
-        index = self._index(lesson.rows)
+    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
+        """Return the loss of a lesson, with the cross-entropy of those of its rows that are due."""
+        hidden, own = self._at(lesson.rows, self.hidden, self.rows.labels)
         labels = None
         if due.any():
-            labels = self.rows.labels if index is None else self.rows.labels[index]
-            if not due.all():
-                labels = labels.masked_fill(send(~due, self.device), IGNORED)
+            labels = own if due.all() else own.masked_fill(send(~due, self.device), IGNORED)
         return head_loss(
-            self._states(index),
+            hidden,
             self.head,
             lesson.targets,
             labels=labels,
-            ce_weight=hard / max(self.counts.labels, 1) if due.any() else 0.0,
+            ce_weight=ce_weight if due.any() else 0.0,
             kd_weight=lesson.weight / max(self.counts.rows[lesson.name], 1),
-            temperature=term.temperature,
-            divergence=term.divergence,
-            tail=term.tail,
+            temperature=lesson.term.temperature,
+            divergence=lesson.term.divergence,
+            tail=lesson.term.tail,
             row_weight=lesson.row_weight,
         )
 
-    def _untaught(self, open_rows: NDArray[np.bool_], hard: float) -> KDLoss:
-        """Return the cross-entropy alone, at the rows that no lesson has."""
-        index = self._index(np.flatnonzero(open_rows))
-        labels = self.rows.labels if index is None else self.rows.labels[index]
-        weight = hard / max(self.counts.labels, 1)
-        return head_loss(self._states(index), self.head, None, labels=labels, ce_weight=weight)
-
-    def _states(self, index: Tensor | None) -> Tensor:
-        return self.hidden if index is None else self.hidden[index]
-
-    def _index(self, rows: Rows) -> Tensor | None:
-        """Send the rows to the device; None for all of them, which spares a copy of the states."""
-        return None if len(rows) == len(self.rows.keys) else send(rows, self.device)
+    def _at(self, rows: Rows, *values: Tensor) -> list[Tensor]:
+        """Return ``values`` [P,…] at the rows; all of them as they are, which spares a copy."""
+        if len(rows) == len(self.rows.keys):
+            return list(values)
+        index = send(rows, self.device)
+        return [value[index] for value in values]
 
     def _lessons(self, term: DistillTerm, weight: float) -> list[Lesson]:
         named = names_of(term)
@@ -173,8 +137,7 @@ class LanguageLoss:
             )
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
         weights = torch.full((len(decoded),), 1.0 / len(decoded), device=self.device)
-        merged = merge_targets([(d.ids, d.probs, d.tail) for d in decoded], weights)
-        return DecodedTargets(*merged), places[0]
+        return merge_targets(decoded, weights), places[0]
 
     def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
         """Mark by 1 the fraction of each sequence's positions where the student's entropy is
@@ -184,7 +147,7 @@ class LanguageLoss:
         """
         head = self.head
         with torch.no_grad():
-            hidden = self._states(self._index(rows))
+            (hidden,) = self._at(rows, self.hidden)
             entropy = row_entropy(
                 hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
             )

@@ -6,7 +6,8 @@ from the step's batch before it is split, so gradient accumulation changes nothi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,48 +20,39 @@ from rekindle.train.device_batch import language_rows
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.language_loss import LanguageLoss
-from rekindle.train.objective.selection import Counts, count_rows, select_targets
-from rekindle.train.objective.step_plan import StepPlan, plan_step
+from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms
+from rekindle.train.schedules import weight_at
 from rekindle.train.student import Student
 
 Weighted = Sequence[tuple[DistillTerm, float]]
 
 
-@dataclass
-class StepLoss:
-    """A micro-batch's share of the step's loss. ``terms`` are detached and sum up over
-    micro-batches.
+class StepLoss(NamedTuple):
+    """A micro-batch's share of the step's loss. ``terms`` are detached and without weights; they
+    sum up over micro-batches.
     """
 
     total: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, loss: Tensor | None, shown: Tensor) -> None:
-        """Add a term to the loss, and its unweighted value to what is shown."""
-        if loss is not None:
-            self.total = self.total + loss
-        self.terms[name] = self.terms.get(name, torch.zeros_like(shown)) + shown.detach()
+    terms: dict[str, Tensor]
 
 
+@dataclass
 class Objective:
     """The configured loss for one student task and the teachers of one cache."""
 
-    def __init__(
-        self,
-        config: ObjectiveConfig,
-        teachers: Mapping[str, TeacherInfo],
-        task: str,
-        steps: int,
-        methods: Sequence[Method] = (),
-    ):
-        self.config, self.teachers, self.task, self.steps = config, teachers, task, steps
-        self.methods = methods
-        check_terms(config.distill, teachers, task)
-        _check_shared(config.distill, methods, teachers)
-        if not any(self.plan(steps - 1).weights):
+    config: ObjectiveConfig
+    teachers: Mapping[str, TeacherInfo]
+    task: str
+    steps: int
+    methods: Sequence[Method] = ()
+
+    def __post_init__(self) -> None:
+        check_terms(self.config.distill, self.teachers, self.task)
+        _check_shared(self.config.distill, self.methods, self.teachers)
+        if not any(self.plan(self.steps - 1).weights):
             raise InputError(
                 "train.objective: at the end of the run every weight is 0, so nothing is trained. "
                 "Give hard.weight, a distill term or a method a weight above 0, or end the run "
@@ -70,14 +62,24 @@ class Objective:
     @property
     def heads(self) -> dict[str, HeadConfig]:
         """Return the task heads that the student needs."""
-        found: dict[str, HeadConfig] = {}
-        for term in self.config.distill:
-            found |= heads_of(term, self.teachers)
-        return found
+        each = [heads_of(term, self.teachers) for term in self.config.distill]
+        return {name: head for heads in each for name, head in heads.items()}
 
     def plan(self, step: int) -> StepPlan:
-        """Return what ``step`` reads and learns from."""
-        return plan_step(self.config, self.methods, step, self.steps)
+        """Return what ``step`` (0-based) reads and learns from."""
+        given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
+        given += [method.settings.weight for method in self.methods]
+        hard, *weights = (weight_at(weight, step, self.steps) for weight in given)
+        split = len(self.config.distill)
+        terms = zip(self.config.distill, weights[:split], strict=True)
+        methods = zip(self.methods, weights[split:], strict=True)
+        return StepPlan(
+            step,
+            hard,
+            tuple((term, weight) for term, weight in terms if weight > 0),
+            tuple((method, weight) for method, weight in methods if weight > 0),
+            (hard, *weights),
+        )
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only those targets that the step's terms use."""
@@ -102,9 +104,17 @@ class Objective:
         """Return the loss of one micro-batch; ``counts`` are the whole step's.
 
         One forward pass of the student per view that a term needs. Which passes are made depends
-        on the plan alone, never on a micro-batch: all processes make the same ones.
+        on the plan alone, never on a micro-batch: all processes make the same ones. The total has
+        a gradient always: where no row here has a loss, another process's may have one, and all
+        must take part in its backward pass.
         """
-        result = StepLoss(torch.zeros((), device=device))
+        total, terms = torch.zeros((), device=device), dict[str, Tensor]()
+
+        def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
+            nonlocal total
+            total = total if loss is None else total + loss
+            terms[name] = terms.get(name, torch.zeros_like(shown)) + shown.detach()
+
         language: list[tuple[DistillTerm, float]] = []
         joined: list[tuple[DistillTerm, float]] = []  # imitate in the very pass of the LM loss
         by_view: dict[str, list[tuple[DistillTerm, float]]] = {}
@@ -119,18 +129,20 @@ class Objective:
                 by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
         if plan.hard > 0 or language or joined:
             rows = language_rows(batch, self.task, device)
-            hidden = self._imitate(student, rows.inputs, batch, joined, counts, result, rows.select)
+            hidden = self._imitate(student, rows.inputs, batch, joined, counts, add, rows.select)
             assert hidden is not None
             language_loss = LanguageLoss(batch, rows, hidden, student.output_head, counts)
-            language_loss.add_all(plan.hard, language, result.add)
+            language_loss.add_all(plan.hard, language, add)
         for view, own in sorted(by_view.items()):
             inputs = inputs_of(student, batch, view, device)
-            self._imitate(student, inputs, batch, own, counts, result)
+            self._imitate(student, inputs, batch, own, counts, add)
         for method, weight in plan.methods:
             for name, loss, shown in method.losses(student, batch, plan.step, device):
                 scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
-                result.add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
-        return result
+                add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
+        if not total.requires_grad:
+            total = total + 0.0 * student.model.get_input_embeddings().weight[0].sum()
+        return StepLoss(total, terms)
 
     def _imitate(
         self,
@@ -139,14 +151,14 @@ class Objective:
         batch: Batch,
         terms: Weighted,
         counts: Counts,
-        result: StepLoss,
+        add: Add,
         select: Tensor | None = None,
     ) -> Tensor | None:
         """Run the student once, add its experts' losses, and return the hidden states selected."""
         names = [name for term, _ in terms for name in heads_of(term, self.teachers)]
         heads = {name: batch.targets.get(name) for name in names}  # None: over a union of labels
         output = run_heads(student, inputs, batch, heads, select)
-        add_task_losses(output.logits, batch, terms, self.teachers, counts, result.add)
+        add_task_losses(output.logits, batch, terms, self.teachers, counts, add)
         return output.hidden
 
 

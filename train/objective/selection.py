@@ -1,4 +1,4 @@
-"""Which of a batch's targets a distillation term uses, and how many rows its mean is over.
+"""What a step learns from: which of a batch's targets, and how many rows each mean is over.
 
 Decided once per step and on the host, before the batch is split: gradient accumulation and the
 world size then change nothing but rounding.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
 from rekindle.data.batch import (
     Batch,
@@ -18,8 +19,58 @@ from rekindle.data.batch import (
     TokenTargetBatch,
 )
 from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.method import Method
 from rekindle.train.objective.pseudo_labels import confident_only
-from rekindle.train.objective.ranking_loss import Centres
+
+Add = Callable[[str, Tensor | None, Tensor], None]  # a term's name, its loss, and what is shown
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is read for a step, and what its loss is made of.
+
+    ``weights`` holds those of the cross-entropy, of every distillation term and of every method, in
+    the configuration's order; ``terms`` and ``methods`` are those with a weight above 0, with it.
+    """
+
+    step: int
+    hard: float  # weight of the cross-entropy
+    terms: tuple[tuple[DistillTerm, float], ...]
+    methods: tuple[tuple[Method, float], ...]
+    weights: tuple[float, ...]
+
+    @property
+    def users(self) -> tuple[DistillTerm, ...]:
+        """Return who uses targets: the terms, and each method as if it were one."""
+        read = [tuple(method.teachers_at(self.step)) for method, _ in self.methods]
+        return *self.distilled, *(DistillTerm(teachers=names) for names in read if names)
+
+    @property
+    def distilled(self) -> tuple[DistillTerm, ...]:
+        """Return the distillation terms without their weights."""
+        return tuple(term for term, _ in self.terms)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Return the teachers whose targets are read, each once."""
+        return tuple(dict.fromkeys(name for user in self.users for name in user.teachers))
+
+
+@dataclass(frozen=True)
+class Centres:
+    """The groups of a whole step: their keys, ascending, numbers of rows, and mean errors.
+
+    ``means`` is None where the step is one micro-batch of one process, which knows its own.
+    """
+
+    keys: tuple[int, ...]  # [G]
+    sizes: tuple[int, ...]  # [G]
+    means: tuple[float, ...] | None  # [G]
+
+    @property
+    def pairs(self) -> int:
+        """Count the pairs of rows within the groups."""
+        return sum(size * (size - 1) // 2 for size in self.sizes)
 
 
 @dataclass(frozen=True)

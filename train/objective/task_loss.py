@@ -3,9 +3,8 @@
 Shapes: R rows (sequences or positions), C classes of an expert, U labels of a union.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,20 +15,11 @@ from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.objective.combine import (
-    certainty,
-    concatenated_target,
-    expert_weights,
-    margin,
-    mixed_target,
-)
-from rekindle.train.objective.label_union import LabelUnion
+from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights, margin
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
-from rekindle.train.objective.ranking_loss import group_keys, ranking_loss
-from rekindle.train.objective.selection import Counts, common_rows, names_of
+from rekindle.train.objective.ranking import group_keys, ranking_loss
+from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
-
-Add = Callable[[str, Tensor | None, Tensor], None]
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
@@ -61,73 +51,61 @@ def add_task_losses(
     """Call ``add(name, loss, shown)`` for the terms' losses; ``logits`` by head, of all rows."""
     for term, weight in terms:
         if term.combine in MIXED:
-            _add_mixture(logits[union_head(term)], batch, term, weight, teachers, counts, add)
-            continue
-        for name, shown in names_of(term).items():
-            own, wanted = taught_rows(logits[name], batch.targets[name])
-            if term.ranking is not None:
-                loss = _ranked(own.float(), wanted, batch, name, term, counts)
-                add(shown, loss * weight, loss.detach())
-                continue
-            scale = 1.0 / max(counts.rows[shown], 1)
-            loss, bare = task_loss(own.float(), wanted, teachers[name], term)
+            found = {
+                term.teachers[0]: _mixture_loss(logits[union_head(term)], batch, term, teachers)
+            }
+        else:
+            found = {
+                name: _expert_loss(logits[name], batch, teachers[name], term, counts)
+                for name in term.teachers
+            }
+        for name, (loss, bare) in found.items():
+            shown = names_of(term)[name]
+            # a ranking loss is of pairs, too, and a mean already
+            scale = 1.0 if term.ranking is not None else 1.0 / max(counts.rows[shown], 1)
             add(shown, loss * (weight * scale), bare * scale)
 
 
-def _ranked(
-    logits: Tensor, wanted: Tensor, batch: Batch, name: str, term: DistillTerm, counts: Counts
-) -> Tensor:
-    """Return a regression expert's loss of scores and of their differences; logits and wanted
-    [R,1].
+def _expert_loss(
+    logits: Tensor, batch: Batch, info: TeacherInfo, term: DistillTerm, counts: Counts
+) -> tuple[Tensor, Tensor]:
+    """Return a head's loss beside its expert, of scores and of their differences if it ranks, and
+    what is shown of it.
     """
-    assert term.ranking is not None
-    keys = group_keys(batch, name, term.ranking.group)
-    rows = counts.rows[names_of(term)[name]]
-    errors = (logits - wanted)[:, 0]
-    return ranking_loss(errors, keys, counts.centres[name], rows, term.ranking)
+    own, wanted = taught_rows(logits, batch.targets[info.name])
+    if term.ranking is None:
+        return task_loss(own.float(), wanted, info, term)
+    keys = group_keys(batch, info.name, term.ranking.group)
+    rows, errors = counts.rows[names_of(term)[info.name]], (own.float() - wanted)[:, 0]
+    loss = ranking_loss(errors, keys, counts.centres[info.name], rows, term.ranking)
+    return loss, loss.detach()
 
 
-def _add_mixture(
-    logits: Tensor,
-    batch: Batch,
-    term: DistillTerm,
-    weight: float,
-    teachers: Mapping[str, TeacherInfo],
-    counts: Counts,
-    add: Add,
-) -> None:
-    """L = mean v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)) (MUKI).
+def _mixture_loss(
+    logits: Tensor, batch: Batch, term: DistillTerm, teachers: Mapping[str, TeacherInfo]
+) -> tuple[Tensor, Tensor]:
+    """Σ v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)) (MUKI), and Σ v·D.
 
     Of ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
     """
-    targets: dict[str, SequenceTargetBatch] = {}
-    for name in term.teachers:
-        target = batch.targets[name]
-        assert isinstance(target, SequenceTargetBatch)
-        targets[name] = target
+    given = {name: batch.targets[name] for name in term.teachers}
+    targets = {name: t for name, t in given.items() if isinstance(t, SequenceTargetBatch)}
     rows = common_rows(list(targets.values()))
     known = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
     union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
     weights = logits.new_full((len(rows), len(targets)), 1.0 / len(targets), dtype=torch.float32)
     importance = None
     if term.combine == "uncertainty":
-        certainties = torch.stack([_certainty(t, rows, logits.device) for t in targets.values()], 1)
+        means = [t.mc_probs[rows] for t in targets.values() if t.mc_probs is not None]
+        certainties = torch.stack([certainty(send(each, logits.device)) for each in means], 1)
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None
     if term.combine == "concatenate":
-        wanted = concatenated_target(union, known, term.temperature)
+        wanted = union.concatenated(known, term.temperature)
     else:
-        wanted = mixed_target(union, known, weights, term.temperature)
+        wanted = union.mixed(known, weights, term.temperature)
     own = logits[send(rows, logits.device)].float()
-    shown = names_of(term)[term.teachers[0]]
-    scale = 1.0 / max(counts.rows[shown], 1)
-    loss, bare = _distribution_loss(own, wanted, term, importance)
-    add(shown, loss * (weight * scale), bare * scale)
-
-
-def _certainty(target: SequenceTargetBatch, rows: np.ndarray, device: torch.device) -> Tensor:
-    assert target.mc_probs is not None
-    return certainty(send(target.mc_probs[rows], device))
+    return _distribution_loss(own, wanted, term, importance)
 
 
 def task_loss(

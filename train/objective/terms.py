@@ -3,7 +3,7 @@
 Names that the cache does not have are refused before, by ``Cache.teacher``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
@@ -23,143 +23,137 @@ def check_terms(
     for number, term in enumerate(terms):
         with naming(f"train.objective.distill.{number}"):
             infos = [teachers[name] for name in term.teachers]
-            _check_together(term, infos, task)
-            for info in infos:
-                if info.is_vocabulary:
-                    _check_vocabulary(term, info, task)
+            for problem in _problems(term, infos, task):
+                raise InputError(problem)
 
 
-def _check_together(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> None:
+def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Iterator[str]:
+    """Say what of a term cannot be computed."""
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
-    _check_ranking(term, infos)
-    _check_pseudo_labels(term, infos)
+    yield from _ranking_problems(term, infos)
+    yield from _pseudo_label_problems(term, infos)
     if "vocabulary" in kinds and len(kinds) > 1:
-        raise InputError("vocabulary teachers and task experts need a term each")
+        yield "vocabulary teachers and task experts need a term each"
     if len({i.view for i in infos}) > 1:
-        raise InputError(f"{names} saw different views; use a term each")
+        yield f"{names} saw different views; use a term each"
     if term.positions == "masked" and task != "masked_lm":
-        raise InputError(f"positions: masked, but a {task} student has no masked view")
+        yield f"positions: masked, but a {task} student has no masked view"
     if term.positions == "masked" and "sequence" in kinds:
-        raise InputError(f"positions: masked, but {names} judge whole sequences")
+        yield f"positions: masked, but {names} judge whole sequences"
     if term.combine == "route" and len(kinds) > 1:
-        raise InputError(
-            f"{names} judge sequences and tokens, which share no mean; use a term each"
-        )
+        yield f"{names} judge sequences and tokens, which share no mean; use a term each"
     if term.k is not None and kinds != {"vocabulary"}:
-        raise InputError(f"k is for vocabulary teachers; of {names} all logits are kept")
+        yield f"k is for vocabulary teachers; of {names} all logits are kept"
     if term.entropy_fraction is not None and kinds != {"vocabulary"}:
-        raise InputError(f"entropy_fraction is for vocabulary teachers; {names} are none")
+        yield f"entropy_fraction is for vocabulary teachers; {names} are none"
     if kinds == {"vocabulary"}:
-        _check_vocabulary_mixture(term, infos)
+        yield from _vocabulary_problems(term, infos, task)
         return
     if term.view == "masked" and infos[0].shown.paired:
-        raise InputError("view: masked, but pairs are shown clean; use clean")
+        yield "view: masked, but pairs are shown clean; use clean"
     if term.view == "masked" and task != "masked_lm":
-        raise InputError(f"view: masked, but a {task} student has no masked view")
+        yield f"view: masked, but a {task} student has no masked view"
     if term.combine in MIXED:
-        _check_classifier_mixture(term, infos)
+        yield from _mixture_problems(term, infos)
 
 
-def _check_vocabulary_mixture(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _vocabulary_problems(
+    term: DistillTerm, infos: Sequence[TeacherInfo], task: str
+) -> Iterator[str]:
     if term.divergence == "mse":
-        raise InputError(f"mse is for task logits; {term.teachers[0]} predicts tokens")
+        yield f"mse is for task logits; {term.teachers[0]} predicts tokens"
     if term.combine == "uncertainty":
-        raise InputError(
+        yield (
             f"combine: uncertainty weighs classifiers, and {term.teachers[0]} predicts tokens; use "
             "mixture, or route for teachers of different domains"
         )
     if term.combine == "concatenate":
-        raise InputError(
+        yield (
             "combine: concatenate puts the logits of classifiers side by side, and "
             f"{term.teachers[0]} predicts tokens; use mixture"
         )
     if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
-        raise InputError(
+        yield (
             "a mixture needs all its teachers at the same positions, and "
             f"{', '.join(term.teachers)} are for different domains; use combine: route"
         )
     if term.combine == "mixture" and term.entropy_fraction is not None:
-        raise InputError("entropy_fraction cannot be used with combine: mixture")
+        yield "entropy_fraction cannot be used with combine: mixture"
+    for info in infos:
+        if info.task != task:
+            yield (
+                f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
+                "positions"
+            )
+        vocabulary_kind(info).slot(term.temperature, term.k)
 
 
-def _check_classifier_mixture(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
+def _mixture_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
     for info in infos:
         others = ("regression", "multi_label_classification")
         if not kind_of(info).per_sequence or info.problem in others:
-            raise InputError(
+            yield (
                 f"combine: {term.combine} merges classifiers of sequences, and {info.name!r} is a "
                 f"{info.problem or info.task} expert; use separate"
             )
         if term.combine == "uncertainty" and info.num_labels == 1:
-            raise InputError(
-                f"combine: uncertainty, but {info.name!r} has one class and is always certain"
-            )
+            yield f"combine: uncertainty, but {info.name!r} has one class and is always certain"
         if term.combine == "uncertainty" and not info.monte_carlo_passes:
-            raise InputError(
+            yield (
                 f"combine: uncertainty needs Monte-Carlo passes, and teacher {info.name!r} was "
                 "cached without; cache it with monte_carlo: {passes: 16}"
             )
     if term.combine == "uncertainty" and len(infos) < 2:
-        raise InputError("combine: uncertainty weighs at least two experts")
+        yield "combine: uncertainty weighs at least two experts"
     if term.divergence == "mse":
-        raise InputError("a mixture is a distribution; mse is for separate experts")
+        yield "a mixture is a distribution; mse is for separate experts"
     shared = set.intersection(*[set(i.domains) for i in infos if i.domains is not None] or [{""}])
     if not shared:
-        raise InputError(
+        yield (
             "a mixture teaches where all its experts know the text, and "
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
     LabelUnion.of(infos, term.labels)
 
 
-def _check_vocabulary(term: DistillTerm, info: TeacherInfo, task: str) -> None:
-    if info.task != task:
-        raise InputError(
-            f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its positions"
-        )
-    vocabulary_kind(info).slot(term.temperature, term.k)
-
-
-def _check_ranking(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
-    """Raise InputError where ``ranking`` is set and the term has no scores to rank by."""
+def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
+    """Of a term that is to rank: that it has no scores to rank by."""
     if term.ranking is None:
         return
     other = next((i for i in infos if i.problem != "regression"), None)
     if other is not None:
-        raise InputError(
+        yield (
             f"ranking is for regression experts, whose score is an order, and {other.name!r} is a "
             f"{other.problem or other.task} expert; leave ranking out"
         )
     if term.combine != "separate":
-        raise InputError(
+        yield (
             "ranking compares the scores of one expert with each other, so combine: "
             f"{term.combine} has no pairs; use separate"
         )
     if term.ranking.pointwise == 0 and term.ranking.pairwise == 0:
-        raise InputError("ranking has the weights 0 and 0; give one of them a weight")
+        yield "ranking has the weights 0 and 0; give one of them a weight"
     if term.divergence not in ("forward_kl", "mse"):
-        raise InputError(f"ranking is a squared error; leave divergence: {term.divergence} out")
+        yield f"ranking is a squared error; leave divergence: {term.divergence} out"
 
 
-def _check_pseudo_labels(term: DistillTerm, infos: Sequence[TeacherInfo]) -> None:
-    """Raise InputError where pseudo-labels are asked of what has no classes to be sure of."""
+def _pseudo_label_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
+    """Of pseudo-labels: that they are asked of what has no classes to be sure of."""
     if term.divergence != "pseudo_label":
         if term.confidence is not None:
-            raise InputError(f"confidence is for divergence: pseudo_label, not {term.divergence}")
+            yield f"confidence is for divergence: pseudo_label, not {term.divergence}"
         return
     for info in infos:
         if info.is_vocabulary or info.problem == "regression":
-            raise InputError(
+            yield (
                 f"pseudo_label is for classifiers, and {info.name!r} is a "
                 f"{info.problem or info.task} expert; use mse or forward_kl"
             )
     if term.combine not in ("separate", "route"):
-        raise InputError(
+        yield (
             f"pseudo_label takes one expert's word for a class; combine: {term.combine} makes a "
             "distribution of several. Use separate, or route: the first that is sure"
         )
     if term.temperature != 1:
-        raise InputError(
-            f"a pseudo-label has no temperature; leave temperature: {term.temperature} out"
-        )
+        yield f"a pseudo-label has no temperature; leave temperature: {term.temperature} out"

@@ -6,6 +6,7 @@ addition (``data/corpus/additions.py``): when it grows, what was held out stays 
 was trained on.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,9 +40,7 @@ class Ranges:
     @classmethod
     def of(cls, numbers: NDArray[np.int64]) -> "Ranges":
         """The ranges of ascending, distinct sequence numbers [B]."""
-        first = np.diff(numbers, prepend=-2) != 1
-        last = np.append(first[1:], True)[: len(numbers)]
-        return cls(np.stack([numbers[first], numbers[last] + 1], axis=1))
+        return cls(np.stack([numbers, numbers + 1], axis=1)).joined()
 
     def __len__(self) -> int:
         return int(self._places[-1])
@@ -169,13 +168,10 @@ class _Rows:
         while same + step < limit and self._value(same + step, "document") == document:
             same, step = same + step, 2 * step
         other = min(same + step, limit)
-        while other - same > 1:
-            middle = (same + other) // 2
-            if self._value(middle, "document") == document:
-                same = middle
-            else:
-                other = middle
-        return other
+        after = range(same + 1, other)
+        return after.start + bisect_left(
+            after, True, key=lambda number: self._value(number, "document") != document
+        )
 
     def _resumes(self, number: int) -> bool:
         """Whether the sequence before holds the beginning of this one's first document."""

@@ -42,10 +42,10 @@ CYCLE = 1000  # slots after which the domains' turns come again
 class Replay:
     """The replayed part of every step's batch.
 
-    ``memories``: what there is of each domain. ``batch`` sequences are read per step, ``fraction``
-    of them replayed. ``every`` steps there is an evaluation whose losses ``learn`` is told, for
-    weights by loss change; None for equal weights. ``learn`` is called by one thread, all else by
-    any.
+    ``memories``: what there is of each domain; nothing is replayed where there is none. ``batch``
+    sequences are read per step, ``fraction`` of them replayed. ``every`` steps there is an
+    evaluation whose losses ``learn`` is told, for weights by loss change; None for equal weights.
+    ``learn`` is called by one thread, all else by any.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Replay:
 
     def at(self, step: int) -> Ints:
         """The sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
+        if not self.names:
+            return np.zeros(0, np.int64)
         interval = self._interval(step)
         began = self.slots_before(interval * (self.every or 0))
         deal = _deal(self.weights(interval))
@@ -109,15 +111,16 @@ class Replay:
         self._extend()
 
     @property
-    def state(self) -> list[list[float | None]]:
-        """What a checkpoint must hold: the losses that were learned, null for what is no number."""
-        return [
-            [loss if math.isfinite(loss) else None for loss in losses] for losses in self._losses
-        ]
+    def state(self) -> list[list[float | None]] | None:
+        """What a checkpoint must hold: the losses that were learned, null for what is no number;
+        None where nothing is replayed.
+        """
+        found = [[one if math.isfinite(one) else None for one in losses] for losses in self._losses]
+        return found if self.names else None
 
-    def restore(self, state: Sequence[Sequence[float | None]]) -> None:
-        """Go on from what ``state`` was."""
-        self._losses = [[math.nan if loss is None else loss for loss in one] for one in state]
+    def restore(self, state: Sequence[Sequence[float | None]] | None) -> None:
+        """Go on from what ``state`` was; None for the beginning."""
+        self._losses = [[math.nan if loss is None else loss for loss in one] for one in state or ()]
         del self._starts[1:]
         self._extend()
 

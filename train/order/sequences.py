@@ -5,7 +5,7 @@ of past evaluations. It is that of a single process: the ranks share it out (``s
 """
 
 import logging
-from bisect import bisect_right
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,15 +15,12 @@ from rekindle.data.batch import Ints
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import stream_part
-from rekindle.train.config import TrainConfig
-from rekindle.train.order.curriculum import best_scored, first_steps
+from rekindle.train.config import CurriculumConfig, TrainConfig
 from rekindle.train.order.domains import check_domains, domain_ranges
 from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
 
 log = logging.getLogger("rekindle")
-
-State = list[list[float | None]]
 
 
 class Order:
@@ -31,7 +28,8 @@ class Order:
 
     In the first ``first_steps`` steps ``first`` takes their place, in epochs of its own; the epochs
     of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
-    a part of every batch, at its end, is replayed instead.
+    a part of every batch, at its end, is replayed instead; what a step of it replays may follow
+    evaluations: ``replay`` is told of them, and a checkpoint holds its state besides the step.
     """
 
     def __init__(
@@ -43,14 +41,12 @@ class Order:
         first_steps: int = 0,
         replay: Replay | None = None,
     ):
-        self.sequences, self.batch_sequences, self.replay = sequences, batch_sequences, replay
-        self._seed = seed
-        self._begins, self._phases, self._epochs = [0], [sequences], [0]
-        if first is not None:
-            place = self._place(first_steps)
-            self._begins.append(place)
-            self._phases.insert(0, first)
-            self._epochs.append(-(-place // max(1, len(first))))
+        self.sequences, self.batch_sequences, self._seed = sequences, batch_sequences, seed
+        self.replay = replay or Replay({}, 0, batch_sequences, seed)
+        begin = 0 if first is None else self._place(first_steps)
+        epoch = 0 if first is None else -(-begin // max(1, len(first)))
+        self._phases = [] if first is None else [(0, first, 0)]
+        self._phases.append((begin, sequences, epoch))  # from which place on, in which epoch
 
     def __len__(self) -> int:
         """Sequences of an epoch."""
@@ -58,47 +54,25 @@ class Order:
 
     def at(self, step: int) -> Ints:
         """The sequence numbers [batch_sequences] of ``step``; reads nothing."""
-        phase, start = self._phase(step)
-        stop = start + self._place(step + 1) - self._place(step)
-        sequences, epoch = self._phases[phase], self._epochs[phase]
-        size = len(sequences)
-        own = sequences.select(stream_part(start, stop, size, seed=self._seed, first_epoch=epoch))
-        return own if self.replay is None else np.concatenate([own, self.replay.at(step)])
+        start, sequences, epoch = self._phase(step)
+        stop, size = start + self._place(step + 1) - self._place(step), len(sequences)
+        places = stream_part(start, stop, size, seed=self._seed, first_epoch=epoch)
+        return np.concatenate([sequences.select(places), self.replay.at(step)])
 
     def epoch(self, step: int) -> int:
         """The epoch in which ``step`` begins: whose masks it sees, replayed sequences too."""
-        phase, start = self._phase(step)
-        return self._epochs[phase] + start // len(self._phases[phase])
-
-    def knows(self, step: int) -> bool:
-        """Whether ``at(step)`` can be said before the next evaluation."""
-        return self.replay is None or self.replay.knows(step)
-
-    def learn(self, done: int, values: Mapping[str, float]) -> None:
-        """Take note of the evaluation after ``done`` steps."""
-        if self.replay is not None:
-            self.replay.learn(done, values)
-
-    @property
-    def state(self) -> State | None:
-        """What a checkpoint must hold of it besides the step; null if nothing."""
-        return None if self.replay is None else self.replay.state
-
-    def restore(self, state: State | None) -> None:
-        """Go on from what ``state`` was; null for the beginning."""
-        if self.replay is not None:
-            self.replay.restore(state or [])
+        start, sequences, epoch = self._phase(step)
+        return epoch + start // len(sequences)
 
     def _place(self, step: int) -> int:
         """How many sequences that are not replayed are read before ``step``."""
-        replayed = 0 if self.replay is None else self.replay.slots_before(step)
-        return step * self.batch_sequences - replayed
+        return step * self.batch_sequences - self.replay.slots_before(step)
 
-    def _phase(self, step: int) -> tuple[int, int]:
-        """The number of the phase of ``step``, and its place in that phase's stream."""
+    def _phase(self, step: int) -> tuple[int, Ranges, int]:
+        """Where ``step`` begins in the stream of its phase, and of what and when that is."""
         place = self._place(step)
-        phase = bisect_right(self._begins, place) - 1
-        return phase, place - self._begins[phase]
+        found = next(phase for phase in reversed(self._phases) if phase[0] <= place)
+        return place - found[0], *found[1:]
 
 
 @dataclass(frozen=True)
@@ -129,8 +103,14 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     if own is not None:
         within = _union([where[name] for name in dict.fromkeys(own)])
         train, held_out = train.intersection(within), held_out.intersection(within)
+    first, steps = None, 0
+    if config.curriculum is not None:
+        first = best_scored(cache, config.curriculum, train)
+        steps = first_steps(config.curriculum, config.steps)
+        log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
+    replay = _replay(config, split, where)
     return Chosen(
-        _order(cache, config, train, _replay(config, split, where)),
+        Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
         _held_out_of(config, split, {name: where[name] for name in evaluated}),
     )
@@ -145,7 +125,7 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
                 "set corpus.domain_field, and cache the corpus again"
             )
         return sorted(cache.corpus.domains)
-    if config.replay is not None and config.replay.choose == "loss_change":
+    if config.replay is not None and config.replay.follows_loss:
         return sorted(set(config.replay.domains))
     return []
 
@@ -161,15 +141,6 @@ def _check_apart(config: TrainConfig) -> None:
         )
 
 
-def _order(cache: Cache, config: TrainConfig, train: Ranges, replay: Replay | None) -> Order:
-    first, steps = None, 0
-    if config.curriculum is not None:
-        first = best_scored(cache, config.curriculum, train)
-        steps = first_steps(config.curriculum, config.steps)
-        log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
-    return Order(train, config.batch_sequences, config.seed, first, steps, replay)
-
-
 def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> Replay | None:
     if config.replay is None:
         return None
@@ -182,7 +153,7 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
                 f"train.replay.domains: all sequences of {name!r} are held out. Use a smaller "
                 "train.held_out, or leave the domain out"
             )
-    every = config.evaluate_every if config.replay.choose == "loss_change" else None
+    every = config.evaluate_every if config.replay.follows_loss else None
     size, seed = config.batch_sequences, config.seed
     return Replay(memories, config.replay.fraction, size, seed, every)
 
@@ -191,8 +162,7 @@ def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges])
     """The held-out sequences of each domain: ``evaluate_sequences`` shared out among them."""
     found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
     none = [name for name, ranges in found.items() if not len(ranges)]
-    replay = config.replay
-    needed = set(replay.domains) if replay and replay.choose == "loss_change" else set()
+    needed = set(config.replay.domains) if config.replay and config.replay.follows_loss else set()
     if needed & set(none):
         raise InputError(
             "train.replay.choose: loss_change needs the held-out loss of every replayed domain; "
@@ -212,3 +182,41 @@ def _union(parts: list[Ranges]) -> Ranges:
     """Disjoint ranges together."""
     bounds = np.concatenate([part.bounds for part in parts])
     return Ranges(bounds[np.argsort(bounds[:, 0])])
+
+
+def first_steps(config: CurriculumConfig, steps: int) -> int:
+    """The number of steps of a curriculum: those at which a ``step`` schedule over the same
+    fraction of ``steps`` has its first value.
+    """
+    return math.floor(config.until * steps * (1 - 1e-9)) + 1
+
+
+def best_scored(cache: Cache, config: CurriculumConfig, sequences: Ranges) -> Ranges:
+    """The share ``keep`` of ``sequences`` with the best scores, ties in corpus order.
+
+    SALT ("small-LM guided training", 2024) scores a sequence by the median loss of a small LM over
+    the tokens that are among its ten best guesses, and begins with the highest: hard, yet
+    predictable.
+
+    Sequences without a score (no token among the teacher's best guesses, or not of its domains) are
+    never among them. Raises InputError for a teacher that is not complete, CacheMismatchError for
+    one whose scalars are not all there.
+    """
+    teacher = cache.teacher(config.teacher)
+    if teacher.coverage < 1:
+        raise InputError(
+            f"train.curriculum.teacher {config.teacher!r} has targets for {teacher.coverage:.1%} "
+            "of the cache: a sequence that was not scored cannot be ranked. Finish it with "
+            "`pipeline cache-teachers`"
+        )
+    scores = cache.scores(config.teacher, config.score)
+    numbers = sequences.select(np.arange(len(sequences), dtype=np.int64))
+    scored = numbers[~np.isnan(scores[numbers])]
+    if not len(scored):
+        raise InputError(
+            f"train.curriculum: teacher {config.teacher!r} gives no {config.score} to any sequence "
+            "that is trained on. Use another score, or a teacher of these domains"
+        )
+    sign = -1.0 if config.highest else 1.0
+    best = scored[np.argsort(sign * scores[scored], kind="stable")]
+    return Ranges.of(np.sort(best[: max(1, round(len(numbers) * config.keep))]))

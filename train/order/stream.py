@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from rekindle.data.batch import Batch
@@ -20,6 +21,7 @@ PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 _Asked = tuple[int, Future[Batch]]  # a step to read, and where its batch is put
 
 
+@dataclass
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
@@ -31,23 +33,29 @@ class TrainingStream:
     batch.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        order: Order,
-        teachers_at: Callable[[int], Sequence[str]],
-        masked_view: str | None,
-        allow_missing: tuple[str, ...] = (),
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 1,
-    ):
-        _check_world(len(order), order.batch_sequences, world_size)
-        self.cache, self.order = cache, order
-        self.teachers_at, self.masked_view = teachers_at, masked_view
-        self.allow_missing = allow_missing
-        self.rank, self.world_size, self.threads = rank, world_size, threads
-        self.waited = 0.0  # seconds the training loop has waited for data
+    cache: Cache
+    order: Order
+    teachers_at: Callable[[int], Sequence[str]]
+    masked_view: str | None
+    allow_missing: tuple[str, ...] = ()
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 1
+    waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
+
+    def __post_init__(self) -> None:
+        if not len(self.order):
+            raise InputError(
+                "there is no sequence to train on: the corpus is empty or all of it is held out. "
+                "Give a longer corpus, or a smaller train.held_out"
+            )
+        batch = self.order.batch_sequences
+        if batch % self.world_size:
+            raise InputError(
+                f"train.batch_sequences {batch} cannot be shared by {self.world_size} processes: "
+                "it is the batch of all of them together, and each must get the same number. Use a "
+                f"multiple of {self.world_size}, or a number of processes that divides {batch}"
+            )
 
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.
@@ -101,7 +109,7 @@ class TrainingStream:
     ) -> None:
         """Have as many batches from ``step`` on read as may be read."""
         last = min(stop, step + AHEAD * self.threads)
-        while (number := step + len(ahead)) < last and self.order.knows(number):
+        while (number := step + len(ahead)) < last and self.order.replay.knows(number):
             ahead.append(Future())
             asked.put((number, ahead[-1]))
 
@@ -114,17 +122,3 @@ class TrainingStream:
                 found.set_result(self.batch(step))
             except BaseException as error:
                 found.set_exception(error)
-
-
-def _check_world(sequences: int, batch_sequences: int, world_size: int) -> None:
-    if not sequences:
-        raise InputError(
-            "there is no sequence to train on: the corpus is empty or all of it is held out. Give "
-            "a longer corpus, or a smaller train.held_out"
-        )
-    if batch_sequences % world_size:
-        raise InputError(
-            f"train.batch_sequences {batch_sequences} cannot be shared by {world_size} processes: "
-            "it is the batch of all of them together, and each must get the same number. Use a "
-            f"multiple of {world_size}, or a number of processes that divides {batch_sequences}"
-        )

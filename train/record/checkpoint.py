@@ -27,7 +27,7 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import new_folder, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.distributed import ParallelStudent, like, put, whole
+from rekindle.train.distributed import ParallelStudent, like, whole
 from rekindle.train.method import find_method
 from rekindle.train.record.run_folder import FREE, check_same, goes_on, reading
 from rekindle.train.student import Student, saved_weights
@@ -133,15 +133,14 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
             damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
-        except CacheFormatError as error:
-            log.warning("checkpoint %s: %s; trying the one before", path, damage(error))
-            continue
+            if not damaged:
+                return path, state
+            problem = damaged[0]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
-            continue
-        if not damaged:
-            return path, state
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, damaged[0])
+            problem = str(error)
+        except CacheFormatError as error:
+            problem = damage(error)
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path, problem)
     return None
 
 
@@ -159,7 +158,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     if wrong:
         raise CheckpointError(f"checkpoint {path} does not fit this student: {', '.join(wrong)}")
     for name, values in found.items():
-        put(own[name], values)
+        own[name].detach().copy_(like(own[name], values))
     for name, parameter in student.named_parameters():
         kept = {k.split("\0")[1]: v for k, v in moments.items() if k.split("\0")[0] == name}
         if kept:

@@ -7,8 +7,12 @@ import numpy as np
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.train.config import MIXED, DistillTerm
-from rekindle.train.objective.selection import common_rows, count_rows, taught_per_sequence
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.selection import (
+    StepPlan,
+    common_rows,
+    count_rows,
+    taught_per_sequence,
+)
 
 NAMES = tuple(
     f"{what}_{how}"

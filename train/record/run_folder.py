@@ -57,8 +57,10 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
     begun = (out / file).is_file()
     if begun and resume:
         return True
+    ours = {LOCK_FILE, *beside}
     if out.exists() and (
-        not out.is_dir() or any(_counts(path) and path.name not in beside for path in out.iterdir())
+        not out.is_dir()
+        or any(path.name not in ours and not is_temporary(path.name) for path in out.iterdir())
     ):
         raise InputError(
             f"{out} is not empty. Give another --out, or --resume to go on with the {what} in it"
@@ -66,10 +68,6 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
             else f"{out} is not empty and holds no {what}; give another --out"
         )
     return False
-
-
-def _counts(path: Path) -> bool:
-    return path.name != LOCK_FILE and not is_temporary(path.name)
 
 
 @contextmanager

@@ -23,16 +23,11 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run / "metrics.jsonl"
-        self._keep_until(resume_step)
+        if self.path.exists():
+            kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
-
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        records = read_metrics(self.path.parent)
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
-        write_text(self.path, "".join(kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record: ``kind`` is train or evaluate, ``step`` the steps done.

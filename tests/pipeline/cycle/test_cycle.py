@@ -29,7 +29,7 @@ from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.run import configs, run_cycle
 from rekindle.pipeline.job_functions import save_start
 from rekindle.pipeline.processes.jobs import Report
-from rekindle.train.model.load import load_language_model
+from rekindle.train.model.files import load_language_model
 from rekindle.train.record import run_folder
 from rekindle.train.record.run_folder import alone_in
 from rekindle.train.record.run_log import read_metrics

@@ -14,9 +14,8 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
 from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import MergeConfig
-from rekindle.train.finetune.expert_outputs import expert_output, names_for
 from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import baselines_table, score_model
+from rekindle.train.finetune.score import baselines_table, expert_output, names_for, score_model
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
@@ -235,7 +234,7 @@ def test_an_expert_is_scored_by_itself_too(experts, task, folder, tmp_path):
     guesses = reference_logits(experts[0], [row["text"] for row in known]).argmax(axis=1)
     right = [("dog", "cat")[g] == row["label"] for g, row in zip(guesses, known, strict=True)]
     assert result.mean == pytest.approx(np.mean(right))
-    with pytest.raises(InputError, match="does not know the labels"):
+    with pytest.raises(InputError, match="the task has the labels"):
         score_model(experts[0], task, task, str(tmp_path / "t"), config=QUICK)
     given = (experts[0], str(path), str(path), str(tmp_path / "t"))
     with pytest.raises(InputError, match="head is for students"):

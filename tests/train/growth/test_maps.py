@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.train.growth.maps import (
-    averaged,
-    balanced_sources,
-    copied,
-    in_blocks,
-    layer_sources,
-    shared,
-)
+from rekindle.train.growth.maps import Axis, balanced_sources, in_blocks, layer_sources
 
 SIZES = st.integers(1, 12).flatmap(
     lambda old: st.tuples(st.just(old), st.integers(old, 5 * old + 3))
@@ -45,7 +38,7 @@ def test_sources_are_rounds_over_all_old_units(sizes, seed):
         assert set(part) <= set(range(old))
 
 
-@given(SIZES, SEEDS, st.sampled_from([copied, shared]))
+@given(SIZES, SEEDS, st.sampled_from([Axis.copied, Axis.shared]))
 @settings(deadline=None)
 def test_the_shares_of_a_units_copies_sum_to_one(sizes, seed, rule):
     axis = rule(source_of(sizes, seed))
@@ -59,7 +52,7 @@ def test_the_shares_of_a_units_copies_sum_to_one(sizes, seed, rule):
 @settings(deadline=None)
 def test_elles_rule_at_every_index(sizes, seed):
     old, new = sizes
-    axis = copied(source_of(sizes, seed))
+    axis = Axis.copied(source_of(sizes, seed))
     matrix = random(old, old)
     grown = axis.columns(axis.rows(matrix), 1)
     g = axis.source.tolist()
@@ -68,7 +61,7 @@ def test_elles_rule_at_every_index(sizes, seed):
             assert grown[j, k].item() == pytest.approx(matrix[g[j], g[k]].item() / g.count(g[k]))
 
 
-@given(SIZES, SEEDS, st.sampled_from([copied, shared]), st.sampled_from([0.0, 0.7]))
+@given(SIZES, SEEDS, st.sampled_from([Axis.copied, Axis.shared]), st.sampled_from([0.0, 0.7]))
 @settings(deadline=None)
 def test_who_reads_the_copies_sees_what_was_there(sizes, seed, rule, noise):
     axis = rule(source_of(sizes, seed))
@@ -83,7 +76,7 @@ def test_who_reads_the_copies_sees_what_was_there(sizes, seed, rule, noise):
 @given(SIZES, SEEDS)
 @settings(deadline=None)
 def test_noise_moves_copies_apart_and_nothing_else(sizes, seed):
-    axis = copied(source_of(sizes, seed))
+    axis = Axis.copied(source_of(sizes, seed))
     matrix = random(4, sizes[0], seed=1)
     plain = axis.columns(matrix, 1)
     noisy = axis.columns(matrix, 1, 0.5, torch.Generator().manual_seed(seed))
@@ -100,7 +93,7 @@ def test_noise_moves_copies_apart_and_nothing_else(sizes, seed):
 @settings(deadline=None)
 def test_an_rms_norm_finds_the_same_behind_shared_copies(sizes, seed):
     old, new = sizes
-    axis, eps = shared(source_of(sizes, seed)), 0.3
+    axis, eps = Axis.shared(source_of(sizes, seed)), 0.3
     states, weight = random(3, old), random(old, seed=1)
     expected = states * weight / (states.square().mean(1, keepdim=True) + eps).sqrt()
     wide = axis.rows(states, 1)
@@ -116,7 +109,7 @@ def test_an_rms_norm_finds_the_same_behind_shared_copies(sizes, seed):
 @settings(deadline=None)
 def test_a_layer_norm_finds_the_same_beside_means(sizes, seed):
     old, new = sizes
-    axis, eps = averaged(source_of(sizes, seed)), 0.3
+    axis, eps = Axis.averaged(source_of(sizes, seed)), 0.3
     states, weight, bias = random(3, old), random(old, seed=1), random(old, seed=2)
     wide = axis.rows(states, 1)
     torch.testing.assert_close(wide[:, :old], states, rtol=0, atol=0)
@@ -137,7 +130,7 @@ def test_a_layer_norm_finds_the_same_beside_means(sizes, seed):
     )
 
 
-@given(SIZES, SEEDS, st.sampled_from([copied, shared, averaged]))
+@given(SIZES, SEEDS, st.sampled_from([Axis.copied, Axis.shared, Axis.averaged]))
 @settings(deadline=None)
 def test_a_last_norm_makes_good_for_tied_columns(sizes, seed, rule):
     """The output matrix is the table of embeddings: its columns are copied, never divided."""

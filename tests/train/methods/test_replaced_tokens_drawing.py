@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from rekindle.train.device_batch import DecodedTargets, split_batch
-from rekindle.train.objective.drawing import sample
+from rekindle.kernels.targets import DecodedTargets
+from rekindle.train.device_batch import split_batch
+from rekindle.train.methods.replaced_tokens import sample
 from testlib.replaced_tokens import CPU, KINDS, gather, method_of, replacements
 
 

@@ -12,8 +12,7 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import language_rows, model_inputs
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.loop import train_student
-from rekindle.train.model.domain_prompts import with_prompt, without_prompt
-from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.network import HeadConfig, with_prompt, without_prompt
 from rekindle.train.objective.objective import Objective
 from rekindle.train.student import Student, build_student
 

@@ -12,8 +12,7 @@ from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.objective.pseudo_labels import confident_only, pseudo_label_loss, sure_rows
-from rekindle.train.objective.selection import count_rows, select_targets
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.selection import StepPlan, count_rows, select_targets
 from rekindle.train.record.coverage import Coverage
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"

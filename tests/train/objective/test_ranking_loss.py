@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rekindle.data.batch import Batch
 from rekindle.train.config import RankingConfig
 from rekindle.train.distributed import World
-from rekindle.train.objective.ranking_loss import (
+from rekindle.train.objective.ranking import (
     KEY_BITS,
     Centres,
     centres_of,

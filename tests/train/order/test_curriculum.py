@@ -14,8 +14,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import CurriculumConfig, StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from rekindle.train.order.curriculum import best_scored, first_steps
 from rekindle.train.order.held_out import Ranges, split_corpus
+from rekindle.train.order.sequences import best_scored, first_steps
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.schedules import Schedule
 

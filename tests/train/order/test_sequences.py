@@ -51,7 +51,7 @@ def read(one, start, stop, every=3, **world):
             assert stream.order.at(step).tolist()[stream.rank :: stream.world_size] == batch[0]
             found.append(batch)
             if (step + 1) % every == 0:
-                one.learn(step + 1, losses(step + 1))
+                one.replay.learn(step + 1, losses(step + 1))
     return found
 
 
@@ -84,8 +84,8 @@ def test_without_more_it_is_the_plain_order():
         expected = permute(np.arange(11), 11, seed=7, epoch=epoch) + 50
         assert np.array_equal(flat[epoch * 11 : (epoch + 1) * 11], expected)
     assert [one.epoch(step) for step in range(6)] == [0, 0, 0, 1, 1, 1]
-    assert one.state is None
-    assert one.knows(10**9)
+    assert one.replay.state is None
+    assert one.replay.knows(10**9)
 
 
 def test_the_masks_go_on_to_new_replicas_when_the_curriculum_ends():
@@ -97,7 +97,7 @@ def test_the_masks_go_on_to_new_replicas_when_the_curriculum_ends():
 def test_the_first_steps_read_only_the_first_part():
     one = order()
     for step in range(30):
-        own = {n for n in one.at(step).tolist() if n < 100} if one.knows(step) else set()
+        own = {n for n in one.at(step).tolist() if n < 100} if one.replay.knows(step) else set()
         assert own <= set(numbers_of(EASY)) or step >= FIRST
 
 
@@ -123,14 +123,14 @@ def test_a_run_that_goes_on_anywhere_reads_the_same(threads):
     for stop in range(threads, 40, 3):
         first, again = order(), order()
         read(first, 0, stop)
-        again.restore(first.state)
+        again.replay.restore(first.replay.state)
         assert read(again, stop, 40, threads=threads) == expected[stop:]
 
 
 def test_an_evaluation_at_every_step_is_waited_for():
     one = order(every=1)
     assert len(read(one, 0, 50, every=1, threads=16)) == 50
-    assert len(one.state) == 50
+    assert len(one.replay.state) == 50
 
 
 # --- what a configuration chooses ---

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.train.device_batch import split_batch
-from rekindle.train.objective.selection import select_targets
-from rekindle.train.objective.step_plan import StepPlan
+from rekindle.train.objective.selection import StepPlan, select_targets
 from rekindle.train.record.coverage import NAMES, Coverage
 from testlib.batches import WIDTH, make_batch, sequences_in, term
 

@@ -11,7 +11,7 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking_pass import with_centres
+from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import Counts
 from rekindle.train.student import build_student
 from testlib.objective.reference import EPOCH, reference

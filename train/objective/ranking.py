@@ -7,10 +7,13 @@ row, the error of a difference of two scores is eᵢ − eⱼ, and in a group of
 
 whose gradient takes ē for a constant, as Σᵢ (eᵢ − ē) = 0. So all that a row must know of the other
 rows of the step is their number and their mean error: a step may be split among micro-batches and
-processes (``ranking_pass.py``). R rows, G groups.
+processes. A step of one micro-batch on one process finds the mean error on the way. Any other costs
+one more forward pass of the student, without gradient, for the ranking experts alone. R rows, G
+groups.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,26 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import Batch, Ints
-from rekindle.train.config import RankingConfig
+from rekindle.train.config import DistillTerm, RankingConfig
+from rekindle.train.device_batch import language_rows
+from rekindle.train.distributed import World
+from rekindle.train.objective.selection import Centres, Counts, StepPlan
+from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
+from rekindle.train.student import Student
 
+Run = Callable[..., Tensor]
 KEY_BITS = 48  # of a group's key
-
-
-@dataclass(frozen=True)
-class Centres:
-    """The groups of a whole step: their keys, ascending, numbers of rows, and mean errors.
-
-    ``means`` is None where the step is one micro-batch of one process, which knows its own.
-    """
-
-    keys: tuple[int, ...]  # [G]
-    sizes: tuple[int, ...]  # [G]
-    means: tuple[float, ...] | None  # [G]
-
-    @property
-    def pairs(self) -> int:
-        """Count the pairs of rows within the groups."""
-        return sum(size * (size - 1) // 2 for size in self.sizes)
 
 
 def group_keys(batch: Batch, teacher: str, group: str) -> Ints:
@@ -87,3 +79,52 @@ def ranking_loss(
         means = torch.tensor(centres.means, dtype=torch.float32, device=errors.device)
     apart = sizes[group] * (errors - means[group]).square()
     return loss + config.pairwise / centres.pairs * apart.sum()
+
+
+def with_centres(
+    counts: Counts,
+    task: str,
+    parts: Sequence[Batch],
+    plan: StepPlan,
+    world: World,
+    run: Run,
+) -> Counts:
+    """Return ``counts`` with the groups of every ranking teacher of the step.
+
+    ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` where the
+    student's weights are whole; every process makes the same passes.
+    """
+    found: dict[str, Centres] = {}
+    for term in plan.distilled:
+        if term.ranking is None:
+            continue
+        for name in term.teachers:
+            keys = np.concatenate([group_keys(p, name, term.ranking.group) for p in parts])
+            if world.size == 1 and len(parts) == 1:
+                found[name] = centres_of(keys, None)
+                continue
+            with torch.no_grad():
+                each = [run(_errors, task, p, term, name, world.device) for p in parts]
+            errors = torch.cat(each).double().cpu().numpy()
+            every = zip(*world.gather((keys, errors)), strict=True)  # by process
+            found[name] = centres_of(*map(np.concatenate, every))
+    return replace(counts, centres=found)
+
+
+def _errors(
+    student: Student,
+    task: str,
+    batch: Batch,
+    term: DistillTerm,
+    name: str,
+    device: torch.device,
+) -> Tensor:
+    """Return the student's score less the expert's [R], of the sequences that have a target."""
+    target = batch.targets[name]
+    if term.view == "masked":
+        inputs = language_rows(batch, task, device).inputs
+    else:
+        inputs = inputs_of(student, batch, target.info.view, device)
+    logits = run_heads(student, inputs, batch, {name: target}).logits[name]
+    own, wanted = taught_rows(logits, target)
+    return (own.float() - wanted)[:, 0]

@@ -1,0 +1,188 @@
+"""The loop over blocks of rows: losses and gradients of bounded memory, formed in one go.
+
+The gradient is formed while a block's logits exist, so that [N,V] never does for a linear head.
+Rows without loss are dropped before the first product. The Triton path of a linear head is this
+loop, too: library products around the row kernel, in few large blocks. It waits for the device
+only to count the rows of weight ≠ 0 where row weights are given. Nothing here talks to autograd.
+Shapes: N rows, H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rekindle.kernels.blocks import Gradients, product_, row_blocks, rows_apart
+from rekindle.kernels.call import Call
+from rekindle.kernels.closed_form import BlockLosses, Coefficients, block_buffers, loss_block
+from rekindle.kernels.hidden import TeacherBlocks
+from rekindle.kernels.targets import SparseTargets
+from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
+
+
+def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
+    """Unweighted losses [N], and the derivatives of Σ factors·losses.
+
+    Gradients with respect to the student's inputs, weight and bias where they are wanted, which
+    needs factors, in their dtypes. The products' factors are rounded to the call's `product_dtype`,
+    if it has one; logits only on the Triton path; dW is summed in float32 or float64 everywhere.
+    """
+    student, rows = call.student, _rows_to_keep(call)
+    kept = call.targets
+    if rows is not None:
+        kept = kept.take(rows)._replace(weight=None)
+        factors = None if factors is None else factors.take(rows)
+    head = _GivenLogits(call, rows) if student.weight is None else _LinearHead(call, rows)
+    if factors is not None and head.lift != 1.0:
+        factors = Coefficients(*(f * head.lift for f in factors))
+    losses = _block_losses(call, kept, rows)
+    count, device = len(kept.ids), student.inputs.device
+    ce, kd = (torch.zeros(count, dtype=student.compute_dtype, device=device) for _ in range(2))
+    for block in head.blocks:
+        z = head.logits(block)
+        own = None if factors is None else factors.take(block)
+        ce[block], kd[block] = losses(z, block, own)
+        head.add(z, block)
+    if rows is not None:
+        ce, kd = (v.new_zeros(len(student.inputs)).index_copy_(0, rows, v) for v in (ce, kd))
+    return BlockLosses(ce, kd), head.gradients()
+
+
+class _GivenLogits:
+    """Logits [N,V] that a caller has made; a block of them is copied."""
+
+    lift = 1.0
+
+    def __init__(self, call: Call, rows: Tensor | None):
+        assert rows is not None
+        self.rows, self.given, self.dtype = rows, call.student.inputs, call.student.compute_dtype
+        self.blocks = _torch_blocks(call, len(rows))
+        self.gradient = torch.zeros_like(self.given) if any(call.computation.wanted) else None
+
+    def logits(self, block: slice) -> Tensor:
+        return self.given[self.rows[block]].to(self.dtype)  # indexing copies
+
+    def add(self, z: Tensor, block: slice) -> None:
+        """Take the gradient z [C,V] of a block's logits."""
+        if self.gradient is not None:
+            self.gradient[self.rows[block]] = z.to(self.given.dtype)
+
+    def gradients(self) -> Gradients:
+        return self.gradient, None, None
+
+
+class _LinearHead:
+    """Logits x @ w.T + b of a block at a time, in one buffer, and the sums of their gradients.
+
+    x [R,H] and w [V,H] are in the dtype of the products. The gradients carry the factor `lift`
+    until they are handed over.
+    """
+
+    def __init__(self, call: Call, rows: Tensor | None):
+        (hidden, weight, bias), (impl, product_dtype, wanted) = call.student, call.computation
+        self.student, self.rows, self.fused = call.student, rows, impl == "triton"
+        assert weight is not None
+        dtype = call.student.compute_dtype
+        product_dtype = product_dtype or dtype
+        logits_dtype = product_dtype if self.fused else dtype
+        x = self.x = (hidden if rows is None else hidden[rows]).to(product_dtype)
+        if rows is None and call.targets.weight is not None:
+            x = self.x = x.masked_fill(~call.targets.active()[:, None], 0.0)  # 0 · NaN reaches dW
+        w = self.w = weight.to(product_dtype)
+        self.bias = None if bias is None else bias.to(logits_dtype)
+        self.lift = _lift(len(x), product_dtype) if self.fused else 1.0
+        width = len(w)
+        if self.fused:
+            width = -(-width // 64) * 64  # products want rows that start on 128 bytes
+            self.blocks = row_blocks(len(x), width, x.element_size(), x.device)
+        else:
+            self.blocks = _torch_blocks(call, len(x))
+        most = self.blocks[0].stop if self.blocks else 0
+        self.buffer = rows_apart(most, len(w), width, logits_dtype, x.device)
+        self.dx = torch.empty_like(x) if wanted[0] else None
+        # the first block overwrites dw, which saves a pass over [V,H]
+        fresh = torch.empty if len(x) else torch.zeros
+        self.dw = fresh(w.shape, dtype=dtype, device=w.device) if wanted[1] else None
+        self.db = torch.zeros(len(w), dtype=dtype, device=w.device) if wanted[2] else None
+
+    def logits(self, block: slice) -> Tensor:
+        z = self.buffer[: block.stop - block.start]
+        if self.fused and self.bias is not None:
+            return torch.addmm(self.bias, self.x[block], self.w.t(), out=z)
+        product_(z, self.x[block], self.w.t())
+        return z if self.bias is None else z.add_(self.bias)
+
+    def add(self, z: Tensor, block: slice) -> None:
+        """Add a block of the logits' gradient, z [C,V]."""
+        gradient = z.to(self.x.dtype)
+        if self.dx is not None:
+            torch.mm(gradient, self.w, out=self.dx[block])
+        if self.dw is not None:
+            product_(self.dw, gradient.t(), self.x[block], plus=block.start > 0)
+        if self.db is not None:
+            self.db.add_(z.sum(0, dtype=self.db.dtype))
+
+    def gradients(self) -> Gradients:
+        """The sums in the dtypes of what they belong to."""
+        found: list[Tensor | None] = []
+        for total, home in zip((self.dx, self.dw, self.db), self.student, strict=True):
+            if total is not None and self.lift != 1.0:
+                total.mul_(1.0 / self.lift)
+            found.append(None if total is None or home is None else total.to(home.dtype))
+        dx, dw, db = found
+        if dx is not None and self.rows is not None:
+            dx = torch.zeros_like(self.student.inputs).index_copy_(0, self.rows, dx)
+        return dx, dw, db
+
+
+def _block_losses(
+    call: Call, kept: SparseTargets, rows: Tensor | None
+) -> Callable[[Tensor, slice, Coefficients | None], BlockLosses]:
+    """What takes a block's raw logits z [C,V] to its losses, and writes their gradient over z."""
+    settings, tau = call.settings, call.settings.temperature
+    if call.computation.impl == "triton":
+        from rekindle.kernels.triton_rows import losses_of_rows
+
+        return lambda z, block, own: losses_of_rows(z, z, kept.take(block), settings, own)
+    if call.teacher.states is None:
+        return lambda z, block, own: loss_block(z, kept.take(block), settings, own)
+    dtype = call.student.compute_dtype
+    teacher = TeacherBlocks(call.teacher, dtype, call.computation.product_dtype or dtype)
+    assert rows is not None
+    return lambda z, block, own: whole_loss_block(
+        z, teacher.log_probs(rows[block], tau), kept.take(block).labels, settings, own
+    )
+
+
+def _rows_to_keep(call: Call) -> Tensor | None:
+    """Indices of the rows that weigh something, and on the PyTorch path have a label or a target.
+
+    None to keep all, on the Triton path: no weights, or no time to ask. Dropping rows saves the
+    same share of the products, at the price of waiting once for their number; while a graph is
+    captured one cannot wait, and the kernel skips those rows itself.
+    """
+    targets, device = call.targets, call.targets.ids.device
+    if call.computation.impl == "triton":
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return None if targets.weight is None or capturing else targets.active().nonzero()[:, 0]
+    if call.teacher.states is None:
+        useful = targets.labelled(call.settings.ignore_index) | (targets.ids >= 0).any(1)
+        return (targets.active() & useful).nonzero()[:, 0]
+    if targets.weight is None:
+        return torch.arange(len(targets.ids), device=device)  # without waiting for it
+    return targets.active().nonzero()[:, 0]
+
+
+def _torch_blocks(call: Call, rows: int) -> list[slice]:
+    """Consecutive slices of `rows`, sized for what PyTorch takes for a block of their logits."""
+    student = call.student
+    count = block_buffers if call.teacher.states is None else whole_buffers
+    buffers = count(call.settings, call.targets.labels is not None)
+    size = buffers * student.compute_dtype.itemsize
+    return row_blocks(rows, student.vocabulary, size, student.inputs.device)
+
+
+def _lift(rows: int, dtype: torch.dtype) -> float:
+    """A power of two near the row count, so that gradients of a mean stay normal in float16."""
+    return 2.0 ** math.ceil(math.log2(max(rows, 1))) if dtype == torch.float16 else 1.0
