@@ -171,8 +171,8 @@ def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
     places: dict[Path, tuple[str, int | None]] = {}
     for entry in source:
         files = source_files([entry])
-        for file in files:
-            places.setdefault(Path(file.path).resolve(), (file.path, file.bytes))
+        for path in map(Path, files):
+            places.setdefault(path.resolve(), (str(path), path.stat().st_size))
         if not files:
             places.setdefault(Path(entry), (entry, None))
     return list(places.values())

@@ -65,7 +65,7 @@ class HardMaskedView(MaskedView):
         Raises CacheMismatchError where the teacher's losses are missing.
         """
         infos = read_parts(self.corpus.store, self.teacher.name)
-        for scalars in TeacherReader(self.corpus, infos, None).scalars(number, None):
+        for scalars in TeacherReader(self.corpus, infos).scalars(number, None):
             losses = -scalars.gold_log_prob
             for start, stop in pairwise(scalars.offsets):
                 part = slice(start, stop)
