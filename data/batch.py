@@ -7,7 +7,7 @@ C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +23,17 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Chosen = NDArray[np.bool_] | slice  # of rows
-D = TypeVar("D", bound="DataclassInstance")
+D = TypeVar("D")
 
 
 def _chosen(one: D, rows: Chosen, *fields: str) -> D:
     """Return a copy with the chosen ``rows`` of some of its fields."""
-    return replace(one, **{name: getattr(one, name)[rows] for name in fields})
+    changed = {name: getattr(one, name)[rows] for name in fields}
+    return replace(one, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

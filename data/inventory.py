@@ -82,10 +82,9 @@ def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
         if not store.names(f"{shards.folder}/commits"):
             continue
         names = {*store.names(shards.folder)}
-        wanted = NEEDED[shards.folder.partition("/")[0]] | (
-            {*HEAD_FILES} if names & {*HEAD_FILES} else set()
-        )
-        for name in sorted(wanted - names):
+        wanted = NEEDED[shards.folder.partition("/")[0]]
+        with_head = wanted | {*HEAD_FILES} if names & {*HEAD_FILES} else wanted
+        for name in sorted(with_head - names):
             where = f"{shards.folder}/{name}"
             lost[where] = CacheFormatError(f"{store.location}/{where} is missing. {REPAIR}")
     return lost

@@ -187,7 +187,8 @@ class Corpus(RowReader):
 
     def text(self, name: str, place: Place) -> str | None:
         """What the text column ``name`` has for a row."""
-        found: str | None = self.rows(*place, 1)[name][0].as_py()
+        index, local = divmod(place[1], ROWS_PER_BATCH)
+        found: str | None = self.shard(place[0]).batch(index)[name][local].as_py()
         return found
 
     def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:

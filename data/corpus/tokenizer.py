@@ -219,14 +219,8 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of each text stay: tokens leave the longer text until both fit."""
-    half = room // 2
-    if first + second <= room:
-        return first, second
-    if first <= half:
-        return first, room - first
-    if second <= half:
-        return room - second, second
-    return room - half, half
+    kept = min(second, max(room // 2, room - first))  # a half, and what the first one leaves
+    return min(first, room - kept), kept
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class RowReader(ABC):
         """Where the entries of one row of the corpus lie."""
         shard, row = place
         index, local = divmod(row, self.rows_per_batch)
-        return self.row_lists(shard, index, replica).cut(local)
+        found = self._lists.get((shard, index, replica))  # called for every row of every batch
+        return (found or self.row_lists(shard, index, replica)).cut(local)
 
     def row_lists(self, shard: int, index: int, replica: int | None = None) -> RowLists:
         """The list columns of one record batch, checked when they are first touched."""
@@ -113,5 +114,3 @@ class RowTexts(Sequence[str | None]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]

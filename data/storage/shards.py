@@ -70,10 +70,9 @@ class ShardSet:
 
     def forget(self, unit: str) -> None:
         """Take back a unit that is damaged, so that it is made again: first its record."""
-        try:
+        path = None
+        with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds what it named
             path = self.commit(unit).path
-        except (CacheFormatError, FileNotFoundError):
-            path = None  # `gc` finds what it named
         self.store.discard(f"{self.folder}/commits/{unit}.json")
         if path is not None:
             self.store.discard(f"{self.folder}/{path}")
@@ -237,7 +236,7 @@ class Shard:
     def metadata(self) -> dict[str, Any]:
         """The self-description that the writer put into the schema."""
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
-        told = f"{self.path} does not describe itself, it is not a shard"
+        told = f"{self.path} does not describe itself: not a shard"
         with unusable(told, ValueError, TypeError, RecursionError):
             described: dict[str, Any] = dict(json.loads(raw))
         return described
@@ -258,8 +257,10 @@ class Shard:
         if found is None:
             if index >= self.batch_count:
                 raise CacheFormatError(f"{self.path} has no record batch {index}: it lacks rows")
-            self._check(self._first_region + index)
-            found = self._read(index)
+            region = self._first_region + index
+            self._check(region)
+            self._check_size(index, region)
+            found = self._get(self._reader, index)
             if self._hold is not None:
                 self._hold(index, found)
             if keep:
@@ -270,20 +271,17 @@ class Shard:
         """All record batches, verified."""
         return map(self.batch, range(self.batch_count))
 
-    def _read(self, index: int) -> pa.RecordBatch:
+    def _check_size(self, index: int, region: int) -> None:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
-        region = self._first_region + index
         offset, length, _ = self.commit.regions[region]
-        part = self._buffer.slice(offset, length)
         told = f"{self.path}: no record batch {index} where it must be"
         with unusable(told, struct.error, IndexError, ValueError):
-            unpacked = unpacked_bytes(part, after_schema=region == 0)
+            unpacked = unpacked_bytes(self._buffer.slice(offset, length), after_schema=region == 0)
         if unpacked > MOST_UNPACKED:
             raise CacheFormatError(
                 f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
                 f"{MOST_UNPACKED:,}: it was not written by Rekindle"
             )
-        return self._get(self._reader, index)
 
     def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
         start, stop = self._rows[index]

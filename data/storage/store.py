@@ -32,11 +32,8 @@ CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts mee
 def open_store(location: str | os.PathLike[str]) -> "Store":
     """The store at a local path or an fsspec URL (``s3://``, ``gs://``, …)."""
     text = os.fspath(location)
-    if "://" not in text:
-        return LocalStore(Path(text).expanduser())
-    if text.startswith("file://"):
-        return LocalStore(Path(text.removeprefix("file://")))
-    return ObjectStore(text)
+    local = text.removeprefix("file://")
+    return ObjectStore(text) if "://" in local else LocalStore(Path(local).expanduser())
 
 
 def safe_name(name: str) -> str:

@@ -122,10 +122,8 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
 def _column(streams: Sequence[Bytes], positions: int, width: int) -> Bytes:
     """One column [P,w] of streams one after another and zeros."""
     out = np.zeros(positions * width, np.uint8)
-    at = 0
-    for stream in streams:
-        out[at : at + stream.size] = stream.reshape(-1)
-        at += stream.size
+    flat = np.concatenate([stream.reshape(-1) for stream in streams])
+    out[: len(flat)] = flat
     return out.reshape(positions, width)
 
 

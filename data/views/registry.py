@@ -3,21 +3,7 @@
 from rekindle.data.views.base import View
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
-
-
-class Clean(View):
-    """The tokens of the corpus, all of them."""
-
-    kind = "clean"
-    tasks = ("masked_lm", "causal_lm")
-
-
-class Text(View):
-    """The text of the corpus, in the tokens of whom it is shown to."""
-
-    kind = "text"
-    tasks = ("sequence_classification", "regression", "token_classification")
-
+from rekindle.data.views.plain import Clean, Text
 
 VIEWS: dict[str, type[View]] = {view.kind: view for view in (Clean, Text, MaskedView, PairView)}
 

@@ -20,8 +20,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.positions import target_positions
-from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
 from rekindle.pipeline.caching.scoring import score_hidden
@@ -60,27 +59,24 @@ def run_unit(
 
     ``kept`` reads the ids that tails at further temperatures are taken of.
     """
-    run = _UnitRun(teacher, unit, only)
+    run = UnitRun(teacher, unit, only)
     with torch.inference_mode():
         if teacher.config.vocabulary:
             return run.vocabulary(kept)
         return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
 
 
-class _UnitRun:
+class UnitRun:
     """A teacher and the rows of one unit."""
 
     def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None):
         self.teacher, self.unit, self.view, self.info = teacher, unit, teacher.view, teacher.info
-        self.batches = [*teacher.corpus.shard(unit.shard).batches()]
-        domains, chosen = self.column("domain"), self.info.domains
+        self.table = teacher.corpus.shard(unit.shard).table()
+        self.batches = self.table.to_batches()
+        domains, chosen = self.table["domain"].to_pylist(), self.info.domains
         self.wanted = np.array([chosen is None or domain in chosen for domain in domains], bool)
         if only is not None:
             self.wanted &= np.isin(np.arange(len(domains)), only)
-
-    def column(self, name: str) -> list:
-        """A column of the corpus shard as Python values."""
-        return [value for batch in self.batches for value in batch[name].to_pylist()]
 
     def vocabulary(self, kept: TeacherReader | None) -> UnitResult:
         """What is kept of the distribution at each position."""
@@ -91,8 +87,10 @@ class _UnitRun:
         gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
         if self.view is not None:
             masked = split_lists(self.view.batches(unit.shard, unit.replica), "input_ids")
-            seen = [_replaced(*row) for row in zip(seen, positions, masked, strict=True)]
-        digests = self.column("digest") if kind_of(info).sampled else []
+            seen = [row.copy() for row in seen]
+            for row, places, ids in zip(seen, positions, masked, strict=True):
+                row[places] = ids
+        digests = self.table["digest"].to_pylist() if kind_of(info).sampled else []
 
         def extra(rows: Rows) -> Tensor | None:
             """The stored ids that tails are of, or the keys to draw with."""
@@ -117,7 +115,7 @@ class _UnitRun:
 
     def token_labels(self) -> UnitResult:
         """Logits of the first token of each word, at the corpus position that begins it."""
-        teacher, texts = self.teacher, self.column("text")
+        teacher, texts = self.teacher, self.table["text"].to_pylist()
         encoded = teacher.tokenizer.encode(texts)
         seen, room = self._wrapped(encoded)
         lists = [split_lists(self.batches, name) for name in ("char_starts", "word_starts")]
@@ -159,7 +157,7 @@ class _UnitRun:
         """The expert's own encoding of each row's text or pair; empty where there is no pair."""
         tokenizer, longest = self.teacher.tokenizer, self.teacher.max_length
         if not self.teacher.config.pair_expert:
-            return self._wrapped(tokenizer.encode(self.column("text")))[0], None
+            return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
         assert self.view is not None
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
@@ -257,9 +255,3 @@ def _word_characters(
     following = np.append(starts[places], len(text))[1:]
     inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
     return places[inside], characters[inside]
-
-
-def _replaced(ids: NDArray, positions: NDArray[np.int64], values: NDArray) -> NDArray:
-    out = ids.copy()
-    out[positions] = values
-    return out

@@ -6,7 +6,7 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
-from rekindle.data.views.registry import Clean, Text
+from rekindle.data.views.plain import Clean, Text
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig

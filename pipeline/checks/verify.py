@@ -27,8 +27,7 @@ from rekindle.data.storage.seal import REPAIR, damage
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.kinds.base import VocabularyKind
-from rekindle.data.targets.reading.positions import target_positions
-from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.reader import ViewReader
 from rekindle.data.views.registry import view_kind
 

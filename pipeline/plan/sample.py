@@ -182,8 +182,7 @@ def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterat
     """What is moved from ``stream`` into ``documents``, until the sample is large enough."""
     size = _text_bytes(documents)
     while len(documents) < SAMPLE_DOCUMENTS and size < SAMPLE_BYTES:
-        document = next(stream, None)
-        if document is None:
+        if (document := next(stream, None)) is None:
             return
         documents.append(document)
         size += _text_bytes([document])

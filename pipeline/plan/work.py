@@ -13,7 +13,7 @@ import pyarrow as pa
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind

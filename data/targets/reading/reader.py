@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.columns import ascend_within, flat_lists, list_views
+from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import seconds_of
-from rekindle.data.storage.cuts import Flat, Place, RowLists, RowReader, cut_lengths, joined
+from rekindle.data.storage.cuts import Flat, Place, RowReader, cut_lengths, joined
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
@@ -173,18 +173,11 @@ class TeacherReader(RowReader):
         columns = joined(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.nothing()
         return counts, columns
 
-    def row_lists(self, shard: int, index: int, replica: int | None = None) -> RowLists:
-        """The flat columns, as they are used, of one record batch.
-
-        Checked when first touched: checksums, alignment with the corpus, ranges.
-        """
-        if self.kind.copied and (shard, index, replica) not in self._lists:
-            with self._evicting:
-                while len(self._lists) >= DECODED_BATCHES:
-                    del self._lists[next(iter(self._lists))]
-        return super().row_lists(shard, index, replica)
-
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
+        """The flat columns, as they are used: checksums, alignment and ranges are checked."""
+        with self._evicting:
+            while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
+                del self._lists[next(iter(self._lists))]
         unit = self.info.shown.unit(shard, replica)
         what = f"{self.main.info.folder}/{unit}"
         offsets, columns = self._read(self.main, shard, index, replica)
@@ -287,3 +280,21 @@ class TeacherReader(RowReader):
             )
         for problem in self.kind.problems(columns):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
+
+
+def target_positions(
+    corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int, replica: int | None
+) -> list[NDArray[np.int64]]:
+    """Return where a vocabulary teacher has targets in each row of a corpus shard, ascending.
+
+    What the replica of a masked view masks; of a masked LM that sees the text as it is, all but
+    special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
+    none.
+    """
+    if view is not None:
+        masked = split_lists(view.batches(shard, replica), "positions")
+        return [row.astype(np.int64) for row in masked]
+    batches = [*corpus.shard(shard).batches()]
+    if info.sees_clean_text:
+        return [np.flatnonzero(starts >= 0) for starts in split_lists(batches, "char_starts")]
+    return [np.arange(max(0, len(ids) - 1)) for ids in split_lists(batches, "input_ids")]

@@ -7,7 +7,6 @@ not read for it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -80,10 +79,9 @@ def hard_positions(
     """
     number = (replica or 0) if teacher.masked else None
     for first, scalars in _blocks(teacher, number):
-        for row, (start, stop) in enumerate(pairwise(scalars.offsets)):
-            losses = -scalars.gold_log_prob[start:stop]
+        for index, (positions, losses) in enumerate(scalars.losses(), first):
             hard = losses > threshold
-            yield HardPositions(first + row, scalars.positions[start:stop][hard], losses[hard])
+            yield HardPositions(index, positions[hard], losses[hard])
 
 
 def _blocks(teacher: TeacherReader, replica: int | None) -> Iterator[tuple[int, PositionScalars]]:
