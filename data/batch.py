@@ -7,12 +7,14 @@ C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
@@ -25,6 +27,13 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Chosen = NDArray[np.bool_] | slice  # of rows
+D = TypeVar("D")
+
+
+def _chosen(one: D, rows: Chosen, *fields: str) -> D:
+    """Return a copy with the chosen ``rows`` of some of its fields."""
+    changed = {name: getattr(one, name)[rows] for name in fields}
+    return replace(one, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,8 @@ class MaskedInputs:
     def take(self, part: slice) -> "MaskedInputs":
         """Return ``part`` of the sequences."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
-        return MaskedInputs(
-            self.replica,
-            self.input_ids[part],
-            self.rows[first:last] - part.start,
-            self.positions[first:last],
-            self.labels[first:last],
-        )
+        own = _chosen(self, slice(first, last), "rows", "positions", "labels")
+        return replace(own, input_ids=self.input_ids[part], rows=own.rows - part.start)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class PairInputs:
 
     def take(self, part: slice) -> "PairInputs":
         """Return ``part`` of the sequences."""
-        return PairInputs(self.input_ids[part], self.token_types[part], self.lengths[part])
+        return _chosen(self, part, "input_ids", "token_types", "lengths")
 
 
 class TargetBatch(ABC):
@@ -108,8 +112,7 @@ class TokenTargetBatch(TargetBatch):
 
     def _keep(self, chosen: Chosen) -> Self:
         columns = {name: column[chosen] for name, column in self.columns.items()}
-        rows, positions = self.rows[chosen], self.positions[chosen]
-        return replace(self, rows=rows, positions=positions, columns=columns)
+        return replace(_chosen(self, chosen, "rows", "positions"), columns=columns)
 
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
         """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
@@ -153,8 +156,7 @@ class TokenLabelBatch(TargetBatch):
     logits: Floats  # [P,C]
 
     def _keep(self, chosen: Chosen) -> Self:
-        rows, positions = self.rows[chosen], self.positions[chosen]
-        return replace(self, rows=rows, positions=positions, logits=self.logits[chosen])
+        return _chosen(self, chosen, "rows", "positions", "logits")
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets."""
@@ -182,8 +184,8 @@ class SequenceTargetBatch(TargetBatch):
 
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""
-        mc = None if self.mc_probs is None else self.mc_probs[part]
-        return replace(self, present=self.present[part], logits=self.logits[part], mc_probs=mc)
+        passes = () if self.mc_probs is None else ("mc_probs",)
+        return _chosen(self, part, "present", "logits", *passes)
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
         """Return the only sequence's logits."""
@@ -191,32 +193,37 @@ class SequenceTargetBatch(TargetBatch):
         return SequenceTargets(self.logits[0], mc) if self.present[0] else None
 
 
+def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
+    """Read the sequences ``where`` [B] as they stand: ids [B,S], padded, and their lengths [B]."""
+    cuts = [corpus.cut(place) for place in where]
+    lengths = cut_lengths(cuts)
+    return pad_cuts(cuts, lengths, "input_ids", corpus.info["tokenizer"]["pad_id"]), lengths
+
+
 def read_masked(
-    view: ViewReader, where: Sequence[tuple[int, int]], clean: Tokens, replica: int
+    view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
     """Read a masked ``replica`` of the sequences ``where`` [B], ``clean`` [B,S] as they stand."""
+    cuts = [view.cut(place, replica) for place in where]
+    found = joined(cuts)
+    rows = np.repeat(np.arange(len(where)), cut_lengths(cuts))
+    positions = found["positions"].astype(np.int64)
     seen = clean.copy()
-    places: list[Ints] = []
-    for number, (shard, row) in enumerate(where):
-        positions, ids = view.row(shard, row, replica, "positions", "input_ids")
-        places.append(positions.astype(np.int64))
-        seen[number, places[-1]] = ids
-    rows = np.repeat(np.arange(len(where)), [len(own) for own in places])
-    positions = np.concatenate(places)
+    seen[rows, positions] = found["input_ids"]
     return MaskedInputs(replica, seen, rows, positions, clean[rows, positions].astype(np.int64))
 
 
-def read_pairs(view: ViewReader, where: Sequence[tuple[int, int]], pad_id: int) -> PairInputs:
+def read_pairs(view: ViewReader, where: Sequence[Place]) -> PairInputs:
     """Read the pairs of the sequences ``where`` [B]."""
-    found = [view.row(shard, row, None, "input_ids", "token_types") for shard, row in where]
-    lengths = np.array([len(ids) for ids, _ in found], np.int64)
-    types = pad([types.astype(np.int32) for _, types in found], lengths, 0)
-    return PairInputs(pad([ids for ids, _ in found], lengths, pad_id), types, lengths)
+    cuts = [view.cut(place) for place in where]
+    lengths = cut_lengths(cuts)
+    ids = pad_cuts(cuts, lengths, "input_ids", view.corpus.info["tokenizer"]["pad_id"])
+    return PairInputs(ids, pad_cuts(cuts, lengths, "token_types", 0), lengths)
 
 
 def read_targets(
     teacher: TeacherReader,
-    where: Sequence[tuple[int, int]],
+    where: Sequence[Place],
     replica: int | None,
     missing: bool = False,
     scalars: bool = True,
@@ -263,29 +270,20 @@ class Batch:
 
     def take(self, part: slice) -> "Batch":
         """Return ``part`` of its sequences, from one to another, with their targets."""
+        by_row = ("index", "digests", "domains", "input_ids", "lengths", "documents")
         return replace(
-            self,
-            index=self.index[part],
-            digests=self.digests[part],
-            domains=self.domains[part],
-            input_ids=self.input_ids[part],
-            lengths=self.lengths[part],
+            _chosen(self, part, *by_row),
             masked=self.masked and self.masked.take(part),
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
-            documents=self.documents[part],
         )
 
 
 def pad(
-    flat: Sequence[NDArray[np.int32] | list[int]],
-    lengths: Ints,
-    fill: int,
-    width: int | None = None,
+    flat: Sequence[NDArray[np.int32] | list[int]], lengths: Ints, fill: int
 ) -> NDArray[np.int32]:
     """Rows of different lengths as [B, longest], ``fill`` at the end."""
-    width = int(lengths.max(initial=1)) if width is None else width
-    out = np.full((len(flat), width), fill, dtype=np.int32)
+    out = np.full((len(flat), int(lengths.max(initial=1))), fill, dtype=np.int32)
     for row, values in enumerate(flat):
         out[row, : len(values)] = values
     return out

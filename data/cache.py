@@ -7,18 +7,18 @@ touched.
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.batch import Batch, Ints, read_masked, read_pairs, read_targets
+from rekindle.data.batch import Batch, Ints, read_clean, read_masked, read_pairs, read_targets
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.permutation import epoch_batch
-from rekindle.data.storage.columns import list_views
-from rekindle.data.storage.cuts import Cut, RowLists, RowTexts, Texts, joined, pad_cuts
+from rekindle.data.storage.cuts import RowTexts
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
@@ -35,7 +35,7 @@ from rekindle.data.targets.reading.sequence_ranking import (
 )
 from rekindle.data.views.reader import ViewReader
 
-TEXTS = ("digest", "domain", "document")  # columns of the corpus that a batch has
+TEXTS = ("text_a", "text_b")  # of a pair
 
 
 class Cache:
@@ -46,7 +46,6 @@ class Cache:
         self.manifest = read_manifest(store)
         self.corpus = Corpus(store)
         self._check_manifest()
-        self._records: dict[tuple[int, int], tuple[RowLists, dict[str, Texts]]] = {}
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name) for name in store.folders("targets") if _is_begun(store, name)
@@ -84,10 +83,7 @@ class Cache:
                 f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree about "
                 f"the weights of teacher {name!r}; the targets were exchanged"
             )
-        view = None
-        if info.shown.stored:
-            view = self.views.get(info.view) or ViewReader(self.corpus, info.view)
-        return TeacherReader(self.corpus, infos, view)
+        return TeacherReader(self.corpus, infos, self.views.get(info.view))
 
     @property
     def tokenizer_digest(self) -> str:
@@ -180,17 +176,7 @@ class Cache:
                 )
         shards, rows = self.corpus.locate(index)
         where = list(zip(shards.tolist(), rows.tolist(), strict=True))
-        tokens: list[Cut] = []
-        texts: dict[str, list[tuple[Texts, int]]] = {name: [] for name in TEXTS}
-        for shard, row in where:
-            number, local = divmod(row, ROWS_PER_BATCH)
-            lists, columns = self._record_batch(shard, number)
-            tokens.append(lists.cut(local))
-            for name, column in columns.items():
-                texts[name].append((column, local))
-        lengths = np.array([last - first for _, first, last in tokens], np.int64)
-        pad_id = self.corpus.info["tokenizer"]["pad_id"]
-        clean = pad_cuts(tokens, lengths, pad_id)
+        clean, lengths = read_clean(self.corpus, where)
         masked = None
         if masked_view is not None:
             view = self.masked_view(masked_view)
@@ -200,12 +186,12 @@ class Cache:
         pairs = {view.name: view for view in shown if view.kind.paired}
         return Batch(
             index=index,
-            digests=RowTexts(texts["digest"]),
-            domains=RowTexts(texts["domain"]),
+            digests=RowTexts(partial(self.corpus.text, "digest"), where),
+            domains=RowTexts(partial(self.corpus.text, "domain"), where),
             input_ids=clean,
             lengths=lengths,
             masked=masked,
-            pairs={name: read_pairs(pairs[name], where, pad_id) for name in sorted(pairs)},
+            pairs={name: read_pairs(pairs[name], where) for name in sorted(pairs)},
             targets={
                 name: read_targets(
                     self.teacher(name), where, replica, name in allow_missing, scalars
@@ -213,18 +199,8 @@ class Cache:
                 for name in teachers
             },
             epoch=epoch,
-            documents=RowTexts(texts["document"]),
+            documents=RowTexts(partial(self.corpus.text, "document"), where),
         )
-
-    def _record_batch(self, shard: int, number: int) -> tuple[RowLists, dict[str, Texts]]:
-        """Tokens of a record batch of the corpus, and its columns TEXTS."""
-        found = self._records.get((shard, number))
-        if found is None:
-            batch = self.corpus.shard(shard).batch(number)
-            offsets, ids = list_views(batch["input_ids"], "input_ids")
-            texts = {name: Texts(batch[name]) for name in TEXTS}
-            found = self._records[shard, number] = RowLists(offsets, {"input_ids": ids}), texts
-        return found
 
     def scores(
         self,
@@ -233,8 +209,8 @@ class Cache:
         replica: int | None = None,
         **settings: Unpack[ScoreSettings],
     ) -> NDArray[np.float64]:
-        """A score [N] of every sequence from the teacher's stored scalars: see ``selection.py``."""
-        return sequence_scores(self.corpus, self.teacher(teacher), score, replica, **settings)
+        """A score [N] of every sequence from the teacher's stored scalars: ``sequence_scores``."""
+        return sequence_scores(self.teacher(teacher), score, replica, **settings)
 
     def ranking(
         self,
@@ -251,23 +227,20 @@ class Cache:
         self, teacher: str, threshold: float = HARD, replica: int | None = None
     ) -> Iterator[HardPositions]:
         """Per sequence, the positions whose true token the teacher gives −log p > ``threshold``."""
-        return hard_positions(self.corpus, self.teacher(teacher), threshold, replica)
+        return hard_positions(self.teacher(teacher), threshold, replica)
 
     def example(self, index: int) -> Example:
         """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
         shards, rows = self.corpus.locate(np.array([index]))
         shard, row = int(shards[0]), int(rows[0])
-        number, local = divmod(row, ROWS_PER_BATCH)
-        batch = self.corpus.shard(shard).batch(number)
-        record = {
-            name: batch[name][local].as_py() for name in ("digest", "document", "domain", "text")
-        }
-        ids = joined([self._record_batch(shard, number)[0].cut(local)])["input_ids"]
+        shown = ["digest", "document", "domain", "text"]
+        record = self.corpus.rows(shard, row, 1).select(shown).to_pylist()[0]
+        ids = read_clean(self.corpus, [(shard, row)])[0][0]
         pairs = {}
         for name, view in self.views.items():
             if view.kind.paired and view.has(shard):
-                found = view.batch(shard, number)
-                a, b = found["text_a"][local].as_py(), found["text_b"][local].as_py()
+                number, local = divmod(row, ROWS_PER_BATCH)
+                a, b = (view.batch(shard, number)[text][local].as_py() for text in TEXTS)
                 pairs[name] = None if a is None else (a, b)
         targets = {
             name: list(self._example_targets(teacher, shard, row, ids))

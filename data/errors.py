@@ -61,3 +61,13 @@ class CheckpointError(RekindleError):
     """A checkpoint is damaged or belongs to another run."""
 
     exit_code = 3
+
+
+@contextmanager
+def unusable(told: str, *causes: type[Exception], advice: str = "") -> Iterator[None]:
+    """Make a CacheFormatError of ``causes``: what is ``told`` of a file, the cause, the advice."""
+    try:
+        yield
+    except causes as error:
+        reason = " ".join(str(error).split())
+        raise CacheFormatError(f"{told}: {reason}{advice}") from None

@@ -82,35 +82,32 @@ def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
         if not store.names(f"{shards.folder}/commits"):
             continue
         names = {*store.names(shards.folder)}
-        wanted = NEEDED[shards.folder.partition("/")[0]] | (
-            {*HEAD_FILES} if names & {*HEAD_FILES} else set()
-        )
-        for name in sorted(wanted - names):
+        wanted = NEEDED[shards.folder.partition("/")[0]]
+        with_head = wanted | {*HEAD_FILES} if names & {*HEAD_FILES} else wanted
+        for name in sorted(with_head - names):
             where = f"{shards.folder}/{name}"
             lost[where] = CacheFormatError(f"{store.location}/{where} is missing. {REPAIR}")
     return lost
 
 
 def orphans(shards: ShardSet) -> list[str]:
-    """Data files that no commit record names: of attempts that were killed, or are under way."""
-    commits, _ = shards.survey()
-    named = {commit.path.removeprefix("data/") for commit in commits.values()}
+    """Data files that no commit record names: of attempts that were killed, or are under way.
+
+    Raises CacheFormatError while a commit record is damaged: what it named cannot be told from what
+    nobody named.
+    """
+    named = {commit.path.removeprefix("data/") for commit in shards.committed().values()}
     present = shards.store.names(f"{shards.folder}/data")
     return [f"{shards.folder}/data/{name}" for name in present if name not in named]
 
 
 def collect_garbage(store: Store, older_than: float, dry_run: bool = False) -> dict[str, int]:
     """Remove what killed attempts left behind; name -> bytes. Files younger than ``older_than``
-    seconds stay: their writers may be at work.
-
-    Raises CacheFormatError while a commit record is damaged: what it named cannot be told from what
-    nobody named.
+    seconds stay: their writers may be at work. Raises CacheFormatError as ``orphans`` does.
     """
     removed: dict[str, int] = {}
     limit = time.time() - older_than
     for shards in shard_sets(store):
-        for error in shards.survey()[1].values():
-            raise error
         folders = ["", TOKENIZER] if shards.folder == "corpus" else []
         folders += [shards.folder, f"{shards.folder}/commits", f"{shards.folder}/data"]
         names = orphans(shards)

@@ -7,7 +7,9 @@
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import cast
@@ -16,7 +18,7 @@ import xxhash
 
 from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
 from rekindle.data.corpus.documents import only_files, source_files
-from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.store import Store
 
@@ -70,21 +72,25 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             # Where another begins, an addition has ended, whether that was recorded or not.
             ended = [replace(one, shards=after.first_shard) for one, after in pairwise(additions)]
             return ended + additions[-1:], tokenizer
-        try:
+        with _stated(store, name):
             after = body["after"] if number else {"shards": 0, "sequences": 0}
             if number == 0:
                 tokenizer = body["tokenizer"]
                 _check_tokenizer(body["tokenizer"])
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             shards, sequences = int(after["shards"]), int(after["sequences"])
-            ends = _shards_at_end(store, number)
-            additions.append(Addition(number, config, sources, shards, sequences, ends))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise CacheFormatError(
-                f"{store.location}/{name} is damaged: it does not say what the corpus is made of. "
-                f"{REPAIR}"
-            ) from None
+        name, ends = complete_name(number), None
+        with suppress(FileNotFoundError), _stated(store, name):
+            ends = int(read_sealed(store, name)["shards"])
+        additions.append(Addition(number, config, sources, shards, sequences, ends))
     raise AssertionError  # count() does not end
+
+
+def _stated(store: Store, name: str) -> AbstractContextManager[None]:
+    """CacheFormatError when what is read within does not say what the corpus is made of."""
+    told = f"{store.location}/{name} is damaged: it does not say what the corpus is made of"
+    wrong = (KeyError, TypeError, ValueError, OverflowError)
+    return unusable(told, *wrong, advice=f". {REPAIR}")
 
 
 def _check_tokenizer(facts: TokenizerFacts) -> None:
@@ -96,16 +102,6 @@ def _check_tokenizer(facts: TokenizerFacts) -> None:
         raise ValueError
     if not all(type(number) is int and 0 <= number < size for number in ids):
         raise ValueError
-
-
-def _shards_at_end(store: Store, number: int) -> int | None:
-    name = complete_name(number)
-    try:
-        return int(read_sealed(store, name)["shards"])
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise CacheFormatError(f"{store.location}/{name} is damaged. {REPAIR}") from None
 
 
 def claim_addition(
@@ -184,7 +180,7 @@ def _check_sources(last: Addition, present: States) -> bool:
             "limit_sequences). Use another cache.path for changed text"
         )
     # Sealed files have their keys sorted: the order is that of the description's own source.
-    read = [f.path for f in source_files(last.config["source"]) if f.path in last.sources]
+    read = [path for path in source_files(last.config["source"]) if path in last.sources]
     if read != list(present)[: len(read)]:
         raise CacheMismatchError(
             f"the corpus source has its files in another order: {', '.join(read[:3])} were read "
@@ -205,16 +201,16 @@ def _states_or_none(config: CorpusConfig, complete: bool) -> States | None:
 
 def file_states(source: Sequence[str]) -> States:
     """Size and a checksum of samples of every source file, by path, in reading order."""
-    return {f.path: [f.bytes, _sampled(f.path, f.bytes)] for f in source_files(source)}
+    return {path: _state_of(path) for path in source_files(source)}
 
 
-def _sampled(path: str, size: int) -> str:
-    state = xxhash.xxh3_64()
+def _state_of(path: str) -> list[int | str]:
+    state, size = xxhash.xxh3_64(), os.path.getsize(path)
     with open(path, "rb") as file:
         for sample in range(SAMPLES):
             file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
             state.update(file.read(SAMPLE_BYTES))
-    return str(state.hexdigest())
+    return [size, state.hexdigest()]
 
 
 def _made_differently(store: Store, difference: str) -> CacheMismatchError:

@@ -77,11 +77,5 @@ def describe_corpus(
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     """Return what a cache records of the tokenizer."""
-    return {
-        "digest": tokenizer.digest,
-        "size": tokenizer.size,
-        "mask_id": tokenizer.mask_id,
-        "pad_id": tokenizer.pad_id,
-        "eos_id": tokenizer.eos_id,
-        "special_ids": sorted(tokenizer.special_ids),
-    }
+    facts = {name: getattr(tokenizer, name) for name in TokenizerFacts.__annotations__}
+    return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})

@@ -40,28 +40,22 @@ from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.columns import flat_lists, list_type, list_views
+from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
-from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet, describe
+from rekindle.data.storage.shards import (
+    ROWS_PER_BATCH,
+    Commit,
+    Shard,
+    ShardSet,
+    describe,
+    rows_in_batches,
+)
 from rekindle.data.storage.store import Store
 
 BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
 TOKENIZER = "corpus/tokenizer"
 TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
-
-FIELDS = [
-    pa.field("digest", pa.string()),
-    pa.field("input_ids", list_type(pa.int32())),
-    pa.field("char_starts", list_type(pa.int32())),
-    pa.field("word_starts", list_type(pa.bool_())),
-    pa.field("document_starts", list_type(pa.int32())),
-    pa.field("document", pa.string()),
-    pa.field("domain", pa.string()),
-    pa.field("span_start", pa.int64()),
-    pa.field("span_end", pa.int64()),
-    pa.field("text", pa.string()),
-    pa.field("bucket", pa.uint16()),
-]
 
 
 def digest_of(sequence: PackedSequence) -> str:
@@ -71,15 +65,37 @@ def digest_of(sequence: PackedSequence) -> str:
     return str(state.hexdigest())
 
 
+def _bucket(sequence: PackedSequence) -> int:
+    document = sequence.document.encode("utf-8", "surrogatepass")
+    return int(xxhash.xxh3_64_intdigest(document)) % BUCKETS
+
+
+COLUMNS: dict[str, tuple[pa.DataType, Callable[[PackedSequence], object]]] = {
+    "digest": (pa.string(), digest_of),
+    "input_ids": (list_type(pa.int32()), lambda sequence: sequence.input_ids),
+    "char_starts": (list_type(pa.int32()), lambda sequence: sequence.char_starts),
+    "word_starts": (list_type(pa.bool_()), lambda sequence: sequence.word_starts),
+    "document_starts": (list_type(pa.int32()), lambda sequence: sequence.document_starts),
+    "document": (pa.string(), lambda sequence: sequence.document),
+    "domain": (pa.string(), lambda sequence: sequence.domain),
+    "span_start": (pa.int64(), lambda sequence: sequence.span[0]),
+    "span_end": (pa.int64(), lambda sequence: sequence.span[1]),
+    "text": (pa.string(), lambda sequence: sequence.text),
+    "bucket": (pa.uint16(), _bucket),
+}
+FIELDS = [pa.field(name, dtype) for name, (dtype, _) in COLUMNS.items()]
+
+
 def unit_of(shard: int, replica: int | None = None) -> str:
     """The name of a unit of work: a corpus shard, or one masked replica of it."""
     return f"{shard:05d}" if replica is None else f"{shard:05d}-r{replica:03d}"
 
 
-class Corpus:
+class Corpus(RowReader):
     """The sequences of a cache, by global number 0..len-1 in corpus order."""
 
     def __init__(self, store: Store):
+        super().__init__()
         self.store = store
         self.shards = ShardSet(store, "corpus")
         self.additions, tokenizer = read_additions(store)
@@ -146,7 +162,7 @@ class Corpus:
             self._open[index] = self.shards.open(commit, about, FIELDS, self._check_batch)
         return self._open[index]
 
-    def _check_batch(self, batch: pa.RecordBatch) -> None:
+    def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
         """CacheFormatError for what no writer of ours would have written."""
         required = ("digest", "document", "span_start", "span_end", "text", "bucket")
         lists = {n: list_views(batch[n], n) for n in ("input_ids", "char_starts", "word_starts")}
@@ -165,6 +181,15 @@ class Corpus:
         """``count`` rows of a shard, fewer at its end; they must lie in one record batch."""
         index, local = divmod(first, ROWS_PER_BATCH)
         return self.shard(shard).batch(index).slice(local, count)
+
+    def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
+        return flat_lists(self.shard(shard).batch(index), ["input_ids"])
+
+    def text(self, name: str, place: Place) -> str | None:
+        """What the text column ``name`` has for a row."""
+        index, local = divmod(place[1], ROWS_PER_BATCH)
+        found: str | None = self.shard(place[0]).batch(index)[name][local].as_py()
+        return found
 
     def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:
         """Tokens of each of those rows."""
@@ -364,30 +389,7 @@ def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:
 
 
 def _batches(rows: Sequence[PackedSequence], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for first in range(0, len(rows), ROWS_PER_BATCH):
-        yield _batch(rows[first : first + ROWS_PER_BATCH], schema)
-
-
-def _batch(rows: Sequence[PackedSequence], schema: pa.Schema) -> pa.RecordBatch:
-    offsets = offsets_of([len(r.input_ids) for r in rows])
-    columns = [
-        pa.array([digest_of(r) for r in rows], pa.string()),
-        list_array(offsets, np.concatenate([r.input_ids for r in rows])),
-        list_array(offsets, np.concatenate([r.char_starts for r in rows])),
-        list_array(offsets, np.concatenate([r.word_starts for r in rows])),
-        list_array(
-            offsets_of([len(r.document_starts) for r in rows]),
-            np.concatenate([r.document_starts for r in rows]),
-        ),
-        pa.array([r.document for r in rows], pa.string()),
-        pa.array([r.domain for r in rows], pa.string()),
-        pa.array([r.span[0] for r in rows], pa.int64()),
-        pa.array([r.span[1] for r in rows], pa.int64()),
-        pa.array([r.text for r in rows], pa.string()),
-        pa.array([_bucket(r.document) for r in rows], pa.uint16()),
-    ]
-    return pa.record_batch(columns, schema=schema)
-
-
-def _bucket(document: str) -> int:
-    return int(xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass"))) % BUCKETS
+    for first, last in rows_in_batches(len(rows)):
+        part = rows[first:last]
+        columns = [pa.array([of(row) for row in part], dtype) for dtype, of in COLUMNS.values()]
+        yield pa.record_batch(columns, schema=schema)

@@ -10,8 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -43,13 +42,6 @@ class Document(NamedTuple):
     domain: str | None
 
 
-class SourceFile(NamedTuple):
-    """A file of the corpus as it is now."""
-
-    path: str
-    bytes: int
-
-
 class _Origin(NamedTuple):
     format: str  # txt | jsonl | parquet | arrow | hub | python-docs
     place: str  # a path, or a datasets id
@@ -62,8 +54,7 @@ class _Origin(NamedTuple):
 
 class _Record(NamedTuple):
     row: int
-    values: Mapping[str, object]
-    fields: Iterable[str]  # every field the record has, also those that were not read
+    values: Mapping[str, object]  # every field it has; None for those that were not read
 
 
 def read_documents(
@@ -94,13 +85,12 @@ def read_documents(
     return chain.from_iterable(_documents(origin, text_field, domain_field) for origin in origins)
 
 
-def source_files(source: Sequence[str]) -> list[SourceFile]:
+def source_files(source: Sequence[str]) -> list[str]:
     """The local files ``source`` stands for, in reading order; none for a hub id or python-docs.
 
     Raises InputError as ``read_documents`` does.
     """
-    paths = [origin.place for origin in _origins(source) if origin.is_file]
-    return [SourceFile(path, os.path.getsize(path)) for path in paths]
+    return [origin.place for origin in _origins(source) if origin.is_file]
 
 
 def only_files(source: Sequence[str]) -> bool:
@@ -218,7 +208,7 @@ def _documents(origin: _Origin, text_field: str, domain_field: str | None) -> It
 def _field(record: _Record, field: str, setting: str, where: str) -> object:
     if record.values.get(field) is not None:
         return record.values[field]
-    fields = list(record.fields)
+    fields = list(record.values)
     if field in fields:
         raise InputError(f"{where}: the field {field!r} ({setting}) is null")
     raise InputError(
@@ -250,7 +240,7 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
     try:
         if origin.format == "txt":
             for line, text in _txt_documents(origin):
-                yield _Record(line, {text_field: text}, [text_field])
+                yield _Record(line, {text_field: text})
         elif origin.format == "jsonl":
             yield from _jsonl_records(origin)
         else:
@@ -261,13 +251,8 @@ def _records(origin: _Origin, text_field: str, domain_field: str | None) -> Iter
         raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
 
 
-@contextmanager
-def _byte_stream(origin: _Origin) -> Iterator[BinaryIO]:
-    raw = pa.OSFile(origin.place)
-    if origin.compression:
-        raw = pa.CompressedInputStream(raw, origin.compression)
-    with io.BufferedReader(raw) as stream:
-        yield stream
+def _byte_stream(origin: _Origin) -> BinaryIO:
+    return io.BufferedReader(pa.input_stream(origin.place, compression=origin.compression))
 
 
 def _decode(line: bytes, number: int, origin: _Origin) -> str:
@@ -298,7 +283,7 @@ def _jsonl_records(origin: _Origin) -> Iterator[_Record]:
                 raise InputError(
                     f"{origin.place}:{number}: {_shown(values)}; each line must be one JSON object"
                 )
-            yield _Record(number, values, values)
+            yield _Record(number, values)
 
 
 def _txt_documents(origin: _Origin) -> Iterator[tuple[int, str]]:
@@ -352,20 +337,19 @@ def _hub_records(origin: _Origin) -> Iterator[_Record]:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the library's errors share no base; all mean: not to be had
         raise _no_such_source(origin.place, error) from error
-    for row, values in enumerate(rows, start=1):
-        yield _Record(row, values, values)
+    yield from (_Record(row, values) for row, values in enumerate(rows, start=1))
 
 
 _Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, the names of all
 
 
 def _columnar_records(batches: Iterable[_Batch]) -> Iterator[_Record]:
-    row = 0
+    rows = count(1)
     for columns, fields in batches:
+        unread = dict.fromkeys(fields)
         for begin in range(0, columns.num_rows, _ROWS_AT_A_TIME):
             for values in columns.slice(begin, _ROWS_AT_A_TIME).to_pylist():
-                row += 1
-                yield _Record(row, values, fields)
+                yield _Record(next(rows), unread | values)
 
 
 def _parquet_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:

@@ -6,6 +6,7 @@ gives exactly the remaining sequences.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -59,6 +60,7 @@ class _Piece(NamedTuple):
 
 
 _Planned = tuple[list[_Piece], Position]
+_Left = tuple[int, int, Document, Encoded]  # index, first token, document, its tokens
 
 
 def pack(
@@ -91,12 +93,14 @@ def pack(
             f"sequence_length {sequence_length} leaves no room for text beside the "
             f"{len(tokenizer.prefix) + len(tokenizer.suffix)} special tokens of each sequence"
         )
-    if packing == "document":
-        planned = _cut(documents, room, _document_end(tokenizer), start)
-    elif packing == "contiguous":
-        planned = _fill(documents, room, *_separators(tokenizer), start)
-    else:
+    if packing not in ("document", "contiguous"):
         raise ValueError(f"packing must be 'document' or 'contiguous', not {packing!r}")
+    left = _from_start(documents, start)
+    if packing == "contiguous":
+        planned = _fill(left, room, *_separators(tokenizer))
+    else:
+        end = _document_end(tokenizer)
+        planned = chain.from_iterable(_fill([one], room, (), end) for one in left)
     return ((_sequence(pieces, tokenizer), position) for pieces, position in planned)
 
 
@@ -113,10 +117,8 @@ def _separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (), (tokenizer.eos_id,)
 
 
-def _from_start(
-    documents: Iterable[tuple[Document, Encoded]], start: Position
-) -> Iterator[tuple[int, int, Document, Encoded]]:
-    """(index, first token, document, encoded) of every document that has tokens left."""
+def _from_start(documents: Iterable[tuple[Document, Encoded]], start: Position) -> Iterator[_Left]:
+    """Every document that has tokens left."""
     for index, (document, encoded) in enumerate(documents, start.document_index):
         first = start.token if index == start.document_index else 0
         if first and first >= len(encoded.ids):
@@ -128,29 +130,13 @@ def _from_start(
             yield index, first, document, encoded
 
 
-def _cut(
-    documents: Iterable[tuple[Document, Encoded]], room: int, end: tuple[int, ...], start: Position
-) -> Iterator[_Planned]:
-    for index, first, document, encoded in _from_start(documents, start):
-        length = len(encoded.ids)
-        for begin in range(first, length, room):
-            stop = min(begin + room, length)
-            after = end if stop - begin < room else ()
-            position = Position(index, stop) if stop < length else Position(index + 1, 0)
-            yield [_Piece(document, encoded, begin, stop, after=after)], position
-
-
 def _fill(
-    documents: Iterable[tuple[Document, Encoded]],
-    room: int,
-    between: tuple[int, ...],
-    end: tuple[int, ...],
-    start: Position,
+    documents: Iterable[_Left], room: int, between: tuple[int, ...], end: tuple[int, ...]
 ) -> Iterator[_Planned]:
+    """Cut documents into sequences that follow each other; the last one may be short."""
     pieces: list[_Piece] = []
-    left = room
-    position = start
-    for index, token, document, encoded in _from_start(documents, start):
+    left, position = room, BEGINNING
+    for index, token, document, encoded in documents:
         length = len(encoded.ids)
         while token < length:
             before = between if pieces else ()

@@ -55,10 +55,7 @@ _MODULES_OF_PART = {
         bdb cProfile compileall distutils doctest ensurepip lsprof logging modulefinder pdb profile
         pstats py_compile pyclbr pydoc tabnanny timeit trace tracemalloc unittest
         venv""",
-    "language runtime": """
-        __future__ annotationlib ast bootsubprocess builtins code codeop contextlib ctypes dis
-        imp importlib inspect keyword opcode osx_support pkgutil platform runpy site sitebuiltins
-        symtable sys sysconfig this token tokenize traceback warnings zipimport""",
+    "language runtime": "",  # topics, and modules that no other part names
     "interface": """
         antigravity argparse cmd colorize curses getopt getpass optparse pyrepl readline rlcompleter
         shlex tkinter tty turtle turtledemo webbrowser""",
@@ -67,7 +64,7 @@ PARTS = tuple(_MODULES_OF_PART)
 _PART_OF_MODULE = {
     module: part for part, modules in _MODULES_OF_PART.items() for module in modules.split()
 }
-_PART_OF_THE_REST = "language runtime"  # topics, and modules a later Python may bring
+_PART_OF_THE_REST = "language runtime"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ _BOUNDARY = re.compile(
     re.VERBOSE,
 )
 _LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.(?=[^\W\d_]))*$")
+_WITHOUT_SPACE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 _LONGEST_WORD = 32  # characters looked back at for an abbreviation
 
 
@@ -43,7 +44,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
             spans.append((begin, match.end()))
             begin = match.end()
     spans.append((begin, len(text)))
-    return [trimmed for span in spans if (trimmed := _trim(text, *span))]
+    return [kept.span() for span in spans if (kept := _WITHOUT_SPACE.search(text, *span))]
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
@@ -56,12 +57,3 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
         return True
     word = before[0].lower()
     return word not in _ABBREVIATIONS and len(word.rpartition(".")[2]) > 1
-
-
-def _trim(text: str, begin: int, end: int) -> tuple[int, int] | None:
-    part = text[begin:end]
-    kept = part.strip()
-    if not kept:
-        return None
-    begin += len(part) - len(part.lstrip())
-    return begin, begin + len(kept)

@@ -7,7 +7,7 @@ imports neither transformers nor torch. It knows nothing of sequences and files 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _AUTO_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -220,14 +219,8 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of each text stay: tokens leave the longer text until both fit."""
-    half = room // 2
-    if first + second <= room:
-        return first, second
-    if first <= half:
-        return first, room - first
-    if second <= half:
-        return room - second, second
-    return room - half, half
+    kept = min(second, max(room // 2, room - first))  # a half, and what the first one leaves
+    return min(first, room - kept), kept
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -236,15 +229,12 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 def has_tokenizer_files(path: str | Path) -> bool:
     """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
     directory = Path(path)
-    names = (*_AUTO_FILES, "vocab.txt")
-    return any((directory / name).is_file() for name in names) or _gpt2_files(directory) is not None
+    sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
+    return any(_all_there(directory, names) for names in sets)
 
 
-def _gpt2_files(directory: Path) -> tuple[Path, Path] | None:
-    for vocabulary, merges in _GPT2_FILES:
-        if (directory / vocabulary).is_file() and (directory / merges).is_file():
-            return directory / vocabulary, directory / merges
-    return None
+def _all_there(directory: Path, names: tuple[str, ...]) -> bool:
+    return all((directory / name).is_file() for name in names)
 
 
 def load_tokenizer(path_or_id: str) -> Tokenizer:
@@ -278,11 +268,8 @@ def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
         )
     if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
         return _load_auto(str(directory))
-    if (directory / "vocab.txt").is_file():
-        return _load_wordpiece(directory / "vocab.txt")
-    files = _gpt2_files(directory)
-    assert files is not None  # has_tokenizer_files said so
-    return _load_byte_level(*files)
+    names = next(names for names in _BARE_FILES if _all_there(directory, names))
+    return _BARE_FILES[names](*(directory / name for name in names))
 
 
 def _load_auto(path_or_id: str) -> "PreTrainedTokenizerFast":
@@ -328,3 +315,11 @@ def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast
             f"give the directory with tokenizer.json instead"
         )
     return GPT2TokenizerFast(vocab=str(vocabulary), merges=str(merges))
+
+
+# What a directory may hold alone, and who reads it.
+_BARE_FILES: dict[tuple[str, ...], Callable[..., "PreTrainedTokenizerFast"]] = {
+    ("vocab.txt",): _load_wordpiece,
+    ("encoder.json", "vocab.bpe"): _load_byte_level,
+    ("vocab.json", "merges.txt"): _load_byte_level,
+}

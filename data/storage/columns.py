@@ -47,12 +47,13 @@ def list_views(column: pa.ListArray, name: str) -> Lists:
     """
     offsets = column.offsets.to_numpy()
     values = column.values
-    inner = values.values if pa.types.is_fixed_size_list(values.type) else values
+    fixed = pa.types.is_fixed_size_list(values.type)
+    inner = values.values if fixed else values
     if column.null_count or values.null_count or inner.null_count:
         raise CacheFormatError(f"column {name!r} has nulls")
-    width = values.type.list_size if pa.types.is_fixed_size_list(values.type) else None
-    flat = (values.values if width is not None else values).to_numpy(zero_copy_only=False)
-    if width is not None:
+    flat = inner.to_numpy(zero_copy_only=False)
+    if fixed:
+        width = values.type.list_size
         flat = flat[: len(values) * width].reshape(len(values), width)
     if offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(flat):
         raise CacheFormatError(f"column {name!r} has list offsets outside its values")

@@ -4,9 +4,11 @@ import builtins
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from rekindle.data.errors import CacheFormatError
+from pydantic import AfterValidator, TypeAdapter
+
+from rekindle.data.errors import CacheFormatError, unusable
 from rekindle.data.storage.seal import REPAIR, SEAL, checksum
 from rekindle.data.storage.store import safe_name
 
@@ -20,7 +22,7 @@ class Commit:
     """What a commit record says of one unit."""
 
     unit: str
-    path: str  # relative to the set's folder
+    path: Annotated[str, AfterValidator(safe_name)]  # relative to the set's folder
     rows: int
     bytes: int
     sha256: str
@@ -44,36 +46,27 @@ class Commit:
             )
         return found
 
-    @classmethod
-    def from_json(cls, body: Any, where: str) -> "Commit":
+    @staticmethod
+    def from_json(body: Any, where: str) -> "Commit":
         """Parse and check a record read from ``where``; CacheFormatError when it is damaged."""
-        try:
+        told = f"the commit record {where} is damaged"
+        wrong = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+        with unusable(told, *wrong, advice=f". {REPAIR}"):
             stated = body.pop(SEAL)
             if stated != checksum(body):
                 raise ValueError("its checksum does not match")
-            regions = tuple((int(o), int(n), str(x)) for o, n, x in body["regions"])
-            _check_regions(regions, int(body["bytes"]))
-            commit = cls(
-                unit=str(body["unit"]),
-                path=safe_name(body["path"]),
-                rows=int(body["rows"]),
-                bytes=int(body["bytes"]),
-                sha256=str(body["sha256"]),
-                regions=regions,
-                facts=dict(body["facts"]),
-                rows_per_batch=int(body.get("rows_per_batch", ROWS_PER_BATCH)),
-            )
+            commit = _PARSER.validate_python(body)
+            _check_regions(commit.regions, commit.bytes)
             if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
             # Rows are counted out below: first they must be as many as the regions can hold.
             batches = -(-commit.rows // commit.rows_per_batch)
-            if commit.rows < 0 or len(regions) - 1 - batches not in (0, 1):
-                raise ValueError(f"{commit.rows} rows in {len(regions)} regions")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CacheFormatError(
-                f"the commit record {where} is damaged ({error}). {REPAIR}"
-            ) from None
+            if commit.rows < 0 or len(commit.regions) - 1 - batches not in (0, 1):
+                raise ValueError(f"{commit.rows} rows in {len(commit.regions)} regions")
         return commit
+
+
+_PARSER = TypeAdapter(Commit)
 
 
 def seconds_of(commit: Commit) -> float | None:

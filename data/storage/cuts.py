@@ -6,12 +6,14 @@ Rows are cut as memory views and joined as bytes: one copy, and per piece a thir
 to slice NumPy arrays and concatenate them. A batch is hundreds of pieces of 1 to 32 kB.
 """
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from typing import overload
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+from rekindle.data.storage.commits import ROWS_PER_BATCH
 
 
 class RowLists:
@@ -28,6 +30,35 @@ class RowLists:
 
 
 Cut = tuple[RowLists, int, int]  # a row's entries: in which record batch, from, to
+Place = tuple[int, int]  # a shard of the corpus and a row of it
+Flat = tuple[NDArray[np.int32], dict[str, NDArray]]  # list offsets [R+1], columns of that many
+
+
+class RowReader(ABC):
+    """Cuts rows out of the record batches of a set of shards, each read when first touched."""
+
+    rows_per_batch = ROWS_PER_BATCH
+
+    def __init__(self) -> None:
+        self._lists: dict[tuple[int, int, int | None], RowLists] = {}
+
+    def cut(self, place: Place, replica: int | None = None) -> Cut:
+        """Where the entries of one row of the corpus lie."""
+        shard, row = place
+        index, local = divmod(row, self.rows_per_batch)
+        found = self._lists.get((shard, index, replica))  # called for every row of every batch
+        return (found or self.row_lists(shard, index, replica)).cut(local)
+
+    def row_lists(self, shard: int, index: int, replica: int | None = None) -> RowLists:
+        """The list columns of one record batch, checked when they are first touched."""
+        key = (shard, index, replica)
+        found = self._lists.get(key)
+        if found is None:
+            found = self._lists[key] = RowLists(*self._read_lists(*key))
+        return found
+
+    @abstractmethod
+    def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat: ...
 
 
 def joined(cuts: Sequence[Cut], without: Collection[str] = ()) -> dict[str, NDArray]:
@@ -42,39 +73,29 @@ def joined(cuts: Sequence[Cut], without: Collection[str] = ()) -> dict[str, NDAr
     return out
 
 
-def pad_cuts(cuts: Sequence[Cut], lengths: NDArray[np.int64], fill: int) -> NDArray[np.int32]:
-    """Rows of one list column as [B, longest], ``fill`` at the end."""
+def cut_lengths(cuts: Sequence[Cut]) -> NDArray[np.int64]:
+    """How many entries each row has."""
+    return np.array([last - first for _, first, last in cuts], np.int64)
+
+
+def pad_cuts(
+    cuts: Sequence[Cut], lengths: NDArray[np.int64], name: str, fill: int
+) -> NDArray[np.int32]:
+    """Rows of the list column ``name`` as [B, longest], ``fill`` at the end."""
     width = int(lengths.max(initial=1))
-    if lengths.tolist() != [width] * len(cuts):
-        out = np.full((len(cuts), width), fill, dtype=np.int32)
-        for row, (lists, first, last) in enumerate(cuts):
-            (column,) = lists.columns.values()
-            out[row, : last - first] = column[first:last]
-        return out
-    (flat,) = joined(cuts).values() if cuts else (np.zeros(0, np.int32),)
-    return flat.reshape(-1, width)
-
-
-class Texts:
-    """A string column of one record batch, decoded a value at a time."""
-
-    def __init__(self, column: pa.StringArray):
-        _, offsets, content = column.buffers()
-        ends = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset)
-        self._ends, self._content = ends.data, memoryview(content or b"")
-        self._missing: list[bool] = column.is_null().to_pylist() if column.null_count else []
-
-    def __getitem__(self, row: int) -> str | None:
-        if self._missing and self._missing[row]:
-            return None
-        return str(self._content[self._ends[row] : self._ends[row + 1]], "utf-8")
+    if cuts and lengths.tolist() == [width] * len(cuts):
+        return joined(cuts)[name].reshape(-1, width).astype(np.int32, copy=False)
+    out = np.full((len(cuts), width), fill, dtype=np.int32)
+    for row, (lists, first, last) in enumerate(cuts):
+        out[row, : last - first] = lists.columns[name][first:last]
+    return out
 
 
 class RowTexts(Sequence[str | None]):
-    """A text of each of some rows, decoded when it is asked for; a training step asks for none."""
+    """A text of each of some rows, read when it is asked for; a training step asks for none."""
 
-    def __init__(self, places: list[tuple[Texts, int]]):
-        self._places = places
+    def __init__(self, read: Callable[[Place], str | None], places: Sequence[Place]):
+        self._read, self._places = read, places
 
     def __len__(self) -> int:
         return len(self._places)
@@ -85,14 +106,11 @@ class RowTexts(Sequence[str | None]):
     def __getitem__(self, index: slice) -> "RowTexts": ...
     def __getitem__(self, index: int | slice) -> "str | RowTexts | None":
         if isinstance(index, slice):
-            return RowTexts(self._places[index])
-        column, row = self._places[index]
-        return column[row]
+            return RowTexts(self._read, self._places[index])
+        return self._read(self._places[index])
 
     def __repr__(self) -> str:
         return repr(list(self))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]

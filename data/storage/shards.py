@@ -13,13 +13,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import xxhash
 
-from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
 from rekindle.data.storage.arrow_sizes import unpacked_bytes
 from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Region
@@ -48,25 +49,30 @@ class ShardSet:
             raise error
         return commits
 
-    def survey(self) -> tuple[dict[str, Commit], dict[str, CacheFormatError]]:
-        """The finished units by name, and what is wrong with those whose record is damaged."""
+    def survey(
+        self, check: Callable[[Commit], object] = lambda commit: None
+    ) -> tuple[dict[str, Commit], dict[str, CacheFormatError]]:
+        """The finished units by name, and what is wrong with those whose record is damaged, or that
+        do not pass ``check``, which raises CacheFormatError.
+        """
         names = [n for n in self.store.names(f"{self.folder}/commits") if n.endswith(".json")]
         contents = self.store.read_many([f"{self.folder}/commits/{name}" for name in names])
         commits: dict[str, Commit] = {}
         damaged: dict[str, CacheFormatError] = {}
         for unit, content in zip((n.removesuffix(".json") for n in names), contents, strict=True):
             try:
-                commits[unit] = self._parse(unit, content)
+                commit = self._parse(unit, content)
+                check(commit)
+                commits[unit] = commit
             except CacheFormatError as error:
                 damaged[unit] = error
         return commits, damaged
 
     def forget(self, unit: str) -> None:
         """Take back a unit that is damaged, so that it is made again: first its record."""
-        try:
+        path = None
+        with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds what it named
             path = self.commit(unit).path
-        except (CacheFormatError, FileNotFoundError):
-            path = None  # `gc` finds what it named
         self.store.discard(f"{self.folder}/commits/{unit}.json")
         if path is not None:
             self.store.discard(f"{self.folder}/{path}")
@@ -135,21 +141,18 @@ class ShardSet:
         commit: Commit,
         about: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
-        hold: Callable[[pa.RecordBatch], None] | None = None,
+        hold: Callable[[int, pa.RecordBatch], None] | None = None,
     ) -> "Shard":
         """The committed shard, memory-mapped; checksums are verified as its parts are touched.
 
         Raises CacheMismatchError when the shard does not say of itself what ``about`` says,
         CacheFormatError when its columns are not ``fields``. Every record batch is given to
-        ``hold`` when it is read, to raise when its owner cannot use it.
+        ``hold``, with its number, when it is read, to raise when its owner cannot use it.
         """
         name = f"{self.folder}/{commit.path}"
-        try:
+        told = f"{self.store.location}/{name} is missing although it was committed"
+        with unusable(told, FileNotFoundError, advice=f". {REPAIR}"):
             path = self.store.local_file(name)
-        except FileNotFoundError:
-            raise CacheFormatError(
-                f"{self.store.location}/{name} is missing although it was committed. {REPAIR}"
-            ) from None
         shard = Shard(path, commit, hold)
         described = shard.metadata
         different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
@@ -163,64 +166,30 @@ class ShardSet:
         return shard
 
 
-class _HashingFile:
-    """A file that hashes what passes through it, as a whole and region by region."""
-
-    def __init__(self, file: BinaryIO, schema_end: int):
-        self._file = file
-        self._schema_end = schema_end
-        self.closed = False
-        self.position = 0
-        self.sha256 = hashlib.sha256()
-        self.regions: list[Region] = []
-        self._start = 0
-        self._region = xxhash.xxh3_64()
-
-    def write(self, data: bytes | memoryview) -> int:
-        # Arrow writes the schema together with the first batch; it gets a region of its own.
-        if self.position < self._schema_end < self.position + len(data):
-            cut = self._schema_end - self.position
-            return self.write(data[:cut]) + self.write(data[cut:])
-        self._file.write(data)
-        self.sha256.update(data)
-        self._region.update(data)
-        self.position += len(data)
-        if self.position == self._schema_end:
-            self.end_region()
-        return len(data)
-
-    def end_region(self) -> None:
-        self.regions.append((self._start, self.position - self._start, self._region.hexdigest()))
-        self._start, self._region = self.position, xxhash.xxh3_64()
-
-    def tell(self) -> int:
-        return self.position
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def _write_file(
     path: Path,
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],
     options: pa.ipc.IpcWriteOptions | None,
 ) -> tuple[int, int, str, tuple[Region, ...]]:
-    rows = 0
+    """Write the file; return its rows, bytes, sha256 and regions."""
+    # Arrow writes the schema together with the first batch; it gets a region of its own.
+    rows, ends = 0, [0, len(MAGIC) + schema.serialize().size]
     with open(path, "xb") as raw:
-        file = _HashingFile(raw, len(MAGIC) + schema.serialize().size)
-        sink = pa.PythonFile(file, mode="w")
+        sink = pa.PythonFile(raw, mode="w")
         # Not a `with`: leaving it by an exception would write a footer and make a partial file
         # valid.
         writer = pa.ipc.new_file(sink, schema, options=options)
         for batch in batches:
             writer.write_batch(batch)
-            file.end_region()
+            ends.append(raw.tell())
             rows += batch.num_rows
         writer.close()
-        file.end_region()
-        raw.flush()
-    return rows, file.position, file.sha256.hexdigest(), tuple(file.regions)
+        ends.append(raw.tell())
+    with pa.memory_map(str(path)) as written:
+        content = memoryview(written.read_buffer())
+    regions = [(a, b - a, xxhash.xxh3_64_hexdigest(content[a:b])) for a, b in pairwise(ends)]
+    return rows, len(content), hashlib.sha256(content).hexdigest(), tuple(regions)
 
 
 class Shard:
@@ -230,7 +199,7 @@ class Shard:
     """
 
     def __init__(
-        self, path: Path, commit: Commit, hold: Callable[[pa.RecordBatch], None] | None = None
+        self, path: Path, commit: Commit, hold: Callable[[int, pa.RecordBatch], None] | None = None
     ):
         self.path = path
         self.commit = commit
@@ -255,10 +224,8 @@ class Shard:
             raise CacheFormatError(f"{path} does not have the record batches that were committed")
 
     def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
-        try:
+        with unusable(f"{self.path} is not an Arrow IPC file", pa.ArrowException, OSError):
             return pa.ipc.open_file(self._buffer, options=options)
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{self.path} is not an Arrow IPC file: {error}") from None
 
     @property
     def schema(self) -> pa.Schema:
@@ -269,10 +236,9 @@ class Shard:
     def metadata(self) -> dict[str, Any]:
         """The self-description that the writer put into the schema."""
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
-        try:
+        told = f"{self.path} does not describe itself: not a shard"
+        with unusable(told, ValueError, TypeError, RecursionError):
             described: dict[str, Any] = dict(json.loads(raw))
-        except (ValueError, TypeError, RecursionError):
-            raise CacheFormatError(f"{self.path} does not describe itself: not a shard") from None
         return described
 
     @cached_property
@@ -291,10 +257,12 @@ class Shard:
         if found is None:
             if index >= self.batch_count:
                 raise CacheFormatError(f"{self.path} has no record batch {index}: it lacks rows")
-            self._check(self._first_region + index)
-            found = self._read(index)
+            region = self._first_region + index
+            self._check(region)
+            self._check_size(index, region)
+            found = self._get(self._reader, index)
             if self._hold is not None:
-                self._hold(found)
+                self._hold(index, found)
             if keep:
                 self._batches[index] = found
         return found
@@ -303,31 +271,23 @@ class Shard:
         """All record batches, verified."""
         return map(self.batch, range(self.batch_count))
 
-    def _read(self, index: int) -> pa.RecordBatch:
+    def _check_size(self, index: int, region: int) -> None:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
-        region = self._first_region + index
         offset, length, _ = self.commit.regions[region]
-        part = self._buffer.slice(offset, length)
-        try:
-            unpacked = unpacked_bytes(part, after_schema=region == 0)
-        except (struct.error, IndexError, ValueError):
-            raise CacheFormatError(
-                f"{self.path}: no record batch {index} where it must be"
-            ) from None
+        told = f"{self.path}: no record batch {index} where it must be"
+        with unusable(told, struct.error, IndexError, ValueError):
+            unpacked = unpacked_bytes(self._buffer.slice(offset, length), after_schema=region == 0)
         if unpacked > MOST_UNPACKED:
             raise CacheFormatError(
                 f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
                 f"{MOST_UNPACKED:,}: it was not written by Rekindle"
             )
-        return self._get(self._reader, index)
 
     def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
         start, stop = self._rows[index]
-        try:
+        with unusable(f"{self.path}: record batch {index}", pa.ArrowException, OSError):
             batch = reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
-        except (pa.ArrowException, OSError) as error:
-            raise CacheFormatError(f"{self.path}: record batch {index}: {error}") from None
         if batch.num_rows != stop - start:
             raise CacheFormatError(
                 f"{self.path}: record batch {index} has {batch.num_rows} rows, not {stop - start}"

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.errors import CacheFormatError, InputError, unusable
 from rekindle.data.storage.atomic import new_attempt, sync, write_bytes
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -32,11 +32,8 @@ CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts mee
 def open_store(location: str | os.PathLike[str]) -> "Store":
     """The store at a local path or an fsspec URL (``s3://``, ``gs://``, …)."""
     text = os.fspath(location)
-    if "://" not in text:
-        return LocalStore(Path(text).expanduser())
-    if text.startswith("file://"):
-        return LocalStore(Path(text.removeprefix("file://")))
-    return ObjectStore(text)
+    local = text.removeprefix("file://")
+    return ObjectStore(text) if "://" in local else LocalStore(Path(local).expanduser())
 
 
 def safe_name(name: str) -> str:
@@ -88,9 +85,14 @@ class Store(ABC):
     def replace(self, name: str, content: bytes) -> None:
         """Write a small object, whole, over whatever was there (only for what can be rebuilt)."""
 
-    @abstractmethod
     def begin(self, name: str) -> Path:
         """A local file to write a new data object into; ``finish`` or ``discard`` must follow."""
+        path = self._local(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @abstractmethod
+    def _local(self, name: str) -> Path: ...
 
     @abstractmethod
     def finish(self, name: str) -> None:
@@ -146,13 +148,10 @@ class Store(ABC):
 
     def parse_json(self, name: str, content: bytes) -> Any:
         """The bytes of the object ``name`` parsed as JSON; CacheFormatError when they are not."""
-        try:
+        advice = ". Run `pipeline verify` on the cache; delete the file to have its part made again"
+        told = f"{self.location}/{name} is damaged: it is not valid JSON"
+        with unusable(told, ValueError, RecursionError, advice=advice):
             return json.loads(content)
-        except (ValueError, RecursionError):
-            raise CacheFormatError(
-                f"{self.location}/{name} is damaged: it is not valid JSON. "
-                "Run `pipeline verify` on the cache; delete the file to have its part made again"
-            ) from None
 
 
 class LocalStore(Store):
@@ -162,19 +161,19 @@ class LocalStore(Store):
         self.root = root
         self.location = str(root)
 
-    def _path(self, name: str) -> Path:
+    def _local(self, name: str) -> Path:
         return self.root / safe_name(name)
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
-        return self._path(name).read_bytes()
+        return self._local(name).read_bytes()
 
     def _entries(self, folder: str, folders: bool) -> list[str]:
-        path = self._path(folder)
+        path = self._local(folder)
         seen = [e for e in path.iterdir() if e.name[0] != "."] if path.is_dir() else []
         return [e.name for e in seen if (e.is_dir() if folders else e.is_file())]
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
-        path = self._path(name)
+        path = self._local(name)
         with self.writing(name):
             try:
                 # A link fails if the name exists: the only race-free create.
@@ -193,20 +192,15 @@ class LocalStore(Store):
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
         with self.writing(name):
-            write_bytes(self._path(name), content)
-
-    def begin(self, name: str) -> Path:  # noqa: D102
-        path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+            write_bytes(self._local(name), content)
 
     def finish(self, name: str) -> None:  # noqa: D102
-        path = self._path(name)
+        path = self._local(name)
         sync(path)
         sync(path.parent)
 
     def discard(self, name: str) -> None:  # noqa: D102
-        self._path(name).unlink(missing_ok=True)
+        self._local(name).unlink(missing_ok=True)
 
     @contextmanager
     def working(self) -> Iterator[bool | None]:  # noqa: D102
@@ -226,16 +220,16 @@ class LocalStore(Store):
             os.close(folder)
 
     def state(self, name: str) -> tuple[int, float]:  # noqa: D102
-        found = self._path(name).stat()
+        found = self._local(name).stat()
         return found.st_size, found.st_mtime
 
     def temporary(self, folder: str) -> list[str]:  # noqa: D102
-        path = self._path(folder) if folder else self.root
+        path = self._local(folder) if folder else self.root
         left = path.glob(".*.tmp") if path.is_dir() else ()
         return sorted(entry.relative_to(self.root).as_posix() for entry in left)
 
     def local_file(self, name: str) -> Path:  # noqa: D102
-        path = self._path(name)
+        path = self._local(name)
         if not path.is_file():
             raise FileNotFoundError(path)
         return path
@@ -311,38 +305,32 @@ class ObjectStore(Store):
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         with self._reaching(name) as path:
-            delays = iter(CONFLICT_DELAYS)
-            while True:
+            for delay in (*CONFLICT_DELAYS, None):
                 try:
                     self.fs.pipe_file(path, content, mode="create")
                     return True
                 except FileExistsError:
                     return False
                 except OSError as error:
-                    delay = next(delays, None)
                     if delay is None or not _is_conflict(error):
                         raise
                     time.sleep(delay)
+        raise AssertionError  # the last conflict is raised
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
         with self._reaching(name) as path:
             self.fs.pipe_file(path, content)
 
-    def _scratch_file(self, name: str) -> Path:
-        path = self._scratch / safe_name(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def begin(self, name: str) -> Path:  # noqa: D102
-        return self._scratch_file(name)
+    def _local(self, name: str) -> Path:
+        return self._scratch / safe_name(name)
 
     def finish(self, name: str) -> None:  # noqa: D102
         with self._reaching(name) as path:
-            self.fs.put_file(str(self._scratch_file(name)), path)
-        self._scratch_file(name).unlink()  # a whole teacher may be more than the local disk holds
+            self.fs.put_file(str(self._local(name)), path)
+        self._local(name).unlink()  # a whole teacher may be more than the local disk holds
 
     def discard(self, name: str) -> None:  # noqa: D102
-        self._scratch_file(name).unlink(missing_ok=True)
+        self._local(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError), self._reaching(name, FileNotFoundError) as path:
             self.fs.rm_file(path)
 
@@ -355,7 +343,7 @@ class ObjectStore(Store):
         return int(found["size"]), seconds
 
     def local_file(self, name: str) -> Path:  # noqa: D102
-        path = self._scratch_file(name)
+        path = self.begin(name)
         if not path.is_file():
             partial = path.with_name(f"{path.name}.{new_attempt()}")
             with self._reaching(name, FileNotFoundError) as remote:

@@ -107,10 +107,7 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
     gaps = np.diff(values, axis=1, prepend=np.uint8(0)).T  # uint8: wraps
     widths = _widths(ids.shape[1], columns["tail_log_odds"].shape[1], vocabulary_size)
     words, small = _scalars(columns)
-    streams: dict[str, Sequence[Bytes]] = dict(
-        zip(("ids_table", "ids_class", "ids_rest"), _id_streams(ids, vocabulary_size), strict=True)
-    )
-    streams |= {
+    streams = _id_streams(ids, vocabulary_size) | {
         "values_head": [gaps[:HEAD]],
         "values_rest": [gaps[HEAD:]],
         "scalars_low": [word[:, 0] for word in words],
@@ -125,16 +122,12 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
 def _column(streams: Sequence[Bytes], positions: int, width: int) -> Bytes:
     """One column [P,w] of streams one after another and zeros."""
     out = np.zeros(positions * width, np.uint8)
-    at = 0
-    for stream in streams:
-        out[at : at + stream.size] = stream.reshape(-1)
-        at += stream.size
+    flat = np.concatenate([stream.reshape(-1) for stream in streams])
+    out[: len(flat)] = flat
     return out.reshape(positions, width)
 
 
-def _id_streams(
-    ids: NDArray[np.int64], vocabulary_size: int
-) -> tuple[list[Bytes], list[Bytes], list[Bytes]]:
+def _id_streams(ids: NDArray[np.int64], vocabulary_size: int) -> dict[str, list[Bytes]]:
     flat = ids.T.reshape(-1)
     counts = np.bincount(flat)
     often = np.flatnonzero(counts >= OFTEN)
@@ -153,7 +146,8 @@ def _id_streams(
     class_of[present] = (shift << 4) + (places >> shift) - MANTISSA
     rest_of[present] = places & ((1 << shift) - 1)
     classes = class_of[flat]
-    return tabled, [classes], [_pack_rests(classes >> 4, rest_of[flat])]
+    rests = _pack_rests(classes >> 4, rest_of[flat])
+    return {"ids_table": tabled, "ids_class": [classes], "ids_rest": [rests]}
 
 
 def _byte_planes(numbers: NDArray, count: int) -> Bytes:

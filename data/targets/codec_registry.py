@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -12,13 +13,10 @@ from rekindle.data.targets.codec_compact import Widths
 from rekindle.data.targets.codec_precise import decode_precise, encode_precise
 
 BYTE = pa.uint8()
+T = TypeVar("T")
 
 
-def _unchanged(columns: Columns, vocabulary_size: int) -> Columns:
-    return columns
-
-
-def _same_widths(columns: Widths, vocabulary_size: int) -> Widths:
+def _unchanged(columns: T, vocabulary_size: int) -> T:
     return columns
 
 
@@ -30,7 +28,7 @@ class Codec:
     decode: Callable[[Columns, float, int, int | None], tuple[Floats, Floats]] = decode_log_probs
     value_type: pa.DataType = BYTE
     spans: bool = True  # values are parts of the row's span, so log_prob_min is stored
-    stored: Callable[[Widths, int], Widths] = _same_widths  # (columns as used, V) -> on disk
+    stored: Callable[[Widths, int], Widths] = _unchanged  # (columns as used, V) -> on disk
     pack: Callable[[Columns, int], Columns] = _unchanged
     unpack: Callable[[Columns, int], Columns] = _unchanged  # the inverse of `pack`
     per_position: str = "positions"  # a column of which every position has an entry on disk

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from rekindle.data.errors import CacheFormatError
+from rekindle.data.errors import CacheFormatError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.store import Store
 
@@ -65,21 +65,19 @@ def write_head(store: Store, folder: str, head: StoredHead) -> None:
 def read_head(store: Store, folder: str) -> StoredHead:
     """The matrix in a teacher's folder; CacheFormatError when it is missing or damaged."""
     name = f"{folder}/head.safetensors"
-    try:
+    where = f"{store.location}/{name}"
+    with unusable(f"{where} is missing", FileNotFoundError, advice=f". {REPAIR}"):
         about = read_sealed(store, f"{folder}/head.json")
         content = store.read_bytes(name)
-    except FileNotFoundError as error:
-        raise CacheFormatError(f"{store.location}/{name} is missing ({error}). {REPAIR}") from None
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != about.get("sha256"):
-        raise CacheFormatError(f"{store.location}/{name} is damaged. {REPAIR}")
-    try:
+        raise CacheFormatError(f"{where} is damaged. {REPAIR}")
+    wrong = (SafetensorError, KeyError, ValueError, TypeError, OverflowError)
+    with unusable(f"{where} is no output matrix", *wrong):
         tensors = load(content)
         scale, softcap = float(about["scale"]), about["softcap"]
         head = StoredHead(tensors["weight"], tensors.get("bias"), scale, softcap, sha256)
         _check_head(head)
-    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise CacheFormatError(f"{store.location}/{name} is no output matrix: {error}") from None
     return head
 
 

@@ -6,6 +6,7 @@ trusted without the targets' bytes being read: the rest of a record batch is nev
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,11 @@ class PositionScalars:
     gold_log_prob: NDArray[np.float32]  # [P] nats
     gold_rank: NDArray[np.int64]  # [P]
     entropy: NDArray[np.float32]  # [P] nats
+
+    def losses(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """The positions of each row, and −log p of the true tokens there."""
+        for part in (slice(*ends) for ends in pairwise(self.offsets)):
+            yield self.positions[part], -self.gold_log_prob[part]
 
 
 class ScalarSums:

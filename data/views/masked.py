@@ -13,19 +13,11 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
     Lists,
     ascend_within,
-    list_array,
     list_type,
     list_views,
-    offsets_of,
 )
 from rekindle.data.views.base import Lengths, StoredView
-from rekindle.data.views.masking import (
-    Draw,
-    MaskConfig,
-    MaskingVocabulary,
-    chosen_positions,
-    replace_tokens,
-)
+from rekindle.data.views.masking import MaskConfig, Masker
 
 
 class MaskedView(StoredView):
@@ -56,8 +48,8 @@ class MaskedView(StoredView):
             decides = {"replicas": replicas if config.policy == "cover" else None}
         super().__init__(corpus, seed, {"mask": config.identity(), **decides})
         tokenizer = corpus.info["tokenizer"]
-        special = frozenset(tokenizer["special_ids"])
-        self.vocabulary = MaskingVocabulary.of(tokenizer["size"], tokenizer["mask_id"], special)
+        ids = np.setdiff1d(np.arange(tokenizer["size"]), tokenizer["special_ids"]).astype(np.int32)
+        self.masker = Masker(config, seed, replicas, tokenizer["mask_id"], ids)
 
     @property
     def share(self) -> float:
@@ -75,9 +67,7 @@ class MaskedView(StoredView):
             offsets, starts = list_views(batch["char_starts"], "char_starts")
             words = list_views(batch["word_starts"], "word_starts")[1]
             for digest, (a, b) in zip(batch["digest"].to_pylist(), pairwise(offsets), strict=True):
-                draw = Draw(self.seed, digest, replica)
-                content = starts[a:b] >= 0
-                yield chosen_positions(content, words[a:b], self.config, draw, self.replicas)
+                yield self.masker.positions(starts[a:b] >= 0, words[a:b], digest, replica)
 
     def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
         which = replica or 0
@@ -87,11 +77,7 @@ class MaskedView(StoredView):
             chosen = list(islice(positions, len(batch)))
             rows = zip(batch["digest"].to_pylist(), pairwise(offsets), chosen, strict=True)
             seen = [
-                replace_tokens(
-                    ids[a:b], masked, self.vocabulary, self.config, Draw(self.seed, digest, which)
-                )
-                for digest, (a, b), masked in rows
+                self.masker.replaced(ids[a:b], at, digest, which) for digest, (a, b), at in rows
             ]
-            lists = offsets_of([len(row) for row in chosen])
-            places = list_array(lists, np.concatenate(chosen).astype(np.uint16))
-            yield [batch["digest"], places, list_array(lists, np.concatenate(seen))]
+            places = pa.array([at.astype(np.uint16) for at in chosen], list_type(pa.uint16()))
+            yield [batch["digest"], places, pa.array(seen, list_type(pa.int32()))]

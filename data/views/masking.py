@@ -102,90 +102,71 @@ class MaskConfig(Settings):
         return self.model_dump(exclude={*unused})
 
 
-class MaskingVocabulary(NamedTuple):
-    """What masks need of a tokenizer: the mask token and the ids random tokens are drawn from."""
-
-    mask_id: int | None
-    content_ids: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, size: int, mask_id: int | None, special_ids: frozenset[int]) -> "MaskingVocabulary":
-        """The vocabulary of ``size`` ids without its special tokens."""
-        return cls(mask_id, np.setdiff1d(np.arange(size), sorted(special_ids)).astype(np.int32))
-
-
 def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
     """A Philox generator keyed by (purpose, seed, example digest)."""
     key = xxhash.xxh3_128_intdigest(f"{purpose}\0{seed}\0{digest}".encode())
     return np.random.Generator(np.random.Philox(key=key))
 
 
-class Draw(NamedTuple):
-    """What decides the mask of one sequence beside the configuration."""
+class Masker(NamedTuple):
+    """Draws the masks of examples: ``replicas`` of each, under one configuration and seed."""
 
+    config: MaskConfig
     seed: int
-    digest: str
-    replica: int
+    replicas: int
+    mask_id: int | None
+    content_ids: NDArray[np.int32]  # what random tokens are drawn from
 
-    def generator(self, purpose: str) -> np.random.Generator:
-        """The generator for that purpose; the replica counts where the purpose names it."""
-        return generator(purpose, self.seed, self.digest)
+    def positions(
+        self, content: NDArray[np.bool_], word_starts: NDArray[np.bool_], digest: str, replica: int
+    ) -> NDArray[np.intp]:
+        """Return the positions of one sequence of S tokens that are masked, ascending.
+
+        ``content`` [S] is False at special tokens, which are never masked; ``word_starts`` [S] is
+        True where a word begins. At least one token is masked if there is any content and the
+        policy is ``random``. ValueError for policy ``hard``, which needs losses.
+        """
+        config, positions = self.config, np.flatnonzero(content)
+        if config.policy == "hard":
+            raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
+        if not len(positions):
+            return positions
+        if config.policy == "cover":  # the same deal for every replica
+            random = generator(f"cover/{self.replicas}", self.seed, digest)
+            units = _units(positions, word_starts, config.unit, random, longest=SPAN_MAX)
+            chosen = _dealt(units, random, self.replicas)[replica]
+        else:
+            random = generator(f"mask/{replica}", self.seed, digest)
+            budget = max(1, round(config.probability * len(positions)))
+            if config.unit == "token":
+                return np.sort(random.choice(positions, size=budget, replace=False))
+            # A span of the full length would hide most of a short sequence.
+            longest = min(budget, SPAN_MAX)
+            units = _units(positions, word_starts, config.unit, random, longest)
+            chosen = _within(units, random, budget)
+        return np.sort(np.concatenate([positions[:0], *chosen]))
+
+    def replaced(
+        self, input_ids: NDArray[np.int32], chosen: NDArray[np.intp], digest: str, replica: int
+    ) -> NDArray[np.int32]:
+        """Return what stands at the positions ``chosen`` of one sequence instead of its ids [S]."""
+        random = generator(f"replace/{replica}", self.seed, digest)
+        lot = random.random(len(chosen))
+        assert self.mask_id is not None  # whoever masks has looked
+        replaced = input_ids[chosen].astype(np.int32)
+        masked = self.config.mask_token
+        replaced[lot < masked] = self.mask_id
+        swap = (lot >= masked) & (lot < masked + self.config.random_token)
+        replaced[swap] = random.choice(self.content_ids, size=int(swap.sum()))
+        return replaced
 
 
-def chosen_positions(
-    content: NDArray[np.bool_],
-    word_starts: NDArray[np.bool_],
-    config: MaskConfig,
-    draw: Draw,
-    replicas: int,
-) -> NDArray[np.intp]:
-    """Return the positions of one sequence of S tokens that are masked, ascending.
-
-    ``content`` [S] is False at special tokens, which are never masked; ``word_starts`` [S] is True
-    where a word begins. At least one token is masked if there is any content and the policy is
-    ``random``. ValueError for policy ``hard``, which needs losses.
-    """
-    if config.policy == "hard":
-        raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
-    positions = np.flatnonzero(content)
-    if config.policy == "cover":
-        return _cover(positions, word_starts, config.unit, draw, replicas)
-    return _random(positions, word_starts, config, draw)
+Units = list[NDArray[np.intp]]  # positions that are masked together
 
 
-def replace_tokens(
-    input_ids: NDArray[np.int32],
-    chosen: NDArray[np.intp],
-    vocabulary: MaskingVocabulary,
-    config: MaskConfig,
-    draw: Draw,
-) -> NDArray[np.int32]:
-    """Return what stands at the positions ``chosen`` of one sequence ``input_ids`` [S] instead."""
-    random = draw.generator(f"replace/{draw.replica}")
-    lot = random.random(len(chosen))
-    assert vocabulary.mask_id is not None  # whoever masks has looked
-    replaced = input_ids[chosen].astype(np.int32)
-    replaced[lot < config.mask_token] = vocabulary.mask_id
-    swap = (lot >= config.mask_token) & (lot < config.mask_token + config.random_token)
-    replaced[swap] = random.choice(vocabulary.content_ids, size=int(swap.sum()))
-    return replaced
-
-
-def _random(
-    positions: NDArray[np.intp],
-    word_starts: NDArray[np.bool_],
-    config: MaskConfig,
-    draw: Draw,
-) -> NDArray[np.intp]:
-    if not len(positions):
-        return positions
-    random = draw.generator(f"mask/{draw.replica}")
-    budget = max(1, round(config.probability * len(positions)))
-    if config.unit == "token":
-        return np.sort(random.choice(positions, size=budget, replace=False))
-    # A span of the full length would hide most of a short sequence.
-    units = _units(positions, word_starts, config.unit, random, longest=min(budget, SPAN_MAX))
-    chosen: list[NDArray[np.intp]] = []
+def _within(units: Units, random: np.random.Generator, budget: int) -> Units:
+    """Units of at most ``budget`` tokens together, or the shortest one."""
+    chosen: Units = []
     taken = 0
     for index in random.permutation(len(units)):
         if taken + len(units[index]) <= budget:
@@ -193,22 +174,13 @@ def _random(
             taken += len(units[index])
         if taken == budget:
             break
-    return np.sort(np.concatenate(chosen or [min(units, key=len)]))
+    return chosen or [min(units, key=len)]
 
 
-def _cover(
-    positions: NDArray[np.intp],
-    word_starts: NDArray[np.bool_],
-    unit: str,
-    draw: Draw,
-    replicas: int,
-) -> NDArray[np.intp]:
-    random = draw.generator(f"cover/{replicas}")  # the same deal for every replica
-    units = _units(positions, word_starts, unit, random, longest=SPAN_MAX)
-    # A shuffled deal: every replica gets as many units as any other, give or take one.
+def _dealt(units: Units, random: np.random.Generator, replicas: int) -> list[Units]:
+    """A shuffled deal: every replica gets as many units as any other, give or take one."""
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
-    mine = [piece for piece, own in zip(units, owner, strict=True) if own == draw.replica]
-    return np.sort(np.concatenate(mine)) if mine else positions[:0]
+    return [[units[i] for i in np.flatnonzero(owner == replica)] for replica in range(replicas)]
 
 
 def _units(
@@ -217,9 +189,9 @@ def _units(
     unit: str,
     random: np.random.Generator,
     longest: int,
-) -> list[NDArray[np.intp]]:
+) -> Units:
     """The content positions cut into tokens, words, or runs of up to ``longest`` adjacent words."""
-    if unit == "token" or not len(positions):
+    if unit == "token":
         return list(positions.reshape(-1, 1))
     special_between = np.diff(positions) > 1
     begins = np.flatnonzero(word_starts[positions][1:] | special_between) + 1

@@ -2,23 +2,23 @@
 and the student's encoding of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.sentences import split_sentences
-from rekindle.data.storage.columns import Lists, list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.columns import Lists, list_type, list_views
 from rekindle.data.storage.shards import rows_in_batches
 from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import generator
 
 PairKind = Literal["adjacent", "same-document", "random"]
 Pair = tuple[str, str] | None
+NO_PAIR = (np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class PairView(StoredView):
@@ -68,18 +68,15 @@ class PairView(StoredView):
         )
         length = self.corpus.info["config"]["sequence_length"]
         for first, last in rows_in_batches(len(digests)):
-            encoded: list[tuple[Sequence[int] | NDArray[np.int32], ...]] = [
-                self.corpus.tokenizer.encode_pair(*pair, max_length=length) if pair else ([], [])
-                for pair in pairs[first:last]
+            part = pairs[first:last]
+            encoded = [
+                self.corpus.tokenizer.encode_pair(*pair, max_length=length) if pair else NO_PAIR
+                for pair in part
             ]
-            lists = offsets_of([len(ids) for ids, _ in encoded])
-            yield [
-                pa.array(digests[first:last], pa.string()),
-                pa.array([p and p[0] for p in pairs[first:last]], pa.string()),
-                pa.array([p and p[1] for p in pairs[first:last]], pa.string()),
-                list_array(lists, np.concatenate([np.array(i, np.int32) for i, _ in encoded])),
-                list_array(lists, np.concatenate([np.array(t, np.uint8) for _, t in encoded])),
-            ]
+            columns: list[list] = [digests[first:last]]
+            columns += [[pair and pair[text] for pair in part] for text in (0, 1)]
+            columns += [[ids for ids, _ in encoded], [types.astype("u1") for _, types in encoded]]
+            yield [pa.array(column, f.type) for column, f in zip(columns, self.fields, strict=True)]
 
 
 def _parts(batch: pa.RecordBatch) -> list[list[str]]:

@@ -1,29 +1,28 @@
 """Reads the rows of a stored view by corpus shard (and replica), checked against the corpus."""
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
-from rekindle.data.storage.columns import Lists, list_views
+from rekindle.data.storage.columns import flat_lists, list_views
+from rekindle.data.storage.cuts import Flat, RowReader
 from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
 from rekindle.data.views.base import about_unit
 from rekindle.data.views.registry import view_kind
 
 
-class ViewReader:
+class ViewReader(RowReader):
     """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
 
     def __init__(self, corpus: Corpus, name: str):
+        super().__init__()
         self.corpus, self.name, self.kind = corpus, name, view_kind(name)
         self.shards = ShardSet(corpus.store, f"views/{name}")
         self.commits: dict[str, Commit] = self.shards.committed()
         self._open: dict[str, Shard] = {}
-        self._batches: dict[tuple[str, int], pa.RecordBatch] = {}
-        self._lists: dict[tuple[str, int, str], Lists] = {}
 
     @property
     def folder(self) -> str:
@@ -47,43 +46,32 @@ class ViewReader:
 
     def batch(self, shard: int, index: int, replica: int | None = None) -> pa.RecordBatch:
         """Record batch ``index`` of one corpus shard's view."""
-        unit = unit_of(shard, replica)
-        if (unit, index) not in self._batches:
-            batch = self._shard(unit, shard, replica).batch(index)
-            check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
-            self._check_rows(batch, shard, index)
-            self._batches[unit, index] = batch
-        return self._batches[unit, index]
+        return self._shard(shard, replica).batch(index)
 
     def batches(self, shard: int, replica: int | None = None) -> list[pa.RecordBatch]:
         """All record batches of one corpus shard's view."""
         count = self.corpus.shard(shard).batch_count
         return [self.batch(shard, index, replica) for index in range(count)]
 
-    def row(self, shard: int, row: int, replica: int | None, *columns: str) -> list[NDArray]:
-        """The lists that some columns have for one row of a corpus shard, as views."""
-        index, local = divmod(row, ROWS_PER_BATCH)
-        found = []
-        for name in columns:
-            key = (unit_of(shard, replica), index, name)
-            if key not in self._lists:
-                self._lists[key] = list_views(self.batch(shard, index, replica)[name], name)
-            offsets, values = self._lists[key]
-            found.append(values[offsets[local] : offsets[local + 1]])
-        return found
+    def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
+        return flat_lists(self.batch(shard, index, replica), ["input_ids", self.kind.beside])
 
-    def _shard(self, unit: str, shard: int, replica: int | None) -> Shard:
+    def _shard(self, shard: int, replica: int | None) -> Shard:
+        unit = unit_of(shard, replica)
         if unit not in self._open:
             if unit not in self.commits:
                 raise CacheFormatError(
                     f"view {self.name} has no unit {unit}; run `pipeline cache-teachers` to make it"
                 )
             about = about_unit(self.name, shard, replica)
-            self._open[unit] = self.shards.open(self.commits[unit], about, self.kind.fields)
+            hold = partial(self._check_rows, unit, shard)
+            commit = self.commits[unit]
+            self._open[unit] = self.shards.open(commit, about, self.kind.fields, hold)
         return self._open[unit]
 
-    def _check_rows(self, batch: pa.RecordBatch, shard: int, index: int) -> None:
+    def _check_rows(self, unit: str, shard: int, index: int, batch: pa.RecordBatch) -> None:
         """CacheFormatError for what no writer of ours would have written."""
+        check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
         offsets, ids = list_views(batch["input_ids"], "input_ids")
         beside = list_views(batch[self.kind.beside], self.kind.beside)
         ids = ids[offsets[0] : offsets[-1]]
@@ -95,6 +83,11 @@ class ViewReader:
                 f"views/{self.name}: record batch {index} of shard {shard} has ids outside the "
                 "vocabulary, positions outside its sequences or columns that do not agree"
             )
+
+
+def shown_view(corpus: Corpus, name: str) -> ViewReader | None:
+    """The reader of the view that is recorded as ``name``; None if it is the corpus itself."""
+    return ViewReader(corpus, name) if view_kind(name).stored else None
 
 
 def check_aligned(

@@ -41,13 +41,12 @@ def length_buckets(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArra
     return batches
 
 
-def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> tuple[dict[str, Tensor], int]:
-    """Return the sequences as ``input_ids`` and ``attention_mask``, and the width of both."""
+def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tensor]:
+    """Return the sequences as ``input_ids`` and ``attention_mask``."""
     lengths = np.array([len(s) for s in sequences])
     ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    inputs = {"input_ids": teacher.tensor(ids), "attention_mask": teacher.tensor(mask)}
-    return inputs, ids.shape[1]
+    return {"input_ids": teacher.tensor(ids), "attention_mask": teacher.tensor(mask)}
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:

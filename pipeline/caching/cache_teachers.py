@@ -17,7 +17,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import FINISHED
@@ -38,6 +38,7 @@ from rekindle.pipeline.processes.jobs import run_units
 from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.order.domains import check_domains
 
 log = logging.getLogger("rekindle")
 
@@ -88,10 +89,17 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        corpus = _build_corpus(store, config, progress)
+        with progress.task("corpus", unit="sequences") as task:
+            count = config.cache.sequences_per_shard
+            corpus = build_corpus(
+                store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
+            )
         views = build_views(corpus, config, progress)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)
+        for teacher in chosen:
+            if teacher.domains is not None:
+                check_domains(corpus, teacher.domains, f"teacher {teacher.name!r}: domains")
         plans = [plan_teacher(teacher, corpus, views, config.cache.seed) for teacher in chosen]
         parts = [part for plan in plans for part in plan_parts(corpus, plan)]
         before, after = masks_last(parts, hard)
@@ -126,16 +134,6 @@ def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
             f"no teacher {unknown[0]!r} in the configuration (it has: {', '.join(known) or 'none'})"
         )
     return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
-
-
-def _build_corpus(store: Store, config: RunConfig, progress: Progress) -> Corpus:
-    with progress.task("corpus", unit="sequences") as task:
-        return build_corpus(
-            store,
-            config.corpus,
-            config.cache.sequences_per_shard,
-            lambda sequences, tokens: task.advance(sequences, tokens=tokens),
-        )
 
 
 def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:

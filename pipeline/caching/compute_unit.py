@@ -4,9 +4,8 @@ columns.
 No files are written here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,21 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import pad
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import unit_of
+from rekindle.data.corpus.tokenizer import Encoded
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.positions import target_positions
-from rekindle.data.targets.reading.reader import TeacherReader
-from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.reader import ViewReader
+from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
 from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
 
 Rows = NDArray[np.int64]
+Inputs = dict[str, Tensor]
+Forward = Callable[[Rows, Inputs], Columns]
 
 
 @dataclass(frozen=True)
@@ -38,53 +37,6 @@ class UnitResult:
 
     rows: Rows  # [P] the row of each
     columns: Columns
-
-
-class ShardRows:
-    """The rows of one corpus shard, as a teacher needs them."""
-
-    def __init__(self, corpus: Corpus, info: TeacherInfo, shard: int):
-        self.corpus, self.info, self.shard = corpus, info, shard
-        self.batches = [*corpus.shard(shard).batches()]
-
-    def column(self, name: str) -> list:
-        """A column of the corpus shard as Python values."""
-        return [value for batch in self.batches for value in batch[name].to_pylist()]
-
-    def lists(self, name: str) -> list[NDArray]:
-        """A list column of the corpus shard as NumPy arrays."""
-        return split_lists(self.batches, name)
-
-    @cached_property
-    def wanted(self) -> NDArray[np.bool_]:
-        """Rows of the domains the teacher is for."""
-        domains = self.column("domain")
-        if self.info.domains is None:
-            return np.ones(len(domains), bool)
-        return np.array([d in self.info.domains for d in domains], bool)
-
-
-def run_unit(
-    teacher: Teacher,
-    corpus: Corpus,
-    view: ViewReader | None,
-    unit: "Unit",
-    only: Rows | None = None,
-    kept: TeacherReader | None = None,
-) -> UnitResult:
-    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
-
-    ``kept`` reads the ids that tails at further temperatures are taken of.
-    """
-    rows = ShardRows(corpus, teacher.info, unit.shard)
-    if only is not None:
-        rows.wanted = rows.wanted & np.isin(np.arange(len(rows.wanted)), only)
-    with torch.inference_mode():
-        if teacher.config.vocabulary:
-            return _vocabulary_unit(teacher, rows, view, unit, kept)
-        if kind_of(teacher.info).per_sequence:
-            return _sequence_unit(teacher, rows, view, unit)
-        return _token_label_unit(teacher, rows)
 
 
 @dataclass(frozen=True, order=True)
@@ -100,78 +52,192 @@ class Unit:
         return unit_of(self.shard, self.replica)
 
 
-def _vocabulary_unit(
-    teacher: Teacher,
-    shard: ShardRows,
-    view: ViewReader | None,
-    unit: Unit,
-    kept: TeacherReader | None,
+def run_unit(
+    teacher: Teacher, unit: Unit, only: Rows | None = None, kept: TeacherReader | None = None
 ) -> UnitResult:
-    info, seen = teacher.info, shard.lists("input_ids")
-    positions = target_positions(shard.corpus, info, view, unit.shard, unit.replica)
-    ahead = info.task == "causal_lm"
-    gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
-    if view is not None:
-        masked = split_lists(view.batches(unit.shard, unit.replica), "input_ids")
-        seen = [_replaced(*row) for row in zip(seen, positions, masked, strict=True)]
-    counts = np.array([len(p) for p in positions])
-    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
-    digests = shard.column("digest") if kind_of(info).sampled else []
+    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
 
-    def extra(rows: Rows) -> Tensor | None:
-        """The stored ids that tails are of, or the keys to draw with."""
-        if kept is not None:
-            where = [(unit.shard, int(row)) for row in rows]
-            _, columns = kept.gather(where, unit.replica, scalars=False)
-            return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-        if not digests:
-            return None
-        names = [digests[r] for r in rows for _ in positions[r]]
-        places = np.concatenate([positions[r] for r in rows])
-        seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
-        return teacher.tensor(row_keys(seed, names, unit.replica, places))
-
-    def forward(rows: Rows) -> Columns:
-        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
-        select = np.concatenate([i * width + positions[r] for i, r in enumerate(rows)])
-        truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
-        model = teacher.language_model
-        hidden, _ = model.hidden(inputs, teacher.tensor(select))
-        return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
-
-    return _in_corpus_order(run_batches(teacher, lengths, forward), positions)
+    ``kept`` reads the ids that tails at further temperatures are taken of.
+    """
+    run = UnitRun(teacher, unit, only)
+    with torch.inference_mode():
+        if teacher.config.vocabulary:
+            return run.vocabulary(kept)
+        return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
 
 
-def _token_label_unit(teacher: Teacher, shard: ShardRows) -> UnitResult:
-    """Logits of the teacher's first token of each word, at the corpus position that begins it."""
-    texts = shard.column("text")
-    prefix, suffix = teacher.tokenizer.prefix, teacher.tokenizer.suffix
-    room = teacher.max_length - len(prefix) - len(suffix)
-    seen, positions, sources = [], [], []
-    for text, encoded, starts, words in zip(
-        texts,
-        teacher.tokenizer.encode(texts),
-        shard.lists("char_starts"),
-        shard.lists("word_starts"),
-        strict=True,
-    ):
-        seen.append(np.concatenate([prefix, encoded.ids[:room], suffix]).astype(np.int64))
-        places, characters = _word_characters(text, starts, words)
-        token = np.searchsorted(encoded.ends[:room], characters, side="right")
-        begins = np.append(encoded.starts[:room], len(text) + 1)  # none covers what was cut off
-        covered = begins[token] <= characters
-        positions.append(places[covered])
-        sources.append(token[covered] + len(prefix))
-    counts = np.array([len(p) for p in positions])
-    lengths = np.array([len(row) for row in seen]) * (counts > 0) * shard.wanted
+class UnitRun:
+    """A teacher and the rows of one unit."""
 
-    def forward(rows: Rows) -> Columns:
-        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
-        select = np.concatenate([i * width + sources[r] for i, r in enumerate(rows)])
-        logits = teacher.model(**inputs).logits.float().flatten(0, 1)[teacher.tensor(select)]
-        return {"logits": _finite(logits, teacher).cpu().numpy()}
+    def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None):
+        self.teacher, self.unit, self.view, self.info = teacher, unit, teacher.view, teacher.info
+        self.table = teacher.corpus.shard(unit.shard).table()
+        self.batches = self.table.to_batches()
+        domains, chosen = self.table["domain"].to_pylist(), self.info.domains
+        self.wanted = np.array([chosen is None or domain in chosen for domain in domains], bool)
+        if only is not None:
+            self.wanted &= np.isin(np.arange(len(domains)), only)
 
-    return _in_corpus_order(run_batches(teacher, lengths, forward), positions)
+    def vocabulary(self, kept: TeacherReader | None) -> UnitResult:
+        """What is kept of the distribution at each position."""
+        teacher, info, unit = self.teacher, self.info, self.unit
+        seen = split_lists(self.batches, "input_ids")
+        positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
+        ahead = info.task == "causal_lm"
+        gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
+        if self.view is not None:
+            masked = split_lists(self.view.batches(unit.shard, unit.replica), "input_ids")
+            seen = [row.copy() for row in seen]
+            for row, places, ids in zip(seen, positions, masked, strict=True):
+                row[places] = ids
+        digests = self.table["digest"].to_pylist() if kind_of(info).sampled else []
+
+        def extra(rows: Rows) -> Tensor | None:
+            """The stored ids that tails are of, or the keys to draw with."""
+            if kept is not None:
+                where = [(unit.shard, int(row)) for row in rows]
+                _, columns = kept.gather(where, unit.replica, scalars=False)
+                return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
+            if not digests:
+                return None
+            names = [digests[r] for r in rows for _ in positions[r]]
+            places = np.concatenate([positions[r] for r in rows])
+            seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
+            return teacher.tensor(row_keys(seed, names, unit.replica, places))
+
+        def forward(rows: Rows, inputs: Inputs) -> Columns:
+            truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
+            model = teacher.language_model
+            hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
+            return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
+
+        return self._run(seen, forward, positions)
+
+    def token_labels(self) -> UnitResult:
+        """Logits of the first token of each word, at the corpus position that begins it."""
+        teacher, texts = self.teacher, self.table["text"].to_pylist()
+        encoded = teacher.tokenizer.encode(texts)
+        seen, room = self._wrapped(encoded)
+        lists = [split_lists(self.batches, name) for name in ("char_starts", "word_starts")]
+        positions, sources = [], []
+        for text, tokens, starts, begin_words in zip(texts, encoded, *lists, strict=True):
+            places, characters = _word_characters(text, starts, begin_words)
+            token = np.searchsorted(tokens.ends[:room], characters, side="right")
+            begins = np.append(tokens.starts[:room], len(text) + 1)  # none covers what was cut off
+            covered = begins[token] <= characters
+            positions.append(places[covered])
+            sources.append(token[covered] + len(teacher.tokenizer.prefix))
+
+        def forward(rows: Rows, inputs: Inputs) -> Columns:
+            logits = teacher.model(**inputs).logits.float().flatten(0, 1)
+            logits = self._finite(logits[self._selected(inputs, rows, sources)])
+            return {"logits": logits.cpu().numpy()}
+
+        return self._run(seen, forward, positions)
+
+    def sequences(self) -> UnitResult:
+        """Logits of each sequence, or of each pair."""
+        teacher = self.teacher
+        seen, types = self._expert_inputs()
+
+        def forward(rows: Rows, inputs: Inputs) -> Columns:
+            if types is not None and teacher.token_types:
+                kinds = [types[r] for r in rows]
+                padded = pad(kinds, np.array([len(k) for k in kinds]), 0)
+                inputs["token_type_ids"] = teacher.tensor(padded)
+            logits = self._finite(teacher.model(**inputs).logits.float())
+            columns = {"logits": logits.cpu().numpy()}
+            if self.info.monte_carlo_passes:
+                columns["mc_probs"] = self._monte_carlo(inputs, rows, logits)
+            return columns
+
+        return self._run(seen, forward)
+
+    def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:
+        """The expert's own encoding of each row's text or pair; empty where there is no pair."""
+        tokenizer, longest = self.teacher.tokenizer, self.teacher.max_length
+        if not self.teacher.config.pair_expert:
+            return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
+        assert self.view is not None
+        batches = self.view.batches(self.unit.shard)
+        texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
+        encoded = [
+            tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+            for a, b in zip(*texts, strict=True)
+        ]
+        ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
+        return ids, types
+
+    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> NDArray:
+        """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
+
+        ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
+        expert may be so sure that the latter are 0 and 1 whatever dropout does.
+        """
+        model, name = self.teacher.model, f"{self.info.seed}\0{self.unit.name}\0{rows.tolist()}"
+        torch.manual_seed(xxhash.xxh3_64_intdigest(name.encode()) >> 1)
+        model.train()  # dropout on; text models have no batch statistics that this would touch
+        try:
+            count = self.info.monte_carlo_passes
+            passes = torch.stack([model(**inputs).logits.float() for _ in range(count)])
+        finally:
+            model.eval()
+        # A pass is held against the next, a single one against the pass without dropout.
+        other = passes[1:] if len(passes) > 1 else logits
+        if not bool((passes[0] != other).any()):
+            raise InputError(
+                f"teacher {self.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
+                "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
+                "config.json, or monte_carlo.passes to 0"
+            )
+        return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
+
+    def _wrapped(self, texts: list[Encoded]) -> tuple[list[NDArray], int]:
+        """Each text's ids between special tokens, and how many of a text there is room for."""
+        prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
+        room = self.teacher.max_length - len(prefix) - len(suffix)
+        wrapped = (np.concatenate([prefix, text.ids[:room], suffix]) for text in texts)
+        return [ids.astype(np.int64) for ids in wrapped], room
+
+    def _selected(self, inputs: Inputs, rows: Rows, places: list[Rows]) -> Tensor:
+        """Where the ``places`` of some rows lie in a batch of them, flattened."""
+        width = inputs["input_ids"].shape[1]
+        flat = np.concatenate([i * width + places[r] for i, r in enumerate(rows)])
+        return self.teacher.tensor(flat)
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                f"teacher {self.info.name!r} produced logits that are not finite in "
+                f"{self.info.precision}; try `precision: fp32` for it, and check the model"
+            )
+        return logits
+
+    def _run(
+        self, seen: list[NDArray], forward: Forward, positions: list[Rows] | None = None
+    ) -> UnitResult:
+        """Columns of the rows that the teacher is for, ``seen`` by it, in the order of the corpus.
+
+        ``forward`` gives those of a batch: an entry for each of their ``positions``, which ascend,
+        or for each row. Rows without a token or a position are left out.
+        """
+        lengths = np.array([len(row) for row in seen]) * self.wanted
+        if positions is not None:
+            lengths *= np.array([len(row) > 0 for row in positions])
+
+        def of_batch(rows: Rows) -> Columns:
+            return forward(rows, padded_inputs(self.teacher, [seen[r] for r in rows]))
+
+        finished = list(run_batches(self.teacher, lengths, of_batch))
+        if not finished:
+            return UnitResult(np.zeros(0, np.int64), {})
+        rows = np.concatenate([batch for batch, _ in finished])
+        columns = joined_columns([found for _, found in finished])
+        if positions is not None:
+            columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
+            rows = np.repeat(rows, [len(positions[r]) for r in rows])
+        order = np.argsort(rows, kind="stable")
+        return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
 
 
 def _word_characters(
@@ -189,105 +255,3 @@ def _word_characters(
     following = np.append(starts[places], len(text))[1:]
     inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
     return places[inside], characters[inside]
-
-
-def _sequence_unit(
-    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
-) -> UnitResult:
-    seen, types = _expert_inputs(teacher, shard, view, unit)
-    lengths = np.array([len(row) for row in seen]) * shard.wanted
-
-    def forward(rows: Rows) -> Columns:
-        inputs, width = padded_inputs(teacher, [seen[r] for r in rows])
-        if types is not None and teacher.token_types:
-            kinds = [types[r] for r in rows]
-            padded = pad(kinds, np.array([len(k) for k in kinds]), 0, width)
-            inputs["token_type_ids"] = teacher.tensor(padded)
-        logits = _finite(teacher.model(**inputs).logits.float(), teacher)
-        columns = {"logits": logits.cpu().numpy()}
-        if teacher.info.monte_carlo_passes:
-            columns["mc_probs"] = _monte_carlo(teacher, inputs, unit, rows, logits)
-        return columns
-
-    return _in_corpus_order(run_batches(teacher, lengths, forward))
-
-
-def _expert_inputs(
-    teacher: Teacher, shard: ShardRows, view: ViewReader | None, unit: Unit
-) -> tuple[list[NDArray], list[NDArray] | None]:
-    """The expert's own encoding of each row's text or pair; empty where there is no pair."""
-    tokenizer, longest = teacher.tokenizer, teacher.max_length
-    if not teacher.config.pair_expert:
-        room = longest - len(tokenizer.prefix) - len(tokenizer.suffix)
-        texts = tokenizer.encode(shard.column("text"))
-        wrapped = [
-            np.concatenate([tokenizer.prefix, t.ids[:room], tokenizer.suffix]) for t in texts
-        ]
-        return [w.astype(np.int64) for w in wrapped], None
-    assert view is not None
-    batches = view.batches(unit.shard)
-    first = [value for b in batches for value in b["text_a"].to_pylist()]
-    second = [value for b in batches for value in b["text_b"].to_pylist()]
-    encoded = [
-        tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
-        for a, b in zip(first, second, strict=True)
-    ]
-    return [np.array(i, np.int64) for i, _ in encoded], [np.array(t, np.int64) for _, t in encoded]
-
-
-def _monte_carlo(
-    teacher: Teacher, inputs: dict[str, Tensor], unit: Unit, rows: Rows, logits: Tensor
-) -> NDArray:
-    """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
-
-    ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
-    expert may be so sure that the latter are 0 and 1 whatever dropout does.
-    """
-    name = f"{teacher.info.seed}\0{unit.name}\0{rows.tolist()}".encode()
-    torch.manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)
-    teacher.model.train()  # dropout on; text models have no batch statistics that this would touch
-    try:
-        count = teacher.info.monte_carlo_passes
-        passes = torch.stack([teacher.model(**inputs).logits.float() for _ in range(count)])
-    finally:
-        teacher.model.eval()
-    # A pass is held against the next, a single one against the pass without dropout.
-    other = passes[1:] if len(passes) > 1 else logits
-    if not bool((passes[0] != other).any()):
-        raise InputError(
-            f"teacher {teacher.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
-            "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
-            "config.json, or monte_carlo.passes to 0"
-        )
-    return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
-
-
-def _in_corpus_order(
-    done: Iterator[tuple[Rows, Columns]], positions: list[NDArray[np.int64]] | None = None
-) -> UnitResult:
-    """Flat columns sorted by corpus row, whose positions ascend already; or one target a row."""
-    finished = list(done)
-    if not finished:
-        return UnitResult(np.zeros(0, np.int64), {})
-    rows = np.concatenate([batch for batch, _ in finished])
-    columns = joined_columns([found for _, found in finished])
-    if positions is not None:
-        columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
-        rows = np.repeat(rows, [len(positions[r]) for r in rows])
-    order = np.argsort(rows, kind="stable")
-    return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
-
-
-def _finite(logits: Tensor, teacher: Teacher) -> Tensor:
-    if not bool(torch.isfinite(logits).all()):
-        raise InputError(
-            f"teacher {teacher.info.name!r} produced logits that are not finite in "
-            f"{teacher.info.precision}; try `precision: fp32` for it, and check the model"
-        )
-    return logits
-
-
-def _replaced(ids: NDArray, positions: NDArray[np.int64], values: NDArray) -> NDArray:
-    out = ids.copy()
-    out[positions] = values
-    return out

@@ -13,7 +13,6 @@ from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
-from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.caching.teachers import TeacherPlan, check_same
 
 
@@ -38,15 +37,10 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
     return [replace(plan, info=info) for info in (main, *tails)]
 
 
-def view_of(info: TeacherInfo, corpus: Corpus) -> ViewReader | None:
-    """Return the view that the teacher is shown; None if it is the corpus itself."""
-    return ViewReader(corpus, info.view) if info.shown.stored else None
-
-
 def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) -> TeacherInfo:
     """Return the part with the candidates: the one that readers use, if it has enough of them."""
     assert wanted.k is not None
-    used = TeacherReader(corpus, infos, view_of(wanted, corpus)).main.info
+    used = TeacherReader(corpus, infos).main.info
     if (used.k or 0) >= wanted.k:
         return used
     enough = [i for i in infos if kind_of(i).grows and (i.k or 0) >= wanted.k]

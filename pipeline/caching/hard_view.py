@@ -85,5 +85,5 @@ def _complete(corpus: Corpus, name: str) -> bool:
     """Check that the part of the teacher's targets that is read has every shard."""
     if not is_described(corpus.store, name):
         return False
-    reader = TeacherReader(corpus, read_parts(corpus.store, name), None)
+    reader = TeacherReader(corpus, read_parts(corpus.store, name))
     return {unit_of(shard) for shard in range(len(corpus.commits))} <= reader.main.commits.keys()

@@ -18,7 +18,6 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
-from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.teachers import (
     Teacher,
     TeacherPlan,
@@ -34,12 +33,11 @@ class UnitRunner:
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.corpus, self.info = corpus, plan.info
         self.teacher = Teacher(plan, corpus)
-        self.view = view_of(plan.info, corpus)
         self.head = self.teacher.output_matrix() if kind_of(plan.info).has_head else None
         self.kept = None  # reads the part whose ids tails are taken of
         if plan.info.extends is not None:
             main = read_teacher(corpus.store, plan.info.name, plan.info.extends)
-            self.kept = TeacherReader(corpus, [main], self.view)
+            self.kept = TeacherReader(corpus, [main], self.teacher.view)
         if is_described(corpus.store, plan.info.name):  # a matrix of this teacher that was lost
             self._store_head()
 
@@ -52,7 +50,7 @@ class UnitRunner:
         if ShardSet(self.corpus.store, self.info.folder).has(unit.name):
             return None
         began = time.perf_counter()
-        result = run_unit(self.teacher, self.corpus, self.view, unit, kept=self.kept)
+        result = run_unit(self.teacher, unit, kept=self.kept)
         self._store_head()
         return write_unit(self.info, self.corpus, unit, result, began)
 
@@ -74,10 +72,9 @@ def write_unit(
     """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
     record then says how many seconds it took until all was encoded.
     """
-    shard = corpus.shard(unit.shard)
     kind = kind_of(info)
     schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
-    digests = [d for batch in shard.batches() for d in batch["digest"].to_pylist()]
+    digests = corpus.shard(unit.shard).table()["digest"].to_pylist()
     batches = kind.batches(schema, digests, result.rows, result.columns)
     facts = {
         "positions": len(result.rows),

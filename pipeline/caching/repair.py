@@ -12,7 +12,7 @@ from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
 from rekindle.data.storage.seal import damage, seal
-from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore, Store
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.progress import Progress
@@ -44,13 +44,12 @@ def repair_cache(
         for shards in shard_sets(store):
             if not _can_be_made(shards.folder, teachers):
                 continue
-            commits, damaged = shards.survey()
-            for commit in commits.values() if whole else ():
-                try:
-                    shards.check(commit)
-                except CacheFormatError as error:
-                    damaged[commit.unit] = error
+
+            def check_bytes(commit: Commit, shards: ShardSet = shards) -> None:
                 task.advance(1, bytes=commit.bytes)
+                shards.check(commit)
+
+            _, damaged = shards.survey(check_bytes) if whole else shards.survey()
             for unit, problem in damaged.items():
                 log.warning("%s: made anew", damage(problem).rstrip("."))
                 shards.forget(unit)

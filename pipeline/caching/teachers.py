@@ -24,6 +24,7 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
@@ -33,11 +34,11 @@ from rekindle.train.model.files import (
     longest_input,
     package_versions,
     place,
+    refusing,
     resolve_model,
     weights_fingerprint,
 )
 from rekindle.train.model.split_model import SplitLanguageModel
-from rekindle.train.order.domains import check_domains
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
@@ -63,52 +64,53 @@ class TeacherPlan:
     info: TeacherInfo
 
 
-def plan_teacher(config: TeacherConfig, corpus: Corpus, views: Views, seed: int) -> TeacherPlan:
-    """Describe a teacher from its files. Raises InputError when it cannot teach on this corpus."""
-    directory = resolve_model(config.model)
-    settings = _read_config(directory)
+def plan_teacher(
+    config: TeacherConfig, corpus: Corpus, views: Views, seed: int, directory: Path | None = None
+) -> TeacherPlan:
+    """Describe a teacher from its files, those in ``directory`` if that is known already.
+
+    Raises InputError when it cannot teach on this corpus.
+    """
+    from transformers import AutoConfig
+
+    directory = directory or resolve_model(config.model)
+    with refusing(f"{directory}/config.json cannot be used"):
+        settings = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
     # cache made on a GPU is finished on a machine without one, too.
     if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
+    size = corpus.info["tokenizer"]["size"]
+    tokenizer = _tokenizer_of(directory, settings, corpus, config)
     info: dict[str, object] = {
-        "name": config.name,
-        "task": config.task,
-        "view": views.shown_to(config),
-        "domains": config.domains and tuple(sorted(set(config.domains))),
         "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
         "fingerprints": {
             "weights": weights,
             "config": config_fingerprint(directory),
-            "tokenizer": _tokenizer_of(directory, settings, corpus, config).digest,
+            "tokenizer": tokenizer.digest,
         },
         "versions": package_versions(),
         "model": config.model,
         "lineage": lineage_of_model(directory, weights),
     }
-    if config.domains is not None:
-        check_domains(corpus, config.domains, f"teacher {config.name!r}: domains")
+    assert views.masked is not None or not config.sees_masks
     if config.vocabulary:
-        info |= _vocabulary_info(config, settings, corpus, views)
-        info |= {"seed": seed} if KINDS[str(info["kind"])].sampled else {}
+        _check_language_model(config, settings, corpus)
+        text = settings.get_text_config()
+        width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
+        info |= configured(config, views, size, width and int(width))
+        if CODECS[config.targets.codec].compressed:
+            share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
+            info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
+        info |= configured(config, views, size, int(settings.num_labels))
         info |= _head_info(config, settings)
-        info["monte_carlo_passes"] = config.monte_carlo.passes
-        info |= {"seed": seed} if config.monte_carlo.passes else {}
+    if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
+        info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
-
-
-def _read_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{directory}/config.json cannot be used: {reason}") from None
 
 
 def _tokenizer_of(
@@ -140,13 +142,32 @@ def _tokenizer_of(
     return tokenizer
 
 
-def _vocabulary_info(
-    config: TeacherConfig, settings: Any, corpus: Corpus, views: Views
+def configured(
+    config: TeacherConfig, views: Views, vocabulary_size: int, width: int | None
 ) -> dict[str, object]:
-    size = corpus.info["tokenizer"]["size"]
-    if settings.get_text_config().vocab_size < size:
+    """Return what of ``teacher.json`` the configuration decides.
+
+    ``width`` is that of the model's output: of its hidden states, or its number of labels.
+    """
+    info: dict[str, object] = {
+        "name": config.name,
+        "task": config.task,
+        "view": views.shown_to(config),
+        "domains": config.domains and tuple(sorted(set(config.domains))),
+    }
+    if not config.vocabulary:
+        info["kind"] = "token" if config.task == "token_classification" else "sequence"
+        return info | {"num_labels": width, "monte_carlo_passes": config.monte_carlo.passes}
+    kept, kind = config.targets, VOCABULARY_KINDS[config.targets.vocabulary_kind]
+    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width)
+    return info
+
+
+def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) -> None:
+    size, predicted = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
+    if predicted < size:
         raise InputError(
-            f"teacher {config.name!r} predicts {settings.get_text_config().vocab_size:,} tokens, "
+            f"teacher {config.name!r} predicts {predicted:,} tokens, "
             f"the tokenizer has {size:,}: it was not trained with it"
         )
     length, limit = corpus.info["config"]["sequence_length"], longest_input(settings)
@@ -162,22 +183,12 @@ def _vocabulary_info(
             f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
             "model was trained away; say `task: sequence_classification` or token_classification"
         )
-    targets, text = config.targets, settings.get_text_config()
-    width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
-    info = {"vocabulary_size": size} | VOCABULARY_KINDS[targets.vocabulary_kind].settings(
-        targets.k, targets.temperatures, targets.codec, size, width and int(width)
-    )
-    codec = CODECS[targets.codec]
-    if codec.compressed:
-        share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
-        if size > codec.largest_vocabulary:
-            raise InputError(
-                f"teacher {config.name!r}: the compact codec takes vocabularies up to "
-                f"{codec.largest_vocabulary:,} tokens, not {size:,}; use targets.codec: default"
-            )
-        info["rows_per_batch"] = compact_rows(length * share)
-    assert views.masked is not None or not config.sees_masks
-    return info
+    codec = CODECS[config.targets.codec]
+    if size > codec.largest_vocabulary:
+        raise InputError(
+            f"teacher {config.name!r}: the compact codec takes vocabularies up to "
+            f"{codec.largest_vocabulary:,} tokens, not {size:,}; use targets.codec: default"
+        )
 
 
 def compact_rows(positions_per_sequence: float) -> int:
@@ -203,7 +214,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     if config.task == "token_classification":
-        return {"kind": "token", "num_labels": labels, "label_names": names}
+        return {"label_names": names}
     only = "regression" if labels == 1 else "single_label_classification"
     problem = settings.problem_type or only
     if config.monte_carlo.passes and problem == "multi_label_classification":
@@ -215,8 +226,6 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     if config.task == "sequence_classification" and problem == "regression":
         raise InputError(f"teacher {config.name!r} is a regression model; say `task: regression`")
     return {
-        "kind": "sequence",
-        "num_labels": labels,
         "label_names": names,
         "problem": "regression" if config.task == "regression" else problem,
     }
@@ -251,14 +260,15 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
 
 
 class Teacher:
-    """A loaded teacher, on its device, ready to be run."""
+    """A loaded teacher, on its device, ready to be run on a corpus."""
 
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
-        self.info, self.config = plan.info, plan.config
+        self.info, self.config, self.corpus = plan.info, plan.config, corpus
+        self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
-        settings = _read_config(plan.directory)
+        settings: Any = model.config
         self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
         lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
         self.max_length = min(length for length in lengths if length is not None)

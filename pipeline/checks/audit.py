@@ -1,7 +1,6 @@
 """Runs the live teachers again on random sequences and compares with what the cache holds."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,6 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
-from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -54,48 +52,46 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
 
 
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:
-    """The teacher, loaded; its distributions whole, so that what top-k left out is compared too."""
+    """The teacher, loaded; its distributions whole, so that what top-k left out is compared too.
+
+    Raises InputError when it is not the one that was cached.
+    """
     info = cache.teachers[config.name].info
     directory = resolve_model(config.model)
-    _check_same(info, config, directory)
+    prints = info.fingerprints
+
+    def check(same: dict[str, bool]) -> None:
+        for what in (name for name, kept in same.items() if not kept):
+            raise InputError(
+                f"teacher {config.name!r}: {directory} is not the teacher that was cached (its "
+                f"{what} differs); give the configuration the cache was made with"
+            )
+
+    check(
+        {
+            "weights": weights_fingerprint(directory) == prints.get("weights"),
+            "model configuration": config_fingerprint(directory) == prints.get("config"),
+            "task": config.task == info.task and config.pair_expert == info.shown.paired,
+            "view": config.sees_masks == info.shown.masked,
+            "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
+        }
+    )
     # A sample is drawn again: the same draws from the same distributions.
     exact = config.vocabulary and not kind_of(info).sampled
     whole = info.model_copy(update={"kind": "dense", "codec": "default"} if exact else {})
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
-    if teacher.tokenizer.digest != info.fingerprints.get("tokenizer"):
-        raise _another(config.name, directory, "tokenizer")
+    check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")})
     return teacher
-
-
-def _check_same(info: TeacherInfo, config: TeacherConfig, directory: Path) -> None:
-    if weights_fingerprint(directory) != info.fingerprints.get("weights"):
-        raise _another(config.name, directory, "weights")
-    if config_fingerprint(directory) != info.fingerprints.get("config"):
-        raise _another(config.name, directory, "model configuration")
-    if config.task != info.task or info.shown.paired != config.pair_expert:
-        raise _another(config.name, directory, "task")
-    if info.shown.masked != config.sees_masks:
-        raise _another(config.name, directory, "view")
-    if config.pair_expert and PairView.pairs_of(info.view) != config.pairs:
-        raise _another(config.name, directory, "kind of pairs")
-
-
-def _another(name: str, directory: Path, what: str) -> InputError:
-    return InputError(
-        f"teacher {name!r}: {directory} is not the teacher that was cached (its {what} differs); "
-        "give the configuration the cache was made with"
-    )
 
 
 def _audit_teacher(cache: Cache, teacher: Teacher, index: NDArray[np.int64]) -> Values:
     reader = cache.teacher(teacher.info.name)
     replica = 0 if reader.masked else None
-    view = view_of(teacher.info, cache.corpus)
     values: dict[str, list[float]] = {}
     for shard, rows in _parts(cache, index):
         if not reader.has(shard, replica):
             continue
-        live = run_unit(teacher, cache.corpus, view, Unit(shard, replica), only=rows)
+        live = run_unit(teacher, Unit(shard, replica), only=rows)
         for row in rows:
             example = cache.example(cache.corpus.first(shard) + int(row))
             for cached in example.targets[teacher.info.name]:

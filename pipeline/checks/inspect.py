@@ -1,15 +1,11 @@
 """Shows what a cache holds: sizes, kept mass and entropy per teacher, or one example."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
@@ -21,10 +17,13 @@ from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.plain_values import for_json
+from rekindle.pipeline.report.table import Table, table_of
+from rekindle.pipeline.report.text import text_lines
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
+WIDTH = 110  # characters of a line of a table
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,8 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
 def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
     """What one teacher left."""
     info, elsewhere = teacher.info, _bytes_elsewhere(teacher)
-    facts: dict[str, object] = {
-        "task": info.task,
-        "kind": info.kind,
-        "view": info.view,
-        "k": info.k,
-        "temperatures": list(info.temperatures),
+    described = {"task", "kind", "view", "k", "temperatures", "estimator", "codec"}
+    facts: dict[str, object] = info.model_dump(mode="json", include=described) | {
         "labels": list(info.label_names),
         "positions": teacher.positions,
         "coverage": teacher.coverage,
@@ -88,8 +83,6 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "bytes_per_token": _bytes_per_token(cache, teacher),
         "bytes_per_position": _bytes_per_position(teacher),
         "weights": teacher.fingerprint,
-        "estimator": info.estimator,
-        "codec": info.codec,
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
@@ -154,70 +147,58 @@ def _spread(values: NDArray, highest: float) -> Spread:
     return Spread(around, float(values.mean()), p05, p50, p95, histogram.tolist())
 
 
-def _console() -> tuple[Console, io.StringIO]:
-    out = io.StringIO()
-    # No markup: texts, tokens and domains may have brackets.
-    return Console(file=out, width=110, highlight=False, markup=False), out
-
-
 def _as_text(
     path: str, cache: Cache, readers: Sequence[TeacherReader], spreads: Sequence[Spreads]
 ) -> str:
-    console, out = _console()
     corpus = cache.corpus
     config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
-    console.print(
+    lines = [
         f"{path}: {len(corpus):,} sequences, {corpus.tokens:,} tokens "
         f"(length {config['sequence_length']}, {config['packing']} packing, "
-        f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)",
-        soft_wrap=True,
-    )
+        f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)"
+    ]
     for view in cache.views.values():
         shown = f", {view.replicas} replicas" if view.kind.masked else ""
-        console.print(f"view {view.name}{shown}")
+        lines.append(f"view {view.name}{shown}")
     if corpus.domains:
         shares = ", ".join(f"{name} {count:,}" for name, count in corpus.domains.items())
-        console.print(f"domains: {shares}", soft_wrap=True)
-    console.print(_summary(cache, readers))
+        lines.append(f"domains: {shares}")
+    lines += text_lines(_summary(cache, readers), WIDTH)
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
-            console.print(_lineage_line(reader.info.name, number, run), soft_wrap=True)
+            lines.append(_lineage_line(reader.info.name, number, run))
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
-            console.print(
+            lines.append(
                 f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a position, all in "
                 f"(codec {reader.info.codec}); candidates alone of the same k = {reader.info.k} "
-                f"elsewhere: {others}",
-                soft_wrap=True,
+                f"elsewhere: {others}"
             )
     for reader, found in zip(readers, spreads, strict=True):
         for key, unit in (("kept_mass", ""), ("entropy", " nats")):
             if key in found and found[key].histogram:
                 title = f"{reader.info.name} {key.replace('_', ' ')}"
-                console.print(_histogram_line(title, found[key], unit))
-    return out.getvalue()
+                lines.append(_histogram_line(title, found[key], unit))
+    return "\n".join(lines) + "\n"
 
 
 def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
-    table = Table(title=None)
-    for heading in ("teacher", "task", "kept"):
-        table.add_column(heading)
-    for heading in ("coverage", "positions", "MB", "B/position", "B/token"):
-        table.add_column(heading, justify="right")
-    for reader in readers:
-        info = reader.info
-        table.add_row(
-            info.name,
-            info.task,
-            f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top"),
+    head = ("teacher", "task", "kept", "coverage", "positions", "MB", "B/position", "B/token")
+    rows = [
+        [
+            reader.info.name,
+            reader.info.task,
+            reader.kind.kept,
             f"{reader.coverage:.1%}",
             f"{reader.positions:,}",
             f"{reader.bytes / 1e6:.2f}",
             f"{_bytes_per_position(reader):.1f}",
             f"{_bytes_per_token(cache, reader):.2f}",
-        )
-    return table
+        ]
+        for reader in readers
+    ]
+    return table_of("", head, rows, words=3)
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
@@ -228,12 +209,12 @@ def _lineage_line(name: str, number: int, run: Ancestor) -> str:
     )
 
 
-def _histogram_line(title: str, spread: Spread, unit: str) -> Text:
+def _histogram_line(title: str, spread: Spread, unit: str) -> str:
     counts = np.array(spread.histogram)
     heights = np.ceil(counts / max(counts.max(), 1) * (len(BARS) - 1)).astype(int)
     low, high = spread.range
     bars = "".join(BARS[h] for h in heights)
-    return Text(
+    return (
         f"{title:32} {low:.0f} {bars} {high:.1f}{unit}   "
         f"median {spread.p50:.3f}, 5–95 %: {spread.p05:.3f}–{spread.p95:.3f}"
     )
@@ -249,56 +230,42 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     example = cache.example(index)
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
-        shown = {
-            "index": index,
-            "digest": example.digest,
-            "document": example.document,
-            "domain": example.domain,
-            "text": example.text,
-            "input_ids": example.input_ids,
-            "targets": {n: [vars(t) for t in found] for n, found in targets.items()},
-        }
+        shown = {name: value for name, value in vars(example).items() if name != "pairs"}
+        shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
-    console, out = _console()
-    heading = f"example {index} · {example.digest} · document {example.document}"
-    console.print(heading, soft_wrap=True)
-    console.print(example.text, soft_wrap=True)
+    lines = [f"example {index} · {example.digest} · document {example.document}", example.text]
     for name, found in targets.items():
         for target in found:
-            told = _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
-            console.print(told, soft_wrap=isinstance(told, Text))
-    return out.getvalue()
+            lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
+    return "\n".join(lines) + "\n"
 
 
-def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> Table | Text:
+def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
     labels = info.label_names
     if isinstance(target, TokenTargets):
-        return _token_table(info.name, target, tokenizer)
+        return text_lines(_token_table(info.name, target, tokenizer), WIDTH)
     if isinstance(target, TokenLabelTargets):
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
-        return Text(f"{info.name}: {' '.join(shown)}")
+        return [f"{info.name}: {' '.join(shown)}"]
     if info.problem == "regression":
-        return Text(f"{info.name}: score {target.logits[0]:.3f}")
+        return [f"{info.name}: score {target.logits[0]:.3f}"]
     probs = np.exp(target.logits - target.logits.max())
     probs = probs / probs.sum()
     likeliest = [f"{labels[i]} {probs[i]:.3f}" for i in np.argsort(-probs)[:5]]
-    return Text(f"{info.name}: {', '.join(likeliest)}")
+    return [f"{info.name}: {', '.join(likeliest)}"]
 
 
 def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", replica {target.replica}"
-    table = Table(title=f"{name}{where}: {len(target.positions)} positions", title_justify="left")
-    for heading in ("position", "true token", "rank", "top predictions", "tail"):
-        table.add_column(heading)
     words = tokenizer.hf.convert_ids_to_tokens
+    rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
         best = zip(words(target.ids[row, :5].tolist()), target.log_probs[row, :5], strict=True)
-        table.add_row(
-            str(target.positions[row]),
-            Text(str(words(int(target.gold_ids[row])))),
-            str(target.gold_rank[row]),
-            Text("  ".join(f"{word} {np.exp(log_prob):.3f}" for word, log_prob in best)),
-            f"{np.exp(target.log_tail[1.0][row]):.3f}",
-        )
-    return table
+        predicted = "  ".join(f"{word} {np.exp(log_prob):.3f}" for word, log_prob in best)
+        tail = f"{np.exp(target.log_tail[1.0][row]):.3f}"
+        gold, rank = str(words(int(target.gold_ids[row]))), str(target.gold_rank[row])
+        rows.append([str(target.positions[row]), gold, rank, predicted, tail])
+    head = ("position", "true token", "rank", "top predictions", "tail")
+    title = f"{name}{where}: {len(target.positions)} positions"
+    return table_of(title, head, rows, words=len(head))

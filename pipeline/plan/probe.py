@@ -11,7 +11,6 @@ import torch
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
-from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.caching.make_unit import write_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
@@ -61,8 +60,7 @@ def probe_teacher(plan: TeacherPlan, steps: Corpus) -> Probe:
 def _run(teacher: Teacher, steps: Corpus, shard: int) -> tuple[Unit, UnitResult, float]:
     """One shard, in one replica where there are several; with its seconds per token."""
     unit = Unit(shard, teacher.info.shown.numbers(1)[0])
-    view = view_of(teacher.info, steps)
     began = time.perf_counter()
-    result = run_unit(teacher, steps, view, unit)
+    result = run_unit(teacher, unit)
     seconds = time.perf_counter() - began
     return unit, result, seconds / steps.commits[shard].facts["tokens"]

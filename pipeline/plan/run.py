@@ -9,11 +9,23 @@ from collections.abc import Sequence
 
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.pipeline.builtin.missing import missing
+from rekindle.pipeline.builtin.names import ABOUT
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.break_even import break_even
-from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork, Totals, ViewPlan
-from rekindle.pipeline.plan.not_made import not_made
+from rekindle.pipeline.plan.figures import (
+    CorpusPlan,
+    NotMade,
+    RunPlan,
+    TeacherWork,
+    Totals,
+    ViewPlan,
+)
 from rekindle.pipeline.plan.text import shown_bytes
+
+# Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
+# without a teacher's model, all but what the model itself decides.
+OF_THE_CORPUS = ("sequences", "tokens", "units", "positions", "bytes", "seconds", "break-even")
+OF_A_TEACHER = ("positions", "bytes", "seconds")
 
 
 def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
@@ -45,7 +57,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
         break_even=break_even(config, corpus, teachers),
         totals=totals,
         warnings=_warnings(totals),
-        to_make=not_made(config, teachers),
+        to_make=_not_made(config, teachers),
     )
 
 
@@ -64,6 +76,20 @@ def _totals(
         nearest = next(folder for folder in (root, *root.parents) if folder.exists())
         disk, free = str(nearest), shutil.disk_usage(nearest).free
     return Totals(size, sum(seconds) if seconds or not teachers else None, unknown, disk, free)
+
+
+def _not_made(config: RunConfig, teachers: Sequence[TeacherWork]) -> tuple[NotMade, ...]:
+    """What would be made for ``config``, and what is not known without; a plan makes none of it."""
+    of_corpus = missing(config.corpus)
+    found = []
+    for name, path in missing(config).items():
+        unknown = list(OF_THE_CORPUS if name in of_corpus else ())
+        for teacher, work in zip(config.teachers, teachers, strict=True):
+            if teacher.model == str(path):
+                lacking = [figure for figure in OF_A_TEACHER if getattr(work, figure) is None]
+                unknown += [f"{figure} of {work.name}" for figure in lacking]
+        found.append(NotMade(name, ABOUT[name], str(path), tuple(unknown)))
+    return tuple(found)
 
 
 def _warnings(totals: Totals) -> tuple[str, ...]:

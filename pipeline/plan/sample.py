@@ -171,8 +171,8 @@ def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
     places: dict[Path, tuple[str, int | None]] = {}
     for entry in source:
         files = source_files([entry])
-        for file in files:
-            places.setdefault(Path(file.path).resolve(), (file.path, file.bytes))
+        for path in map(Path, files):
+            places.setdefault(path.resolve(), (str(path), path.stat().st_size))
         if not files:
             places.setdefault(Path(entry), (entry, None))
     return list(places.values())
@@ -182,8 +182,7 @@ def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterat
     """What is moved from ``stream`` into ``documents``, until the sample is large enough."""
     size = _text_bytes(documents)
     while len(documents) < SAMPLE_DOCUMENTS and size < SAMPLE_BYTES:
-        document = next(stream, None)
-        if document is None:
+        if (document := next(stream, None)) is None:
             return
         documents.append(document)
         size += _text_bytes([document])

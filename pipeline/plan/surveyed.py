@@ -1,17 +1,25 @@
 """What a plan says of a corpus that is there to be read, of its views and of its teachers."""
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-from rekindle.data.targets.reading.hard_masks import HardMaskedView
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.storage.columns import list_views
+from rekindle.data.targets.reading.files import is_described
+from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
-from rekindle.pipeline.caching.views import build_views
+from rekindle.pipeline.caching.hard_view import mask_teacher
+from rekindle.pipeline.caching.views import Views, build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
-from rekindle.pipeline.plan.masks import assumed_masks
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
-from rekindle.pipeline.plan.teacher import plan_one_teacher
+from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 
@@ -27,7 +35,7 @@ def survey_all(
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder))
         views = build_views(survey.steps, sampled, Progress.silent())
-        views = replace(views, masked=assumed_masks(config, survey, probe) or views.masked)
+        views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
         per_sequence = sum(c.bytes for c in survey.reference.commits) / len(survey.reference)
         corpus = CorpusPlan(
             source=config.corpus.source,
@@ -51,3 +59,45 @@ def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> Vie
     per_row = sum(commit.bytes for commit in made) / sum(commit.rows for commit in made)
     bound = isinstance(view, HardMaskedView)
     return ViewPlan(view.name, work.units, work.present, round(work.rows * per_row), bound)
+
+
+class AssumedMasks(HardMaskedView):
+    """The view of policy hard before anybody knows which tokens are hard: every one that may be is.
+
+    Under the name of the true view; sizes and positions come out as the most they can be.
+    """
+
+    def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
+        """As many of each row's tokens as the limit allows."""
+        for batch in self.corpus.shard(number).batches():
+            offsets, starts = list_views(batch["char_starts"], "char_starts")
+            for a, b in pairwise(offsets):
+                content = np.flatnonzero(starts[a:b] >= 0)
+                losses = np.full(len(content), np.inf, np.float32)
+                yield content[hard_tokens(losses, 0.0, self.config.limit)]
+
+
+def _assumed_masks(config: RunConfig, survey: CorpusSurvey, probe: bool) -> HardMaskedView | None:
+    """The bound, written beside the sample ``survey.steps``; None under another policy.
+
+    Raises InputError as ``hard_view`` does.
+    """
+    if config.cache.mask.policy != "hard":
+        return None
+    teacher = _mask_teacher(config, survey, probe)
+    masks = AssumedMasks(survey.steps, config.cache.mask, config.cache.seed, teacher)
+    masks.build()
+    return masks
+
+
+def _mask_teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInfo:
+    """The teacher of the masks, as far as it can be described without a download."""
+    corpus, name = survey.present or survey.reference, config.cache.mask.teacher
+    found = [teacher for teacher in config.teachers if teacher.name == name]
+    if is_described(corpus.store, name or "") or not found or found[0].sees_masks:
+        return mask_teacher(corpus, config)
+    teacher = found[0]
+    folder = at_hand(teacher.model, must_be=probe)
+    if folder is None:  # the true view will have another name, and no unit of it is there
+        return TeacherInfo(name=teacher.name, task="masked_lm", kind="topk", view="clean")
+    return described(teacher, folder, survey, Views(), config.cache.seed).info

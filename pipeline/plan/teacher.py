@@ -6,12 +6,12 @@ No model is loaded but by the probe, and none is downloaded.
 from dataclasses import replace
 from pathlib import Path
 
-from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, kind_of
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.extensions import plan_parts
-from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import TeacherWork
@@ -101,12 +101,7 @@ def described(
     """Describe a teacher from its files in ``folder``."""
     if not survey.estimated:
         check_domains(survey.reference, teacher.domains or (), f"teacher {teacher.name!r}: domains")
-    # While the corpus is only estimated, its domains are not known.
-    here = teacher.model_copy(update={"model": str(folder), "domains": None})
-    plan = plan_teacher(here, survey.present or survey.reference, views, seed)
-    domains = teacher.domains and tuple(sorted(set(teacher.domains)))
-    info = plan.info.model_copy(update={"domains": domains, "model": teacher.model})
-    return TeacherPlan(teacher, plan.directory, info)
+    return plan_teacher(teacher, survey.present or survey.reference, views, seed, folder)
 
 
 def _absence(teacher: TeacherConfig) -> str:
@@ -141,26 +136,9 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     """What can be said of a teacher without its model: a vocabulary is the corpus's, the width of
     its output as in the cache, if it is there.
     """
-    known = None
+    width = 1 if teacher.task == "regression" else None
     if survey.present is not None and is_described(survey.present.store, teacher.name):
         known = read_teacher(survey.present.store, teacher.name)
-    domains = teacher.domains and tuple(sorted(set(teacher.domains)))
-    about: dict[str, object] = {"name": teacher.name, "task": teacher.task, "domains": domains}
-    about["view"] = views.shown_to(teacher)
-    if teacher.vocabulary:
-        targets, size = teacher.targets, survey.reference.info["tokenizer"]["size"]
-        about["vocabulary_size"] = size
-        about |= VOCABULARY_KINDS[targets.vocabulary_kind].settings(
-            targets.k,
-            targets.temperatures,
-            targets.codec,
-            size,
-            known.hidden_size if known else None,
-        )
-    else:
-        about |= {
-            "kind": "token" if teacher.task == "token_classification" else "sequence",
-            "num_labels": 1 if teacher.task == "regression" else known and known.num_labels,
-            "monte_carlo_passes": teacher.monte_carlo.passes,
-        }
-    return TeacherInfo.model_validate(about)
+        width = width or (known.hidden_size if teacher.vocabulary else known.num_labels)
+    size = survey.reference.info["tokenizer"]["size"]
+    return TeacherInfo.model_validate(configured(teacher, views, size, width))

@@ -1,11 +1,10 @@
 """A plan for people: a table and a few lines, in 100 columns."""
 
-import io
-
-from rich.console import Console
-from rich.table import Table
+from textwrap import fill
 
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork, Totals
+from rekindle.pipeline.report.table import Table, table_of
+from rekindle.pipeline.report.text import text_lines
 
 WIDTH = 100
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
@@ -14,35 +13,26 @@ BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 def shown_plan(plan: RunPlan) -> str:
     """Return the text of a plan."""
-    out = io.StringIO()
-    # No markup: names and paths may have brackets.
-    console = Console(file=out, width=WIDTH, highlight=False, markup=False)
-    console.print(f"corpus {', '.join(plan.corpus.source)}: {_of_corpus(plan.corpus)}")
+    lines = [f"corpus {', '.join(plan.corpus.source)}: {_of_corpus(plan.corpus)}"]
     for view in plan.views:
         left, bound = counted(view.units_to_make, "unit"), "at most " if view.at_most else ""
-        console.print(
-            f"view {view.name}: {left} to make, {view.units_present:,} there"
-            + _to_write(view.bytes, bound)
-        )
+        there = f"view {view.name}: {left} to make, {view.units_present:,} there"
+        lines.append(there + _to_write(view.bytes, bound))
     if plan.teachers:
-        console.print(_table(plan.teachers))
-    for teacher in plan.teachers:
-        if teacher.reason:
-            console.print(f"{teacher.name}: {teacher.reason}")
-    console.print(_total(plan.totals, plan.cache))
-    console.print(plan.break_even.sentence)
+        lines += text_lines(_table(plan.teachers), WIDTH)
+    lines += [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
+    lines += [_total(plan.totals, plan.cache), plan.break_even.sentence]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:
         shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
-        console.print(f"Runs per teacher: {', '.join(shown)}")
+        lines.append(f"Runs per teacher: {', '.join(shown)}")
     if plan.to_make:
-        console.print("not made yet; made once, from Python's documentation, by what needs it:")
+        lines.append("not made yet; made once, from Python's documentation, by what needs it:")
     for one in plan.to_make:
         unknown = f"; not known without it: {', '.join(one.unknown)}" if one.unknown else ""
-        console.print(f"  {one.name}: {one.what}{unknown}")
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}")
-    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+        lines.append(f"  {one.name}: {one.what}{unknown}")
+    lines += [f"warning: {warning}" for warning in plan.warnings]
+    return "".join(f"{fill(line, WIDTH, break_on_hyphens=False)}\n" for line in lines)
 
 
 def _of_corpus(corpus: CorpusPlan) -> str:
@@ -54,21 +44,19 @@ def _of_corpus(corpus: CorpusPlan) -> str:
 
 
 def _table(teachers: tuple[TeacherWork, ...]) -> Table:
-    table = Table()
-    for heading in ("teacher", "task", "kept"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("units to make", "there", "positions", "size", "time"):
-        table.add_column(heading, justify="right")
-    for t in teachers:
-        table.add_row(
+    head = ("teacher", "task", "kept", "units to make", "there", "positions", "size", "time")
+    rows = [
+        [
             t.name,
             t.task.replace("_classification", " classes").replace("_", " "),
             t.kept,
             *(_known(count) for count in (t.units_to_make, t.units_present, t.positions)),
             "?" if t.bytes is None else shown_bytes(t.bytes),
             "?" if t.seconds is None else shown_seconds(t.seconds),
-        )
-    return table
+        ]
+        for t in teachers
+    ]
+    return table_of("", head, rows, words=3)
 
 
 def _known(count: int | None) -> str:

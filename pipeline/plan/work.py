@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.reading.positions import target_positions
+from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
-from rekindle.pipeline.caching.compute_unit import ShardRows
-from rekindle.pipeline.caching.extensions import view_of
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
@@ -94,7 +93,7 @@ def work_of(
 
 def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
     """Targets that the teacher leaves for each token; its view of ``steps`` has been made."""
-    view = view_of(info, steps)
+    view = shown_view(steps, info.view)
     return sum(_positions(steps, info, view, n) for n in range(len(steps.commits))) / steps.tokens
 
 
@@ -104,12 +103,12 @@ def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard
         each = info.shown.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
-    rows = ShardRows(corpus, info, shard)
     if view is not None:
         return sum(len(b["text_a"]) - b["text_a"].null_count for b in view.batches(shard))
     if kind_of(info).per_sequence:
         return corpus.commits[shard].rows
-    return sum(int(words.sum()) for words in rows.lists("word_starts"))
+    words = split_lists([*corpus.shard(shard).batches()], "word_starts")
+    return sum(int(row.sum()) for row in words)
 
 
 # --- bytes ----------------------------------------------------------------------------------------

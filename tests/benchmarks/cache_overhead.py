@@ -63,7 +63,7 @@ def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
 
     def stage(turn: int) -> None:
         info = teacher.info.model_copy(update={"name": f"teacher-{turn}"})
-        write_unit(info, corpus, Unit(0, 0), run_unit(teacher, corpus, view, Unit(0, 0)))
+        write_unit(info, corpus, Unit(0, 0), run_unit(teacher, Unit(0, 0)))
 
     works = {
         "forward, all tokens": bare,

@@ -34,6 +34,7 @@ class TargetKind(ABC):
     """
 
     name: ClassVar[str]
+    told: ClassVar[str] = ""  # what is kept of each target, in fields of ``info``
     tasks: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that the columns' widths come from
     codecs: ClassVar[tuple[str, ...]] = ("default",)
@@ -109,7 +110,7 @@ class TargetKind(ABC):
     @property
     def sentence(self) -> str:
         """What is kept of each target, in a line."""
-        return self.kept
+        return self.told.format_map(vars(self.info)) or self.kept
 
     @abstractmethod
     def used_columns(self) -> Widths:
@@ -213,7 +214,7 @@ class VocabularyKind(TargetKind):
         hidden_size: int | None,
     ) -> dict[str, object]:
         """Return the fields of ``teacher.json`` that say what is kept of a distribution."""
-        found: dict[str, object] = {"kind": cls.name}
+        found: dict[str, object] = {"kind": cls.name, "vocabulary_size": vocabulary_size}
         if "hidden_size" in cls.needs:
             found["hidden_size"] = hidden_size
         if "k" in cls.needs:

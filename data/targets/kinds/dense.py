@@ -16,12 +16,8 @@ class Dense(VocabularyKind):
     """Every probability of a position."""
 
     name = "dense"
+    told = "all {vocabulary_size:,} log-probabilities"
     whole = True
-
-    @property
-    def sentence(self) -> str:
-        """What is kept of each target, in a line."""
-        return f"all {self.size:,} log-probabilities"
 
     def kept_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""

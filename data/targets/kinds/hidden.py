@@ -20,13 +20,9 @@ class Hidden(Dense):
     """The teacher's final hidden states."""
 
     name = "hidden"
+    told = "hidden states of {hidden_size} values"
     needs = ("vocabulary_size", "hidden_size")
     has_head = True
-
-    @property
-    def sentence(self) -> str:
-        """What is kept of each target, in a line."""
-        return f"hidden states of {self.info.hidden_size} values"
 
     def kept_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""

@@ -24,15 +24,11 @@ class Random(VocabularyKind):
     """An unbiased sample of K draws a position, of one temperature."""
 
     name = "random"
+    told = "a random sample of {k} of {vocabulary_size:,} tokens"
     needs = ("vocabulary_size", "k")
     largest_k = MOST_DRAWS
     tempered = sampled = True
     copied = True
-
-    @property
-    def sentence(self) -> str:
-        """What is kept of each target, in a line."""
-        return f"a random sample of {self.k} of {self.size:,} tokens"
 
     def kept_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""

@@ -10,10 +10,6 @@ class Threshold(TopK):
     """K sampled ids a position with values that sum to 1: nothing lies outside."""
 
     name = "threshold"
+    told = "a threshold sample of {k} of {vocabulary_size:,} tokens"
     sampled = True
     has_tail = grows = False
-
-    @property
-    def sentence(self) -> str:
-        """What is kept of each target, in a line."""
-        return f"a threshold sample of {self.k} of {self.size:,} tokens"

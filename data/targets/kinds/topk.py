@@ -18,14 +18,10 @@ class TopK(VocabularyKind):
     """K candidates a position by falling probability."""
 
     name = "topk"
+    told = "{k} of {vocabulary_size:,} log-probabilities and the tail"
     needs = ("vocabulary_size", "k")
     codecs = ("default", "precise", "compact")
     tempered = has_tail = grows = True
-
-    @property
-    def sentence(self) -> str:
-        """What is kept of each target, in a line."""
-        return f"{self.k} of {self.size:,} log-probabilities and the tail"
 
     def kept_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""

@@ -1,6 +1,6 @@
 """A teacher's descriptions in a cache, ``teacher.json`` of each of its parts, read and checked."""
 
-from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, unusable
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.seal import REPAIR, read_sealed
 from rekindle.data.storage.store import Store
@@ -12,12 +12,10 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
     """The description of a teacher, or of one of its extensions, validated."""
     folder = f"targets/{name}/extensions/{part}" if part else f"targets/{name}"
     path = f"{folder}/teacher.json"
-    try:
-        info = parse_settings(TeacherInfo, read_sealed(store, path), path)
-    except FileNotFoundError:
-        raise CacheFormatError(f"{store.location}/{path} is missing. {REPAIR}") from None
-    except InputError as error:
-        raise CacheFormatError(f"{store.location}: {error}") from None
+    with unusable(f"{store.location}/{path} is missing", FileNotFoundError, advice=f". {REPAIR}"):
+        described = read_sealed(store, path)
+    with unusable(store.location, InputError):
+        info = parse_settings(TeacherInfo, described, path)
     if wrong := kind_of(info).contradiction():
         raise CacheFormatError(f"{store.location}/{path} is of no teacher: {wrong}")
     if (info.name, info.part) != (name, part):

@@ -6,7 +6,6 @@ students read them as they read random masks. No model is run here.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +64,9 @@ class HardMaskedView(MaskedView):
         Raises CacheMismatchError where the teacher's losses are missing.
         """
         infos = read_parts(self.corpus.store, self.teacher.name)
-        for scalars in TeacherReader(self.corpus, infos, None).scalars(number, None):
-            losses = -scalars.gold_log_prob
-            for start, stop in pairwise(scalars.offsets):
-                part = slice(start, stop)
-                hard = hard_tokens(losses[part], self.config.loss_above, self.config.limit)
-                yield scalars.positions[part][hard]
+        for scalars in TeacherReader(self.corpus, infos).scalars(number, None):
+            for positions, losses in scalars.losses():
+                yield positions[hard_tokens(losses, self.config.loss_above, self.config.limit)]
 
 
 def _check_teacher(teacher: TeacherInfo) -> None:

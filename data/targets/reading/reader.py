@@ -5,9 +5,10 @@ a larger k or further temperatures. A reader shows them as one, by the parts tha
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.storage.columns import ascend_within, flat_lists, list_views
+from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import seconds_of
-from rekindle.data.storage.cuts import RowLists, joined
+from rekindle.data.storage.cuts import Flat, Place, RowReader, cut_lengths, joined
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
@@ -25,7 +26,7 @@ from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import SCALARS, TeacherInfo
-from rekindle.data.views.reader import ViewReader, check_aligned
+from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
 DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
@@ -52,16 +53,20 @@ class Part:
         return self.finished or other.commits.keys() <= self.commits.keys()
 
 
-class TeacherReader:
+class TeacherReader(RowReader):
     """One teacher of a cache: ``info`` and its committed units.
 
-    ``infos`` describes its parts, the first of them what it was begun with. The part with the
+    ``infos`` describes its parts, the first of them what it was begun with; ``view`` is what it
+    was shown, if that is open already. The part with the
     largest k that is finished is read (as far as the first one goes), with all finished tails of
     its ids.
     """
 
-    def __init__(self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None):
-        self.corpus, self.view = corpus, view
+    def __init__(
+        self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None = None
+    ):
+        super().__init__()
+        self.corpus, self.view = corpus, view or shown_view(corpus, infos[0].view)
         self.parts = [Part.of(corpus.store, info) for info in infos]
         base = self.parts[0]
         larger = [p for p in self.parts if kind_of(p.info).grows and p.covers(base)]
@@ -73,7 +78,7 @@ class TeacherReader:
         for part in self.tails:
             temperatures += part.info.temperatures
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
-        self.kind = kind_of(self.info)
+        self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
         # Units whose tails are still to come are not there yet.
         tails = [part.commits.keys() for part in self.tails]
         self.commits = {
@@ -82,7 +87,6 @@ class TeacherReader:
             if all(unit in there for there in tails)
         }
         self._open: dict[tuple[str, str], Shard] = {}
-        self._views: dict[tuple[int, int, int | None], RowLists] = {}
         self._evicting = threading.Lock()  # several threads may read ahead
 
     def __getattr__(self, name: str) -> object:
@@ -95,11 +99,6 @@ class TeacherReader:
     def fingerprint(self) -> str:
         """The digest of the teacher's weights."""
         return self.info.fingerprints.get("weights") or ""
-
-    @property
-    def shards(self) -> ShardSet:
-        """Its files: of the part with the candidates."""
-        return self.main.shards
 
     @property
     def folder(self) -> str:
@@ -154,20 +153,9 @@ class TeacherReader:
         """Whether the unit is committed."""
         return self.info.shown.unit(shard, replica) in self.commits
 
-    def position_rows(
-        self, shard: int, rows: Iterable[int], replica: int | None
-    ) -> list[tuple[slice, Columns]]:
-        """For each row: the slice of its positions in the flat columns of its record batch."""
-        out = []
-        for row in rows:
-            index, local = divmod(int(row), self.info.rows_per_batch)
-            lists, first, last = self._row_lists(shard, index, replica).cut(local)
-            out.append((slice(first, last), lists.columns))
-        return out
-
     def gather(
         self,
-        where: Sequence[tuple[int, int]],
+        where: Sequence[Place],
         replica: int | None,
         allow_missing: bool = False,
         scalars: bool = True,
@@ -178,37 +166,18 @@ class TeacherReader:
         row whose unit is not committed has no targets when that is allowed, else it is
         CacheMismatchError.
         """
-        size = self.info.rows_per_batch
+        there = [not allow_missing or self.has(shard, replica) for shard, _ in where]
+        cuts = [self.cut(place, replica) for place in compress(where, there)]
         counts = np.zeros(len(where), np.int64)
-        cuts = []
-        for number, (shard, row) in enumerate(where):
-            if allow_missing and not self.has(shard, replica):
-                continue
-            index, local = divmod(row, size)
-            cut = self._row_lists(shard, index, replica).cut(local)
-            counts[number] = cut[2] - cut[1]
-            cuts.append(cut)
-        if not cuts:
-            return counts, self.kind.nothing()
-        return counts, joined(cuts, () if scalars else SCALARS[1:])
+        counts[there] = cut_lengths(cuts)
+        columns = joined(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.nothing()
+        return counts, columns
 
-    def _row_lists(self, shard: int, index: int, replica: int | None) -> RowLists:
-        """The flat columns, as they are used, of one record batch.
-
-        Checked when first touched: checksums, alignment with the corpus, ranges.
-        """
-        found = self._views.get((shard, index, replica))
-        if found is None:
-            found = RowLists(*self._read_columns(shard, index, replica))
-            with self._evicting:
-                while self.kind.copied and len(self._views) >= DECODED_BATCHES:
-                    del self._views[next(iter(self._views))]
-                self._views[shard, index, replica] = found
-        return found
-
-    def _read_columns(
-        self, shard: int, index: int, replica: int | None
-    ) -> tuple[NDArray[np.int32], Columns]:
+    def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
+        """The flat columns, as they are used: checksums, alignment and ranges are checked."""
+        with self._evicting:
+            while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
+                del self._lists[next(iter(self._lists))]
         unit = self.info.shown.unit(shard, replica)
         what = f"{self.main.info.folder}/{unit}"
         offsets, columns = self._read(self.main, shard, index, replica)
@@ -217,8 +186,8 @@ class TeacherReader:
         odds = [columns["tail_log_odds"]] if self.tails else []
         for part in self.tails:
             there, more = self._read(part, shard, index, replica)
-            same = np.array_equal(there, offsets)
-            if not same or not np.array_equal(more["positions"], columns["positions"]):
+            pairs = ((there, offsets), (more["positions"], columns["positions"]))
+            if not all(np.array_equal(*pair) for pair in pairs):
                 raise CacheMismatchError(
                     f"{part.info.folder}/{unit}: record batch {index} has other positions than "
                     f"{what}, which it extends"
@@ -257,14 +226,10 @@ class TeacherReader:
                 )
             replica = replica if self.masked else None
             about = {"kind": "targets", "shard": number, "replica": replica}
-            shard = part.shards.open(part.commits[unit], about)
+            columns = [*kind_of(part.info).schema({})]
+            shard = part.shards.open(part.commits[unit], about, columns)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
                 raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
-            expected = kind_of(part.info).schema({})
-            if not shard.schema.equals(expected, check_metadata=False):
-                raise CacheFormatError(
-                    f"{shard.path} does not have the columns that teacher.json announces"
-                )
             stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), str(shard.path))
             if stated.identity() != part.info.identity():
                 raise CacheMismatchError(
@@ -283,7 +248,7 @@ class TeacherReader:
             )
         file = self._shard(self.main, shard, replica)
         if self.kind.codec.compressed:
-            lists = [self._row_lists(shard, i, replica) for i in range(file.batch_count)]
+            lists = [self.row_lists(shard, i, replica) for i in range(file.batch_count)]
             return [decode_scalars(each.offsets, each.columns) for each in lists]
         found = []
         for index, batch in enumerate(read_scalars(file)):
@@ -315,3 +280,21 @@ class TeacherReader:
             )
         for problem in self.kind.problems(columns):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
+
+
+def target_positions(
+    corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int, replica: int | None
+) -> list[NDArray[np.int64]]:
+    """Return where a vocabulary teacher has targets in each row of a corpus shard, ascending.
+
+    What the replica of a masked view masks; of a masked LM that sees the text as it is, all but
+    special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
+    none.
+    """
+    if view is not None:
+        masked = split_lists(view.batches(shard, replica), "positions")
+        return [row.astype(np.int64) for row in masked]
+    batches = [*corpus.shard(shard).batches()]
+    if info.sees_clean_text:
+        return [np.flatnonzero(starts >= 0) for starts in split_lists(batches, "char_starts")]
+    return [np.arange(max(0, len(ids) - 1)) for ids in split_lists(batches, "input_ids")]

@@ -12,7 +12,6 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.scalars import PositionScalars
@@ -39,7 +38,6 @@ class HardPositions:
 
 
 def sequence_scores(
-    corpus: Corpus,
     teacher: TeacherReader,
     score: Score = "median_loss",
     replica: int | None = None,
@@ -59,41 +57,37 @@ def sequence_scores(
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
     each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
-    total, count = np.zeros(len(corpus)), np.zeros(len(corpus))
+    size = len(teacher.corpus)
+    total, count = np.zeros(size), np.zeros(size)
     for number in each:
-        found = np.full(len(corpus), np.nan)
-        for first, scalars in _blocks(corpus, teacher, number):
+        found = np.full(size, np.nan)
+        for first, scalars in _blocks(teacher, number):
             values = _scores(scalars, score, predictable, threshold)
             found[first : first + len(values)] = values
         there = ~np.isnan(found)
         total[there] += found[there]
         count += there
-    return np.divide(total, count, out=np.full(len(corpus), np.nan), where=count > 0)
+    return np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
 
 
 def hard_positions(
-    corpus: Corpus, teacher: TeacherReader, threshold: float = HARD, replica: int | None = None
+    teacher: TeacherReader, threshold: float = HARD, replica: int | None = None
 ) -> Iterator[HardPositions]:
     """For every sequence, in order, the positions with −log p of the true token > ``threshold``.
 
     Masked teachers: of one ``replica`` (the first, if None). Raises as ``sequence_scores`` does.
     """
     number = (replica or 0) if teacher.masked else None
-    for first, scalars in _blocks(corpus, teacher, number):
-        for row, (start, stop) in enumerate(
-            zip(scalars.offsets, scalars.offsets[1:], strict=False)
-        ):
-            losses = -scalars.gold_log_prob[start:stop]
+    for first, scalars in _blocks(teacher, number):
+        for index, (positions, losses) in enumerate(scalars.losses(), first):
             hard = losses > threshold
-            yield HardPositions(first + row, scalars.positions[start:stop][hard], losses[hard])
+            yield HardPositions(index, positions[hard], losses[hard])
 
 
-def _blocks(
-    corpus: Corpus, teacher: TeacherReader, replica: int | None
-) -> Iterator[tuple[int, PositionScalars]]:
+def _blocks(teacher: TeacherReader, replica: int | None) -> Iterator[tuple[int, PositionScalars]]:
     """The number of the first sequence of each record batch, and its scalars."""
-    for shard in range(len(corpus.commits)):
-        first = corpus.first(shard)
+    for shard in range(len(teacher.corpus.commits)):
+        first = teacher.corpus.first(shard)
         for scalars in teacher.scalars(shard, replica):
             yield first, scalars
             first += len(scalars.offsets) - 1

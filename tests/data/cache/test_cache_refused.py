@@ -79,7 +79,7 @@ def test_an_edited_description_is_noticed(copied):
         Cache.open(copied)
     with pytest.raises(CacheMismatchError, match=r"made by another teacher than teacher\.json"):
         edited(temperatures=[1.0, 3.0])
-    with pytest.raises(CacheFormatError, match="columns that teacher"):
+    with pytest.raises(CacheFormatError, match="columns that targets/big consists of"):
         edited(k=6)
     assert edited()
 
@@ -135,7 +135,7 @@ def test_positions_of_lists_that_disagree_are_refused(copied):
     write_teacher(copied)
     cache = Cache.open(copied)
     commit = cache.teachers["big"].commits["00000"]
-    shard = cache.teachers["big"].shards.open(commit)
+    shard = cache.teachers["big"].main.shards.open(commit)
     (copied / "targets/big/commits/00000.json").unlink()
     batches = []
     for index in range(shard.batch_count):
@@ -156,7 +156,7 @@ def test_a_shard_with_other_columns_is_refused(copied):
     write_teacher(copied)
     cache = Cache.open(copied)
     commit = cache.teachers["big"].commits["00000"]
-    metadata = cache.teachers["big"].shards.open(commit).metadata
+    metadata = cache.teachers["big"].main.shards.open(commit).metadata
     (copied / "targets/big/commits/00000.json").unlink()
     schema = describe(
         [pa.field("digest", pa.string()), pa.field("ids", list_type(pa.int64()))], metadata

@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.data.views.masking import (
-    Draw,
-    MaskConfig,
-    MaskingVocabulary,
-    chosen_positions,
-    replace_tokens,
-)
+from rekindle.data.views.masking import MaskConfig, Masker
 
 SPECIAL = frozenset({0, 1, 2, 3, 4, 250})
 MASK_ID = 4
-VOCABULARY = MaskingVocabulary.of(300, MASK_ID, SPECIAL)
+CONTENT = np.setdiff1d(np.arange(300), [*SPECIAL]).astype(np.int32)
 UNITS = ("token", "word", "span")
 
 
@@ -46,11 +40,12 @@ class Masked(NamedTuple):
 
 
 def mask(parts, unit="token", policy="random", probability=0.15, replica=0, replicas=1, **other):
-    draw = Draw(other.pop("seed", 0), other.pop("digest", "d"), replica)
+    seed, digest = other.pop("seed", 0), other.pop("digest", "d")
     config = MaskConfig(policy=policy, unit=unit, probability=probability, **other)
+    masker = Masker(config, seed, replicas, MASK_ID, CONTENT)
     ids, content, starts = parts
-    chosen = chosen_positions(content, starts, config, draw, replicas)
-    return Masked(chosen, replace_tokens(ids, chosen, VOCABULARY, config, draw))
+    chosen = masker.positions(content, starts, digest, replica)
+    return Masked(chosen, masker.replaced(ids, chosen, digest, replica))
 
 
 def words_of(parts):

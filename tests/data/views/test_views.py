@@ -18,11 +18,9 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import (
-    Draw,
     MaskConfig,
-    chosen_positions,
+    Masker,
     generator,
-    replace_tokens,
 )
 from rekindle.data.views.pairs import PairView, make_pairs
 from rekindle.data.views.reader import ViewReader
@@ -92,11 +90,11 @@ def test_stored_masks_are_the_computed_ones(corpus, config):
     for replica in range(3):
         stored = view_rows(corpus, view.name, replica)
         for row, found in zip(rows(corpus), stored, strict=True):
-            draw = Draw(5, row["digest"], replica)
+            masker = Masker(config, 5, 3, view.masker.mask_id, view.masker.content_ids)
             content, words = np.array(row["char_starts"]) >= 0, np.array(row["word_starts"])
-            chosen = chosen_positions(content, words, config, draw, 3)
+            chosen = masker.positions(content, words, row["digest"], replica)
             ids = np.array(row["input_ids"], np.int32)
-            computed = replace_tokens(ids, chosen, view.vocabulary, config, draw)
+            computed = masker.replaced(ids, chosen, row["digest"], replica)
             assert found["digest"] == row["digest"]
             assert found["positions"] == chosen.tolist()
             assert found["input_ids"] == computed.tolist()

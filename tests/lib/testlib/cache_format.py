@@ -24,7 +24,7 @@ def committed_files(cache):
     """(what, first sequence of its corpus shard, path) of every shard of the cache."""
     sets = {"corpus": cache.corpus.shards}
     sets |= {name: view.shards for name, view in cache.views.items()}
-    sets |= {name: teacher.shards for name, teacher in cache.teachers.items()}
+    sets |= {name: teacher.main.shards for name, teacher in cache.teachers.items()}
     return [
         (name, cache.corpus.first(int(unit[:5])), shards.open(commit).path)
         for name, shards in sets.items()

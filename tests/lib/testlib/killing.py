@@ -123,9 +123,9 @@ class Journal:
         original = make_unit.run_unit
 
         def run(*arguments: Any, **named: Any) -> Any:
-            self.note(f"begun {arguments[0].info.name} {arguments[3].name}")
+            self.note(f"begun {arguments[0].info.name} {arguments[1].name}")
             result = original(*arguments, **named)
-            self.note(f"computed {arguments[0].info.name} {arguments[3].name}")
+            self.note(f"computed {arguments[0].info.name} {arguments[1].name}")
             return result
 
         make_unit.run_unit = run

@@ -241,8 +241,8 @@ def test_positions_that_are_missing_are_a_problem(copy, configure, teachers, nam
     shutil.rmtree(copy / "targets" / name)
     run = make_unit.run_unit
 
-    def forgetful(teacher: Any, corpus: Any, view: Any, unit: Any, kept: Any) -> UnitResult:
-        found = run(teacher, corpus, view, unit)
+    def forgetful(teacher: Any, unit: Any, kept: Any) -> UnitResult:
+        found = run(teacher, unit)
         if unit.shard != 1:
             return found
         kept = found.rows != found.rows.max()

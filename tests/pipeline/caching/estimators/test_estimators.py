@@ -147,8 +147,8 @@ def test_hidden_states_decode_to_the_models_log_probs(world):
     for index in range(len(cache)):
         for target in cache.example(index).targets["hidden"]:
             shard, row = (int(x[0]) for x in cache.corpus.locate(np.array([index])))
-            part, columns = cache.teachers["hidden"].position_rows(shard, [row], target.replica)[0]
-            scale = columns["hidden_scale"][part].astype(np.float64)
+            lists, first, last = cache.teachers["hidden"].cut((shard, row), target.replica)
+            scale = lists.columns["hidden_scale"][first:last].astype(np.float64)
             whole = logits_once(world.model, AUTO[world.task], tuple(map(int, target.input_ids)))
             exact = log_softmax(whole[target.positions])
             error = np.abs(target.log_probs - exact).max(axis=1)

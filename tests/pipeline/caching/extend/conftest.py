@@ -75,9 +75,9 @@ def ran(monkeypatch) -> Ran:
     found: Ran = []
     original = make_unit.run_unit
 
-    def noted(teacher: Any, corpus: Any, view: Any, unit: Any, **options: Any) -> Any:
+    def noted(teacher: Any, unit: Any, **options: Any) -> Any:
         found.append((teacher.info.name, teacher.info.part, unit.name))
-        return original(teacher, corpus, view, unit, **options)
+        return original(teacher, unit, **options)
 
     monkeypatch.setattr(make_unit, "run_unit", noted)
     return found

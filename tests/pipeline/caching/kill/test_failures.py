@@ -136,7 +136,7 @@ def test_a_model_that_fails_on_one_batch_is_one_message(
         body, original, current = transformers.BertModel.forward, make_unit.run_unit, []
 
         def run_unit(*arguments: Any, **named: Any) -> Any:
-            current[:] = [arguments[3].name]
+            current[:] = [arguments[1].name]
             return original(*arguments, **named)
 
         def forward(model: Any, input_ids: Any = None, **named: Any) -> Any:
