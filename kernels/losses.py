@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def kd_loss(
 
 
 class LossOptions(TypedDict, total=False):
-    """The arguments of both losses beside the student and the targets; see `kd_loss`."""
+    """For callers that hand them on: the options of both losses, see `kd_loss`."""
 
     tail_prob: Tensor | None
     labels: Tensor | None
@@ -168,7 +168,19 @@ def linear_kd_loss(
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    **options: Unpack[LossOptions],
+    tail_prob: Tensor | None = None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> KDLoss:
     """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
@@ -189,8 +201,24 @@ def linear_kd_loss(
 
     Returns, Raises: as for `kd_loss`.
     """
-    student = StudentLogits(hidden, weight, bias)
-    return kd_loss(student, target_ids, target_probs, **options)
+    return kd_loss(
+        StudentLogits(hidden, weight, bias),
+        target_ids,
+        target_probs,
+        tail_prob=tail_prob,
+        labels=labels,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        divergence=divergence,
+        tail=tail,
+        row_weight=row_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        impl=impl,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
 
 
 def merge_targets(

@@ -24,7 +24,7 @@ _HASTY = SETTINGS.model_copy(
 
 
 def make_hastily(names: Sequence[str]) -> None:
-    """As ``make_builtin.make``, in the folder of the real ones, whose name tells of the settings."""
+    """As ``make_builtin.make``, in the folder of the real ones, by whose settings it is called."""
     patched = {"SETTINGS": _HASTY, "warm_up": lambda: None, "run_jobs": _run_here}
     with mock.patch.multiple(make_builtin, **patched):
         make_builtin.make(names, Progress())
