@@ -1,6 +1,6 @@
 """Cuts rows out of list columns and joins them to a batch: the inner loop of reading.
 
-Nothing here knows what the columns mean, nor checks them.
+Nothing here knows what the columns mean: the readers check what they hand in.
 
 Rows are cut as memory views and joined as bytes: one copy, and per piece a third of what it costs
 to slice NumPy arrays and concatenate them. A batch is hundreds of pieces of 1 to 32 kB.
@@ -31,6 +31,7 @@ class RowLists:
 
 Cut = tuple[RowLists, int, int]  # a row's entries: in which record batch, from, to
 Place = tuple[int, int]  # a shard of the corpus and a row of it
+BatchKey = tuple[int, int, int | None]  # a shard, a record batch of it, a replica
 Flat = tuple[NDArray[np.int32], dict[str, NDArray]]  # list offsets [R+1], columns of that many
 
 
@@ -40,7 +41,7 @@ class RowReader(ABC):
     rows_per_batch = ROWS_PER_BATCH
 
     def __init__(self) -> None:
-        self._lists: dict[tuple[int, int, int | None], RowLists] = {}
+        self._lists: dict[BatchKey, RowLists] = {}
 
     def cut(self, place: Place, replica: int | None = None) -> Cut:
         """Where the entries of one row of the corpus lie."""
@@ -54,8 +55,12 @@ class RowReader(ABC):
         key = (shard, index, replica)
         found = self._lists.get(key)
         if found is None:
-            found = self._lists[key] = RowLists(*self._read_lists(*key))
+            found = RowLists(*self._read_lists(*key))
+            self._keep(key, found)
         return found
+
+    def _keep(self, key: BatchKey, lists: RowLists) -> None:
+        self._lists[key] = lists
 
     @abstractmethod
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat: ...
@@ -84,7 +89,8 @@ def pad_cuts(
     """Rows of the list column ``name`` as [B, longest], ``fill`` at the end."""
     width = int(lengths.max(initial=1))
     if cuts and lengths.tolist() == [width] * len(cuts):
-        return joined(cuts)[name].reshape(-1, width).astype(np.int32, copy=False)
+        others = cuts[0][0].columns.keys() - {name}
+        return joined(cuts, others)[name].reshape(-1, width).astype(np.int32, copy=False)
     out = np.full((len(cuts), width), fill, dtype=np.int32)
     for row, (lists, first, last) in enumerate(cuts):
         out[row, : last - first] = lists.columns[name][first:last]

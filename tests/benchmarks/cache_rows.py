@@ -152,7 +152,7 @@ class Ours:
         """Of a corpus this small most would lie decoded in memory."""
         if self.codec == "compact":
             reader = self.cache.teachers[self.name]
-            reader._views.clear()
+            reader._lists.clear()
             for shard in reader._open.values():
                 shard._batches.clear()
 

@@ -18,7 +18,15 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import seconds_of
-from rekindle.data.storage.cuts import Flat, Place, RowReader, cut_lengths, joined
+from rekindle.data.storage.cuts import (
+    BatchKey,
+    Flat,
+    Place,
+    RowLists,
+    RowReader,
+    cut_lengths,
+    joined,
+)
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
@@ -57,9 +65,8 @@ class TeacherReader(RowReader):
     """One teacher of a cache: ``info`` and its committed units.
 
     ``infos`` describes its parts, the first of them what it was begun with; ``view`` is what it
-    was shown, if that is open already. The part with the
-    largest k that is finished is read (as far as the first one goes), with all finished tails of
-    its ids.
+    was shown, if that is open already. The part with the largest k that is finished is read (as far
+    as the first one goes), with all finished tails of its ids.
     """
 
     def __init__(
@@ -175,9 +182,6 @@ class TeacherReader(RowReader):
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
         """The flat columns, as they are used: checksums, alignment and ranges are checked."""
-        with self._evicting:
-            while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
-                del self._lists[next(iter(self._lists))]
         unit = self.info.shown.unit(shard, replica)
         what = f"{self.main.info.folder}/{unit}"
         offsets, columns = self._read(self.main, shard, index, replica)
@@ -197,6 +201,12 @@ class TeacherReader(RowReader):
             columns["tail_log_odds"] = np.concatenate(odds, axis=1)
         self._validate(offsets, columns, shard, index, what)
         return offsets, columns
+
+    def _keep(self, key: BatchKey, lists: RowLists) -> None:
+        with self._evicting:  # until it is in: else another thread's may come between
+            while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
+                del self._lists[next(iter(self._lists))]
+            super()._keep(key, lists)
 
     def _read(
         self, part: Part, shard: int, index: int, replica: int | None

@@ -1,10 +1,16 @@
 """Batches give each sequence once, and are their examples."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
+from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.example import TokenTargets
+from rekindle.data.targets.reading import reader as teacher_reader
 from testlib.cache_format import PER_SHARD
 
 
@@ -77,3 +83,37 @@ def test_what_can_be_asked_of_a_teacher(cache):
     assert cache.teachers["expert"].label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         assert cache.teachers["clm"].nothing
+
+
+class Slow(dict):
+    """Gives other threads time between a look at the entries and what comes of it."""
+
+    def __iter__(self):
+        found = super().__iter__()
+        time.sleep(0.1)
+        return found
+
+    def __setitem__(self, key, value):
+        time.sleep(0.1)
+        super().__setitem__(key, value)
+
+
+def test_threads_that_read_ahead_keep_to_what_may_be_held(made, monkeypatch):
+    """Two threads decode at a time: neither meets the other's insertion, nor is one kept more."""
+    monkeypatch.setattr(teacher_reader, "DECODED_BATCHES", 1)
+    reader = Cache.open(made).teachers["expert"]
+    assert reader.kind.copied
+    reader._lists = Slow()
+    reader.row_lists(0, 0)
+    decode, both = reader._read, threading.Barrier(2, timeout=30)
+
+    def together(*key):
+        found = decode(*key)
+        both.wait()
+        return found
+
+    monkeypatch.setattr(reader, "_read", together)
+    with ThreadPoolExecutor(2) as pool:
+        read = list(pool.map(reader.row_lists, (0, 1), (1, 0)))
+    assert len(reader._lists) == 1
+    assert any(lists is read[0] or lists is read[1] for lists in reader._lists.values())

@@ -251,7 +251,7 @@ def test_a_teacher_of_weight_zero_is_read_no_more(masked_world, tmp_path, monkey
     def report(done, values):
         assert ("kd/big" in values) == (done <= 6)
         if done == 7:
-            cache.teachers["big"]._views.clear()
+            cache.teachers["big"]._lists.clear()
             cache.teachers["big"]._open.clear()
             shutil.rmtree(folder / "targets/big/data")
 
