@@ -65,9 +65,13 @@ class CheckpointError(RekindleError):
 
 @contextmanager
 def unusable(told: str, *causes: type[Exception], advice: str = "") -> Iterator[None]:
-    """Make a CacheFormatError of ``causes``: what is ``told`` of a file, the cause, the advice."""
+    """Make a CacheFormatError of ``causes``: what is ``told`` of a file, the cause, the advice.
+
+    Of a file that is missing enough is told.
+    """
     try:
         yield
     except causes as error:
-        reason = " ".join(str(error).split())
-        raise CacheFormatError(f"{told}: {reason}{advice}") from None
+        missing = isinstance(error, FileNotFoundError)
+        reason = "" if missing else ": " + " ".join(str(error).split())
+        raise CacheFormatError(f"{told}{reason}{advice}") from None

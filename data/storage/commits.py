@@ -3,10 +3,10 @@
 import builtins
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from rekindle.data.errors import CacheFormatError, unusable
 from rekindle.data.storage.seal import REPAIR, SEAL, checksum
@@ -27,7 +27,7 @@ class Commit:
     bytes: int
     sha256: str
     regions: tuple[Region, ...]  # covering the whole file
-    facts: dict[str, Any] = field(default_factory=dict)  # what the owner of the set wants to know
+    facts: dict[str, Any]  # what the owner of the set wants to know
     rows_per_batch: int = ROWS_PER_BATCH  # of every record batch but the last
 
     def to_bytes(self) -> builtins.bytes:
@@ -55,7 +55,7 @@ class Commit:
             stated = body.pop(SEAL)
             if stated != checksum(body):
                 raise ValueError("its checksum does not match")
-            commit = _PARSER.validate_python(body)
+            commit = _parsed(body)
             _check_regions(commit.regions, commit.bytes)
             if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
@@ -67,6 +67,15 @@ class Commit:
 
 
 _PARSER = TypeAdapter(Commit)
+
+
+def _parsed(body: Any) -> Commit:
+    """The record that ``body`` is; ValueError, in a line, where a field is none of a record."""
+    try:
+        return _PARSER.validate_python(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
 
 
 def seconds_of(commit: Commit) -> float | None:

@@ -66,7 +66,8 @@ def read_head(store: Store, folder: str) -> StoredHead:
     """The matrix in a teacher's folder; CacheFormatError when it is missing or damaged."""
     name = f"{folder}/head.safetensors"
     where = f"{store.location}/{name}"
-    with unusable(f"{where} is missing", FileNotFoundError, advice=f". {REPAIR}"):
+    told = f"{where} is missing or has no head.json beside it"
+    with unusable(told, FileNotFoundError, advice=f". {REPAIR}"):
         about = read_sealed(store, f"{folder}/head.json")
         content = store.read_bytes(name)
     sha256 = hashlib.sha256(content).hexdigest()

@@ -12,6 +12,7 @@ import pytest
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import list_array, list_type, offsets_of
+from rekindle.data.storage.seal import checksum
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Commit,
@@ -305,6 +306,22 @@ def test_regions_must_cover_the_file(shards):
             shards.open(shards.commit("00000"))
 
 
+def test_the_field_that_is_wrong_is_named_in_a_line(shards):
+    shards.write("00000", SCHEMA, batches(3))
+    forged(shards, rows="some")
+    with pytest.raises(CacheFormatError, match=r"damaged: rows: Input should be [^\[]*verify`"):
+        shards.commit("00000")
+
+
+def test_a_record_without_facts_is_damaged(shards):
+    shards.write("00000", SCHEMA, batches(3))
+    body = json.loads(record(shards).read_bytes())
+    del body["facts"], body["record"]
+    record(shards).write_text(json.dumps(body | {"record": checksum(body)}))
+    with pytest.raises(CacheFormatError, match=r"damaged: facts: Field required\."):
+        shards.commit("00000")
+
+
 @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b'{"record": 1}', b"{}", b'"x"'])
 def test_a_record_that_is_something_else(shards, content):
     path = record(shards)
@@ -324,10 +341,8 @@ def committed_as_it_is(shards, content, rows):
     path = shards.store.begin("data/x.arrow")
     path.write_bytes(content)
     regions = ((0, len(content), xxhash.xxh3_64_hexdigest(content)),)
-    commit = Commit(
-        "00000", "x.arrow", rows, len(content), hashlib.sha256(content).hexdigest(), regions
-    )
-    return path, commit
+    digest = hashlib.sha256(content).hexdigest()
+    return path, Commit("00000", "x.arrow", rows, len(content), digest, regions, {})
 
 
 def test_a_file_that_is_no_arrow_file(shards):
