@@ -13,9 +13,8 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import xxhash
@@ -166,6 +165,46 @@ class ShardSet:
         return shard
 
 
+class _HashingFile:
+    """A file that hashes what is handed to it, as a whole and region by region.
+
+    Not what a disk gives back of it: what a faulty one has changed would be sealed as sound.
+    """
+
+    def __init__(self, file: BinaryIO, schema_end: int):
+        self._file = file
+        self._schema_end = schema_end
+        self.closed = False
+        self.position = 0
+        self.sha256 = hashlib.sha256()
+        self.regions: list[Region] = []
+        self._start = 0
+        self._region = xxhash.xxh3_64()
+
+    def write(self, data: bytes | memoryview) -> int:
+        # Arrow writes the schema together with the first batch; it gets a region of its own.
+        if self.position < self._schema_end < self.position + len(data):
+            cut = self._schema_end - self.position
+            return self.write(data[:cut]) + self.write(data[cut:])
+        self._file.write(data)
+        self.sha256.update(data)
+        self._region.update(data)
+        self.position += len(data)
+        if self.position == self._schema_end:
+            self.end_region()
+        return len(data)
+
+    def end_region(self) -> None:
+        self.regions.append((self._start, self.position - self._start, self._region.hexdigest()))
+        self._start, self._region = self.position, xxhash.xxh3_64()
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def _write_file(
     path: Path,
     schema: pa.Schema,
@@ -173,23 +212,21 @@ def _write_file(
     options: pa.ipc.IpcWriteOptions | None,
 ) -> tuple[int, int, str, tuple[Region, ...]]:
     """Write the file; return its rows, bytes, sha256 and regions."""
-    # Arrow writes the schema together with the first batch; it gets a region of its own.
-    rows, ends = 0, [0, len(MAGIC) + schema.serialize().size]
+    rows = 0
     with open(path, "xb") as raw:
-        sink = pa.PythonFile(raw, mode="w")
+        file = _HashingFile(raw, len(MAGIC) + schema.serialize().size)
+        sink = pa.PythonFile(file, mode="w")
         # Not a `with`: leaving it by an exception would write a footer and make a partial file
         # valid.
         writer = pa.ipc.new_file(sink, schema, options=options)
         for batch in batches:
             writer.write_batch(batch)
-            ends.append(raw.tell())
+            file.end_region()
             rows += batch.num_rows
         writer.close()
-        ends.append(raw.tell())
-    with pa.memory_map(str(path)) as written:
-        content = memoryview(written.read_buffer())
-    regions = [(a, b - a, xxhash.xxh3_64_hexdigest(content[a:b])) for a, b in pairwise(ends)]
-    return rows, len(content), hashlib.sha256(content).hexdigest(), tuple(regions)
+        file.end_region()
+        raw.flush()
+    return rows, file.position, file.sha256.hexdigest(), tuple(file.regions)
 
 
 class Shard:

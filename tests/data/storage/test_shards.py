@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.storage import shards as shards_module
 from rekindle.data.storage.columns import list_array, list_type, offsets_of
 from rekindle.data.storage.seal import checksum
 from rekindle.data.storage.shards import (
@@ -70,6 +72,21 @@ def test_what_is_written_is_read(shards):
     assert len(content) == commit.bytes
     assert hashlib.sha256(content).hexdigest() == commit.sha256
     assert files(shards) == ["set/commits/00000.json", f"set/{commit.path}"]
+
+
+class FaultyFile(io.FileIO):
+    """Keeps another number than it was given."""
+
+    def write(self, data):
+        return super().write(bytes(data).replace(b"\7\0\7\0", b"\7\0\6\0"))
+
+
+def test_what_a_disk_changes_is_not_sealed_as_sound(shards, monkeypatch):
+    """The checksums are of what was handed over, not of what lies in the file."""
+    monkeypatch.setattr(shards_module, "open", FaultyFile, raising=False)
+    commit = shards.write("00000", SCHEMA, batches(3, fill=7))
+    with pytest.raises(CacheFormatError, match="checksum mismatch"):
+        shards.check(commit)
 
 
 def test_a_unit_without_rows(shards):
