@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.control import strip_control_codes
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
@@ -180,7 +181,7 @@ def _as_text(
             if key in found and found[key].histogram:
                 title = f"{reader.info.name} {key.replace('_', ' ')}"
                 lines.append(_histogram_line(title, found[key], unit))
-    return "\n".join(lines) + "\n"
+    return _printable(lines)
 
 
 def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
@@ -189,7 +190,7 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
         [
             reader.info.name,
             reader.info.task,
-            reader.kind.kept,
+            _kept(reader.info),
             f"{reader.coverage:.1%}",
             f"{reader.positions:,}",
             f"{reader.bytes / 1e6:.2f}",
@@ -199,6 +200,10 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
         for reader in readers
     ]
     return table_of("", head, rows, words=3)
+
+
+def _kept(info: TeacherInfo) -> str:
+    return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
@@ -237,7 +242,12 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     for name, found in targets.items():
         for target in found:
             lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
-    return "\n".join(lines) + "\n"
+    return _printable(lines)
+
+
+def _printable(lines: Sequence[str]) -> str:
+    """The lines without what rings or rewrites a terminal's line: texts may have any character."""
+    return strip_control_codes("\n".join(lines) + "\n")
 
 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:

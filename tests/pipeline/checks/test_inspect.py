@@ -89,7 +89,7 @@ def test_the_histograms_are_of_what_is_in_the_cache(cache):
 def test_the_summary_as_text(cache):
     text = inspect_cache(str(cache))
     assert text.startswith(f"{cache}: 12 sequences, ")
-    for word in ("masked_lm", "top 16", "dense", "1 logit", "3 logits", "100.0%", "2 replicas"):
+    for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 replicas"):
         assert word in text
     for name in ("lm", "odd", "whole"):
         assert f"{name} kept mass" in text
@@ -138,6 +138,15 @@ def test_an_example_as_text(cache):
     assert f"{token} {np.exp(target.log_probs[0, 0]):.3f}" in text
     assert "lm, replica 1" in text
     assert f"score: score {example.targets['score'][0].logits[0]:.3f}" in text
+
+
+def test_what_rewrites_the_terminal_is_not_shown(tmp_path, configure):
+    source = tmp_path / "docs.jsonl"
+    source.write_text(json.dumps({"text": "A river\a runs\b over.", "domain": "s\rea"}) + "\n")
+    corpus = {"source": [str(source)], "sequence_length": 64}
+    cache_teachers(configure(tmp_path / "c", [], corpus=corpus))
+    assert "A river runs over." in inspect_example(str(tmp_path / "c"), 0, None)
+    assert "domains: sea 1" in inspect_cache(str(tmp_path / "c"))
 
 
 def test_class_probabilities_as_text(cache):
