@@ -7,7 +7,7 @@ C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,6 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Chosen = NDArray[np.bool_] | slice  # of rows
-D = TypeVar("D")
-
-
-def _chosen(one: D, rows: Chosen, *fields: str) -> D:
-    """Return a copy with the chosen ``rows`` of some of its fields."""
-    changed = {name: getattr(one, name)[rows] for name in fields}
-    return replace(one, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,13 @@ class MaskedInputs:
     def take(self, part: slice) -> "MaskedInputs":
         """Return ``part`` of the sequences."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
-        own = _chosen(self, slice(first, last), "rows", "positions", "labels")
-        return replace(own, input_ids=self.input_ids[part], rows=own.rows - part.start)
+        return MaskedInputs(
+            self.replica,
+            self.input_ids[part],
+            self.rows[first:last] - part.start,
+            self.positions[first:last],
+            self.labels[first:last],
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class PairInputs:
 
     def take(self, part: slice) -> "PairInputs":
         """Return ``part`` of the sequences."""
-        return _chosen(self, part, "input_ids", "token_types", "lengths")
+        return PairInputs(self.input_ids[part], self.token_types[part], self.lengths[part])
 
 
 class TargetBatch(ABC):
@@ -112,7 +110,8 @@ class TokenTargetBatch(TargetBatch):
 
     def _keep(self, chosen: Chosen) -> Self:
         columns = {name: column[chosen] for name, column in self.columns.items()}
-        return replace(_chosen(self, chosen, "rows", "positions"), columns=columns)
+        rows, positions = self.rows[chosen], self.positions[chosen]
+        return replace(self, rows=rows, positions=positions, columns=columns)
 
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
         """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
@@ -156,7 +155,8 @@ class TokenLabelBatch(TargetBatch):
     logits: Floats  # [P,C]
 
     def _keep(self, chosen: Chosen) -> Self:
-        return _chosen(self, chosen, "rows", "positions", "logits")
+        rows, positions = self.rows[chosen], self.positions[chosen]
+        return replace(self, rows=rows, positions=positions, logits=self.logits[chosen])
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets."""
@@ -184,8 +184,8 @@ class SequenceTargetBatch(TargetBatch):
 
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""
-        passes = () if self.mc_probs is None else ("mc_probs",)
-        return _chosen(self, part, "present", "logits", *passes)
+        mc = None if self.mc_probs is None else self.mc_probs[part]
+        return replace(self, present=self.present[part], logits=self.logits[part], mc_probs=mc)
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
         """Return the only sequence's logits."""
@@ -270,12 +270,17 @@ class Batch:
 
     def take(self, part: slice) -> "Batch":
         """Return ``part`` of its sequences, from one to another, with their targets."""
-        by_row = ("index", "digests", "domains", "input_ids", "lengths", "documents")
         return replace(
-            _chosen(self, part, *by_row),
+            self,
+            index=self.index[part],
+            digests=self.digests[part],
+            domains=self.domains[part],
+            input_ids=self.input_ids[part],
+            lengths=self.lengths[part],
             masked=self.masked and self.masked.take(part),
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
+            documents=self.documents[part],
         )
 
 

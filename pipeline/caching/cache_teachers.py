@@ -28,15 +28,12 @@ from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
-from rekindle.pipeline.caching.teachers import (
-    TeacherPlan,
-    plan_teacher,
-)
+from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import run_units
 from rekindle.pipeline.processes.worker import places_for
-from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.order.domains import check_domains
 
@@ -67,7 +64,7 @@ def cache_teachers(
     config: RunConfig,
     only: Sequence[str] = (),
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     check: bool | None = None,
 ) -> StageOne:
     """Make the cache of ``config``, or what is missing of it, or damaged.
@@ -77,7 +74,6 @@ def cache_teachers(
     this corpus.
     """
     config.check_single()
-    progress = progress or Progress.silent()
     chosen = _chosen(config, only)
     make_missing(config)
     store = open_store(config.cache.path)
