@@ -4,7 +4,7 @@ from textwrap import fill
 
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork, Totals
 from rekindle.pipeline.report.table import Table, table_of
-from rekindle.pipeline.report.text import text_lines
+from rekindle.pipeline.report.text import folded_lines
 
 WIDTH = 100
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
@@ -18,9 +18,9 @@ def shown_plan(plan: RunPlan) -> str:
         left, bound = counted(view.units_to_make, "unit"), "at most " if view.at_most else ""
         there = f"view {view.name}: {left} to make, {view.units_present:,} there"
         lines.append(there + _to_write(view.bytes, bound))
-    if plan.teachers:
-        lines += text_lines(_table(plan.teachers), WIDTH)
-    lines += [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
+    table = folded_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
+    head = [*_wrapped(lines), *table]
+    lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
     lines += [_total(plan.totals, plan.cache), plan.break_even.sentence]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:
@@ -32,7 +32,13 @@ def shown_plan(plan: RunPlan) -> str:
         unknown = f"; not known without it: {', '.join(one.unknown)}" if one.unknown else ""
         lines.append(f"  {one.name}: {one.what}{unknown}")
     lines += [f"warning: {warning}" for warning in plan.warnings]
-    return "".join(f"{fill(line, WIDTH, break_on_hyphens=False)}\n" for line in lines)
+    return "\n".join([*head, *_wrapped(lines)]) + "\n"
+
+
+def _wrapped(sentences: list[str]) -> list[str]:
+    """The sentences in lines of WIDTH; their own lines stay apart."""
+    lines = [line for sentence in sentences for line in sentence.split("\n")]
+    return [fill(line, WIDTH, break_on_hyphens=False) for line in lines]
 
 
 def _of_corpus(corpus: CorpusPlan) -> str:

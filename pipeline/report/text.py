@@ -3,6 +3,7 @@
 import io
 import shutil
 from collections.abc import Sequence
+from typing import Literal
 
 import rich.table
 from rich import box
@@ -33,10 +34,16 @@ def text_lines(table: Table, width: int) -> list[str]:
     return [*lines, *([f" {table.note}"] if table.note else [])]
 
 
-def _upright(columns: Sequence[Column]) -> rich.table.Table:
+def folded_lines(table: Table, width: int) -> list[str]:
+    """The columns in ``width`` characters: what is too long goes on below, within its cell."""
+    return _drawn(_upright(table.columns, fold=True), width)
+
+
+def _upright(columns: Sequence[Column], fold: bool = False) -> rich.table.Table:
     table = rich.table.Table(box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column.title, justify="left" if column.words else "right", no_wrap=True)
+        side: Literal["left", "right"] = "left" if column.words else "right"
+        table.add_column(column.title, justify=side, no_wrap=not fold, overflow="fold")
     for row in range(len(columns[0].cells)):
         table.add_row(*(_cell(column, row) for column in columns))
     return table
@@ -59,9 +66,9 @@ def _cell(column: Column, row: int) -> Text:
     return Text(column.cells[row] + star)
 
 
-def _drawn(table: rich.table.Table) -> list[str]:
+def _drawn(table: rich.table.Table, width: int = WIDEST) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=WIDEST, color_system=None).print(table)
+    Console(file=stream, width=width, color_system=None).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     return [line for line in lines if line]
 

@@ -12,6 +12,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan.break_even import active_steps
+from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, TeacherWork, Totals
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.text import counted, shown_bytes, shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
@@ -138,6 +139,28 @@ def test_text_and_json(made, when):
     text = shown_plan(found)
     assert all(len(line) <= 100 for line in text.splitlines())
     assert all(name in text for name in NAMES)
+
+
+def test_what_is_too_long_is_wrapped_and_cells_within_themselves():
+    names = [letter * 90 for letter in "abcd"]
+    wide = tuple(TeacherWork(name, "masked_lm", "top 64", positions=12) for name in names)
+    plan = RunPlan(
+        cache="cache",
+        corpus=CorpusPlan(("text",), None, None, False, "nobody has counted " * 9, None),
+        views=(),
+        teachers=wide,
+        break_even=BreakEven(None, {}, "No student is trained."),
+        totals=Totals(None, None, (), None, None),
+        warnings=("the first line\nthe second",),
+        to_make=(),
+    )
+    lines = shown_plan(plan).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    for name in names:
+        cells = [line.split() for line in lines if line.startswith(f"  {name[0]}")]
+        assert "".join(cell[0] for cell in cells) == name
+        assert [len(cell) > 1 for cell in cells] == [True] + [False] * (len(cells) - 1)
+    assert lines[-2:] == ["warning: the first line", "the second"]
 
 
 @given(st.integers(0, 10**16))
