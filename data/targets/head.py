@@ -99,7 +99,9 @@ def encode_hidden(hidden: Floats) -> tuple[NDArray[np.int16], Floats]:
     """States [P,H] as int16 and a scale [P] each: |error| ≤ largest of the row / 65,534."""
     scale = np.abs(hidden).max(axis=1, initial=0.0) / 32767
     safe = np.where(scale > 0, scale, 1.0)
-    return np.rint(hidden / safe[:, None]).astype(np.int16), scale.astype(np.float32)
+    # A subnormal scale is rounded so much that the quotient of the largest would wrap around.
+    steps = np.clip(np.rint(hidden / safe[:, None]), -32767, 32767)
+    return steps.astype(np.int16), scale.astype(np.float32)
 
 
 def decode_hidden(stored: NDArray[np.int16], scale: Floats) -> Floats:
