@@ -113,7 +113,7 @@ def run_sweep(
 def _train_missing(
     runs: Sequence[SweepRun], out: Path, workers: int | None, progress: Progress
 ) -> dict[str, Exception]:
-    missing = [run for run in runs if not is_finished(out / run.name)]
+    missing = [run for run in runs if not is_finished(out / run.name, model=False)]
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     workers = min(workers or max(1, len(visible_devices())), len(missing))

@@ -217,6 +217,8 @@ def test_a_resumed_sweep_makes_only_what_is_missing(run_file, tmp_path, alone, m
 
 def test_a_sweep_may_get_more_students(run_file, tmp_path, alone, monkeypatch):
     run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path)
+    for file in ("model.safetensors", "config.json"):  # finished still, though the disk was short
+        (tmp_path / "seed=0" / file).unlink()
     begun = interrupt_at(monkeypatch, 100)
     assert run_sweep(plan_sweep(run_file, ["train.seed=2,1,0"]), tmp_path, resume=True) == {}
     assert begun == ["seed=2"]
@@ -370,7 +372,16 @@ def test_another_corpus_is_refused(run_file, swept):
     refused(CheckpointError, runs, swept, "another cache", resume=True)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"runs": [{}], "corpus": "a"}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", "\xff"),
+        '{"runs": [{}], "corpus": "a"}',
+        '{"runs": [], "corpus": 1}',
+        '{"runs": [{"name": "seed=0", "student": {}, "train": {}}], "corpus": "a"}',
+        '{"runs": [{"name": "a", "values": {}, "student": 1, "train": {}}], "corpus": "a"}',
+    ],
+)
 def test_a_damaged_definition_is_refused(run_file, swept, content):
     (swept / "sweep.json").write_text(content, encoding="latin-1")
     runs = plan_sweep(run_file, ["train.seed=0,1"])
@@ -387,6 +398,7 @@ def test_what_the_cache_does_not_have_is_refused_before_anything_is_written(run_
     refused(InputError, masks, out, "masked views")
     gone = plan_sweep(run_file, ["train.seed=0"], [f"cache.path={tmp_path / 'gone'}"])
     refused(CacheFormatError, gone, out, "gone")
+        ("train.seed=0,1", ["train.keep_best=null"], ("train.keep_best", "None here")),
     assert not out.exists()
 
 
