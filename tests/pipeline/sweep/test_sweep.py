@@ -239,8 +239,12 @@ def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
 
     runs = plan_sweep(run_file, ["train.seed=0,1"], ["train.steps=40"])
     ((failed, error),) = run_sweep(runs, tmp_path, workers=2, progress=Recorder(kill)).items()
-    assert "killed (exit code -9" in str(error)
-    assert error.exit_code == 2
+    told = SweepError({failed: error}, 2)
+    assert f"failed. {failed}: its process was killed (exit code -9; " in str(told)
+    assert str(told).endswith(
+        "--resume tries the failed ones again (if memory is short, give fewer --workers)"
+    )
+    assert told.exit_code == 2
     other = next(run.name for run in runs if run.name != failed)
     assert (tmp_path / other / "summary.json").is_file()
     assert run_sweep(runs, tmp_path, resume=True) == {}
@@ -303,6 +307,31 @@ def test_an_error_of_ours_stops_no_other_either(run_file, tmp_path, monkeypatch,
 
 def test_the_message_lists_what_failed_and_the_first_one_gives_the_code():
     error = SweepError({"a": CheckpointError("bad weights."), "b": InputError("nan")}, 5)
+def test_an_error_of_ours_in_a_worker_is_told_as_in_this_process(
+    run_file, tmp_path, monkeypatch, capfd
+):
+    """Workers are forked from here: only so do they have the bug."""
+    from rekindle.pipeline import train_student
+
+    class Unpicklable(Exception):
+        pass
+
+    def train(config, out, **options):
+        raise Unpicklable("oh")
+
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(train_student, "train_from_config", train)
+    failures = run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), tmp_path, workers=2)
+    error = SweepError(failures, 2)
+    assert "seed=0: Unpicklable: oh; seed=1: Unpicklable: oh. The others" in str(error)
+    assert error.exit_code == 1
+    at_once = capfd.readouterr().err
+    for run in ("seed=0", "seed=1"):
+        assert f"{tmp_path / run} failed; its message comes at the end" in at_once
+    assert at_once.count("Traceback") == 2
+
+
     assert error.exit_code == 3
     assert "2 of 5 students failed. a: bad weights; b: nan." in str(error)
     assert "--resume" in str(error)
