@@ -2,9 +2,9 @@
 
 The gradient is formed while a block's logits exist, so that [N,V] never does for a linear head.
 Rows without loss are dropped before the first product. The Triton path of a linear head is this
-loop, too: library products around the row kernel, in few large blocks. It waits for the device
-only to count the rows of weight ≠ 0 where row weights are given. Nothing here talks to autograd.
-Shapes: N rows, H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
+loop, too: library products around the row kernel, in few large blocks. There the device is waited
+for only to count the rows of weight ≠ 0 where row weights are given. Nothing here talks to
+autograd. Shapes: N rows, H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
 """
 
 import math
@@ -26,7 +26,8 @@ def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gr
 
     Gradients with respect to the student's inputs, weight and bias where they are wanted, which
     needs factors, in their dtypes. The products' factors are rounded to the call's `product_dtype`,
-    if it has one; logits only on the Triton path; dW is summed in float32 or float64 everywhere.
+    if it has one; logits only on the Triton path. dW is summed in float32, on the PyTorch path of
+    float64 inputs in float64.
     """
     student, rows = call.student, _rows_to_keep(call)
     kept = call.targets
@@ -101,10 +102,11 @@ class _LinearHead:
         most = self.blocks[0].stop if self.blocks else 0
         self.buffer = rows_apart(most, len(w), width, logits_dtype, x.device)
         self.dx = torch.empty_like(x) if wanted[0] else None
+        sums = torch.float32 if self.fused else dtype  # a GPU's product adds up in no other
         # the first block overwrites dw, which saves a pass over [V,H]
         fresh = torch.empty if len(x) else torch.zeros
-        self.dw = fresh(w.shape, dtype=dtype, device=w.device) if wanted[1] else None
-        self.db = torch.zeros(len(w), dtype=dtype, device=w.device) if wanted[2] else None
+        self.dw = fresh(w.shape, dtype=sums, device=w.device) if wanted[1] else None
+        self.db = torch.zeros(len(w), dtype=sums, device=w.device) if wanted[2] else None
 
     def logits(self, block: slice) -> Tensor:
         z = self.buffer[: block.stop - block.start]

@@ -26,7 +26,7 @@ class StudentLogits(NamedTuple):
         return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
 
     @property
-    def product_dtype(self) -> torch.dtype:
+    def fused_dtype(self) -> torch.dtype:
         """What the Triton path's logits are in."""
         if self.weight is None:
             return self.inputs.dtype

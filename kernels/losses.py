@@ -132,13 +132,17 @@ def kd_loss(
     targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
     targets = _checked(targets._replace(labels=labels, weight=row_weight), student, settings)
     whole = teacher.states is not None
-    if student.weight is None and (whole or not _rows_are_dense(student.inputs)):
-        student = StudentLogits(student.inputs.contiguous())  # the gradient takes its layout
+    if student.weight is None:  # the gradient takes the logits' layout
+        if not _rows_are_dense(student.inputs):
+            # contiguous() would leave a single row's stride as it is, of whatever length
+            student = StudentLogits(student.inputs.clone(memory_format=torch.contiguous_format))
+        elif whole:
+            student = StudentLogits(student.inputs.contiguous())
     rounded = None
     if student.weight is not None and whole:
         rounded = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
     elif student.weight is not None and chosen == "triton":
-        rounded = student.product_dtype
+        rounded = student.fused_dtype
     computation = Computation(chosen, rounded)
     return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
 
@@ -201,6 +205,8 @@ def linear_kd_loss(
 
     Returns, Raises: as for `kd_loss`.
     """
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight is {weight!r}; it must be the output embedding [V,H]")
     return kd_loss(
         StudentLogits(hidden, weight, bias),
         target_ids,
@@ -237,7 +243,8 @@ def merge_targets(
     somewhere in its tail, unknown, and stays there. The merged probability of that id is then a
     lower bound, the merged tail Σ_t w_t·tail_t an upper bound, and the total mass is exact.
 
-    Returns: (ids [N,ΣK_t] int64, probs [N,ΣK_t], tail [N]): ids distinct, by falling probability
+    Returns: DecodedTargets (ids [N,ΣK_t] int64, probs [N,ΣK_t], tail [N]): ids distinct, by falling
+        probability
         (ties by id), padding -1 with probability 0 last; float64 if any probs are, else float32.
 
     Raises: ValueError for shapes that do not fit, or negative weights (checked on CPU).
@@ -345,7 +352,7 @@ def _choose(impl: str, student: StudentLogits, targets: Targets) -> str:
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
     whole = isinstance(targets, WholeTargets)
-    device, dtype = student.inputs.device, student.product_dtype
+    device, dtype = student.inputs.device, student.fused_dtype
     obstacle = _obstacle(device, dtype, targets, interpreted)
     if impl == "triton" and obstacle and not whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")

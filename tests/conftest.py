@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from rekindle.pipeline.processes.worker import cores
@@ -31,6 +32,10 @@ settings.load_profile("rekindle")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, Triton kernels run under its interpreter. That is chosen before triton is imported,
+# and transformers imports it for any test file.
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -113,8 +118,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """
     if not any(item.path.is_relative_to(folder) for folder in FILLED):
         return (yield)
-    import torch
-
     from testlib.kernels.memory import nan_in_new_memory
 
     if torch.cuda.is_available():
@@ -244,7 +247,6 @@ ModelFactory = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFactory:
     """make_model(family, auto_class, tokenizer_dir, **config) -> a saved model directory."""
-    import torch
     import transformers
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -301,8 +303,6 @@ def make_teacher(make_model: ModelFactory, wordpiece: Path) -> TeacherFactory:
 @pytest.fixture(scope="session")
 def one_thread() -> None:
     """Models this small lose more at OpenMP's barriers than they gain, once cores are shared."""
-    import torch
-
     torch.set_num_threads(1)
 
 

@@ -20,6 +20,7 @@ def _in_list(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
+SomeNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_in_list)]
 
 
 class GrowConfig(Settings):
@@ -291,9 +292,8 @@ class TrainConfig(Settings):
         (), description="teachers whose targets may be incomplete; their holes train without KD"
     )
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="the loss")
-    domains: Names | None = Field(
+    domains: SomeNames | None = Field(
         None,
-        min_length=1,
         description="train and evaluate on sequences of these domains only; null: on all",
     )
     replay: ReplayConfig | None = Field(None, description="memory of earlier domains")

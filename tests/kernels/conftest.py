@@ -1,13 +1,6 @@
-"""Without a GPU, Triton kernels run under its interpreter, which is chosen before the import."""
-
-import os
-import sys
+"""Small tensors, one thread."""
 
 import pytest
-import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rekindle.kernels import ops
+from rekindle.kernels import blockwise, ops
 from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
@@ -168,6 +168,59 @@ def test_logits_of_any_layout(impl: str) -> None:
         results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layout", ["transpose", "last position", "no rows"])
+def test_the_gradient_of_a_single_row_of_any_stride(impl: str, layout: str, compiled: bool) -> None:
+    """The stride of one row, or none, says nothing, and PyTorch leaves it at anything."""
+    column = torch.randn(37, 0 if layout == "no rows" else 1, device=DEVICE)
+    whole = torch.randn(1, 9, 37, device=DEVICE)
+    z = whole[:, -1] if layout == "last position" else column.t()
+    case = make(rows=len(z))
+
+    def loss(logits: Tensor) -> Tensor:
+        found = kd_loss(logits, case["ids"], case["probs"], reduction="sum", impl=impl)
+        return found.loss
+
+    def gradient(logits: Tensor, function: Any) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0]
+
+    torch.compiler.reset()
+    chosen = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    found = gradient(z, chosen)
+    assert found.shape == z.shape
+    torch.testing.assert_close(
+        found, gradient(z.clone(memory_format=torch.contiguous_format), loss)
+    )
+
+
+def test_a_head_without_an_output_embedding_is_refused(impl: str) -> None:
+    case = make()
+    with pytest.raises(ValueError, match="weight is None"):
+        linear_kd_loss(case["hidden"], None, case["ids"], case["probs"], impl=impl)  # type: ignore[arg-type]
+
+
+def test_a_gradient_is_summed_in_float32_where_products_are_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of float64 weights under autocast: a GPU adds sixteen-bit products up in no other."""
+    pytest.importorskip("triton")
+    case, totals = make(), []
+    original = blockwise.product_
+
+    def spied(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
+        totals.append((total.dtype, a.dtype))
+        original(total, a, b, plus)
+
+    monkeypatch.setattr(blockwise, "product_", spied)
+    x, w = (case[n].double().requires_grad_() for n in ("hidden", "weight"))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        linear_kd_loss(x, w, case["ids"], case["probs"], impl="triton").loss.backward()
+    assert (torch.float32, torch.bfloat16) in totals
+    assert not [total for total, _ in totals if total == torch.float64]
+    assert w.grad.dtype == torch.float64
 
 
 @pytest.mark.gpu

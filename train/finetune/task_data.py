@@ -55,10 +55,11 @@ class TaskData:
         """
         unknown = [name for name in self.label_names if name not in names]
         if unknown or not self.label_names:
-            wrong = f"the labels {', '.join(unknown[:5])}"
+            wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores, not classes"
+            other = "" if unknown else ", or a model that was fine-tuned on scores"
             raise InputError(
-                f"the task has {wrong if unknown else 'scores instead of classes'}; {who} know "
-                f"{', '.join(list(dict.fromkeys(names))[:20])}: give a task whose labels they know"
+                f"the task has {wrong}; {who} know {', '.join(list(dict.fromkeys(names))[:20])}: "
+                f"give a task whose labels they know{other}"
             )
 
 

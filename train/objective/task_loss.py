@@ -90,6 +90,7 @@ def _mixture_loss(
     """
     given = {name: batch.targets[name] for name in term.teachers}
     targets = {name: t for name, t in given.items() if isinstance(t, SequenceTargetBatch)}
+    assert len(targets) == len(term.teachers)
     rows = common_rows(list(targets.values()))
     known = {name: send(t.logits[rows], logits.device) for name, t in targets.items()}
     union = LabelUnion.of([teachers[name] for name in term.teachers], term.labels)
@@ -97,6 +98,7 @@ def _mixture_loss(
     importance = None
     if term.combine == "uncertainty":
         means = [t.mc_probs[rows] for t in targets.values() if t.mc_probs is not None]
+        assert len(means) == len(term.teachers)
         certainties = torch.stack([certainty(send(each, logits.device)) for each in means], 1)
         weights = expert_weights(certainties, term.uncertainty)
         importance = margin(certainties) if term.uncertainty.margin else None

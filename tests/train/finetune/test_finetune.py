@@ -341,7 +341,7 @@ def test_evaluate_matches_classes_by_name(tmp_path, bert):
     assert evaluate(out, subset)[0]["accuracy"] > 0.9
     with pytest.raises(InputError, match="the task has the labels x, y"):
         evaluate(out, TaskData(["a", "b"], None, np.array([0, 1]), ("x", "y")))
-    with pytest.raises(InputError, match="scores instead of classes; the 3 outputs"):
+    with pytest.raises(InputError, match="scores, not classes; the 3 outputs"):
         evaluate(out, TaskData(["a"], None, np.array([0.5], np.float32), ()))
 
 

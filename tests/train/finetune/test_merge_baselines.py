@@ -127,7 +127,7 @@ def test_labels_that_nobody_knows_are_refused():
     with pytest.raises(InputError, match="the labels fish; the experts together know cat, dog, b"):
         merge_scores([A, B], LOGITS, None, data)
     scores = TaskData(["x"], None, np.array([0.5], np.float32), ())
-    with pytest.raises(InputError, match="scores instead of classes"):
+    with pytest.raises(InputError, match="scores, not classes"):
         merge_scores([A, B], LOGITS, None, scores)
 
 
