@@ -94,7 +94,6 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
-    from rekindle.data.errors import InputError
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values

@@ -52,8 +52,8 @@ def make(names: Sequence[str], progress: Progress) -> None:
         for left in where.glob(f"{_BEGUN}*") if alone else ():  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         # Not alone, two processes do the same, harmlessly.
-        with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as folder_:
-            begun = Path(folder_)
+        with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as temporary:
+            begun = Path(temporary)
             if any(not (where / name).exists() for name in models):
                 warm_up()  # while the documents are read
             if not (where / "documents").exists():
@@ -93,8 +93,15 @@ def _appear(begun: Path, out: Path) -> None:
 def job_of(name: str, where: Path, begun: Path) -> Job:
     """The job that makes a model in ``begun`` and puts it into ``where``."""
     make_it, steps = _recipe_of(name, where)
-    after, out = tuple(PREFIX + needed for needed in needs(name)), where / name
-    return Job(PREFIX + name, _make_and_show, (make_it, begun / name, out), out, after, steps)
+    out = where / name
+    return Job(
+        PREFIX + name,
+        _make_and_show,
+        (make_it, begun / name, out),
+        output=out,
+        after=tuple(PREFIX + needed for needed in needs(name)),
+        steps=steps,
+    )
 
 
 def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> None:

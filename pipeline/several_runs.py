@@ -4,12 +4,12 @@ OUT/stages.json or OUT/sweep.json   the definition: every run's configuration
 OUT/NAME/                           a run as ``pipeline train-student`` leaves it
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.record.run_folder import FREE, check_same, read_record, reading
+from rekindle.train.record.run_folder import check_same, read_record, reading
 
 STAGES_FILE, SWEEP_FILE = "stages.json", "sweep.json"
 SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
@@ -27,27 +27,39 @@ def read_runs(directory: Path, file: str) -> Recorded | None:
     with reading(path, advice):
         if file == STAGES_FILE:
             return {str(stage["name"]): dict(stage) for stage in found["stages"]}
-        return {
-            run["name"]: {"corpus": found["corpus"], **{key: run[key] for key in SECTIONS}}
-            for run in found["runs"]
-        }
+        corpus, runs = found["corpus"], found["runs"]
+        if not isinstance(corpus, str) or any("values" not in run for run in runs):
+            raise ValueError("it has not the keys of a sweep")
+        sections = {run["name"]: {key: dict(run[key]) for key in SECTIONS} for run in runs}
+        return {name: {"corpus": corpus, **ones} for name, ones in sections.items()}
 
 
-def check_same_runs(out: Path, before: Recorded, now: Recorded, stranger: str, rule: str) -> None:
+def check_same_runs(
+    out: Path,
+    before: Recorded,
+    now: Recorded,
+    stranger: str,
+    rule: str,
+    free: Collection[str] = (),
+) -> None:
     """Raise CheckpointError unless the runs ``now`` are those that were begun ``before``, and more.
 
-    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do.
+    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. Of ``free``
+    keys, dotted, any may differ.
     """
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        check_same(out / name, recorded, now[name], rule, FREE)
+        check_same(out / name, recorded, now[name], rule, free)
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` has all that a finished run leaves; its run.yaml is written last."""
+def is_finished(directory: Path, model: bool = True) -> bool:
+    """Whether ``directory`` has all that a finished run leaves; its run.yaml is written last.
+
+    Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
+    """
     from rekindle.train.student import ABOUT_FILE
 
-    files = ("config.json", ABOUT_FILE, "summary.json", "run.yaml")
-    weights = any(directory.glob("*.safetensors"))
+    files = ("summary.json", "run.yaml", *(("config.json", ABOUT_FILE) if model else ()))
+    weights = not model or any(directory.glob("*.safetensors"))
     return weights and all((directory / name).is_file() for name in files)

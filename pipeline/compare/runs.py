@@ -99,7 +99,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     found = _find(directories)
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
-    differing = differences([one.settings for one in found])
+    differing = differences([one.settings for one in found], items=True)
     runs = [
         _read_run(one, name, {key: values[number] for key, values in differing.items()})
         for number, (one, name) in enumerate(zip(found, names, strict=True))

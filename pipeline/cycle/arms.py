@@ -50,14 +50,24 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
     for one in tasks:
         name = one.task.name
         cost = home / "costs" / f"{name}.json"
-        after = (*before, f"expert on {name}")
-        yield Job(f"cache {name}", stages.cache, (home / CACHE_FILE, (name,), cost), cost, after)
+        yield Job(
+            f"cache {name}",
+            stages.cache,
+            (home / CACHE_FILE, (name,), cost),
+            output=cost,
+            after=(*before, f"expert on {name}"),
+        )
         before = (f"cache {name}",)
     for student, (taught, _) in student_names(config).items():
         run, file = home / "students" / student, home / "students" / f"{student}.yaml"
-        after = ("corpus", *(f"cache {name}" for name in taught))
-        done, steps = run / "run.yaml", config.train.steps
-        yield Job(f"student {student}", stages.train, (file, run), done, after, steps)
+        yield Job(
+            f"student {student}",
+            stages.train,
+            (file, run),
+            output=run / "run.yaml",
+            after=("corpus", *(f"cache {name}" for name in taught)),
+            steps=config.train.steps,
+        )
     for arm in [arm for arm in _ORDER if arm in config.arms]:
         for one in tasks:
             yield from _fine_tuning(home, config, one, arm)
@@ -80,8 +90,13 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
         if len(points) > 1:
             what = stages.FineTuning(start, files, folder, config.seeds_of_search, one.metric)
             searched.append(f"search {point_name(point)} {arm} on {name}")
-            yield Job(searched[-1], stages.search, (what, values), done, after)
+            yield Job(searched[-1], stages.search, (what, values), output=done, after=after)
     out = home / folder_of(arm, name)
     what = stages.FineTuning(start, files, out, range(config.seeds), one.metric)
-    after = (*after, *searched)
-    yield Job(f"{arm} on {name}", stages.fine_tune, (what, tried), out / "metrics.json", after)
+    yield Job(
+        f"{arm} on {name}",
+        stages.fine_tune,
+        (what, tried),
+        output=out / "metrics.json",
+        after=(*after, *searched),
+    )

@@ -15,10 +15,19 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar, cast
 
-from rekindle.pipeline.processes.worker import Place, Returned, Worker, cores, killed_at_exit
+from rekindle.data.errors import InputError
+from rekindle.pipeline.processes.worker import (
+    Place,
+    Returned,
+    Worker,
+    WorkerKilled,
+    cores,
+    killed_at_exit,
+)
 from rekindle.pipeline.progress import Progress, ProgressTask
 
 MOST_WORKERS = 4
+_GO_ON = "What is finished is kept; run the same command again to go on"
 _Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
 
 
@@ -88,8 +97,8 @@ def run_jobs(
 
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``
-    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others;
-    with ``keep_going`` it is the job's result.
+    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others,
+    as InputError if its process was killed; with ``keep_going`` it is the job's result.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
@@ -109,9 +118,12 @@ def run_jobs(
                 try:
                     message = worker.receive()
                 except Exception as error:
-                    if not keep_going:
+                    if keep_going:
+                        results[job.name] = error
+                    elif isinstance(error, WorkerKilled):
+                        raise InputError(f"{job.name}: {error}. {_GO_ON}") from None
+                    else:
                         raise
-                    results[job.name] = error
                 else:
                     if not isinstance(message, Returned):
                         cast(_Tell, message)(task)
@@ -149,7 +161,8 @@ def run_units(
 ) -> None:
     """Do ``units`` in a process at each of ``places``; ``report`` takes each result as it comes.
 
-    An error of a unit, or of ``load``, ends all (see ``Worker.receive``).
+    An error of a unit, or of ``load``, ends all (see ``Worker.receive``). Raises InputError if a
+    process was killed.
     """
     waiting, workers = deque(units), list[Worker]()
     with killed_at_exit(workers):
@@ -158,7 +171,11 @@ def run_units(
             workers[-1].send(waiting.popleft())
         while workers:
             for worker in Worker.with_messages(workers):
-                message = worker.receive()
+                try:
+                    message = worker.receive()
+                except WorkerKilled as error:
+                    advice = f"{_GO_ON}, with fewer --workers if need be"
+                    raise InputError(f"{name}: {error}. {advice}") from None
                 if isinstance(message, Returned):
                     workers.remove(worker)
                     continue

@@ -39,6 +39,10 @@ if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
 Work = Callable[[Connection], object]  # what a child does, given its connection to the parent
 
 
+class WorkerKilled(InputError):
+    """A child was killed: mostly by the system, for want of memory, so fewer workers may help."""
+
+
 @dataclass(frozen=True)
 class Place:
     """One process's: its CUDA device as CUDA_VISIBLE_DEVICES names it (None: the CPU)."""
@@ -73,7 +77,7 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         if place.device is None:
             context.set_forkserver_preload(_PRELOADED)
-        self.name, self.place = name, place
+        self.place = place
         self._connection, theirs = context.Pipe()
         arguments = (name, work, place, theirs, log_file)
         self._process = context.Process(target=_live, args=arguments, daemon=True)
@@ -89,17 +93,14 @@ class Worker:
         """Wait for the next message and return it; ``Returned`` is the last one.
 
         Raises the RekindleError or OSError that ended the work, any other error as RuntimeError
-        with the child's traceback, and InputError if the process was killed: mostly by the system,
-        for want of memory.
+        with the child's traceback, and WorkerKilled if the process was killed.
         """
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise InputError(
-                f"{self.name}: its process was killed (exit code {self._process.exitcode}; out of "
-                "memory?). What is finished is kept; run the same command again to go on, where "
-                "memory is short with fewer --workers"
+            raise WorkerKilled(
+                f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
             ) from None
         if isinstance(message, Exception | Returned):
             self._process.join()  # it may have temporary files to remove

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -134,64 +135,70 @@ def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
 
 # --- pictures -------------------------------------------------------------------------------------
 
-_Row = tuple[int, str, Sequence[float], tuple[float, float] | None]  # line, name, dots, interval
-
 
 def _picture(models: Sequence[str], task: TaskScores) -> Figure:
-    rows = [
-        (number, name, scores, mean_interval(scores))
-        for number, name in enumerate(models)
-        if (scores := task.of(name))
-    ]
+    rows = [(n, name, scores) for n, name in enumerate(models) if (scores := task.of(name))]
     caption = (
         f"{task.title}, × 100. A dot for each seed, a bar at the mean, a line for its interval."
     )
-    return _figure(caption, rows, task.chance)
+
+    def draw(axes: Any) -> None:
+        points: list[float] = []
+        for place, (number, _, scores) in enumerate(rows):
+            dots = plottable(100 * score for score in scores)
+            points += dots
+            style = line_style(number) | {"linestyle": "", "clip_on": False}
+            axes.plot(dots, [place] * len(dots), ms=5, alpha=0.6, **style)
+            middle = sum(dots) / len(dots)
+            axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
+            if (interval := mean_interval(scores)) is not None:
+                bounds = plottable(100 * bound for bound in interval)
+                axes.hlines(place, *bounds, color=colour(number), lw=1.3)
+        low, high = _score_axis(axes, points, [name for _, name, _ in rows])
+        if task.chance is not None and low < 100 * task.chance < high:
+            axes.axvline(100 * task.chance, color=INK, lw=0.8, ls=(0, (1, 2)))
+
+    return Figure(caption, draw, _size(len(rows)))
 
 
 def _difference_pictures(differences: Sequence[Difference]) -> Figures:
-    groups: dict[tuple[str, str], list[_Row]] = {}
+    groups: dict[tuple[str, str], list[Difference]] = {}
     for one in differences:
-        known = one.low is not None and one.high is not None
-        interval = (one.low or 0.0, one.high or 0.0) if known else None
-        groups.setdefault((one.task, one.against), []).append((0, one.arm, [one.mean], interval))
+        groups.setdefault((one.task, one.against), []).append(one)
     figures = []
-    for (task, against), rows in groups.items():
+    for (task, against), ones in groups.items():
         caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
-        figures.append(_figure(caption, rows, 0.0, whole=True))
+        figures.append(Figure(caption, partial(_draw_differences, ones), _size(len(ones))))
     return Figures(figures, small=True)
 
 
-def _figure(caption: str, rows: Sequence[_Row], line: float | None, whole: bool = False) -> Figure:
-    """Names downwards, with their dots and intervals × 100, and a ``line`` where it is in view.
+def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
+    """Draw differences below each other, with intervals, around a line at none."""
+    seen = [0.0]
+    for place, one in enumerate(ones):
+        known = [value for value in (one.mean, one.low, one.high) if value is not None]
+        middle, *bounds = plottable(100 * value for value in known)
+        seen += [middle, *bounds]
+        axes.plot([middle], [place], "o", ms=5, mew=0, color=colour(0))
+        if len(bounds) == 2:
+            axes.hlines(place, *bounds, color=colour(0), lw=1.4)
+    _score_axis(axes, seen, [one.arm for one in ones])
+    axes.axvline(0, color=INK, lw=0.8)
 
-    The view is of the dots, and as much again at each end; with ``whole`` of all intervals and of
-    the line.
-    """
 
-    def draw(axes: Any) -> None:
-        seen = [100 * line] if whole and line is not None else []
-        for place, (number, _, scores, interval) in enumerate(rows):
-            dots = plottable(100 * score for score in scores)
-            bounds = plottable(100 * bound for bound in interval or ())
-            seen += [*dots, *(bounds if whole else ())]
-            style = line_style(number) | {"linestyle": "", "clip_on": False}
-            axes.plot(dots, [place] * len(dots), ms=5, alpha=0.6, **style)
-            if not whole:
-                middle = sum(dots) / len(dots)
-                axes.vlines(middle, place - 0.28, place + 0.28, color=colour(number), lw=2)
-            if bounds:
-                axes.hlines(place, *bounds, color=colour(number), lw=1.3)
-        there = [value for value in seen if value == value] or [0.0]
-        reach = max(max(there) - min(there), 1.0)
-        low, high = min(there) - 0.6 * reach, max(there) + 0.6 * reach
-        axes.set_xlim(low, high)
-        axes.set_yticks(range(len(rows)), [shown(name) for _, name, _, _ in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        few_ticks(axes.xaxis, 4)
-        if line is not None and low < 100 * line < high:
-            axes.axvline(100 * line, color=INK, lw=0.8, ls="-" if whole else (0, (1, 2)))
+def _size(rows: int) -> tuple[float, float]:
+    return 3.5, max(1.5, 0.55 + 0.26 * rows)
 
-    return Figure(caption, draw, (3.5, max(1.5, 0.55 + 0.26 * len(rows))))
+
+def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> tuple[float, float]:
+    """Names downwards; sideways ``values``, and as much again at each end. Return its limits."""
+    there = [value for value in values if value == value] or [0.0]
+    reach = max(max(there) - min(there), 1.0)
+    low, high = min(there) - 0.6 * reach, max(there) + 0.6 * reach
+    axes.set_xlim(low, high)
+    axes.set_yticks(range(len(names)), [shown(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    few_ticks(axes.xaxis, 4)
+    return low, high

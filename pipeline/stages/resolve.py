@@ -152,23 +152,24 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
     if second["source"][: len(first["source"])] == first["source"]:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
-    pairs = {f"corpus.{key}": (first[key], second[key]) for key in first}
+    corpus = {f"corpus.{key}": (first[key], second[key]) for key in first}
     sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
-    pairs["cache.sequences_per_shard"] = sizes
+    corpus["cache.sequences_per_shard"] = sizes
+    teachers: dict[str, tuple[object, object]] = {}
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
             ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
-            pairs |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
-    for what, (before, now) in pairs.items():
-        if before != now:
-            teachers = what.startswith("the ")
-            named = "In a cache one name is one teacher: give it another, or: " if teachers else ""
-            raise InputError(
-                f"stages {one.name!r} and {other.name!r} share the cache {one.config.cache.path}, "
-                f"but {what} is {before!r}, then {now!r}. {named}Give stage {other.name!r} a "
-                "cache.path of its own"
-            )
+            teachers |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
+    renamed = "In a cache one name is one teacher: give it another, or: "
+    for pairs, advice in ((corpus, ""), (teachers, renamed)):
+        for what, (before, now) in pairs.items():
+            if before != now:
+                raise InputError(
+                    f"stages {one.name!r} and {other.name!r} share the cache "
+                    f"{one.config.cache.path}, but {what} is {before!r}, then {now!r}. {advice}"
+                    f"Give stage {other.name!r} a cache.path of its own"
+                )
 
 
 def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:

@@ -28,7 +28,7 @@ from rekindle.pipeline.stages.resolve import Ready, Stage, check_models, plan_st
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult
-from rekindle.train.record.run_folder import goes_on, open_folder
+from rekindle.train.record.run_folder import FREE, goes_on, open_folder
 
 log = logging.getLogger("rekindle")
 
@@ -90,7 +90,7 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
         now = {stage.name: _whole(stage.record) for stage in stages}
         stranger = "has a stage {name!r}, which the file has not"
         rule = "Resume it with its own configuration, or give another --out"
-        check_same_runs(out, begun, now, stranger, rule)
+        check_same_runs(out, begun, now, stranger, rule, FREE)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]

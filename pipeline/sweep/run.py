@@ -15,9 +15,8 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
-from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
-from rekindle.pipeline.processes.worker import places_for, visible_devices
+from rekindle.pipeline.processes.worker import WorkerKilled, places_for, visible_devices
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.several_runs import (
     SECTIONS,
@@ -31,8 +30,6 @@ from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
 
-_EXPECTED = (RekindleError, OSError)  # whatever else ends a student is a bug
-
 
 class SweepError(RekindleError):
     """Some students failed; the others are finished. Ends with the exit code that the first one's
@@ -40,19 +37,16 @@ class SweepError(RekindleError):
     """
 
     def __init__(self, failures: Mapping[str, Exception], count: int):
-        told = [f"{name}: {_message(error).rstrip('.')}" for name, error in failures.items()]
+        told = [f"{name}: {str(error).rstrip('.')}" for name, error in failures.items()]
+        killed = any(isinstance(error, WorkerKilled) for error in failures.values())
         super().__init__(
             f"{len(failures)} of {count} students failed. {'; '.join(told)}. The others are "
             "finished; --resume tries the failed ones again"
+            + (" (if memory is short, give fewer --workers)" if killed else "")
         )
         first = next(iter(failures.values()))
         usual = InputError.exit_code if isinstance(first, OSError) else RekindleError.exit_code
         self.exit_code = getattr(first, "exit_code", usual)
-
-
-def _message(error: Exception) -> str:
-    """What a user is told, with the name of what only a bug raises."""
-    return str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -113,7 +107,7 @@ def run_sweep(
 def _train_missing(
     runs: Sequence[SweepRun], out: Path, workers: int | None, progress: Progress
 ) -> dict[str, Exception]:
-    missing = [run for run in runs if not is_finished(out / run.name)]
+    missing = [run for run in runs if not is_finished(out / run.name, model=False)]
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     workers = min(workers or max(1, len(visible_devices())), len(missing))
@@ -123,31 +117,31 @@ def _train_missing(
     else:
         jobs = []
         for run in missing:
-            where, steps = out / run.name, run.config.train.steps
-            jobs.append(Job(str(where), _train, (run.config, where), None, steps=steps))
+            name, steps = str(out / run.name), run.config.train.steps
+            jobs.append(Job(name, _train, (run, out), output=None, steps=steps))
         results = run_jobs(jobs, None, progress, places_for(workers), keep_going=True)
         ended = [results[job.name] for job in jobs]
     pairs = zip(missing, ended, strict=True)
     return {run.name: error for run, error in pairs if isinstance(error, Exception)}
 
 
-def _train(config: RunConfig, out: Path, report: Report) -> None:
-    """Train one student in a process of its own, or go on with it."""
-    from rekindle.pipeline.train_student import train_from_config
-
-    train_from_config(config, out, resume=True, progress=StepReports(report))
+def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
+    """``train_one`` as a job, in a process of its own."""
+    return train_one(run, out, StepReports(report))
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
-    """Train one student in this process, or go on with it. Returns what ended it, if it failed."""
+    """Train one student in this process, or go on with it. Returns what ended it, if it failed; a
+    bug, which may not be picklable, as a RekindleError with its name.
+    """
     from rekindle.pipeline.train_student import train_from_config
 
     try:
         train_from_config(run.config, out / run.name, resume=True, progress=progress)
     except Exception as error:
-        bug = not isinstance(error, _EXPECTED)
+        bug = not isinstance(error, RekindleError | OSError)
         log.warning("%s failed; its message comes at the end", out / run.name, exc_info=bug)
-        return error
+        return RekindleError(f"{type(error).__name__}: {error}") if bug else error
     return None
 
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, TypeGuard, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import is_temporary, remove_leftovers
@@ -106,27 +106,30 @@ def check_same(
             raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
 
 
-def differences(settings: Sequence[object], path: tuple[str, ...] = ()) -> dict[str, list[object]]:
+def differences(
+    settings: Sequence[object], path: tuple[str, ...] = (), items: bool = False
+) -> dict[str, list[object]]:
     """Return the keys of nested settings at which not all are the same, with the value of each.
 
-    Lists of as many sections are compared one by one; other lists are different as a whole.
+    Lists of as many sections are compared one by one, with ``items`` those of plain values, too;
+    other lists are different as a whole.
     """
     if all(one == settings[0] for one in settings):
         return {}
     sections = [one for one in settings if isinstance(one, Mapping)]
-    lists = [one for one in settings if _is_of_sections(one)]
+    lists = [one for one in settings if isinstance(one, list) and (items or _is_of_sections(one))]
     if len(lists) == len(settings) and len({len(one) for one in lists}) == 1:
         sections = [dict(enumerate(one)) for one in lists]
     if len(sections) < len(settings):
         return {".".join(path): list(settings)}
     found: dict[str, list[object]] = {}
     for key in dict.fromkeys(key for one in sections for key in one):
-        found |= differences([one.get(key) for one in sections], (*path, str(key)))
+        found |= differences([one.get(key) for one in sections], (*path, str(key)), items)
     return found
 
 
-def _is_of_sections(value: object) -> TypeGuard[list[Mapping[str, object]]]:
-    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+def _is_of_sections(value: list[object]) -> bool:
+    return all(isinstance(one, Mapping) for one in value)
 
 
 # --- one process at a time ------------------------------------------------------------------------

@@ -492,6 +492,13 @@ def test_what_methods_say_of_their_values_counts(write):
 
 # --- differences ----------------------------------------------------------------------------------
 
+
+def test_of_lists_the_items_that_differ_are_named(write):
+    runs = [write("a", domains=["x", "y"]), write("b", domains=["x", "z"])]
+    settings = [run.settings for run in compare_runs(runs).runs]
+    assert settings == [{"train.domains.1": "y"}, {"train.domains.1": "z"}]
+
+
 trees = st.recursive(
     st.integers(0, 2) | st.none(),
     lambda inner: (
@@ -514,7 +521,7 @@ def test_differences_are_where_values_differ_and_nowhere_else(settings):
             )
         return tree
 
-    found = differences(settings)
+    found = differences(settings, items=True)
     for key, values in found.items():
         assert values == [at(one, key) for one in settings]
         assert any(value != values[0] for value in values)

@@ -93,7 +93,11 @@ def test_there_are_no_more_processes_than_units(loads: ModuleType, tmp_path: Pat
         ("refuses", CacheError, "^cannot be loaded$"),
         ("fails", OSError, "No space left on device: 'here'"),
         ("has_a_bug", RuntimeError, r"(?s)^numbers failed:.*ZeroDivisionError"),
-        ("dies", InputError, r"^numbers: its process was killed \(exit code 9;.*--workers"),
+        (
+            "dies",
+            InputError,
+            r"^numbers: its process was killed \(exit code 9;.*again.*, .*--workers",
+        ),
     ],
 )
 def test_an_error_ends_all(
