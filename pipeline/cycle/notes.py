@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
-from rekindle.pipeline.cycle.search import Searched
+from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there

@@ -7,10 +7,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
-from rekindle.pipeline.cycle.arms import CACHE_FILE, START_FOLDER, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
+from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names
 from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts

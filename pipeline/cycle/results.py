@@ -24,7 +24,7 @@ from rekindle.pipeline.cycle.finetuned import (
 )
 from rekindle.pipeline.cycle.notes import notes_of
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults, TaskFacts, differences_of, scores_of
-from rekindle.pipeline.cycle.search import check_search, read_search, searched_of
+from rekindle.pipeline.cycle.searched import check_search, read_search, searched_of
 
 Found = Mapping[tuple[str, str], FineTuned]  # by arm and task
 Tried = Mapping[tuple[str, str], Sequence[FineTuned]]

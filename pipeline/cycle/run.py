@@ -28,9 +28,9 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
 from rekindle.pipeline.config import RunConfig, dump_config
-from rekindle.pipeline.cycle.arms import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles, check_start, read_tasks, write_tasks
+from rekindle.pipeline.cycle.jobs import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults

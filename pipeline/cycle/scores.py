@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
-from rekindle.pipeline.cycle.search import Searched
+from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.cache import CacheFacts
 from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired

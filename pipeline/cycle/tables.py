@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
-from rekindle.pipeline.cycle.search import Searched, Tried
+from rekindle.pipeline.cycle.searched import Searched, Tried
 from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import TaskScores, difference_tables, score_table

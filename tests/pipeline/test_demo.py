@@ -13,8 +13,8 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.arms import student_names
 from rekindle.pipeline.cycle.config import load_cycle
+from rekindle.pipeline.cycle.jobs import student_names
 from rekindle.pipeline.demo import (
     FULL,
     QUICK,

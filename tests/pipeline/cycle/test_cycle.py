@@ -21,10 +21,10 @@ from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.arms import plan_jobs, student_names
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig, load_cycle
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import read_tasks
+from rekindle.pipeline.cycle.jobs import plan_jobs, student_names
 from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.run import configs, run_cycle
 from rekindle.pipeline.job_functions import save_start

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rekindle.pipeline import job_functions as stages
+from rekindle.pipeline import job_functions as functions
 from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
@@ -41,8 +41,8 @@ def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
     start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
-    yield Job("start", stages.save_start, (config.student.model, start), output=start)
-    yield Job("corpus", stages.cache, (home / "corpus.yaml", (), corpus), output=corpus)
+    yield Job("start", functions.save_start, (config.student.model, start), output=start)
+    yield Job("corpus", functions.cache, (home / "corpus.yaml", (), corpus), output=corpus)
     for one in tasks:
         yield from _fine_tuning(home, config, one, "expert")
     # One after another: a teacher's time is then its own.
@@ -52,7 +52,7 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
         cost = home / "costs" / f"{name}.json"
         yield Job(
             f"cache {name}",
-            stages.cache,
+            functions.cache,
             (home / CACHE_FILE, (name,), cost),
             output=cost,
             after=(*before, f"expert on {name}"),
@@ -62,7 +62,7 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
         run, file = home / "students" / student, home / "students" / f"{student}.yaml"
         yield Job(
             f"student {student}",
-            stages.train,
+            functions.train,
             (file, run),
             output=run / "run.yaml",
             after=("corpus", *(f"cache {name}" for name in taught)),
@@ -88,14 +88,14 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
         done = folder / "metrics.json"
         tried.append((values, done))
         if len(points) > 1:
-            what = stages.FineTuning(start, files, folder, config.seeds_of_search, one.metric)
+            what = functions.FineTuning(start, files, folder, config.seeds_of_search, one.metric)
             searched.append(f"search {point_name(point)} {arm} on {name}")
-            yield Job(searched[-1], stages.search, (what, values), output=done, after=after)
+            yield Job(searched[-1], functions.search, (what, values), output=done, after=after)
     out = home / folder_of(arm, name)
-    what = stages.FineTuning(start, files, out, range(config.seeds), one.metric)
+    what = functions.FineTuning(start, files, out, range(config.seeds), one.metric)
     yield Job(
         f"{arm} on {name}",
-        stages.fine_tune,
+        functions.fine_tune,
         (what, tried),
         output=out / "metrics.json",
         after=(*after, *searched),

@@ -1,6 +1,6 @@
 """The search over fine-tuning settings: what each arm has tried on dev, and whether all were alike.
 
-The points are planned in ``config.search_points``, run as jobs of ``arms``, and the best on dev is
+The points are planned in ``config.search_points``, run as jobs of ``jobs``, and the best on dev is
 taken by ``job_functions.fine_tune``.
 """
 
