@@ -26,7 +26,7 @@ from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.run_folder import alone_in
-from testlib.processes import descendants
+from testlib.processes import alive, descendants, until
 from testlib.students import same_weights
 
 TEMPERATURE = "train.objective.distill.0.temperature"
@@ -274,12 +274,8 @@ def test_students_end_with_the_command(run_file, tmp_path, how):
         for part in ("--sweep train.seed=0,1", "--set train.steps=100000", "--workers 2"):
             assert part in line
         assert line.endswith("--resume")
-    # They have ended: stderr was theirs, too, and is closed. But only PID 1 can take them off the
-    # list of processes, which where that looks now and then, on a busy machine, takes its time.
-    deadline = time.monotonic() + 180
-    while any(Path(f"/proc/{child}/task").is_dir() for child in children):
-        assert time.monotonic() < deadline, "a student was left behind"
-        time.sleep(0.05)
+    # What is on the list of processes as ended waits for PID 1 to take it off, whenever it looks.
+    assert until(lambda: not alive(children)), "a student was left behind"
 
 
 # --- failures -------------------------------------------------------------------------------------
