@@ -227,7 +227,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rekindle.data.corpus.corpus import build_corpus
-    from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.storage.store import LocalStore
 root, source, tokenizer = sys.argv[1:]
 config = CorpusConfig(source=source, tokenizer=tokenizer, sequence_length=24, domain_field="domain")
