@@ -66,11 +66,9 @@ def case(vocabulary: int, rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
 @pytest.mark.parametrize(("vocabulary", "kept", "k"), [(333, 9, None), (333, 9, 4), (66_000, 7, 3)])
+@pytest.mark.usefixtures("triton_runs")
 def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):
     """Losses and gradient from encoded rows equal float64 ones of the decoded rows."""
-    triton = pytest.importorskip("triton")
-    if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
     tau = 2.0
     targets = stored(6, vocabulary, kept, tau, k=k)
     logits, labels = case(vocabulary)
@@ -91,11 +89,7 @@ def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=4e-6 * scale)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_linear_head_takes_them_too(impl):
-    triton = pytest.importorskip("triton")
-    if impl == "triton" and DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
     targets = stored(6, 300, 8, 1.0)
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(6, 16, generator=g), torch.randn(300, 16, generator=g)

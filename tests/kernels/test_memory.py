@@ -24,15 +24,6 @@ def _nan() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["torch", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-            pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
-    return request.param
-
-
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 

@@ -14,15 +14,6 @@ from rekindle.kernels.targets import LossSettings, SparseTargets
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["torch", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        triton = pytest.importorskip("triton")
-        if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-            pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
-    return request.param
-
-
 def make(rows: int = 5, vocabulary: int = 37, hidden: int = 8) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     case = {
@@ -202,11 +193,11 @@ def test_a_head_without_an_output_embedding_is_refused(impl: str) -> None:
         linear_kd_loss(case["hidden"], None, case["ids"], case["probs"], impl=impl)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("triton_runs")
 def test_a_gradient_is_summed_in_float32_where_products_are_rounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of float64 weights under autocast: a GPU adds sixteen-bit products up in no other."""
-    pytest.importorskip("triton")
     case, totals = make(), []
     original = blockwise.product_
 

@@ -28,12 +28,7 @@ TAILS = ("bucket", "renormalise", "none")
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
-@pytest.fixture(autouse=True)
-def _needs_gpu_or_interpreter() -> None:
-    import triton
-
-    if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("no GPU, and triton was imported before the interpreter could be chosen")
+pytestmark = pytest.mark.usefixtures("triton_runs")
 
 
 def make(rows: int, vocabulary: int, k: int, seed: int = 0, dtype: Any = torch.float32) -> dict:
