@@ -91,18 +91,21 @@ WORDS = [
 GIGABYTES_OF_A_WORKER = 2
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process for each core, as far as there is memory for it; for files that are named, none.
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run in a process for each core, as far as there is memory for it, where nobody says otherwise
+    (-n, --pdb) and pytest-xdist is there; files that are named run in this process.
 
     Each begins with a stretch of neighbours, which share fixtures, and then takes from the others.
     """
-    files = [argument.partition("::")[0] for argument in config.args]
-    if not any(Path(file).is_dir() for file in files):
-        config.option.dist = "no"
-        return 0
-    config.option.dist = "worksteal"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    return max(1, min(cores(), memory // GIGABYTES_OF_A_WORKER))
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    folders = [Path(argument.partition("::")[0]).is_dir() for argument in config.args]
+    if option.numprocesses is None and not option.usepdb and any(folders):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+        option.numprocesses = max(1, min(cores(), memory // GIGABYTES_OF_A_WORKER))
+        option.dist = "worksteal"
 
 
 FILLED = [Path(__file__).parent / folder for folder in ("kernels", "train")]
