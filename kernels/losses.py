@@ -207,6 +207,7 @@ def linear_kd_loss(
     """
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight is {weight!r}; it must be the output embedding [V,H]")
+    # Each by its name, here and above: help() and editors show a caller what there is.
     return kd_loss(
         StudentLogits(hidden, weight, bias),
         target_ids,
