@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.config import content_ids
+from rekindle.data.corpus.shared_ids import unshared_ids
 from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig, TrainConfig
@@ -119,18 +123,20 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
 
 
 def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
-    """Refuse a student that has another tokenizer than the cache."""
+    """Refuse a student to whom an id of the cache's text is another token.
+
+    It may have more tokens: they take no part in the loss.
+    """
     directory = resolve_model(config.model)
     if not has_tokenizer_files(directory):
         return  # its vocabulary size is checked when it is built
-    theirs = load_tokenizer(str(directory))
-    if theirs.digest != cache.tokenizer_digest:
-        raise InputError(
-            f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
-            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
-            "other tokens under the same ids): the cached ids would mean other words. Use a "
-            "student of the cache's tokenizer, or make a cache with this one"
-        )
+    facts = cache.corpus.info["tokenizer"]
+    beside = np.zeros(0, np.int64)
+    if config.language_task == "masked_lm":  # what masks may put into it
+        beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
+    advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
+    own = load_tokenizer(str(directory))
+    unshared_ids(cache.corpus, own, beside, f"student {config.model!r}", advice)
 
 
 def _student(

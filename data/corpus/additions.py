@@ -18,6 +18,7 @@ import xxhash
 
 from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
 from rekindle.data.corpus.documents import only_files, source_files
+from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.store import Store
@@ -100,7 +101,11 @@ def _check_tokenizer(facts: TokenizerFacts) -> None:
     ids = [facts["pad_id"], *optional, *facts["special_ids"]]
     if not isinstance(facts["digest"], str) or type(size) is not int or not 0 < size < 2**31:
         raise ValueError
-    if not all(type(number) is int and 0 <= number < size for number in ids):
+    gaps = facts.get("holes", [])
+    ends = [end for first, past in gaps for end in (first, past)]
+    if not all(type(number) is int and 0 <= number < size for number in [*ids, *ends]):
+        raise ValueError
+    if any(a >= b for a, b in pairwise(ends)):
         raise ValueError
 
 
@@ -122,7 +127,9 @@ def claim_addition(
     if not additions:
         return Addition(0, info["config"], file_states(config.source))
     last = additions[-1]
+    assert tokenizer is not None  # it stands in the first description
     if tokenizer != info["tokenizer"]:
+        check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
     new = info["config"]
     changed = sorted(k for k in last.config.keys() | new.keys() if last.config.get(k) != new.get(k))

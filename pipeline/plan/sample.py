@@ -23,7 +23,6 @@ from rekindle.data.corpus.additions import (
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus
 from rekindle.data.corpus.corpus import (
     FIELDS,
-    TOKENIZER,
     Corpus,
     about_shard,
     build_corpus,
@@ -37,6 +36,7 @@ from rekindle.data.corpus.documents import (
     read_documents,
     source_files,
 )
+from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
