@@ -21,6 +21,7 @@ from rekindle.pipeline.overrides import put_value, set_value
 from rekindle.pipeline.plain_values import parse_yaml, strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.objective.estimates import check_estimates
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _PLACEHOLDERS = ("text", "label")
@@ -146,6 +147,11 @@ class RunConfig(Settings):
                 "takes one configuration. Give it the run.yaml of a stage, which `pipeline "
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
+
+    def check_samples(self) -> None:
+        """Raise InputError for a term that asks of a teacher here what a sample cannot give."""
+        kinds = {t.name: t.described_kind for t in self.teachers}
+        check_estimates(self.train.objective.distill, {n: k for n, k in kinds.items() if k})
 
     def needed_student(self) -> StudentConfig:
         """Return the student; InputError where there is none."""
