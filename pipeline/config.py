@@ -22,6 +22,7 @@ from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.objective.estimates import check_estimates
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _PLACEHOLDERS = ("text", "label")
@@ -147,6 +148,11 @@ class RunConfig(Settings):
                 "takes one configuration. Give it the run.yaml of a stage, which `pipeline "
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
+
+    def check_samples(self) -> None:
+        """Raise InputError for a term that asks of a teacher here what a sample cannot give."""
+        kinds = {t.name: t.described_kind for t in self.teachers}
+        check_estimates(self.train.objective.distill, {n: k for n, k in kinds.items() if k})
 
     def needed_student(self) -> StudentConfig:
         """Return the student; InputError where there is none."""

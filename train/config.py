@@ -128,8 +128,10 @@ class DistillTerm(Settings):
     temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
         "forward_kl",
-        description="mse is for task logits; pseudo_label, for classifiers, is the cross-entropy "
-        "on the class the expert finds most likely, where it is sure of it (see confidence)",
+        description="samples (targets.kind threshold, the default, and random) can teach "
+        "forward_kl alone, see docs/targets.md; mse is for task logits; pseudo_label, for "
+        "classifiers, is the cross-entropy on the class the expert finds most likely, where it is "
+        "sure of it (see confidence)",
     )
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"
