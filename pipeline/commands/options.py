@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -19,7 +18,7 @@ class Command(TyperCommand):
     A shell leaves both alone in ``--out=~/x`` and within single quotes, and a job may have none.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # of click, which typer carries with it or not
         """Run the command."""
         for name, value in ctx.params.items():
             if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):
