@@ -124,7 +124,7 @@ def test_replaced_tokens_are_tokens(made, teacher):
     """Drawn from what was kept, and from what was not."""
     cache = Cache.open(made.cache.path)
     (view,) = cache.views
-    settings = ReplacedTokensSettings(teacher=teacher)
+    settings = ReplacedTokensSettings(method="replaced_tokens", teacher=teacher)
     method = ReplacedTokens(settings, MethodRun(cache, "masked_lm", view, 1, 0))
     seen = set()
     for epoch in range(2):
