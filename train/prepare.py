@@ -9,6 +9,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
@@ -108,9 +109,12 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
     """Check that ``keep_best`` names something that an evaluation can measure."""
     known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
     for name in objective.teachers:
-        problem = objective.teachers[name].problem
+        info = objective.teachers[name]
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
-        known += [f"{what}/{name}" for what in measured.get(problem or "", ["kl", "agreement"])]
+        values = measured.get(info.problem or "", ["kl", "agreement"])
+        if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:  # see ``evaluate``
+            values = ["kl"]
+        known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
         raise InputError(

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
@@ -12,8 +13,8 @@ Label = bool | int | float | str | None  # as YAML writes one; null: a missing o
 class MergeConfig(Settings):
     """Which experts are merged for comparison, and how."""
 
-    experts: tuple[str, ...] = Field(min_length=1, description="directories of classifiers")
-    oracle: str | None = Field(
+    experts: tuple[Place, ...] = Field(min_length=1, description="directories of classifiers")
+    oracle: Place | None = Field(
         None, description="a classifier that was fine-tuned on true labels of all kinds"
     )
     labels: Literal["merge", "apart"] = Field(
