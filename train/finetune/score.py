@@ -160,7 +160,7 @@ class ExpertOutput:
     info: TeacherInfo
     logits: np.ndarray
     mc_probs: np.ndarray | None
-    cut: float  # share of the texts
+    cut: float = 0.0  # share of the texts
 
 
 def expert_output(
