@@ -3,7 +3,9 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,6 +13,19 @@ from pydantic_core import ErrorDetails
 from rekindle.data.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a key that may differ when work goes on: it decides how the work is done, and not what
+    comes of it. ``unless`` names a property of its section: where that is true, the key decides.
+    """
+
+    unless: str = ""
+
+
+Free = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
 
 
 class Settings(BaseModel):
@@ -19,6 +34,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=()
     )
+
+
+def free_keys(section: Settings) -> Iterator[str]:
+    """Yield the dotted keys of ``section`` that may differ when work goes on."""
+    for name, field in type(section).model_fields.items():
+        key, value = field.alias or name, getattr(section, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        if any(not mark.unless or not getattr(section, mark.unless) for mark in marks):
+            yield key
+        several = value if isinstance(value, tuple) else ()
+        inside = {key: value} | {f"{key}.{number}": one for number, one in enumerate(several)}
+        for where, one in inside.items():
+            if isinstance(one, Settings):
+                yield from (f"{where}.{below}" for below in free_keys(one))
 
 
 def parse_settings(section: type[S], values: object, where: str = "") -> S:
