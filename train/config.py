@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Free, MayChange, Settings
 from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import Amount, Count, Positive, Schedule, Seed, Share
@@ -57,7 +58,9 @@ class GrowConfig(Settings):
 class StudentConfig(Settings):
     """The model that is trained."""
 
-    model: str = Field(description="a model directory or a hub id: weights, or only a config.json")
+    model: Place = Field(
+        description="a model directory or a hub id: weights, or only a config.json"
+    )
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
     task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
         "masked_lm",
@@ -125,8 +128,10 @@ class DistillTerm(Settings):
     temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
         "forward_kl",
-        description="mse is for task logits; pseudo_label, for classifiers, is the cross-entropy "
-        "on the class the expert finds most likely, where it is sure of it (see confidence)",
+        description="samples (targets.kind threshold, the default, and random) can teach "
+        "forward_kl alone, see docs/targets.md; mse is for task logits; pseudo_label, for "
+        "classifiers, is the cross-entropy on the class the expert finds most likely, where it is "
+        "sure of it (see confidence)",
     )
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
 from rekindle.train.method import Method
@@ -88,11 +89,13 @@ def evaluate(
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
 
-    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. To a
-    sample (threshold, random) it is larger than to the teacher, by what the sample's entropy is
-    smaller: in the mean a constant, whatever the student.
-    Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Of each of
-    ``data.domains`` the loss is ``loss/DOMAIN``. Empty when nothing is held out.
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. From a
+    sample drawn at τ = 1 (threshold, random) it is an unbiased estimate of the KL to the teacher,
+    whose own entropy is stored; to one drawn at another τ it is larger by a constant, whatever the
+    student. Agreement is the share of equal most-likely outcomes, where the targets tell the
+    teacher's: of a threshold sample where it has more than 1/k, of random draws nowhere (no value).
+    Masked students see replica 0. Of each of ``data.domains`` the loss is ``loss/DOMAIN``. Empty
+    when nothing is held out.
     """
     run = run or (lambda work, *arguments: work(student, *arguments))
     training = student.training
@@ -152,10 +155,19 @@ def _vocabulary_sums(
     targets = kd_targets(target, temperature, k, device)
     kd = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
+    if target.kind.sampled and temperature == 1.0:
+        kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
-    top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
-    agree = int((torch.cat(blocks) == top).sum())
-    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, len(hidden))}
+    best = sparse.probs.max(dim=1)
+    sure = best.values > target.kind.sure_above
+    top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
+    agree = int(((torch.cat(blocks) == top) & sure).sum())
+    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}
+
+
+def _entropy(target: TokenTargetBatch) -> float:
+    """Return the entropies of the teacher's own distributions at τ = 1, in nats, summed up."""
+    return float(target.columns["entropy"].sum(dtype=np.float64)) / STEP
 
 
 def _task_sums(

@@ -9,13 +9,15 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
-from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import load_config, resolve_model
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -133,9 +135,12 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
     """Check that ``keep_best`` names something that an evaluation can measure."""
     known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
     for name in objective.teachers:
-        problem = objective.teachers[name].problem
+        info = objective.teachers[name]
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
-        known += [f"{what}/{name}" for what in measured.get(problem or "", ["kl", "agreement"])]
+        values = measured.get(info.problem or "", ["kl", "agreement"])
+        if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:  # see ``evaluate``
+            values = ["kl"]
+        known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
         raise InputError(
@@ -148,6 +153,7 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
     directory = resolve_model(config.model)
     if not has_tokenizer_files(directory):
         return  # its vocabulary size is checked when it is built
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
     theirs = load_tokenizer(str(directory))
     if theirs.digest != cache.tokenizer_digest:
         raise InputError(

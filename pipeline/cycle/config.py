@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
@@ -56,7 +57,7 @@ _NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring witho
 class CycleCacheConfig(CacheConfig):
     """Where the experts' outputs go; as in a run, but for the path's default."""
 
-    path: str = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+    path: Place = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
 
 
 class CycleTask(Settings):
@@ -64,9 +65,9 @@ class CycleTask(Settings):
 
     name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
     about: str = Field("", description="what it asks, for the report")
-    train: str = Field(description="labelled examples: jsonl, csv, tsv or parquet")
-    test: str = Field(description="scored once for each fine-tuning; selects nothing")
-    dev: str | None = Field(
+    train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
+    test: Place = Field(description="scored once for each fine-tuning; selects nothing")
+    dev: Place | None = Field(
         None, description="what selects; null: dev_examples are taken out of train, at random"
     )
     dev_examples: int = Field(

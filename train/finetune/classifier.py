@@ -12,24 +12,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import InputError
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import (
+    load_config,
     load_weights,
     longest_input,
     place,
-    quiet_transformers,
-    refusing,
     resolve_model,
 )
+from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.meta import refuse_shapes
 
 logger = logging.getLogger("rekindle")
+
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 Row = list[int] | NDArray[np.int32]
 
@@ -94,19 +98,18 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
 
 def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Load the model's fast tokenizer, which pads and cuts on the right."""
-    tokenizer = load_tokenizer(str(resolve_model(model))).hf
+    directory = resolve_model(model)
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    tokenizer = load_tokenizer(str(directory)).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
-def load_config(model: str, **overrides: object) -> PretrainedConfig:
-    """Load the model's configuration."""
-    with refusing(*_refusal(model)):
-        return AutoConfig.from_pretrained(
-            str(resolve_model(model)), trust_remote_code=False, **overrides
-        )
+def classifier_config(model: str) -> PretrainedConfig:
+    """Load the model's configuration, with a label for each output that its head has."""
+    return load_config(resolve_model(model), CLASSIFIER)
 
 
 def load_classifier(
@@ -116,16 +119,15 @@ def load_classifier(
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
     """
-    config = load_config(model)
+    config = classifier_config(model)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        numbers = {name: number for number, name in names.items()}
-        labels: dict[str, object] = {"id2label": names, "label2id": numbers}
         same = config.id2label == names
+        config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
-        labels = {"num_labels": 1}
         same = config.num_labels == 1 and config.problem_type == "regression"
-    config = load_config(model, problem_type=data.problem, **labels)
+        config.num_labels = 1
+    config.problem_type = data.problem
     network, unset = _load_weights(model, config, tokenizer)
     if not same and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)
@@ -138,23 +140,19 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
-    network, body, head = load_weights(
-        resolve_model(model),
-        "AutoModelForSequenceClassification",
-        torch.float32,
-        *_refusal(model),
-        config=config,
-        ignore_mismatched_sizes=True,  # in the head; a body is refused below
-    )
+    what = f"{model!r} cannot be loaded for text classification"
+    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
+    loaded = load_weights(resolve_model(model), CLASSIFIER, torch.float32, what, advice, config)
+    refuse_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler sits in the body but belongs to the head: a masked LM has none.
-    missing = [key for key in body if ".pooler." not in key]
+    missing = [key for key in loaded.body if ".pooler." not in key]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
-            f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
-            f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
+            f"the checkpoint {model!r} lacks {len(missing)} weights of the {config.model_type} "
+            f"body: {shown}; give a checkpoint that fits its config.json"
         )
-    return network, head
+    return loaded.model, loaded.head
 
 
 def _renew_output_layer(network: PreTrainedModel) -> None:
@@ -171,13 +169,6 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def _refusal(model: str) -> tuple[str, str, type[RekindleError]]:
-    """What ``refusing`` says of a model that cannot be had."""
-    what = f"{model!r} cannot be loaded for text classification"
-    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
-    return what, advice, CheckpointError
-
-
 # ---- scoring -----------------------------------------------------------------------------------
 
 
@@ -186,7 +177,13 @@ def predict(
 ) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.train(dropout)
-    return by_length(encoded, batch_size, model.device, lambda inputs: model(**inputs).logits)
+
+    def logits(inputs: dict[str, Tensor]) -> Tensor:
+        with running(str(model.name_or_path)):
+            found: Tensor = model(**inputs).logits
+        return found
+
+    return by_length(encoded, batch_size, model.device, logits)
 
 
 @torch.inference_mode()
@@ -212,7 +209,7 @@ def load_expert(
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
-    tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
+    tokenizer, config = padded_tokenizer(model_dir), classifier_config(model_dir)
     network, unset = _load_weights(model_dir, config, tokenizer)
     if unset:
         raise InputError(
@@ -231,7 +228,8 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     with quiet_transformers():
-        known, labels = load_config(model_dir), data.labels
+        known, labels = classifier_config(model_dir), data.labels
+        check_label_names([*known.id2label.values()], repr(model_dir))
         if data.label_names or known.num_labels != 1:
             data.check_known(
                 list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"

@@ -4,14 +4,15 @@ from typing import Literal
 
 from pydantic import Field
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 
 
 class MergeConfig(Settings):
     """Which experts are merged for comparison, and how."""
 
-    experts: tuple[str, ...] = Field(min_length=1, description="directories of classifiers")
-    oracle: str | None = Field(
+    experts: tuple[Place, ...] = Field(min_length=1, description="directories of classifiers")
+    oracle: Place | None = Field(
         None, description="a classifier that was fine-tuned on true labels of all kinds"
     )
     labels: Literal["merge", "apart"] = Field(

@@ -24,10 +24,10 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import (
     EncodedTexts,
+    classifier_config,
     collate,
     encode,
     load_classifier,
-    load_config,
     padded_tokenizer,
     predict,
 )
@@ -35,7 +35,8 @@ from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import place, quiet_transformers
+from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
 
@@ -79,8 +80,7 @@ def finetune(
     not at all, and replaces only an empty directory or an earlier result of this function.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
 
-    Raises InputError for wrong files, models, metrics or a diverged run, CheckpointError for
-    damaged weights.
+    Raises InputError for wrong files, models, metrics or a diverged run.
     """
     started = time.perf_counter()
     if seeds < 1:
@@ -117,7 +117,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
     tokenizer = padded_tokenizer(model)
-    limits = load_config(model)
+    limits = classifier_config(model)
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
@@ -157,7 +157,7 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with autocast(job.precision, job.device):
+                with autocast(job.precision, job.device), running(job.model):
                     logits = model(**collate(encoded["train"], rows, job.device)).logits
                 loss = _loss(problem, logits.float(), data["train"].labels[rows])
                 optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,9 @@ from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, sc
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import longest_input, place, resolve_model
+from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import ABOUT_FILE, Student
 
@@ -170,6 +172,7 @@ def expert_output(
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    check_label_names(names, repr(model))
     info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
     return ExpertOutput(info, logits, means)
 

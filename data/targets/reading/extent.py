@@ -46,7 +46,7 @@ def settle_extent(
     for teacher in teachers:
         name = teacher.info.name
         if teacher.info.k is not None and teacher.info.is_vocabulary:
-            was = before.targets.get(name)
+            was = before.targets.get(name) if replicas in (None, before.replicas) else None
             try:
                 targets[name] = _kept(teacher, asked.targets.get(name), was, replicas)
             except InputError as error:
