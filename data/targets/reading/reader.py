@@ -91,8 +91,8 @@ class TeacherReader(RowReader):
             p for p in self.parts if p.info.extends == self.main.info.part and p.covers(self.main)
         ]
         temperatures = self.main.info.temperatures
-        for part in self.tails:
-            temperatures += part.info.temperatures
+        for tail in self.tails:
+            temperatures += tail.info.temperatures
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
         self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
         # Units whose tails are still to come are not there yet.
