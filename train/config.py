@@ -219,8 +219,9 @@ class ReplayConfig(Settings):
     fraction: float = Field(0.1, gt=0, lt=1, description="share of all batches' sequences")
     choose: Literal["uniform", "loss_change"] = Field(
         "loss_change",
-        description="which domain is replayed how much: all alike, or in proportion to how much "
-        "its held-out loss has changed of late",
+        description="which domain is replayed how much: all alike, or by how much its held-out "
+        "loss has fallen of late per replayed token; one whose loss does not fall gets the largest "
+        "share in the first half of the steps, none in the second",
     )
 
     @property
