@@ -40,7 +40,20 @@ def measure_growth(run: Path, prepared: Prepared, device: torch.device) -> Repor
     before = prepared.ungrown().to(device)
     report = compare_students(before, prepared.student, prepared.held_out, config, device)
     _tell(report)
+    if config.noise_std == 0 and _has_equal_units(report, prepared.student):
+        log.warning(
+            "student grown: copies of neurons, heads or dimensions are equal and without dropout "
+            "stay so for ever: they learn nothing of their own. Set student.grow.noise_std (0.01)"
+        )
     return report
+
+
+def _has_equal_units(report: Report, student: Student) -> bool:
+    """Say whether it has become wider, and nothing but noise could tell copies apart."""
+    wider = [k for k, n in report["from"].items() if report["to"][k] > n]
+    values = student.model.config.to_dict().items()
+    dropout = [v for key, v in values if "drop" in key and isinstance(v, int | float) and v > 0]
+    return not dropout and bool({*wider} - {"layers", "parameters"})
 
 
 def compare_students(
@@ -68,6 +81,7 @@ def compare_students(
             rows += len(labels)
     return {
         "preserve": config.preserve,
+        "noise_std": config.noise_std,
         "from": _described(before),
         "to": _described(after),
         "sequences": count,
