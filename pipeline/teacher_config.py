@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
@@ -81,7 +82,7 @@ class TeacherConfig(Settings):
     """One expert."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
-    model: str = Field(description="a model directory or a hub id")
+    model: Place = Field(description="a model directory or a hub id")
     task: Task = Field(description="what the model does")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
     domains: tuple[str, ...] | None = Field(

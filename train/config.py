@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import Amount, Count, Positive, Schedule, Share
@@ -72,7 +73,9 @@ class GrowConfig(Settings):
 class StudentConfig(Settings):
     """The model that is trained."""
 
-    model: str = Field(description="a model directory or a hub id: weights, or only a config.json")
+    model: Place = Field(
+        description="a model directory or a hub id: weights, or only a config.json"
+    )
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
     task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
         "masked_lm",

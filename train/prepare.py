@@ -15,7 +15,8 @@ from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
-from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import load_config, resolve_model
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -127,6 +128,7 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
     directory = resolve_model(config.model)
     if not has_tokenizer_files(directory):
         return  # its vocabulary size is checked when it is built
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
     theirs = load_tokenizer(str(directory))
     if theirs.digest != cache.tokenizer_digest:
         raise InputError(
