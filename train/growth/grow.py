@@ -33,8 +33,8 @@ their originals. What is kept of the old model's logits, up to rounding:
   variance of y. But that of x̂ is (up to eps: a relative error of about eps/2). So the original's
   last LayerNorm loses its affine part, those between are plain, and the last copy's ends with it.
 - ``noise_std``, ELLE's, is added to the divided columns of every copy but the first: equal units
-  get equal gradients, and stay equal for ever where there is no dropout. It changes the logits a
-  little; with ``exact`` the first copy takes the opposite, and it changes none.
+  get equal gradients, and stay equal for ever where no dropout tells them apart. It changes the
+  logits a little; with ``exact`` the first copy takes the opposite, and it changes none.
 """
 
 import copy
