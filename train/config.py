@@ -48,7 +48,8 @@ class GrowConfig(Settings):
         0.0,
         description="standard deviation of the noise on the divided columns of every copy but the "
         "first (0.01 in ELLE's own scripts): without it copies learn the same, and stay equal for "
-        "ever where no dropout tells them apart. preserve: exact stays exact: the first takes the opposite",
+        "ever where no dropout tells them apart. preserve: exact stays exact: the first takes the "
+        "opposite",
     )
     seed: Seed = Field(0, description="of what is copied, and of the noise")
     measure_sequences: Count = Field(

@@ -43,8 +43,8 @@ def measure_growth(run: Path, prepared: Prepared, device: torch.device) -> Repor
     grown = {key for key, count in report["from"].items() if report["to"][key] > count}
     if config.noise_std == 0 and grown - {"layers", "parameters"}:
         log.warning(
-            "student grown without noise: copies of neurons stay equal for ever, those of heads and "
-            "hidden dimensions but for dropout, and learn nothing of their own. Set "
+            "student grown without noise: copies of neurons stay equal for ever, those of heads "
+            "and hidden dimensions but for dropout, and learn nothing of their own. Set "
             "student.grow.noise_std (0.01 in ELLE)"
         )
     return report
