@@ -19,11 +19,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import (
     load_language_model,
     longest_input,
     new_language_model,
-    quiet_transformers,
     resolve_model,
 )
 from rekindle.train.model.network import (

@@ -30,14 +30,15 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
     config_fingerprint,
+    load_config,
     load_model,
     longest_input,
     package_versions,
     place,
-    refusing,
     resolve_model,
     weights_fingerprint,
 )
+from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
 
@@ -71,11 +72,8 @@ def plan_teacher(
 
     Raises InputError when it cannot teach on this corpus.
     """
-    from transformers import AutoConfig
-
     directory = directory or resolve_model(config.model)
-    with refusing(f"{directory}/config.json cannot be used"):
-        settings = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    settings: Any = load_config(directory, AUTO_CLASSES[config.task])
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
@@ -213,6 +211,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
             "Use sequence_classification for a classifier"
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
+    check_label_names(names, f"teacher {config.name!r}")
     if config.task == "token_classification":
         return {"label_names": names}
     only = "regression" if labels == 1 else "single_label_classification"
