@@ -14,6 +14,7 @@ from itertools import count, pairwise
 from typing import cast
 
 from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
+from rekindle.data.corpus.documents import LeftOut
 from rekindle.data.corpus.source_states import (
     Present,
     States,
@@ -25,6 +26,7 @@ from rekindle.data.corpus.source_states import (
 from rekindle.data.corpus.sources import Origin
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.shards import Commit
 from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
@@ -196,6 +198,19 @@ def complete_addition(
     if bad_records:
         body["bad_records"] = dict(bad_records)
     store.create(complete_name(addition.number), seal(body))
+
+
+def bad_records(
+    left_out: LeftOut | None, committed: Mapping[str, Commit], ends_at: int | None
+) -> dict[str, int]:
+    """How many bad records stood before the corpus's end, by kind; said in a line, too."""
+    if left_out is None or not left_out.counts():
+        return {}
+    log.warning("corpus%s", left_out.told())
+    if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
+        return left_out.counts()
+    document, token = committed[max(committed)].facts["next"]
+    return left_out.counts(document - (token == 0))  # text is read ahead of the end
 
 
 def _longer(old: PackingFacts, new: PackingFacts) -> bool:

@@ -6,7 +6,6 @@ teachers and views.
 """
 
 import hashlib
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
+    bad_records,
     claim_addition,
     complete_addition,
     describe_addition,
@@ -71,8 +71,6 @@ def _bucket(sequence: PackedSequence) -> int:
     document = sequence.document.encode("utf-8", "surrogatepass")
     return int(xxhash.xxh3_64_intdigest(document)) % BUCKETS
 
-
-log = logging.getLogger("rekindle")
 
 COLUMNS: dict[str, tuple[pa.DataType, Callable[[PackedSequence], object]]] = {
     "digest": (pa.string(), digest_of),
@@ -289,8 +287,7 @@ def build_corpus(
                 f"{left_out.told() if left_out else ''}"
             )
         claim()
-        bad = _bad_records(left_out, committed, ends_at)
-        complete_addition(store, addition, count, bad)
+        complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -317,19 +314,6 @@ def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> di
     about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
     about |= {"tokenizer": tokenizer}
     return about | ({"stage": addition.number} if addition.number else {})
-
-
-def _bad_records(
-    left_out: LeftOut | None, committed: Mapping[str, Commit], ends_at: int | None
-) -> dict[str, int]:
-    """How many bad records stood before the corpus's end, by kind; said in a line, too."""
-    if left_out is None or not left_out.counts():
-        return {}
-    log.warning("corpus%s", left_out.told())
-    if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
-        return left_out.counts()
-    document, token = committed[max(committed)].facts["next"]
-    return left_out.counts(document - (token == 0))  # text is read ahead of the end
 
 
 def first_missing(committed: Mapping[str, Commit]) -> int:
