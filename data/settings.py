@@ -3,6 +3,8 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -12,6 +14,19 @@ from pydantic_core import ErrorDetails
 from rekindle.data.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a key that may differ when work goes on: it decides how the work is done, and not what
+    comes of it. ``unless`` names a property of its section: where that is true, the key decides.
+    """
+
+    unless: str = ""
+
+
+Free = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
 
 
 class Settings(BaseModel):
@@ -71,6 +86,20 @@ def _check_numbers(value: object, choices: set[Any]) -> None:
             raise ValueError("must be a number, not true or false")
     elif isinstance(value, int) and value.bit_length() > 63:
         raise ValueError("must be a number of at most 64 bits")
+
+
+def free_keys(section: Settings) -> Iterator[str]:
+    """Yield the dotted keys of ``section`` that may differ when work goes on."""
+    for name, field in type(section).model_fields.items():
+        key, value = field.alias or name, getattr(section, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        if any(not mark.unless or not getattr(section, mark.unless) for mark in marks):
+            yield key
+        several = value if isinstance(value, tuple) else ()
+        inside = {key: value} | {f"{key}.{number}": one for number, one in enumerate(several)}
+        for where, one in inside.items():
+            if isinstance(one, Settings):
+                yield from (f"{where}.{below}" for below in free_keys(one))
 
 
 def parse_settings(section: type[S], values: object, where: str = "") -> S:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.places import Place
-from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.settings import Free, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
@@ -31,7 +31,7 @@ _PLACEHOLDERS = ("text", "label")
 class CacheConfig(Settings):
     """Where the cache is and how examples are shown."""
 
-    path: Place = Field(description="local path, s3://…, gs://…")
+    path: Free[Place] = Field(description="local path, s3://…, gs://…")
     sequences_per_shard: int = Field(
         4096, gt=0, description="sequences per shard: the unit of work and of what a kill can lose"
     )

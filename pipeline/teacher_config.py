@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from rekindle.data.places import Place
-from rekindle.data.settings import Settings
+from rekindle.data.settings import Free, Settings
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
@@ -97,7 +97,7 @@ class TeacherConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
-    batch_tokens: Literal["auto"] | PositiveInt = Field(
+    batch_tokens: Free[Literal["auto"] | PositiveInt] = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
     view: Literal["masked", "clean"] | None = Field(

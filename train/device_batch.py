@@ -58,6 +58,7 @@ def kd_targets(
     Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
     the top ``k``, is found here.
     """
+    k = batch.used_k(k)
     targets = LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
     if isinstance(targets, HiddenTargets | DenseTargets) and k is not None and k < batch.kind.size:
         return _decoded(targets, batch.kind.size, temperature, k)

@@ -35,6 +35,7 @@ class EvaluationData:
     allow_missing: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
+    k: Mapping[str, int | None] = field(default_factory=dict)  # of a teacher's candidates, trained
 
     def batches(self) -> Iterator[Batch]:
         """Read them, batch by batch."""
@@ -113,7 +114,7 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     """Return every value, in the mean over what it counts."""
     totals: dict[str, NDArray[np.float64]] = {}
     for batch in data.batches():
-        values = run(_batch_sums, batch, device)
+        values = run(_batch_sums, batch, device, data.k)
         for method in data.methods:
             own = run(method.evaluate, batch, device)
             values |= {f"{method.name}/{name}": value for name, value in own.items()}
@@ -122,7 +123,9 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     return {name: float(total / count) for name, (total, count) in totals.items() if count}
 
 
-def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
+def _batch_sums(
+    student: Student, batch: Batch, device: torch.device, k: Mapping[str, int | None]
+) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
     hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
@@ -133,18 +136,23 @@ def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
             if target.info.task == student.task and len(target.rows):
                 places = rows.match(target, batch.input_ids.shape[1])
                 found = hidden[torch.from_numpy(places).to(device)]
-                sums |= _vocabulary_sums(name, student, found, target, device)
+                sums |= _vocabulary_sums(name, student, found, target, k.get(name), device)
         elif isinstance(target, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, target, device)
     return sums
 
 
 def _vocabulary_sums(
-    name: str, student: Student, hidden: Tensor, target: TokenTargetBatch, device: torch.device
+    name: str,
+    student: Student,
+    hidden: Tensor,
+    target: TokenTargetBatch,
+    k: int | None,
+    device: torch.device,
 ) -> Sums:
     head = student.output_head
     temperature = target.kind.read_at
-    targets = kd_targets(target, temperature, None, device)
+    targets = kd_targets(target, temperature, k, device)
     kd = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
     if target.kind.sampled and temperature == 1.0:

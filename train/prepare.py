@@ -1,15 +1,16 @@
 """What is checked and built before the first step: the loss, the student, what the run is."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
@@ -38,6 +39,7 @@ class Prepared:
     student: Student
     stream: TrainingStream
     held_out: EvaluationData
+    tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
     ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
 
 
@@ -68,12 +70,22 @@ def prepare(
     )
     size = config.micro_batch_sequences or config.batch_sequences
     held_out = EvaluationData(
-        cache, chosen.held_out, (), view, size, config.allow_missing, domains=chosen.domains
+        cache,
+        chosen.held_out,
+        (),
+        view,
+        size,
+        config.allow_missing,
+        domains=chosen.domains,
+        k={name: term.k for term in config.objective.distill for name in term.teachers},
     )
     student = _student(cache, student_config, config, objective, world)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
-    return Prepared(about, objective, student, stream, held_out, ungrown if grows else None)
+    tokenizer = cache.corpus.tokenizer
+    return Prepared(
+        about, objective, student, stream, held_out, tokenizer, ungrown if grows else None
+    )
 
 
 def prepare_objective(
@@ -96,6 +108,7 @@ def prepare_objective(
                 "holes without KD"
             )
     infos = {name: teacher.info for name, teacher in teachers.items()}
+    _check_k(cache, config, infos)
     objective = Objective(config.objective, infos, task, config.steps, methods)
     for name, info in infos.items():
         if info.shown.masked and info.view != masked_view:
@@ -105,6 +118,18 @@ def prepare_objective(
                 "with, or cache it with these"
             )
     return objective
+
+
+def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]) -> None:
+    """Refuse a term's k that the cache has, but the run does not ask for."""
+    for number, term in enumerate(config.objective.distill):
+        for name in term.teachers:
+            kept, stored = cache.extent.targets.get(name), infos[name].k
+            if kept and kept.k and stored and kept.k < (term.k or 0) <= stored:
+                raise InputError(
+                    f"train.objective.distill.{number}: k is {term.k}, and teacher {name!r} has "
+                    f"targets.k: {kept.k}. Lower the one or raise the other"
+                )
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None:
@@ -222,6 +247,9 @@ def describe_run(
     names = [*objective.teachers]
     names += [config.curriculum.teacher] if config.curriculum is not None else []
     teachers = {name: cache.teacher(name) for name in names}
+    taught = [name for name in names if name in objective.taught or name not in objective.teachers]
+    replicas = {} if masked_view is None else {"replicas": cache.masked_view(masked_view).replicas}
+    kept = {name: one for name, one in cache.extent.targets.items() if name in teachers}
     views = {name: t.view for name, t in objective.teachers.items() if t.sees_clean_text}
     return {
         "student": student.model_dump(mode="json", by_alias=True),
@@ -232,7 +260,10 @@ def describe_run(
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
-            "teacher_seconds": {name: teacher.seconds for name, teacher in teachers.items()},
+            # Of those whose targets are used: the others' weights are 0 at every step.
+            "teacher_seconds": {name: teachers[name].seconds for name in taught},
+            **replicas,
+            "targets": {name: one.model_dump() for name, one in sorted(kept.items())},
             **({"teacher_views": views} if views else {}),
         },
     }

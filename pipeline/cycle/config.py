@@ -20,7 +20,7 @@ from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
@@ -139,6 +139,8 @@ class CycleConfig(Settings):
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
+            if key in TaskSettings.model_fields:
+                raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
             # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.

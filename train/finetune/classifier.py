@@ -4,7 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from rekindle.train.model.meta import refuse_shapes
 
 logger = logging.getLogger("rekindle")
 
+MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
 CLASSIFIER = "AutoModelForSequenceClassification"
 
 Row = list[int] | NDArray[np.int32]
@@ -40,6 +41,9 @@ class EncodedTexts:
     input_ids: Sequence[Row]
     token_type_ids: Sequence[Row] | None
     padding_id: int
+    limit: int = 0  # tokens, from which on texts are cut
+    cut: int = 0  # texts that were
+    longest: int = 0  # tokens of the longest of these before
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -54,23 +58,31 @@ def encode(
     tokenizer: PreTrainedTokenizerFast,
     model_config: PretrainedConfig,
     data: TaskData,
-    max_length: int,
+    max_length: int | None,
 ) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
+    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
 
     ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
     put nothing between), as stage 1 joins them. A special token's name within a text is text. An
     empty text is one padding token, so that no row is empty.
     """
     padding_id = _padding_id(model_config, tokenizer)
-    most = min(max_length, longest_input(model_config) or max_length, tokenizer.model_max_length)
+    wanted = max_length or MOST_TOKENS
+    most = min(wanted, longest_input(model_config) or wanted, tokenizer.model_max_length)
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
     knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    return EncodedTexts(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
+    types = found.get("token_type_ids") if knows_segments else None
+    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
+    longest = 0
+    if cut:
+        pairs = data.pairs and [data.pairs[row] for row in cut]
+        whole = tokenizer([data.texts[row] for row in cut], pairs, truncation=False, verbose=False)
+        longest = max(map(len, whole["input_ids"]))
+    return EncodedTexts(ids, types, padding_id, most, len(cut), longest)
 
 
 def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -86,6 +98,23 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
     segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
     return model_inputs(ids, lengths, device, segments)
+
+
+def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
+    """Say which share of each split's texts was cut, loudly where one was, and return it."""
+    shares = {name: texts.cut / max(len(texts.input_ids), 1) for name, texts in splits.items()}
+    limit = max((texts.limit for texts in splits.values()), default=0)
+    if not any(shares.values()):
+        logger.info("no text is cut (at most %d tokens)", limit)
+        return shares
+    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    longest = max(texts.longest for texts in splits.values())
+    logger.warning(
+        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read. "
+        "max_length raises it, as far as the model takes more",
+        *(limit, told, longest),
+    )
+    return shares
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -120,8 +149,8 @@ def load_classifier(
         same = config.id2label == names
         config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
-        same = config.num_labels == 1 and config.problem_type == "regression"
-        config.num_labels = 1
+        same = config.num_labels == data.outputs and config.problem_type == "regression"
+        config.num_labels = data.outputs
     config.problem_type = data.problem
     network, unset = _load_weights(model, config, tokenizer)
     if not same and not unset:
@@ -199,7 +228,7 @@ def by_length(
 
 
 def load_expert(
-    model_dir: str, data: TaskData, max_length: int
+    model_dir: str, data: TaskData, max_length: int | None
 ) -> tuple[PreTrainedModel, EncodedTexts]:
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
@@ -215,21 +244,31 @@ def load_expert(
 
 
 def evaluate(
-    model_dir: str, data: TaskData, *, max_length: int = 128, batch_size: int = 64
+    model_dir: str, data: TaskData, *, max_length: int | None = None, batch_size: int = 64
 ) -> tuple[dict[str, float], np.ndarray]:
     """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
 
     Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
     InputError for a model without a trained head, of the other problem or with other classes.
     """
+    return evaluation(model_dir, data, max_length, batch_size)[:2]
+
+
+def evaluation(
+    model_dir: str, data: TaskData, max_length: int | None, batch_size: int
+) -> tuple[dict[str, float], np.ndarray, float]:
+    """``evaluate``, and which share of the texts was cut."""
     with quiet_transformers():
-        known, labels = classifier_config(model_dir), data.labels
+        known, labels, positive = classifier_config(model_dir), data.labels, None
         check_label_names([*known.id2label.values()], repr(model_dir))
-        if data.label_names or known.num_labels != 1:
+        scores = known.num_labels == data.outputs and known.problem_type in (None, "regression")
+        if data.label_names or not scores:
             data.check_known(
                 list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
             )
             labels = np.array([known.label2id[name] for name in data.label_names])[labels]
+            positive = None if data.positive is None else known.label2id[data.positive]
         network, encoded = load_expert(model_dir, data, max_length)
+        cut = tell_cut({"dev": encoded})["dev"]
         logits = predict(network, encoded, batch_size)
-    return all_scores(data.problem, logits, labels), logits
+    return all_scores(data.problem, logits, labels, positive), logits, cut
