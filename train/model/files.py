@@ -195,7 +195,7 @@ def _load_adapted(
     found = load_weights(base, auto_class, torch.float32, whole, config=start)
     size = own.get_text_config().vocab_size
     merged, brought = merge_adapter(found.model, directory, size, what)
-    unset = [sorted({*names} - brought) for names in (found.body, found.head)]
+    body, head = (sorted({*names} - brought) for names in (found.body, found.head))
     shapes = {name: both for name, both in found.shapes.items() if name not in brought}
     if config.num_labels != own.num_labels:
         with refusing(what):
@@ -207,11 +207,11 @@ def _load_adapted(
             if held[name].shape != values.shape
         }
         model.load_state_dict({k: v for k, v in held.items() if k not in shapes}, strict=False)
-        merged, unset[1] = model, sorted(shapes)
+        merged, head = model, sorted(shapes)
     else:
         for key in ("id2label", "label2id", "problem_type", "pad_token_id"):  # what callers set
             setattr(merged.config, key, getattr(config, key))
-    return Loaded(merged.to(dtype), *unset, shapes)
+    return Loaded(merged.to(dtype), body, head, shapes)
 
 
 def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:
