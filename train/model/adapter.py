@@ -52,9 +52,9 @@ def need_peft(directory: Path) -> None:
         )
     if find_spec("peft") is None:
         raise InputError(
-            f"{directory} is an adapter, and the package peft, which loads it, is not installed: "
-            "pip install -e '.[peft]' in Rekindle's checkout. Or merge it (merge_and_unload) and "
-            "give the whole model"
+            f"{directory} is an adapter, and the package peft, which loads it, is not installed. "
+            "Merge it (merge_and_unload) and give the whole model, or install the extra, in "
+            "Rekindle's checkout: pip install -e '.[peft]'"
         )
 
 

@@ -119,7 +119,7 @@ def test_an_adapter_needs_peft_and_says_so_once(bert, tmp_path, monkeypatch):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(1)}, folder / ADAPTER_WEIGHTS)
     monkeypatch.setattr("rekindle.train.model.adapter.find_spec", lambda name: None)
-    refused(folder, "is an adapter", "pip install -e '.[peft]'", "merge it")
+    refused(folder, "is an adapter", "pip install -e '.[peft]'", "Merge it")
     (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     refused(folder, "pickled")
 
