@@ -21,7 +21,8 @@ from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import load_config, resolve_model
+from rekindle.train.model.files import load_config
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -156,7 +157,8 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> Tokenizer:
 
     It may have more tokens than the cache's: they take no part in the loss.
     """
-    directory = resolve_model(config.model)
+    model = resolve_model(config.model)
+    directory = tokenizer_folder(model)
     if not has_tokenizer_files(directory):
         return cache.corpus.tokenizer  # its vocabulary size is checked when it is built
     facts = cache.corpus.info["tokenizer"]
@@ -164,7 +166,7 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> Tokenizer:
     if config.language_task == "masked_lm":  # what masks may put into it
         beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
     advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
-    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    load_config(model)  # transformers reads it for the tokenizer, and would blame that
     own = load_tokenizer(str(directory))
     unshared_ids(cache.corpus, own, beside, f"student {config.model!r}", advice)
     return cache.corpus.tokenizer if own.digest == cache.tokenizer_digest else own

@@ -20,12 +20,8 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import (
-    load_language_model,
-    longest_input,
-    new_language_model,
-    resolve_model,
-)
+from rekindle.train.model.files import load_language_model, longest_input, new_language_model
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,

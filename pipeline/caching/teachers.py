@@ -30,15 +30,16 @@ from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tok
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
+    adapted_fingerprints,
     config_fingerprint,
     load_config,
     load_model,
     longest_input,
     package_versions,
     place,
-    resolve_model,
     weights_fingerprint,
 )
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
@@ -90,6 +91,7 @@ def plan_teacher(
             "weights": weights,
             "config": config_fingerprint(directory),
             "tokenizer": tokenizer.digest,
+            **adapted_fingerprints(directory),
         },
         "versions": package_versions(),
         "model": config.model,

@@ -20,6 +20,7 @@ from rekindle.data.corpus.shared_ids import differing_ids, unshared_ids
 from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
+from rekindle.train.model.folder import tokenizer_folder
 from rekindle.train.model.split_model import OutputHead
 
 log = logging.getLogger("rekindle")
@@ -29,6 +30,7 @@ NEVER = -1e5  # a logit whose exponential is 0 beside any other
 
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
+    directory = tokenizer_folder(directory)
     if has_tokenizer_files(directory):
         return load_tokenizer(str(directory))
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size

@@ -18,7 +18,8 @@ from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import config_fingerprint, resolve_model, weights_fingerprint
+from rekindle.train.model.files import config_fingerprint, weights_fingerprint
+from rekindle.train.model.folder import resolve_model
 
 # Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
