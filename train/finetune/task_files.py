@@ -134,8 +134,8 @@ def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
     for name in wanted:
         if names.count(name) > 1:
             raise InputError(
-                f"{path} has {names.count(name)} columns called {name!r}; which of them is meant is not "
-                "clear: rename or remove the others"
+                f"{path} has {names.count(name)} columns called {name!r}; which of them is meant "
+                "is not clear: rename or remove the others"
             )
     nothing: list[object] = [None] * table.num_rows
     return {n: table.column(n).to_pylist() if n in wanted else nothing for n in names}
