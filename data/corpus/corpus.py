@@ -42,6 +42,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
+from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
@@ -246,6 +247,7 @@ def build_corpus(
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
     last = claim_addition(store, info, config, lambda: _grown(store, committed))
+    raise_version(store)
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
     if committed:  # what a repair took away

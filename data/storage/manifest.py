@@ -1,13 +1,23 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
+
+Versions 1, 2 and 3 are read. What version 3 has anew is said by keys that older files lack, so an
+older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
+tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
+raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
+then on an older Rekindle refuses the cache by its version, and reads nothing half. Records of both
+versions stand side by side in it; the manifest's alone counts.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, CacheVersionError
 from rekindle.data.storage.seal import FORMAT_VERSION, REPAIR, SEAL, VERSION, seal, unseal
 from rekindle.data.storage.store import Store
+
+log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
 
@@ -25,11 +35,11 @@ def read_manifest(store: Store) -> dict[str, Any]:
     sealed = isinstance(values, dict) and SEAL in values
     body = unseal(values, where) if sealed else values
     version = body.get(VERSION) if isinstance(body, dict) else None
-    if version not in (1, FORMAT_VERSION):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CacheVersionError(
             f"{store.location} has cache format {version!r}; this version of Rekindle reads "
-            f"formats 1 to {FORMAT_VERSION}. Use the version of Rekindle that wrote it, or make "
-            "the cache again"
+            f"formats 1 to {FORMAT_VERSION}. Use the version of Rekindle that wrote it, or a "
+            "later one, or make the cache again"
         )
     body = unseal(values, where)
     if not _is_roll_up(body):
@@ -51,3 +61,19 @@ def begin_manifest(store: Store) -> None:
     """Mark a new cache with its format version (kept when it is there)."""
     store.create(MANIFEST, seal({}))
     read_manifest(store)
+
+
+def raise_version(store: Store) -> None:
+    """Mark the cache as one of this format version: what is written from here on may need it.
+
+    Does nothing to a folder without a manifest, and to a cache that is of this version.
+    """
+    if store.exists(MANIFEST) and (body := read_manifest(store))[VERSION] != FORMAT_VERSION:
+        log.info(
+            "%s has cache format %d: it is raised to %d; earlier versions of Rekindle will not "
+            "open it any more",
+            store.location,
+            body[VERSION],
+            FORMAT_VERSION,
+        )
+        store.replace(MANIFEST, seal(body))

@@ -12,7 +12,7 @@ from typing import Any
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import Store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # what it means, and what of the older ones is kept: manifest.py
 SEAL = "record"  # the key of the checksum
 VERSION = "format_version"
 

@@ -3,12 +3,19 @@
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.errors import CacheMismatchError, CacheVersionError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage import manifest
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.config import RunConfig
+from testlib.extending import assert_kept, files_of
 
 HERE = Path(__file__).parent
 CACHES = sorted(path for path in HERE.glob("cache-v*") if path.is_dir())
@@ -45,3 +52,42 @@ def test_a_frozen_cache_is_sound_and_decodes_as_ever(path):
     assert len(Cache.open(path)) == len(expected)
     for index, example in enumerate(expected):
         assert same(json.loads(json.dumps(decoded(path, index))), example), index
+
+
+@pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)
+def test_an_old_cache_is_extended_as_it_was_made_and_is_of_this_version_then(
+    path, tmp_path, make_model, monkeypatch
+):
+    """Its source is long gone; a version that knows no 3 refuses what was added to it."""
+    copy = tmp_path / "cache"
+    shutil.copytree(path, copy)
+    before, old = files_of(copy), Cache.open(copy)
+    tokenizer = copy / "corpus" / "tokenizer"
+    decides = old.corpus.info["config"] | {"tokenizer": str(tokenizer)}
+    per_shard = decides.pop("sequences_per_shard")
+    values = {
+        "corpus": decides | {"sequence_length": 24},
+        "cache": {"path": str(copy), "sequences_per_shard": per_shard, "replicas": 2},
+        "teachers": [
+            {
+                "name": "later",
+                "model": str(make_model("bert", "AutoModelForMaskedLM", tokenizer)),
+                "task": "masked_lm",
+                "targets": {"kind": "threshold", "k": 6},
+            }
+        ],
+    }
+    with pytest.raises(CacheMismatchError, match="sequence_length"):
+        cache_teachers(parse_settings(RunConfig, values))
+    assert Cache.open(copy).manifest == old.manifest  # what is refused raises no version
+    values["corpus"] = decides
+    cache_teachers(parse_settings(RunConfig, values))
+    assert_kept(before, copy)
+    assert verify_cache(str(copy)).problems == []
+    grown = Cache.open(copy)
+    assert grown.manifest["format_version"] == 3
+    assert {*grown.teachers} == {*old.teachers, "later"}
+    assert grown.example(0).targets["later"][0].ids.shape[1] == 6
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 2)
+    with pytest.raises(CacheVersionError, match=r"cache format 3; this version.*formats 1 to 2"):
+        Cache.open(copy)

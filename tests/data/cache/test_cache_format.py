@@ -126,7 +126,7 @@ def test_every_shard_describes_itself_in_json(cache):
             assert (about["kind"], about["view"]) == ("view", name)
         else:
             assert about["kind"] == "targets"
-            assert about["format_version"] == 2
+            assert about["format_version"] == 3
             assert (
                 TeacherInfo(**about["teacher"]).identity() == cache.teachers[name].info.identity()
             )

@@ -1,0 +1,29 @@
+"""Tests against packages that are no dependencies: those of a folder need the package of its name.
+
+`pytest` alone leaves them out (pyproject's norecursedirs); `pytest tests/extras` runs them. Where
+the package is not installed they are skipped, in CI never. Import it within a test or a fixture.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+EXTRAS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """In every test of this folder."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests of a folder whose package is not installed; in CI they fail."""
+    if not item.path.is_relative_to(EXTRAS):
+        return
+    package = item.path.relative_to(EXTRAS).parts[0]
+    if find_spec(package) is None:
+        told = f"{package} is not installed: pip install -e '.[test-extras]'"
+        pytest.fail(told) if "CI" in os.environ else pytest.skip(told)
