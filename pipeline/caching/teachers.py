@@ -6,7 +6,6 @@ that a finished cache is recognised in seconds.
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.errors import CacheMismatchError, InputError, naming
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
@@ -34,22 +33,17 @@ from rekindle.train.model.files import (
     longest_input,
     package_versions,
     place,
-    refusing,
+    read_config,
     resolve_model,
     weights_fingerprint,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
 
-AUTO_CLASSES = {
-    "masked_lm": "AutoModelForMaskedLM",
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
@@ -71,11 +65,9 @@ def plan_teacher(
 
     Raises InputError when it cannot teach on this corpus.
     """
-    from transformers import AutoConfig
-
     directory = directory or resolve_model(config.model)
-    with refusing(f"{directory}/config.json cannot be used"):
-        settings = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    settings = read_config(directory)
+    check_fits(settings, config.task, f"teacher {config.name!r} ({config.model})")
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
@@ -176,13 +168,6 @@ def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) 
             f"teacher {config.name!r} takes at most {limit} tokens; corpus.sequence_length is "
             f"{length}"
         )
-    saved_as = (settings.architectures or [""])[0]
-    if config.task == "causal_lm" and saved_as.endswith("Classification"):
-        # Its output matrix is the embedding's, so no weight would be missed.
-        raise InputError(
-            f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
-            "model was trained away; say `task: sequence_classification` or token_classification"
-        )
     codec = CODECS[config.targets.codec]
     if size > codec.largest_vocabulary:
         raise InputError(
@@ -281,14 +266,30 @@ class Teacher:
         kind = "cpu" if self.placement.device == "cpu" else "cuda"
         # Tokens per forward pass, padding included; halved when the device runs out of memory.
         self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
+        self._language_model = self._split() if plan.config.vocabulary else None
+        # Sequences of one length alone go together then: a target must not depend on neighbours.
+        self.equal_lengths = moved_by_padding(model) > 0
+        if self.equal_lengths:
+            log.info(
+                "teacher %s: %s lets padding change what it says of the tokens themselves; "
+                "sequences of one length alone are shown to it together",
+                self.info.name,
+                type(model).__name__,
+            )
 
-    @cached_property
+    @property
     def language_model(self) -> SplitLanguageModel:
         """Body and head of a vocabulary teacher."""
-        try:
-            return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
-        except NotImplementedError as error:
-            raise InputError(f"teacher {self.info.name!r}: {error}") from None
+        assert self._language_model is not None
+        return self._language_model
+
+    def _split(self) -> SplitLanguageModel:
+        """Raise InputError for a model that cannot be split, or sees what it must not."""
+        with naming(f"teacher {self.info.name!r}"):
+            try:
+                return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+            except NotImplementedError as error:
+                raise InputError(str(error)) from None
 
     def output_matrix(self) -> StoredHead:
         """What hidden states are multiplied with; InputError if it does not fit them."""

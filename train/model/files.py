@@ -17,6 +17,7 @@ from torch import nn
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import Settings
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ DISTRIBUTION = "rekindle-kd"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 # Families of RoBERTa's kind, which number positions from pad_token_id + 1.
 COUNT_PAST_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
@@ -121,6 +121,14 @@ def refusing(
         raise InputError(f"{what}: {reason}{advice}") from None
 
 
+def read_config(directory: Path) -> "PretrainedConfig":
+    """The configuration of a model directory, never with remote code; InputError without one."""
+    from transformers import AutoConfig
+
+    with refusing(f"{directory}/config.json cannot be used"):
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+
+
 def load_weights(
     directory: Path,
     auto_class: str,
@@ -175,7 +183,7 @@ def new_language_model(
     """Make random weights of the configuration in ``directory``, in float32."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    config = read_config(directory)
     with refusing(f"student {directory} cannot be made as {AUTO_CLASSES[task]}"):
         # The configuration may say bfloat16, as large models' do: weights are trained in float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(

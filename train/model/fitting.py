@@ -36,16 +36,15 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
     ``architectures`` says of them counts. Two-sided families that can be made causal are asked
     whether they were.
     """
-    kind = config.model_type
+    kind, instead = config.model_type, _instead(config, task)
     if task in LANGUAGE and getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"{who}: {kind} is an encoder and a decoder: it predicts another text, not the tokens "
-            f"of its own. A masked_lm or causal_lm must be one of both{_instead(config, task)}"
+            f"of its own. A masked_lm is an encoder alone, a causal_lm a decoder{instead}"
         )
     if not _has_class(config, task):
         raise InputError(
-            f"{who}: transformers has no {AUTO_CLASSES[task]} of the family {kind}"
-            f"{_instead(config, task)}"
+            f"{who}: transformers has no {AUTO_CLASSES[task]} of the family {kind}{instead}"
         )
     two_sided = _has_class(config, "masked_lm") and not getattr(config, "causal", False)
     if task == "causal_lm" and two_sided and getattr(config, "is_decoder", None) is False:
@@ -91,4 +90,4 @@ def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
     language = () if getattr(config, "is_encoder_decoder", False) else LANGUAGE
     known = [t for t in AUTO_CLASSES if t not in (task, *LANGUAGE) or t in language]
     known = [t for t in known if t != task and _has_class(config, t)]
-    return f"; it can be {' or '.join(known)}" if known else ""
+    return f"; it can be {', '.join(known)}" if known else ""

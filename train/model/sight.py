@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
+from rekindle.train.model.files import longest_input
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# What a model raises that cannot be run so.
+BROKEN = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 LENGTHS = (2, 7, 19)  # short ones, where a token weighs much; odd ones, past a block of 16
 PADDING = 5  # tokens, of which a mask says that they are none
 # Movement is a share of how far a position's values lie from their mean. Rounding alone stays below
@@ -52,7 +55,8 @@ def check_sight(model: "PreTrainedModel", causal: bool) -> None:
     """
     name, limit = type(model).__name__, _rounding(model)
     with evaluating(model):
-        later = max(_influence(model, length, of=length - 1) for length in LENGTHS)
+        lengths = _lengths(model.config)
+        later = max(_influence(model, length, of=length - 1) for length in lengths)
         if causal:
             if later > limit:
                 raise SightError(
@@ -61,7 +65,7 @@ def check_sight(model: "PreTrainedModel", causal: bool) -> None:
                     f"{limit:.0e}). Its predictions have seen the answer. {_other(model)}"
                 )
             return
-        earlier = max(_influence(model, length, of=0) for length in LENGTHS)
+        earlier = max(_influence(model, length, of=0) for length in lengths)
     least = NOTHING * limit
     if min(later, earlier) <= least < max(later, earlier):
         blind = "later" if later < earlier else "earlier"
@@ -88,6 +92,12 @@ def _rounding(model: nn.Module) -> float:
     return ROUNDING.get(next(model.parameters()).dtype, COARSEST)
 
 
+def _lengths(config: "PretrainedConfig") -> list[int]:
+    """Those of LENGTHS that the model takes; the shortest takes a token more than one."""
+    longest = longest_input(config)
+    return [n for n in LENGTHS if longest is None or n <= longest] or [LENGTHS[0]]
+
+
 def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
     """How far another token at the place ``of`` moves what the model says at the others."""
     ids = sample_ids(model.config, length + 1)
@@ -105,17 +115,34 @@ def moved_by_padding(model: "PreTrainedModel") -> float:
     """How far padding, of which the attention mask says that it is none, moves the states of a
     sequence's own tokens: 0 where that is no more than rounding.
     """
-    ids = sample_ids(model.config, LENGTHS[1])[None].to(next(model.parameters()).device)
+    room = (longest_input(model.config) or LENGTHS[-1]) - PADDING
+    ids = sample_ids(model.config, max(1, min(LENGTHS[1], room)))[None].to(
+        next(model.parameters()).device
+    )
     padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     padded = {
         "input_ids": nn.functional.pad(ids, (0, PADDING), value=padding),
         "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, PADDING)),
     }
-    with evaluating(model):
-        one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
+    try:
+        with evaluating(model):
+            one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
+    except BROKEN:  # what the model cannot do is told where it is used
+        return 0.0
     moved = _moved(one, other)
     return moved if moved > OF_SHAPES * _rounding(model) else 0.0
+
+
+def check_padding(model: "PreTrainedModel", who: str) -> None:
+    """Raise InputError for a model that padding changes, where batches are padded."""
+    if moved := moved_by_padding(model):
+        raise InputError(
+            f"{who}: {type(model).__name__} lets padding, which the attention mask leaves out, "
+            f"change the states of the tokens themselves (by {moved:.2g} of their spread): what it "
+            "learns of a sequence would depend on its neighbours in the batch. Use a student of "
+            "another family; as a teacher it is shown sequences of one length together"
+        )
 
 
 def _states(model: "PreTrainedModel", inputs: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
-from rekindle.train.model.sight import check_sight, evaluating, sample_ids
+from rekindle.train.model.files import longest_input
+from rekindle.train.model.sight import BROKEN, check_sight, evaluating, sample_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -32,7 +33,6 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # spread, at which every cap in use (15 to 50) cuts them off.
 LARGE = 100.0
 SAME = {torch.float32: 2e-3, torch.float16: 5e-3}  # of a logit, and of the logits' spread
-BROKEN = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 COARSEST = 2e-2  # in bfloat16, and in what is coarser
 
 
@@ -131,13 +131,13 @@ class SplitLanguageModel:
         config, known = self.model.config, False
         first = next(self.model.parameters())
         same = SAME.get(first.dtype, COARSEST)
-        ids = sample_ids(config, 8)[None].to(first.device)
+        ids = sample_ids(config, min(8, longest_input(config) or 8))[None].to(first.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
             with evaluating(self.model):
                 expected = [self.model(**inputs).logits[0].float()]
                 check_sight(self.model, self.causal)
-                hidden, _ = self.hidden(inputs, torch.arange(8, device=ids.device))
+                hidden, _ = self.hidden(inputs, torch.arange(ids.shape[1], device=ids.device))
                 spread = float(self.head.logits(hidden).nan_to_num().std(correction=0))
                 # NaN is for the user of the logits to report, not a split.
                 larger = LARGE / spread if spread > 0 and math.isfinite(spread) else 1.0
@@ -176,7 +176,7 @@ class _Output:
     def pass_through(self, when: Callable[[], bool]) -> None:
         """Let it give back its input where ``when()``."""
         product = self.module.forward
-        self.module.forward = lambda x: x if when() else product(x)  # type: ignore[method-assign]
+        self.module.forward = lambda x: x if when() else product(x)
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
@@ -211,7 +211,7 @@ class _EmbeddingOutput(_Output):
                 return cast("Tensor", whole(hidden, words))
             return cast("Tensor", head.LayerNorm(head.transform_act_fn(head.dense(hidden))))
 
-        self.module.forward = forward  # type: ignore[method-assign]
+        self.module.forward = forward
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
