@@ -102,11 +102,17 @@ class TokenTargetBatch(TargetBatch):
     positions: Ints  # [P]
     columns: Columns  # flat [P,…], see data/targets/kinds/
     head: StoredHead | None = None  # of a teacher whose hidden states are kept
+    most_k: int | None = None  # candidates that the run uses; None: all that are kept
 
     @property
     def kind(self) -> VocabularyKind:
         """What its columns are."""
         return vocabulary_kind(self.info)
+
+    def used_k(self, k: int | None) -> int | None:
+        """Return the ``k`` that is read where ``k`` is asked for; None for all that are kept."""
+        k = self.most_k if k is None else k
+        return None if k == self.info.k else k
 
     def _keep(self, chosen: Chosen) -> Self:
         columns = {name: column[chosen] for name, column in self.columns.items()}
@@ -124,7 +130,7 @@ class TokenTargetBatch(TargetBatch):
         """
         if k is not None and not 1 <= k <= self.kind.k:
             raise ValueError(f"k must lie in 1..{self.kind.k}, the number that is cached, got {k}")
-        return self.kind.decode(self.columns, self.head, temperature, k)
+        return self.kind.decode(self.columns, self.head, temperature, self.used_k(k))
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
@@ -245,7 +251,7 @@ def read_targets(
     if not teacher.info.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
     head = teacher.head if teacher.kind.has_head else None
-    return TokenTargetBatch(teacher.info, rows, positions, columns, head)
+    return TokenTargetBatch(teacher.info, rows, positions, columns, head, teacher.most_k)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ touched.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Unpack
 
@@ -23,6 +24,7 @@ from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
+from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.files import read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.reading.sequence_ranking import (
@@ -36,6 +38,7 @@ from rekindle.data.targets.reading.sequence_ranking import (
 from rekindle.data.views.reader import ViewReader
 
 TEXTS = ("text_a", "text_b")  # of a pair
+WHOLE = Kept()  # all that there is of a teacher
 
 
 class Cache:
@@ -46,9 +49,12 @@ class Cache:
         self.manifest = read_manifest(store)
         self.corpus = Corpus(store)
         self._check_manifest()
+        self.extent = Extent()  # all that there is
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
-            name: self._teacher(name) for name in store.folders("targets") if _is_begun(store, name)
+            name: self._teacher(name, self.views)
+            for name in store.folders("targets")
+            if _is_begun(store, name)
         }
 
     @classmethod
@@ -74,7 +80,23 @@ class Cache:
                 "'corpus' entry by running `pipeline cache-teachers` again"
             )
 
-    def _teacher(self, name: str) -> TeacherReader:
+    def within(self, extent: Extent) -> "Cache":
+        """Return the cache as it is read by a run of that extent."""
+        limited = copy(self)
+        limited.extent = extent
+        limited.views = {
+            name: ViewReader(self.corpus, name, extent.replicas) if view.kind.masked else view
+            for name, view in self.views.items()
+        }
+        limited.teachers = {
+            name: self._teacher(name, limited.views, extent.targets.get(name, WHOLE))
+            for name in self.teachers
+        }
+        return limited
+
+    def _teacher(
+        self, name: str, views: Mapping[str, ViewReader], kept: Kept = WHOLE
+    ) -> TeacherReader:
         infos = read_parts(self.store, name)
         info = infos[0]
         stated = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
@@ -83,7 +105,7 @@ class Cache:
                 f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree about "
                 f"the weights of teacher {name!r}; the targets were exchanged"
             )
-        return TeacherReader(self.corpus, infos, self.views.get(info.view))
+        return TeacherReader(self.corpus, infos, views.get(info.view), kept.part, kept.k)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -114,6 +136,8 @@ class Cache:
                 f"{self.store.location} has no teacher {name!r} (it has: {known}). "
                 "Cache it with `pipeline cache-teachers`, or take it out of train.objective"
             )
+        if name in self.extent.refused:
+            raise InputError(self.extent.refused[name])
         return self.teachers[name]
 
     def batches(

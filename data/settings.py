@@ -3,22 +3,103 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from rekindle.data.errors import InputError, did_you_mean
 
 S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a key that may differ when work goes on: it decides how the work is done, and not what
+    comes of it. ``unless`` names a property of its section: where that is true, the key decides.
+    """
+
+    unless: str = ""
+
+
+Free = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
 
 
 class Settings(BaseModel):
-    """A section of the configuration: immutable, and an unknown key is an error."""
+    """A section of the configuration: immutable, and an unknown key is an error.
+
+    Numbers are finite, of 64 bits, and no truth values. A section, a list or a mapping that nothing
+    is said of (``train:`` with every line below it commented out) is an empty one.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        choices = _choices(cls.model_fields[info.field_name or ""].annotation)
+        if value is None and not choices & {NoneType, object, Any}:
+            return next((empty for kind, empty in _EMPTY if kind in _kinds(choices)), None)
+        _check_numbers(value, choices)
+        return value
+
+
+_EMPTY: tuple[tuple[type, object], ...] = ((BaseModel, {}), (dict, {}), (tuple, ()))
+
+
+def _choices(annotation: Any) -> set[Any]:
+    """The types that a value may have, each of a union for itself."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _choices(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return {choice for one in get_args(annotation) for choice in _choices(one)}
+    return {annotation}
+
+
+def _kinds(choices: set[Any]) -> set[Any]:
+    kinds = {get_origin(choice) or choice for choice in choices}
+    sections = {
+        BaseModel for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+    return kinds | sections
+
+
+def _check_numbers(value: object, choices: set[Any]) -> None:
+    """ValueError for a truth value in place of a number, and for a number without end."""
+    if isinstance(value, list | tuple):
+        inner = {c for one in choices for part in get_args(one) for c in _choices(part)}
+        for item in value:
+            _check_numbers(item, inner)
+    elif isinstance(value, bool):
+        if choices & {int, float} and not choices & {bool, object, Any}:
+            raise ValueError("must be a number, not true or false")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError("must be a number of at most 64 bits")
+
+
+def free_keys(section: Settings) -> Iterator[str]:
+    """Yield the dotted keys of ``section`` that may differ when work goes on."""
+    for name, field in type(section).model_fields.items():
+        key, value = field.alias or name, getattr(section, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        if any(not mark.unless or not getattr(section, mark.unless) for mark in marks):
+            yield key
+        several = value if isinstance(value, tuple) else ()
+        inside = {key: value} | {f"{key}.{number}": one for number, one in enumerate(several)}
+        for where, one in inside.items():
+            if isinstance(one, Settings):
+                yield from (f"{where}.{below}" for below in free_keys(one))
 
 
 def parse_settings(section: type[S], values: object, where: str = "") -> S:
@@ -39,6 +120,21 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
         raise InputError(lead + "; ".join(dict.fromkeys(told))) from None
 
 
+# Where pydantic speaks of its own classes, or of Python's.
+_RULES = {
+    "model_type": "must be a section: lines of `key: value` below it",
+    "dict_type": "must be a mapping: lines of `key: value` below it",
+    "tuple_type": "must be a list",
+}
+
+
+def _shown(given: object) -> str:
+    if given is None:
+        return "nothing; give a value, or leave the key out"
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 class _Problem(NamedTuple):
     keys: tuple[str, ...]
     message: str
@@ -49,8 +145,8 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
     keys, sections = _walk(section, found["loc"][:-1] if unknown else found["loc"])
     if not unknown:
         given = found.get("input")
-        shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
-        rule = found["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)})"
+        rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: {rule}{shown}")
     keys += (str(found["loc"][-1]),)
     known = sorted({f.alias or name for s in sections for name, f in s.model_fields.items()})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.call import Call, Computation, StudentLogits
+from rekindle.kernels.divergences import EVERY_LINEAR
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import (
     WholeTargets,
@@ -89,7 +90,11 @@ def kd_loss(
         temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
         ce_weight: weight of CE.
         kd_weight: weight of τ²·D.
-        divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|).
+        divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|). Of a
+            sample (kinds threshold and random; ids drawn by whatever means) forward_kl alone: it
+            is linear in q, so its mean over draws teaches q. The others take an id that was not
+            drawn for one of probability zero, and end elsewhere. EncodedTargets of a sample are
+            refused; plain ids and probabilities do not say where they come from.
         tail: what stands for the target outside its ids. bucket: one more outcome, "any other
             id", with tail_prob against the student's mass there. renormalise: q/Σq on the ids and
             zero elsewhere. none: q as it is on the ids and zero elsewhere (unbiased samples).
@@ -307,6 +312,12 @@ def _sparse(
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
         return SparseTargets(none, none, None), settings
+    if isinstance(ids, EncodedTargets) and ids.sampled and settings.divergence not in EVERY_LINEAR:
+        raise ValueError(
+            f"divergence is {settings.divergence!r}, which is not linear in the target, and the "
+            "targets are a sample: an id that was not drawn would count as impossible. Use "
+            f"{', '.join(EVERY_LINEAR)}, or targets of another kind (topk, dense, hidden)"
+        )
     if isinstance(ids, EncodedTargets) and chosen == "triton":
         low, values, scalars, high = ids.packed()
         packed = SparseTargets(low, values, scalars, high=high)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+from rekindle.kernels.divergences import DIVERGENCES
+
 TAILS = ("bucket", "renormalise", "none")
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
+from rekindle.kernels.divergences import DIVERGENCES
 from rekindle.kernels.row_kernel import row_kernel
-from rekindle.kernels.targets import DIVERGENCES, TAILS, LossSettings, SparseTargets
+from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
 
 # How every kernel is compiled, said at each launch: a·b + c may become one instruction that rounds
 # once. Triton does so unasked up to 3.9 and no longer from 3.10 (triton-lang/triton#11270). The row

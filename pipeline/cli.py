@@ -17,7 +17,14 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
-from rekindle.pipeline.commands.options import Json, Overrides, RunFile, Students, Sweeps
+from rekindle.pipeline.commands.options import (
+    Command,
+    Json,
+    Overrides,
+    RunFile,
+    Students,
+    Sweeps,
+)
 from rekindle.pipeline.exits import (
     command_again,
     errors_as_exit_codes,
@@ -243,7 +250,7 @@ for command in (
     *(demo, init, finetune, cache_teachers, plan, gc, verify, inspect_),
     *(train_student, rekindle, compare, doctor),
 ):
-    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
+    app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
 
 
 def main() -> None:

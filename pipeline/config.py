@@ -8,19 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.places import Place
+from rekindle.data.settings import Free, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.overrides import put_value, set_value
-from rekindle.pipeline.plain_values import parse_yaml, strings_in, values_in, with_strings
+from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.objective.estimates import check_estimates
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _PLACEHOLDERS = ("text", "label")
@@ -29,7 +31,7 @@ _PLACEHOLDERS = ("text", "label")
 class CacheConfig(Settings):
     """Where the cache is and how examples are shown."""
 
-    path: str = Field(description="local path, s3://…, gs://…")
+    path: Free[Place] = Field(description="local path, s3://…, gs://…")
     sequences_per_shard: int = Field(
         4096, gt=0, description="sequences per shard: the unit of work and of what a kill can lose"
     )
@@ -73,13 +75,13 @@ class PromptsConfig(Settings):
     words: dict[str, str] | None = Field(
         None, description="label name -> word, for every label; null: the names themselves"
     )
-    to: str = Field(
+    to: Place = Field(
         pattern=r"\.jsonl$", description="the new corpus: lines with id, text and domain"
     )
     confidence: float = Field(
         0.0, ge=0, le=1, description="only sequences whose label has at least this probability"
     )
-    cache: str | None = Field(
+    cache: Place | None = Field(
         None, description="the cache the teacher is in; null: that of the file's own cache.path"
     )
 
@@ -147,6 +149,11 @@ class RunConfig(Settings):
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
 
+    def check_samples(self) -> None:
+        """Raise InputError for a term that asks of a teacher here what a sample cannot give."""
+        kinds = {t.name: t.described_kind for t in self.teachers}
+        check_estimates(self.train.objective.distill, {n: k for n, k in kinds.items() if k})
+
     def needed_student(self) -> StudentConfig:
         """Return the student; InputError where there is none."""
         if self.student is None:
@@ -187,7 +194,10 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"the configuration {path} is not UTF-8 text: {error.reason}") from None
+        raise InputError(
+            f"the configuration {path} is not UTF-8 text ({error.reason} at byte "
+            f"{error.start + 1}); save it as UTF-8"
+        ) from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
@@ -219,7 +229,7 @@ def configure_stage(
 def dump_config(config: Settings) -> str:
     """Write the resolved configuration of a run or a cycle as YAML, loadable again."""
     values = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 # --- stages: what they may be called, and what "{first}" in them stands for -----------------------

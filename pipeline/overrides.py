@@ -3,7 +3,7 @@
 from typing import Any
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.pipeline.plain_values import parse_yaml
+from rekindle.pipeline.yaml_text import parse_yaml
 
 
 def set_value(values: dict[str, object], override: str) -> None:

@@ -1,13 +1,10 @@
-"""Plain values, dictionaries and lists in each other: read YAML, walk, make ready for JSON."""
+"""Plain values, dictionaries and lists in each other: walked, and made ready for JSON."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import yaml
-
-from rekindle.data.errors import InputError
 
 
 def values_in(value: object) -> Iterator[object]:
@@ -43,24 +40,3 @@ def for_json(value: object) -> object:
     if isinstance(value, list | tuple):
         return [for_json(inside) for inside in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no key can be given twice: PyYAML would take the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                problem = f"the key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str, where: str) -> object:
-    """Return the values of a YAML text. Raises InputError that names ``where`` for a bad one."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -40,17 +40,17 @@ def check_same_runs(
     now: Recorded,
     stranger: str,
     rule: str,
-    free: Collection[str] = (),
+    free: Mapping[str, Collection[str]],
 ) -> None:
     """Raise CheckpointError unless the runs ``now`` are those that were begun ``before``, and more.
 
-    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. Of ``free``
-    keys, dotted, any may differ.
+    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. Of each run's
+    ``free`` keys, dotted, any may differ.
     """
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        check_same(out / name, recorded, now[name], rule, free)
+        check_same(out / name, recorded, now[name], rule, free[name])
 
 
 def is_finished(directory: Path, model: bool = True) -> bool:
@@ -58,8 +58,6 @@ def is_finished(directory: Path, model: bool = True) -> bool:
 
     Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
     """
-    from rekindle.train.student import ABOUT_FILE
+    from rekindle.train.record.identity import is_finished as has_ended
 
-    files = ("summary.json", "run.yaml", *(("config.json", ABOUT_FILE) if model else ()))
-    weights = not model or any(directory.glob("*.safetensors"))
-    return weights and all((directory / name).is_file() for name in files)
+    return (directory / "run.yaml").is_file() and has_ended(directory, model)

@@ -4,9 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rekindle.data.settings import Settings
-from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS
-from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Codec, Kept, Task
+from rekindle.data.places import Place
+from rekindle.data.settings import Free, Settings
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
+from rekindle.data.targets.schema import (
+    TEACHER_NAME,
+    VOCABULARY_TASKS,
+    Codec,
+    Kept,
+    Task,
+    TeacherInfo,
+)
 
 
 class TargetsConfig(Settings):
@@ -73,7 +82,7 @@ class TeacherConfig(Settings):
     """One expert."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
-    model: str = Field(description="a model directory or a hub id")
+    model: Place = Field(description="a model directory or a hub id")
     task: Task = Field(description="what the model does")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
     domains: tuple[str, ...] | None = Field(
@@ -88,7 +97,7 @@ class TeacherConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
     )
-    batch_tokens: Literal["auto"] | PositiveInt = Field(
+    batch_tokens: Free[Literal["auto"] | PositiveInt] = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
     view: Literal["masked", "clean"] | None = Field(
@@ -119,6 +128,17 @@ class TeacherConfig(Settings):
     def vocabulary(self) -> bool:
         """Whether it predicts tokens."""
         return self.task in VOCABULARY_TASKS
+
+    @property
+    def described_kind(self) -> VocabularyKind | None:
+        """The kind of its targets as far as it is known before caching; None of task experts."""
+        if not self.vocabulary:
+            return None
+        kept, kind = self.targets, self.targets.vocabulary_kind
+        told = {"k": kept.k, "temperatures": kept.temperatures}
+        return vocabulary_kind(
+            TeacherInfo(name=self.name, task=self.task, kind=kind, view="clean", **told)
+        )
 
     @property
     def sees_masks(self) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.storage.atomic import write_text
+from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
@@ -12,6 +13,8 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import TrainResult, train_student
+
+RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
 
 def train_from_config(
@@ -44,13 +47,24 @@ def train_from_config(
             config.train,
             out,
             masked_view=student_view(cache, config),
+            asked=asked_extent(config),
             resume=resume,
             report=report,
             world=world,
         )
-        if world.main:
-            write_text(out / "run.yaml", dump_config(config))
+        if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
+            write_text(out / RUN_YAML, dump_config(config))
     return result
+
+
+def asked_extent(config: RunConfig) -> Extent:
+    """How much of the cache the file asks for: what is written in it, and no default."""
+    masks, targets = config.cache, {}
+    for teacher in config.teachers:
+        if teacher.vocabulary and "k" in teacher.targets.model_fields_set:
+            targets[teacher.name] = Kept(k=teacher.targets.k)
+    written = "replicas" in masks.model_fields_set
+    return Extent(replicas=masks.masked_replicas if written else None, targets=targets)
 
 
 def describe_result(result: TrainResult) -> str:

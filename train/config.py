@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from rekindle.data.settings import Settings
+from rekindle.data.places import Place
+from rekindle.data.settings import Free, MayChange, Settings
 from rekindle.train.method_names import unknown_method
-from rekindle.train.schedules import Amount, Count, Positive, Schedule, Share
+from rekindle.train.schedules import Amount, Count, Positive, Schedule, Seed, Share
 
 WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
@@ -48,7 +49,7 @@ class GrowConfig(Settings):
         description="how far the columns of copies are moved apart, in standard deviations of "
         "their matrix; changes no logit, lets the copies learn different things",
     )
-    seed: int = Field(0, description="of what is copied, and of the noise")
+    seed: Seed = Field(0, description="of what is copied, and of the noise")
     measure_sequences: Count = Field(
         64, description="held-out sequences on which growth.json compares before and after"
     )
@@ -57,7 +58,9 @@ class GrowConfig(Settings):
 class StudentConfig(Settings):
     """The model that is trained."""
 
-    model: str = Field(description="a model directory or a hub id: weights, or only a config.json")
+    model: Place = Field(
+        description="a model directory or a hub id: weights, or only a config.json"
+    )
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
     task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
         "masked_lm",
@@ -125,8 +128,10 @@ class DistillTerm(Settings):
     temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
         "forward_kl",
-        description="mse is for task logits; pseudo_label, for classifiers, is the cross-entropy "
-        "on the class the expert finds most likely, where it is sure of it (see confidence)",
+        description="samples (targets.kind threshold, the default, and random) can teach "
+        "forward_kl alone, see docs/targets.md; mse is for task logits; pseudo_label, for "
+        "classifiers, is the cross-entropy on the class the expert finds most likely, where it is "
+        "sure of it (see confidence)",
     )
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"
@@ -244,7 +249,7 @@ class TrainConfig(Settings):
 
     steps: Count = Field(1000, description="optimiser steps")
     batch_sequences: Count = Field(64, description="sequences per step, over all processes")
-    micro_batch_sequences: Count | None = Field(
+    micro_batch_sequences: Free[Count | None] = Field(
         None, description="sequences per forward pass; null: the whole batch at once"
     )
     learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
@@ -257,30 +262,32 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it, fp32 on a CPU"
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
+    parallel: Free[Literal["ddp", "fsdp"]] = Field(
         "ddp", description="under torchrun: a whole student per process, or one in shards (FSDP2)"
     )
-    compile: bool = Field(False, description="torch.compile for each block of the student")
-    gradient_checkpointing: bool = Field(
+    compile: Free[bool] = Field(False, description="torch.compile for each block of the student")
+    gradient_checkpointing: Free[bool] = Field(
         False, description="compute activations again in the backward pass: less memory, slower"
     )
-    prefetch_threads: int = Field(1, gt=0, le=64, description="threads that read ahead")
-    seed: int = Field(0, description="of weights, data order and dropout")
-    checkpoint_every: Count = Field(200, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="how many of the last are kept")
-    keep_best: str | None = Field(
+    prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
+    seed: Seed = Field(0, description="of weights, data order and dropout")
+    checkpoint_every: Free[Count] = Field(200, description="steps between checkpoints")
+    keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
+    keep_best: Free[str | None] = Field(
         "loss",
         description="also keep the checkpoint with the best held-out value of this name "
         "(loss, kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
         "0); null for none",
     )
-    explosion_factor: float | None = Field(
+    explosion_factor: Free[float | None] = Field(
         10.0,
         gt=1,
         description="stop when a loss exceeds this many times the median of the last 100 steps "
         "(in the first 20, the first loss), and it by 1; null for never",
     )
-    evaluate_every: Count = Field(200, description="steps between evaluations")
+    evaluate_every: Annotated[Count, MayChange(unless="reads_evaluations")] = Field(
+        200, description="steps between evaluations"
+    )
     held_out: float = Field(
         0.02,
         ge=0,
@@ -303,3 +310,8 @@ class TrainConfig(Settings):
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"
     )
+
+    @property
+    def reads_evaluations(self) -> bool:
+        """Whether what is kept, or trained on, follows from the evaluations and their steps."""
+        return self.keep_best is not None or (self.replay is not None and self.replay.follows_loss)

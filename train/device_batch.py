@@ -58,6 +58,7 @@ def kd_targets(
     Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
     the top ``k``, is found here.
     """
+    k = batch.used_k(k)
     targets = LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
     if isinstance(targets, HiddenTargets | DenseTargets) and k is not None and k < batch.kind.size:
         return _decoded(targets, batch.kind.size, temperature, k)
@@ -91,7 +92,8 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
     lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
     planes = high_planes(batch.kind.size)
-    targets = EncodedTargets(**sent, log_prob_min=lowest, planes=planes, k=k)
+    drawn = batch.kind.sampled
+    targets = EncodedTargets(**sent, log_prob_min=lowest, planes=planes, k=k, sampled=drawn)
     return decode(targets, tau) if lowest is None else targets
 
 

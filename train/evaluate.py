@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
 from rekindle.train.method import Method
@@ -34,6 +35,7 @@ class EvaluationData:
     allow_missing: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
+    k: Mapping[str, int | None] = field(default_factory=dict)  # of a teacher's candidates, trained
 
     def batches(self) -> Iterator[Batch]:
         """Read them, batch by batch."""
@@ -87,11 +89,13 @@ def evaluate(
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
 
-    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. To a
-    sample (threshold, random) it is larger than to the teacher, by what the sample's entropy is
-    smaller: in the mean a constant, whatever the student.
-    Agreement is the share of equal most-likely outcomes. Masked students see replica 0. Of each of
-    ``data.domains`` the loss is ``loss/DOMAIN``. Empty when nothing is held out.
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. From a
+    sample drawn at τ = 1 (threshold, random) it is an unbiased estimate of the KL to the teacher,
+    whose own entropy is stored; to one drawn at another τ it is larger by a constant, whatever the
+    student. Agreement is the share of equal most-likely outcomes, where the targets tell the
+    teacher's: of a threshold sample where it has more than 1/k, of random draws nowhere (no value).
+    Masked students see replica 0. Of each of ``data.domains`` the loss is ``loss/DOMAIN``. Empty
+    when nothing is held out.
     """
     run = run or (lambda work, *arguments: work(student, *arguments))
     training = student.training
@@ -110,7 +114,7 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     """Return every value, in the mean over what it counts."""
     totals: dict[str, NDArray[np.float64]] = {}
     for batch in data.batches():
-        values = run(_batch_sums, batch, device)
+        values = run(_batch_sums, batch, device, data.k)
         for method in data.methods:
             own = run(method.evaluate, batch, device)
             values |= {f"{method.name}/{name}": value for name, value in own.items()}
@@ -119,7 +123,9 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     return {name: float(total / count) for name, (total, count) in totals.items() if count}
 
 
-def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
+def _batch_sums(
+    student: Student, batch: Batch, device: torch.device, k: Mapping[str, int | None]
+) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
     hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
@@ -130,24 +136,38 @@ def _batch_sums(student: Student, batch: Batch, device: torch.device) -> Sums:
             if target.info.task == student.task and len(target.rows):
                 places = rows.match(target, batch.input_ids.shape[1])
                 found = hidden[torch.from_numpy(places).to(device)]
-                sums |= _vocabulary_sums(name, student, found, target, device)
+                sums |= _vocabulary_sums(name, student, found, target, k.get(name), device)
         elif isinstance(target, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, target, device)
     return sums
 
 
 def _vocabulary_sums(
-    name: str, student: Student, hidden: Tensor, target: TokenTargetBatch, device: torch.device
+    name: str,
+    student: Student,
+    hidden: Tensor,
+    target: TokenTargetBatch,
+    k: int | None,
+    device: torch.device,
 ) -> Sums:
     head = student.output_head
     temperature = target.kind.read_at
-    targets = kd_targets(target, temperature, None, device)
+    targets = kd_targets(target, temperature, k, device)
     kd = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
+    if target.kind.sampled and temperature == 1.0:
+        kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
-    top = sparse.ids.gather(1, sparse.probs.argmax(dim=1, keepdim=True))[:, 0]
-    agree = int((torch.cat(blocks) == top).sum())
-    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, len(hidden))}
+    best = sparse.probs.max(dim=1)
+    sure = best.values > target.kind.sure_above
+    top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
+    agree = int(((torch.cat(blocks) == top) & sure).sum())
+    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}
+
+
+def _entropy(target: TokenTargetBatch) -> float:
+    """Return the entropies of the teacher's own distributions at τ = 1, in nats, summed up."""
+    return float(target.columns["entropy"].sum(dtype=np.float64)) / STEP
 
 
 def _task_sums(

@@ -5,7 +5,6 @@ The loop owns all side effects: checkpoints, metrics, evaluation. Every random d
 torchrun each process runs this same loop on its share of every batch.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -21,29 +20,36 @@ from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_files, write_json
+from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.evaluate import best_of, evaluate
+from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared, prepare
-from rekindle.train.record.checkpoint import (
-    RUN_FILE,
-    check_run,
-    gather_weights,
-    restore,
-    save_checkpoint,
-)
+from rekindle.train.record.checkpoint import gather_weights, restore, save_checkpoint
 from rekindle.train.record.coverage import Coverage
+from rekindle.train.record.identity import (
+    STUDENT_FILES,
+    SUMMARY_FILE,
+    begin_record,
+    check_run,
+    is_finished,
+    keys_that_may_change,
+    read_summary,
+    recorded_extent,
+    student_files,
+)
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
-from rekindle.train.record.run_folder import open_folder
+from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses
 
+EVERYTHING = Extent()  # nothing is asked for
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -56,6 +62,16 @@ class TrainResult:
     seconds: float
     evaluation: dict[str, float]
     coverage: dict[str, int]
+    best: Best | None = None  # the best evaluation, where one is looked for
+    was_finished: bool = False  # before this call, which then did nothing
+
+    @classmethod
+    def of(cls, run: Path) -> "TrainResult":
+        """What the finished run in ``run`` says of itself."""
+        found = read_summary(run)
+        with reading(run / SUMMARY_FILE):
+            known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
+        return cls(run, **known, best=found.get("best"), was_finished=True)
 
 
 @dataclass(frozen=True)
@@ -78,22 +94,34 @@ def train_student(
     out: Path,
     *,
     masked_view: str | None = None,
+    asked: Extent = EVERYTHING,
     resume: bool = False,
     report: Report = lambda step, values: None,
     world: World | None = None,
 ) -> TrainResult:
     """Train a student from ``cache`` into ``out``, which afterwards is a Hugging Face model
-    directory. ``world``: the processes that do so together (``distributed.join_world``).
+    directory. ``world``: the processes that do so together (``distributed.join_world``). ``asked``:
+    how much of the cache is read; what it does not say is what the run read before, or else what
+    the cache has now, and is recorded. A run that is finished is left as it is.
 
     Raises InputError when the configuration asks for what the cache does not have or the loss
     explodes, CheckpointError when ``resume`` meets a run of another configuration.
     """
     started = time.monotonic()
     world = world or World.alone()
+    cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
     prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
+    files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
+    prepared.about.update(files)
+    free = keys_that_may_change(student_config, config)
+
+    def look() -> bool:
+        return check_run(out, prepared.about, resume, free)
+
+    if world.decide(lambda: resume and is_finished(out) and look()):
+        return world.decide(lambda: TrainResult.of(out))
     with ExitStack() as held:  # by the main process: the folder, until the run is finished
-        folder = open_folder(out, lambda: check_run(out, prepared.about, resume))
-        resuming = world.decide(lambda: held.enter_context(folder))
+        resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
         # Measured before sharding and training; again where an earlier process died before it.
         growth = world.decide(lambda: measure_growth(out, prepared, world.device))
         student = ParallelStudent(prepared.student, world, config.parallel)
@@ -101,11 +129,30 @@ def train_student(
         made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
         lineage = [run.model_dump(mode="json") for run in made_by]
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
-        if not resuming:
-            world.decide(lambda: write_json(out / RUN_FILE, prepared.about))
+        world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
-        state = restore(out, student, optimizer) if resuming else {}
+        state = restore(out, student, optimizer, config.checkpoint_every) if resuming else {}
         return _train(training, state, started, report)
+
+
+def _within(
+    cache: Cache,
+    student: StudentConfig,
+    masked_view: str | None,
+    asked: Extent,
+    run: Path | None,
+    world: World,
+) -> Cache:
+    """The cache as far as the run reads it; ``run``: the directory of one that may go on."""
+
+    def settled() -> Extent:
+        before = EVERYTHING if run is None else recorded_extent(run)
+        masked = student.language_task == "masked_lm"
+        view = cache.masked_view(masked_view) if masked else None
+        return settle_extent(asked, cache.teachers.values(), view, before)
+
+    # The main process says it: the cache may grow while they look.
+    return cache.within(world.decide(settled))
 
 
 def _train(
@@ -158,7 +205,7 @@ def _train(
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
-    result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum))
+    result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
     weights = gather_weights(student.student) if student.sharded else None
     world.decide(lambda: _finish(training, result, weights))
     return result
@@ -245,11 +292,12 @@ def _stop(training: Training, step: int, complaint: str) -> None:
 
 
 def _finish(training: Training, result: TrainResult, weights: Mapping[str, Tensor] | None) -> None:
-    """Make the run's directory a model directory."""
-    summary = {name: value for name, value in vars(result).items() if name != "directory"}
+    """Make the run's directory a model directory; its summary, written last, says that it is."""
+    left_out = ("directory", "was_finished")
+    summary = {name: value for name, value in vars(result).items() if name not in left_out}
     summary |= saved_growth(result.directory)
     about = {"made_by": training.prepared.about, LINEAGE: training.lineage}
     with new_files(result.directory) as staged:
         training.student.student.save_pretrained(staged, about, weights)
-        training.cache.corpus.tokenizer.save(str(staged))
-        (staged / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        training.prepared.tokenizer.save(str(staged))
+    write_json(result.directory / SUMMARY_FILE, summary)

@@ -1,20 +1,23 @@
 """What is checked and built before the first step: the loss, the student, what the run is."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
-from rekindle.train.model.files import quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import load_config, resolve_model
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -35,6 +38,7 @@ class Prepared:
     student: Student
     stream: TrainingStream
     held_out: EvaluationData
+    tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
     ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
 
 
@@ -65,12 +69,22 @@ def prepare(
     )
     size = config.micro_batch_sequences or config.batch_sequences
     held_out = EvaluationData(
-        cache, chosen.held_out, (), view, size, config.allow_missing, domains=chosen.domains
+        cache,
+        chosen.held_out,
+        (),
+        view,
+        size,
+        config.allow_missing,
+        domains=chosen.domains,
+        k={name: term.k for term in config.objective.distill for name in term.teachers},
     )
     student = _student(cache, student_config, config, objective, world)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
-    return Prepared(about, objective, student, stream, held_out, ungrown if grows else None)
+    tokenizer = cache.corpus.tokenizer
+    return Prepared(
+        about, objective, student, stream, held_out, tokenizer, ungrown if grows else None
+    )
 
 
 def prepare_objective(
@@ -93,6 +107,7 @@ def prepare_objective(
                 "holes without KD"
             )
     infos = {name: teacher.info for name, teacher in teachers.items()}
+    _check_k(cache, config, infos)
     objective = Objective(config.objective, infos, task, config.steps, methods)
     for name, info in infos.items():
         if info.shown.masked and info.view != masked_view:
@@ -104,13 +119,28 @@ def prepare_objective(
     return objective
 
 
+def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]) -> None:
+    """Refuse a term's k that the cache has, but the run does not ask for."""
+    for number, term in enumerate(config.objective.distill):
+        for name in term.teachers:
+            kept, stored = cache.extent.targets.get(name), infos[name].k
+            if kept and kept.k and stored and kept.k < (term.k or 0) <= stored:
+                raise InputError(
+                    f"train.objective.distill.{number}: k is {term.k}, and teacher {name!r} has "
+                    f"targets.k: {kept.k}. Lower the one or raise the other"
+                )
+
+
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None:
     """Check that ``keep_best`` names something that an evaluation can measure."""
     known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
     for name in objective.teachers:
-        problem = objective.teachers[name].problem
+        info = objective.teachers[name]
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
-        known += [f"{what}/{name}" for what in measured.get(problem or "", ["kl", "agreement"])]
+        values = measured.get(info.problem or "", ["kl", "agreement"])
+        if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:  # see ``evaluate``
+            values = ["kl"]
+        known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
         raise InputError(
@@ -123,6 +153,7 @@ def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
     directory = resolve_model(config.model)
     if not has_tokenizer_files(directory):
         return  # its vocabulary size is checked when it is built
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
     theirs = load_tokenizer(str(directory))
     if theirs.digest != cache.tokenizer_digest:
         raise InputError(
@@ -214,6 +245,9 @@ def describe_run(
     names = [*objective.teachers]
     names += [config.curriculum.teacher] if config.curriculum is not None else []
     teachers = {name: cache.teacher(name) for name in names}
+    taught = [name for name in names if name in objective.taught or name not in objective.teachers]
+    replicas = {} if masked_view is None else {"replicas": cache.masked_view(masked_view).replicas}
+    kept = {name: one for name, one in cache.extent.targets.items() if name in teachers}
     views = {name: t.view for name, t in objective.teachers.items() if t.sees_clean_text}
     return {
         "student": student.model_dump(mode="json", by_alias=True),
@@ -224,7 +258,10 @@ def describe_run(
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
-            "teacher_seconds": {name: teacher.seconds for name, teacher in teachers.items()},
+            # Of those whose targets are used: the others' weights are 0 at every step.
+            "teacher_seconds": {name: teachers[name].seconds for name in taught},
+            **replicas,
+            "targets": {name: one.model_dump() for name, one in sorted(kept.items())},
             **({"teacher_views": views} if views else {}),
         },
     }

@@ -19,12 +19,12 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import (
+    load_config,
     load_language_model,
     longest_input,
     new_language_model,
-    quiet_transformers,
-    read_config,
     resolve_model,
 )
 from rekindle.train.model.fitting import check_fits
@@ -165,10 +165,11 @@ def build_student(
     # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
     # embeddings, which no file would be seen to lack.
     trained = config.language_task == "causal_lm" and not config.from_scratch
-    check_fits(read_config(directory), config.language_task, who, trained)
+    attention = None if config.attention == "auto" else config.attention
+    settings = load_config(directory, attention=attention)
+    check_fits(settings, config.language_task, who, trained)
     torch.manual_seed(seed)
     build = new_language_model if config.from_scratch else load_language_model
-    attention = None if config.attention == "auto" else config.attention
     model = build(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:

@@ -5,6 +5,7 @@ from typing import Literal, TypedDict, cast
 from pydantic import Field, field_validator
 
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
@@ -13,12 +14,13 @@ MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 class CorpusConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
-    source: tuple[str, ...] = Field(
-        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs"
+    source: tuple[Place, ...] = Field(
+        min_length=1,
+        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs",
     )
     text_field: str = Field("text", description="the field of a record that holds its text")
     domain_field: str | None = Field(None, description="the field that names a record's domain")
-    tokenizer: str = Field(description="the student's tokenizer: a directory or a hub id")
+    tokenizer: Place = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
         128,
         ge=8,

@@ -7,7 +7,7 @@ imports neither transformers nor torch. It knows nothing of sequences and files 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -119,6 +119,17 @@ class Tokenizer:
         second.truncate(keep_second)
         joined = self._backend.post_process(first, second, True)
         return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+
+    def whole_lengths(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> NDArray[np.int64]:
+        """Tokens of each text, or of it and the other of its pair, special ones included, before
+        anything is cut: int64 [N].
+        """
+        added = self._backend.num_special_tokens_to_add(is_pair=pairs is not None)
+        parts = (texts,) if pairs is None else (texts, pairs)
+        each = [[len(found) for found in self._encodings([*part])] for part in parts]
+        return np.array(each, np.int64).reshape(len(parts), -1).sum(axis=0) + added
 
     def save(self, directory: str | Path) -> None:
         """Write it so that ``load_tokenizer(directory)`` and transformers read it back."""

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,7 +101,7 @@ def publish_folder(made: Path, path: Path) -> None:
             os.rename(replaced, path)
         raise
     sync(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 @contextmanager
@@ -153,7 +153,15 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """
     for ending in _ENDINGS:
         for left in folder.glob(f".{name}.{_ATTEMPT}{ending}"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, as far as that can be done. Of a link,
+    the link: what it leads to is somebody's.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

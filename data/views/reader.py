@@ -17,9 +17,10 @@ from rekindle.data.views.registry import view_kind
 class ViewReader(RowReader):
     """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
 
-    def __init__(self, corpus: Corpus, name: str):
+    def __init__(self, corpus: Corpus, name: str, most: int | None = None):
+        """``most``: the first replicas are read, so many, whatever there is."""
         super().__init__()
-        self.corpus, self.name, self.kind = corpus, name, view_kind(name)
+        self.corpus, self.name, self.kind, self.most = corpus, name, view_kind(name), most
         self.shards = ShardSet(corpus.store, f"views/{name}")
         self.commits: dict[str, Commit] = self.shards.committed()
         self._open: dict[str, Shard] = {}
@@ -31,14 +32,17 @@ class ViewReader(RowReader):
 
     @cached_property
     def replicas(self) -> int:
-        """How many replicas every corpus shard has."""
+        """How many replicas every corpus shard has; no more than are to be read."""
         # Text that was added a moment ago may have no masks yet; the rest of it has.
         every = range(len(self.corpus.commits))
         shards = [shard for shard in every if unit_of(shard, 0) in self.commits]
         count = 0
-        while shards and all(unit_of(shard, count) in self.commits for shard in shards):
+        while count != self.most and shards and self._have(shards, count):
             count += 1
         return count
+
+    def _have(self, shards: list[int], replica: int) -> bool:
+        return all(unit_of(shard, replica) in self.commits for shard in shards)
 
     def has(self, shard: int, replica: int | None = None) -> bool:
         """Whether the unit is committed."""

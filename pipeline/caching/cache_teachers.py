@@ -74,6 +74,7 @@ def cache_teachers(
     this corpus.
     """
     config.check_single()
+    config.check_samples()
     chosen = _chosen(config, only)
     make_missing(config)
     store = open_store(config.cache.path)

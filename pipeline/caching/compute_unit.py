@@ -25,6 +25,7 @@ from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, ru
 from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
+from rekindle.train.model.causes import running
 
 Rows = NDArray[np.int64]
 Inputs = dict[str, Tensor]
@@ -134,7 +135,7 @@ class UnitRun:
             sources.append(token[covered] + len(teacher.tokenizer.prefix))
 
         def forward(rows: Rows, inputs: Inputs) -> Columns:
-            logits = teacher.model(**inputs).logits.float().flatten(0, 1)
+            logits = self._logits(inputs).flatten(0, 1)
             logits = self._finite(logits[self._selected(inputs, rows, sources)])
             return {"logits": logits.cpu().numpy()}
 
@@ -150,13 +151,19 @@ class UnitRun:
                 kinds = [types[r] for r in rows]
                 padded = pad(kinds, np.array([len(k) for k in kinds]), 0)
                 inputs["token_type_ids"] = teacher.tensor(padded)
-            logits = self._finite(teacher.model(**inputs).logits.float())
+            logits = self._finite(self._logits(inputs))
             columns = {"logits": logits.cpu().numpy()}
             if self.info.monte_carlo_passes:
                 columns |= self._monte_carlo(inputs, rows, logits)
             return columns
 
         return self._run(seen, forward)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        """What an expert says, in fp32; InputError, naming it, where its own code fails."""
+        with running(f"teacher {self.info.name!r} ({self.info.model})"):
+            logits: Tensor = self.teacher.model(**inputs).logits.float()
+        return logits
 
     def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:
         """The expert's own encoding of each row's text or pair; empty where there is no pair."""
@@ -184,7 +191,7 @@ class UnitRun:
         model.train()  # dropout on; text models have no batch statistics that this would touch
         try:
             count = self.info.monte_carlo_passes
-            passes = torch.stack([model(**inputs).logits.float() for _ in range(count)])
+            passes = torch.stack([self._logits(inputs) for _ in range(count)])
         finally:
             model.eval()
         # A pass is held against the next, a single one against the pass without dropout.

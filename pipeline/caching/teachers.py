@@ -5,6 +5,7 @@ that a finished cache is recognised in seconds.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,16 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
     config_fingerprint,
+    load_config,
     load_model,
     longest_input,
     package_versions,
     place,
-    read_config,
     resolve_model,
     weights_fingerprint,
 )
 from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
@@ -66,8 +68,8 @@ def plan_teacher(
     Raises InputError when it cannot teach on this corpus.
     """
     directory = directory or resolve_model(config.model)
-    settings = read_config(directory)
-    check_fits(settings, config.task, f"teacher {config.name!r} ({config.model})")
+    check_fits(load_config(directory), config.task, f"teacher {config.name!r} ({config.model})")
+    settings: Any = load_config(directory, AUTO_CLASSES[config.task])
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
@@ -198,6 +200,7 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
             "Use sequence_classification for a classifier"
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
+    check_label_names(names, f"teacher {config.name!r}")
     if config.task == "token_classification":
         return {"label_names": names}
     only = "regression" if labels == 1 else "single_label_classification"
@@ -266,7 +269,10 @@ class Teacher:
         kind = "cpu" if self.placement.device == "cpu" else "cuda"
         # Tokens per forward pass, padding included; halved when the device runs out of memory.
         self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
-        self._language_model = self._split() if plan.config.vocabulary else None
+        self._language_model: SplitLanguageModel | None = None
+        if plan.config.vocabulary:
+            with suppress(torch.OutOfMemoryError, MemoryError):  # told with the first batch
+                self._language_model = self._split()
         # Sequences of one length alone go together then: a target must not depend on neighbours.
         self.equal_lengths = moved_by_padding(model) > 0
         if self.equal_lengths:
@@ -280,7 +286,8 @@ class Teacher:
     @property
     def language_model(self) -> SplitLanguageModel:
         """Body and head of a vocabulary teacher."""
-        assert self._language_model is not None
+        if self._language_model is None:
+            self._language_model = self._split()
         return self._language_model
 
     def _split(self) -> SplitLanguageModel:

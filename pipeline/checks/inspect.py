@@ -269,11 +269,13 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
 def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", replica {target.replica}"
     words = tokenizer.hf.convert_ids_to_tokens
+    # Of a sample there is that of the temperature it was drawn at alone, and it is 0.
+    log_tail = target.log_tail.get(1.0, next(iter(target.log_tail.values())))
     rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
         best = zip(words(target.ids[row, :5].tolist()), target.log_probs[row, :5], strict=True)
         predicted = "  ".join(f"{word} {np.exp(log_prob):.3f}" for word, log_prob in best)
-        tail = f"{np.exp(target.log_tail[1.0][row]):.3f}"
+        tail = f"{np.exp(log_tail[row]):.3f}"
         gold, rank = str(words(int(target.gold_ids[row]))), str(target.gold_rank[row])
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     head = ("position", "true token", "rank", "top predictions", "tail")

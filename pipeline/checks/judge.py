@@ -83,7 +83,8 @@ def judge_logits(info: TeacherInfo, cached: Columns, live: Columns) -> Iterator[
         mine, theirs = (columns["mc_probs"].astype(np.float64) for columns in (cached, live))
         mean, count = np.clip((mine + theirs) / 2, 0, 1), info.monte_carlo_passes
         # A variable within [0, 1] varies by no more than p(1 − p).
-        error = live["mc_errors"] if count >= FEW else np.sqrt(mean * (1 - mean) / count)
+        most = np.sqrt(mean * (1 - mean) / count)
+        error = np.minimum(live["mc_errors"], most) if count >= FEW else most
         stated = DEVIATIONS * np.sqrt(2) * error + 1 / count
         what = "a Monte-Carlo probability"
         yield worst(what, np.abs(mine - theirs), stated, rounding(info, 0 * mean))

@@ -1,9 +1,32 @@
 """Arguments and options of commands, those first that several take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from rekindle.data.places import expanded
+
+# Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
+PLACES = ("cache", "model", "train", "dev")
+
+
+class Command(TyperCommand):
+    """Fills in ``~`` and ``$VARIABLES`` of every place it is given.
+
+    A shell leaves both alone in ``--out=~/x`` and within single quotes, and a job may have none.
+    """
+
+    def invoke(self, ctx: Any) -> Any:  # of click, which typer carries with it or not
+        """Run the command."""
+        for name, value in ctx.params.items():
+            if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):
+                ctx.params[name] = type(value)(expanded(str(value)))
+            elif isinstance(value, list | tuple) and all(isinstance(one, Path) for one in value):
+                ctx.params[name] = [Path(expanded(str(one))) for one in value]
+        return super().invoke(ctx)
+
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]
 CachePath = Annotated[

@@ -165,7 +165,7 @@ def _costs(
         seconds = one.cache.get("teacher_seconds") or {}
         # Where there are several caches, a teacher is called by its cache's name as well.
         where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
-        labels = {name: f"{name}{where}" for name in one.cache["teachers"]}
+        labels = {name: f"{name}{where}" for name in one.taught_by}
         once |= {label: seconds.get(name) for name, label in labels.items()}
         live = _live_seconds(one, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
@@ -175,7 +175,7 @@ def _costs(
 def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
     """The estimate of what the run's teachers would take live beside it; None where unknown."""
     cache = caches.get(run.cache.get("path", ""))
-    names = list(run.cache["teachers"])
+    names = run.taught_by
     if not names:
         return 0.0
     if cache is None or cache.facts is None:

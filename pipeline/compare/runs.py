@@ -60,6 +60,12 @@ class RunFolder:
     cache: Facts
     records: list[Facts] = field(default_factory=list)
 
+    @property
+    def taught_by(self) -> list[str]:
+        """The teachers whose targets it used, which it pays for: not those of weight 0."""
+        recorded = self.cache.get("teacher_seconds")
+        return list(self.cache["teachers"] if recorded is None else recorded)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -99,7 +105,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     found = _find(directories)
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
-    differing = differences([one.settings for one in found], items=True)
+    differing = differences([one.settings for one in found], items=True) | _read_otherwise(found)
     runs = [
         _read_run(one, name, {key: values[number] for key, values in differing.items()})
         for number, (one, name) in enumerate(zip(found, names, strict=True))
@@ -221,8 +227,7 @@ def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts])
         for record in evaluations
         if "loss" in record
     ]
-    recorded = one.cache.get("teacher_seconds") or {}
-    costs = [recorded.get(name) for name in one.cache["teachers"]]
+    costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.taught_by]
     known = [cost for cost in costs if cost is not None]
     return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
 
@@ -240,6 +245,16 @@ def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
     """The folders below a run that something was fine-tuned into, and what it came to."""
     for path in sorted(directory.glob("**/metrics.json")):
         yield path.parent.relative_to(directory).parts, read_record(path) or {}
+
+
+def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
+    """What runs have read of the cache, where that differs among those that read it at all."""
+    each: dict[str, list[object]] = {"cache.replicas": [one.cache.get("replicas") for one in found]}
+    kept = [one.cache.get("targets") or {} for one in found]
+    for name in dict.fromkeys(name for one in kept for name in one):
+        each[f"cache.targets.{name}.k"] = [one.get(name, {}).get("k") for one in kept]
+    known = {key: {value for value in values if value is not None} for key, values in each.items()}
+    return {key: values for key, values in each.items() if len(known[key]) > 1}
 
 
 # --- comparing ------------------------------------------------------------------------------------

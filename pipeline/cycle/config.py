@@ -14,12 +14,13 @@ from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
@@ -56,7 +57,7 @@ _NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring witho
 class CycleCacheConfig(CacheConfig):
     """Where the experts' outputs go; as in a run, but for the path's default."""
 
-    path: str = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+    path: Place = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
 
 
 class CycleTask(Settings):
@@ -64,9 +65,9 @@ class CycleTask(Settings):
 
     name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
     about: str = Field("", description="what it asks, for the report")
-    train: str = Field(description="labelled examples: jsonl, csv, tsv or parquet")
-    test: str = Field(description="scored once for each fine-tuning; selects nothing")
-    dev: str | None = Field(
+    train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
+    test: Place = Field(description="scored once for each fine-tuning; selects nothing")
+    dev: Place | None = Field(
         None, description="what selects; null: dev_examples are taken out of train, at random"
     )
     dev_examples: int = Field(
@@ -138,6 +139,8 @@ class CycleConfig(Settings):
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
+            if key in TaskSettings.model_fields:
+                raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
             # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.

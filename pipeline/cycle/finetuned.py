@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
+from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.result import WRITER, FinetuneResult
 from rekindle.train.record.run_folder import read_record
 
@@ -149,7 +150,9 @@ def check_alike(out: Path, found: Sequence[FineTuned], terms: Terms) -> None:
 def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, object]:
     """Everything that must be the same in all arms of a task, but for what was ``searched``."""
     names = ("problem", "label_names", "metric", "seeds")
-    settings = {key: value for key, value in one.budget.items() if key not in searched}
+    # What the files mean is compared by what was made of them; older results do not set it.
+    left_out = {*searched, *TaskSettings.model_fields}
+    settings = {key: value for key, value in one.budget.items() if key not in left_out}
     # The setting may be "auto"; where it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
     own = {name: getattr(one, name) for name in names} | {"files": one.splits}

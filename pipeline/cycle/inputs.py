@@ -7,6 +7,7 @@ files. They are written once, and whole or not at all.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,14 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
+from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
 
 TASKS_FOLDER = "tasks"
+logger = logging.getLogger("rekindle")
+
+_AS_IT_IS = TaskSettings()
 _MOST_DEV = 5  # dev is at most one of so many parts of train
 
 
@@ -44,6 +49,15 @@ class TaskFiles:
         labels = self.splits["test"].labels[self.rows["test"]]
         return float(np.bincount(labels).max() / len(labels))
 
+    def own_settings(self, config: FinetuneConfig) -> FinetuneConfig:
+        """``config`` for the files that are written here, which have what it chose of the columns
+        and rows of others.
+        """
+        data = self.splits["train"]
+        problem = "classification" if data.label_names else "regression"
+        decided = TaskSettings(problem=problem, positive=data.positive)
+        return config.model_copy(update=decided.model_dump())
+
     @property
     def facts(self) -> dict[str, object]:
         """What ``cycle.json`` says of it."""
@@ -63,13 +77,15 @@ class TaskFiles:
 
 def read_tasks(config: CycleConfig) -> list[TaskFiles]:
     """Read and divide the files of every task; InputError for whatever is wrong with them."""
-    return [_read(task, config.seed) for task in config.tasks]
+    return [_read(task, config.seed, config.finetune_of(task, {})) for task in config.tasks]
 
 
-def _read(task: CycleTask, seed: int) -> TaskFiles:
+def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> TaskFiles:
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
-    splits = dict(zip(paths, read_task(*paths.values()), strict=True))
+    splits = dict(zip(paths, read_task(*paths.values(), settings=settings), strict=True))
     train = splits["train"]
+    for name, split in splits.items():
+        logger.info("task %s, %s: %s", task.name, name, split.described())
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
     if task.dev is None:
@@ -81,7 +97,7 @@ def _read(task: CycleTask, seed: int) -> TaskFiles:
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
     rows["train"] = np.sort(order[: task.train_examples])
-    metric = chosen_metric(task.metric, train.problem)
+    metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:
         raise InputError(
             f"task {task.name!r}: pairs is {task.pairs}, but {task.train} has no sentence2; an "
@@ -122,10 +138,10 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
     texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
-    label: float | int | str = float(data.labels[row])
+    label: object = data.labels[row].tolist()
     if data.label_names:
         label = data.label_names[data.labels[row]]
-        label = int(label) if _are_numbers(data.label_names) else label
+        label = int(str(label)) if _are_numbers(data.label_names) else label
     return texts | {"label": label}
 
 
@@ -149,9 +165,10 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
     corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
     """
-    from rekindle.train.model.files import resolve_model, weights_fingerprint
+    from rekindle.train.model.files import load_config, resolve_model, weights_fingerprint
 
     directory = resolve_model(config.student.model)
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
     own, theirs = load_tokenizer(str(directory)), load_tokenizer(config.corpus.tokenizer)
     if own.digest != theirs.digest:
         raise InputError(

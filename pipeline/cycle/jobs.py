@@ -83,7 +83,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     tried: list[tuple[FinetuneConfig, Path]] = []
     searched = []
     for point in points:
-        values = config.finetune_of(one.task, point, longer=arm == "longer")
+        values = one.own_settings(config.finetune_of(one.task, point, longer=arm == "longer"))
         folder = home / "search" / arm / name / point_name(point)
         done = folder / "metrics.json"
         tried.append((values, done))

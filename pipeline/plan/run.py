@@ -38,6 +38,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
     corpus or another teacher of that name.
     """
     config.check_single()
+    config.check_samples()
     views: tuple[ViewPlan, ...] = ()
     if needed := missing(config.corpus):
         why = f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} not made yet"

@@ -13,7 +13,9 @@ from typing import Any
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.reading.files import is_described
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.pipeline.config import (
     PromptsConfig,
     RunConfig,
@@ -23,6 +25,7 @@ from rekindle.pipeline.config import (
     with_directories,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.objective.estimates import check_estimates
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
 
@@ -112,6 +115,21 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
                 f"{key} names the teacher {name!r}, which nothing puts into {cache} (its "
                 f"teachers: {', '.join(cached) or 'none'}). Add it to `teachers`"
             )
+    check_estimates(stage.config.train.objective.distill, _kinds_read(stage, earlier))
+
+
+def _kinds_read(stage: Stage, earlier: Sequence[Stage]) -> dict[str, VocabularyKind]:
+    """What is kept of its vocabulary teachers: as a stage says, or as its cache has it."""
+    path, kinds = stage.config.cache.path, dict[str, VocabularyKind]()
+    inside = [s for s in (*earlier, stage) if s.config.cache.path == path]
+    configured = {t.name: t.described_kind for s in inside for t in s.config.teachers}
+    for name in dict.fromkeys(n for t in stage.config.train.objective.distill for n in t.teachers):
+        kind = configured.get(name)
+        if name not in configured and (info := read_teacher(open_store(path), name)).is_vocabulary:
+            kind = vocabulary_kind(info)
+        if kind is not None:
+            kinds[name] = kind
+    return kinds
 
 
 def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ import yaml
 from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.several_runs import SECTIONS
+from rekindle.pipeline.yaml_text import Loader, told_of
 
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
@@ -73,10 +74,10 @@ def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
         raise InputError(f"--sweep takes key.path=value,value,…, got {text!r}")
     inside = f"[{values}]"
     try:
-        node = yaml.compose(inside, yaml.SafeLoader)
+        node = yaml.compose(inside, Loader)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values: {reason}") from None
+        told = told_of(error, inside)
+        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values{told}") from None
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(inside):
         raise InputError(f"--sweep {key}: {values!r} is no list of YAML values")
     if not node.value:

@@ -44,7 +44,7 @@ from rekindle.train.finetune.classifier import evaluate, load_config
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.score import ExpertOutput, expert_output, student_logits
+from rekindle.train.finetune.score import ExpertOutput, expert_output, student_logits, student_texts
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
 from rekindle.train.objective.label_union import LabelUnion
@@ -277,7 +277,7 @@ def student(work: Path, model: str, size: Size, variant: Variant, seed: int) -> 
             train_from_config(config, out, resume=out.exists())
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         made, head = Student.from_pretrained(out), "+".join(GROUPS)
-        logits = student_logits(made, head, str(out), _test(work), LENGTH, 64)
+        logits = student_logits(made, head, student_texts(made, str(out), _test(work), LENGTH), 64)
         return logits, made.head_configs[head].label_names
 
     _judge_once(work, variant.name, seed, answers)

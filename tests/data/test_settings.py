@@ -108,13 +108,13 @@ WRONG = [
     ({"name": 3}, "name", "string"),
     ({"name": "r", "limit": "many"}, "limit", "integer"),
     ({"name": "r", "limit": 1.5}, "limit", "integer"),
-    ({"name": "r", "terms": 5}, "terms", "tuple"),
+    ({"name": "r", "terms": 5}, "terms", "list"),
     ({"name": "r", "terms": [7]}, "terms.0", "Term"),
-    ({"name": "r", "terms": [{"teachers": "a"}]}, "terms.0.teachers", "tuple"),
+    ({"name": "r", "terms": [{"teachers": "a"}]}, "terms.0.teachers", "list"),
     ({"name": "r", "terms": [{"teachers": [], "temperature": -1}]}, "terms.0.temperature", "> 0"),
     ({"name": "r", "terms": [{"teachers": [], "weight": "big"}]}, "terms.0.weight", "number"),
     ({"name": "r", "shares": {"first": 0.9}}, "shares", "first + second must not exceed 1"),
-    ({"name": "r", "shares": None}, "shares", "Shares"),
+    ({"name": "r", "shares": 1}, "shares", "section"),
     ({}, "name", "required"),
 ]
 

@@ -1,4 +1,6 @@
-"""Frozen caches open for ever, and decode to what they decoded to when they were made."""
+"""Frozen caches open for ever, and decode to what they decoded to when they were made; frozen runs
+go on to what they would have come to.
+"""
 
 import importlib.util
 import json
@@ -15,14 +17,17 @@ from rekindle.data.storage import manifest
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import RunConfig
+from rekindle.train.record.identity import VERSION
 from testlib.extending import assert_kept, files_of
+from testlib.students import TIMES, metrics
 
 HERE = Path(__file__).parent
+RUNS = sorted(path for path in HERE.glob("run-v*") if path.is_dir())
 CACHES = sorted(path for path in HERE.glob("cache-v*") if path.is_dir())
 
 
-def make_cache_module():
-    spec = importlib.util.spec_from_file_location("make_cache", HERE / "make_cache.py")
+def module_of(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -47,11 +52,32 @@ def test_there_is_one_per_format_version():
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
 def test_a_frozen_cache_is_sound_and_decodes_as_ever(path):
     assert verify_cache(str(path)).problems == []
-    decoded = make_cache_module().decoded
+    decoded = module_of("make_cache").decoded
     expected = json.loads(path.with_suffix(".json").read_text())
     assert len(Cache.open(path)) == len(expected)
     for index, example in enumerate(expected):
         assert same(json.loads(json.dumps(decoded(path, index))), example), index
+
+
+def test_there_is_a_run_of_the_version_before():
+    """The newest is written by every other test."""
+    assert [path.name for path in RUNS] == [f"run-v{n}" for n in range(1, VERSION)]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_thread):
+    made, out = module_of("make_run"), tmp_path / "run"
+    student = made.make_student(tmp_path / "student")
+    shutil.copytree(path, out)
+    record = (out / "run.json").read_text().replace(made.STUDENT, str(student))
+    (out / "run.json").write_text(record)
+    made.train(student, out, resume=True)
+    expected = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    expected = [{k: v for k, v in record.items() if k not in TIMES} for record in expected]
+    assert same(metrics(out), expected)
+    about = json.loads((out / "run.json").read_text())
+    assert about["version"] == VERSION
+    assert about["cache"]["targets"] == {"lm": {"k": 9, "part": "k9"}}
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)

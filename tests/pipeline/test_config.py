@@ -218,9 +218,9 @@ def test_no_such_file(tmp_path):
         (b"", "must be a mapping"),
         (b"- corpus", "must be a mapping"),
         (b"just words", "must be a mapping"),
-        (b"cache: {path: a}\ncorpus: {}\ncache: {path: b}\n", "'cache' is given twice.*line 3"),
+        (b"cache: {path: a}\ncorpus: {}\ncache: {path: b}\n", "line 3.*'cache' is given twice"),
         (b"cache: {path: a, seed: 1, path: b}", "'path' is given twice"),
-        (b"teachers:\n- {name: a, name: b}", "'name' is given twice.*line 2"),
+        (b"teachers:\n- {name: a, name: b}", "line 2.*'name' is given twice"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, content, told):
@@ -286,8 +286,8 @@ def test_an_unknown_key_names_the_nearest(run_file, key, nearest):
         ("teachers.0.task=translation", "teachers.0.task.*'translation'"),
         ("teachers.0.targets.k=0", "targets.k"),
         ("teachers.0.targets.temperatures=[1, 0]", "temperatures.1: .*greater than 0"),
-        ("teachers.0.targets.temperatures=[.nan]", "temperatures.0: .*less than 1000"),
-        ("teachers.0.targets.temperatures=[.inf]", "temperatures.0: .*less than 1000"),
+        ("teachers.0.targets.temperatures=[.nan]", "temperatures.0: .*finite"),
+        ("teachers.0.targets.temperatures=[.inf]", "temperatures.0: .*finite"),
         ("teachers.0.batch_tokens=0", "batch_tokens: Input should be greater than 0"),
         ("teachers.0.batch_tokens=many", "batch_tokens"),
         ("teachers.0.monte_carlo.passes=2", "sequence_classification"),

@@ -225,7 +225,7 @@ def test_pickled_weights_are_refused(directories, tmp_path):
     directory, size = directories["masked_lm"]
     shutil.copy(directory / "config.json", tmp_path)
     torch.save(load_file(directory / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="Pickled weights are not loaded"):
         build_student(StudentConfig(model=str(tmp_path)), {}, size, 0)
 
 

@@ -4,7 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,24 +12,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError, RekindleError
+from rekindle.data.errors import InputError
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import (
+    load_config,
     load_weights,
     longest_input,
     place,
-    quiet_transformers,
-    refusing,
     resolve_model,
 )
+from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.meta import refuse_shapes
 
 logger = logging.getLogger("rekindle")
+
+MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 Row = list[int] | NDArray[np.int32]
 
@@ -41,6 +46,9 @@ class EncodedTexts:
     input_ids: Sequence[Row]
     token_type_ids: Sequence[Row] | None
     padding_id: int
+    limit: int = 0  # tokens, from which on texts are cut
+    cut: int = 0  # texts that were
+    longest: int = 0  # tokens of the longest of these before
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -55,23 +63,31 @@ def encode(
     tokenizer: PreTrainedTokenizerFast,
     model_config: PretrainedConfig,
     data: TaskData,
-    max_length: int,
+    max_length: int | None,
 ) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` and to what the model and its tokenizer take.
+    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
 
     ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
     put nothing between), as stage 1 joins them. A special token's name within a text is text. An
     empty text is one padding token, so that no row is empty.
     """
     padding_id = _padding_id(model_config, tokenizer)
-    most = min(max_length, longest_input(model_config) or max_length, tokenizer.model_max_length)
+    wanted = max_length or MOST_TOKENS
+    most = min(wanted, longest_input(model_config) or wanted, tokenizer.model_max_length)
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
     knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    return EncodedTexts(ids, found.get("token_type_ids") if knows_segments else None, padding_id)
+    types = found.get("token_type_ids") if knows_segments else None
+    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
+    longest = 0
+    if cut:
+        pairs = data.pairs and [data.pairs[row] for row in cut]
+        whole = tokenizer([data.texts[row] for row in cut], pairs, truncation=False, verbose=False)
+        longest = max(map(len, whole["input_ids"]))
+    return EncodedTexts(ids, types, padding_id, most, len(cut), longest)
 
 
 def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -89,24 +105,40 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
+def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
+    """Say which share of each split's texts was cut, loudly where one was, and return it."""
+    shares = {name: texts.cut / max(len(texts.input_ids), 1) for name, texts in splits.items()}
+    limit = max((texts.limit for texts in splits.values()), default=0)
+    if not any(shares.values()):
+        logger.info("no text is cut (at most %d tokens)", limit)
+        return shares
+    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    longest = max(texts.longest for texts in splits.values())
+    logger.warning(
+        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read. "
+        "max_length raises it, as far as the model takes more",
+        *(limit, told, longest),
+    )
+    return shares
+
+
 # ---- models ------------------------------------------------------------------------------------
 
 
 def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Load the model's fast tokenizer, which pads and cuts on the right."""
-    tokenizer = load_tokenizer(str(resolve_model(model))).hf
+    directory = resolve_model(model)
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    tokenizer = load_tokenizer(str(directory)).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
-def load_config(model: str, **overrides: object) -> PretrainedConfig:
-    """Load the model's configuration."""
-    with refusing(*_refusal(model)):
-        return AutoConfig.from_pretrained(
-            str(resolve_model(model)), trust_remote_code=False, **overrides
-        )
+def classifier_config(model: str) -> PretrainedConfig:
+    """Load the model's configuration, with a label for each output that its head has."""
+    return load_config(resolve_model(model), CLASSIFIER)
 
 
 def load_classifier(
@@ -116,16 +148,15 @@ def load_classifier(
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
     """
-    config = load_config(model)
+    config = classifier_config(model)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        numbers = {name: number for number, name in names.items()}
-        labels: dict[str, object] = {"id2label": names, "label2id": numbers}
         same = config.id2label == names
+        config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
-        labels = {"num_labels": 1}
-        same = config.num_labels == 1 and config.problem_type == "regression"
-    config = load_config(model, problem_type=data.problem, **labels)
+        same = config.num_labels == data.outputs and config.problem_type == "regression"
+        config.num_labels = data.outputs
+    config.problem_type = data.problem
     network, unset = _load_weights(model, config, tokenizer)
     if not same and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)
@@ -138,23 +169,19 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
     config.pad_token_id = _padding_id(config, tokenizer)
-    network, body, head = load_weights(
-        resolve_model(model),
-        "AutoModelForSequenceClassification",
-        torch.float32,
-        *_refusal(model),
-        config=config,
-        ignore_mismatched_sizes=True,  # in the head; a body is refused below
-    )
+    what = f"{model!r} cannot be loaded for text classification"
+    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
+    loaded = load_weights(resolve_model(model), CLASSIFIER, torch.float32, what, advice, config)
+    refuse_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler sits in the body but belongs to the head: a masked LM has none.
-    missing = [key for key in body if ".pooler." not in key]
+    missing = [key for key in loaded.body if ".pooler." not in key]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
-            f"the checkpoint {model!r} lacks (or has in another shape) {len(missing)} weights of "
-            f"the {config.model_type} body: {shown}; give a checkpoint that fits its config.json"
+            f"the checkpoint {model!r} lacks {len(missing)} weights of the {config.model_type} "
+            f"body: {shown}; give a checkpoint that fits its config.json"
         )
-    return network, head
+    return loaded.model, loaded.head
 
 
 def _renew_output_layer(network: PreTrainedModel) -> None:
@@ -171,13 +198,6 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def _refusal(model: str) -> tuple[str, str, type[RekindleError]]:
-    """What ``refusing`` says of a model that cannot be had."""
-    what = f"{model!r} cannot be loaded for text classification"
-    advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
-    return what, advice, CheckpointError
-
-
 # ---- scoring -----------------------------------------------------------------------------------
 
 
@@ -186,7 +206,13 @@ def predict(
 ) -> np.ndarray:
     """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
     model.train(dropout)
-    return by_length(encoded, batch_size, model.device, lambda inputs: model(**inputs).logits)
+
+    def logits(inputs: dict[str, Tensor]) -> Tensor:
+        with running(str(model.name_or_path)):
+            found: Tensor = model(**inputs).logits
+        return found
+
+    return by_length(encoded, batch_size, model.device, logits)
 
 
 @torch.inference_mode()
@@ -207,12 +233,12 @@ def by_length(
 
 
 def load_expert(
-    model_dir: str, data: TaskData, max_length: int
+    model_dir: str, data: TaskData, max_length: int | None
 ) -> tuple[PreTrainedModel, EncodedTexts]:
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
-    tokenizer, config = padded_tokenizer(model_dir), load_config(model_dir)
+    tokenizer, config = padded_tokenizer(model_dir), classifier_config(model_dir)
     network, unset = _load_weights(model_dir, config, tokenizer)
     if unset:
         raise InputError(
@@ -223,20 +249,31 @@ def load_expert(
 
 
 def evaluate(
-    model_dir: str, data: TaskData, *, max_length: int = 128, batch_size: int = 64
+    model_dir: str, data: TaskData, *, max_length: int | None = None, batch_size: int = 64
 ) -> tuple[dict[str, float], np.ndarray]:
     """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
 
     Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
     InputError for a model without a trained head, of the other problem or with other classes.
     """
+    return evaluation(model_dir, data, max_length, batch_size)[:2]
+
+
+def evaluation(
+    model_dir: str, data: TaskData, max_length: int | None, batch_size: int
+) -> tuple[dict[str, float], np.ndarray, float]:
+    """``evaluate``, and which share of the texts was cut."""
     with quiet_transformers():
-        known, labels = load_config(model_dir), data.labels
-        if data.label_names or known.num_labels != 1:
+        known, labels, positive = classifier_config(model_dir), data.labels, None
+        check_label_names([*known.id2label.values()], repr(model_dir))
+        scores = known.num_labels == data.outputs and known.problem_type in (None, "regression")
+        if data.label_names or not scores:
             data.check_known(
                 list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
             )
             labels = np.array([known.label2id[name] for name in data.label_names])[labels]
+            positive = None if data.positive is None else known.label2id[data.positive]
         network, encoded = load_expert(model_dir, data, max_length)
+        cut = tell_cut({"dev": encoded})["dev"]
         logits = predict(network, encoded, batch_size)
-    return all_scores(data.problem, logits, labels), logits
+    return all_scores(data.problem, logits, labels, positive), logits, cut

@@ -2,16 +2,19 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from rekindle.data.places import Place
 from rekindle.data.settings import Settings
+
+Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
 
 
 class MergeConfig(Settings):
     """Which experts are merged for comparison, and how."""
 
-    experts: tuple[str, ...] = Field(min_length=1, description="directories of classifiers")
-    oracle: str | None = Field(
+    experts: tuple[Place, ...] = Field(min_length=1, description="directories of classifiers")
+    oracle: Place | None = Field(
         None, description="a classifier that was fine-tuned on true labels of all kinds"
     )
     labels: Literal["merge", "apart"] = Field(
@@ -22,7 +25,40 @@ class MergeConfig(Settings):
     seed: int = Field(0, description="of the Monte-Carlo passes")
 
 
-class FinetuneConfig(Settings):
+class TaskSettings(Settings):
+    """What the files of a labelled task mean, where they do not say it themselves."""
+
+    problem: Literal["classification", "regression"] | None = Field(
+        None,
+        description="null: words, booleans and whole numbers are classes, other numbers (also "
+        "lists of them) are scores, and what may be either is refused; classification: every label "
+        "is a class as it is written; regression: labels are numbers, or lists of numbers",
+    )
+    text_columns: tuple[str, ...] = Field(
+        (),
+        max_length=2,
+        description="the column of the text, or the two of a pair; empty: text, or sentence1 and "
+        "perhaps sentence2",
+    )
+    label_column: str = Field("label", description="the column of the labels")
+    drop_labels: tuple[Label, ...] = Field(
+        (), description="rows with these labels are left out; null is a missing label"
+    )
+    positive: Label = Field(
+        None,
+        description="of two classes the one whose F1 counts; null: 1, true, yes, positive, or x "
+        "beside not_x",
+    )
+
+    @field_validator("text_columns", "drop_labels", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, list | tuple):
+            return value
+        return () if value is None and info.field_name == "text_columns" else (value,)
+
+
+class FinetuneConfig(TaskSettings):
     """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
 
     epochs: int = Field(
@@ -39,10 +75,11 @@ class FinetuneConfig(Settings):
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
-    max_length: int = Field(
-        128,
+    max_length: int | None = Field(
+        None,
         ge=4,
-        description="tokens per example; longer ones are cut, also to what the model takes",
+        description="tokens per example; longer ones are cut, also to what the model takes; null: "
+        "512, if the model takes them",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"

@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn import metrics
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.task_data import TaskData
 
 METRICS = {
     "single_label_classification": ("accuracy", "f1", "matthews"),
@@ -19,12 +20,22 @@ METRICS = {
 }
 
 
-def chosen_metric(metric: str | None, problem: str) -> str:
+_MACRO = {"average": "macro"}
+
+
+def chosen_metric(metric: str | None, data: TaskData) -> str:
     """Return ``metric``, or accuracy for classes and Pearson's correlation for scores.
 
-    Raises InputError where it does not fit ``problem``, with those that do.
+    Raises InputError where it does not fit the problem, with those that do; for the F1 of two
+    classes of which none is positive.
     """
+    problem = data.problem
     fitting = METRICS[problem]
+    if metric == "f1" and len(data.label_names) == 2 and data.positive is None:
+        raise InputError(
+            f"metric f1 is that of one of the classes {' and '.join(data.label_names)}; say which "
+            f"with positive, as in positive: {data.label_names[1]}"
+        )
     if metric is not None and metric not in fitting:
         raise InputError(
             f"metric {metric!r} does not fit a {problem} task; use one of: {', '.join(fitting)}"
@@ -33,25 +44,34 @@ def chosen_metric(metric: str | None, problem: str) -> str:
 
 
 def score(
-    metric: str, predictions: np.ndarray, labels: np.ndarray, *, num_classes: int | None = None
+    metric: str,
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int | None = None,
+    positive: int = 1,
 ) -> float:
     """One score; higher is better for every metric.
 
-    ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations. ``f1`` is
-    that of class 1 where the task has two classes (GLUE: MRPC, QQP) and the unweighted mean over
-    the occurring classes otherwise; ``num_classes`` is the largest index + 1 where it is not given.
-    Raises ValueError for arrays of unequal or zero length.
+    ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations, whose mean is
+    taken over the outputs of [N,C]. ``f1`` is that of the class ``positive`` where the task has two
+    classes (GLUE: MRPC, QQP) and the unweighted mean over the occurring classes otherwise;
+    ``num_classes`` is the largest index + 1 where it is not given. Raises ValueError for arrays of
+    unequal or zero length.
     """
     if len(predictions) != len(labels) or not len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    if labels.ndim > 1:
+        each = zip(predictions.T, labels.T, strict=True)
+        return float(np.mean([score(metric, *one) for one in each]))
     with warnings.catch_warnings():  # of correlations that are undefined, or nearly so
         warnings.simplefilter("ignore")
         if metric == "accuracy":
             value = metrics.accuracy_score(labels, predictions)
         elif metric == "f1":
             classes = num_classes or int(max(np.max(predictions), np.max(labels))) + 1
-            average = "binary" if classes <= 2 else "macro"
-            value = metrics.f1_score(labels, predictions, average=average, zero_division=0.0)
+            how = {"average": "binary", "pos_label": positive} if classes <= 2 else _MACRO
+            value = metrics.f1_score(labels, predictions, zero_division=0.0, **how)
         elif metric == "matthews":
             value = metrics.matthews_corrcoef(labels, predictions)
         else:
@@ -62,14 +82,22 @@ def score(
 
 
 def predictions_of(problem: str, logits: np.ndarray) -> np.ndarray:
-    """The class of the largest logit, or the score itself: logits [N,C] (or [N,1]) -> [N]."""
-    return logits[:, 0] if problem == "regression" else logits.argmax(axis=1)
+    """The class of the largest logit, or the scores themselves: logits [N,C] -> [N], or [N,C] of
+    several scores.
+    """
+    if problem != "regression":
+        return logits.argmax(axis=1)
+    return logits[:, 0] if logits.shape[1] == 1 else logits
 
 
-def all_scores(problem: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels [N].
+def all_scores(
+    problem: str, logits: np.ndarray, labels: np.ndarray, positive: int | None = None
+) -> dict[str, float]:
+    """Every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels [N]
+    ([N,C] for a regression of several scores).
 
-    Raises InputError for logits that are not finite: the model has diverged.
+    ``positive`` is the class of two whose F1 counts; without it there is no F1 of two. Raises
+    InputError for logits that are not finite: the model has diverged.
     """
     if not np.isfinite(logits).all():
         raise InputError(
@@ -78,7 +106,6 @@ def all_scores(problem: str, logits: np.ndarray, labels: np.ndarray) -> dict[str
         )
     predictions = predictions_of(problem, logits)
     classes = logits.shape[1]
-    return {
-        metric: score(metric, predictions, labels, num_classes=classes)
-        for metric in METRICS[problem]
-    }
+    known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
+    how = {"num_classes": classes, "positive": positive or 0}
+    return {metric: score(metric, predictions, labels, **how) for metric in known}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +46,29 @@ class FinetuneResult:
     config: dict[str, object]
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None  # scores by way of merging
+    # What was understood of the files: rows by class and split, the class whose F1 counts, rows
+    # left out by label and split, the share of texts cut by split.
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    positive: str | None = None
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    cut: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         model: str,
         files: Mapping[str, str],
-        data: TaskData,
+        splits: Mapping[str, TaskData],
         metric: str,
         per_seed: Sequence[SeedResult],
         config: FinetuneConfig,
         precision: str,
         seconds: float,
         baselines: dict[str, dict[str, float]] | None = None,
+        cut: Mapping[str, float] | None = None,
     ) -> "FinetuneResult":
-        """Sum up what every seed scored by ``metric``."""
+        """Sum up what every seed scored by ``metric``; the first of ``splits`` has the labels."""
+        data = next(iter(splits.values()))
         scores = [result.scores[metric] for result in per_seed]
         tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
         return cls(
@@ -79,6 +87,10 @@ class FinetuneResult:
             config=config.model_dump(mode="json"),
             versions=package_versions(),
             baselines=baselines,
+            class_counts={name: split.counts for name, split in splits.items()},
+            positive=data.positive,
+            dropped={name: split.dropped for name, split in splits.items()},
+            cut=dict(cut or {}),
         )
 
     def as_dict(self) -> dict[str, object]:

@@ -24,18 +24,20 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import (
     EncodedTexts,
+    classifier_config,
     collate,
     encode,
     load_classifier,
-    load_config,
     padded_tokenizer,
     predict,
+    tell_cut,
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import place, quiet_transformers
+from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
 
@@ -55,6 +57,7 @@ class _Job:
     tokenizer: PreTrainedTokenizerFast
     data: dict[str, TaskData]  # train, dev and maybe test
     encoded: dict[str, EncodedTexts]
+    cut: dict[str, float]  # share of the texts of each split
     metric: str
     device: torch.device
     precision: str
@@ -79,8 +82,7 @@ def finetune(
     not at all, and replaces only an empty directory or an earlier result of this function.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
 
-    Raises InputError for wrong files, models, metrics or a diverged run, CheckpointError for
-    damaged weights.
+    Raises InputError for wrong files, models, metrics or a diverged run.
     """
     started = time.perf_counter()
     if seeds < 1:
@@ -94,8 +96,10 @@ def finetune(
         )
     check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
-    data = dict(zip(files, read_task(*files.values()), strict=True))
-    metric = chosen_metric(metric, data["train"].problem)
+    data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
+    metric = chosen_metric(metric, data["train"])
+    for name, split in data.items():
+        logger.info("%s: %s", name, split.described())
     folder = new_folder(Path(out).resolve())
     with folder as staging, quiet_transformers(), _progress() as progress:
         job = _prepare(model, data, metric, config)
@@ -108,7 +112,7 @@ def finetune(
             del network
         seconds = time.perf_counter() - started
         about = (config, job.precision, seconds)
-        result = FinetuneResult.of(model, files, data["train"], metric, results, *about)
+        result = FinetuneResult.of(model, files, data, metric, results, *about, cut=job.cut)
         result.save(staging)
     return result
 
@@ -117,12 +121,13 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
     tokenizer = padded_tokenizer(model)
-    limits = load_config(model)
+    limits = classifier_config(model)
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
     device = torch.device(placement.device)
-    return _Job(model, config, tokenizer, data, encoded, metric, device, placement.precision)
+    cut, precision = tell_cut(encoded), placement.precision
+    return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision)
 
 
 # ---- one seed ----------------------------------------------------------------------------------
@@ -134,11 +139,11 @@ def _run_seed(
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
-    problem = data["train"].problem
+    problem, positive = data["train"].problem, data["train"].positive_index
 
     def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(model, encoded[split], config.batch_size)
-        return all_scores(problem, logits, data[split].labels), logits
+        return all_scores(problem, logits, data[split].labels, positive), logits
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -157,7 +162,7 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with autocast(job.precision, job.device):
+                with autocast(job.precision, job.device), running(job.model):
                     logits = model(**collate(encoded["train"], rows, job.device)).logits
                 loss = _loss(problem, logits.float(), data["train"].labels[rows])
                 optimizer.zero_grad(set_to_none=True)
@@ -223,7 +228,7 @@ def epoch_batches(
 def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
     target = torch.from_numpy(labels).to(logits.device)
     if problem == "regression":
-        return functional.mse_loss(logits[:, 0], target)
+        return functional.mse_loss(logits.reshape(target.shape), target)
     return functional.cross_entropy(logits, target)
 
 
@@ -249,13 +254,14 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     dev = job.data["dev"]
     predictions = predictions_of(dev.problem, logits)
 
-    def name(value: np.int64 | np.float32) -> str | float:
-        return dev.label_names[int(value)] if dev.label_names else float(value)
+    def name(value: np.generic) -> object:
+        return dev.label_names[int(value)] if dev.label_names else value.tolist()
 
+    rows = dev.rows or range(1, len(dev) + 1)
     with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row, (label, guess) in enumerate(zip(dev.labels, predictions, strict=True), start=1):
+        for row, label, guess, own in zip(rows, dev.labels, predictions, logits, strict=True):
             line = {"row": row, "label": name(label), "prediction": name(guess)}
-            line |= {"logits": logits[row - 1].tolist()}
+            line |= {"logits": own.tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Scores what is there, without training: an expert, a student's task head, experts together."""
 
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -14,20 +15,27 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.finetune.classifier import (
+    MOST_TOKENS,
     EncodedTexts,
     by_length,
     evaluate,
+    evaluation,
     load_expert,
     predict,
+    tell_cut,
 )
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import longest_input, place, quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import longest_input, place, resolve_model
+from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import ABOUT_FILE, Student
+
+logger = logging.getLogger("rekindle")
 
 Scores = dict[str, float]
 
@@ -46,14 +54,15 @@ def score_model(
     """
     started = time.perf_counter()
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
-    data = read_task(train, dev)[1]
-    metric = chosen_metric(metric, data.problem)
-    found = _scores_by_way(model, data, config)
+    data = read_task(train, dev, settings=config)[1]
+    metric = chosen_metric(metric, data)
+    logger.info("%s: %s", dev, data.described())
+    found, cut = _scores_by_way(model, data, config)
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
     about = (config, "fp32", seconds, baselines)
-    result = FinetuneResult.of(model, files, data, metric, [only], *about)
+    result = FinetuneResult.of(model, files, {"dev": data}, metric, [only], *about, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     return result
@@ -79,45 +88,53 @@ def _check_target(out: Path, models: list[str]) -> None:
         raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
 
 
-def _student_scores(directory: str, data: TaskData, config: FinetuneConfig) -> tuple[str, Scores]:
-    """The name of the head that was scored, and its scores."""
+def _student_scores(
+    directory: str, data: TaskData, config: FinetuneConfig
+) -> tuple[str, Scores, float]:
+    """The name of the head that was scored, its scores, and the share of texts that was cut."""
     path = str(resolve_model(directory))
     with quiet_transformers():
         student = Student.from_pretrained(path)
     name, head = head_of(student, config.head, directory)
-    logits = student_logits(student, name, path, data, config.max_length, config.batch_size)
-    if head.problem == "regression" and not data.label_names:
-        return name, all_scores("regression", logits, data.labels)
+    encoded = student_texts(student, path, data, config.max_length)
+    cut = tell_cut({"dev": encoded})["dev"]
+    logits = student_logits(student, name, encoded, config.batch_size)
+    if head.problem == "regression" and not data.label_names and head.num_labels == data.outputs:
+        return name, all_scores("regression", logits, data.labels), cut
     if head.problem in ("regression", "multi_label_classification"):
         raise InputError(
             f"the head {name!r} of {directory!r} is a {head.problem}; the task has labels of "
             "another kind: give the task it was taught"
         )
     names = bare_names(head.label_names, name.split("+"))
-    return name, scores_by_name(logits, names, data, f"the head {name!r} of {directory!r}")
+    who = f"the head {name!r} of {directory!r}"
+    return name, scores_by_name(logits, names, data, who), cut
 
 
-def _scores_by_way(model: str, data: TaskData, config: FinetuneConfig) -> dict[str, Scores]:
+def _scores_by_way(
+    model: str, data: TaskData, config: FinetuneConfig
+) -> tuple[dict[str, Scores], dict[str, float]]:
     """The scores of the student or expert, and with ``merge`` those of each expert, of each way to
-    merge them, and of the oracle.
+    merge them, and of the oracle; and the share of texts that was cut for whom.
     """
     found: dict[str, Scores] = {}
-    sizes = {"max_length": config.max_length, "batch_size": config.batch_size}
+    cut: dict[str, float] = {}
+    sizes = config.max_length, config.batch_size
     models, merge = [model], config.merge
     if (resolve_model(model) / ABOUT_FILE).is_file():
-        head, scores = _student_scores(model, data, config)
+        head, scores, cut["dev"] = _student_scores(model, data, config)
         found[f"student, head {head}"], models = scores, []
     elif config.head is not None and merge is None:
         raise InputError(
             f"head is for students with task heads, and {model!r} is none: leave it out"
         )
     elif merge is None:
-        found["expert"] = evaluate(model, data, **sizes)[0]
+        found["expert"], _, cut["dev"] = evaluation(model, data, *sizes)
     if merge is None:
-        return found
+        return found, cut
     models += merge.experts
     outputs = [
-        expert_output(name, directory, data, merge.passes, merge.seed, **sizes)
+        expert_output(name, directory, data, merge.passes, merge.seed, *sizes)
         for name, directory in zip(names_for(models), models, strict=True)
     ]
     means = {o.info.name: o.mc_probs for o in outputs if o.mc_probs is not None}
@@ -129,9 +146,10 @@ def _scores_by_way(model: str, data: TaskData, config: FinetuneConfig) -> dict[s
         merge.labels,
         merge.sharpness,
     )
+    cut |= {o.info.name: o.cut for o in outputs}
     if merge.oracle is not None:
         found["oracle"] = evaluate(merge.oracle, data, max_length=config.max_length)[0]
-    return found
+    return found, cut
 
 
 # ---- what experts and heads say of the texts: N of them, C classes ------------------------------
@@ -144,10 +162,17 @@ class ExpertOutput:
     info: TeacherInfo
     logits: np.ndarray
     mc_probs: np.ndarray | None
+    cut: float = 0.0  # share of the texts
 
 
 def expert_output(
-    name: str, model: str, data: TaskData, passes: int, seed: int, max_length: int, batch_size: int
+    name: str,
+    model: str,
+    data: TaskData,
+    passes: int,
+    seed: int,
+    max_length: int | None,
+    batch_size: int,
 ) -> ExpertOutput:
     """Run a classifier on the texts of a task; ``passes`` times more with dropout.
 
@@ -155,6 +180,7 @@ def expert_output(
     """
     with quiet_transformers():
         network, encoded = load_expert(model, data, max_length)
+        cut = tell_cut({name: encoded})[name]
         logits = predict(network, encoded, batch_size)
         means = None
         if passes:
@@ -170,8 +196,9 @@ def expert_output(
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     config = network.config
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    check_label_names(names, repr(model))
     info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
-    return ExpertOutput(info, logits, means)
+    return ExpertOutput(info, logits, means, cut)
 
 
 def names_for(models: list[str]) -> list[str]:
@@ -198,13 +225,10 @@ def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, 
     return wanted, heads[wanted]
 
 
-def student_logits(
-    student: Student, head: str, directory: str, data: TaskData, max_length: int, batch: int
-) -> np.ndarray:
-    """Logits [N,C] of one task head, on texts shown as in training."""
+def student_logits(student: Student, head: str, encoded: EncodedTexts, batch: int) -> np.ndarray:
+    """Logits [N,C] of one task head, on ``student_texts``."""
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
-    encoded = _encoded(student, directory, data, max_length)
 
     def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
@@ -213,22 +237,26 @@ def student_logits(
     return by_length(encoded, batch, device, run)
 
 
-def _encoded(student: Student, directory: str, data: TaskData, max_length: int) -> EncodedTexts:
-    """Tokenize the texts or pairs as the cache shows them."""
-    tokenizer = load_tokenizer(directory)
-    longest = longest_input(student.model.config) or max_length + 1
+def student_texts(
+    student: Student, directory: str, data: TaskData, max_length: int | None
+) -> EncodedTexts:
+    """Tokenize the texts or pairs as training shows them, cut to ``max_length`` (MOST_TOKENS)."""
+    tokenizer, wanted = load_tokenizer(directory), max_length or MOST_TOKENS
+    longest = longest_input(student.model.config) or wanted + 1
     prompted = student.prompts is not None  # that of no domain takes a place, too
-    most = min(max_length, longest - prompted)
+    most = min(wanted, longest - prompted)
+    whole = tokenizer.whole_lengths(data.texts, data.pairs)
+    limits = (most, int((whole > most).sum()), int(whole.max(initial=0)))
     if data.pairs is not None:
         two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
         types = [types if two else np.zeros_like(types) for _, types in joined]
-        return EncodedTexts([ids for ids, _ in joined], types, padding_id=0)
+        return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [
         np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
         for found in tokenizer.encode(data.texts)
     ]
     filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
-    return EncodedTexts(filled, None, padding_id=0)
+    return EncodedTexts(filled, None, 0, *limits)

@@ -6,18 +6,31 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
+from rekindle.train.model.causes import (
+    check_implementations,
+    check_quantisation,
+    quantised_by,
+    refusing,
+)
 from rekindle.train.model.fitting import AUTO_CLASSES
+from rekindle.train.model.folder import (
+    SETTINGS_FILE,
+    check_folder,
+    check_headers,
+    read_settings,
+    stored_tensors,
+)
+from rekindle.train.model.labels import complete_labels
+from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -44,11 +57,7 @@ def resolve_model(path_or_id: str) -> Path:
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"{path} is not a model directory: it has no config.json. "
-                "Give a directory written by save_pretrained"
-            )
+        check_folder(path)
         return path
     if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
         raise InputError(f"model {path_or_id!r}: no such directory (and not a hub id)")
@@ -88,45 +97,44 @@ def config_fingerprint(directory: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and reports; what matters is raised by us."""
-    from transformers.utils import logging as hf_logging
+class Loaded(NamedTuple):
+    """A model as transformers has loaded it, and what its folder did not give."""
 
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(50)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
+    model: "PreTrainedModel"
+    body: list[str]  # names of weights that are not in the folder, or in another shape
+    head: list[str]
+    shapes: dict[str, tuple[Shape, Shape]]  # of the latter, by name: in the file, by config.json
 
 
-@contextmanager
-def refusing(
-    what: str, advice: str = "", damaged: type[RekindleError] = InputError
-) -> Iterator[None]:
-    """Turn what transformers raises for a model that cannot be had into one error: ``what`` cannot
-    be, transformers' reason, and ``advice``. ``damaged``: the class where bytes are not weights.
+def load_config(
+    directory: Path, auto_class: str | None = None, attention: str | None = None
+) -> "PretrainedConfig":
+    """Read a model's configuration; no remote code is run.
+
+    With a classifier's ``auto_class`` it has a label for each output that the weights have.
+    ``attention``: an implementation to use instead of the one it may name. Raises InputError.
     """
-    try:
-        with quiet_transformers():
-            yield
-    except SafetensorError as error:
-        raise damaged(f"{what}: its weights are damaged ({error}){advice}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{what}: {reason}{advice}") from None
+    import transformers
+
+    check_folder(directory)
+    settings = read_settings(directory)
+    with refusing(f"{directory / SETTINGS_FILE} cannot be used"):
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            str(directory), trust_remote_code=False
+        )
+    if attention is not None:
+        config._attn_implementation = attention
+    asks = directory / SETTINGS_FILE if attention is None else "student.attention"
+    check_implementations(config, f"{asks}")
+    plain = quantised_by(settings) is None and not _names_labels(config, settings)
+    if auto_class is not None and auto_class.endswith("Classification") and plain:
+        complete_labels(config, auto_class, stored_tensors(directory), directory)
+    return config
 
 
-def read_config(directory: Path) -> "PretrainedConfig":
-    """The configuration of a model directory, never with remote code; InputError without one."""
-    from transformers import AutoConfig
-
-    with refusing(f"{directory}/config.json cannot be used"):
-        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+def _names_labels(config: "PretrainedConfig", settings: Mapping[str, object]) -> bool:
+    """Whether config.json itself names the outputs 0…C−1."""
+    return "id2label" in settings and set(config.id2label) == set(range(len(config.id2label)))
 
 
 def load_weights(
@@ -135,29 +143,33 @@ def load_weights(
     dtype: torch.dtype,
     what: str,
     advice: str = "",
-    damaged: type[RekindleError] = InputError,
-    **options: object,
-) -> tuple["PreTrainedModel", list[str], list[str]]:
+    config: "PretrainedConfig | None" = None,
+    trained: bool = True,
+) -> Loaded:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
-    Returns the model, and the names of its weights that the directory does not have in their
-    shape: those of the body, and those of a head. ``what``, ``advice`` and ``damaged`` are as of
-    ``refusing``.
+    ``config``: the directory's, changed. ``trained``: the weights are to be trained. What is not
+    there, or in another shape than the configuration gives it, is random; the caller judges.
+    ``what`` and ``advice`` are as of ``refusing``. Raises InputError for all that cannot be loaded.
     """
     import transformers
 
-    with refusing(what, advice, damaged):
+    check_headers(directory)
+    check_quantisation(directory, read_settings(directory), stored_tensors(directory), trained)
+    config = config or load_config(directory, auto_class)
+    with refusing(what, advice):
         model, info = getattr(transformers, auto_class).from_pretrained(
             str(directory),
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **options,
+            ignore_mismatched_sizes=True,  # to name them; the caller refuses
         )
-    unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    body = [key for key in unset if key.startswith(f"{model.base_model_prefix}.")]
-    return model, body, [key for key in unset if key not in body]
+    shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
+    unset = sorted({*info["missing_keys"], *shapes})
+    return Loaded(model, *split_names(model, unset), shapes)
 
 
 def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:
@@ -166,15 +178,10 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Modul
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
     what = f"{directory} cannot be loaded as {auto_class}"
-    model, *unset = load_weights(directory, auto_class, dtype, what)
-    missing = sorted(unset[0] + unset[1])
-    if missing:
-        raise InputError(
-            f"{directory} has no weights for {', '.join(missing[:4])}"
-            f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
-            "Is the teacher's `task` right for this model?"
-        )
-    return model
+    loaded = load_weights(directory, auto_class, dtype, what, trained=False)
+    refuse_shapes(what, loaded.shapes)
+    refuse_missing(directory, auto_class, sorted(loaded.body + loaded.head))
+    return loaded.model
 
 
 def new_language_model(
@@ -183,11 +190,15 @@ def new_language_model(
     """Make random weights of the configuration in ``directory``, in float32."""
     import transformers
 
-    config = read_config(directory)
+    config = load_config(directory, attention=attention)
+    for key in ("quantization_config", "compression_config"):
+        if getattr(config, key, None) is not None:  # of weights that are not taken
+            log.info("student: the new weights are not quantised; %s is left out", key)
+            delattr(config, key)
     with refusing(f"student {directory} cannot be made as {AUTO_CLASSES[task]}"):
         # The configuration may say bfloat16, as large models' do: weights are trained in float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
-            config, dtype=torch.float32, attn_implementation=attention
+            config, dtype=torch.float32
         )
     return model
 
@@ -200,18 +211,17 @@ def load_language_model(
     """
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
-    kind, dtype = AUTO_CLASSES[task], torch.float32
-    model, body, head = load_weights(
-        directory, kind, dtype, what, advice, attn_implementation=attention
-    )
-    if body:
+    kind, config = AUTO_CLASSES[task], load_config(directory, attention=attention)
+    loaded = load_weights(directory, kind, torch.float32, what, advice, config)
+    refuse_shapes(what, loaded.shapes)
+    if loaded.body:
         raise InputError(
-            f"student {directory} lacks weights of its body ({', '.join(body[:3])} …); "
+            f"student {directory} lacks weights of its body ({', '.join(loaded.body[:3])} …); "
             "to start from random weights, set student.from_scratch"
         )
-    if head:
+    if loaded.head:
         log.info("student: fresh LM head, %s has none", directory)
-    return model
+    return loaded.model
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:

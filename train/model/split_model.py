@@ -149,7 +149,7 @@ class SplitLanguageModel:
                     pairs = zip(found, expected, strict=True)
                     if known := all(_alike(one, other, same) for one, other in pairs):
                         break
-        except InputError:
+        except (InputError, torch.OutOfMemoryError):
             raise
         except BROKEN as error:
             raise NotImplementedError(_unsupported(self.model, str(error))) from error

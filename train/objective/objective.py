@@ -65,6 +65,15 @@ class Objective:
         each = [heads_of(term, self.teachers) for term in self.config.distill]
         return {name: head for heads in each for name, head in heads.items()}
 
+    @property
+    def taught(self) -> set[str]:
+        """Return the teachers whose weight is above 0 at some step."""
+        # Every schedule rises or falls all the way: it is 0 at both ends only if it is throughout.
+        ends = [self.plan(step) for step in (0, self.steps - 1)]
+        methods = {method.name: method for plan in ends for method, _ in plan.methods}
+        read = {name for method in methods.values() for name in method.teachers}
+        return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
+
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""
         given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]

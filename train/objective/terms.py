@@ -9,6 +9,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.objective.estimates import estimate_problems
 from rekindle.train.objective.label_union import LabelUnion
 
 
@@ -87,6 +88,7 @@ def _vocabulary_problems(
                 "positions"
             )
         vocabulary_kind(info).slot(term.temperature, term.k)
+    yield from estimate_problems(term, [vocabulary_kind(info) for info in infos])
 
 
 def _mixture_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:

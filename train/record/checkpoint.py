@@ -1,6 +1,4 @@
-"""A training run's identity and checkpoints: whole or not there, safetensors and JSON only.
-
-``run.json`` says what the run is; a resume under another configuration is refused.
+"""A training run's checkpoints: whole or not there, safetensors and JSON only.
 
 ``checkpoints/step-00000200/`` is a student directory plus ``optimizer.safetensors`` and
 ``trainer.json``, which holds the position, the configuration, the cache's fingerprints, a sha256 of
@@ -12,7 +10,7 @@ another number of processes.
 import hashlib
 import json
 import logging
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,67 +20,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
-from rekindle.data.settings import Settings, parse_settings
-from rekindle.data.storage.atomic import new_folder, remove_leftovers
+from rekindle.data.errors import CacheFormatError, CheckpointError
+from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
-from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, like, whole
-from rekindle.train.method import find_method
-from rekindle.train.record.run_folder import FREE, check_same, goes_on, reading
+from rekindle.train.record.identity import SUMMARY_FILE
+from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, saved_weights
 
 log = logging.getLogger("rekindle")
 
-RUN_FILE = "run.json"
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
-
-
-def check_run(run: Path, about: Mapping[str, Mapping[str, object]], resume: bool) -> bool:
-    """Return whether ``run`` holds the run ``about`` to go on with; False where it is free.
-
-    Raises InputError when the directory is in use for something else, or for a run that is not to
-    be resumed; CheckpointError, naming the key, when the run in it is another one.
-    """
-    if not goes_on(run, RUN_FILE, "run", resume):
-        return False
-    with reading(run / RUN_FILE, "start a new run in another --out"):
-        found = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-        recorded = {name: _with_defaults(name, found[name]) for name in about}
-        # What only the record has is of an older version.
-        before = {name: {k: recorded[name].get(k) for k in about[name]} for name in about}
-    rule = "Resume it with its own configuration, or start a new run in another --out"
-    check_same(run, before, about, rule, FREE)
-    return True
-
-
-def _with_defaults(part: str, recorded: Mapping[str, object]) -> Mapping[str, object]:
-    """A recorded section with the defaults of keys that are younger than the run."""
-    section = SECTIONS.get(part)
-    if section is None:
-        return recorded
-    try:
-        values = parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
-        if part == "train":
-            terms = values["objective"]["methods"]
-            values["objective"]["methods"] = [_method_with_defaults(term) for term in terms]
-        return values
-    except InputError:
-        return recorded
-
-
-def _method_with_defaults(term: Mapping[str, object]) -> dict[str, object]:
-    settings = find_method(str(term["method"])).Settings
-    return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
+OWN = re.compile(r"step-\d{8,}")  # the names of checkpoints
 
 
 def restore(
-    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer
+    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer, every: int
 ) -> dict[str, Any]:
-    """Load the newest sound checkpoint in every process; returns its state (empty without one)."""
-    found = student.world.decide(lambda: latest_checkpoint(run))
+    """Load the newest sound checkpoint in every process; returns its state, which is empty for a
+    run that was interrupted before its first one.
+
+    ``every``: steps between checkpoints. Raises CheckpointError where there were some, and none is
+    left or sound: what they held would be trained again, without a word.
+    """
+    found = student.world.decide(lambda: _newest(run, every))
     if found is None:
         log.info("no sound checkpoint in %s; starting from the beginning", run)
         return {}
@@ -121,10 +83,29 @@ def save_checkpoint(
         done = [path for path in _checkpoints(run) if path.name <= target.name]
         for old in done[:-keep]:
             if best is None or old.name != f"step-{best:08d}":
-                shutil.rmtree(old)
+                remove(old)
         return target
 
     return student.world.decide(write)
+
+
+def _newest(run: Path, every: int) -> tuple[Path, dict[str, Any]] | None:
+    remove_leftovers(run / "checkpoints")
+    found = latest_checkpoint(run)
+    if found is not None:
+        return found
+    damaged = ", ".join(path.name for path in _checkpoints(run))
+    steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
+    if not damaged and steps <= every and not (run / SUMMARY_FILE).exists():
+        return None
+    told = (
+        f"none of its checkpoints is sound ({damaged})" if damaged else "its checkpoints are gone"
+    )
+    raise CheckpointError(
+        f"{run} cannot go on: {told}; metrics.jsonl tells of {steps} steps. Put a copy of a "
+        f"checkpoint back, or train again from the beginning: in another --out, or after removing "
+        f"{run}"
+    )
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -188,7 +169,9 @@ def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> di
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
+    """The run's own: what else lies beside them, a copy or an archive, is its owner's."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if OWN.fullmatch(path.name) and path.is_dir())
 
 
 def _sha256(path: Path) -> str:

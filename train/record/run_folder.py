@@ -21,15 +21,6 @@ log = logging.getLogger("rekindle")
 
 LOCK_FILE = ".lock"  # there while a process works in the folder, and after one that was killed
 
-# What may differ when a run goes on. The cache may have moved (its fingerprints say whether it is
-# the same); the others decide how the run is made, not what it computes.
-FREE = (
-    *("cache.path", "cache.teacher_seconds"),
-    *("train.parallel", "train.compile", "train.gradient_checkpointing", "train.prefetch_threads"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
-    "train.explosion_factor",
-)
-
 Found = TypeVar("Found")
 
 
@@ -98,12 +89,27 @@ def check_same(
 ) -> None:
     """Raise CheckpointError, naming the key, where ``now`` differs from what was begun ``before``.
 
-    Of ``free`` keys, dotted, any may differ. ``rule`` says what to do.
+    Of ``free`` keys, dotted, any may differ; a path may be written otherwise. ``rule`` says what to
+    do.
     """
     for key, (there, here) in differences([before, json.loads(json.dumps(now))]).items():
-        if not any(f"{key}.".startswith(f"{one}.") for one in free):
+        may_differ = any(f"{key}.".startswith(f"{one}.") for one in free)
+        if not may_differ and not same_place(there, here):
             found = f"{key}: {there!r} there, {here!r} here"
             raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
+
+
+def same_place(one: object, other: object) -> bool:
+    """Whether two paths, or lists of them, as they are written, are of the same files."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(same_place, one, other))
+    if one == other or not isinstance(one, str) or not isinstance(other, str):
+        return one == other
+    here, there = (Path(path).expanduser() for path in (one, other))
+    try:
+        return here.exists() and here.resolve() == there.resolve()
+    except (OSError, ValueError):  # no path at all
+        return False
 
 
 def differences(

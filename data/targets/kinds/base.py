@@ -39,7 +39,8 @@ class TargetKind(ABC):
     needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that the columns' widths come from
     codecs: ClassVar[tuple[str, ...]] = ("default",)
     tempered: ClassVar[bool] = False  # it is stored for certain temperatures
-    sampled: ClassVar[bool] = False  # unbiased, at the one temperature it was drawn at
+    # Unbiased, at the one temperature it was drawn at: for what is linear in the probabilities.
+    sampled: ClassVar[bool] = False
     whole: ClassVar[bool] = False  # every probability is known, at any temperature
     has_tail: ClassVar[bool] = False  # the mass outside its ids is stored
     has_head: ClassVar[bool] = False  # the teacher's output matrix lies beside it
@@ -231,6 +232,11 @@ class VocabularyKind(TargetKind):
         """V, the number of real tokens."""
         assert self.info.vocabulary_size is not None
         return self.info.vocabulary_size
+
+    @property
+    def sure_above(self) -> float:
+        """Probability above which a position's likeliest id is the teacher's own; 0: always."""
+        return 0.0
 
     @property
     def k(self) -> int:

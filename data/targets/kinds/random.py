@@ -30,6 +30,11 @@ class Random(VocabularyKind):
     tempered = sampled = True
     copied = True
 
+    @property
+    def sure_above(self) -> float:
+        """Never: the id that was drawn most often need not be the likeliest."""
+        return 1.0
+
     def kept_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
         return {"ids": (pa.int32(), self.k), "counts": (pa.uint8(), self.k)}

@@ -13,3 +13,8 @@ class Threshold(TopK):
     told = "a threshold sample of {k} of {vocabulary_size:,} tokens"
     sampled = True
     has_tail = grows = False
+
+    @property
+    def sure_above(self) -> float:
+        """1/K: an id of more is kept as it is; a row of K equal values may be of other ids."""
+        return (1 + 1e-3) / self.k

@@ -66,11 +66,17 @@ class TeacherReader(RowReader):
 
     ``infos`` describes its parts, the first of them what it was begun with; ``view`` is what it
     was shown, if that is open already. The part with the largest k that is finished is read (as far
-    as the first one goes), with all finished tails of its ids.
+    as the first one goes), with all finished tails of its ids; or the ``part`` of that name, of
+    whose candidates no more than ``most_k`` are used.
     """
 
     def __init__(
-        self, corpus: Corpus, infos: Sequence[TeacherInfo], view: ViewReader | None = None
+        self,
+        corpus: Corpus,
+        infos: Sequence[TeacherInfo],
+        view: ViewReader | None = None,
+        part: str | None = None,
+        most_k: int | None = None,
     ):
         super().__init__()
         self.corpus, self.view = corpus, view or shown_view(corpus, infos[0].view)
@@ -78,23 +84,43 @@ class TeacherReader(RowReader):
         base = self.parts[0]
         larger = [p for p in self.parts if kind_of(p.info).grows and p.covers(base)]
         self.main = max([base, *larger], key=lambda p: p.info.k or 0)
+        if part is not None:
+            self.main = self._part(part)
+        self.most_k = most_k
         self.tails = [
             p for p in self.parts if p.info.extends == self.main.info.part and p.covers(self.main)
         ]
         temperatures = self.main.info.temperatures
-        for part in self.tails:
-            temperatures += part.info.temperatures
+        for tail in self.tails:
+            temperatures += tail.info.temperatures
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
         self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
         # Units whose tails are still to come are not there yet.
         tails = [part.commits.keys() for part in self.tails]
         self.commits = {
             unit: commit
-            for unit, commit in self.main.commits.items()
+            for unit, commit in self._read_of(self.main).items()
             if all(unit in there for there in tails)
         }
         self._open: dict[tuple[str, str], Shard] = {}
         self._evicting = threading.Lock()  # several threads may read ahead
+
+    def _part(self, name: str) -> Part:
+        for part in self.parts:
+            if part.info.part == name:
+                return part
+        raise CacheMismatchError(
+            f"teacher {self.parts[0].info.name!r} has no targets {name!r} any more, which the run "
+            "was begun with. Start a new run in another --out"
+        )
+
+    def _read_of(self, part: Part) -> dict[str, Commit]:
+        """The commits of a part, without those of replicas that are not to be read."""
+        if self.view is None or self.view.most is None or not self.masked:
+            return part.commits
+        shards, each = range(len(self.corpus.commits)), range(self.view.most)
+        units = {self.info.shown.unit(shard, replica) for shard in shards for replica in each}
+        return {unit: commit for unit, commit in part.commits.items() if unit in units}
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -129,7 +155,8 @@ class TeacherReader(RowReader):
 
     @property
     def _commits_read(self) -> list[Commit]:
-        return [commit for part in (self.main, *self.tails) for commit in part.commits.values()]
+        read = (self._read_of(part) for part in (self.main, *self.tails))
+        return [commit for commits in read for commit in commits.values()]
 
     @property
     def bytes_read(self) -> int:

@@ -11,6 +11,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle.config import CycleTask
 from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
+from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.task_data import read_task
 
 
@@ -102,13 +103,15 @@ def test_what_is_written_reads_as_the_same_examples(tmp_path, labels, pairs):
             {"sentence1": r["text"], "sentence2": r["text"][::-1], "label": r["label"]}
             for r in train
         ]
-    found = _read(task_of(tmp_path, train, test=train[:3], dev_examples=6), 0)
+    doubtful = {-1, "spam", "-"} & {*labels}
+    settings = TaskSettings(problem="classification" if doubtful else None)
+    found = _read(task_of(tmp_path, train, test=train[:3], dev_examples=6), 0, settings)
     write_tasks([found], tmp_path)
     written = tmp_path / "tasks" / "t"
     names = ("train", "dev", "test")
-    for name, data in zip(
-        names, read_task(*(str(written / f"{n}.jsonl") for n in names)), strict=True
-    ):
+    files = (str(written / f"{n}.jsonl") for n in names)
+    own = found.own_settings(FinetuneConfig(text_columns=["of the original files"]))
+    for name, data in zip(names, read_task(*files, settings=own), strict=True):
         original, rows = found.splits[name], found.rows[name]
         assert data.texts == [original.texts[r] for r in rows]
         assert data.pairs == ([original.pairs[r] for r in rows] if pairs else None)
@@ -159,6 +162,9 @@ def test_a_missing_file_is_named(tmp_path):
     class Config:
         tasks = (CycleTask(name="t", train=str(tmp_path / "none.jsonl"), test="x"),)
         seed = 0
+
+        def finetune_of(self, task, point):
+            return FinetuneConfig()
 
     with pytest.raises(InputError, match=r"none\.jsonl"):
         read_tasks(Config())

@@ -385,7 +385,7 @@ def test_a_second_process_on_a_sweep_is_refused(run_file, swept):
         ("train.steps=3,4", [], ("another sweep", "seed=0")),
         ("train.seed=0,1", ["train.steps=4"], ("train.steps: 3 there, 4 here",)),
         ("train.seed=0,1", ["student.from_scratch=false"], ("student.from_scratch",)),
-        ("train.seed=0,1", ["train.keep_best=null"], ("train.keep_best", "None here")),
+        ("train.seed=0,1", ["train.weight_decay=0.5"], ("train.weight_decay", "0.5 here")),
     ],
 )
 def test_another_sweep_in_the_directory_is_refused(run_file, swept, sweep, settings, words):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.errors import InputError
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune.classifier import EncodedTexts, collate, encode, evaluate
 from rekindle.train.finetune.run import (
@@ -326,7 +326,7 @@ def test_models_that_cannot_be_loaded_are_input_errors(tmp_path, bert):
     with pytest.raises(InputError, match="safetensors"):
         finetune(str(pickled), *files, out, config=QUICK)
     (pickled / "model.safetensors").write_bytes(b"0123456789abcdef")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         finetune(str(pickled), *files, out, config=QUICK)
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.metrics import METRICS, all_scores, chosen_metric, score
+from rekindle.train.finetune.task_data import TaskData
 
 CLASSES = "single_label_classification"
 labels_of_two = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40)
@@ -58,13 +61,14 @@ def test_a_constant_prediction_scores_zero(metric):
 
 def test_all_scores_come_from_logits():
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    assert all_scores(CLASSES, logits, np.array([0, 1, 1])) == {
-        "accuracy": 1.0,
-        "f1": 1.0,
-        "matthews": 1.0,
-    }
+    right = {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0}
+    assert all_scores(CLASSES, logits, np.array([0, 1, 1]), positive=1) == right
+    assert all_scores(CLASSES, logits, np.array([0, 1, 1])).keys() == {"accuracy", "matthews"}
     rising = all_scores("regression", np.array([[1.0], [2.0], [3.0]]), np.array([5.0, 6.0, 7.0]))
     assert rising == pytest.approx({"pearson": 1.0, "spearman": 1.0})
+    several = np.array([[1.0, 5.0], [2.0, 4.0], [3.0, 3.0]])
+    mean = all_scores("regression", several, several * [1, -1])
+    assert mean == pytest.approx({"pearson": 0.0, "spearman": 0.0}, abs=1e-9)
 
 
 def test_logits_that_are_not_finite_are_refused():
@@ -74,12 +78,23 @@ def test_logits_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("problem", METRICS)
 def test_a_metric_must_fit_its_problem(problem):
-    assert chosen_metric(None, problem) == METRICS[problem][0]
-    assert chosen_metric(METRICS[problem][-1], problem) == METRICS[problem][-1]
+    names = ("0", "1") if problem == CLASSES else ()
+    data = TaskData(["a"], None, np.zeros(1, np.int64), names)
+    assert chosen_metric(None, data) == METRICS[problem][0]
+    assert chosen_metric(METRICS[problem][-1], data) == METRICS[problem][-1]
     (other,) = METRICS.keys() - {problem}
     for wrong in (*METRICS[other], "bleu"):
         with pytest.raises(InputError, match=", ".join(METRICS[problem])):
-            chosen_metric(wrong, problem)
+            chosen_metric(wrong, data)
+
+
+def test_f1_of_two_classes_needs_a_positive_one():
+    two = TaskData(["a"], None, np.zeros(1, np.int64), ("ham", "spam"))
+    with pytest.raises(InputError, match=r"f1 is that of one .* positive: spam"):
+        chosen_metric("f1", two)
+    assert chosen_metric("f1", replace(two, positive="ham")) == "f1"
+    guess, truth = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])
+    assert score("f1", guess, truth, positive=0) == pytest.approx(4 / 5)
 
 
 def test_bad_calls_are_named():

@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.labels import positive_class
 from rekindle.train.finetune.task_data import read_task
 
+EVERY = ("a.jsonl", "a.csv", "a.tsv", "a.parquet")
 ROWS = [
     {"text": 'says "no", twice', "label": "neg"},
     {"text": "12", "label": "pos"},
@@ -84,8 +88,9 @@ def test_a_csv_may_hold_line_breaks_in_quotes(tmp_path):
     assert data.texts == ["one\ntwo", 'a "b"']
 
 
-@given(st.lists(st.integers(-20, 200), min_size=2, max_size=30).filter(lambda x: len(set(x)) > 1))
+@given(st.lists(st.integers(2, 200), min_size=2, max_size=30, unique=True))
 def test_whole_numbers_are_classes_in_numeric_order(tmp_path_factory, labels):
+    labels = labels * 2
     path = labelled(tmp_path_factory.mktemp("t") / "a.jsonl", labels)
     (data,) = read_task(path)
     assert data.label_names == tuple(str(number) for number in sorted(set(labels)))
@@ -93,7 +98,7 @@ def test_whole_numbers_are_classes_in_numeric_order(tmp_path_factory, labels):
 
 
 def test_labels_0_to_c_keep_their_number(tmp_path):
-    labels = [11, 3, 2, 10, 0, 1, 9, 8, 7, 6, 5, 4]
+    labels = [11, 3, 2, 10, 0, 1, 9, 8, 7, 6, 5, 4] * 2
     (data,) = read_task(labelled(tmp_path / "a.jsonl", labels))
     assert data.labels.tolist() == labels
 
@@ -104,7 +109,7 @@ def test_booleans_are_classes(tmp_path):
     assert data.labels.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("train", [[0.5, 1.0], [0.0, 5.0], [3, 2.5]])
+@pytest.mark.parametrize("train", [[0.5, 1.0], [0.25, 5.0], [3, 2.5]])
 def test_floats_in_train_make_a_regression_of_every_split(tmp_path, train):
     files = [
         labelled(tmp_path / f"{i}.jsonl", x) for i, x in enumerate([train, [5.0, 1.0], [2, 3]])
@@ -121,16 +126,153 @@ def test_a_dev_split_in_floats_follows_the_classes_of_train(tmp_path):
     assert read_task(train, dev)[1].labels.tolist() == [1, 0]
 
 
-def test_a_csv_column_is_typed_as_a_whole(tmp_path):
-    def read(*labels):
-        (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"t,{x}\n" for x in labels))
-        return read_task(str(tmp_path / "a.csv"))[0]
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "9"], ("9", "10")),
+        (["0.0", "1.0"], ("0", "1")),
+        (["1e-3", ".5", "-2."], ()),
+        (["3.8", "2"], ()),
+        (["[0.5, 1]", "[2, 3]"], ()),
+        (["07", "1_0"], ("07", "1_0")),
+        (["10", "09", "1"], ("09", "1", "10")),
+        (["2020-01-01", "NA"], ("2020-01-01", "NA")),
+        (["True", "False"], ("false", "true")),
+        (["true", "half-true"], ("half-true", "true")),
+        (["-1", "1"], ("-1", "1")),
+        (["-", "+"], ("+", "-")),
+        ([" pos", " neg"], ("neg", "pos")),
+    ],
+)
+def test_what_is_written_alike_means_the_same_in_every_file(tmp_path, labels, names):
+    rows = [{"text": "t", "label": label} for label in labels]
+    found = [read_task(write(tmp_path / name, rows))[0] for name in EVERY]
+    assert {data.label_names for data in found} == {names}
+    assert len({data.labels.tobytes() for data in found}) == 1
 
-    assert read("10", "9").label_names == ("9", "10")
-    assert read("1.5", "2").problem == "regression"
-    assert read("1e-3", ".5", "-2.").labels.tolist() == pytest.approx([1e-3, 0.5, -2.0])
-    assert read("1_0", "2").label_names == ("1_0", "2")
-    assert read("2020-01-01", "NA").label_names == ("2020-01-01", "NA")
+
+def test_numbers_mean_the_same_as_values_and_as_words(tmp_path):
+    for values in ([0, 1, 1], [0.0, 1.0, 1.0], [True, False, True], [0.5, 1.0, 2.0]):
+        found = []
+        for kind in (str, lambda value: value):
+            rows = [{"text": "t", "label": kind(value)} for value in values]
+            found += [read_task(write(tmp_path / name, rows))[0] for name in EVERY]
+        assert len({(data.label_names, data.labels.tobytes()) for data in found}) == 1, values
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [
+        ([0, 1, -1, 0], ["row 3", "'-1' (1 rows)", "drop_labels: [-1]", "problem: class"]),
+        (["a", "b", "-"], ["row 3", 'drop_labels: ["-"]', "problem: classification"]),
+        (["a", "b", ""], ["row 3", "label is missing", "drop_labels: [null]"]),
+        (["a", "b", "nan"], ["row 3", "label is missing"]),
+        (["a", "b", "b "], ["row 3", "'b '", "row 2 has 'b'", "blanks or case", "problem: class"]),
+        (["a", "b", "B"], ["row 3", "'B'", "row 2 has 'b'"]),
+        (list(range(40)), ["40 labels in 40 rows", "ids", "label_column", "problem: regression"]),
+        ([f"{n}x" for n in range(26)], ["26 labels in 26 rows"]),
+        (["1.0", "2.0", "3.0"], ["row 1", "written as decimals", "problem: regression"]),
+        (["0.5", "1.5", "n/a"], ["row 3", "'n/a' is a word", 'drop_labels: ["n/a"]']),
+        (["[1, 0]", "[0, 1]"], ["row 1", "do not exclude each other", "problem: regression"]),
+        (["[0.5, 1]", "[2]"], ["row 2", "'[2]' is a word"]),
+        (["[0.5, 1]", "[2, 1, 3]"], ["row 2", "3 numbers", "first has 2"]),
+    ],
+)
+def test_doubtful_labels_are_refused_with_the_setting_that_decides(tmp_path, labels, parts):
+    rows = [{"text": "t", "label": label} for label in labels]
+    for name in EVERY:
+        message = refused(write(tmp_path / name, rows))
+        for part in (name, *parts):
+            assert part in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "names"),
+    [
+        ([0, 1, -1], {"problem": "classification"}, ("-1", "0", "1")),
+        ([0, 1, -1], {"drop_labels": -1}, ("0", "1")),
+        (["a", "b", "-"], {"drop_labels": ["-"]}, ("a", "b")),
+        (["a", "b", None, ""], {"drop_labels": [None]}, ("a", "b")),
+        ([0.0, 1.0, math.nan], {"drop_labels": [None]}, ("0", "1")),
+        (["a", "b", "B"], {"problem": "classification"}, ("B", "a", "b")),
+        ([*range(12)], {"problem": "classification"}, tuple(map(str, range(12)))),
+        ([1.5, 2.0], {"problem": "classification"}, ("1.5", "2")),
+        ([1, 2, "x"], {"problem": "classification"}, ("1", "2", "x")),
+        ([*range(40)], {"problem": "regression"}, ()),
+        ([[0, 1], [1, 0]], {"problem": "regression"}, ()),
+    ],
+)
+def test_the_settings_decide_what_is_doubtful(tmp_path, labels, settings, names):
+    path = labelled(tmp_path / "a.jsonl", labels)
+    (data,) = read_task(path, settings=TaskSettings(**settings))
+    assert data.label_names == names
+    kept = [row for row, text in enumerate(data.texts, start=1) if text == f"t {row - 1}"]
+    assert [*data.rows] == kept or settings.get("drop_labels") is None
+    assert len(data) + sum(data.dropped.values()) == len(labels)
+
+
+def test_labels_that_are_left_out_are_so_in_every_split_and_counted(tmp_path):
+    train = labelled(tmp_path / "t.jsonl", [0, -1, 1])
+    dev = labelled(tmp_path / "d.jsonl", [-1, 1])
+    found = read_task(train, dev, settings=TaskSettings(drop_labels=[-1]))
+    assert [data.dropped for data in found] == [{"-1": 1}] * 2
+    assert [*found[1].rows] == [2]
+    assert found[0].described() == (
+        "classification: 2 rows (1 of '-1' left out), 2 classes: 0 1, 1 1; F1 is that of '1'"
+    )
+    with pytest.raises(InputError, match="leaves none of its 2 rows"):
+        read_task(labelled(tmp_path / "x.jsonl", [-1, -1]), settings=TaskSettings(drop_labels=-1))
+
+
+def test_columns_are_chosen(tmp_path):
+    rows = [{"premise": "a", "claim": "b", "gold": 0}, {"premise": "c", "claim": "d", "gold": 1}]
+    chosen = TaskSettings(text_columns=["premise", "claim"], label_column="gold")
+    for name in EVERY:
+        path = write(tmp_path / name, rows)
+        (data,) = read_task(path, settings=chosen)
+        assert (data.texts, data.pairs) == (["a", "c"], ["b", "d"])
+        assert "text_columns" in refused(path)
+        with pytest.raises(InputError, match=r"did you mean 'premise'.*text_columns"):
+            read_task(path, settings=TaskSettings(text_columns="premises", label_column="gold"))
+        with pytest.raises(InputError, match=r"no column 'label'.*label_column"):
+            read_task(path, settings=TaskSettings(text_columns="claim"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,label\na,0,1\nb,1,0\n")
+    (tmp_path / "a.tsv").write_text("text\tlabel\tlabel\na\t0\t1\nb\t1\t0\n")
+    columns = [pa.array(["a", "b"]), pa.array([0, 1]), pa.array([1, 0])]
+    table = pa.Table.from_arrays(columns, names=["text", "label", "label"])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.tsv", "a.parquet"):
+        assert "2 columns 'label'" in refused(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "positive"),
+    [
+        (("0", "1"), None, "1"),
+        (("-1", "1"), None, "1"),
+        (("false", "true"), None, "true"),
+        (("No", "Yes"), None, "Yes"),
+        (("neg", "pos"), None, "pos"),
+        (("entailment", "not_entailment"), None, "entailment"),
+        (("Not Duplicate", "duplicate"), None, "duplicate"),
+        (("ham", "spam"), None, None),
+        (("1", "2"), None, None),
+        (("ham", "spam"), "ham", "ham"),
+        (("0", "1"), 0, "0"),
+        (("a", "b", "c"), None, None),
+    ],
+)
+def test_the_positive_class_is_the_one_that_says_yes_or_is_named(names, wanted, positive):
+    assert positive_class(names, wanted) == positive
+
+
+@pytest.mark.parametrize(("names", "wanted"), [(("a", "b"), "x"), (("a", "b", "c"), "a"), ((), 1)])
+def test_a_positive_class_is_of_two(names, wanted):
+    with pytest.raises(InputError, match="positive is"):
+        positive_class(names, wanted)
 
 
 def test_the_labels_are_those_of_train(tmp_path):
@@ -145,7 +287,7 @@ def test_the_labels_are_those_of_train(tmp_path):
 
 
 def test_many_known_labels_are_not_all_listed(tmp_path):
-    train = labelled(tmp_path / "train.jsonl", list(range(150)))
+    train = labelled(tmp_path / "train.jsonl", list(range(150)) * 2)
     message = refused(train, labelled(tmp_path / "dev.jsonl", [150]))
     assert "150: 0, 1," in message
     assert "19 …" in message
@@ -155,18 +297,25 @@ def test_many_known_labels_are_not_all_listed(tmp_path):
     ("rows", "parts"),
     [
         ([], ["no rows"]),
-        ([{"text": "a"}], ["no field 'label'", "the fields it has: text"]),
+        ([{"text": "a"}], ["no column 'label'", "it has: text"]),
         ([{"words": "a", "label": 1}], ["'text' or 'sentence1'", "words, label"]),
         ([{"text": "a", "sentence1": "b", "label": 1}], ["both"]),
         ([{"text": "a", "label": 1}, {"text": "b", "label": None}], ["row 2", "label is missing"]),
         ([{"text": "a", "label": 1}, {"text": "b"}], ["row 2", "label is missing"]),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": "x"}], ["row 2", "string", "number"]),
-        ([{"text": "a", "label": True}, {"text": "b", "label": 0}], ["row 2", "number", "boolean"]),
+        ([{"text": "a", "label": 1}, {"text": "b", "label": "x"}], ["row 2", "a word", "a number"]),
+        (
+            [{"text": "a", "label": True}, {"text": "b", "label": 0}],
+            ["row 2", "a boolean"],
+        ),
         ([{"text": "a", "label": [1]}], ["row 1", "list"]),
+        ([{"text": "a", "label": {"x": 1}}], ["row 1", "a dict"]),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], ["'1'", "at least two classes"]),
         ([{"text": 7, "label": 1}], ["row 1", "text must be a string", "7, a int"]),
         ([{"sentence1": "a", "sentence2": None, "label": 1}], ["sentence2 must be", "missing"]),
-        ([{"text": "a", "label": 0.5}, {"text": "b", "label": float("nan")}], ["row 2", "nan"]),
+        (
+            [{"text": "a", "label": 0.5}, {"text": "b", "label": float("nan")}],
+            ["row 2", "nan"],
+        ),
         ([{"text": "a", "label": float("inf")}], ["row 1", "finite"]),
     ],
 )
@@ -215,7 +364,7 @@ def test_splits_must_agree_on_pairs_and_on_the_kind_of_label(tmp_path):
     single = labelled(tmp_path / "single.jsonl", [0, 1])
     pairs = jsonl(tmp_path / "pairs.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 1}])
     for files in ((single, pairs), (pairs, single)):
-        assert "pairs.jsonl has sentence2 and" in refused(*files)
+        assert "pairs.jsonl has sentence2" in refused(*files)
     scores = labelled(tmp_path / "scores.jsonl", [0.5, 1.5])
     assert "is no number" in refused(scores, labelled(tmp_path / "names.jsonl", ["a"]))
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 
 import pytest
 
+from rekindle.data.errors import CheckpointError
+from rekindle.data.storage.atomic import write_json
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.train import loop as module
 from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
@@ -59,7 +61,7 @@ def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path)
 def test_an_interrupt_while_the_model_is_written(masked_world, whole, tmp_path, monkeypatch):
     out, config = tmp_path / "run", train_config(ALL)
     with monkeypatch.context() as patched:
-        patched.setattr(module.json, "dumps", stop_at_summary(json.dumps))
+        patched.setattr(module, "write_json", stop_at_summary(write_json))
         with pytest.raises(KeyboardInterrupt):
             run(masked_world, out, config)
     result = run(masked_world, out, config, resume=True)
@@ -69,21 +71,33 @@ def test_an_interrupt_while_the_model_is_written(masked_world, whole, tmp_path, 
     assert not (out / ".final").exists()
 
 
-def stop_at_summary(dumps):
-    def patched(values, **options):
-        if isinstance(values, dict) and "evaluation" in values:
+def stop_at_summary(write):
+    def patched(path, values):
+        if "evaluation" in values:
             raise KeyboardInterrupt
-        return dumps(values, **options)
+        write(path, values)
 
     return patched
 
 
-def test_a_finished_run_may_be_resumed(masked_world, whole, tmp_path):
+def test_a_finished_run_is_left_as_it_is(masked_world, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole.directory, out)
-    result = run(masked_world, out, train_config(ALL), resume=True)
-    assert replace(result, directory=whole.directory, seconds=0) == replace(whole, seconds=0)
-    assert same_weights(out, whole.directory)
+    for checkpoint in [*(out / "checkpoints").iterdir(), None]:
+        before = {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))}
+        result = run(masked_world, out, train_config(ALL), resume=True)
+        assert result == replace(whole, directory=out, was_finished=True)
+        assert {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))} == before
+        if checkpoint:  # deleted for room
+            shutil.rmtree(checkpoint)
+    longer = (
+        r"train\.steps.* It is finished\. To train .* another --out with student\.model: .*run$"
+    )
+    with pytest.raises(CheckpointError, match=longer):
+        run(masked_world, out, train_config(ALL, steps=11), resume=True)
+    (out / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="its checkpoints are gone"):
+        run(masked_world, out, train_config(ALL), resume=True)
     assert metrics(out) == metrics(whole.directory)
 
 

@@ -4,6 +4,7 @@ float64; and a short training run on each.
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import DecodedTargets
+from rekindle.pipeline.checks.inspect import inspect_example
 from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import kd_targets, sparse_targets, split_batch
+from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.loop import train_student
 from rekindle.train.objective.objective import Objective
 from rekindle.train.record.run_log import read_metrics
@@ -410,10 +413,51 @@ def test_a_mixture_of_all_kinds_is_their_mean(world, cache):
         own = found.select(batch, plan)
         return found.loss(student, own, found.counts(own, plan), plan, CPU).total
 
-    assert torch.isfinite(total(teachers=names, combine="mixture"))
+    parts = [["dense", "hidden", "random"], ["dense", "hidden", "topk-precise"]]
+    assert all(torch.isfinite(total(teachers=some, combine="mixture")) for some in parts)
     one = total(teachers=["dense", "hidden"], combine="mixture")
     other = total(teachers=["dense"])
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+# --- held-out values of samples -------------------------------------------------------------------
+
+
+def held_out(cache, world, *names):
+    config = StudentConfig(model=str(world[2]), task=world[1])
+    student = build_student(config, {}, cache.corpus.info["tokenizer"]["size"], 0)
+    view = cache.teachers[names[0]].info.view
+    masked = view if view.startswith("masked-") else None
+    return evaluate(student, EvaluationData(cache, np.arange(len(cache)), names, masked, 8), CPU)
+
+
+def test_the_held_out_kl_of_a_sample_is_an_estimate_of_that_to_the_teacher(world, cache):
+    found = held_out(cache, world, "dense", "random", "threshold-precise", "random-2")
+    assert found["kl/random"] == pytest.approx(found["kl/dense"], abs=0.2)
+    assert found["kl/threshold-precise"] == pytest.approx(found["kl/dense"], abs=0.2)
+    # Of another temperature the teacher's entropy is not stored: larger by a constant.
+    assert found["kl/random-2"] > found["kl/dense"] + 0.5
+
+
+def test_agreement_is_over_the_positions_where_a_sample_tells_the_likeliest_id(world, cache):
+    found = held_out(cache, world, "dense", "random", "threshold-precise")
+    assert "agreement/random" not in found
+    with pytest.raises(InputError, match=r"keep_best is 'agreement/random'; of this run"):
+        train(world, Path("unused"), "random", keep_best="agreement/random")
+    batch = gathered(cache, ["dense", "threshold-precise"])
+    exact = batch.targets["dense"].columns["log_probs"]
+    ids, values, _ = batch.targets["threshold-precise"].decode()
+    sure = np.exp(values).max(axis=1) > 1.001 / K
+    assert 0 < sure.sum() < len(sure)
+    assert (ids[np.arange(len(ids)), values.argmax(axis=1)] == exact.argmax(axis=1))[sure].all()
+    assert found["agreement/threshold-precise"] * sure.sum() == pytest.approx(
+        round(found["agreement/threshold-precise"] * sure.sum()), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["random-2", "threshold-2"])
+def test_a_sample_of_another_temperature_is_shown(world, name):
+    assert "top predictions" in inspect_example(str(world[0]), 0, name)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -452,7 +496,8 @@ def test_a_student_trains_on_every_kind(world, tmp_path, name):
     assert len(steps) == 4
     assert all(np.isfinite(r[f"kd/{name}"]) and r[f"kd/{name}"] > 0 for r in steps)
     assert np.isfinite(result.evaluation[f"kl/{name}"])
-    assert 0 <= result.evaluation[f"agreement/{name}"] <= 1
+    if not name.startswith(("random", "threshold")):
+        assert 0 <= result.evaluation[f"agreement/{name}"] <= 1
 
 
 @pytest.mark.parametrize("name", ["topk-compact", "threshold-precise", "random", "dense", "hidden"])

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 
 import pytest
@@ -11,16 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
-from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import parse_settings
-from rekindle.data.storage.atomic import write_json
-from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.data.errors import CheckpointError
+from rekindle.train.config import StudentConfig
 from rekindle.train.distributed import ParallelStudent, World
-from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.optimizer import adamw
 from rekindle.train.record import checkpoint as module
-from rekindle.train.record.checkpoint import RUN_FILE, check_run, latest_checkpoint, load_checkpoint
+from rekindle.train.record.checkpoint import latest_checkpoint, load_checkpoint
 from rekindle.train.student import Student, build_student
 
 CPU = torch.device("cpu")
@@ -64,7 +60,7 @@ def save_checkpoint(run, step, student, *rest, **options):
 
 
 def restore(run, student, optimizer):
-    return module.restore(run, alone(student), optimizer)
+    return module.restore(run, alone(student), optimizer, every=100)
 
 
 def alone(student):
@@ -201,15 +197,53 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, make_student, caplog, fil
     assert same(state(other, fresh), good)
 
 
-def test_without_a_sound_checkpoint_the_run_begins_anew(tmp_path, make_student):
+def test_without_a_sound_checkpoint_nothing_is_trained_again(tmp_path, make_student):
+    """Damaged, or deleted after the steps that metrics.jsonl tells of; before the first there is
+    none to be had.
+    """
     student, optimizer = make_student()
     before = state(student, optimizer)
     assert restore(tmp_path, student, optimizer) == {}
     path = save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
     (path / "trainer.json").unlink()
-    assert latest_checkpoint(tmp_path) is None
-    assert restore(tmp_path, student, optimizer) == {}
+    with pytest.raises(CheckpointError, match=r"cannot go on: .*sound \(step-00000001\)"):
+        restore(tmp_path, student, optimizer)
+    shutil.rmtree(path)
+    for steps in (99, 100, 101):
+        record = {"kind": "train", "step": steps}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        if steps == 101:
+            with pytest.raises(CheckpointError, match=r"are gone; metrics.* tells of 101 steps"):
+                restore(tmp_path, student, optimizer)
+        else:
+            assert restore(tmp_path, student, optimizer) == {}
     assert same(state(student, optimizer), before)
+
+
+def test_files_of_ones_own_beside_checkpoints_are_left_alone(tmp_path, make_student):
+    """A copy, an archive, a link: neither gone on with nor deleted; of a link what it leads to."""
+    student, optimizer = make_student()
+    folder, far = tmp_path / "checkpoints", tmp_path / "far"
+    first = save_checkpoint(tmp_path, 4, student, optimizer, {}, keep=1)
+    shutil.copytree(first, folder / "step-00000004-keep")
+    shutil.move(first, far)
+    first.symlink_to(far)
+    assert latest_checkpoint(tmp_path)[1]["step"] == 4
+    (folder / "step-00000009.tar.gz").write_bytes(b"mine")
+    (folder / "step-00000099").write_bytes(b"mine")
+    (folder / "step-latest").symlink_to(far)
+    (folder / ".step-00000006.01234567.new").symlink_to(far)
+    for step in (5, 6, 7):
+        save_checkpoint(tmp_path, step, student, optimizer, {}, keep=1)
+    own = ["step-00000004-keep", "step-00000009.tar.gz", "step-00000099", "step-latest"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*own, "step-00000007"])
+    assert latest_checkpoint(tmp_path)[1]["step"] == 7
+    assert (far / "trainer.json").is_file()
+    (folder / "step-00000008").symlink_to(far)
+    save_checkpoint(tmp_path, 8, student, optimizer, {}, keep=1)
+    assert (far / "trainer.json").is_file()
+    assert latest_checkpoint(tmp_path)[1]["step"] == 8
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("moment", ["save_file", "fsync", "rename"])
@@ -244,98 +278,6 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path, make_student):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"encoder.layer.0.output.dense.bias"):
         load_checkpoint(path, *make_student())
-
-
-# --- what run is in a directory ---
-
-ABOUT = {
-    "student": {"model": "m", "task": "masked_lm"},
-    "train": {"steps": 10, "objective": {"hard": {"weight": 1.0}}, "tags": ("a", "b")},
-    "cache": {"path": "/here", "corpus": "abc", "teachers": {"big": "123"}},
-}
-
-
-def changed(part, key, value):
-    about = json.loads(json.dumps(ABOUT))
-    about[part][key] = value
-    return about
-
-
-def test_a_new_directory_is_free(tmp_path):
-    assert check_run(tmp_path / "new", ABOUT, resume=False) is False
-    assert check_run(tmp_path / "new", ABOUT, resume=True) is False
-    assert check_run(tmp_path, ABOUT, resume=True) is False
-    assert not (tmp_path / "new").exists()
-    write_json(tmp_path / "new/deep" / RUN_FILE, ABOUT)
-    assert check_run(tmp_path / "new/deep", ABOUT, resume=True) is True
-
-
-def test_a_used_directory_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for resume in (False, True):
-        with pytest.raises(InputError, match="is not empty and holds no run"):
-            check_run(tmp_path, ABOUT, resume)
-        with pytest.raises(InputError, match="is not empty"):
-            check_run(tmp_path / "file", ABOUT, resume)
-    write_json(tmp_path / "run" / RUN_FILE, ABOUT)
-    with pytest.raises(InputError, match="or --resume to go on"):
-        check_run(tmp_path / "run", ABOUT, resume=False)
-
-
-@pytest.mark.parametrize(
-    ("part", "key", "value", "named"),
-    [
-        ("student", "model", "other", "student.model"),
-        ("train", "steps", 11, "train.steps"),
-        ("train", "objective", {"hard": {"weight": 0.5}}, "train.objective.hard.weight"),
-        ("train", "brand_new", 1, "train.brand_new"),
-        ("cache", "corpus", "abd", "cache.corpus"),
-        ("cache", "teachers", {"big": "124"}, "cache.teachers.big"),
-    ],
-)
-def test_another_configuration_is_refused_by_its_key(tmp_path, part, key, value, named):
-    write_json(tmp_path / RUN_FILE, ABOUT)
-    with pytest.raises(CheckpointError, match=rf"\({re.escape(named)}: "):
-        check_run(tmp_path, changed(part, key, value), resume=True)
-
-
-def about_of(**train):
-    """Whole sections, as a run has them, with the settings of a method."""
-    values = {"steps": 9, "objective": {"distill": [{"teachers": ["big"], "temperature": 2}]}}
-    config = parse_settings(TrainConfig, values | train).model_dump(mode="json", by_alias=True)
-    method = parse_settings(ReplacedTokensSettings, {"method": "replaced_tokens", "teacher": "big"})
-    config["objective"]["methods"] = [method.model_dump(mode="json", by_alias=True)]
-    student = StudentConfig(model="m").model_dump(mode="json", by_alias=True)
-    return {"student": student, "train": config, "cache": ABOUT["cache"]}
-
-
-def test_a_run_goes_on_although_it_is_older_than_some_keys(tmp_path):
-    """Keys that had not been there have their defaults; any other value of them is another run."""
-    older = about_of()
-    del older["student"]["grow"], older["train"]["curriculum"]
-    (term,), (method,) = (older["train"]["objective"][name] for name in ("distill", "methods"))
-    del term["ranking"], method["temperature"]
-    write_json(tmp_path / RUN_FILE, older)
-    assert check_run(tmp_path, about_of(), resume=True)
-    for key, value in {"curriculum": {"teacher": "big"}, "steps": 10, "seed": 1}.items():
-        with pytest.raises(CheckpointError, match=rf"\(train\.{key}: "):
-            check_run(tmp_path, about_of(**{key: value}), resume=True)
-    other = about_of()
-    other["train"]["objective"]["methods"][0]["temperature"] = 2.0
-    with pytest.raises(CheckpointError, match=r"train\.objective"):
-        check_run(tmp_path, other, resume=True)
-
-
-def test_a_cache_that_moved_is_the_same_cache(tmp_path):
-    write_json(tmp_path / RUN_FILE, ABOUT)
-    assert check_run(tmp_path, changed("cache", "path", "/there"), resume=True)
-
-
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
-def test_a_damaged_record_is_no_reason_for_a_traceback(tmp_path, content):
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        check_run(tmp_path, ABOUT, resume=True)
 
 
 def test_checkpoints_may_be_copied_elsewhere(tmp_path, make_student):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import InputError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
@@ -318,8 +318,8 @@ def test_a_run_that_dies_at_any_call_that_writes(masked_world, whole, calls, tmp
         shutil.rmtree(tmp_path / f"{number}")
 
 
-def test_the_checkpoints_may_be_lost(masked_world, whole, tmp_path):
-    """All damaged: the run begins anew, and its metrics with it."""
+def test_a_run_whose_checkpoints_are_damaged_or_gone_is_left_as_it_is(masked_world, tmp_path):
+    """What they held would be trained again without a word, and the metrics cut."""
     out = tmp_path / "run"
 
     def stop(step, values):
@@ -327,7 +327,11 @@ def test_the_checkpoints_may_be_lost(masked_world, whole, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert not ended(fork(lambda: train(masked_world, out)(stop)))
+    told = (out / "metrics.jsonl").read_bytes()
     for folder in (out / "checkpoints").iterdir():
         (folder / "trainer.json").write_text("{}")
-    train(masked_world, out)()
-    assert_same(out, whole)
+    for _ in ("damaged", "gone"):
+        with pytest.raises(CheckpointError, match=r"cannot go on: .* tells of . steps"):
+            train(masked_world, out)()
+        assert (out / "metrics.jsonl").read_bytes() == told
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -1,0 +1,113 @@
+"""YAML as people mean it: read by the rules of YAML 1.2's core schema, and written for any reader.
+
+PyYAML reads by those of 1.1: there ``yes`` is true, ``010`` is 8, ``1:30`` is 90, ``1e-4`` is text.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+from rekindle.data.errors import InputError
+
+_TAG = "tag:yaml.org,2002:"
+_TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
+_RULES = {  # of what stands without quotes: the expression, and how it may begin
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": ("<<", ["<"]),
+}
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML 1.2 in which a key is text, and given once: PyYAML would take the last one."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - not those of the base
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # a value that holds itself is refused, not built
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping; ConstructorError for a key that is no text, or there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be text; a value that begins with a brace or a bracket"
+                raise _wrong(f'{problem}, such as "{{first}}", is written in quotes', key)
+            if key.tag == f"{_TAG}null":
+                raise _wrong("nothing stands before the colon", key)
+            if key.tag == _MERGE:
+                continue
+            if key.value in seen:
+                raise _wrong(f"the key {key.value!r} is given twice", key)
+            seen.add(key.value)
+            key.tag = _TEXT  # as it is written: 1 and true are names of keys
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts in quotes what readers of either version would not take for text."""
+
+
+def _wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
+    text = str(node.value)
+    try:
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    except ValueError as error:
+        raise _wrong(str(error), node) from None
+
+
+def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    # Elsewhere than in double quotes PyYAML writes these as they are, and reads a line break.
+    style = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(_TEXT, text, style)
+
+
+for _name, (_expression, _first) in _RULES.items():
+    for _one in (Loader, Dumper):
+        _one.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_expression})\Z"), _first)
+Loader.add_constructor(f"{_TAG}int", _whole_number)
+Dumper.add_representer(str, _text)
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Return the values of a YAML text. Raises InputError that names ``where`` and the line for a
+    bad one.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not valid YAML{told_of(error, text)}") from None
+    except RecursionError:
+        raise InputError(f"{where} is not valid YAML: it is nested too deeply") from None
+
+
+def told_of(error: yaml.YAMLError, text: str) -> str:
+    """Return the place in ``text`` and the cause, ready to follow what is said of it."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark, cause = error.problem_mark, str(error.problem)
+        if error.context:
+            begun = error.context_mark
+            cause += f", {error.context}" + (f" from line {begun.line + 1}" if begun else "")
+        if "'\\t'" in cause:
+            cause += "; indent with spaces, not with a tab"
+        return f" (line {mark.line + 1}, column {mark.column + 1}): {' '.join(cause.split())}"
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f" (line {line}): the character {chr(error.character)!r} may not stand in it"
+    return f": {' '.join(str(error).split())}"
+
+
+def dump_yaml(values: object) -> str:
+    """Return ``values`` as a YAML text that ``parse_yaml`` reads as the same."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,268 @@
+"""One list of causes why a model cannot be had, whoever asks for it: each one message, exit 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rekindle.data.errors import InputError
+from rekindle.train.config import StudentConfig
+from rekindle.train.finetune.classifier import classifier_config, load_expert, padded_tokenizer
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.files import (
+    load_config,
+    load_language_model,
+    load_model,
+    new_language_model,
+    resolve_model,
+)
+from rekindle.train.student import build_student
+from testlib.models import AUTO
+
+MASKED, CLASSES = AUTO["masked_lm"], AUTO["sequence_classification"]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 123456\n"
+
+
+@pytest.fixture
+def bert(tmp_path, make_model, wordpiece) -> Path:
+    return copied(make_model("bert", MASKED, wordpiece), tmp_path / "model")
+
+
+@pytest.fixture
+def expert(tmp_path, make_model, wordpiece) -> Path:
+    return copied(make_model("bert", CLASSES, wordpiece, num_labels=3), tmp_path / "expert")
+
+
+def copied(model: Path, target: Path) -> Path:
+    shutil.copytree(model, target)
+    return target
+
+
+def change(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    settings = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+
+
+def as_teacher(path: Path) -> None:
+    load_model(resolve_model(str(path)), MASKED, torch.float32)
+
+
+def as_student(path: Path) -> None:
+    build_student(StudentConfig(model=str(path)), {}, 100, 0)
+
+
+def as_new_student(path: Path) -> None:
+    build_student(StudentConfig(model=str(path), from_scratch=True), {}, 100, 0)
+
+
+def as_expert(path: Path) -> None:
+    data = TaskData(["a river"], None, torch.zeros(1).numpy(), ())
+    load_expert(str(path), data, 16)
+
+
+LOADERS = (as_teacher, as_student, as_expert)
+
+
+def refused(path: Path, *words: str, loaders=(*LOADERS, as_new_student)) -> None:
+    """Each loader gives the same error, with the words in it."""
+    for load in loaders:
+        with pytest.raises(InputError) as caught:
+            load(path)
+        assert caught.value.exit_code == 2
+        for word in words:
+            assert word in str(caught.value), (load, str(caught.value))
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_a_git_lfs_pointer_is_called_so(bert):
+    (bert / "model.safetensors").write_text(POINTER)
+    refused(bert, "model.safetensors is a git-lfs pointer", "git lfs pull", loaders=LOADERS)
+    (bert / "config.json").write_text(POINTER)
+    refused(bert, "config.json is a git-lfs pointer", loaders=[as_new_student])
+
+
+@pytest.mark.parametrize("cut", [4, 1000, -100])
+def test_weights_that_are_cut_off(bert, cut):
+    file = bert / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    refused(bert, str(file), "cut off", "again", loaders=LOADERS)
+
+
+def test_shards_of_which_one_is_missing(bert):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}
+    (bert / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(bert, "lacks model-1.safetensors", loaders=LOADERS)
+
+
+def test_a_gguf_file_and_an_adapter_without_its_settings(tmp_path):
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "GGUF file (model-q4.gguf)")
+    (tmp_path / "model-q4.gguf").rename(tmp_path / "adapter_model.safetensors")
+    refused(tmp_path, "adapter_config.json")
+
+
+def test_an_adapter_beside_whole_weights_is_refused_by_both_names(bert):
+    (bert / "adapter_config.json").write_text("{}")
+    refused(bert, "adapter_config.json", "model.safetensors")
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def test_a_configuration_that_is_no_json(bert):
+    (bert / "config.json").write_text("{")
+    refused(bert, "config.json is not JSON")
+    (bert / "config.json").write_text("[]")
+    refused(bert, "config.json holds list")
+
+
+def test_no_model_type(bert):
+    change(bert, model_type=None)
+    refused(bert, "config.json has no model_type")
+
+
+def test_code_that_comes_with_a_model_is_not_run(bert):
+    (bert / "own.py").write_text("raise SystemExit('ran')")
+    change(bert, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    refused(bert, "auto_map", "remote code is off")
+
+
+def test_an_unknown_activation(bert):
+    change(bert, hidden_act="gelou")
+    refused(bert, "no activation 'gelou'", "hidden_act")
+
+
+def test_values_that_make_no_model(bert):
+    change(bert, num_attention_heads=5)
+    refused(bert, str(bert))
+    change(bert, num_attention_heads="two")
+    refused(bert, str(bert))
+
+
+def test_tensors_of_another_shape_are_named_with_both(bert):
+    change(bert, intermediate_size=50)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    refused(bert, f"tensor {name} is [48, 32] in the file and [50, 32] by", loaders=LOADERS)
+
+
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [
+        ("bitsandbytes", "bitsandbytes"),
+        ("gptq", "gptqmodel"),
+        ("awq", "gptqmodel"),
+        ("compressed-tensors", "compressed_tensors"),
+        ("fp8", None),
+    ],
+)
+def test_quantised_weights_are_called_so(bert, method, package):
+    weights = load_file(bert / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weights |= {name: weights[name].to(torch.int8), f"{name}_scale": torch.ones(1)}
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    refused(bert, "weights are quantised", "no quantization_config", "dequant", loaders=LOADERS)
+    change(bert, quantization_config={"quant_method": method, "load_in_8bit": True})
+    refused(bert, f"quantised by {method}", "dequantise", loaders=LOADERS)
+    if package:
+        refused(bert, f"{package} is not installed", "pip install", loaders=[as_teacher])
+    new = new_language_model(bert, "masked_lm")  # new weights are none of these
+    assert not hasattr(new.config, "quantization_config")
+
+
+def test_a_quantisation_that_is_left_over_is_called_so(bert):
+    change(bert, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(bert, "plain (F32)", "left over", "Remove quantization_config", loaders=LOADERS)
+
+
+@pytest.mark.parametrize(
+    ("attention", "told"),
+    [
+        ("flash_attention_2", "flash_attn is not installed"),
+        ("kernels-community/flash-attn", "download"),
+    ],
+)
+def test_attention_that_is_not_there_or_would_be_downloaded(bert, attention, told):
+    change(bert, attn_implementation=attention)
+    refused(bert, str(bert / "config.json"), attention, told, "sdpa")
+    config = StudentConfig(model=str(bert), attention="sdpa")
+    build_student(config, {}, 100, 0)  # what the run file says goes first
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"1": "a", "2": "b"}, ["LABEL_0", "a", "b"]),
+        ({"0": "a", "2": "c"}, ["a", "LABEL_1", "c"]),
+        ({"1": "a", "2": "b", "3": "c"}, ["LABEL_0", "a", "b"]),
+        (None, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+    ],
+)
+def test_the_head_says_how_many_labels_there_are(expert, given, names, caplog):
+    change(expert, id2label=given, label2id=None)
+    config = load_config(expert, CLASSES)
+    assert config.id2label == dict(enumerate(names))
+    assert config.label2id == {name: number for number, name in enumerate(names)}
+    assert "its head has 3 outputs" in caplog.text
+    assert "LABEL_" in caplog.text
+    model = load_model(expert, CLASSES, torch.float32)
+    assert torch.equal(
+        model.classifier.weight, load_file(expert / "model.safetensors")["classifier.weight"]
+    )
+
+
+def test_labels_that_contradict_the_head_are_a_shape_that_does_not_fit(expert):
+    change(expert, id2label={str(i): f"l{i}" for i in range(4)}, label2id=None)
+    with pytest.raises(InputError, match=r"classifier.weight is \[3, 32\] in the file and \[4, 32"):
+        load_model(expert, CLASSES, torch.float32)
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+def test_a_model_whose_own_code_fails_is_named(tmp_path, make_model, wordpiece):
+    """T5's decoder begins with a token that the configuration has to name."""
+    import transformers
+
+    tokenizer = padded_tokenizer_of(make_model, wordpiece)
+    sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    config = transformers.T5Config(vocab_size=len(tokenizer), num_labels=2, **sizes)
+    config.eos_token_id = tokenizer.sep_token_id
+    model = transformers.T5ForSequenceClassification(config)
+    model.config.decoder_start_token_id = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    from rekindle.train.finetune.classifier import evaluate
+
+    labels = torch.zeros(1, dtype=torch.int64).numpy()
+    names = ("LABEL_0", "LABEL_1")
+    data = TaskData(["a river"], None, labels, names)
+    with pytest.raises(InputError, match=r"fails when it is run.*decoder_start_token_id"):
+        evaluate(str(tmp_path), data)
+
+
+def padded_tokenizer_of(make_model, wordpiece):
+    return padded_tokenizer(str(make_model("bert", MASKED, wordpiece)))
+
+
+def test_memory_that_runs_out_is_not_the_models_fault(bert, monkeypatch):
+    import transformers
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(transformers.AutoModelForMaskedLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_language_model(bert, "masked_lm")
+
+
+def test_an_experts_configuration_alone_is_read_by_its_own_loader(expert):
+    assert classifier_config(str(expert)).num_labels == 3

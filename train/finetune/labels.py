@@ -1,0 +1,343 @@
+"""Decides what the labels of a task mean. One rule, whatever file they come from: what is written
+alike means the same, so that ``"3.5"`` is a number and ``"True"`` a truth value in a jsonl, too.
+
+Doubtful labels are refused, with the setting that decides. Knows no file, no text and no model.
+"""
+
+import decimal
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+from rekindle.data.errors import InputError, did_you_mean
+
+Raw = object  # as a file gives it
+Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; None: there is no label
+
+SHOWN = 20  # classes that a message lists
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.)(e[+-]?\d+)?")
+_MISSING = (
+    "",
+    "nan",
+    "<na>",
+)  # how files, and pandas, write that there is no label
+_DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
+_FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
+_CLASSIFY = "problem: classification (every label is a class as it is written)"
+_SCORES = "problem: regression (labels are scores)"
+_TRUTH = ("true", "false")
+_OF_NUMBERS = ("a number", "a list of numbers")
+
+
+class Label(NamedTuple):
+    """One row's label. ``name`` is its class's name, equal however a file writes it."""
+
+    raw: Raw
+    value: Value
+    name: str
+    decimal: bool = False  # a whole number that is written as 3.0
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a message's words."""
+        kinds = {bool: "a boolean", float: "a number", str: "a word", tuple: "a list of numbers"}
+        return kinds.get(type(self.value), "missing")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the labels of a task are: classes with ``names``, or scores, ``outputs`` in each row."""
+
+    names: tuple[str, ...] = ()
+    outputs: int = 1
+
+
+class Rows(NamedTuple):
+    """The labels of one file that are not dropped, and the row of each, counted from 1."""
+
+    path: str
+    labels: list[Label]
+    numbers: list[int]
+
+    def refuse(self, place: int, told: str) -> NoReturn:
+        """Raise InputError about a label, naming its row."""
+        raise InputError(f"{self.path}, row {self.numbers[place]}: {told}")
+
+
+def read_label(raw: Raw) -> Label:
+    """Read a label as it means the same in every file; ValueError, in words, for what is none."""
+    if isinstance(raw, bool):
+        return Label(raw, raw, str(raw).lower())
+    if isinstance(raw, int | float | decimal.Decimal):
+        number = float(raw) if isinstance(raw, decimal.Decimal) else raw
+        return _number(raw, number, not isinstance(raw, int))
+    if isinstance(raw, list | tuple):
+        return _scores(raw, raw)
+    if raw is not None and not isinstance(raw, str):
+        raise ValueError(
+            f"label must be a class name, a number or a list of numbers (given: {raw!r}, a "
+            f"{type(raw).__name__})"
+        )
+    text = (raw or "").strip()
+    if text.casefold() in _MISSING:
+        return Label(raw, None, "")
+    if _NUMBER.fullmatch(text.casefold()):
+        whole = text.lstrip("+-").isdecimal()
+        return _number(raw, int(text) if whole else float(text), not whole)
+    if text.startswith("[") and text.endswith("]"):  # a csv has no other way to write a list
+        try:
+            return _scores(raw, json.loads(text))
+        except ValueError:
+            return Label(raw, text, text)
+    return Label(raw, text, text)
+
+
+def _number(raw: Raw, number: float, written_decimal: bool) -> Label:
+    if math.isnan(number):
+        return Label(raw, None, "")
+    if math.isinf(number):
+        raise ValueError(f"label is {number}; a score must be finite: drop the row")
+    if number == int(number):
+        return Label(raw, float(number), str(int(number)), written_decimal)
+    return Label(raw, number, repr(number))
+
+
+def _scores(raw: Raw, values: Sequence[object]) -> Label:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) != len(values) or len(numbers) < 2 or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"label is the list {raw!r}; a list is of at least two finite numbers, the scores of "
+            "one text"
+        )
+    return Label(raw, tuple(map(float, numbers)), json.dumps(numbers))
+
+
+# ---- what they mean ----------------------------------------------------------------------------
+
+
+def meaning_of(train: Rows, problem: str | None) -> Meaning:
+    """Say what the labels of a task are by those of its train file.
+
+    Without ``problem``: numbers that are whole are classes, as are words and booleans; other
+    numbers, and lists of numbers, are scores. Raises InputError for what may be meant in two ways.
+    """
+    if problem == "regression":
+        return _as_scores(train)
+    if problem is None:
+        _refuse_mixed(train)
+        kind, values = train.labels[0].kind, [label.value for label in train.labels]
+        whole = all(number.is_integer() for value in values for number in _numbers(value))
+        if kind == "a list of numbers" and whole:
+            train.refuse(
+                0,
+                f"label {train.labels[0].raw!r}: lists of whole numbers may be scores, or classes "
+                f"that do not exclude each other (which are not read here); say {_SCORES}",
+            )
+        if kind in _OF_NUMBERS and not whole:
+            return _as_scores(train)
+        _refuse_doubtful(train)
+    by_name = {label.name: label.value for label in train.labels}
+    if len(by_name) < 2:
+        raise InputError(
+            f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
+            "least two classes in train"
+        )
+    if all(isinstance(value, float) for value in by_name.values()):
+        return Meaning(tuple(sorted(by_name, key=decimal.Decimal)))
+    return Meaning(tuple(sorted(by_name)))
+
+
+def _numbers(value: Value) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,) if isinstance(value, float) else ()
+
+
+def _refuse_mixed(train: Rows) -> None:
+    first = train.labels[0]
+    for place, label in enumerate(train.labels):
+        if label.kind != first.kind:
+            train.refuse(
+                place,
+                f"label {label.raw!r} is {label.kind}, but row {train.numbers[0]} has "
+                f"{first.raw!r}, {first.kind}; use one type of label throughout, leave rows out "
+                f"with drop_labels: [{_quoted(label.name)}], or say {_CLASSIFY}",
+            )
+
+
+def _refuse_doubtful(train: Rows) -> None:
+    counts = Counter(label.name for label in train.labels)
+    places = {label.name: place for place, label in reversed([*enumerate(train.labels)])}
+    for name in _DOUBTFUL:
+        if name in counts and len(counts) > 2:
+            train.refuse(
+                places[name],
+                f"label {name!r} ({counts[name]} rows) may be a class, or say that there is no "
+                f"label; leave these rows out with drop_labels: [{_quoted(name)}], or say "
+                f"{_CLASSIFY}",
+            )
+    spelled: dict[str, tuple[int, str]] = {}
+    for place, label in enumerate(train.labels):
+        if not isinstance(label.raw, str) or not isinstance(label.value, str):
+            continue
+        before = spelled.setdefault(" ".join(label.raw.split()).casefold(), (place, label.raw))
+        if before[1] != label.raw:
+            train.refuse(
+                place,
+                f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
+                "differ in blanks or case alone; write both alike, or say problem: classification "
+                "(then case makes classes of their own, and blanks around a name do not count)",
+            )
+    if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
+        train.refuse(
+            0,
+            f"label {train.labels[0].raw!r}: there are {len(counts)} labels in "
+            f"{len(train.labels)} rows, more like ids or scores than classes; name the column of "
+            f"the labels with label_column, or say {_CLASSIFY} or {_SCORES}",
+        )
+    at_first = next((place for place, label in enumerate(train.labels) if label.decimal), None)
+    if at_first is not None and counts.keys() != {str(n) for n in range(len(counts))}:
+        train.refuse(
+            at_first,
+            f"label {train.labels[at_first].raw!r}: all are whole numbers, written as decimals, "
+            f"and not 0 to {len(counts) - 1}; they may be classes or scores: say {_CLASSIFY} or "
+            f"{_SCORES}",
+        )
+
+
+def _as_scores(train: Rows) -> Meaning:
+    outputs = max(1, len(_numbers(train.labels[0].value)))
+    check_scores(train, outputs)
+    return Meaning(outputs=outputs)
+
+
+# ---- what every split has of them --------------------------------------------------------------
+
+
+def check_scores(split: Rows, outputs: int) -> None:
+    """Raise InputError, naming the row, for a label that is not ``outputs`` numbers."""
+    for place, label in enumerate(split.labels):
+        many = len(_numbers(label.value))
+        if label.kind not in _OF_NUMBERS:
+            split.refuse(
+                place,
+                f"label {label.raw!r} is no number, but the train labels are scores; give numbers "
+                "here, or class names in every split, or leave such rows out with drop_labels",
+            )
+        if many != outputs:
+            split.refuse(place, f"label {label.raw!r} has {many} numbers; the first has {outputs}")
+
+
+def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[int]:
+    """The number of each label among ``names``; InputError for one that is none of them."""
+    index = {name: number for number, name in enumerate(names)}
+    numbers = [index.get(label.name, -1) for label in split.labels]
+    if -1 in numbers:
+        place = numbers.index(-1)
+        label = split.labels[place]
+        known = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
+        split.refuse(
+            place,
+            f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
+            f"({len(names)}: {known}){did_you_mean(label.name, names)} Correct the label, add such "
+            f"rows to train, or leave them out with drop_labels: [{_quoted(label.name)}]",
+        )
+    return numbers
+
+
+def dropped_names(labels: Sequence[Raw]) -> frozenset[str]:
+    """The names of labels whose rows are to be left out; "" of a missing one."""
+    try:
+        return frozenset(read_label(label).name for label in labels)
+    except ValueError as error:
+        raise InputError(f"drop_labels: {error}") from None
+
+
+def kept_rows(path: str, raw: Sequence[Raw], dropped: frozenset[str]) -> tuple[Rows, Counter[str]]:
+    """Read the labels of a file but for those that are ``dropped``, by name ("" is a missing one),
+    and count these. Raises InputError, naming the row, for a missing label or one that is none.
+    """
+    rows, gone = Rows(path, [], []), Counter[str]()
+    for number, value in enumerate(raw, start=1):
+        try:
+            label = read_label(value)
+        except ValueError as error:
+            raise InputError(f"{path}, row {number}: {error}") from None
+        if label.name in dropped:
+            gone[label.name] += 1
+        elif label.value is None:
+            raise InputError(
+                f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
+                "rows out with drop_labels: [null]"
+            )
+        else:
+            rows.labels.append(label)
+            rows.numbers.append(number)
+    return rows, gone
+
+
+def read_alike(splits: Sequence[Rows]) -> list[Rows]:
+    """Read words as all labels of the first file are: if these are true and false, whatever their
+    case, as booleans (a csv has no others); if they are codes such as 09 and 10, none as a number.
+    """
+    first = splits[0].labels
+    if all(label.name.casefold() in _TRUTH for label in first):
+        read = _boolean
+    elif all(label.kind == "a number" or label.name.isdecimal() for label in first) and any(
+        label.kind == "a word" for label in first
+    ):
+        read = _code
+    else:
+        return [*splits]
+    return [rows._replace(labels=[read(label) for label in rows.labels]) for rows in splits]
+
+
+def _boolean(label: Label) -> Label:
+    name = label.name.casefold()
+    return Label(label.raw, name == "true", name) if name in _TRUTH else label
+
+
+def _code(label: Label) -> Label:
+    name = str(label.raw).strip()
+    return Label(label.raw, name, name)
+
+
+# ---- the positive class ------------------------------------------------------------------------
+
+_POSITIVE: Mapping[str, tuple[str, ...]] = {
+    "1": ("0", "-1"),
+    "true": ("false",),
+    "yes": ("no",),
+    "positive": ("negative",),
+    "pos": ("neg",),
+}
+
+
+def positive_class(names: Sequence[str], wanted: Raw | None) -> str | None:
+    """The class whose F1 counts: ``wanted``, or that of two which says yes.
+
+    1 beside 0 or −1, true, yes, positive and pos beside their opposites, x beside not_x; None where
+    neither does. InputError for one that is not of two classes.
+    """
+    if wanted is not None:
+        name = read_label(wanted).name
+        if len(names) != 2 or name not in names:
+            raise InputError(
+                f"positive is {name!r}, and the labels are {', '.join(names[:SHOWN]) or 'scores'}; "
+                "name one of two classes (the F1 of more classes is their mean)"
+            )
+        return name
+    if len(names) != 2:
+        return None
+    for name, other in (names, names[::-1]):
+        yes, no = name.casefold(), other.casefold()
+        if no in _POSITIVE.get(yes, ()) or re.sub("[ _-]", "", no) in (f"not{yes}", f"non{yes}"):
+            return name
+    return None
+
+
+def _quoted(name: str) -> str:
+    """A label as YAML takes it within a list."""
+    return json.dumps(name, ensure_ascii=False) if not _NUMBER.fullmatch(name) else name

@@ -1,0 +1,153 @@
+"""Reads the texts and the labels of one file, as it writes them. What they mean: ``labels``.
+
+Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quotes), each also .gz
+or .zst, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from rekindle.data.errors import InputError, did_you_mean
+from rekindle.train.finetune.config import TaskSettings
+
+_USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
+_Columns = dict[str, list[object]]
+
+
+class TaskFile(NamedTuple):
+    """The rows of one file; ``pairs`` are the second texts, ``labels`` as they are written."""
+
+    path: str
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[object]
+
+
+def read_file(path: str, settings: TaskSettings) -> TaskFile:
+    """Read the columns of a task; InputError, naming the row, for a text that is none."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
+    read = _reader_of(path)
+    wanted = {*settings.text_columns, settings.label_column, *(n for u in _USUAL for n in u)}
+    try:
+        columns = read(path, wanted)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not columns or not next(iter(columns.values())):
+        raise InputError(f"{path} has no rows; give at least one labelled example")
+    names = _text_columns(path, [*columns], settings)
+    if settings.label_column not in columns:
+        raise InputError(
+            f"{path} has no column {settings.label_column!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(settings.label_column, columns)}); name that of the labels with "
+            "label_column"
+        )
+    for name in names:
+        for row, value in enumerate(columns[name], start=1):
+            if not isinstance(value, str):
+                given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
+                raise InputError(f"{path}, row {row}: {name} must be a string (given: {given})")
+    texts = [cast("list[str]", columns[name]) for name in names]
+    labels = columns[settings.label_column]
+    return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
+
+
+def _text_columns(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
+    """The columns of texts; InputError where they are not there, or it is not clear which."""
+    has = f"it has: {', '.join(columns)}"
+    if missing := [name for name in settings.text_columns if name not in columns]:
+        raise InputError(
+            f"{path} has no column {missing[0]!r} ({has}){did_you_mean(missing[0], columns)}; "
+            "text_columns names those of the texts"
+        )
+    if settings.text_columns:
+        return settings.text_columns
+    found = [usual for usual in _USUAL if all(name in columns for name in usual)]
+    if not found:
+        raise InputError(
+            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts, or the "
+            "two of pairs, with text_columns"
+        )
+    if "text" in columns and "sentence1" in columns:
+        raise InputError(
+            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with text_columns"
+        )
+    return found[0]
+
+
+# ---- the types of files ------------------------------------------------------------------------
+
+
+def _reader_of(path: str) -> Callable[[str, set[str]], _Columns]:
+    name = Path(path).name.lower()
+    if name.endswith(".parquet"):
+        return _read_parquet
+    for packed in (".gz", ".zst"):
+        name = name.removesuffix(packed)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}
+    if Path(name).suffix in readers:
+        return readers[Path(name).suffix]
+    raise InputError(
+        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also .gz or .zst) "
+        "or .parquet: rename or convert it"
+    )
+
+
+def _read_jsonl(path: str, wanted: set[str]) -> _Columns:
+    # Not pyarrow.json: it reads a column of dates as timestamps, and stops at a mixed column
+    # without naming the row.
+    rows: list[dict[str, object]] = []
+    with pa.input_stream(path, compression="detect") as stream:
+        content = stream.read().decode("utf-8-sig")
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: each line must be an object {{…}}")
+        rows.append(row)
+    fields = dict.fromkeys(field for row in rows for field in row)
+    return {field: [row.get(field) for row in rows] for field in fields}
+
+
+def _read_csv(path: str, wanted: set[str]) -> _Columns:
+    # Every field as a string: a text "12" stays a text. GLUE's tsv files hold lone quotation marks,
+    # so that a tsv has no quoting.
+    tabbed = ".tsv" in Path(path).name.lower()
+    parse = pa.csv.ParseOptions(
+        delimiter="\t" if tabbed else ",",
+        quote_char=False if tabbed else '"',
+        newlines_in_values=not tabbed,
+    )
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()))
+    with pa.input_stream(path, compression="detect") as stream:
+        if not Path(path).stat().st_size:
+            return {}
+        table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
+    return _listed(path, table, wanted)
+
+
+def _read_parquet(path: str, wanted: set[str]) -> _Columns:
+    return _listed(path, pa.parquet.ParquetFile(path).read(), wanted)
+
+
+def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
+    """The columns that are ``wanted`` as Python values, the others as rows of None."""
+    names = table.column_names
+    for name in wanted:
+        if names.count(name) > 1:
+            raise InputError(
+                f"{path} has {names.count(name)} columns {name!r}; which of them is meant is not "
+                "clear: rename or remove the others"
+            )
+    nothing: list[object] = [None] * table.num_rows
+    return {n: table.column(n).to_pylist() if n in wanted else nothing for n in names}

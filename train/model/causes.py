@@ -1,0 +1,213 @@
+"""Why a model cannot be had: the one list of causes, each told in a sentence, all InputErrors.
+
+What the files say is looked for before transformers is asked; what it raises then is told by cause.
+"""
+
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.train.model.folder import SETTINGS_FILE, StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What transformers loads weights quantised by a method with; of methods without an entry it asks
+# for compiled kernels from the hub, which are not fetched.
+QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "quanto": "optimum.quanto",
+    "aqlm": "aqlm",
+    "eetq": "eetq",
+    "fbgemm_fp8": "fbgemm_gpu",
+    "auto-round": "auto_round",
+    "quark": "quark",
+    "vptq": "vptq",
+    "spqr": "spqr_quant",
+}
+# Names that only quantised weights have beside them, and types that only they are stored in.
+_QUANTISED_NAMES = re.compile(
+    r"(\.absmax|\.quant_map|\.qweight|\.qzeros|\.SCB|\.weight_packed|\.weight_scale(_inv)?"
+    r"|\.quant_state\..*)$"
+)
+_PLAIN_TYPES = {"F16", "BF16", "F32", "F64", "I64", "BOOL"}  # with what buffers are stored in
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
+PLAIN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
+PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pretrained"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and reports; what matters is raised by us."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(50)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def refusing(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever is raised for a model that cannot be had into one InputError: ``what`` cannot
+    be, the reason, and ``advice``. Memory that runs out is no fault of the model's.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except (RekindleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{what}: its weights are damaged ({error}){advice}") from None
+    except Exception as error:  # the library's errors share no base; all mean: not to be had
+        raise InputError(f"{what}: {_reason(error)}{advice}") from error
+
+
+@contextmanager
+def running(model: str) -> Iterator[None]:
+    """Name the model and the cause when its own code fails on what it is given.
+
+    Errors of the device are not touched: out of memory has other ways out.
+    """
+    try:
+        yield
+    except (RekindleError, RuntimeError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{model} fails when it is run: {_reason(error)}. Its config.json may lack what its "
+            "forward pass needs; run the model by itself on a text to see more"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if "trust_remote_code" in text or "custom code" in text:
+        return "its code comes with the model (auto_map), and remote code is off"
+    if isinstance(error, KeyError) and _raised_in(error, "activations"):
+        return f"transformers knows no activation {text} (hidden_act in its config.json)"
+    first = text.splitlines()[0].rstrip(".") if text else ""
+    if isinstance(error, OSError | ValueError | ImportError | RuntimeError) and first:
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _raised_in(error: Exception, module: str) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).stem == module if frames else False
+
+
+# --- what the files say ---------------------------------------------------------------------------
+
+
+def quantised_by(settings: Mapping[str, Any]) -> str | None:
+    """The method that config.json says the weights are quantised by."""
+    for part in (settings, *(v for v in settings.values() if isinstance(v, dict))):
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key)
+            if isinstance(found, dict) and found:
+                bits = found.get("load_in_4bit") or found.get("load_in_8bit")
+                return str(found.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
+    return None
+
+
+def check_quantisation(
+    directory: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    trained: bool,
+) -> None:
+    """Raise InputError for quantised weights that cannot be loaded, or not ``trained``."""
+    method = quantised_by(settings)
+    strange = [
+        name
+        for name, tensor in tensors.items()
+        if _QUANTISED_NAMES.search(name) or tensor.dtype[:2] in ("F4", "F6", "F8")
+    ]
+    if method is None:
+        if strange:
+            raise InputError(
+                f"{directory}: its weights are quantised ({strange[0]} is "
+                f"{tensors[strange[0]].dtype}), and its {SETTINGS_FILE} has no quantization_config "
+                f"that says how. Give the folder as its maker wrote it, or {DEQUANTISE}"
+            )
+        return
+    types = sorted({tensor.dtype for tensor in tensors.values()})
+    if not strange and set(types) <= _PLAIN_TYPES:
+        raise InputError(
+            f"{directory}: its {SETTINGS_FILE} says that the weights are quantised by {method}, "
+            f"but they are plain ({', '.join(types)}): the section is left over. Remove "
+            f"quantization_config from {directory / SETTINGS_FILE}"
+        )
+    told = f"{directory}: its weights are quantised by {method} (quantization_config)"
+    if trained:
+        raise InputError(f"{told}; what is trained begins from whole weights: {DEQUANTISE}")
+    package = QUANTISERS.get(method)
+    if package is None:
+        raise InputError(f"{told}, which is not read here: {DEQUANTISE}")
+    if not _installed(package):
+        raise InputError(
+            f"{told}, and {package} is not installed. Install it (pip install "
+            f"{package.replace('.', '-').replace('_', '-')}), or {DEQUANTISE}"
+        )
+
+
+def check_implementations(config: "PretrainedConfig", where: str) -> None:
+    """Refuse attention (or experts) that need a package which is not there, or a kernel that
+    transformers would download: compiled code of strangers. ``where``: what asks for it.
+    """
+    for part in _parts(config):
+        attention = getattr(part, "_attn_implementation", None)
+        attention = attention.removeprefix("paged|") if isinstance(attention, str) else attention
+        experts = getattr(part, "_experts_implementation", None)
+        package = FLASH_PACKAGES.get(str(attention))
+        if package is not None and not _installed(package):
+            raise InputError(
+                f"{where} asks for the attention {attention}, and the package {package} is not "
+                'installed. Install it, or say "sdpa" there'
+            )
+        asked = [f"attention {attention!r}"] if attention not in PLAIN_ATTENTION else []
+        asked += [f"experts {experts!r}"] if experts not in PLAIN_EXPERTS else []
+        if asked and package is None:
+            raise InputError(
+                f"{where} asks for the {asked[0]}: compiled code that transformers would download "
+                'from a hub, which is not done. Say "sdpa" there (of experts: "eager")'
+            )
+
+
+def _parts(config: "PretrainedConfig") -> Iterator["PretrainedConfig"]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield part
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that holds it is not there
+        return False

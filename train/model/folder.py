@@ -1,0 +1,218 @@
+"""A model's folder as its files say it: what it is, its configuration, the headers of its weights.
+
+Only headers are read, and torch is not imported: a wrong folder is found before dear work begins.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import InputError
+
+SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Whole weights, as transformers looks for them.
+WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
+LFS_POINTER = b"version https://git-lfs"
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of a tensor."""
+
+    dtype: str  # as safetensors calls it: F32, BF16, U8, …
+    shape: tuple[int, ...]
+
+
+def check_folder(directory: Path) -> None:
+    """Raise InputError unless ``directory`` holds a model, or an adapter of one, and not both."""
+    names = {path.name for pattern in WHOLE_WEIGHTS for path in directory.glob(pattern)}
+    if (directory / ADAPTER_FILE).is_file():
+        if names:
+            raise InputError(
+                f"{directory} holds an adapter ({ADAPTER_FILE}) beside whole weights "
+                f"({', '.join(sorted(names)[:3])}): which of them is the model is not said. Move "
+                "the adapter into a folder of its own, or remove what is not meant"
+            )
+        return
+    if (directory / SETTINGS_FILE).is_file():
+        return
+    ggufs = sorted(path.name for path in directory.glob("*.gguf"))
+    if ggufs:
+        raise InputError(
+            f"{directory} holds a GGUF file ({ggufs[0]}) and no {SETTINGS_FILE}: llama.cpp's "
+            "format is not read. Give the model that it was made of, as save_pretrained writes it"
+        )
+    if list(directory.glob("adapter_model.*")):
+        raise InputError(
+            f"{directory} holds an adapter's weights without {ADAPTER_FILE}, which names its "
+            "base. Give the whole folder of the adapter"
+        )
+    raise InputError(
+        f"{directory} is not a model directory: it has no {SETTINGS_FILE}. "
+        "Give a directory written by save_pretrained"
+    )
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether the folder holds an adapter; InputError where it holds whole weights too."""
+    check_folder(directory)
+    return (directory / ADAPTER_FILE).is_file()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError, naming the file, for anything else."""
+    content = path.read_bytes()
+    _refuse_pointer(path, content)
+    try:
+        found = json.loads(content)
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise InputError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}, not an object")
+    return found
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Read config.json, which must say what kind of model it is."""
+    path = directory / SETTINGS_FILE
+    settings = read_object(path)
+    if not isinstance(settings.get("model_type"), str):
+        raise InputError(
+            f"{path} has no model_type, so that the kind of model is not known. Save the model "
+            'again with save_pretrained, or add it ("model_type": "bert")'
+        )
+    return settings
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the model's weights, or the adapter's: one, or those that an index names.
+
+    Raises InputError where there are none, or some are missing.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            raise InputError(f"{index} has no weight_map from names to files")
+        files = [directory / name for name in sorted(set(places.values()))]
+        if outside := [file.name for file in files if file.parent != directory]:
+            raise InputError(f"{index} names {outside[0]!r}, which is not in its folder")
+    else:
+        name = ADAPTER_WEIGHTS if is_adapter(directory) else WEIGHTS_FILE
+        files = [directory / name]
+        if not files[0].is_file():
+            if shards := sorted(path.name for path in directory.glob("model-*-of-*.safetensors")):
+                raise InputError(f"{directory} holds {shards[0]}, but no {INDEX_FILE}: copy it too")
+            raise InputError(
+                f"{directory} has no *.safetensors weights ({name}). Pickled weights are not "
+                "loaded; save the model again with save_pretrained (or let a student begin from "
+                "its configuration alone: set student.from_scratch)"
+            )
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(
+            f"{directory} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, which "
+            f"{INDEX_FILE} names. Copy or download the missing files"
+        )
+    return files
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """What the headers say of the model's weights, or the adapter's, by name.
+
+    Raises InputError for whatever is wrong with a file: a git-lfs pointer, one that is cut off.
+    """
+    return {k: v for file in weight_files(directory) for k, v in read_header(file).items()}
+
+
+def check_headers(directory: Path) -> None:
+    """Raise InputError for a damaged safetensors file in the folder, whatever it is for."""
+    for file in sorted(directory.glob("*.safetensors")):
+        read_header(file)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file; InputError unless the file is whole by its length."""
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        if start == LFS_POINTER[:8]:
+            _refuse_pointer(file, start + stream.read(1000))
+        length = int.from_bytes(start, "little")
+        size = file.stat().st_size
+        if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+            raise InputError(f"{file} is damaged or cut off: {_no_header(size)}")
+        content = stream.read(length)
+    try:
+        entries = json.loads(content)
+        entries.pop("__metadata__", None)
+        found = {name: _stored(entry) for name, entry in entries.items()}
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(f"{file} is damaged: {_no_header(size)}") from None
+    whole = 8 + length + max(ends, default=0)
+    if size != whole:
+        raise InputError(
+            f"{file} is damaged or cut off: it has {size:,} bytes, its header announces {whole:,}. "
+            "Copy or download it again"
+        )
+    return found
+
+
+def _no_header(size: int) -> str:
+    return f"its {size:,} bytes hold no whole safetensors header. Copy or download it again"
+
+
+def _stored(entry: Mapping[str, Any]) -> StoredTensor:
+    return StoredTensor(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+
+
+def _refuse_pointer(path: Path, content: bytes) -> None:
+    if content.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
+            f"its large files. Run `git lfs pull` in {path.parent}"
+        )
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder with adapter_config.json and the weights of an adapter alone."""
+
+    directory: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        return read_object(self.directory / ADAPTER_FILE)
+
+    @property
+    def base(self) -> str:
+        """The base as the adapter names it."""
+        name = self.settings.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"{self.directory / ADAPTER_FILE} names no base model (base_model_name_or_path)"
+            )
+        return name
+
+    def base_places(self) -> Iterator[Path]:
+        """Where a base may lie that is named by a path: from here, then from the adapter's folder
+        and each that holds it. Whoever trained it named the path from a folder of their own.
+        """
+        path = Path(self.base).expanduser()
+        yield path
+        if not path.is_absolute():
+            own = self.directory.resolve()
+            yield from (folder / path for folder in (own, *own.parents))

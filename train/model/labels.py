@@ -1,0 +1,82 @@
+"""The labels of a classifier: as many as its head has outputs, and a name for each."""
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.data.errors import InputError
+from rekindle.train.model.folder import StoredTensor
+from rekindle.train.model.meta import shape_only
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger("rekindle")
+
+_A_COUNT = 1009  # of labels, for looking which of a model's tensors have a row for each
+
+
+def complete_labels(
+    config: "PretrainedConfig",
+    auto_class: str,
+    tensors: Mapping[str, StoredTensor],
+    directory: Path,
+) -> None:
+    """Give ``config`` a name for each output that the head in the file has, and say what was done.
+
+    id2label may begin at 1 or have gaps: an output without a name is LABEL_i, as transformers has
+    it; a name without an output names nothing.
+    """
+    count = outputs_in_file(config, auto_class, tensors) or config.num_labels
+    named = config.id2label or {}
+    if count is None or set(named) == set(range(count)):
+        return
+    names = {i: str(named.get(i, f"LABEL_{i}")) for i in range(count)}
+    gaps = [names[i] for i in range(count) if i not in named]
+    beyond = [f"{key} ({named[key]!r})" for key in sorted(named) if not 0 <= key < count]
+    log.warning(
+        "%s: its head has %d outputs, id2label in its config.json has the keys %s%s%s",
+        directory,
+        count,
+        _some([str(key) for key in sorted(named)]),
+        f"; outputs without a name are called {_some(gaps)}" if gaps else "",
+        f"; {_some(beyond)}: no output has that number" if beyond else "",
+    )
+    config.id2label = names
+    config.label2id = {name: number for number, name in names.items()}
+
+
+def outputs_in_file(
+    config: "PretrainedConfig", auto_class: str, tensors: Mapping[str, StoredTensor]
+) -> int | None:
+    """How many outputs the head in the file has; None where the file has no head of this class."""
+    probe = copy.deepcopy(config)
+    probe.num_labels = _A_COUNT
+    probe.problem_type = None
+    model = shape_only(probe, auto_class)
+    body = f"{model.base_model_prefix}."
+    rows = {
+        tensors[name].shape[0]
+        for name, values in model.state_dict().items()
+        if values.shape[:1] == (_A_COUNT,) and not name.startswith(body) and name in tensors
+    }
+    return rows.pop() if len(rows) == 1 else None
+
+
+def check_label_names(names: Sequence[str], whose: str) -> None:
+    """Raise InputError where two outputs have one name: labels are matched by name."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        places = [str(number) for number, name in enumerate(names) if name == twice[0]]
+        raise InputError(
+            f"{whose}: the outputs {' and '.join(places)} have one name, {twice[0]!r} (id2label in "
+            f"its config.json){f'; so have others: {_some(twice[1:])}' if twice[1:] else ''}. Give "
+            "each output a name of its own"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" …" if len(names) > 6 else "")

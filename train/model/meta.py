@@ -1,0 +1,101 @@
+"""A model without its weights: which tensors transformers makes of a configuration, and which of
+them a folder has not. Nothing is read but headers.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from rekindle.data.errors import InputError
+from rekindle.train.model.causes import refusing
+from rekindle.train.model.folder import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Shape = tuple[int, ...]
+
+
+class Misfit(NamedTuple):
+    """How the weights in a folder differ from those that a model needs."""
+
+    body: list[str]  # names of tensors that the folder has not
+    head: list[str]
+    shapes: dict[str, tuple[Shape, Shape]]  # by name: in the file, by config.json
+
+
+def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel":
+    """The model of a configuration on torch's meta device: shapes, and no memory.
+
+    Raises InputError for a configuration that makes none.
+    """
+    import transformers
+
+    where = config.name_or_path or "the configuration"
+    with refusing(f"{where} cannot be made as {auto_class}"), torch.device("meta"):
+        made: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
+    return made
+
+
+def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Misfit | None:
+    """Compare a model with the headers of its folder; transformers knows the names of older files.
+
+    None where transformers converts tensors as it loads them: then the load itself has to tell.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    needed = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    if not all(isinstance(rule, WeightRenaming) for rule in rules):
+        return None
+    found: dict[str, Shape] = {}
+    for name, tensor in tensors.items():
+        renamed, _ = rename_source_key(name, rules, [], model.base_model_prefix, needed)
+        found[renamed] = tensor.shape
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    sources = {source for name, source in tied.items() if name in found}  # either gives the other
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = [
+        name
+        for name in sorted(needed.keys() - found.keys() - tied.keys() - sources)
+        if not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    shapes = {
+        name: (found[name], tuple(values.shape))
+        for name, values in needed.items()
+        if name in found and found[name] != tuple(values.shape)
+    }
+    return Misfit(*split_names(model, missing), shapes)
+
+
+def split_names(model: "PreTrainedModel", names: list[str]) -> tuple[list[str], list[str]]:
+    """Those of the model's body, and those of its head."""
+    body = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    return body, [name for name in names if name not in body]
+
+
+def refuse_shapes(what: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
+    """Raise InputError where tensors have another shape than the configuration gives them."""
+    if not shapes:
+        return
+    name = min(shapes, key=lambda name: (-len(shapes[name][1]), name))  # a matrix says more
+    stored, wanted = shapes[name]
+    others = f", and {len(shapes) - 1} more do not fit" if len(shapes) > 1 else ""
+    raise InputError(
+        f"{what}: the tensor {name} is {list(stored)} in the file and {list(wanted)} by its "
+        f"config.json{others}. Give the config.json that the weights were saved with"
+    )
+
+
+def refuse_missing(directory: Path, auto_class: str, missing: list[str]) -> None:
+    """Raise InputError naming weights that would be random: such a head would cache noise."""
+    if missing:
+        raise InputError(
+            f"{directory} has no weights for {', '.join(missing[:4])}"
+            f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
+            "Is the teacher's `task` right for this model?"
+        )

@@ -1,0 +1,142 @@
+"""What a training run is, as ``run.json`` says: whether it may go on, and whether it is finished.
+
+Version 1 (without a number) knew neither what is read of the cache nor the student's files: where
+its record says nothing of them, what is there now is taken for what was there then.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import Settings, free_keys, parse_settings
+from rekindle.data.storage.atomic import write_json
+from rekindle.data.targets.reading.extent import Extent
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.method import find_method
+from rekindle.train.model.files import config_fingerprint, resolve_model, weights_fingerprint
+from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
+from rekindle.train.student import ABOUT_FILE
+
+log = logging.getLogger("rekindle")
+
+RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
+VERSION = 2
+SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
+# The cache may have moved (its fingerprints say whether it is the same).
+FREE_OF_CACHE = ("cache.path", "cache.teacher_seconds")
+EXTENT = ("replicas", "targets")  # of the record's cache: how much of it is read
+STUDENT_FILES = "student_files"
+START_AGAIN = "start a new run in another --out"
+
+About = Mapping[str, Any]
+
+
+def student_files(config: StudentConfig) -> dict[str, str]:
+    """The fingerprints of what the student begins as, wherever it lies."""
+    directory = resolve_model(config.model)
+    found = {"config": config_fingerprint(directory)}
+    return found if config.from_scratch else found | {"weights": weights_fingerprint(directory)}
+
+
+def begin_record(run: Path, about: About) -> None:
+    """Write what the run is; of one that goes on, what an older version did not know."""
+    before = read_record(run / RUN_FILE) or {}
+    if before.get("version") != VERSION:
+        cache = {**about["cache"], **before.get("cache", {})}
+        write_json(run / RUN_FILE, {**about, **before, "cache": cache, "version": VERSION})
+
+
+def recorded_extent(run: Path) -> Extent:
+    """How much of the cache the run in ``run`` reads, as far as it says so."""
+    found = _read(run)
+    with reading(run / RUN_FILE, START_AGAIN):
+        cache = (found or {}).get("cache", {})
+        return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
+
+
+def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:
+    """Return whether ``run`` holds the run ``about`` to go on with; False where it is free.
+
+    Of ``free`` keys any may differ. Raises InputError when the directory is in use for something
+    else, or for a run that is not to be resumed; CheckpointError, naming the key, when the run in
+    it is another one.
+    """
+    if not goes_on(run, RUN_FILE, "run", resume):
+        return False
+    with reading(run / RUN_FILE, START_AGAIN):
+        found = _read(run) or {}
+        now = {name: dict(section) for name, section in about.items()}
+        recorded = {name: _with_defaults(name, found[name]) for name in now if name in SECTIONS}
+        recorded["cache"] = {key: now["cache"][key] for key in EXTENT if key in now["cache"]}
+        recorded["cache"] |= found["cache"]
+        files = now.get(STUDENT_FILES, {})
+        recorded[STUDENT_FILES] = found.get(STUDENT_FILES, files)
+        # What only the record has is of an older version.
+        before = {name: {k: recorded[name].get(k) for k in now[name]} for name in now}
+    # By content; where the record says nothing of it, by place.
+    moved = ("student.model",) if found.get(STUDENT_FILES) else ()
+    check_same(run, before, now, _rule(run, now), (*free, *FREE_OF_CACHE, *moved))
+    return True
+
+
+def keys_that_may_change(student: StudentConfig, train: TrainConfig) -> list[str]:
+    """The dotted keys of a run's record that may differ when it goes on."""
+    sections = {"student": student, "train": train}
+    return [f"{name}.{key}" for name, one in sections.items() for key in free_keys(one)]
+
+
+def _rule(run: Path, now: About) -> str:
+    if not is_finished(run):
+        return "Resume it with its own configuration, or start a new run in another --out"
+    begin = " and student.from_scratch: false" if now["student"].get("from_scratch") else ""
+    return (
+        "It is finished. To train its student further, start a new run in another --out with "
+        f"student.model: {run}{begin}"
+    )
+
+
+def _read(run: Path) -> dict[str, Any] | None:
+    found = read_record(run / RUN_FILE, START_AGAIN)
+    if found is not None and (version := found.get("version", 1)) not in range(1, VERSION + 1):
+        raise CheckpointError(
+            f"{run / RUN_FILE} is of version {version!r}; this version of Rekindle reads up to "
+            f"{VERSION}. Use the newer one that began the run, or {START_AGAIN}"
+        )
+    return found
+
+
+def _with_defaults(part: str, recorded: About) -> About:
+    """A recorded section with the defaults of keys that are younger than the run."""
+    try:
+        values = parse_settings(SECTIONS[part], recorded).model_dump(mode="json", by_alias=True)
+        if part == "train":
+            terms = values["objective"]["methods"]
+            values["objective"]["methods"] = [_method_with_defaults(term) for term in terms]
+        return values
+    except InputError:
+        return recorded
+
+
+def _method_with_defaults(term: About) -> dict[str, object]:
+    settings = find_method(str(term["method"])).Settings
+    return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
+
+
+# --- finished -------------------------------------------------------------------------------------
+
+
+def is_finished(run: Path, model: bool = True) -> bool:
+    """Whether the run has left all that a finished one leaves; its summary is written last.
+
+    Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
+    """
+    files = (SUMMARY_FILE, *(("config.json", ABOUT_FILE) if model else ()))
+    weights = not model or any(run.glob("*.safetensors"))
+    return weights and all((run / name).is_file() for name in files)
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What a finished run came to. Raises CheckpointError for a damaged summary."""
+    return read_record(run / SUMMARY_FILE, "remove it and resume: it is made anew") or {}
