@@ -102,7 +102,7 @@ def verify(
             min=0,
             metavar="N",
             help="re-run the teachers on N random sequences; exit code 3 where a value lies beyond "
-            "what its codec and two passes of the same weights may differ by (docs/formats.md)",
+            "what its codec and two passes of the same weights may differ by (docs/audit.md)",
         ),
     ] = 0,
     config: Annotated[

@@ -36,7 +36,7 @@ def teachers(make_teacher) -> dict[str, dict[str, Any]]:
     made += [
         make_teacher("masked", "masked_lm", targets={"kind": "topk", "k": 4}),
         make_teacher("classes", "sequence_classification"),
-        make_teacher("passes", "sequence_classification", monte_carlo={"passes": 20}),
+        make_teacher("passes", "sequence_classification", monte_carlo={"passes": 60}),
         make_teacher("score", "regression"),
         make_teacher("words", "token_classification"),
     ]
@@ -149,7 +149,7 @@ def test_one_value_beyond_its_bound_is_found(tmp_path, sound, configure, teacher
     path = shutil.copytree(sound, tmp_path / "cache")
     altered(path, name, change)
     report = audit_cache(str(path), configure(path, [teachers[name]]), 12)
-    print(report.values); (problem,) = report.problems
+    (problem,) = report.problems
     assert problem.startswith(f"teacher {name!r}, example ")
     assert told in problem
     assert report.values[name]["of_bound"] > 1
