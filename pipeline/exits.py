@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rekindle.data.errors import RekindleError
+from rekindle.pipeline.console import say
 
 if TYPE_CHECKING:
     from rekindle.pipeline.progress import Progress
@@ -105,11 +106,6 @@ def errors_as_exit_codes() -> Iterator[None]:
         where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
         say(f"error: {where}: {error.strerror}")
         _fail(2)
-
-
-def say(text: str) -> None:
-    """One message on stderr."""
-    print(text, file=sys.stderr)
 
 
 def _fail(code: int) -> NoReturn:

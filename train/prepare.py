@@ -17,7 +17,8 @@ from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import load_config, resolve_model
+from rekindle.train.model.files import load_config
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -150,10 +151,11 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
 
 def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
     """Refuse a student that has another tokenizer than the cache."""
-    directory = resolve_model(config.model)
+    model = resolve_model(config.model)
+    directory = tokenizer_folder(model)
     if not has_tokenizer_files(directory):
         return  # its vocabulary size is checked when it is built
-    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    load_config(model)  # transformers reads it for the tokenizer, and would blame that
     theirs = load_tokenizer(str(directory))
     if theirs.digest != cache.tokenizer_digest:
         raise InputError(

@@ -25,9 +25,9 @@ from rekindle.train.model.files import (
     load_language_model,
     longest_input,
     new_language_model,
-    resolve_model,
 )
 from rekindle.train.model.fitting import check_fits
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,

@@ -18,8 +18,12 @@ class CorpusConfig(Settings):
         min_length=1,
         description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs",
     )
-    text_field: str = Field("text", description="the field of a record that holds its text")
-    domain_field: str | None = Field(None, description="the field that names a record's domain")
+    text_field: str = Field(
+        "text", description="the field of a record that holds its text; inside a field: meta.text"
+    )
+    domain_field: str | None = Field(
+        None, description="the field that names a record's domain: text or a number"
+    )
     tokenizer: Place = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
         128,
@@ -30,6 +34,11 @@ class CorpusConfig(Settings):
     packing: Literal["document", "contiguous"] = Field(
         "document", description="document never crosses a document; contiguous fills every sequence"
     )
+    on_bad_record: Literal["error", "skip"] = Field(
+        "error",
+        description="a record that is no text (no JSON, no UTF-8, no text field, …): an error, or "
+        "it is left out and counted",
+    )
     limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
 
     @field_validator("source", mode="before")
@@ -39,7 +48,11 @@ class CorpusConfig(Settings):
 
 
 class PackingFacts(TypedDict):
-    """All that decides the sequences but the tokenizer, as a cache records it."""
+    """All that decides the sequences but the tokenizer, as a cache records it.
+
+    Not ``on_bad_record``: the good records are the same, and how many were left out is recorded
+    with the corpus's end.
+    """
 
     source: list[str]
     text_field: str
@@ -72,7 +85,7 @@ def describe_corpus(
     config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
 ) -> CorpusInfo:
     """Return what the corpus will be made of."""
-    values = config.model_dump(mode="json", exclude={"tokenizer"})
+    values = config.model_dump(mode="json", exclude={"tokenizer", "on_bad_record"})
     packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
     return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
 

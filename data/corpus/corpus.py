@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
+    bad_records,
     claim_addition,
     complete_addition,
     describe_addition,
-    file_states,
     info_name,
     read_additions,
 )
@@ -35,9 +35,10 @@ from rekindle.data.corpus.config import (
     describe_corpus,
     tokenizer_facts,
 )
-from rekindle.data.corpus.documents import read_documents
+from rekindle.data.corpus.documents import LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
+from rekindle.data.corpus.sources import Origin
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
@@ -143,6 +144,11 @@ class Corpus(RowReader):
                 )
             found.update(counts)
         return dict(found)
+
+    @property
+    def bad_records(self) -> dict[str, int]:
+        """How many records of the source were left out as bad, by kind."""
+        return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -260,8 +266,10 @@ def build_corpus(
             continue
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
-        source = _source(addition, config) if following else config.source
-        for shard, rows, where in _shards_after(committed, tokenizer, addition, ends_at, source):
+        source = last.origins[: len(addition.order)] or config.source
+        left_out = LeftOut() if config.on_bad_record == "skip" else None
+        made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
+        for shard, rows, where in made:
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
@@ -276,9 +284,10 @@ def build_corpus(
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}); give a source with at least one non-blank document"
+                f"{left_out.told() if left_out else ''}"
             )
         claim()
-        complete_addition(store, addition, count)
+        complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -305,13 +314,6 @@ def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> di
     about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
     about |= {"tokenizer": tokenizer}
     return about | ({"stage": addition.number} if addition.number else {})
-
-
-def _source(addition: Addition, config: CorpusConfig) -> tuple[str, ...]:
-    """The files of an addition alone: those appended later must not run into its last shard."""
-    if not addition.sources:
-        return config.source
-    return tuple(path for path in file_states(config.source) if path in addition.sources)
 
 
 def first_missing(committed: Mapping[str, Commit]) -> int:
@@ -359,7 +361,8 @@ def _shards_after(
     tokenizer: Tokenizer,
     addition: Addition,
     ends_at: int | None,
-    source: tuple[str, ...],
+    source: Sequence[str | Origin],
+    left_out: LeftOut | None,
 ) -> Iterator[tuple[int, list[PackedSequence], Position]]:
     """(shard number, its sequences, where the next begins) from the first missing shard on.
 
@@ -368,7 +371,7 @@ def _shards_after(
     shard = max(first_missing(committed), addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    documents = read_documents(source, config["text_field"], config["domain_field"])
+    documents = read_documents(source, config["text_field"], config["domain_field"], left_out)
     sequences = pack(
         tokenizer.encode_documents(islice(documents, start.document_index, None)),
         sequence_length=config["sequence_length"],

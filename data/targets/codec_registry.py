@@ -43,12 +43,12 @@ class Codec:
     compressed: bool = False  # shards are; then record batches are small and read as a whole
     largest_vocabulary: int = 2**31
 
-    def error_bound(self, span: Floats, temperature: float) -> Floats:
+    def error_bound(self, span: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
         """Nats that a log-probability at τ may be off by, in rows whose candidates' logarithms at
         τ = 1 lie ``span`` [P] apart: what the codecs' files state.
         """
         step = 2 * (span / 510 + 1 / STEP) if self.spans else np.full_like(span, 1 / VALUE_STEP)
-        bound: Floats = step / temperature + 0.5 / STEP
+        bound: NDArray[np.float64] = step / temperature + 0.5 / STEP
         return bound
 
     def widths(self, vocabulary_size: int, k: int, temperatures: int) -> Widths:

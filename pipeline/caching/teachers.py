@@ -29,16 +29,17 @@ from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
+    adapted_fingerprints,
     config_fingerprint,
     load_config,
     load_model,
     longest_input,
     package_versions,
     place,
-    resolve_model,
     weights_fingerprint,
 )
 from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
@@ -85,6 +86,7 @@ def plan_teacher(
             "weights": weights,
             "config": config_fingerprint(directory),
             "tokenizer": tokenizer.digest,
+            **adapted_fingerprints(directory),
         },
         "versions": package_versions(),
         "model": config.model,
@@ -111,6 +113,7 @@ def _tokenizer_of(
     directory: Path, settings: Any, corpus: Corpus, config: TeacherConfig
 ) -> Tokenizer:
     """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
+    directory = tokenizer_folder(directory)
     if not has_tokenizer_files(directory):
         ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
         if theirs != ours:

@@ -36,7 +36,12 @@ from rekindle.pipeline.checks.judge import (
 )
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import config_fingerprint, resolve_model, weights_fingerprint
+from rekindle.train.model.files import (
+    adapted_fingerprints,
+    config_fingerprint,
+    weights_fingerprint,
+)
+from rekindle.train.model.folder import resolve_model
 
 # Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
@@ -131,6 +136,8 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
         "weights": weights_fingerprint(directory) == prints.get("weights"),
         "model configuration": config_fingerprint(directory) == prints.get("config"),
     }
+    adapted = adapted_fingerprints(directory)
+    files |= {name.replace("_", " "): prints.get(name) == value for name, value in adapted.items()}
     check(asked, InputError)
     check(files, CacheMismatchError)
     whole = info.model_copy(

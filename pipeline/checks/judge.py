@@ -157,10 +157,10 @@ def _values(info: TeacherInfo, found: Values, expected: Values, temperature: flo
     lowest = top - FAR / temperature
     found, expected = np.maximum(found, lowest), np.maximum(expected, lowest)
     span = (expected.max(axis=1) - expected.min(axis=1)) * temperature
-    stated = CODECS[info.codec].error_bound(span.astype(np.float32), temperature)
+    stated = CODECS[info.codec].error_bound(span, temperature)
     passes = 2 * rounding(info, expected)
     error = np.abs(found - expected)
-    return worst("a kept log-probability", error, stated.astype(np.float64)[:, None], passes)
+    return worst("a kept log-probability", error, stated[:, None], passes)
 
 
 def _tail(

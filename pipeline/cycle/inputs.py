@@ -165,11 +165,13 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
     corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
     """
-    from rekindle.train.model.files import load_config, resolve_model, weights_fingerprint
+    from rekindle.train.model.files import load_config, weights_fingerprint
+    from rekindle.train.model.folder import resolve_model, tokenizer_folder
 
     directory = resolve_model(config.student.model)
     load_config(directory)  # transformers reads it for the tokenizer, and would blame that
-    own, theirs = load_tokenizer(str(directory)), load_tokenizer(config.corpus.tokenizer)
+    own = load_tokenizer(str(tokenizer_folder(directory)))
+    theirs = load_tokenizer(config.corpus.tokenizer)
     if own.digest != theirs.digest:
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "

@@ -25,7 +25,7 @@ from rekindle.pipeline.plan.work import (
     work_of,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import HUB_ID, resolve_model
+from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
 
 Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
