@@ -174,8 +174,14 @@ def build_student(
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
-            f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
-            f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
+            f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
+            f"tokenizer go up to {vocabulary_size - 1:,}; "
+            + (
+                f"set vocab_size in its config.json to {vocabulary_size:,} or more"
+                if config.from_scratch
+                else "it belongs to another tokenizer, or its embedding was not made larger when "
+                "tokens were added (transformers' resize_token_embeddings does that)"
+            )
         )
     _check_length(config, model.config, sequence_length)
     check_padding(model, who)

@@ -13,6 +13,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
@@ -145,6 +146,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     )
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
+    teacher.stores_tails = kind_of(info).has_tail  # and its own tokens' mass lies in the tail
     return teacher
 
 
@@ -239,7 +241,9 @@ class _Audit:
             count = 1 if info.kind == "threshold" else kind.k
             drawn = uniforms(torch.from_numpy(keys), count).numpy()
         exact = live["log_probs"].astype(np.float64)
-        both = Distributions(info, exact, live["gold_log_prob"], drawn)
+        foreign = len(self.teacher.token_columns.foreign) > 0
+        scalars = (live["gold_log_prob"], live["entropy"])
+        both = Distributions(info, exact, *scalars, drawn, foreign)
         head = self.reader.head if kind.has_head else None
         ids, log_probs, log_tail = kind.decode(cached, head, kind.read_at, None)
         found = log_probs.astype(np.float64)
@@ -247,7 +251,8 @@ class _Audit:
         if kind.sampled:
             self._add(total_variation=_variation(both, ids, found))
         else:
-            self._add(**_divergence(exact, ids, found, log_tail.astype(np.float64)))
+            outside = both.foreign_mass
+            self._add(**_divergence(exact, ids, found, log_tail.astype(np.float64), outside))
         if kind.whole:
             yield from judge_dense(both, cached, found, head)
         elif info.kind == "random":
@@ -268,15 +273,16 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
 
 
 def _divergence(
-    exact: NDArray, ids: NDArray[np.int64], found: NDArray, log_tail: NDArray
+    exact: NDArray, ids: NDArray[np.int64], found: NDArray, log_tail: NDArray, foreign: NDArray
 ) -> dict[str, NDArray]:
     """KL of the live distributions [N,V] to the cached candidates [N,K] and their tails [N], over
-    K + 1 outcomes; whether the best token is the same; the live mass of the candidates.
+    K + 1 outcomes, ``foreign`` mass [N] in the last; whether the best token is the same;
+    the live mass of the candidates.
     """
     p = np.take_along_axis(exact, ids, axis=1)
     rest = np.exp(exact)
     np.put_along_axis(rest, ids, 0.0, axis=1)
-    tail_p, tail_q = rest.sum(axis=1), np.exp(log_tail)
+    tail_p, tail_q = rest.sum(axis=1) + foreign, np.exp(log_tail)
     kl = (np.exp(p) * (p - found)).sum(axis=1)
     has_tail = (tail_p > 0) & (tail_q > 0)
     ratio = np.divide(tail_p, tail_q, out=np.ones_like(tail_p), where=has_tail)

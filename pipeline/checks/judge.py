@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.targets.codec import NO_TAIL, RANGE, SATURATED, STEP, Columns
+from rekindle.data.targets.codec import NO_TAIL, RANGE, STEP, Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import TeacherInfo
@@ -39,6 +39,7 @@ Values = NDArray[np.float64]
 ROUNDING = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.15}
 DEVIATIONS = 6.0
 FEW = 8  # passes, of which a deviation cannot be measured
+LOWEST = -1e3
 FAR = RANGE - 1  # nats below the best: past RANGE candidates are stored as if they were there
 LARGEST_ODDS = (NO_TAIL - 2) / STEP
 
@@ -98,8 +99,18 @@ class Distributions(NamedTuple):
 
     info: TeacherInfo
     log_probs: Values  # [N,V]
-    gold_log_prob: NDArray[np.uint16]  # [N] as it is stored
+    gold_log_prob: NDArray[np.uint16]  # [N] as they are stored
+    entropy: NDArray[np.uint16]  # [N]
     uniforms: Values | None  # [N,draws] those that a sample was drawn with
+    has_foreign: bool = False  # the teacher has tokens of its own, whose mass is in the tail
+
+    @property
+    def foreign_mass(self) -> Values:
+        """The mass [N] of the teacher's own tokens at τ = 1."""
+        if not self.has_foreign:
+            return np.zeros(len(self.log_probs))
+        left: Values = (1 - np.exp(self.log_probs).sum(axis=1)).clip(min=0)
+        return left
 
     def at(self, temperature: float) -> Values:
         """Log-probabilities [N,V] at a temperature."""
@@ -117,9 +128,8 @@ def judge_scalars(live: Distributions, cached: Columns) -> Iterator[Judged]:
     error = np.abs(cached["gold_log_prob"] / STEP - theirs)
     yield Judged("the gold log-probability", error, step, rounding(info, theirs))
     probs, size = np.exp(lp), np.maximum(lp, -1e4)
-    entropy = np.minimum(-(probs * size).sum(axis=1), SATURATED / STEP)
     moved = ROUNDING[info.precision] * (probs * (1 + np.abs(size)) ** 2).sum(axis=1)
-    yield Judged("the entropy", np.abs(cached["entropy"] / STEP - entropy), step, moved)
+    yield Judged("the entropy", np.abs(cached["entropy"] / STEP - live.entropy / STEP), step, moved)
 
 
 def judge_dense(
@@ -130,7 +140,8 @@ def judge_dense(
     if head is not None:
         reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
         stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
-    error = np.abs(log_probs - live.log_probs)
+    # An id that is no token has a logit of some −1e5, in whatever way it is stored.
+    error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
     yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
 
 
@@ -148,6 +159,8 @@ def judge_topk(
     what = "the likeliest token that was left out (above the last one kept)"
     yield Judged(what, over, np.zeros(len(over)), 2 * rounding(info, lowest))
     for slot, temperature in enumerate(info.temperatures):
+        if live.has_foreign and temperature != 1.0:
+            continue  # the logits of its own tokens are not among the live ones
         yield _tail(live, cached["tail_log_odds"][:, slot], ids, temperature)
 
 
@@ -169,7 +182,9 @@ def _tail(
     exact = live.at(temperature)
     inside, outside = np.take_along_axis(exact, ids, axis=1), exact.copy()
     np.put_along_axis(outside, ids, -np.inf, axis=1)
-    theirs = _log_sum(inside) - _log_sum(outside)
+    with np.errstate(divide="ignore"):
+        beyond = np.logaddexp(_log_sum(outside), np.log(live.foreign_mass))
+    theirs = _log_sum(inside) - beyond
     mine = np.where(stored == NO_TAIL, LARGEST_ODDS, stored / STEP)
     theirs = np.clip(theirs, -LARGEST_ODDS, LARGEST_ODDS)
     error = np.abs(np.clip(mine, -LARGEST_ODDS, LARGEST_ODDS) - theirs)
