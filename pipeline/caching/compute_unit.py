@@ -21,6 +21,7 @@ from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import score_hidden
@@ -174,10 +175,11 @@ class UnitRun:
         if not self.teacher.config.pair_expert:
             return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
         assert self.view is not None
+        cut = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
         encoded = [
-            tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+            tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
             for a, b in zip(*texts, strict=True)
         ]
         ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
