@@ -37,6 +37,7 @@ _AUTO_FILES = (
     "sentencepiece.bpe.model",
 )
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
 
 
@@ -109,18 +110,19 @@ class Tokenizer:
                 waiting = (batch, running)
 
     def encode_pair(
-        self, a: str, b: str, max_length: int
+        self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Two texts as the tokenizer joins a pair: (input_ids [L], token_type_ids [L]), both int32.
 
-        Special tokens included, L ≤ max_length; the longer text is shortened first. Raises
-        ValueError when ``max_length`` leaves no room for a token of each.
+        Special tokens included, L ≤ max_length; the longer text is shortened first, as the
+        tokenizers library does it (``cut`` 1: as older caches have it). Raises ValueError when
+        ``max_length`` leaves no room for a token of each.
         """
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=True)
         if room < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
         first, second = self._encodings([a, b])
-        keep_first, keep_second = _longest_first(len(first), len(second), room)
+        keep_first, keep_second = _CUTS[cut](len(first), len(second), room)
         first.truncate(keep_first)
         second.truncate(keep_second)
         joined = self._backend.post_process(first, second, True)
@@ -249,9 +251,22 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each text stay: tokens leave the longer text until both fit."""
-    kept = min(second, max(room // 2, room - first))  # a half, and what the first one leaves
+    """How many tokens of each text stay, as the tokenizers library has it: the shorter text keeps
+    no more than half, and the longer one (of equals the second) what is left, an odd token too.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
+
+
+def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
+    """The rule of older views: an odd token is the first text's."""
+    kept = min(second, max(room // 2, room - first))
     return min(first, room - kept), kept
+
+
+_CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}
 
 
 # --- loading --------------------------------------------------------------------------------------
