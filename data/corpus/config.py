@@ -117,7 +117,7 @@ def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
     """
     if "end_of_text" in begun:
         return new
-    return cast("PackingFacts", {key: new[key] for key in new if key != "end_of_text"})
+    return cast("PackingFacts", {key: what for key, what in new.items() if key != "end_of_text"})
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
