@@ -20,12 +20,8 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import (
-    load_language_model,
-    longest_input,
-    new_language_model,
-    resolve_model,
-)
+from rekindle.train.model.files import load_language_model, longest_input, new_language_model
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -166,8 +162,14 @@ def build_student(
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
-            f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
-            f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
+            f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
+            f"tokenizer go up to {vocabulary_size - 1:,}; "
+            + (
+                f"set vocab_size in its config.json to {vocabulary_size:,} or more"
+                if config.from_scratch
+                else "it belongs to another tokenizer, or its embedding was not made larger when "
+                "tokens were added (transformers' resize_token_embeddings does that)"
+            )
         )
     _check_length(config, model.config, sequence_length)
     prompted = domains if config.domain_prompts else None

@@ -22,6 +22,7 @@ from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.cut import Counts
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import row_keys
 from rekindle.pipeline.caching.scoring import score_hidden
@@ -113,7 +114,10 @@ class UnitRun:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
             hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
-            return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
+            scored = score_hidden(
+                hidden, model.head, truth, info, extra(rows), teacher.token_columns
+            )
+            return joined_columns([*scored])
 
         return self._run(seen, forward, positions)
 
@@ -169,11 +173,12 @@ class UnitRun:
         if not self.teacher.config.pair_expert:
             return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
         assert self.view is not None
+        cut = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
         pairs = list(zip(*texts, strict=True))
         encoded = [
-            tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+            tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
             for a, b in pairs
         ]
         whole = np.array([len(joined) for joined, _ in encoded], np.int64)

@@ -69,6 +69,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "domains": corpus.domains,
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
+        "bad_records": corpus.bad_records,
     }
 
 

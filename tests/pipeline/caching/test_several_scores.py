@@ -26,7 +26,7 @@ def test_an_expert_of_three_scores_teaches_a_head_of_three(
     values = configure(tmp_path / "c", [expert]).model_dump(mode="json") | {
         "student": {"model": lm["model"]},
         "train": {
-            "steps": 20,
+            "steps": 60,
             "batch_sequences": 12,
             "warmup_steps": 0,
             "learning_rate": 1e-2,
@@ -54,4 +54,4 @@ def test_an_expert_of_three_scores_teaches_a_head_of_three(
     assert (head.num_labels, head.problem) == (3, "regression")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
