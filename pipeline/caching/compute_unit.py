@@ -181,12 +181,12 @@ class UnitRun:
             tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
             for a, b in pairs
         ]
-        whole = np.array([len(joined) for joined, _ in encoded], np.int64)
+        ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
+        whole = np.array([len(row) for row in ids], np.int64)
         full = np.flatnonzero(whole == longest)  # those that may have been cut
         if len(full):
             whole[full] = tokenizer.whole_lengths(*zip(*(pairs[row] for row in full), strict=True))
         self._tell_cut(whole)
-        ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
         return ids, types
 
     def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> NDArray:
