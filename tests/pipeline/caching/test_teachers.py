@@ -92,8 +92,14 @@ def test_a_masked_lm_without_its_head_names_the_weights(
         "deberta": "cls.predictions",
         "modernbert": "decoder.bias",
     }[family]
-    message = refused(configure, tmp_path / "c", masked(model), str(model), "would be random")
-    assert head in message
+    message = refused(configure, tmp_path / "c", masked(model), str(model), "no output over the")
+    assert message.endswith("say `task: sequence_classification`")
+    silent = copy_of(model, tmp_path / "model")  # that names no class may be anything
+    config = json.loads((silent / "config.json").read_text()) | {"architectures": None}
+    (silent / "config.json").write_text(json.dumps(config))
+    assert head in refused(
+        configure, tmp_path / "d", masked(silent), str(silent), "would be random"
+    )
 
 
 @pytest.mark.parametrize(
