@@ -18,9 +18,9 @@ from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
-from rekindle.data.targets.cut import cut_of
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import cut_of
 from rekindle.data.targets.reading.reader import FINISHED
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind

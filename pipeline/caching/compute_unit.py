@@ -19,8 +19,8 @@ from rekindle.data.corpus.tokenizer import Encoded
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
-from rekindle.data.targets.cut import Counts
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from rekindle.data.targets.cut import Cut
+from rekindle.data.targets.reading.cut import Cut
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
-from rekindle.data.targets.cut import Counts, Cut
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Counts, Cut
 from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view

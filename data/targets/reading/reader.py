@@ -30,9 +30,9 @@ from rekindle.data.storage.cuts import (
 from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
-from rekindle.data.targets.cut import Cut, cut_of
 from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Cut, cut_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
