@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
@@ -70,6 +71,8 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
         "bad_records": corpus.bad_records,
+        "end_of_text": end_of_text(corpus),
+        "special_names": special_names(corpus),
     }
 
 
@@ -166,6 +169,7 @@ def _as_text(
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
+    lines += [in_line(line) for line in remarks(corpus)]
     lines += text_lines(_summary(cache, readers), WIDTH)
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
