@@ -22,7 +22,7 @@ from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
-from rekindle.train.student import Student, build_student
+from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
 
@@ -54,6 +54,7 @@ def prepare(
     masked = student_config.language_task == "masked_lm"
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
+    check_student(student_config)
     check_tokenizer(cache, student_config)
     _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)

@@ -22,6 +22,7 @@ from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_language_model, longest_input, new_language_model
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.headers import check_student_files
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -137,6 +138,15 @@ def saved_weights(directory: Path) -> dict[str, Tensor]:
         if file != PROMPTS_FILE or (directory / file).is_file():
             found |= {f"{part}.{name}": v for name, v in load_file(directory / file).items()}
     return found
+
+
+def check_student(config: StudentConfig) -> None:
+    """Check the configured student's folder without its weights; InputError as ``build_student``
+    would raise.
+    """
+    attention = None if config.attention == "auto" else config.attention
+    directory = resolve_model(config.model)
+    check_student_files(directory, config.language_task, config.from_scratch, attention)
 
 
 def build_student(

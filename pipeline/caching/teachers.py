@@ -31,7 +31,6 @@ from rekindle.train.model.files import (
     Placement,
     adapted_fingerprints,
     config_fingerprint,
-    load_config,
     load_model,
     longest_input,
     package_versions,
@@ -39,6 +38,7 @@ from rekindle.train.model.files import (
     weights_fingerprint,
 )
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
@@ -74,7 +74,7 @@ def plan_teacher(
     Raises InputError when it cannot teach on this corpus.
     """
     directory = directory or resolve_model(config.model)
-    settings: Any = load_config(directory, AUTO_CLASSES[config.task])
+    settings: Any = check_teacher_files(directory, AUTO_CLASSES[config.task])
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a

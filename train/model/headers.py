@@ -1,0 +1,71 @@
+"""Whether a folder's weights fit its configuration and a task, told by headers: none is read.
+
+The errors are those of the load itself, which would come after dear work.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.train.model.adapter import whole_tensors
+from rekindle.train.model.causes import check_quantisation, quantised_by
+from rekindle.train.model.files import AUTO_CLASSES, load_config, refuse_body
+from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
+from rekindle.train.model.meta import Misfit, misfit, refuse_missing, refuse_shapes, shape_only
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def check_teacher_files(directory: Path, auto_class: str) -> "PretrainedConfig":
+    """Return the configuration of a model whose every weight must be there; InputError if not."""
+    config = load_config(directory, auto_class)
+    found = _misfit(directory, auto_class, config, trained=False)
+    if found is not None:
+        refuse_shapes(f"{directory} cannot be loaded as {auto_class}", found.shapes)
+        refuse_missing(directory, auto_class, config, sorted(found.body + found.head))
+    return config
+
+
+def check_student_files(
+    directory: Path, task: str, from_scratch: bool, attention: str | None = None
+) -> "PretrainedConfig":
+    """Return the configuration of a student, whose head may be fresh, or all of it; InputError
+    where it cannot be made, or its body is not there.
+    """
+    config = load_config(directory, attention=attention)
+    if from_scratch:
+        shape_only(config, AUTO_CLASSES[task])
+        return config
+    found = _misfit(directory, AUTO_CLASSES[task], config, trained=True)
+    if found is not None:
+        refuse_shapes(f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}", found.shapes)
+        refuse_body(directory, found.body)
+    return config
+
+
+def check_expert_files(directory: Path) -> None:
+    """Check what a classifier is to be made of: a body; a head of other labels is no matter."""
+    kind = "AutoModelForSequenceClassification"
+    config = load_config(directory, kind)
+    found = _misfit(directory, kind, config, trained=True)
+    body = {} if found is None else {n: s for n, s in found.shapes.items() if n in found.body}
+    refuse_shapes(f"{directory} cannot be loaded for text classification", body)
+
+
+def _misfit(
+    directory: Path, auto_class: str, config: "PretrainedConfig", trained: bool
+) -> Misfit | None:
+    """How the weights differ from those that are needed; None where only the load can tell."""
+    base = base_of(directory)
+    whole = base or directory
+    check_headers(whole)
+    settings, tensors = read_settings(whole), stored_tensors(whole)
+    check_quantisation(whole, settings, tensors, trained or base is not None)
+    if base is not None:
+        check_headers(directory)
+        tensors = tensors | whole_tensors(directory)
+    if quantised_by(settings) is not None:
+        return None
+    if not config.name_or_path:
+        config.name_or_path = str(directory)
+    return misfit(shape_only(config, auto_class), tensors)
