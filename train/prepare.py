@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.config import content_ids
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.shared_ids import unshared_ids
 from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
@@ -54,8 +59,10 @@ def prepare(
     masked = student_config.language_task == "masked_lm"
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
-    check_student(student_config)
-    check_tokenizer(cache, student_config)
+    info = cache.corpus.info
+    sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
+    check_student(student_config, *sizes)
+    tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)
     chosen = choose_sequences(cache, config)
@@ -83,7 +90,6 @@ def prepare(
     student = _student(cache, student_config, config, objective, world)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
-    tokenizer = cache.corpus.tokenizer
     return Prepared(
         about, objective, student, stream, held_out, tokenizer, ungrown if grows else None
     )
@@ -150,21 +156,24 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
         )
 
 
-def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
-    """Refuse a student that has another tokenizer than the cache."""
+def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
+    """Refuse a student to whom an id of the corpus's text is another token; return its tokenizer.
+
+    It may have more tokens than the corpus's: they take no part in the loss.
+    """
     model = resolve_model(config.model)
     directory = tokenizer_folder(model)
     if not has_tokenizer_files(directory):
-        return  # its vocabulary size is checked when it is built
+        return corpus.tokenizer  # its vocabulary size is checked when it is built
+    facts = corpus.info["tokenizer"]
+    beside = np.zeros(0, np.int64)
+    if config.language_task == "masked_lm":  # what masks may put into it
+        beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
+    advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
     load_config(model)  # transformers reads it for the tokenizer, and would blame that
-    theirs = load_tokenizer(str(directory))
-    if theirs.digest != cache.tokenizer_digest:
-        raise InputError(
-            f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
-            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
-            "other tokens under the same ids): the cached ids would mean other words. Use a "
-            "student of the cache's tokenizer, or make a cache with this one"
-        )
+    own = load_tokenizer(str(directory))
+    unshared_ids(corpus, own, beside, f"student {config.model!r}", advice)
+    return corpus.tokenizer if own.digest == facts["digest"] else own
 
 
 def _student(

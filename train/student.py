@@ -140,13 +140,14 @@ def saved_weights(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def check_student(config: StudentConfig) -> None:
-    """Check the configured student's folder without its weights; InputError as ``build_student``
-    would raise.
-    """
+def check_student(
+    config: StudentConfig, vocabulary_size: int = 0, sequence_length: int = 0
+) -> None:
+    """Check the configured student without its weights; InputError as ``build_student`` raises."""
     attention = None if config.attention == "auto" else config.attention
-    directory = resolve_model(config.model)
-    check_student_files(directory, config.language_task, config.from_scratch, attention)
+    directory, task = resolve_model(config.model), config.language_task
+    found = check_student_files(directory, task, config.from_scratch, attention)
+    _check_sizes(config, found, vocabulary_size, sequence_length)
 
 
 def build_student(
@@ -169,13 +170,7 @@ def build_student(
     build = new_language_model if config.from_scratch else load_language_model
     attention = None if config.attention == "auto" else config.attention
     model = build(directory, config.language_task, attention)
-    size = model.config.get_text_config().vocab_size
-    if size < vocabulary_size:
-        raise InputError(
-            f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
-            f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
-        )
-    _check_length(config, model.config, sequence_length)
+    _check_sizes(config, model.config, vocabulary_size, sequence_length)
     prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:
@@ -186,7 +181,21 @@ def build_student(
     return student
 
 
-def _check_length(config: StudentConfig, model_config: Any, sequence_length: int) -> None:
+def _check_sizes(
+    config: StudentConfig, model_config: Any, vocabulary_size: int, sequence_length: int
+) -> None:
+    size = model_config.get_text_config().vocab_size
+    if size < vocabulary_size:
+        raise InputError(
+            f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
+            f"tokenizer go up to {vocabulary_size - 1:,}; "
+            + (
+                f"set vocab_size in its config.json to {vocabulary_size:,} or more"
+                if config.from_scratch
+                else "it belongs to another tokenizer, or its embedding was not made larger when "
+                "tokens were added (transformers' resize_token_embeddings does that)"
+            )
+        )
     longest = longest_input(model_config)
     if longest is None or longest >= sequence_length + config.domain_prompts:
         return

@@ -24,6 +24,7 @@ from rekindle.data.corpus.source_states import (
     usual_order,
 )
 from rekindle.data.corpus.sources import Origin
+from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.shards import Commit
@@ -114,7 +115,11 @@ def _check_tokenizer(facts: TokenizerFacts) -> None:
     ids = [facts["pad_id"], *optional, *facts["special_ids"]]
     if not isinstance(facts["digest"], str) or type(size) is not int or not 0 < size < 2**31:
         raise ValueError
-    if not all(type(number) is int and 0 <= number < size for number in ids):
+    gaps = facts.get("holes", [])
+    ends = [end for first, past in gaps for end in (first, past)]
+    if not all(type(number) is int and 0 <= number < size for number in [*ids, *ends]):
+        raise ValueError
+    if any(a >= b for a, b in pairwise(ends)):
         raise ValueError
 
 
@@ -136,7 +141,9 @@ def claim_addition(
     if not additions:
         return begun_addition(info["config"], look_at(config.source))
     last = additions[-1]
+    assert tokenizer is not None  # it stands in the first description
     if tokenizer != info["tokenizer"]:
+        check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
     new = info["config"]
     present = _present_or_none(config, last)

@@ -1,7 +1,9 @@
 """Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
 
-from typing import Literal, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from rekindle.data.corpus.tokenizer import Tokenizer
@@ -64,7 +66,11 @@ class PackingFacts(TypedDict):
 
 
 class TokenizerFacts(TypedDict):
-    """What a cache records of the tokenizer beside its files."""
+    """What a cache records of the tokenizer beside its files.
+
+    size: one past the largest id (before format 3: the number of tokens, so that ids above it were
+    unknown). holes: [first, past the last] of each gap in the ids; left out where there is none.
+    """
 
     digest: str
     size: int
@@ -72,6 +78,7 @@ class TokenizerFacts(TypedDict):
     pad_id: int
     eos_id: int | None
     special_ids: list[int]
+    holes: NotRequired[list[list[int]]]
 
 
 class CorpusInfo(TypedDict):
@@ -92,5 +99,28 @@ def describe_corpus(
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     """Return what a cache records of the tokenizer."""
-    facts = {name: getattr(tokenizer, name) for name in TokenizerFacts.__annotations__}
+    names = TokenizerFacts.__required_keys__
+    facts: dict[str, object] = {name: getattr(tokenizer, name) for name in sorted(names)}
+    if tokenizer.holes:
+        facts["holes"] = [list(gap) for gap in tokenizer.holes]
     return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})
+
+
+def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+    """The ids below ``size`` that are no tokens, ascending."""
+    gaps = [np.arange(first, past, dtype=np.int32) for first, past in facts.get("holes", [])]
+    return np.concatenate([np.zeros(0, np.int32), *gaps])
+
+
+def content_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+    """The ids of all tokens that are not special, ascending: what random tokens are drawn from."""
+    ids = np.setdiff1d(np.arange(facts["size"]), facts["special_ids"]).astype(np.int32)
+    return np.setdiff1d(ids, hole_ids(facts)) if "holes" in facts else ids
+
+
+def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
+    """Whether all of ``ids`` are ids of tokens."""
+    if not len(ids):
+        return True
+    inside = bool(ids.min() >= 0 and ids.max() < facts["size"])
+    return inside and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())

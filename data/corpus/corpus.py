@@ -6,13 +6,11 @@ teachers and views.
 """
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import count as count_from
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +30,7 @@ from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
     TokenizerFacts,
+    are_tokens,
     describe_corpus,
     tokenizer_facts,
 )
@@ -39,12 +38,13 @@ from rekindle.data.corpus.documents import LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
 from rekindle.data.corpus.sources import Origin
+from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
-from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Commit,
@@ -56,8 +56,6 @@ from rekindle.data.storage.shards import (
 from rekindle.data.storage.store import Store
 
 BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
-TOKENIZER = "corpus/tokenizer"
-TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
 
 
 def digest_of(sequence: PackedSequence) -> str:
@@ -176,8 +174,9 @@ class Corpus(RowReader):
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
         ids = ids[offsets[0] : offsets[-1]]
-        size = self.info["tokenizer"]["size"]
-        inside = not len(ids) or (ids.min() >= 0 and ids.max() < size)
+        inside = are_tokens(ids, self.info["tokenizer"])
+        if not inside:
+            check_gaps(self.store, self.info["tokenizer"], tokenizer_facts(self.tokenizer))
         if any(batch[name].null_count for name in required) or not same or not inside:
             raise CacheFormatError(
                 f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
@@ -222,17 +221,7 @@ class Corpus(RowReader):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the cache."""
-        for error in damaged_tokenizer_files(self.store).values():
-            raise error
-        with tempfile.TemporaryDirectory() as folder:
-            for name in self.store.names(TOKENIZER):
-                (Path(folder) / name).write_bytes(self.store.read_bytes(f"{TOKENIZER}/{name}"))
-            tokenizer = load_tokenizer(folder)
-        if tokenizer.digest != self.info["tokenizer"]["digest"]:
-            raise CacheMismatchError(
-                f"{self.store.location}/{TOKENIZER} is not the tokenizer the corpus was made with"
-            )
-        return tokenizer
+        return read_tokenizer(self.store, self.info["tokenizer"])
 
 
 def build_corpus(
@@ -295,7 +284,7 @@ def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer)
     """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
     for addition in additions:
         describe_addition(store, addition, tokenizer_facts(tokenizer))
-    _save_tokenizer(store, tokenizer)
+    save_tokenizer(store, tokenizer)
 
 
 def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
@@ -319,41 +308,6 @@ def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> di
 def first_missing(committed: Mapping[str, Commit]) -> int:
     """The number of the first shard that is not there."""
     return next(n for n in count_from(0) if unit_of(n) not in committed)
-
-
-def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
-    """What is wrong with the stored tokenizer's files, by name. Format 1 has no checksums."""
-    try:
-        stated = read_sealed(store, TOKENIZER_FILES)
-    except FileNotFoundError:
-        return {}
-    except CacheFormatError as error:
-        return {TOKENIZER_FILES: error}
-    damaged = {}
-    for name, sha256 in stated.items():
-        path = f"{TOKENIZER}/{name}"
-        try:
-            sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
-        except (OSError, CacheFormatError):  # a folder, or a name that is none
-            sound = False
-        if not sound:
-            damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
-    return damaged
-
-
-def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
-    if store.exists(TOKENIZER_FILES) and not damaged_tokenizer_files(store):
-        return
-    files = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        for file in sorted(f for f in Path(folder).iterdir() if f.is_file()):
-            store.create(f"{TOKENIZER}/{file.name}", file.read_bytes())
-            stored = store.read_bytes(f"{TOKENIZER}/{file.name}")
-            files[file.name] = hashlib.sha256(stored).hexdigest()
-    content = seal(files)
-    if not store.create(TOKENIZER_FILES, content) and store.read_bytes(TOKENIZER_FILES) != content:
-        store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
 
 
 def _shards_after(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,15 +59,17 @@ class Encoded(NamedTuple):
 class Tokenizer:
     """A fast Hugging Face tokenizer and what we need to know of it.
 
-    size: number of tokens, added ones included. digest: sha256 over the sorted (id, token) pairs,
-    the identity of the vocabulary. special_ids: every special token, the unknown token included.
-    prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS alone for Llama; nothing for
-    GPT-2). pad_id is 0 for a tokenizer that has no padding token.
+    size: one past the largest id, added tokens included: what a model's embedding needs. holes:
+    (first, past the last) of each gap in the ids below; they are no tokens. digest: sha256 over
+    the sorted (id, token) pairs, the identity of the vocabulary. special_ids: every special token,
+    the unknown token included. prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS
+    alone for Llama; nothing for GPT-2). pad_id is 0 for a tokenizer that has no padding token.
     """
 
     hf: "PreTrainedTokenizerFast"
     name: str
     size: int
+    holes: tuple[tuple[int, int], ...]
     digest: str
     mask_id: int | None
     pad_id: int
@@ -120,6 +122,10 @@ class Tokenizer:
         joined = self._backend.post_process(first, second, True)
         return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
 
+    def tokens(self) -> frozenset[tuple[int, str]]:
+        """Every (id, token)."""
+        return frozenset((id, token) for token, id in self.hf.get_vocab().items())
+
     def whole_lengths(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
     ) -> NDArray[np.int64]:
@@ -155,10 +161,13 @@ def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)
     vocabulary = sorted((id, token) for token, id in hf.get_vocab().items())
+    if not vocabulary:
+        raise InputError(f"tokenizer {name!r} has no tokens; give one that was trained")
     return Tokenizer(
         hf=hf,
         name=name,
-        size=len(hf),
+        size=vocabulary[-1][0] + 1,
+        holes=_gaps([id for id, _ in vocabulary]),
         digest=hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest(),
         mask_id=hf.mask_token_id,
         pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,
@@ -168,6 +177,11 @@ def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
         suffix=suffix,
         _backend=backend,
     )
+
+
+def _gaps(ids: list[int]) -> tuple[tuple[int, int], ...]:
+    """(first, past the last) of the numbers from 0 on that are missing in the ascending ``ids``."""
+    return tuple((a + 1, b) for a, b in pairwise([-1, *ids]) if b > a + 1)
 
 
 def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -5,6 +5,7 @@ from functools import cached_property, partial
 import numpy as np
 import pyarrow as pa
 
+from rekindle.data.corpus.config import are_tokens
 from rekindle.data.corpus.corpus import Corpus, unit_of
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.storage.columns import flat_lists, list_views
@@ -79,8 +80,8 @@ class ViewReader(RowReader):
         offsets, ids = list_views(batch["input_ids"], "input_ids")
         beside = list_views(batch[self.kind.beside], self.kind.beside)
         ids = ids[offsets[0] : offsets[-1]]
-        size = self.corpus.info["tokenizer"]["size"]
-        sound = np.array_equal(offsets, beside[0]) and bool(((ids >= 0) & (ids < size)).all())
+        known = are_tokens(ids, self.corpus.info["tokenizer"])
+        sound = known and np.array_equal(offsets, beside[0])
         lengths = self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch))
         if not sound or not self.kind.is_sound(batch, beside, lengths):
             raise CacheFormatError(

@@ -110,7 +110,10 @@ class UnitRun:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
             hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
-            return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
+            scored = score_hidden(
+                hidden, model.head, truth, info, extra(rows), teacher.token_columns
+            )
+            return joined_columns([*scored])
 
         return self._run(seen, forward, positions)
 

@@ -21,6 +21,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.objective.terms import check_terms
+from rekindle.train.prepare import check_tokenizer
 from rekindle.train.student import check_student
 
 SEQUENCES = 64  # of the corpus
@@ -75,5 +76,8 @@ def plan_all(corpus: Corpus, config: RunConfig, teachers: Sequence[TeacherConfig
     infos = {plan.info.name: plan.info for plan in plans}
     if config.student is None:
         return
+    if not _elsewhere(config.student.model):
+        check_student(config.student, corpus.tokenizer.size, config.corpus.sequence_length)
+        check_tokenizer(corpus, config.student)
     terms = [t for t in config.train.objective.distill if {*t.teachers} <= infos.keys()]
     check_terms(terms, infos, config.student.language_task)

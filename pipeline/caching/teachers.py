@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
-from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
+from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.views import Views
+from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
@@ -37,7 +38,7 @@ from rekindle.train.model.files import (
     place,
     weights_fingerprint,
 )
-from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.split_model import SplitLanguageModel
@@ -82,7 +83,7 @@ def plan_teacher(
     if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
-    tokenizer = _tokenizer_of(directory, settings, corpus, config)
+    tokenizer = tokenizer_of(directory, settings, corpus, config.name)
     info: dict[str, object] = {
         "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
@@ -101,7 +102,8 @@ def plan_teacher(
         _check_language_model(config, settings, corpus)
         text = settings.get_text_config()
         width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
-        info |= configured(config, views, size, width and int(width))
+        tokens = _count_shared(corpus, tokenizer, settings, config, views)
+        info |= configured(config, views, size, width and int(width), tokens)
         if CODECS[config.targets.codec].compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
@@ -113,42 +115,29 @@ def plan_teacher(
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
-def _tokenizer_of(
-    directory: Path, settings: Any, corpus: Corpus, config: TeacherConfig
-) -> Tokenizer:
-    """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
-    directory = tokenizer_folder(directory)
-    if not has_tokenizer_files(directory):
-        ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
-        if theirs != ours:
-            raise InputError(
-                f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
-                f"({theirs:,}) is not the corpus tokenizer's ({ours:,}). Save the teacher's "
-                "tokenizer into its directory"
-            )
-        log.info(
-            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so "
-            "the corpus tokenizer is used for it",
-            config.name,
-        )
-        return corpus.tokenizer
-    tokenizer = load_tokenizer(str(directory))
-    if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
-        raise InputError(
-            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} "
-            f"against {corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same "
-            "ids): its distributions over the vocabulary would be misread. A masked_lm or "
-            "causal_lm teacher must share corpus.tokenizer; sequence experts may have their own"
-        )
-    return tokenizer
+def _count_shared(
+    corpus: Corpus, tokenizer: Tokenizer, settings: Any, config: TeacherConfig, views: Views
+) -> int:
+    """How many tokens a vocabulary teacher has in common with the corpus; InputError as
+    ``count_shared`` raises it.
+    """
+    masked = views.masked if config.sees_masks else None
+    beside = np.zeros(0, np.int64) if masked is None else masked.shown_ids
+    rows = int(settings.get_text_config().vocab_size)
+    return count_shared(corpus, tokenizer, config.name, beside, rows)
 
 
 def configured(
-    config: TeacherConfig, views: Views, vocabulary_size: int, width: int | None
+    config: TeacherConfig,
+    views: Views,
+    vocabulary_size: int,
+    width: int | None,
+    tokens: int | None = None,
 ) -> dict[str, object]:
     """Return what of ``teacher.json`` the configuration decides.
 
     ``width`` is that of the model's output: of its hidden states, or its number of labels.
+    ``tokens``: how many of the ids are tokens that the teacher has, too; None: all.
     """
     info: dict[str, object] = {
         "name": config.name,
@@ -160,17 +149,12 @@ def configured(
         info["kind"] = "token" if config.task == "token_classification" else "sequence"
         return info | {"num_labels": width, "monte_carlo_passes": config.monte_carlo.passes}
     kept, kind = config.targets, VOCABULARY_KINDS[config.targets.vocabulary_kind]
-    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width)
+    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width, tokens)
     return info
 
 
 def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) -> None:
-    size, predicted = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
-    if predicted < size:
-        raise InputError(
-            f"teacher {config.name!r} predicts {predicted:,} tokens, "
-            f"the tokenizer has {size:,}: it was not trained with it"
-        )
+    size = corpus.info["tokenizer"]["size"]
     length, limit = corpus.info["config"]["sequence_length"], longest_input(settings)
     if limit is not None and length > limit:
         raise InputError(
@@ -271,7 +255,9 @@ class Teacher:
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
-        self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
+        self.tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+        targets = kind_of(plan.info)
+        self.stores_tails = targets.has_tail or targets.extends
         lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
         self.max_length = min(length for length in lengths if length is not None)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
@@ -292,18 +278,21 @@ class Teacher:
         except NotImplementedError as error:
             raise InputError(f"teacher {self.info.name!r}: {error}") from None
 
+    @cached_property
+    def token_columns(self) -> TokenColumns:
+        """Which of a vocabulary teacher's logits are of which ids."""
+        rows = len(self.language_model.head.weight)
+        return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
+
     def output_matrix(self) -> StoredHead:
         """What hidden states are multiplied with; InputError if it does not fit them."""
-        assert self.info.vocabulary_size is not None
-        head = self.language_model.head.cut(self.info.vocabulary_size)
+        head = self.language_model.head
         if head.weight.shape[1] != self.info.hidden_size:
             raise InputError(
                 f"teacher {self.info.name!r}: its output matrix takes {head.weight.shape[1]} "
                 f"values, not the hidden size {self.info.hidden_size}; use targets.kind topk"
             )
-        weight = head.weight.detach().float().cpu().numpy()
-        bias = None if head.bias is None else head.bias.detach().float().cpu().numpy()
-        return StoredHead(weight, bias, head.logit_scale, head.softcap)
+        return self.token_columns.stored(head)
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""

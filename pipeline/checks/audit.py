@@ -82,6 +82,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     whole = info.model_copy(update={"kind": "dense", "codec": "default"} if exact else {})
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")})
+    teacher.stores_tails = kind_of(info).has_tail  # and its own tokens' mass lies in the tail
     return teacher
 
 
@@ -97,7 +98,8 @@ def _audit_teacher(cache: Cache, teacher: Teacher, index: NDArray[np.int64]) -> 
             example = cache.example(cache.corpus.first(shard) + int(row))
             for cached in example.targets[teacher.info.name]:
                 if getattr(cached, "replica", None) == replica:
-                    for key, found in _compare(cached, live, int(row), teacher.info).items():
+                    own = teacher.config.vocabulary and len(teacher.token_columns.foreign) > 0
+                    for key, found in _compare(cached, live, int(row), teacher.info, own).items():
                         values.setdefault(key, []).extend(found)
     rows_compared = {"rows": float(len(next(iter(values.values()), [])))}
     if "error" in values:
@@ -115,7 +117,7 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
 
 
 def _compare(
-    cached: Target, live: UnitResult, row: int, info: TeacherInfo
+    cached: Target, live: UnitResult, row: int, info: TeacherInfo, own_tokens: bool
 ) -> dict[str, list[float]]:
     mine = live.rows == row
     if not mine.any():  # of a domain that is not the teacher's, or without a word
@@ -130,6 +132,8 @@ def _compare(
     rest = np.exp(exact)
     np.put_along_axis(rest, cached.ids, 0.0, axis=1)
     tail_p = rest.sum(axis=1)
+    if own_tokens:
+        tail_p += (1 - np.exp(exact).sum(axis=1)).clip(min=0)
     tail_q = np.exp(cached.log_tail[1.0].astype(np.float64))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     has_tail = (tail_p > 0) & (tail_q > 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rekindle.data.corpus.shared_ids import described, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
@@ -174,10 +175,11 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     check_student_files(directory, "masked_lm", from_scratch=False)
     own = load_tokenizer(str(tokenizer_folder(directory)))
     theirs = load_tokenizer(config.corpus.tokenizer)
-    if own.digest != theirs.digest:
+    other = differing_ids(theirs, own)
+    if len(other):
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r} ({own.size:,} tokens against {theirs.size:,}, or other "
-            "tokens under the same ids): the student would read other words. Name the model's own"
+            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would read "
+            "other words: name the model's own"
         )
     return {"weights": weights_fingerprint(directory)}

@@ -22,7 +22,6 @@ from rekindle.data.corpus.additions import (
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus
 from rekindle.data.corpus.corpus import (
     FIELDS,
-    TOKENIZER,
     Corpus,
     about_shard,
     build_corpus,
@@ -31,6 +30,7 @@ from rekindle.data.corpus.corpus import (
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
 from rekindle.data.corpus.records import arrow_batches
 from rekindle.data.corpus.sources import PYTHON_DOCS, source_files
+from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute

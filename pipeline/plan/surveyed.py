@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.errors import naming
 from rekindle.data.storage.columns import list_views
 from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
@@ -59,7 +60,10 @@ def survey_all(
 
 def _check_files(config: RunConfig, must_be: bool) -> None:
     """Check the folders of all models that are here, as `pipeline cache-teachers` does first."""
-    here = [one for one in config.teachers if at_hand(one.model, must_be) is not None]
+    here = []
+    for teacher in config.teachers:
+        with naming(f"teacher {teacher.name!r}"):
+            here += [teacher] if at_hand(teacher.model, must_be) is not None else []
     student = config.student
     if student is not None and at_hand(student.model, must_be) is None:
         student = None

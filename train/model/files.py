@@ -261,7 +261,8 @@ def load_language_model(
     """
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
-    kind, config = AUTO_CLASSES[task], load_config(directory, attention=attention)
+    kind = AUTO_CLASSES[task]
+    config = load_config(directory, kind, attention)
     loaded = load_weights(directory, kind, torch.float32, what, advice, config)
     refuse_shapes(what, loaded.shapes)
     refuse_body(directory, loaded.body)

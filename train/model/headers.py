@@ -32,13 +32,14 @@ def check_student_files(
     """Return the configuration of a student, whose head may be fresh, or all of it; InputError
     where it cannot be made, or its body is not there.
     """
-    config = load_config(directory, attention=attention)
+    kind = AUTO_CLASSES[task]
+    config = load_config(directory, kind, attention)
     if from_scratch:
-        shape_only(config, AUTO_CLASSES[task])
+        shape_only(config, kind)
         return config
-    found = _misfit(directory, AUTO_CLASSES[task], config, trained=True)
+    found = _misfit(directory, kind, config, trained=True)
     if found is not None:
-        refuse_shapes(f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}", found.shapes)
+        refuse_shapes(f"student {directory} cannot be loaded as {kind}", found.shapes)
         refuse_body(directory, found.body)
     return config
 

@@ -1,0 +1,32 @@
+"""Tokenizer directories made of another: with gaps in their ids, or with more tokens."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+
+def renumbered(source: Path, target: Path, ids: Mapping[str, int]) -> Path:
+    """The tokenizer in ``source`` with other ids for some tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    tokenizer.save_pretrained(target)
+    file = target / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["vocab"] |= ids
+    file.write_text(json.dumps(values))
+    return target
+
+
+def with_gaps(source: Path, target: Path, lifted: Sequence[str], by: int = 20) -> Path:
+    """The tokens ``lifted`` have ids that are larger by the vocabulary's size and ``by``."""
+    vocabulary = AutoTokenizer.from_pretrained(str(source)).get_vocab()
+    return renumbered(source, target, {t: vocabulary[t] + len(vocabulary) + by for t in lifted})
+
+
+def with_more(source: Path, target: Path, tokens: Sequence[str]) -> Path:
+    """Further special tokens above, as chat models have them."""
+    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens]})
+    tokenizer.save_pretrained(target)
+    return target
