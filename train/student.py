@@ -30,6 +30,7 @@ from rekindle.train.model.network import (
     head_key,
     weights_below,
 )
+from rekindle.train.model.sight import check_padding
 
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
@@ -146,7 +147,8 @@ def check_student(
     """Check the configured student without its weights; InputError as ``build_student`` raises."""
     attention = None if config.attention == "auto" else config.attention
     directory, task = resolve_model(config.model), config.language_task
-    found = check_student_files(directory, task, config.from_scratch, attention)
+    who = f"student {config.model!r}"
+    found = check_student_files(directory, task, who, config.from_scratch, attention)
     _check_sizes(config, found, vocabulary_size, sequence_length)
 
 
@@ -165,12 +167,13 @@ def build_student(
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
+    check_student(config, vocabulary_size, sequence_length)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     build = new_language_model if config.from_scratch else load_language_model
     attention = None if config.attention == "auto" else config.attention
     model = build(directory, config.language_task, attention)
-    _check_sizes(config, model.config, vocabulary_size, sequence_length)
+    check_padding(model, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:

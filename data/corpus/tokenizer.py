@@ -37,6 +37,7 @@ _AUTO_FILES = (
     "sentencepiece.bpe.model",
 )
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
 
 
@@ -79,11 +80,15 @@ class Tokenizer:
     suffix: tuple[int, ...]
     _backend: "Backend" = field(repr=False)
 
+    def reading_special_tokens(self) -> "Tokenizer":
+        """The same, that reads a special token's name within a text as the token."""
+        return wrap_tokenizer(self.hf, self.name, special_names_are_text=False)
+
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Each text's tokens: no special tokens, no truncation, all cores.
 
-        A special token's name within a text ("[MASK]", "</s>") is text like any other, except to a
-        Unigram model that has it among its pieces.
+        A special token's name within a text ("[MASK]", "</s>") is text like any other (except to a
+        Unigram model that has it among its pieces), unless ``reading_special_tokens`` gave this.
         """
         return [_encoded(*pair) for pair in zip(texts, self._encodings(texts), strict=True)]
 
@@ -105,18 +110,19 @@ class Tokenizer:
                 waiting = (batch, running)
 
     def encode_pair(
-        self, a: str, b: str, max_length: int
+        self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Two texts as the tokenizer joins a pair: (input_ids [L], token_type_ids [L]), both int32.
 
-        Special tokens included, L ≤ max_length; the longer text is shortened first. Raises
-        ValueError when ``max_length`` leaves no room for a token of each.
+        Special tokens included, L ≤ max_length; the longer text is shortened first, as the
+        tokenizers library does it (``cut`` 1: as older caches have it). Raises ValueError when
+        ``max_length`` leaves no room for a token of each.
         """
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=True)
         if room < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
         first, second = self._encodings([a, b])
-        keep_first, keep_second = _longest_first(len(first), len(second), room)
+        keep_first, keep_second = _CUTS[cut](len(first), len(second), room)
         first.truncate(keep_first)
         second.truncate(keep_second)
         joined = self._backend.post_process(first, second, True)
@@ -146,17 +152,19 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
-        return wrap_tokenizer, (self.hf, self.name)
+        return wrap_tokenizer, (self.hf, self.name, self._backend.encode_special_tokens)
 
 
-def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
+def wrap_tokenizer(
+    hf: "PreTrainedTokenizerFast", name: str, special_names_are_text: bool = True
+) -> Tokenizer:
     """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
     # Our own copy: padding, truncation and special tokens written in a text are settings of the
     # backend, and some tokenizer.json files come with them switched on.
     backend = deepcopy(hf.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = special_names_are_text
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)
@@ -243,9 +251,22 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each text stay: tokens leave the longer text until both fit."""
-    kept = min(second, max(room // 2, room - first))  # a half, and what the first one leaves
+    """How many tokens of each text stay, as the tokenizers library has it: the shorter text keeps
+    no more than half, and the longer one (of equals the second) what is left, an odd token too.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
+
+
+def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
+    """The rule of older views: an odd token is the first text's."""
+    kept = min(second, max(room // 2, room - first))
     return min(first, room - kept), kept
+
+
+_CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}
 
 
 # --- loading --------------------------------------------------------------------------------------

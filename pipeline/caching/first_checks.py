@@ -12,7 +12,7 @@ from rekindle.data.storage.manifest import MANIFEST
 from rekindle.data.storage.store import LocalStore, Store
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.missing import missing
-from rekindle.pipeline.caching.teachers import AUTO_CLASSES, plan_teacher
+from rekindle.pipeline.caching.teachers import plan_teacher
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import SILENT
@@ -33,8 +33,10 @@ def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None
     """
     for teacher in teachers:
         if not missing(teacher.model):
-            with naming(f"teacher {teacher.name!r}"):
-                check_teacher_files(resolve_model(teacher.model), AUTO_CLASSES[teacher.task])
+            who = f"teacher {teacher.name!r}"
+            with naming(who):
+                directory = resolve_model(teacher.model)
+            check_teacher_files(directory, teacher.task, f"{who} ({teacher.model})")
     if student is not None and not missing(student.model) and not _elsewhere(student.model):
         check_student(student)
 

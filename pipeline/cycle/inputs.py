@@ -172,7 +172,7 @@ def check_start(config: CycleConfig) -> dict[str, str]:
 
     directory = resolve_model(config.student.model)
     check_expert_files(directory)
-    check_student_files(directory, "masked_lm", from_scratch=False)
+    check_student_files(directory, "masked_lm", f"student.model {config.student.model!r}")
     own = load_tokenizer(str(tokenizer_folder(directory)))
     theirs = load_tokenizer(config.corpus.tokenizer)
     other = differing_ids(theirs, own)

@@ -28,6 +28,7 @@ from rekindle.train.model.causes import (
     quantised_by,
     refusing,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
     SETTINGS_FILE,
     base_of,
@@ -50,7 +51,6 @@ log = logging.getLogger("rekindle")
 DISTRIBUTION = "rekindle-kd"
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 # Families of RoBERTa's kind, which number positions from pad_token_id + 1.
 COUNT_PAST_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
