@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
@@ -159,20 +160,24 @@ def build_student(
     seed: int,
     sequence_length: int = 0,
     domains: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Student:
     """Build the configured student, from pre-trained weights or scratch; the same for a ``seed``.
 
     The heads and prompts of an earlier student in the directory are taken over where name, shape
-    and labels agree. ``domains``: of the corpus, for domain prompts. Raises InputError when the
+    and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of
+    the corpus, for new weights (``padding_of_new``). Raises InputError when the
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
-    build = new_language_model if config.from_scratch else load_language_model
     attention = None if config.attention == "auto" else config.attention
-    model = build(directory, config.language_task, attention)
+    if config.from_scratch:
+        model = new_language_model(directory, config.language_task, attention, tokenizer)
+    else:
+        model = load_language_model(directory, config.language_task, attention)
     check_padding(model, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
