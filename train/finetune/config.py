@@ -95,3 +95,15 @@ class FinetuneConfig(TaskSettings):
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"
     )
+
+
+NOTHING_KEPT = "Nothing of it is kept"
+
+
+def less_memory(config: FinetuneConfig) -> str:
+    """What takes less memory, with the values as they are."""
+    return (
+        f"Lower batch_size (now {config.batch_size}) or max_length (now {config.max_length}), or "
+        f"train in precision bf16 (now {config.precision}): `--set batch_size="
+        f"{max(1, config.batch_size // 2)}`"
+    )
