@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.train.record.run_folder import check_same, read_record, reading
+from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
 SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
@@ -63,7 +63,7 @@ def check_begun(out: Path) -> None:
     """Raise InputError where nothing was begun in ``out``: a mistyped directory must not become a
     run from the beginning.
     """
-    if begun_in(out) is None:
+    if begun_in(out) is None and not (out / LOCK_FILE).exists():  # that is of one that is beginning
         there = "there is no such directory" if not out.exists() else "nothing was begun in it"
         raise InputError(
             f"--resume: nothing to go on with in {out} ({there}). Leave --resume out to "
