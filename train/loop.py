@@ -283,7 +283,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     config, world, objective = training.config, training.student.world, training.prepared.objective
     step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
-    torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
+    torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
     rate = set_learning_rate(training.optimizer, config, step)
     counts = objective.counts(batch, plan).over(world.sum)
     loss = nothing = torch.zeros((), device=world.device)

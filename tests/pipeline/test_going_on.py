@@ -167,14 +167,14 @@ def test_a_second_process_is_told_who_trains_there(run_file, tmp_path):
         calling(loop, "_step", 3, hold)
 
     first = child(*typed, before=wait)
-    os.read(ready[0], 1)
-    for more in ((), ("--resume",)):
-        said = end_of(child(*typed, *more), 2)
-        assert (
-            f"another process works on {out} (process {first.pid} on {os.uname().nodename})" in said
-        )
-    os.write(go[1], b".")
-    end_of(first, 0)
+    try:
+        os.read(ready[0], 1)
+        who = f"another process works on {out} (process {first.pid} on {os.uname().nodename})"
+        for more in ((), ("--resume",)):
+            assert who in end_of(child(*typed, *more), 2)
+    finally:
+        os.write(go[1], b".")
+        end_of(first, 0)
     steps = [r["step"] for r in read_metrics(out) if r["kind"] == "train"]
     assert steps == list(range(1, 9))
     # Killed, it lets go.
