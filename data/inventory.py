@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rekindle.data.corpus.corpus import TOKENIZER, TOKENIZER_FILES, damaged_tokenizer_files
+from rekindle.data.corpus.stored_tokenizer import (
+    TOKENIZER,
+    TOKENIZER_FILES,
+    damaged_tokenizer_files,
+)
 from rekindle.data.errors import CacheFormatError, CacheVersionError
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, VERSION, read_sealed

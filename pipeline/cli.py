@@ -7,9 +7,7 @@ mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 """
 
 import json
-import logging
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +23,7 @@ from rekindle.pipeline.commands.options import (
     Students,
     Sweeps,
 )
+from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
     errors_as_exit_codes,
     is_main,
@@ -39,7 +38,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # With a colour click leaves what is written as it is, for ``console`` to escape.
+    context_settings={"help_option_names": ["-h", "--help"], "color": True},
     help="Rekindle: run experts once over a corpus, train many students from the cache.",
 )
 
@@ -83,9 +83,9 @@ def init(
         raise InputError(f"which recipe? There are: {', '.join(recipes())} (see --list)")
     following = write_recipe(recipe, out)
     typer.echo(str(out))
-    typer.echo(f"{out} is the recipe {recipe}: read it, change it. Next:", err=True)
+    say(f"{out} is the recipe {recipe}: read it, change it. Next:")
     for command in following:
-        typer.echo(f"  {command}", err=True)
+        say(f"  {command}")
 
 
 def finetune(
@@ -258,11 +258,8 @@ for command in (
 
 def main() -> None:
     """The console script: turns errors into one message and an exit code."""
-    log = logging.getLogger("rekindle")
-    log.handlers = [logging.StreamHandler(sys.stderr)]
-    log.setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with errors_as_exit_codes():
+    with terminal(), errors_as_exit_codes():
         app()
 
 

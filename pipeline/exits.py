@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from rekindle.data.errors import InputError, RekindleError, ResumableError
+from rekindle.pipeline.console import say
 from rekindle.train.launch import launched, one_of_many
 
 if TYPE_CHECKING:
@@ -110,11 +111,6 @@ def errors_as_exit_codes() -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-
-
-def say(text: str) -> None:
-    """One message on stderr."""
-    print(text, file=sys.stderr)
 
 
 def _fail(code: int) -> NoReturn:

@@ -50,13 +50,14 @@ def save_start(model: str, out: Path, report: Report) -> None:
     import torch
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
-    from rekindle.train.model.files import load_language_model, resolve_model
+    from rekindle.train.model.files import load_language_model
+    from rekindle.train.model.folder import resolve_model, tokenizer_folder
 
     directory = resolve_model(model)
     with new_folder(out) as staging:
         torch.manual_seed(0)  # of a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
-        load_tokenizer(str(directory)).save(staging)
+        load_tokenizer(str(tokenizer_folder(directory))).save(staging)
 
 
 @dataclass(frozen=True)

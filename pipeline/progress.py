@@ -12,6 +12,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Column
 
+from rekindle.pipeline.console import in_line
+
 log = logging.getLogger("rekindle")
 
 LINE_EVERY = 30.0  # seconds, where there is no terminal
@@ -105,11 +107,11 @@ class Progress:
         named = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
         noted = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            rich_progress.TextColumn("{task.description}", table_column=named),
+            rich_progress.TextColumn("{task.description}", markup=False, table_column=named),
             rich_progress.BarColumn(bar_width=max(5, width // 10)),
             rich_progress.MofNCompleteColumn(table_column=kept),
             rich_progress.TimeRemainingColumn(table_column=kept.copy()),
-            rich_progress.TextColumn("{task.fields[note]}", table_column=noted),
+            rich_progress.TextColumn("{task.fields[note]}", markup=False, table_column=noted),
         )
         with rich_progress.Progress(*columns, console=console, expand=True) as bars:
             yield cls(bars, quiet=False)
@@ -125,10 +127,11 @@ class Progress:
                 seconds, done = time.monotonic() - task.started, f"{task.done:,}"
                 log.info("%s: %s %s in %.1f s (%s)", name, done, unit, seconds, task.rates())
             return
-        bar = bars.add_task(name, total=total, note="")
+        bar = bars.add_task(in_line(name), total=total, note="")
 
         def show(task: ProgressTask, note: str | None) -> None:
-            bars.update(bar, completed=task.done, note=task.rates() if note is None else note)
+            told = task.rates() if note is None else in_line(note)
+            bars.update(bar, completed=task.done, note=told)
 
         task = ProgressTask(name, unit, total, show)
         yield task

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.places import Place
 from rekindle.data.settings import Free, MayChange, Settings
@@ -44,15 +44,31 @@ class GrowConfig(Settings):
     copies: Literal["spread", "last", "first"] = Field(
         "spread", alias="copy", description="which layers are copied when layers are added"
     )
-    noise: Amount = Field(
+    noise_std: Amount = Field(
         0.0,
-        description="how far the columns of copies are moved apart, in standard deviations of "
-        "their matrix; changes no logit, lets the copies learn different things",
+        description="standard deviation of the noise on the divided columns of every copy but the "
+        "first (0.01 in ELLE's own scripts): without it copies learn the same, and stay equal for "
+        "ever where no dropout tells them apart. preserve: exact stays exact: the first takes the "
+        "opposite",
     )
     seed: Seed = Field(0, description="of what is copied, and of the noise")
     measure_sequences: Count = Field(
         64, description="held-out sequences on which growth.json compares before and after"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_noise(cls, value: object) -> object:
+        """``noise`` was another thing; 0 of it is 0 all the same."""
+        if not isinstance(value, dict) or "noise" not in value:
+            return value
+        if value["noise"] != 0:
+            raise ValueError(
+                f"noise: {value['noise']} was a multiple of each matrix's own standard deviation; "
+                "now noise_std is the standard deviation itself, 0.01 in ELLE's scripts. Set "
+                "noise_std, and leave noise out"
+            )
+        return {"noise_std": 0.0} | {key: one for key, one in value.items() if key != "noise"}
 
 
 class StudentConfig(Settings):
@@ -222,8 +238,9 @@ class ReplayConfig(Settings):
     fraction: float = Field(0.1, gt=0, lt=1, description="share of all batches' sequences")
     choose: Literal["uniform", "loss_change"] = Field(
         "loss_change",
-        description="which domain is replayed how much: all alike, or in proportion to how much "
-        "its held-out loss has changed of late",
+        description="which domain is replayed how much: all alike, or by how much its held-out "
+        "loss has fallen of late per replayed token; one whose loss does not fall gets the largest "
+        "share in the first half of the steps, none in the second",
     )
 
     @property

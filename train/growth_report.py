@@ -40,6 +40,13 @@ def measure_growth(run: Path, prepared: Prepared, device: torch.device) -> Repor
     before = prepared.ungrown().to(device)
     report = compare_students(before, prepared.student, prepared.held_out, config, device)
     _tell(report)
+    grown = {key for key, count in report["from"].items() if report["to"][key] > count}
+    if config.noise_std == 0 and grown - {"layers", "parameters"}:
+        log.warning(
+            "student grown without noise: copies of neurons stay equal for ever, those of heads "
+            "and hidden dimensions but for dropout, and learn nothing of their own. Set "
+            "student.grow.noise_std (0.01 in ELLE)"
+        )
     return report
 
 
@@ -68,6 +75,7 @@ def compare_students(
             rows += len(labels)
     return {
         "preserve": config.preserve,
+        "noise_std": config.noise_std,
         "from": _described(before),
         "to": _described(after),
         "sequences": count,

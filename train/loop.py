@@ -203,7 +203,9 @@ def _train(
     objective, stream = prepared.objective, prepared.stream
     first, earlier = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
-    stream.order.replay.restore(state.get("order"))
+    replay = stream.order.replay
+    if first < config.steps:
+        replay.restore(state.get("order"))
     recent = world.decide(
         lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
     )
@@ -223,6 +225,7 @@ def _train(
             batch = objective.select(read, plan)
             values = _step(training, batch, plan, watch)
             coverage.count(batch, objective.task, plan)
+            replay.count(batch)
             done = step + 1
             waited = stream.waited - waited_before
             values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
@@ -233,7 +236,7 @@ def _train(
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
                 evaluation = _evaluate(training, plan)
-                stream.order.replay.learn(done, evaluation)
+                replay.learn(done, evaluation, world.sum)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
@@ -254,7 +257,8 @@ def _train(
 
 def _save(training: Training, done: int, state: dict[str, object]) -> None:
     """Write the checkpoint of ``done`` steps; every process takes part."""
-    about, order = training.prepared.about, training.prepared.stream.order.replay.state
+    about, replay = training.prepared.about, training.prepared.stream.order.replay
+    order = replay.state(training.student.world.sum)
     whole = about | state | {"order": order, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
     save_checkpoint(training.out, done, student, training.optimizer, whole, keep)

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.config import content_ids
+from rekindle.data.corpus.shared_ids import unshared_ids
 from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
@@ -17,7 +21,8 @@ from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import load_config, resolve_model
+from rekindle.train.model.files import load_config
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -53,7 +58,7 @@ def prepare(
     masked = student_config.language_task == "masked_lm"
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
-    check_tokenizer(cache, student_config)
+    tokenizer = check_tokenizer(cache, student_config)
     _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)
     chosen = choose_sequences(cache, config)
@@ -81,7 +86,6 @@ def prepare(
     student = _student(cache, student_config, config, objective, world)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
-    tokenizer = cache.corpus.tokenizer
     return Prepared(
         about, objective, student, stream, held_out, tokenizer, ungrown if grows else None
     )
@@ -148,20 +152,24 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
         )
 
 
-def check_tokenizer(cache: Cache, config: StudentConfig) -> None:
-    """Refuse a student that has another tokenizer than the cache."""
-    directory = resolve_model(config.model)
+def check_tokenizer(cache: Cache, config: StudentConfig) -> Tokenizer:
+    """Refuse a student to whom an id of the cache's text is another token; return its tokenizer.
+
+    It may have more tokens than the cache's: they take no part in the loss.
+    """
+    model = resolve_model(config.model)
+    directory = tokenizer_folder(model)
     if not has_tokenizer_files(directory):
-        return  # its vocabulary size is checked when it is built
-    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
-    theirs = load_tokenizer(str(directory))
-    if theirs.digest != cache.tokenizer_digest:
-        raise InputError(
-            f"student {config.model!r} has another tokenizer than the cache {cache.store.location} "
-            f"({theirs.size:,} tokens against {cache.corpus.info['tokenizer']['size']:,}, or "
-            "other tokens under the same ids): the cached ids would mean other words. Use a "
-            "student of the cache's tokenizer, or make a cache with this one"
-        )
+        return cache.corpus.tokenizer  # its vocabulary size is checked when it is built
+    facts = cache.corpus.info["tokenizer"]
+    beside = np.zeros(0, np.int64)
+    if config.language_task == "masked_lm":  # what masks may put into it
+        beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
+    advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
+    load_config(model)  # transformers reads it for the tokenizer, and would blame that
+    own = load_tokenizer(str(directory))
+    unshared_ids(cache.corpus, own, beside, f"student {config.model!r}", advice)
+    return cache.corpus.tokenizer if own.digest == cache.tokenizer_digest else own
 
 
 def _student(

@@ -21,11 +21,13 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import (
+    load_config,
     load_language_model,
     longest_input,
     new_language_model,
-    resolve_model,
 )
+from rekindle.train.model.fitting import check_fits
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -33,6 +35,7 @@ from rekindle.train.model.network import (
     head_key,
     weights_below,
 )
+from rekindle.train.model.sight import check_padding
 
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
@@ -158,18 +161,30 @@ def build_student(
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
-    directory = resolve_model(config.model)
+    directory, who = resolve_model(config.model), f"student {config.model!r}"
+    # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
+    # embeddings, which no file would be seen to lack.
+    trained = config.language_task == "causal_lm" and not config.from_scratch
+    attention = None if config.attention == "auto" else config.attention
+    settings = load_config(directory, attention=attention)
+    check_fits(settings, config.language_task, who, trained)
     torch.manual_seed(seed)
     build = new_language_model if config.from_scratch else load_language_model
-    attention = None if config.attention == "auto" else config.attention
     model = build(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
-            f"student {config.model!r} has a vocabulary of {size:,}, the corpus tokenizer has "
-            f"{vocabulary_size:,} tokens; it belongs to another tokenizer"
+            f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
+            f"tokenizer go up to {vocabulary_size - 1:,}; "
+            + (
+                f"set vocab_size in its config.json to {vocabulary_size:,} or more"
+                if config.from_scratch
+                else "it belongs to another tokenizer, or its embedding was not made larger when "
+                "tokens were added (transformers' resize_token_embeddings does that)"
+            )
         )
     _check_length(config, model.config, sequence_length)
+    check_padding(model, who)
     prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:

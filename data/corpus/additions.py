@@ -7,38 +7,56 @@
 """
 
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import cast
 
-import xxhash
-
-from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
-from rekindle.data.corpus.documents import only_files, source_files
+from rekindle.data.corpus.config import (
+    CorpusConfig,
+    CorpusInfo,
+    PackingFacts,
+    TokenizerFacts,
+    as_begun,
+)
+from rekindle.data.corpus.documents import LeftOut
+from rekindle.data.corpus.source_states import (
+    Present,
+    States,
+    found_again,
+    look_at,
+    states_of,
+    usual_order,
+)
+from rekindle.data.corpus.sources import Origin
+from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.shards import Commit
 from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
 
-States = dict[str, list[int | str]]  # path of a source file -> [bytes, checksum of samples]
-SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
-SAMPLE_BYTES = 1 << 16
-
 
 @dataclass(frozen=True)
 class Addition:
-    """One span of a corpus: what it was begun with, or what it was then extended by."""
+    """One span of a corpus: what it was begun with, or what it was then extended by.
+
+    ``sources`` and ``order``: the files and everything that it and those before it read, in reading
+    order; ``origins``: where that is now, and what is new, once it was looked for. ``bad_records``:
+    how many were left out of it and those before it, by kind.
+    """
 
     number: int
     config: PackingFacts
     sources: States
+    order: tuple[str, ...]
     first_shard: int = 0
     first_sequence: int = 0
     shards: int | None = None  # shards at its end, of all additions; None while it is being made
+    bad_records: Mapping[str, int] = field(default_factory=dict)
+    origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
         """Sequences in the corpus at this addition's end, where that is known."""
@@ -78,11 +96,14 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
                 tokenizer = body["tokenizer"]
                 _check_tokenizer(body["tokenizer"])
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
+            order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
-        name, ends = complete_name(number), None
+        name, ends, bad = complete_name(number), None, {}
         with suppress(FileNotFoundError), _stated(store, name):
-            ends = int(read_sealed(store, name)["shards"])
-        additions.append(Addition(number, config, sources, shards, sequences, ends))
+            end = read_sealed(store, name)
+            ends = int(end["shards"])
+            bad = {str(kind): int(count) for kind, count in end.get("bad_records", {}).items()}
+        additions.append(Addition(number, config, sources, order, shards, sequences, ends, bad))
     raise AssertionError  # count() does not end
 
 
@@ -100,7 +121,11 @@ def _check_tokenizer(facts: TokenizerFacts) -> None:
     ids = [facts["pad_id"], *optional, *facts["special_ids"]]
     if not isinstance(facts["digest"], str) or type(size) is not int or not 0 < size < 2**31:
         raise ValueError
-    if not all(type(number) is int and 0 <= number < size for number in ids):
+    gaps = facts.get("holes", [])
+    ends = [end for first, past in gaps for end in (first, past)]
+    if not all(type(number) is int and 0 <= number < size for number in [*ids, *ends]):
+        raise ValueError
+    if any(a >= b for a, b in pairwise(ends)):
         raise ValueError
 
 
@@ -120,30 +145,53 @@ def claim_addition(
     """
     additions, tokenizer = read_additions(store)
     if not additions:
-        return Addition(0, info["config"], file_states(config.source))
+        return begun_addition(info["config"], look_at(config.source))
     last = additions[-1]
+    assert tokenizer is not None  # it stands in the first description
     if tokenizer != info["tokenizer"]:
+        check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
-    new = info["config"]
-    changed = sorted(k for k in last.config.keys() | new.keys() if last.config.get(k) != new.get(k))
-    sources = _states_or_none(config, complete=last.shards is not None)
-    appended = sources is not None and _check_sources(last, sources)
-    if appended and not (only_files(config.source) and only_files(last.config["source"])):
-        raise _made_differently(store, "files come after a source that is no file")
-    if not changed and not appended:
+    new = as_begun(info["config"], last.config)
+    if new != info["config"]:
+        log.info("corpus: it was begun without end-of-text tokens, and goes on so")
+    present = _present_or_none(config, last)
+    read, added = ([], []) if present is None else found_again(last.order, last.sources, present)
+    last = replace(last, origins=(*read, *added))
+    # Where the files are is no part of what the corpus is made of: they were found by content.
+    keys = (last.config.keys() | new.keys()) - {"source"}
+    changed = sorted(k for k in keys if last.config.get(k) != new.get(k))
+    if not changed and not added:
         return last
-    allowed = {"limit_sequences"} if _longer(last.config, new) else set()
-    allowed |= {"source"} if appended else set()
-    if set(changed) - allowed:
+    if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
         shown = (f"{k}: {last.config.get(k)!r} there, {new.get(k)!r} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
     shards, sequences = grown()
-    return Addition(last.number + 1, new, sources or last.sources, shards, sequences)
+    if present is None:
+        sources, order = last.sources, last.order
+    else:
+        sources, order = states_of(present), tuple(origin.place for origin in last.origins)
+    return Addition(last.number + 1, new, sources, order, shards, sequences, origins=last.origins)
+
+
+def begun_addition(
+    config: PackingFacts,
+    present: Sequence[Present],
+    number: int = 0,
+    first_shard: int = 0,
+    first_sequence: int = 0,
+) -> Addition:
+    """A corpus, or a part of one, that is made of what is ``present``."""
+    origins = tuple(one.origin for one in present)
+    order = tuple(origin.place for origin in origins)
+    return Addition(
+        number, config, states_of(present), order, first_shard, first_sequence, origins=origins
+    )
 
 
 def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
     """Record an addition, if it is not recorded yet; the one before it is at its end then."""
     body: dict[str, object] = {"config": addition.config, "sources": addition.sources}
+    body["order"] = list(addition.order)
     if addition.number:
         body["after"] = {"shards": addition.first_shard, "sequences": addition.first_sequence}
         store.create(complete_name(addition.number - 1), seal({"shards": addition.first_shard}))
@@ -157,9 +205,27 @@ def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFact
         raise _made_differently(store, "another process began it meanwhile")
 
 
-def complete_addition(store: Store, addition: Addition, shards: int) -> None:
-    """Record that an addition's last shard is there."""
-    store.create(complete_name(addition.number), seal({"shards": shards}))
+def complete_addition(
+    store: Store, addition: Addition, shards: int, bad_records: Mapping[str, int]
+) -> None:
+    """Record that an addition's last shard is there, and what was left out on the way."""
+    body: dict[str, object] = {"shards": shards}
+    if bad_records:
+        body["bad_records"] = dict(bad_records)
+    store.create(complete_name(addition.number), seal(body))
+
+
+def bad_records(
+    left_out: LeftOut | None, committed: Mapping[str, Commit], ends_at: int | None
+) -> dict[str, int]:
+    """How many bad records stood before the corpus's end, by kind; said in a line, too."""
+    if left_out is None or not left_out.counts():
+        return {}
+    log.warning("corpus%s", left_out.told())
+    if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
+        return left_out.counts()
+    document, token = committed[max(committed)].facts["next"]
+    return left_out.counts(document - (token == 0))  # text is read ahead of the end
 
 
 def _longer(old: PackingFacts, new: PackingFacts) -> bool:
@@ -167,50 +233,15 @@ def _longer(old: PackingFacts, new: PackingFacts) -> bool:
     return before is not None and (after is None or after > before)
 
 
-def _check_sources(last: Addition, present: States) -> bool:
-    """Whether source files were appended. A changed source must not be mixed with what was read of
-    it before, nor pass unnoticed.
-    """
-    first = dict(list(present.items())[: len(last.sources)])
-    changed = sorted(p for p in first.keys() | last.sources if first.get(p) != last.sources.get(p))
-    if changed:
-        raise CacheMismatchError(
-            f"the corpus source has changed since the cache was begun: {', '.join(changed[:3])}. "
-            "A corpus grows by files that come after those already read (and by a larger "
-            "limit_sequences). Use another cache.path for changed text"
-        )
-    # Sealed files have their keys sorted: the order is that of the description's own source.
-    read = [path for path in source_files(last.config["source"]) if path in last.sources]
-    if read != list(present)[: len(read)]:
-        raise CacheMismatchError(
-            f"the corpus source has its files in another order: {', '.join(read[:3])} were read "
-            "first. A corpus grows by files that come after those already read"
-        )
-    return len(present) > len(last.sources)
-
-
-def _states_or_none(config: CorpusConfig, complete: bool) -> States | None:
+def _present_or_none(config: CorpusConfig, last: Addition) -> list[Present] | None:
+    """What the source stands for; None where it is gone from its place, and no more needed."""
     try:
-        return file_states(config.source)
+        return look_at(config.source)
     except InputError:
-        if not complete:
+        if last.shards is None or list(config.source) != last.config["source"]:
             raise
         log.info("the corpus source is no longer there; going on with the corpus in the cache")
         return None
-
-
-def file_states(source: Sequence[str]) -> States:
-    """Size and a checksum of samples of every source file, by path, in reading order."""
-    return {path: _state_of(path) for path in source_files(source)}
-
-
-def _state_of(path: str) -> list[int | str]:
-    state, size = xxhash.xxh3_64(), os.path.getsize(path)
-    with open(path, "rb") as file:
-        for sample in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-            state.update(file.read(SAMPLE_BYTES))
-    return [size, state.hexdigest()]
 
 
 def _made_differently(store: Store, difference: str) -> CacheMismatchError:

@@ -1,9 +1,12 @@
 """Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
 
-from typing import Literal, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.places import Place
 from rekindle.data.settings import Settings
@@ -18,8 +21,12 @@ class CorpusConfig(Settings):
         min_length=1,
         description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs",
     )
-    text_field: str = Field("text", description="the field of a record that holds its text")
-    domain_field: str | None = Field(None, description="the field that names a record's domain")
+    text_field: str = Field(
+        "text", description="the field of a record that holds its text; inside a field: meta.text"
+    )
+    domain_field: str | None = Field(
+        None, description="the field that names a record's domain: text or a number"
+    )
     tokenizer: Place = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
         128,
@@ -30,6 +37,16 @@ class CorpusConfig(Settings):
     packing: Literal["document", "contiguous"] = Field(
         "document", description="document never crosses a document; contiguous fills every sequence"
     )
+    special_tokens: Literal["text", "token"] = Field(
+        "text",
+        description="names of special tokens within a text (</s>, <|im_end|>): text is text like "
+        "any other; token reads each as the token itself",
+    )
+    on_bad_record: Literal["error", "skip"] = Field(
+        "error",
+        description="a record that is no text (no JSON, no UTF-8, no text field, …): an error, or "
+        "it is left out and counted",
+    )
     limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
 
     @field_validator("source", mode="before")
@@ -39,7 +56,13 @@ class CorpusConfig(Settings):
 
 
 class PackingFacts(TypedDict):
-    """All that decides the sequences but the tokenizer, as a cache records it."""
+    """All that decides the sequences but the tokenizer, as a cache records it.
+
+    Not ``on_bad_record``: the good records are the same, and how many were left out is recorded
+    with the corpus's end. Left out where they are as they always were, so that corpora of other
+    versions are the same: end_of_text, where the end-of-text token comes after each document of a
+    tokenizer that begins a text and does not end it; special_tokens, where they are read as such.
+    """
 
     source: list[str]
     text_field: str
@@ -48,10 +71,16 @@ class PackingFacts(TypedDict):
     packing: Literal["document", "contiguous"]
     limit_sequences: int | None
     sequences_per_shard: int
+    end_of_text: NotRequired[bool]
+    special_tokens: NotRequired[Literal["text", "token"]]
 
 
 class TokenizerFacts(TypedDict):
-    """What a cache records of the tokenizer beside its files."""
+    """What a cache records of the tokenizer beside its files.
+
+    size: one past the largest id (before format 3: the number of tokens, so that ids above it were
+    unknown). holes: [first, past the last] of each gap in the ids; left out where there is none.
+    """
 
     digest: str
     size: int
@@ -59,6 +88,7 @@ class TokenizerFacts(TypedDict):
     pad_id: int
     eos_id: int | None
     special_ids: list[int]
+    holes: NotRequired[list[list[int]]]
 
 
 class CorpusInfo(TypedDict):
@@ -72,12 +102,48 @@ def describe_corpus(
     config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
 ) -> CorpusInfo:
     """Return what the corpus will be made of."""
-    values = config.model_dump(mode="json", exclude={"tokenizer"})
+    values = config.model_dump(mode="json", exclude={"tokenizer", "on_bad_record"})
+    if config.special_tokens == "text":
+        del values["special_tokens"]
+    if config.packing == "document" and lacks_end(tokenizer):
+        values["end_of_text"] = True
     packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
     return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
 
 
+def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
+    """``new`` by the rules of packing that a corpus was ``begun`` with: later ones are for new
+    corpora.
+    """
+    if "end_of_text" in begun:
+        return new
+    return cast("PackingFacts", {key: what for key, what in new.items() if key != "end_of_text"})
+
+
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     """Return what a cache records of the tokenizer."""
-    facts = {name: getattr(tokenizer, name) for name in TokenizerFacts.__annotations__}
+    names = TokenizerFacts.__required_keys__
+    facts: dict[str, object] = {name: getattr(tokenizer, name) for name in sorted(names)}
+    if tokenizer.holes:
+        facts["holes"] = [list(gap) for gap in tokenizer.holes]
     return cast("TokenizerFacts", facts | {"special_ids": sorted(tokenizer.special_ids)})
+
+
+def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+    """The ids below ``size`` that are no tokens, ascending."""
+    gaps = [np.arange(first, past, dtype=np.int32) for first, past in facts.get("holes", [])]
+    return np.concatenate([np.zeros(0, np.int32), *gaps])
+
+
+def content_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
+    """The ids of all tokens that are not special, ascending: what random tokens are drawn from."""
+    ids = np.setdiff1d(np.arange(facts["size"]), facts["special_ids"]).astype(np.int32)
+    return np.setdiff1d(ids, hole_ids(facts)) if "holes" in facts else ids
+
+
+def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
+    """Whether all of ``ids`` are ids of tokens."""
+    if not len(ids):
+        return True
+    inside = bool(ids.min() >= 0 and ids.max() < facts["size"])
+    return inside and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())

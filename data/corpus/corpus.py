@@ -6,13 +6,11 @@ teachers and views.
 """
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import count as count_from
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +19,10 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
+    bad_records,
     claim_addition,
     complete_addition,
     describe_addition,
-    file_states,
     info_name,
     read_additions,
 )
@@ -32,18 +30,22 @@ from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
     TokenizerFacts,
+    are_tokens,
     describe_corpus,
     tokenizer_facts,
 )
-from rekindle.data.corpus.documents import read_documents
+from rekindle.data.corpus.documents import LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
+from rekindle.data.corpus.sources import Origin
+from rekindle.data.corpus.special_names import SpecialNames
+from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
-from rekindle.data.storage.seal import REPAIR, read_sealed, seal
+from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Commit,
@@ -55,8 +57,6 @@ from rekindle.data.storage.shards import (
 from rekindle.data.storage.store import Store
 
 BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
-TOKENIZER = "corpus/tokenizer"
-TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
 
 
 def digest_of(sequence: PackedSequence) -> str:
@@ -144,6 +144,11 @@ class Corpus(RowReader):
             found.update(counts)
         return dict(found)
 
+    @property
+    def bad_records(self) -> dict[str, int]:
+        """How many records of the source were left out as bad, by kind."""
+        return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the content: over every shard's sha256."""
@@ -170,8 +175,9 @@ class Corpus(RowReader):
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
         ids = ids[offsets[0] : offsets[-1]]
-        size = self.info["tokenizer"]["size"]
-        inside = not len(ids) or (ids.min() >= 0 and ids.max() < size)
+        inside = are_tokens(ids, self.info["tokenizer"])
+        if not inside:
+            check_gaps(self.store, self.info["tokenizer"], tokenizer_facts(self.tokenizer))
         if any(batch[name].null_count for name in required) or not same or not inside:
             raise CacheFormatError(
                 f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
@@ -215,18 +221,10 @@ class Corpus(RowReader):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer stored in the cache."""
-        for error in damaged_tokenizer_files(self.store).values():
-            raise error
-        with tempfile.TemporaryDirectory() as folder:
-            for name in self.store.names(TOKENIZER):
-                (Path(folder) / name).write_bytes(self.store.read_bytes(f"{TOKENIZER}/{name}"))
-            tokenizer = load_tokenizer(folder)
-        if tokenizer.digest != self.info["tokenizer"]["digest"]:
-            raise CacheMismatchError(
-                f"{self.store.location}/{TOKENIZER} is not the tokenizer the corpus was made with"
-            )
-        return tokenizer
+        """The tokenizer stored in the cache, reading texts as the corpus was read."""
+        found = read_tokenizer(self.store, self.info["tokenizer"])
+        as_tokens = self.info["config"].get("special_tokens") == "token"
+        return found.reading_special_tokens() if as_tokens else found
 
 
 def build_corpus(
@@ -243,6 +241,8 @@ def build_corpus(
     configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.special_tokens == "token":
+        tokenizer = tokenizer.reading_special_tokens()
     info = describe_corpus(config, tokenizer, sequences_per_shard)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
@@ -260,14 +260,17 @@ def build_corpus(
             continue
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
-        source = _source(addition, config) if following else config.source
-        for shard, rows, where in _shards_after(committed, tokenizer, addition, ends_at, source):
+        source = last.origins[: len(addition.order)] or config.source
+        left_out = LeftOut() if config.on_bad_record == "skip" else None
+        made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
+        for shard, rows, where, named in made:
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
             claim()
             tokens = sum(len(row.input_ids) for row in rows)
             facts = {"tokens": tokens, "next": list(where), "domains": _domains(rows)}
+            facts |= {"special_names": named} if named else {}
             schema = describe(FIELDS, about_shard(shard, addition, info["tokenizer"]))
             written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
             committed[unit_of(shard)] = written
@@ -276,9 +279,10 @@ def build_corpus(
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}); give a source with at least one non-blank document"
+                f"{left_out.told() if left_out else ''}"
             )
         claim()
-        complete_addition(store, addition, count)
+        complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -286,7 +290,7 @@ def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer)
     """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
     for addition in additions:
         describe_addition(store, addition, tokenizer_facts(tokenizer))
-    _save_tokenizer(store, tokenizer)
+    save_tokenizer(store, tokenizer)
 
 
 def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
@@ -307,51 +311,9 @@ def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> di
     return about | ({"stage": addition.number} if addition.number else {})
 
 
-def _source(addition: Addition, config: CorpusConfig) -> tuple[str, ...]:
-    """The files of an addition alone: those appended later must not run into its last shard."""
-    if not addition.sources:
-        return config.source
-    return tuple(path for path in file_states(config.source) if path in addition.sources)
-
-
 def first_missing(committed: Mapping[str, Commit]) -> int:
     """The number of the first shard that is not there."""
     return next(n for n in count_from(0) if unit_of(n) not in committed)
-
-
-def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
-    """What is wrong with the stored tokenizer's files, by name. Format 1 has no checksums."""
-    try:
-        stated = read_sealed(store, TOKENIZER_FILES)
-    except FileNotFoundError:
-        return {}
-    except CacheFormatError as error:
-        return {TOKENIZER_FILES: error}
-    damaged = {}
-    for name, sha256 in stated.items():
-        path = f"{TOKENIZER}/{name}"
-        try:
-            sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
-        except (OSError, CacheFormatError):  # a folder, or a name that is none
-            sound = False
-        if not sound:
-            damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
-    return damaged
-
-
-def _save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
-    if store.exists(TOKENIZER_FILES) and not damaged_tokenizer_files(store):
-        return
-    files = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        for file in sorted(f for f in Path(folder).iterdir() if f.is_file()):
-            store.create(f"{TOKENIZER}/{file.name}", file.read_bytes())
-            stored = store.read_bytes(f"{TOKENIZER}/{file.name}")
-            files[file.name] = hashlib.sha256(stored).hexdigest()
-    content = seal(files)
-    if not store.create(TOKENIZER_FILES, content) and store.read_bytes(TOKENIZER_FILES) != content:
-        store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
 
 
 def _shards_after(
@@ -359,30 +321,36 @@ def _shards_after(
     tokenizer: Tokenizer,
     addition: Addition,
     ends_at: int | None,
-    source: tuple[str, ...],
-) -> Iterator[tuple[int, list[PackedSequence], Position]]:
-    """(shard number, its sequences, where the next begins) from the first missing shard on.
+    source: Sequence[str | Origin],
+    left_out: LeftOut | None,
+) -> Iterator[tuple[int, list[PackedSequence], Position, int]]:
+    """(shard number, its sequences, where the next begins, how many of the documents that begin in
+    it hold names of special tokens) from the first missing shard on.
 
     ``ends_at``: how many sequences the corpus has at the addition's end.
     """
     shard = max(first_missing(committed), addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    documents = read_documents(source, config["text_field"], config["domain_field"])
+    documents = read_documents(source, config["text_field"], config["domain_field"], left_out)
+    names = SpecialNames(tokenizer)
+    left = names.watch(islice(documents, start.document_index, None), start.document_index)
     sequences = pack(
-        tokenizer.encode_documents(islice(documents, start.document_index, None)),
+        tokenizer.encode_documents(left),
         sequence_length=config["sequence_length"],
         packing=config["packing"],
         tokenizer=tokenizer,
         start=start,
+        end_of_text=config.get("end_of_text", False),
     )
     remaining = None
     if ends_at is not None:
         remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
-        yield shard, [sequence for sequence, _ in taken], taken[-1][1]
-        shard += 1
+        end = taken[-1][1]
+        yield shard, [sequence for sequence, _ in taken], end, names.count(start, end)
+        shard, start = shard + 1, end
 
 
 def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:

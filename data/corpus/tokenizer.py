@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +37,7 @@ _AUTO_FILES = (
     "sentencepiece.bpe.model",
 )
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
 
 
@@ -59,15 +60,17 @@ class Encoded(NamedTuple):
 class Tokenizer:
     """A fast Hugging Face tokenizer and what we need to know of it.
 
-    size: number of tokens, added ones included. digest: sha256 over the sorted (id, token) pairs,
-    the identity of the vocabulary. special_ids: every special token, the unknown token included.
-    prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS alone for Llama; nothing for
-    GPT-2). pad_id is 0 for a tokenizer that has no padding token.
+    size: one past the largest id, added tokens included: what a model's embedding needs. holes:
+    (first, past the last) of each gap in the ids below; they are no tokens. digest: sha256 over
+    the sorted (id, token) pairs, the identity of the vocabulary. special_ids: every special token,
+    the unknown token included. prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS
+    alone for Llama; nothing for GPT-2). pad_id is 0 for a tokenizer that has no padding token.
     """
 
     hf: "PreTrainedTokenizerFast"
     name: str
     size: int
+    holes: tuple[tuple[int, int], ...]
     digest: str
     mask_id: int | None
     pad_id: int
@@ -77,11 +80,15 @@ class Tokenizer:
     suffix: tuple[int, ...]
     _backend: "Backend" = field(repr=False)
 
+    def reading_special_tokens(self) -> "Tokenizer":
+        """The same, that reads a special token's name within a text as the token."""
+        return wrap_tokenizer(self.hf, self.name, special_names_are_text=False)
+
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Each text's tokens: no special tokens, no truncation, all cores.
 
-        A special token's name within a text ("[MASK]", "</s>") is text like any other, except to a
-        Unigram model that has it among its pieces.
+        A special token's name within a text ("[MASK]", "</s>") is text like any other (except to a
+        Unigram model that has it among its pieces), unless ``reading_special_tokens`` gave this.
         """
         return [_encoded(*pair) for pair in zip(texts, self._encodings(texts), strict=True)]
 
@@ -103,22 +110,27 @@ class Tokenizer:
                 waiting = (batch, running)
 
     def encode_pair(
-        self, a: str, b: str, max_length: int
+        self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Two texts as the tokenizer joins a pair: (input_ids [L], token_type_ids [L]), both int32.
 
-        Special tokens included, L ≤ max_length; the longer text is shortened first. Raises
-        ValueError when ``max_length`` leaves no room for a token of each.
+        Special tokens included, L ≤ max_length; the longer text is shortened first, as the
+        tokenizers library does it (``cut`` 1: as older caches have it). Raises ValueError when
+        ``max_length`` leaves no room for a token of each.
         """
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=True)
         if room < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
         first, second = self._encodings([a, b])
-        keep_first, keep_second = _longest_first(len(first), len(second), room)
+        keep_first, keep_second = _CUTS[cut](len(first), len(second), room)
         first.truncate(keep_first)
         second.truncate(keep_second)
         joined = self._backend.post_process(first, second, True)
         return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+
+    def tokens(self) -> frozenset[tuple[int, str]]:
+        """Every (id, token)."""
+        return frozenset((id, token) for token, id in self.hf.get_vocab().items())
 
     def whole_lengths(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
@@ -140,25 +152,30 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
-        return wrap_tokenizer, (self.hf, self.name)
+        return wrap_tokenizer, (self.hf, self.name, self._backend.encode_special_tokens)
 
 
-def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
+def wrap_tokenizer(
+    hf: "PreTrainedTokenizerFast", name: str, special_names_are_text: bool = True
+) -> Tokenizer:
     """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
     # Our own copy: padding, truncation and special tokens written in a text are settings of the
     # backend, and some tokenizer.json files come with them switched on.
     backend = deepcopy(hf.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = special_names_are_text
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)
     vocabulary = sorted((id, token) for token, id in hf.get_vocab().items())
+    if not vocabulary:
+        raise InputError(f"tokenizer {name!r} has no tokens; give one that was trained")
     return Tokenizer(
         hf=hf,
         name=name,
-        size=len(hf),
+        size=vocabulary[-1][0] + 1,
+        holes=_gaps([id for id, _ in vocabulary]),
         digest=hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest(),
         mask_id=hf.mask_token_id,
         pad_id=0 if hf.pad_token_id is None else hf.pad_token_id,
@@ -168,6 +185,11 @@ def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
         suffix=suffix,
         _backend=backend,
     )
+
+
+def _gaps(ids: list[int]) -> tuple[tuple[int, int], ...]:
+    """(first, past the last) of the numbers from 0 on that are missing in the ascending ``ids``."""
+    return tuple((a + 1, b) for a, b in pairwise([-1, *ids]) if b > a + 1)
 
 
 def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -229,9 +251,22 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each text stay: tokens leave the longer text until both fit."""
-    kept = min(second, max(room // 2, room - first))  # a half, and what the first one leaves
+    """How many tokens of each text stay, as the tokenizers library has it: the shorter text keeps
+    no more than half, and the longer one (of equals the second) what is left, an odd token too.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
+
+
+def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
+    """The rule of older views: an odd token is the first text's."""
+    kept = min(second, max(room // 2, room - first))
     return min(first, room - kept), kept
+
+
+_CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class TeacherInfo(Settings):
     task: Task
     kind: Kind
     view: str  # the recorded name of what it saw, see data/views/
-    vocabulary_size: int | None = Field(None, gt=0)  # real tokens, without the head's padding
+    vocabulary_size: int | None = Field(None, gt=0)  # of the corpus, not the head's padding
     k: int | None = Field(None, gt=0)
     temperatures: tuple[float, ...] = ()
     num_labels: int | None = Field(None, gt=0)

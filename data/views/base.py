@@ -69,6 +69,8 @@ class StoredView(View):
             "tokenizer": corpus.info["tokenizer"]["digest"],
             **decides,
         }
+        if "holes" in corpus.info["tokenizer"]:  # before they were known, they were drawn
+            self.identity["holes"] = corpus.info["tokenizer"]["holes"]
         parts = json.dumps(self.identity, sort_keys=True).encode()
         fingerprint = hashlib.sha256(parts).hexdigest()[:12]
         self.name = "-".join(filter(None, (self.kind, variant, fingerprint)))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.config import content_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
     Lists,
@@ -47,9 +48,15 @@ class MaskedView(StoredView):
             # over all.
             decides = {"replicas": replicas if config.policy == "cover" else None}
         super().__init__(corpus, seed, {"mask": config.identity(), **decides})
-        tokenizer = corpus.info["tokenizer"]
-        ids = np.setdiff1d(np.arange(tokenizer["size"]), tokenizer["special_ids"]).astype(np.int32)
-        self.masker = Masker(config, seed, replicas, tokenizer["mask_id"], ids)
+        facts = corpus.info["tokenizer"]
+        self.masker = Masker(config, seed, replicas, facts["mask_id"], content_ids(facts))
+
+    @property
+    def shown_ids(self) -> NDArray[np.int64]:
+        """The ids that may stand in place of a sequence's own."""
+        masker = self.masker
+        random = masker.content_ids if self.config.random_token else masker.content_ids[:0]
+        return np.append(random, masker.mask_id or 0).astype(np.int64)
 
     @property
     def share(self) -> float:

@@ -2,22 +2,25 @@
 and the student's encoding of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.corpus.tokenizer import NEWEST_CUT
 from rekindle.data.storage.columns import Lists, list_type, list_views
 from rekindle.data.storage.shards import rows_in_batches
+from rekindle.data.storage.store import Store
 from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import generator
 
 PairKind = Literal["adjacent", "same-document", "random"]
 Pair = tuple[str, str] | None
+CUT = "cut"  # of ``view.json``; older views lack it
 NO_PAIR = (np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
@@ -42,9 +45,23 @@ class PairView(StoredView):
     )
     beside = "token_types"
 
-    def __init__(self, corpus: Corpus, pairs: PairKind, seed: int):
-        self.pairs = pairs
-        super().__init__(corpus, seed, {"pairs": pairs}, pairs)
+    def __init__(self, corpus: Corpus, pairs: PairKind, seed: int, cut: int = NEWEST_CUT):
+        """``cut``: how pairs that are too long are shortened, see ``Tokenizer.encode_pair``."""
+        self.pairs, self.cut = pairs, cut
+        decides = {"pairs": pairs} | ({CUT: cut} if cut > 1 else {})
+        super().__init__(corpus, seed, decides, pairs)
+
+    @classmethod
+    def as_begun(cls, corpus: Corpus, pairs: PairKind, seed: int, store: Store) -> "PairView":
+        """Return the view as the cache in ``store`` has it: cut as before, where it was so."""
+        former = cls(corpus, pairs, seed, cut=1)
+        begun = store.names(f"views/{former.name}")
+        return former if begun else cls(corpus, pairs, seed)
+
+    @staticmethod
+    def cut_of(identity: Mapping[str, Any]) -> int:
+        """Return how pairs were shortened in a view that is described so (``view.json``)."""
+        return int(identity.get(CUT, 1))
 
     @staticmethod
     def pairs_of(name: str) -> str:
@@ -70,7 +87,7 @@ class PairView(StoredView):
         for first, last in rows_in_batches(len(digests)):
             part = pairs[first:last]
             encoded = [
-                self.corpus.tokenizer.encode_pair(*pair, max_length=length) if pair else NO_PAIR
+                self.corpus.tokenizer.encode_pair(*pair, length, self.cut) if pair else NO_PAIR
                 for pair in part
             ]
             columns: list[list] = [digests[first:last]]

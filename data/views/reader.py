@@ -1,14 +1,18 @@
 """Reads the rows of a stored view by corpus shard (and replica), checked against the corpus."""
 
+from collections.abc import Mapping
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from rekindle.data.corpus.config import are_tokens
 from rekindle.data.corpus.corpus import Corpus, unit_of
-from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
 from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.cuts import Flat, RowReader
+from rekindle.data.storage.seal import REPAIR, read_sealed
 from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
 from rekindle.data.views.base import about_unit
 from rekindle.data.views.registry import view_kind
@@ -29,6 +33,14 @@ class ViewReader(RowReader):
     def folder(self) -> str:
         """Where its shards are."""
         return self.shards.folder
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides its bytes, as ``view.json`` has it."""
+        path = f"{self.folder}/view.json"
+        where = f"{self.corpus.store.location}/{path}"
+        with unusable(f"{where} is missing", FileNotFoundError, advice=f". {REPAIR}"):
+            return read_sealed(self.corpus.store, path)
 
     @cached_property
     def replicas(self) -> int:
@@ -79,8 +91,8 @@ class ViewReader(RowReader):
         offsets, ids = list_views(batch["input_ids"], "input_ids")
         beside = list_views(batch[self.kind.beside], self.kind.beside)
         ids = ids[offsets[0] : offsets[-1]]
-        size = self.corpus.info["tokenizer"]["size"]
-        sound = np.array_equal(offsets, beside[0]) and bool(((ids >= 0) & (ids < size)).all())
+        known = are_tokens(ids, self.corpus.info["tokenizer"])
+        sound = known and np.array_equal(offsets, beside[0])
         lengths = self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch))
         if not sound or not self.kind.is_sound(batch, beside, lengths):
             raise CacheFormatError(

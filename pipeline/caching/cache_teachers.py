@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
@@ -91,6 +92,8 @@ def cache_teachers(
             corpus = build_corpus(
                 store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
             )
+        for line in remarks(corpus):
+            log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)

@@ -21,8 +21,9 @@ from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
-from rekindle.pipeline.caching.sampling import row_keys
+from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.model.causes import running
@@ -54,13 +55,18 @@ class Unit:
 
 
 def run_unit(
-    teacher: Teacher, unit: Unit, only: Rows | None = None, kept: TeacherReader | None = None
+    teacher: Teacher,
+    unit: Unit,
+    only: Rows | None = None,
+    kept: TeacherReader | None = None,
+    audited: bool = False,
 ) -> UnitResult:
     """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
 
-    ``kept`` reads the ids that tails at further temperatures are taken of.
+    ``kept`` reads the ids that tails at further temperatures are taken of. ``audited``: the means
+    of Monte-Carlo passes have their standard errors beside them, ``mc_errors``.
     """
-    run = UnitRun(teacher, unit, only)
+    run = UnitRun(teacher, unit, only, audited)
     with torch.inference_mode():
         if teacher.config.vocabulary:
             return run.vocabulary(kept)
@@ -70,7 +76,8 @@ def run_unit(
 class UnitRun:
     """A teacher and the rows of one unit."""
 
-    def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None):
+    def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None, audited: bool = False):
+        self.audited = audited
         self.teacher, self.unit, self.view, self.info = teacher, unit, teacher.view, teacher.info
         self.table = teacher.corpus.shard(unit.shard).table()
         self.batches = self.table.to_batches()
@@ -103,14 +110,16 @@ class UnitRun:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
-            seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
-            return teacher.tensor(row_keys(seed, names, unit.replica, places))
+            return teacher.tensor(sample_keys(info, names, unit.replica, places))
 
         def forward(rows: Rows, inputs: Inputs) -> Columns:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
             hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
-            return joined_columns([*score_hidden(hidden, model.head, truth, info, extra(rows))])
+            scored = score_hidden(
+                hidden, model.head, truth, info, extra(rows), teacher.token_columns
+            )
+            return joined_columns([*scored])
 
         return self._run(seen, forward, positions)
 
@@ -149,7 +158,7 @@ class UnitRun:
             logits = self._finite(self._logits(inputs))
             columns = {"logits": logits.cpu().numpy()}
             if self.info.monte_carlo_passes:
-                columns["mc_probs"] = self._monte_carlo(inputs, rows, logits)
+                columns |= self._monte_carlo(inputs, rows, logits)
             return columns
 
         return self._run(seen, forward)
@@ -166,16 +175,17 @@ class UnitRun:
         if not self.teacher.config.pair_expert:
             return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
         assert self.view is not None
+        cut = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
         encoded = [
-            tokenizer.encode_pair(a, b, max_length=longest) if a is not None else ([], [])
+            tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
             for a, b in zip(*texts, strict=True)
         ]
         ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
         return ids, types
 
-    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> NDArray:
+    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> Columns:
         """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
 
         ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
@@ -197,7 +207,12 @@ class UnitRun:
                 "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
                 "config.json, or monte_carlo.passes to 0"
             )
-        return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
+        probs = torch.softmax(passes, dim=-1)
+        found: Columns = {"mc_probs": probs.mean(dim=0).cpu().numpy()}
+        if self.audited:
+            errors = probs.std(dim=0, correction=min(1, count - 1)) / count**0.5
+            found["mc_errors"] = errors.cpu().numpy()
+        return found
 
     def _wrapped(self, texts: list[Encoded]) -> tuple[list[NDArray], int]:
         """Each text's ids between special tokens, and how many of a text there is room for."""

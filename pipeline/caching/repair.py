@@ -7,8 +7,9 @@ removed. What each shard says of itself restores its teacher's description.
 import logging
 from collections.abc import Collection
 
-from rekindle.data.corpus.additions import Addition, describe_addition, file_states, info_name
+from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
 from rekindle.data.corpus.corpus import unit_of
+from rekindle.data.corpus.source_states import look_at
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
 from rekindle.data.storage.seal import damage, seal
@@ -86,8 +87,7 @@ def _restore_additions(store: Store) -> None:
             )
         before = sum(commits[unit_of(n)].rows for n in range(first))
         config = said[first]["config"]
-        states = file_states(config["source"])
-        addition = Addition(number, config, states, first, before)
+        addition = begun_addition(config, look_at(config["source"]), number, first, before)
         describe_addition(store, addition, said[first]["tokenizer"])
 
 

@@ -1,6 +1,8 @@
 """From logits to what the cache keeps, on the teacher's device, in float32. No models, no files.
 
-N rows (positions), V real tokens of the vocabulary, K kept, T temperatures.
+N rows (positions), V ids of the corpus, K kept, T temperatures; W = V + F with the F tokens that
+the teacher alone has, of targets with a tail (else W = V). A logit of −inf is of an id that is no
+token.
 """
 
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from rekindle.data.targets.head import encode_hidden
 from rekindle.data.targets.kinds.registry import KINDS
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, uniforms
+from rekindle.pipeline.caching.vocabulary import TokenColumns
 from rekindle.train.model.split_model import OutputHead
 
 # At most this much [rows, V] float32 at once. On a CPU small enough for the allocator to reuse the
@@ -30,30 +33,38 @@ Extra = Tensor | None
 
 
 def score_hidden(
-    hidden: Tensor, head: OutputHead, gold: Tensor, info: TeacherInfo, extra: Extra = None
+    hidden: Tensor,
+    head: OutputHead,
+    gold: Tensor,
+    info: TeacherInfo,
+    extra: Extra = None,
+    tokens: TokenColumns | None = None,
 ) -> Iterator[Columns]:
     """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
 
-    ``gold`` [N] are the true ids.
+    ``gold`` [N] are the true ids. ``tokens``: which logits are of which ids; None: row i is of id
+    i, each a token.
 
-    The head is cut to the tokenizer's vocabulary before any normalisation: rows that pad it to a
+    The head is cut to the corpus's vocabulary before any normalisation: rows that pad it to a
     round size (30,522 → 30,528) are not tokens and get no probability.
     """
     assert info.vocabulary_size is not None
-    real, scorer = head.cut(info.vocabulary_size), SCORERS[info.kind](info)
+    if tokens is None:
+        tokens = TokenColumns(info.vocabulary_size, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    real, scorer = tokens.cut(head), SCORERS[info.kind](info)
     step = max(1, LOGITS_BYTES[hidden.device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
         more = None if extra is None else extra[start : start + step]
-        yield scorer.columns(states, real.logits(states), truth, more)
+        yield scorer.columns(states, tokens.arranged(real.logits(states)), truth, more)
 
 
 @dataclass(frozen=True)
 class Block:
     """A block of logits on the device, as the kinds of targets take it."""
 
-    relative: Tensor  # [N,V] logits less the row's largest
-    weights: Tensor  # [N,V] their exponentials, which may be overwritten
+    relative: Tensor  # [N,W] logits less the row's largest
+    weights: Tensor  # [N,W] their exponentials, which may be overwritten
     normaliser: Tensor  # [N,1] log Σ weights
     ids: Tensor  # [N,K] the likeliest ids
     above: Tensor  # [N,K] their logits less the row's largest
@@ -67,20 +78,21 @@ class Scorer:
         self.info, self.kind = info, KINDS[info.kind](info)
 
     def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
-        """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,V], ``gold`` [N]."""
+        """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold`` [N]."""
         return self.encoded(self.scores(logits, gold, extra))
 
     def scores(self, logits: Tensor, gold: Tensor, extra: Extra) -> dict[str, Tensor]:
-        """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,V].
+        """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,W].
 
         They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
         over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf.
         """
         with_tail = self.kind.has_tail
-        top, ids = torch.topk(logits, self.info.k if with_tail and self.info.k else 1, dim=1)
+        own = logits[:, : self.info.vocabulary_size]
+        top, ids = torch.topk(own, self.info.k if with_tail and self.info.k else 1, dim=1)
         gold_logit = logits.gather(1, gold[:, None])
         gold_rank = (logits > gold_logit).sum(dim=1)
-        highest = top[:, :1].clone()
+        highest = top[:, :1].clone() if own.shape == logits.shape else _largest(logits)
         relative = _relative(logits, highest, self.info)
         odds, weights = _tail_log_odds(relative, ids if with_tail else None, self.info.temperatures)
         total = weights.sum(dim=1)
@@ -152,7 +164,8 @@ class DenseScorer(Scorer):
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return every log-probability [N,V]."""
-        return {"log_probs": block.relative - block.normaliser}
+        whole = block.relative - block.normaliser
+        return {"log_probs": whole[:, : self.info.vocabulary_size]}
 
 
 class HiddenScorer(Scorer):
@@ -171,7 +184,7 @@ class TailsScorer(Scorer):
     def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
         """Return log(kept mass / mass outside) [N,T], as it is stored."""
         assert extra is not None
-        relative = _relative(logits, logits.max(dim=1, keepdim=True).values, self.info)
+        relative = _relative(logits, _largest(logits), self.info)
         odds, _ = _tail_log_odds(relative, extra, self.info.temperatures)
         return {"tail_log_odds": encode_odds(odds.cpu().numpy())}
 
@@ -184,6 +197,10 @@ SCORERS: dict[str, type[Scorer]] = {
     "hidden": HiddenScorer,
     "tails": TailsScorer,
 }
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.max(dim=1, keepdim=True).values
 
 
 def _relative(logits: Tensor, highest: Tensor, info: TeacherInfo) -> Tensor:

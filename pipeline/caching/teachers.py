@@ -5,6 +5,7 @@ that a finished cache is recognised in seconds.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,42 +16,39 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.errors import CacheMismatchError, InputError, naming
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
-from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS
+from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.views import Views
+from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     Placement,
+    adapted_fingerprints,
     config_fingerprint,
     load_config,
     load_model,
     longest_input,
     package_versions,
     place,
-    resolve_model,
     weights_fingerprint,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
 
-AUTO_CLASSES = {
-    "masked_lm": "AutoModelForMaskedLM",
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
@@ -73,6 +71,7 @@ def plan_teacher(
     Raises InputError when it cannot teach on this corpus.
     """
     directory = directory or resolve_model(config.model)
+    check_fits(load_config(directory), config.task, f"teacher {config.name!r} ({config.model})")
     settings: Any = load_config(directory, AUTO_CLASSES[config.task])
     weights = weights_fingerprint(directory)
     precision: str = config.precision
@@ -81,7 +80,7 @@ def plan_teacher(
     if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
-    tokenizer = _tokenizer_of(directory, settings, corpus, config)
+    tokenizer = tokenizer_of(directory, settings, corpus, config.name)
     info: dict[str, object] = {
         "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
@@ -89,6 +88,7 @@ def plan_teacher(
             "weights": weights,
             "config": config_fingerprint(directory),
             "tokenizer": tokenizer.digest,
+            **adapted_fingerprints(directory),
         },
         "versions": package_versions(),
         "model": config.model,
@@ -99,7 +99,8 @@ def plan_teacher(
         _check_language_model(config, settings, corpus)
         text = settings.get_text_config()
         width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
-        info |= configured(config, views, size, width and int(width))
+        tokens = _count_shared(corpus, tokenizer, settings, config, views)
+        info |= configured(config, views, size, width and int(width), tokens)
         if CODECS[config.targets.codec].compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
@@ -111,41 +112,29 @@ def plan_teacher(
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
-def _tokenizer_of(
-    directory: Path, settings: Any, corpus: Corpus, config: TeacherConfig
-) -> Tokenizer:
-    """The teacher's tokenizer; for vocabulary teachers it must be the corpus's."""
-    if not has_tokenizer_files(directory):
-        ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
-        if theirs != ours:
-            raise InputError(
-                f"teacher {config.name!r}: {directory} has no tokenizer files, and its vocabulary "
-                f"({theirs:,}) is not the corpus tokenizer's ({ours:,}). Save the teacher's "
-                "tokenizer into its directory"
-            )
-        log.info(
-            "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so "
-            "the corpus tokenizer is used for it",
-            config.name,
-        )
-        return corpus.tokenizer
-    tokenizer = load_tokenizer(str(directory))
-    if config.vocabulary and tokenizer.digest != corpus.info["tokenizer"]["digest"]:
-        raise InputError(
-            f"teacher {config.name!r} has another tokenizer than the corpus ({tokenizer.size:,} "
-            f"against {corpus.info['tokenizer']['size']:,} tokens, or other tokens under the same "
-            "ids): its distributions over the vocabulary would be misread. A masked_lm or "
-            "causal_lm teacher must share corpus.tokenizer; sequence experts may have their own"
-        )
-    return tokenizer
+def _count_shared(
+    corpus: Corpus, tokenizer: Tokenizer, settings: Any, config: TeacherConfig, views: Views
+) -> int:
+    """How many tokens a vocabulary teacher has in common with the corpus; InputError as
+    ``count_shared`` raises it.
+    """
+    masked = views.masked if config.sees_masks else None
+    beside = np.zeros(0, np.int64) if masked is None else masked.shown_ids
+    rows = int(settings.get_text_config().vocab_size)
+    return count_shared(corpus, tokenizer, config.name, beside, rows)
 
 
 def configured(
-    config: TeacherConfig, views: Views, vocabulary_size: int, width: int | None
+    config: TeacherConfig,
+    views: Views,
+    vocabulary_size: int,
+    width: int | None,
+    tokens: int | None = None,
 ) -> dict[str, object]:
     """Return what of ``teacher.json`` the configuration decides.
 
     ``width`` is that of the model's output: of its hidden states, or its number of labels.
+    ``tokens``: how many of the ids are tokens that the teacher has, too; None: all.
     """
     info: dict[str, object] = {
         "name": config.name,
@@ -157,29 +146,17 @@ def configured(
         info["kind"] = "token" if config.task == "token_classification" else "sequence"
         return info | {"num_labels": width, "monte_carlo_passes": config.monte_carlo.passes}
     kept, kind = config.targets, VOCABULARY_KINDS[config.targets.vocabulary_kind]
-    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width)
+    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width, tokens)
     return info
 
 
 def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) -> None:
-    size, predicted = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
-    if predicted < size:
-        raise InputError(
-            f"teacher {config.name!r} predicts {predicted:,} tokens, "
-            f"the tokenizer has {size:,}: it was not trained with it"
-        )
+    size = corpus.info["tokenizer"]["size"]
     length, limit = corpus.info["config"]["sequence_length"], longest_input(settings)
     if limit is not None and length > limit:
         raise InputError(
             f"teacher {config.name!r} takes at most {limit} tokens; corpus.sequence_length is "
             f"{length}"
-        )
-    saved_as = (settings.architectures or [""])[0]
-    if config.task == "causal_lm" and saved_as.endswith("Classification"):
-        # Its output matrix is the embedding's, so no weight would be missed.
-        raise InputError(
-            f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
-            "model was trained away; say `task: sequence_classification` or token_classification"
         )
     codec = CODECS[config.targets.codec]
     if size > codec.largest_vocabulary:
@@ -268,7 +245,9 @@ class Teacher:
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
-        self.tokenizer = _tokenizer_of(plan.directory, settings, corpus, plan.config)
+        self.tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+        targets = kind_of(plan.info)
+        self.stores_tails = targets.has_tail or targets.extends
         lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
         self.max_length = min(length for length in lengths if length is not None)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
@@ -280,27 +259,50 @@ class Teacher:
         kind = "cpu" if self.placement.device == "cpu" else "cuda"
         # Tokens per forward pass, padding included; halved when the device runs out of memory.
         self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
+        self._language_model: SplitLanguageModel | None = None
+        if plan.config.vocabulary:
+            with suppress(torch.OutOfMemoryError, MemoryError):  # told with the first batch
+                self._language_model = self._split()
+        # Sequences of one length alone go together then: a target must not depend on neighbours.
+        self.equal_lengths = moved_by_padding(model) > 0
+        if self.equal_lengths:
+            log.info(
+                "teacher %s: %s lets padding change what it says of the tokens themselves; "
+                "sequences of one length alone are shown to it together",
+                self.info.name,
+                type(model).__name__,
+            )
 
-    @cached_property
+    @property
     def language_model(self) -> SplitLanguageModel:
         """Body and head of a vocabulary teacher."""
-        try:
-            return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
-        except NotImplementedError as error:
-            raise InputError(f"teacher {self.info.name!r}: {error}") from None
+        if self._language_model is None:
+            self._language_model = self._split()
+        return self._language_model
+
+    def _split(self) -> SplitLanguageModel:
+        """Raise InputError for a model that cannot be split, or sees what it must not."""
+        with naming(f"teacher {self.info.name!r}"):
+            try:
+                return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+            except NotImplementedError as error:
+                raise InputError(str(error)) from None
+
+    @cached_property
+    def token_columns(self) -> TokenColumns:
+        """Which of a vocabulary teacher's logits are of which ids."""
+        rows = len(self.language_model.head.weight)
+        return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:
         """What hidden states are multiplied with; InputError if it does not fit them."""
-        assert self.info.vocabulary_size is not None
-        head = self.language_model.head.cut(self.info.vocabulary_size)
+        head = self.language_model.head
         if head.weight.shape[1] != self.info.hidden_size:
             raise InputError(
                 f"teacher {self.info.name!r}: its output matrix takes {head.weight.shape[1]} "
                 f"values, not the hidden size {self.info.hidden_size}; use targets.kind topk"
             )
-        weight = head.weight.detach().float().cpu().numpy()
-        bias = None if head.bias is None else head.bias.detach().float().cpu().numpy()
-        return StoredHead(weight, bias, head.logit_scale, head.softcap)
+        return self.token_columns.stored(head)
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""

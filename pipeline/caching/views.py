@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
+from rekindle.data.storage.store import open_store
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
 from rekindle.data.views.plain import Clean, Text
@@ -44,7 +45,8 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
         with progress.task("masks", unit="sequences"):
             masked.build()
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
-    pairs: dict[str, PairView] = {kind: PairView(corpus, kind, config.cache.seed) for kind in kinds}
+    store, seed = open_store(config.cache.path), config.cache.seed  # a plan's corpus lies elsewhere
+    pairs = {str(kind): PairView.as_begun(corpus, kind, seed, store) for kind in kinds}
     for view in pairs.values():
         with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.control import strip_control_codes
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
@@ -17,6 +17,7 @@ from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
@@ -69,6 +70,9 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "domains": corpus.domains,
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
+        "bad_records": corpus.bad_records,
+        "end_of_text": end_of_text(corpus),
+        "special_names": special_names(corpus),
     }
 
 
@@ -162,8 +166,9 @@ def _as_text(
         shown = f", {view.replicas} replicas" if view.kind.masked else ""
         lines.append(f"view {view.name}{shown}")
     if corpus.domains:
-        shares = ", ".join(f"{name} {count:,}" for name, count in corpus.domains.items())
+        shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
+    lines += [in_line(line) for line in remarks(corpus)]
     lines += text_lines(_summary(cache, readers), WIDTH)
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
@@ -181,7 +186,7 @@ def _as_text(
             if key in found and found[key].histogram:
                 title = f"{reader.info.name} {key.replace('_', ' ')}"
                 lines.append(_histogram_line(title, found[key], unit))
-    return _printable(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
@@ -242,16 +247,11 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     for name, found in targets.items():
         for target in found:
             lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
-    return _printable(lines)
-
-
-def _printable(lines: Sequence[str]) -> str:
-    """The lines without what rings or rewrites a terminal's line: texts may have any character."""
-    return strip_control_codes("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
-    labels = info.label_names
+    labels = [in_line(name) for name in info.label_names]
     if isinstance(target, TokenTargets):
         return text_lines(_token_table(info.name, target, tokenizer), WIDTH)
     if isinstance(target, TokenLabelTargets):

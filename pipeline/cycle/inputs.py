@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rekindle.data.corpus.shared_ids import described, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
@@ -165,15 +166,18 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
     corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
     """
-    from rekindle.train.model.files import load_config, resolve_model, weights_fingerprint
+    from rekindle.train.model.files import load_config, weights_fingerprint
+    from rekindle.train.model.folder import resolve_model, tokenizer_folder
 
     directory = resolve_model(config.student.model)
     load_config(directory)  # transformers reads it for the tokenizer, and would blame that
-    own, theirs = load_tokenizer(str(directory)), load_tokenizer(config.corpus.tokenizer)
-    if own.digest != theirs.digest:
+    own = load_tokenizer(str(tokenizer_folder(directory)))
+    theirs = load_tokenizer(config.corpus.tokenizer)
+    other = differing_ids(theirs, own)
+    if len(other):
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r} ({own.size:,} tokens against {theirs.size:,}, or other "
-            "tokens under the same ids): the student would read other words. Name the model's own"
+            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would read "
+            "other words: name the model's own"
         )
     return {"weights": weights_fingerprint(directory)}

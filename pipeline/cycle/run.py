@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.documents import source_files
+from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import CheckpointError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text

@@ -4,7 +4,6 @@ Writes nothing but into the folder it is given: the sample's corpus, and a small
 which views are built and teachers are tried.
 """
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.additions import (
-    Addition,
+    begun_addition,
     claim_addition,
     complete_addition,
     describe_addition,
@@ -23,20 +22,15 @@ from rekindle.data.corpus.additions import (
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus
 from rekindle.data.corpus.corpus import (
     FIELDS,
-    TOKENIZER,
     Corpus,
     about_shard,
     build_corpus,
     unit_of,
 )
-from rekindle.data.corpus.documents import (
-    COMPRESSIONS,
-    PYTHON_DOCS,
-    Document,
-    arrow_batches,
-    read_documents,
-    source_files,
-)
+from rekindle.data.corpus.documents import Document, LeftOut, read_documents
+from rekindle.data.corpus.records import arrow_batches
+from rekindle.data.corpus.sources import PYTHON_DOCS, source_files
+from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
@@ -44,6 +38,7 @@ from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.storage.store import Store, open_store
+from rekindle.data.text_files import compression_of, open_text
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.text import counted
 
@@ -60,6 +55,7 @@ class SourceSample:
 
     documents: list[Document]
     share: float | None  # 1: all there is; None: the size of the source is not known
+    left_out: str = ""  # bad records before their end, in words
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,7 @@ def survey_corpus(config: RunConfig, folder: Path) -> CorpusSurvey:
         reference = _sample_corpus(sample, config.corpus, folder)
         sequences, tokens, estimated = _extrapolated(reference, sample, config.corpus)
         basis = _basis(sample) if estimated else "counted in the source"
+        basis += sample.left_out
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything
     if present is not None:
@@ -142,9 +139,10 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     """
     documents: list[Document] = []
     read = total = 0.0
+    left_out = LeftOut() if config.on_bad_record == "skip" else None
     for place, size in _places(config.source):
         full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-        stream = read_documents([place], config.text_field, config.domain_field)
+        stream = read_documents([place], config.text_field, config.domain_field, left_out)
         taken = list(_until_full(stream, documents))
         if place == PYTHON_DOCS:  # it is no file, and small
             read += _text_bytes(taken)
@@ -156,14 +154,15 @@ def sample_source(config: CorpusConfig) -> SourceSample:
             total += size
             if not full:
                 read += size if next(stream, None) is None else _bytes_read(place, size, taken)
+    told = left_out.told() if left_out else ""
     if not documents:
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "
-            f"{config.text_field!r}); give a source with at least one non-blank document"
+            f"{config.text_field!r}); give a source with at least one non-blank document{told}"
         )
     if np.isnan(total):
-        return SourceSample(documents, None)
-    return SourceSample(documents, read / total if 0 < read < total else 1.0)
+        return SourceSample(documents, None, told)
+    return SourceSample(documents, read / total if 0 < read < total else 1.0, told)
 
 
 def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
@@ -200,18 +199,18 @@ def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
         return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
     if suffixes[-1] == ".arrow":
         return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
-    compression = COMPRESSIONS.get(suffixes[-1])
+    compression = compression_of(path)
     if ".txt" in suffixes:
         plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
     else:
-        plain = _bytes_of_lines(path, compression, len(taken))
+        plain = _bytes_of_lines(path, len(taken))
     return min(size, plain / (_density(path, compression) if compression else 1.0))
 
 
-def _bytes_of_lines(path: str, compression: str | None, lines: int) -> int:
+def _bytes_of_lines(path: str, lines: int) -> int:
     """Unpacked bytes of the first ``lines`` lines that are not blank."""
     size = 0
-    with io.BufferedReader(pa.input_stream(path, compression=compression)) as stream:
+    with open_text(path) as stream:
         while lines and (line := stream.readline()):
             size += len(line)
             lines -= bool(line.strip())
@@ -269,7 +268,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         [corpus.shard(s).batch(b).replace_schema_metadata(None) for s, b in sorted(batches)]
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
-    addition, tokenizer = Addition(0, corpus.info["config"], {}), corpus.info["tokenizer"]
+    addition, tokenizer = begun_addition(corpus.info["config"], []), corpus.info["tokenizer"]
     describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
@@ -283,7 +282,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_addition(store, addition, count)
+    complete_addition(store, addition, count, {})
     return Corpus(store)
 
 

@@ -6,6 +6,7 @@ No model is loaded but by the probe, and none is downloaded.
 from dataclasses import replace
 from pathlib import Path
 
+from rekindle.data.corpus.config import hole_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
@@ -25,7 +26,7 @@ from rekindle.pipeline.plan.work import (
     work_of,
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import HUB_ID, resolve_model
+from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
 
 Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
@@ -140,5 +141,6 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     if survey.present is not None and is_described(survey.present.store, teacher.name):
         known = read_teacher(survey.present.store, teacher.name)
         width = width or (known.hidden_size if teacher.vocabulary else known.num_labels)
-    size = survey.reference.info["tokenizer"]["size"]
-    return TeacherInfo.model_validate(configured(teacher, views, size, width))
+    facts = survey.reference.info["tokenizer"]
+    tokens = facts["size"] - len(hole_ids(facts))
+    return TeacherInfo.model_validate(configured(teacher, views, facts["size"], width, tokens))

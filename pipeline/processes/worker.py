@@ -5,6 +5,7 @@ process's threads. A fork of this process would inherit both, and could use neit
 """
 
 import atexit
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.console import log_to_stderr
 from rekindle.pipeline.exits import tidy_up
 
 # What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
@@ -150,6 +152,7 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
         with open(log_file, "ab", buffering=0) as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+    log_to_stderr(logging.WARNING)
     try:
         place.take()
         last: object = Returned(work(parent))

@@ -4,7 +4,6 @@ before the first one begins.
 
 import fnmatch
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +202,7 @@ def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
     """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
-    from rekindle.train.model.files import resolve_model
+    from rekindle.train.model.folder import resolve_model
 
     models: dict[str, Path] = {}
     for stage in stages:
@@ -227,10 +226,11 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
 def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:
     """As far as the expert's own configuration names its labels."""
     from rekindle.pipeline.stages.prompts import words_of
+    from rekindle.train.model.folder import read_settings
 
     if directory is None:
         return
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings = read_settings(directory)
     if names := settings.get("id2label"):
         words_of(list(names.values()), prompts.words, load_tokenizer(stage.config.corpus.tokenizer))
 

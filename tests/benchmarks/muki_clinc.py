@@ -46,7 +46,9 @@ from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.score import ExpertOutput, expert_output, student_logits, student_texts
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.files import package_versions, quiet_transformers, resolve_model
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import package_versions
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.objective.label_union import LabelUnion
 from rekindle.train.student import Student
 

@@ -25,7 +25,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from rekindle.train.model.files import quiet_transformers
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.student import Student
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import parse_settings
 from rekindle.train import growth_report as module
 from rekindle.train.config import GrowConfig, StudentConfig, TrainConfig
 from rekindle.train.growth.grow import grow
@@ -71,7 +72,8 @@ def logits_and_labels(world, model, masked, index):
 def test_the_report_is_what_the_models_say(masked_world, causal_world, tmp_path, kind):
     """Logits and losses once more, sequence by sequence."""
     world = masked_world if kind == "masked" else causal_world
-    config = GrowConfig(layers=3, hidden_size=24, measure_sequences=5)  # far from exact
+    size = {"layers": 3, "hidden_size": 24}  # far from exact
+    config = GrowConfig(**size, noise_std=0.01, measure_sequences=5)
     result = train(world, tmp_path / "run", config, steps=1)
     report = json.loads((tmp_path / "run/growth.json").read_text())
     factory = AutoModelForMaskedLM if kind == "masked" else AutoModelForCausalLM
@@ -115,8 +117,28 @@ def test_exact_growth_is_measured_as_such(masked_world, causal_world, tmp_path, 
     assert Student.from_pretrained(tmp_path / "run").model.config.hidden_size == 32
 
 
+@pytest.mark.parametrize(
+    ("grown", "told"),
+    [
+        ({"intermediate_size": 70}, True),
+        ({"intermediate_size": 70, "noise_std": 0.01}, False),
+        ({"layers": 3}, False),  # nothing is divided
+    ],
+)
+def test_copies_that_would_stay_equal_are_told_of(causal_world, tmp_path, caplog, grown, told):
+    train(causal_world, tmp_path / "run", GrowConfig.model_validate(grown), steps=1)
+    assert ("Set student.grow.noise_std (0.01" in caplog.text) == told
+    assert saved_growth(tmp_path / "run")["growth"]["noise_std"] == grown.get("noise_std", 0)
+
+
+def test_the_former_noise_is_refused_but_for_none():
+    assert GrowConfig.model_validate({"layers": 3, "noise": 0.0}) == GrowConfig(layers=3)
+    with pytest.raises(InputError, match=r"noise: 0.1 was a multiple of .* Set noise_std, and"):
+        parse_settings(GrowConfig, {"layers": 3, "noise": 0.1})
+
+
 def test_a_resumed_run_grows_nothing_twice(masked_world, tmp_path, monkeypatch):
-    config = GrowConfig(layers=3, hidden_size=24, noise=0.01)
+    config = GrowConfig(layers=3, hidden_size=24, noise_std=0.01)
     train(masked_world, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
         train(masked_world, tmp_path / "cut", config, stop_at=3)
@@ -155,7 +177,7 @@ def test_two_processes_grow_and_train_the_student_of_one(
     """In shards, with prompts and without dropout, whose noise is drawn per process."""
     still = STILL | {"hidden_size": 16}
     model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **still)
-    grown = {"layers": 3, "hidden_size": 32, "noise": 0.1, "preserve": "exact"}
+    grown = {"layers": 3, "hidden_size": 32, "noise_std": 0.1, "preserve": "exact"}
     student = {"model": str(model), "grow": grown, "domain_prompts": True}
     values = QUICK | {"batch_sequences": 4, "parallel": "fsdp"}
     jobs = [{"student": student, "train": values, "out": str(tmp_path / "two")}]

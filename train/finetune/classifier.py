@@ -21,13 +21,8 @@ from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.causes import quiet_transformers, running
-from rekindle.train.model.files import (
-    load_config,
-    load_weights,
-    longest_input,
-    place,
-    resolve_model,
-)
+from rekindle.train.model.files import load_config, load_weights, longest_input, place
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.meta import refuse_shapes
 
@@ -129,7 +124,7 @@ def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     """Load the model's fast tokenizer, which pads and cuts on the right."""
     directory = resolve_model(model)
     load_config(directory)  # transformers reads it for the tokenizer, and would blame that
-    tokenizer = load_tokenizer(str(directory)).hf
+    tokenizer = load_tokenizer(str(tokenizer_folder(directory))).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
     tokenizer.padding_side = tokenizer.truncation_side = "right"

@@ -30,7 +30,8 @@ from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import longest_input, place, resolve_model
+from rekindle.train.model.files import longest_input, place
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.running_out import running_out

@@ -32,8 +32,9 @@ their originals. What is kept of the old model's logits, up to rounding:
   output is LN(LN(y)), and the LayerNorm of γ∘x̂ + β is not the identity: it forgets the mean and
   variance of y. But that of x̂ is (up to eps: a relative error of about eps/2). So the original's
   last LayerNorm loses its affine part, those between are plain, and the last copy's ends with it.
-- ``noise`` moves the columns of copies apart without changing their sum: equal units would get
-  equal gradients for ever (but for dropout). It changes no logit.
+- ``noise_std``, ELLE's, is added to the divided columns of every copy but the first: equal units
+  get equal gradients, and stay equal for ever where no dropout tells them apart. It changes the
+  logits a little; with ``exact`` the first copy takes the opposite, and it changes none.
 """
 
 import copy
@@ -247,7 +248,8 @@ class Growth:
 
     def columns(self, axis: Axis, tensor: Tensor, dim: int) -> Tensor:
         """What reads the units of ``axis``, with the noise of the configuration."""
-        return axis.columns(tensor, dim, self.settings.noise, self._draw)
+        keep_sum = self.settings.preserve == "exact"
+        return axis.columns(tensor, dim, self.settings.noise_std, self._draw, keep_sum)
 
     def _axis(self, units: str, own: LayerAxes | None) -> Axis:
         axis: Axis = self.hidden if units == "hidden" else getattr(own, units)

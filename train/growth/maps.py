@@ -71,26 +71,27 @@ class Axis:
         return grown
 
     def columns(
-        self, tensor: Tensor, dim: int, noise: float = 0.0, draw: Generator | None = None
+        self,
+        tensor: Tensor,
+        dim: int,
+        noise: float = 0.0,
+        draw: Generator | None = None,
+        keep_sum: bool = False,
     ) -> Tensor:
         """What reads the units, grown along ``dim``.
 
-        ``noise``: the columns of the copies of one unit are moved apart by so many standard
-        deviations of ``tensor``, their sum unchanged: the sum is all that is seen of equal units.
+        ``noise``: standard deviation of what is added to the columns of every copy but the first.
+        With ``keep_sum`` the first takes the opposite: the sum is all that is seen of equal units.
         """
         grown = tensor.index_select(dim, self.source) * _along(self.read, tensor, dim)
         if noise and not self.means:
-            drawn = torch.randn(grown.shape, generator=draw, dtype=grown.dtype)
-            grown += noise * tensor.std(correction=0) * self._centred(drawn, dim)
+            drawn = noise * torch.randn(grown.shape, generator=draw, dtype=grown.dtype)
+            drawn.narrow(dim, 0, self.old).zero_()  # the first d are the originals
+            grown += drawn
+            if keep_sum:
+                first = grown.narrow(dim, 0, self.old)
+                first -= torch.zeros_like(first).index_add_(dim, self.source, drawn)
         return grown
-
-    def _centred(self, drawn: Tensor, dim: int) -> Tensor:
-        """Less its mean over the copies of each unit; exactly 0 where there is one copy."""
-        shape = list(drawn.shape)
-        shape[dim] = self.old
-        sums = drawn.new_zeros(shape).index_add_(dim, self.source, drawn)
-        counts = torch.bincount(self.source)[self.source].to(drawn.dtype)
-        return drawn - sums.index_select(dim, self.source) / _along(counts, drawn, dim)
 
     def norm(self, tensor: Tensor, *, bias: bool, read: bool) -> Tensor:
         """The weight or bias of a norm. ``read``: its output goes into columns that are not divided

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.data.corpus.config import content_ids
 from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
@@ -76,6 +77,7 @@ class ReplacedTokens(Method):
         facts = run.cache.corpus.info["tokenizer"]
         self.special = np.zeros(facts["size"], bool)
         self.special[sorted(facts["special_ids"])] = True
+        self.content = content_ids(facts).astype(np.int64)
 
     @property
     def teachers(self) -> tuple[str, ...]:  # noqa: D102
@@ -165,10 +167,9 @@ class ReplacedTokens(Method):
     def _sample(self, batch: Batch, target: TokenTargetBatch, device: torch.device) -> Tensor:
         """A token [P] for each position with a target."""
         uniforms = _uniforms(batch, target, self.run.seed)
-        content = np.flatnonzero(~self.special)
         if not target.kind.whole:
             kept = sparse_targets(target, self.settings.temperature, None, device)
-            return sample(kept, send(uniforms, device), send(content, device))
+            return sample(kept, send(uniforms, device), send(self.content, device))
         # Of whole distributions [P,V] a bounded block at a time.
         found = [torch.zeros(0, dtype=torch.int64, device=device)]
         each = 4 * torch.float64.itemsize

@@ -2,10 +2,10 @@
 code.
 """
 
+import copy
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,17 +15,26 @@ from torch import nn
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
+from rekindle.train.model.adapter import (
+    adapter_fingerprints,
+    complete_config,
+    merge_adapter,
+    need_peft,
+)
 from rekindle.train.model.causes import (
     check_implementations,
     check_quantisation,
     quantised_by,
     refusing,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
     SETTINGS_FILE,
-    check_folder,
+    base_of,
     check_headers,
+    is_adapter,
     read_settings,
+    settings_folder,
     stored_tensors,
 )
 from rekindle.train.model.labels import complete_labels
@@ -39,10 +48,8 @@ log = logging.getLogger("rekindle")
 
 # What pip calls this package. The name `rekindle` is somebody else's there.
 DISTRIBUTION = "rekindle-kd"
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 # Families of RoBERTa's kind, which number positions from pad_token_id + 1.
 COUNT_PAST_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
@@ -50,32 +57,12 @@ COUNT_PAST_PADDING = (
 )
 
 
-def resolve_model(path_or_id: str) -> Path:
-    """The local directory of a model; a hub id is downloaded (or found in the hub's cache).
-
-    Raises InputError when it is neither.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        check_folder(path)
-        return path
-    if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
-        raise InputError(f"model {path_or_id!r}: no such directory (and not a hub id)")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
-            f"({reason})"
-        ) from None
-
-
 def weights_fingerprint(directory: Path) -> str:
-    """sha256 over the names and contents of the directory's safetensors files."""
+    """sha256 over the names and contents of the directory's safetensors files; of an adapter, over
+    those of its base and its own.
+    """
+    if prints := adapted_fingerprints(directory):
+        return hashlib.sha256(f"{prints['base']}\0{prints['adapter']}".encode()).hexdigest()
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise InputError(
@@ -90,10 +77,20 @@ def weights_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def adapted_fingerprints(directory: Path) -> dict[str, str]:
+    """What an adapter is beside its weights as a whole: the digest of its base, its own, and the
+    version of peft that merges them. Empty for a whole model.
+    """
+    base = base_of(directory)
+    if base is None:
+        return {}
+    need_peft(directory)
+    return {"base": weights_fingerprint(base)} | adapter_fingerprints(directory)
+
+
 def config_fingerprint(directory: Path) -> str:
     """sha256 over the model's configuration, less what every save writes anew."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kept = {k: v for k, v in config.items() if k not in VOLATILE_KEYS}
+    kept = {k: v for k, v in read_settings(directory).items() if k not in VOLATILE_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -116,19 +113,22 @@ def load_config(
     """
     import transformers
 
-    check_folder(directory)
-    settings = read_settings(directory)
-    with refusing(f"{directory / SETTINGS_FILE} cannot be used"):
+    settings, file = read_settings(directory), settings_folder(directory) / SETTINGS_FILE
+    with refusing(f"{file} cannot be used"):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            str(directory), trust_remote_code=False
+            str(file.parent), trust_remote_code=False
         )
     if attention is not None:
         config._attn_implementation = attention
-    asks = directory / SETTINGS_FILE if attention is None else "student.attention"
+    asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
     plain = quantised_by(settings) is None and not _names_labels(config, settings)
     if auto_class is not None and auto_class.endswith("Classification") and plain:
-        complete_labels(config, auto_class, stored_tensors(directory), directory)
+        complete_labels(config, auto_class, stored_tensors(file.parent), file.parent)
+    if is_adapter(directory):
+        need_peft(directory)
+        if auto_class is not None:
+            complete_config(config, directory, auto_class)
     return config
 
 
@@ -154,9 +154,11 @@ def load_weights(
     """
     import transformers
 
+    config = config or load_config(directory, auto_class)
+    if (base := base_of(directory)) is not None:
+        return _load_adapted(directory, base, auto_class, dtype, what, config)
     check_headers(directory)
     check_quantisation(directory, read_settings(directory), stored_tensors(directory), trained)
-    config = config or load_config(directory, auto_class)
     with refusing(what, advice):
         model, info = getattr(transformers, auto_class).from_pretrained(
             str(directory),
@@ -170,6 +172,46 @@ def load_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
     return Loaded(model, *split_names(model, unset), shapes)
+
+
+def _load_adapted(
+    directory: Path,
+    base: Path,
+    auto_class: str,
+    dtype: torch.dtype,
+    what: str,
+    config: "PretrainedConfig",
+) -> Loaded:
+    """Load an adapter's base in float32, merge the adapter into it, and round the sum to ``dtype``.
+
+    Where ``config`` has other outputs than the adapter, the head is that of ``config``, and random.
+    """
+    import transformers
+
+    own = load_config(directory, auto_class)
+    start = copy.deepcopy(own)
+    start.get_text_config().vocab_size = load_config(base).get_text_config().vocab_size
+    whole = f"{what}: its base"
+    found = load_weights(base, auto_class, torch.float32, whole, config=start)
+    size = own.get_text_config().vocab_size
+    merged, brought = merge_adapter(found.model, directory, size, what)
+    body, head = (sorted({*names} - brought) for names in (found.body, found.head))
+    shapes = {name: both for name, both in found.shapes.items() if name not in brought}
+    if config.num_labels != own.num_labels:
+        with refusing(what):
+            model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+        held, wanted = merged.state_dict(), model.state_dict()
+        shapes = {
+            name: (tuple(held[name].shape), tuple(values.shape))
+            for name, values in wanted.items()
+            if held[name].shape != values.shape
+        }
+        model.load_state_dict({k: v for k, v in held.items() if k not in shapes}, strict=False)
+        merged, head = model, sorted(shapes)
+    else:
+        for key in ("id2label", "label2id", "problem_type", "pad_token_id"):  # what callers set
+            setattr(merged.config, key, getattr(config, key))
+    return Loaded(merged.to(dtype), body, head, shapes)
 
 
 def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:

@@ -4,14 +4,16 @@ Only headers are read, and torch is not imported: a wrong folder is found before
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.corpus.tokenizer import has_tokenizer_files
 from rekindle.data.errors import InputError
 
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +29,30 @@ class StoredTensor:
 
     dtype: str  # as safetensors calls it: F32, BF16, U8, …
     shape: tuple[int, ...]
+
+
+def resolve_model(path_or_id: str) -> Path:
+    """The local directory of a model; a hub id is downloaded (or found in the hub's cache).
+
+    Raises InputError when it is neither.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return path
+    if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
+        raise InputError(f"model {path_or_id!r}: no such directory (and not a hub id)")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
+            f"({reason})"
+        ) from None
 
 
 def check_folder(directory: Path) -> None:
@@ -79,8 +105,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Read config.json, which must say what kind of model it is."""
-    path = directory / SETTINGS_FILE
+    """Read config.json, of an adapter its base's, which must say what kind of model it is."""
+    path = settings_folder(directory) / SETTINGS_FILE
     settings = read_object(path)
     if not isinstance(settings.get("model_type"), str):
         raise InputError(
@@ -186,33 +212,43 @@ def _refuse_pointer(path: Path, content: bytes) -> None:
 # --- adapters -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A folder with adapter_config.json and the weights of an adapter alone."""
+def base_of(directory: Path) -> Path | None:
+    """The folder of an adapter's base; None for a whole model.
 
-    directory: Path
+    A base that is named by a path is looked for from here, then from the adapter's folder and each
+    that holds it: whoever trained it named the path from a folder of their own. Raises InputError
+    where there is none.
+    """
+    if not is_adapter(directory):
+        return None
+    file = directory / ADAPTER_FILE
+    name = read_object(file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{file} names no base (base_model_name_or_path)")
+    path, own = Path(name).expanduser(), directory.resolve()
+    places = [path, *(folder / path for folder in (own, *own.parents))]
+    found = next((place for place in places if place.is_dir()), path)
+    try:
+        base = resolve_model(str(found))
+    except InputError as error:
+        raise InputError(
+            f"{directory} is an adapter, and its base cannot be had: {error}. Put the base's path "
+            f"into base_model_name_or_path in {file}"
+        ) from None
+    if is_adapter(base):
+        raise InputError(
+            f"{directory} is an adapter of {base}, which is one itself: merge that into its own "
+            "base first (merge_and_unload), and name the result as the base"
+        )
+    return base
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What adapter_config.json says."""
-        return read_object(self.directory / ADAPTER_FILE)
 
-    @property
-    def base(self) -> str:
-        """The base as the adapter names it."""
-        name = self.settings.get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
-            raise InputError(
-                f"{self.directory / ADAPTER_FILE} names no base model (base_model_name_or_path)"
-            )
-        return name
+def settings_folder(directory: Path) -> Path:
+    """Where a model's config.json is: of an adapter, in its base."""
+    return base_of(directory) or directory
 
-    def base_places(self) -> Iterator[Path]:
-        """Where a base may lie that is named by a path: from here, then from the adapter's folder
-        and each that holds it. Whoever trained it named the path from a folder of their own.
-        """
-        path = Path(self.base).expanduser()
-        yield path
-        if not path.is_absolute():
-            own = self.directory.resolve()
-            yield from (folder / path for folder in (own, *own.parents))
+
+def tokenizer_folder(directory: Path) -> Path:
+    """Where a model's tokenizer is: of an adapter that has none, in its base."""
+    base = base_of(directory)
+    return directory if base is None or has_tokenizer_files(directory) else base

@@ -11,32 +11,51 @@ number of processes adds gradients in another order.)
 out to the domains in proportion to their weights, evenly: a cycle of CYCLE slots has a whole number
 of each domain's, spread over it, and an interval begins somewhere in the cycle, so that small
 weights get their turn over many short intervals. The weights are equal, or with ``loss_change``
-those of interval i are
+those of interval i are the authors' (``weights_by_loss``):
 
-    w_d ∝ | L_d(i−1) − L_d(i−2) |,   L_d(k): held-out loss of domain d after k intervals, k ≥ 1.
+    w_d = (L_d(i−2) − L_d(i−1)) / n_d,   L_d(k): held-out loss of domain d after k intervals, k ≥ 1,
 
-The interval between, i−1, is left out so that batches of i can be read ahead before i begins. In
-the first three intervals, where not both losses are known, and where no loss has changed or one is
-not finite, the weights are equal. The losses are a part of the checkpoint. (The paper says "recent
-loss change"; that it counts in both directions is our reading.)
+n_d the masked tokens (of a causal LM: the tokens that are predicted) of d that were replayed
+between the two, at least 1. Where that is not above 0 the domain is being forgotten, or stands
+still: in the first half of a run it has the largest weight of all, in the second half none. The
+interval between, i−1, is left out so that batches of i can be read ahead before i begins. In the
+first three intervals, where not both losses are known, and where a loss is not finite, the weights
+are equal. Losses and counts are a part of the checkpoint. (The authors have the same rule in the
+recovery after growth, with the largest weight throughout; here that is a run of its own on the
+domains that are known, without replay.)
 
 *Which sequence.* Each domain is an endless stream of its own: every sequence once per epoch of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TypedDict
 
 import numpy as np
 import xxhash
 
-from rekindle.data.batch import Ints
+from rekindle.data.batch import Batch, Ints
+from rekindle.data.errors import CheckpointError
 from rekindle.data.permutation import stream_part
 from rekindle.train.order.held_out import Ranges
 
 CYCLE = 1000  # slots after which the domains' turns come again
+RULE = 2  # of the weights: 1 was the size of a loss's change, whichever way and of how many tokens
+FLOOR = 1e-9  # of a weight
+
+Total = Callable[[Sequence[float]], Sequence[float]]  # sums a list over all processes
+
+
+class ReplayState(TypedDict):
+    """What a checkpoint holds: by interval and domain, and the tokens since the last of them."""
+
+    rule: int
+    losses: list[list[float | None]]  # null: no number
+    tokens: list[list[int]]
+    since: list[int]
 
 
 class Replay:
@@ -45,7 +64,8 @@ class Replay:
     ``memories``: what there is of each domain; nothing is replayed where there is none. ``batch``
     sequences are read per step, ``fraction`` of them replayed. ``every`` steps there is an
     evaluation whose losses ``learn`` is told, for weights by loss change; None for equal weights.
-    ``learn`` is called by one thread, all else by any.
+    ``steps``: of the whole run; None where it has no second half. ``count`` and ``learn`` are
+    called by one thread, all else by any.
     """
 
     def __init__(
@@ -55,11 +75,15 @@ class Replay:
         batch: int,
         seed: int,
         every: int | None = None,
+        steps: int | None = None,
     ):
         self.names, self.memories = list(memories), list(memories.values())
         self.fraction, self.batch, self.every = Fraction(str(fraction)), batch, every
-        self._seed = seed
+        self._seed, self._steps = seed, steps
         self._losses: list[list[float]] = []  # [k−1][d] after k intervals
+        self._tokens: list[list[int]] = []  # [k−1][d] replayed in interval k, counted from 1
+        # Since then: of all processes before this one began, and of this one.
+        self._before, self._own = [0] * len(self.names), [0] * len(self.names)
         self._starts: list[Ints] = [np.zeros(len(self.names), np.int64)]  # [i][D] see `_start`
         self._extend()
 
@@ -97,32 +121,69 @@ class Replay:
         if self.every is None or interval < 3:
             return equal
         later, before = self._losses[interval - 2], self._losses[interval - 3]
-        changes = [abs(b - a) for a, b in zip(before, later, strict=True)]
-        total = sum(changes)
-        if not math.isfinite(total) or total == 0:
+        if not all(map(math.isfinite, [*later, *before])):
             return equal
-        return tuple(change / total for change in changes)
+        second_half = self._steps is not None and 2 * interval * self.every >= self._steps
+        return weights_by_loss(before, later, self._tokens[interval - 2], second_half)
 
-    def learn(self, done: int, values: Mapping[str, float]) -> None:
-        """Take note of the evaluation after ``done`` steps, with ``loss/DOMAIN`` of each domain."""
+    def count(self, batch: Batch) -> None:
+        """Add this process's share of a step to what each domain was replayed with."""
+        if self.every is None or not self.names:
+            return
+        rows = np.maximum(batch.lengths - 1, 0)
+        if batch.masked is not None:
+            rows = np.bincount(batch.masked.rows, minlength=len(batch.index))
+        for domain, tokens in zip(batch.domains, rows.tolist(), strict=True):
+            if domain in self.names:
+                self._own[self.names.index(domain)] += tokens
+
+    def learn(self, done: int, values: Mapping[str, float], total: Total = list) -> None:
+        """Take note of the evaluation after ``done`` steps, with ``loss/DOMAIN`` of each domain.
+
+        Every process does so; ``total`` sums a list over them.
+        """
         if self.every is None or done != (len(self._losses) + 1) * self.every:
             return  # the one at the end of a run may fall within an interval
+        # The losses last: `knows` is asked by other threads, and goes by what `_extend` makes.
+        self._tokens.append(self._since(total))
+        self._before, self._own = ([0] * len(self.names) for _ in range(2))
         self._losses.append([values.get(f"loss/{name}", math.nan) for name in self.names])
         self._extend()
 
-    @property
-    def state(self) -> list[list[float | None]] | None:
-        """What a checkpoint must hold: the losses that were learned, null for what is no number;
-        None where nothing is replayed.
-        """
+    def state(self, total: Total = list) -> ReplayState | None:
+        """Return what a checkpoint must hold; None where nothing is replayed. As ``learn``."""
+        if not self.names:
+            return None
         found = [[one if math.isfinite(one) else None for one in losses] for losses in self._losses]
-        return found if self.names else None
+        since = self._since(total)
+        return {"rule": RULE, "losses": found, "tokens": self._tokens, "since": since}
 
-    def restore(self, state: Sequence[Sequence[float | None]] | None) -> None:
-        """Go on from what ``state`` was; None for the beginning."""
-        self._losses = [[math.nan if loss is None else loss for loss in one] for one in state or ()]
+    def restore(self, state: ReplayState | Sequence[object] | None) -> None:
+        """Go on from what ``state`` was; None for the beginning.
+
+        Raises CheckpointError where it is of another rule, and the weights follow the losses.
+        """
+        known = isinstance(state, Mapping) and state.get("rule") == RULE
+        if state is not None and not known and self.every is not None:
+            raise CheckpointError(
+                "train.replay.choose: loss_change: the run was begun by another version, which "
+                "replayed in proportion to the size of each loss's change; now a domain that is "
+                "forgotten has the largest weight (RECIPES.md, elle). Going on would mix the two: "
+                "start it anew in another --out, or go on with that version. Finished stages stay "
+                "as they are"
+            )
+        if isinstance(state, Mapping) and known:
+            losses = state["losses"]
+            self._losses = [[math.nan if x is None else x for x in one] for one in losses]
+            self._tokens = [list(one) for one in state["tokens"]]
+            self._before, self._own = list(state["since"]), [0] * len(self.names)
         del self._starts[1:]
         self._extend()
+
+    def _since(self, total: Total) -> list[int]:
+        """Tokens of each domain since the last interval's end, of all processes."""
+        own = total(self._own)
+        return [before + round(here) for before, here in zip(self._before, own, strict=True)]
 
     def _interval(self, step: int) -> int:
         return 0 if self.every is None else step // self.every
@@ -147,6 +208,20 @@ class Replay:
     def _seed_of(self, *names: str) -> int:
         parts = ["replay", str(self._seed), *names]
         return int(xxhash.xxh3_64_intdigest("\0".join(parts).encode("utf-8", "surrogatepass")))
+
+
+def weights_by_loss(
+    before: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
+) -> tuple[float, ...]:
+    """Return each domain's share of the replay: ELLE's rule, as its authors' code has it.
+
+    The decrease of its loss per replayed token; where it does not decrease, the largest of all, or
+    in the second half 0; at least FLOOR; normalised.
+    """
+    falls = [(a - b) / max(n, 1) for a, b, n in zip(before, later, tokens, strict=True)]
+    largest = 0.0 if second_half else max(falls)
+    weights = [max(fall if fall > 0 else largest, FLOOR) for fall in falls]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
             )
     every = config.evaluate_every if config.replay.follows_loss else None
     size, seed = config.batch_sequences, config.seed
-    return Replay(memories, config.replay.fraction, size, seed, every)
+    return Replay(memories, config.replay.fraction, size, seed, every, config.steps)
 
 
 def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> dict[str, Ints]:

@@ -15,7 +15,8 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.method import find_method
-from rekindle.train.model.files import config_fingerprint, resolve_model, weights_fingerprint
+from rekindle.train.model.files import config_fingerprint, weights_fingerprint
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
 from rekindle.train.student import ABOUT_FILE
 

@@ -10,7 +10,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.seal import unseal
 from rekindle.data.targets.lineage import Ancestor, Lineage, joined_lineage, with_weights
-from rekindle.train.model.files import resolve_model, weights_fingerprint
+from rekindle.train.model.files import weights_fingerprint
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.checkpoint import TRAINER_FILE
 from rekindle.train.student import ABOUT_FILE
 

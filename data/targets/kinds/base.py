@@ -213,15 +213,20 @@ class VocabularyKind(TargetKind):
         codec: str,
         vocabulary_size: int,
         hidden_size: int | None,
+        tokens: int | None = None,
     ) -> dict[str, object]:
-        """Return the fields of ``teacher.json`` that say what is kept of a distribution."""
+        """Return the fields of ``teacher.json`` that say what is kept of a distribution.
+
+        ``tokens``: how many of the ``vocabulary_size`` ids can have a probability; None: all.
+        """
+        tokens = vocabulary_size if tokens is None else tokens
         found: dict[str, object] = {"kind": cls.name, "vocabulary_size": vocabulary_size}
         if "hidden_size" in cls.needs:
             found["hidden_size"] = hidden_size
         if "k" in cls.needs:
-            k = min(k, cls.largest_k or vocabulary_size)
+            k = min(k, cls.largest_k or tokens)
             bias = "unbiased" if cls.sampled else "biased"
-            if k == vocabulary_size and cls.largest_k is None:  # draws may miss an id at any k
+            if k == tokens and cls.largest_k is None:  # draws may miss an id at any k
                 bias = "exact"
             found |= {"k": k, "temperatures": temperatures, "codec": codec}
             found["estimator"] = {"kind": cls.name, "bias": bias}
@@ -229,7 +234,7 @@ class VocabularyKind(TargetKind):
 
     @property
     def size(self) -> int:
-        """V, the number of real tokens."""
+        """V, one past the largest id of a token."""
         assert self.info.vocabulary_size is not None
         return self.info.vocabulary_size
 

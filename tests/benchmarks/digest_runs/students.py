@@ -119,7 +119,7 @@ def students() -> dict[str, Values]:
 
 def elle(base: Values) -> Values:
     """Two domains, one after the other; the student grows between them."""
-    grown = {"layers": 3, "hidden_size": 48, "heads": 3, "noise": 0.01}
+    grown = {"layers": 3, "hidden_size": 48, "heads": 3, "noise_std": 0.01}
     replay = {"domains": ["north"], "fraction": 0.3}
     first = {"student.model": "{north}", "student.grow": grown, "train.domains": ["north"]}
     second = {"student.model": "{grown}", "train.domains": ["south"], "train.replay": replay}

@@ -378,20 +378,6 @@ def test_a_changed_source_is_refused(tmp_path, store, config, corpus_file, compl
     build_corpus(store, chosen, PER_SHARD)
 
 
-def test_files_that_come_between_or_go_are_noticed(tmp_path, store, config):
-    for name in "ac":
-        (tmp_path / f"{name}.txt").write_text(f"The text of {name}.")
-    chosen = config(source=str(tmp_path / "*.txt"), domain_field=None)
-    build_corpus(store, chosen, PER_SHARD)
-    (tmp_path / "b.txt").write_text("One more.")
-    with pytest.raises(CacheMismatchError, match=r"b\.txt"):
-        build_corpus(store, chosen, PER_SHARD)
-    (tmp_path / "b.txt").unlink()
-    (tmp_path / "a.txt").unlink()
-    with pytest.raises(CacheMismatchError, match=r"a\.txt"):
-        build_corpus(store, chosen, PER_SHARD)
-
-
 def test_a_finished_corpus_outlives_its_source(tmp_path, store, config, corpus_file, caplog):
     source = tmp_path / "docs.jsonl"
     source.write_bytes(corpus_file.read_bytes())

@@ -10,12 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.documents import (
-    TEXT_DOCUMENT_BYTES,
-    Document,
-    read_documents,
-    source_files,
-)
+from rekindle.data.corpus.documents import Document, read_documents
+from rekindle.data.corpus.records import TEXT_DOCUMENT_BYTES
+from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import InputError
 from testlib.command import python
 from testlib.corpora import SHARED
@@ -140,7 +137,7 @@ def test_a_single_endless_line_is_cut_at_a_space_and_never_in_a_character(tmp_pa
     assert glue.join(found) == (unit * repeats).rstrip()
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"))))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"))))
 def test_txt_loses_no_line(tmp_path_factory, lines):
     path = put(tmp_path_factory.mktemp("t") / "d.txt", "\n".join(lines).encode())
     kept = [line.rstrip() for text in texts([path]) for line in text.split("\n")]
@@ -204,8 +201,15 @@ def test_globs_are_sorted_descend_and_name_no_file_twice(tmp_path, monkeypatch):
     assert texts("*.txt") == ["a.txt", "b.txt"]
 
 
-def test_a_file_whose_name_has_glob_characters_is_that_file(tmp_path):
-    assert texts([put(tmp_path / "a[1].txt", b"itself")]) == ["itself"]
+def test_a_name_with_glob_characters_is_meant_as_it_stands(tmp_path):
+    path = put(tmp_path / "a[1].txt", b"itself")
+    put(tmp_path / "a1.txt", b"another")
+    assert texts([path]) == ["itself"]
+    inside = put(tmp_path / "news [2024]" / "x [1]" / "a.txt", b"inside")
+    assert texts([str(tmp_path / "news [2024]" / "*" / "*.txt")]) == ["inside"]
+    assert texts([str(tmp_path / "news [2024]" / "x [1]" / "[a-b].txt")]) == ["inside"]
+    assert texts([str(tmp_path / "news [[]2024]" / "**" / "*.txt")]) == ["inside"]
+    assert source_files([str(tmp_path / "news *" / "x *" / "*.txt")]) == [inside]
 
 
 def test_source_files_are_each_told_once(tmp_path):
@@ -250,8 +254,16 @@ def test_an_unknown_extension_lists_the_known_ones(tmp_path, name):
     assert ".parquet" in message
 
 
-def test_a_directory_that_is_no_dataset(tmp_path):
-    assert "glob" in message_of([str(tmp_path)])
+@pytest.mark.parametrize("name", ["a.txt", "b/c.jsonl.gz", "d/E.PARQUET", "README"])
+def test_the_advice_about_a_directory_that_is_no_dataset_works(tmp_path, name):
+    directory = tmp_path / "news [2024]"
+    put_jsonl(directory / name, ROWS)
+    message = message_of([str(directory)])
+    pattern = message.split(" such as ")[-1]
+    if name == "README":
+        assert "holds no file that is read (.txt, .jsonl" in message
+    else:
+        assert source_files([pattern]) == [str(directory / name)]
 
 
 def write_rows(path, rows):

@@ -1,7 +1,7 @@
 import json
 import pickle
 import unicodedata
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -319,6 +319,18 @@ def test_pairs_are_cut_at_the_longer_text(tokenizers):
     tokens = tokenizers["bert"].hf.convert_ids_to_tokens(ids.tolist())
     assert tokens == ["[CLS]", "the", "cat", "[SEP]", "one", "two", "three", "[SEP]"]
     assert types.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_pairs_of_all_lengths_are_cut_as_the_tokenizer_cuts_them(tokenizer):
+    """1 to 12 tokens each, at every limit: what experts were fine-tuned with."""
+    texts = [" ".join(["cat"] * length) for length in range(1, 13)]
+    added = tokenizer.hf.num_special_tokens_to_add(pair=True)
+    for a, b in product(texts, repeat=2):
+        for most in range(added + 2, added + 26):
+            ids, types = tokenizer.encode_pair(a, b, most)
+            cut = tokenizer.hf(a, b, truncation=True, max_length=most, return_token_type_ids=True)
+            assert ids.tolist() == cut["input_ids"], (a, b, most)
+            assert types.tolist() == cut["token_type_ids"], (a, b, most)
 
 
 def test_a_pair_needs_room_for_a_token_of_each(tokenizers):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +282,31 @@ def test_a_pair_is_encoded_as_the_tokenizer_joins_pairs(corpus):
         assert row["token_types"] == types.tolist()
         assert len(ids) <= 10
         assert set(types.tolist()) == {0, 1}
+
+
+def test_pairs_of_an_older_cache_go_on_as_they_were_begun(corpus):
+    """Their view has the name it had; a new one says how it cuts, and is another."""
+    former = PairView(corpus, "random", 0, cut=1)
+    golden = Path(__file__).parents[2] / "golden/cache-v2"
+    old = Corpus(LocalStore(golden))
+    kept = [path.name for path in (golden / "views").glob("pairs-*")]
+    assert [PairView.as_begun(old, "adjacent", 0, old.store).name] == kept
+    new = PairView.as_begun(corpus, "random", 0, corpus.store)
+    assert new.name != former.name
+    new.build()
+    assert PairView.cut_of(ViewReader(corpus, new.name).identity) == 2
+    former.build()
+    again = PairView.as_begun(corpus, "random", 0, corpus.store)
+    assert (again.name, again.cut) == (former.name, 1)
+    reader = ViewReader(corpus, again.name)
+    assert PairView.cut_of(reader.identity) == 1
+    differ = 0
+    for row, other in zip(view_rows(corpus, former.name), view_rows(corpus, new.name), strict=True):
+        if row["text_a"] is not None:
+            ids, _ = corpus.tokenizer.encode_pair(row["text_a"], row["text_b"], 10, cut=1)
+            assert row["input_ids"] == ids.tolist()
+            differ += row["input_ids"] != other["input_ids"]
+    assert differ > 0
 
 
 def test_rows_without_a_pair_are_null(tmp_path, wordpiece):

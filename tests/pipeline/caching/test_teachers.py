@@ -92,8 +92,14 @@ def test_a_masked_lm_without_its_head_names_the_weights(
         "deberta": "cls.predictions",
         "modernbert": "decoder.bias",
     }[family]
-    message = refused(configure, tmp_path / "c", masked(model), str(model), "would be random")
-    assert head in message
+    message = refused(configure, tmp_path / "c", masked(model), str(model), "no output over the")
+    assert message.endswith("say `task: sequence_classification`")
+    silent = copy_of(model, tmp_path / "model")  # that names no class may be anything
+    config = json.loads((silent / "config.json").read_text()) | {"architectures": None}
+    (silent / "config.json").write_text(json.dumps(config))
+    assert head in refused(
+        configure, tmp_path / "d", masked(silent), str(silent), "would be random"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +148,7 @@ def test_a_tokenizer_with_the_same_size_and_other_tokens(tmp_path, configure, be
     values = json.loads(text)
     values["model"]["vocab"] |= {one: 61, two: 60}
     (path / "tokenizer.json").write_text(json.dumps(values))
-    refused(configure, tmp_path / "c", masked(path), "another tokenizer", "same ids")
+    refused(configure, tmp_path / "c", masked(path), "another tokenizer", "id 60 is", "id 61 is")
 
 
 def test_a_sequence_expert_may_have_another_tokenizer(tmp_path, configure, make_model, bytelevel):

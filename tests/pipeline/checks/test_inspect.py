@@ -140,15 +140,6 @@ def test_an_example_as_text(cache):
     assert f"score: score {example.targets['score'][0].logits[0]:.3f}" in text
 
 
-def test_what_rewrites_the_terminal_is_not_shown(tmp_path, configure):
-    source = tmp_path / "docs.jsonl"
-    source.write_text(json.dumps({"text": "A river\a runs\b over.", "domain": "s\rea"}) + "\n")
-    corpus = {"source": [str(source)], "sequence_length": 64}
-    cache_teachers(configure(tmp_path / "c", [], corpus=corpus))
-    assert "A river runs over." in inspect_example(str(tmp_path / "c"), 0, None)
-    assert "domains: sea 1" in inspect_cache(str(tmp_path / "c"))
-
-
 def test_class_probabilities_as_text(cache):
     opened = Cache.open(cache)
     index = next(i for i in range(12) if opened.example(i).targets["classes"])

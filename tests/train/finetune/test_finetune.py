@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -461,7 +462,10 @@ def test_biases_and_norms_do_not_decay(bert):
 def test_pairs_texts_and_special_names_are_encoded_as_stage_one_does(wordpiece, bert):
     tokenizer = load_tokenizer(str(wordpiece))
     first, second = ["the river [SEP] runs", "a"], ["water " * 9, "light"]
-    data = TaskData(first, second, np.array([0, 1]), ("x", "y"))
+    lengths = list(product(range(1, 13), repeat=2))
+    first += ["water " * length for length, _ in lengths]
+    second += ["river " * length for _, length in lengths]
+    data = TaskData(first, second, np.zeros(len(first), np.int64), ("x", "y"))
     encoded = encode(tokenizer.hf, AutoConfig.from_pretrained(bert), data, 11)
     for row, (a, b) in enumerate(zip(first, second, strict=True)):
         ids, segments = tokenizer.encode_pair(a, b, 11)

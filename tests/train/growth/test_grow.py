@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from rekindle.data.errors import InputError
 from rekindle.train.config import GrowConfig
+from rekindle.train.growth.families import Linear, Output
 from rekindle.train.growth.grow import Growth, Shape, grow, grown_shape
 from rekindle.train.model.split_model import SplitLanguageModel
 
@@ -88,7 +89,8 @@ def test_neurons_and_multiples_of_the_hidden_size_keep_all_logits(name, tied, pr
     neurons = Shape.of(model.config).intermediate_size + 7
     assert change(model, intermediate_size=neurons, preserve=preserve) < LARGEST
     for times in (2, 3):
-        assert change(model, **wider(model, times), preserve=preserve, noise=0.5) < LARGEST
+        noise = {"noise_std": 0.1} if preserve == "exact" else {}
+        assert change(model, **wider(model, times), preserve=preserve, **noise) < LARGEST
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -96,7 +98,7 @@ def test_neurons_and_multiples_of_the_hidden_size_keep_all_logits(name, tied, pr
 def test_exact_keeps_all_logits_at_any_hidden_size_of_pre_norm_models(name, tied):
     model = model_of(name, tie_word_embeddings=tied)
     size = wider(model, 3, 2)
-    assert change(model, **size, preserve="exact", noise=0.5) < LARGEST
+    assert change(model, **size, preserve="exact", noise_std=0.1) < LARGEST
     assert change(model, **size, layers=5, preserve="exact") < LARGEST
     assert change(model, **size) > 0.1
 
@@ -221,7 +223,7 @@ def test_query_heads_stay_with_their_key_value_head():
 
 def test_growth_depends_on_the_seed_alone():
     model = model_of("llama")
-    config = {"hidden_size": 12, "layers": 3, "noise": 0.1}
+    config = {"hidden_size": 12, "layers": 3, "noise_std": 0.1}
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(states))
@@ -232,9 +234,9 @@ def test_growth_depends_on_the_seed_alone():
 
 def test_copies_learn_different_things_only_with_noise():
     """Equal neurons get equal gradients, and AdamW makes equal steps of proportional ones."""
-    for noise, differ in ((0.0, False), (0.2, True)):
+    for noise, differ in ((0.0, False), (0.01, True)):
         model = model_of("llama")
-        growth = Growth(model, GrowConfig(intermediate_size=24, noise=noise))
+        growth = Growth(model, GrowConfig(intermediate_size=24, noise_std=noise))
         grown = growth.model(model)
         optimizer = torch.optim.AdamW(grown.parameters(), lr=0.01)
         ids = torch.arange(3, 15)[None]
@@ -243,6 +245,43 @@ def test_copies_learn_different_things_only_with_noise():
         rows = grown.model.layers[0].mlp.up_proj.weight
         copies = growth.layers[0].ffn.source[12:]
         assert torch.allclose(rows[12:], rows[copies], atol=1e-5) is not differ
+
+
+@pytest.mark.parametrize("preserve", ["approximate", "exact"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_noise_is_on_the_divided_columns_of_every_copy_but_the_first(name, tied, preserve):
+    """What it adds to each parameter, beside the same growth without; in both directions of GPT-2's
+    matrices.
+    """
+    model = model_of(name, tie_word_embeddings=tied)
+    size = wider(model, 3) | {"layers": 3, "preserve": preserve}
+    growth = Growth(model, GrowConfig.model_validate(size))
+    plain = growth.model(model).state_dict()
+    noisy = grow(model, GrowConfig.model_validate(size | {"noise_std": 0.01})).state_dict()
+    found = []
+    for key, value in noisy.items():
+        added = value - plain[key]
+        role, layer = growth.family.role(key), growth.family.place(key)[0]
+        output = isinstance(role, Output) and not tied and value.dim() == 2
+        if not output and not (isinstance(role, Linear) and value.dim() == 2):
+            assert not added.any(), key
+            continue
+        units = "hidden" if output else role.into
+        dim = 0 if not output and role.transposed else 1
+        axis = growth._axis(units, None if layer is None else growth.layers[layer])
+        copies = added.narrow(dim, axis.old, len(axis.source) - axis.old)
+        assert (copies != 0).float().mean() > 0.99, key
+        first = added.narrow(dim, 0, axis.old)
+        if preserve == "exact":
+            sums = torch.zeros_like(first).index_add_(dim, axis.source, added)
+            torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-6)
+        else:
+            assert not first.any(), key
+        found.append(copies.flatten())
+    everything = torch.cat(found)
+    assert float(everything.std()) == pytest.approx(0.01, rel=0.05)
+    assert float(everything.mean()) == pytest.approx(0, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
@@ -288,7 +327,7 @@ def test_the_smaller_model_stays_as_it_is():
     model = model_of("gpt2", attn_implementation="eager").to(torch.bfloat16).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
-    grown = grow(model, GrowConfig(hidden_size=12, layers=3, noise=0.1, preserve="exact"))
+    grown = grow(model, GrowConfig(hidden_size=12, layers=3, noise_std=0.1, preserve="exact"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.to_dict() == config
     assert grown.dtype == torch.bfloat16

@@ -14,7 +14,7 @@ HEADS = {
     "tags": HeadConfig(kind="token", num_labels=4),
 }
 DOMAINS = ("even", "odd")
-DOUBLED = {"hidden_size": 32, "layers": 3, "noise": 0.3}
+DOUBLED = {"hidden_size": 32, "layers": 3, "noise_std": 0.1}
 SMALL = {"hidden_size": 16, "num_attention_heads": 2}
 
 

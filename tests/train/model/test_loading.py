@@ -17,8 +17,8 @@ from rekindle.train.model.files import (
     load_language_model,
     load_model,
     new_language_model,
-    resolve_model,
 )
+from rekindle.train.model.folder import ADAPTER_WEIGHTS, resolve_model
 from rekindle.train.student import build_student
 from testlib.models import AUTO
 
@@ -110,6 +110,18 @@ def test_a_gguf_file_and_an_adapter_without_its_settings(tmp_path):
 def test_an_adapter_beside_whole_weights_is_refused_by_both_names(bert):
     (bert / "adapter_config.json").write_text("{}")
     refused(bert, "adapter_config.json", "model.safetensors")
+
+
+def test_an_adapter_needs_peft_and_says_so_once(bert, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    settings = {"base_model_name_or_path": str(bert), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1)}, folder / ADAPTER_WEIGHTS)
+    monkeypatch.setattr("rekindle.train.model.adapter.find_spec", lambda name: None)
+    refused(folder, "is an adapter", "pip install -e '.[peft]'", "Merge it")
+    (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
+    refused(folder, "pickled")
 
 
 # --- config.json ----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_without_more_it_is_the_plain_order():
         expected = permute(np.arange(11), 11, seed=7, epoch=epoch) + 50
         assert np.array_equal(flat[epoch * 11 : (epoch + 1) * 11], expected)
     assert [one.epoch(step) for step in range(6)] == [0, 0, 0, 1, 1, 1]
-    assert one.replay.state is None
+    assert one.replay.state() is None
     assert one.replay.knows(10**9)
 
 
@@ -123,14 +123,14 @@ def test_a_run_that_goes_on_anywhere_reads_the_same(threads):
     for stop in range(threads, 40, 3):
         first, again = order(), order()
         read(first, 0, stop)
-        again.replay.restore(first.replay.state)
+        again.replay.restore(first.replay.state())
         assert read(again, stop, 40, threads=threads) == expected[stop:]
 
 
 def test_an_evaluation_at_every_step_is_waited_for():
     one = order(every=1)
     assert len(read(one, 0, 50, every=1, threads=16)) == 50
-    assert len(one.replay.state) == 50
+    assert len(one.replay.state()["losses"]) == 50
 
 
 # --- what a configuration chooses ---

@@ -22,8 +22,6 @@ from testlib.extending import files_of, grow_folder
         ({"domain_field": None, "limit": None}, "domain_field: 'domain' there, None here"),
         ({"limit": 11}, "limit_sequences: 12 there, 11 here"),
         ({"files": "b"}, "source has changed.*[ab].jsonl"),
-        ({"files": "ba"}, "source.*[ab].jsonl"),
-        ({"files": "ba", "limit": None}, "source.*[ab].jsonl"),
     ],
 )
 def test_another_corpus_is_refused(make, copied, ran, change, message):
@@ -57,8 +55,8 @@ def of_two_files(tmp_path, make, texts) -> tuple[Path, Path]:
     return tmp_path / "cache", folder
 
 
-@pytest.mark.parametrize("files", ["db", "dbc", "bcd", "cbd", "cd", "bc"])
-def test_files_in_another_order_or_between_are_refused(of_two_files, make, texts, ran, files):
+@pytest.mark.parametrize("files", ["cd", "bc"])
+def test_files_in_place_of_others_are_refused(of_two_files, make, texts, ran, files):
     path, folder = of_two_files
     before = files_of(path)
     grow_folder(folder, texts, "c")
@@ -66,25 +64,6 @@ def test_files_in_another_order_or_between_are_refused(of_two_files, make, texts
     with pytest.raises(CacheMismatchError, match=r"[bcd]\.jsonl"):
         cache_teachers(make(path, folder=folder, files=files, limit=None))
     assert ran == []
-    assert files_of(path) == before
-
-
-@pytest.mark.parametrize("files", ["ba", "bac"])
-def test_another_order_of_a_limited_corpus_is_refused(tmp_path, make, texts, files):
-    """What was read of the first file would be read again, and of another file skipped."""
-    path = tmp_path / "cache"
-    cache_teachers(make(path, files="ab", limit=7))
-    with pytest.raises(CacheMismatchError, match=r"[abc]\.jsonl"):
-        cache_teachers(make(path, files=files, limit=None))
-
-
-def test_a_file_that_a_glob_finds_between_is_refused(tmp_path, make, texts):
-    folder, path = grow_folder(tmp_path / "texts", texts, "bd"), tmp_path / "cache"
-    cache_teachers(make(path, folder=folder, files="*", limit=None))
-    before = files_of(path)
-    grow_folder(folder, texts, "c")
-    with pytest.raises(CacheMismatchError, match=r"source has changed.*[cd]\.jsonl"):
-        cache_teachers(make(path, folder=folder, files="*", limit=None))
     assert files_of(path) == before
 
 

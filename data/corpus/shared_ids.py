@@ -1,0 +1,79 @@
+"""Which ids of a corpus are the same token to a model with a tokenizer of its own.
+
+A tokenizer is another one only where an id of the corpus stands for another token: chat tokens
+above, padding to a round size, and tokens that no text of the corpus has, are no matter.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.errors import InputError
+from rekindle.data.storage.columns import list_views
+
+SHOWN = 3  # ids that a message names
+Ids = NDArray[np.int64]
+
+
+def differing_ids(ours: Tokenizer, other: Tokenizer, rows: int | None = None) -> Ids:
+    """The ids of ``ours`` that are another token, or none, to ``other``; ascending.
+
+    ``rows``: of a model's embedding; what lies past it is no token to it, whatever ``other`` says.
+    """
+    rows = other.size if rows is None else rows
+    if ours.digest == other.digest and rows >= ours.size:
+        return np.zeros(0, np.int64)
+    mine = ours.tokens()
+    same = {id for id, _ in mine & other.tokens() if id < rows}
+    return np.array(sorted({id for id, _ in mine} - same), np.int64)
+
+
+def unshared_ids(
+    corpus: Corpus, other: Tokenizer, beside: Ids, who: str, advice: str, rows: int | None = None
+) -> Ids:
+    """The ids of the corpus's vocabulary that are another token, or none, to a model with the
+    tokenizer ``other`` and so many ``rows`` in its embedding; ascending.
+
+    Raises InputError, ``who`` to ``advice``, where one of them occurs in the corpus or is among
+    those that stand ``beside`` it, in its masks: it would be read as what it is not. Reads the ids
+    of the whole corpus if there are any.
+    """
+    found = differing_ids(corpus.tokenizer, other, rows)
+    if not len(found):
+        return found
+    used = _occurring(corpus)
+    used[beside] = True
+    wrong = found[used[found]]
+    if len(wrong):
+        told = described(corpus.tokenizer, other, wrong, rows)
+        raise InputError(
+            f"{who} has another tokenizer than the corpus: {told}. It must have the same token "
+            f"under every id that the corpus has (more tokens are no matter). {advice}"
+        )
+    return found
+
+
+def described(ours: Tokenizer, other: Tokenizer, ids: Ids, rows: int | None = None) -> str:
+    """Say how many ids there are here and there, and what some of ``ids`` are."""
+    size = other.size if rows is None else min(rows, other.size)
+    here, there = (one.hf.convert_ids_to_tokens for one in (ours, other))
+
+    def told(number: int) -> str:
+        meant = there(number) if number < size else None
+        is_there = "no token" if meant is None else repr(meant)
+        return f"id {number} is {here(number)!r} here, {is_there} there"
+
+    shown = "; ".join(map(told, ids[:SHOWN].tolist()))
+    more = f"; and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else ""
+    return f"{ours.size:,} ids here, {size:,} there; {shown}{more}"
+
+
+def _occurring(corpus: Corpus) -> NDArray[np.bool_]:
+    """Which ids [size] the sequences of the corpus have."""
+    used = np.zeros(corpus.info["tokenizer"]["size"], np.bool_)
+    for shard in range(len(corpus.commits)):
+        for batch in corpus.shard(shard).batches():
+            offsets, ids = list_views(batch["input_ids"], "input_ids")
+            used[ids[offsets[0] : offsets[-1]]] = True
+    return used

@@ -1,0 +1,136 @@
+"""Which files a corpus was read from, known by their content: by another path, under another name
+and among new ones they are the same files.
+"""
+
+import fnmatch
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+from rekindle.data.corpus.sources import Origin, find_origins, named_again, recorded_origin
+from rekindle.data.errors import CacheMismatchError
+
+log = logging.getLogger("rekindle")
+
+State = list[int | str]  # bytes, checksum of samples
+States = dict[str, State]  # by the path of a source file
+SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
+SAMPLE_BYTES = 1 << 16
+
+
+class Present(NamedTuple):
+    """An origin that is there now; its state, where it is a file."""
+
+    origin: Origin
+    state: State | None
+
+
+def look_at(source: Sequence[str]) -> list[Present]:
+    """What ``source`` stands for now, in reading order. Raises InputError for what is not there."""
+    again = named_again(source)
+    if again:
+        log.info("corpus.source names %d of its files more than once; each is read once", again)
+    return [Present(o, _state_of(o.place) if o.is_file else None) for o in find_origins(source)]
+
+
+def states_of(present: Sequence[Present]) -> States:
+    """The state of every file, by path."""
+    return {origin.place: state for origin, state in present if state is not None}
+
+
+def _state_of(path: str) -> State:
+    digest, size = xxhash.xxh3_64(), os.path.getsize(path)
+    with open(path, "rb") as file:
+        for sample in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return [size, digest.hexdigest()]
+
+
+def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
+    """In which order a ``source`` was read whose files had these ``states``: what corpora that did
+    not record it are taken to have. A glob's files were sorted, sealed records have sorted keys.
+    """
+    order: dict[str, None] = {}
+    for entry in source:
+        path = os.path.expanduser(entry)
+        pattern = path.replace("**/", "*")  # ``*`` of fnmatch crosses folders
+        files = sorted(
+            known
+            for known in states
+            if known == path
+            or known.startswith(f"{path.rstrip('/')}/")
+            or fnmatch.fnmatchcase(known, pattern)
+        )
+        order |= dict.fromkeys(files or [entry])
+    return (*order, *sorted(states.keys() - order.keys()))
+
+
+def found_again(
+    order: Sequence[str], states: States, present: Sequence[Present]
+) -> tuple[list[Origin], list[Origin]]:
+    """(the origins that were read, in the ``order`` in which they were; those that are new).
+
+    Each keeps the name under which it was read, wherever it is now. Raises CacheMismatchError where
+    one is not there, or was changed.
+    """
+    by_content: dict[object, list[int]] = {}
+    for number, one in enumerate(present):
+        by_content.setdefault(_content(one.origin, one.state), []).append(number)
+    taken: list[int] = []
+    lost: list[str] = []
+    for place in order:
+        recorded = recorded_origin(place)
+        same = by_content.get(_content(recorded, states.get(place)), [])
+        if not same:
+            lost.append(place)
+            continue
+        best = min(
+            same, key=lambda n: (present[n].origin != recorded, _renamed(present[n], place), n)
+        )
+        same.remove(best)
+        taken.append(best)
+    new = [one for n, one in enumerate(present) if n not in {*taken}]
+    if lost:
+        raise _changed(lost, new)
+    origins = [
+        Origin(now.format, now.place, recorded_origin(place).name)
+        for place, now in zip(order, (present[n].origin for n in taken), strict=True)
+    ]
+    fixed = [*origins, *(one.origin for one in present)]
+    if taken != list(range(len(present))) and not all(origin.is_file for origin in fixed):
+        raise CacheMismatchError(
+            "the corpus source has come to be another one: beside a datasets id or python-docs "
+            "nothing can be added, and nothing put in another order. Use another cache.path"
+        )
+    moved = sum(origin.place != place for origin, place in zip(origins, order, strict=True))
+    if moved:
+        log.info("%d files of the corpus source have moved; they are known by content", moved)
+    return origins, [one.origin for one in new]
+
+
+def _content(origin: Origin, state: State | None) -> object:
+    return (origin.format, *state) if state else (origin.format, origin.place)
+
+
+def _renamed(one: Present, place: str) -> bool:
+    return one.origin.name != os.path.basename(place)
+
+
+def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
+    names: Mapping[str, str] = {one.origin.name: one.origin.place for one in new}
+    told = [
+        f"{names[name]} (has other content)"
+        if (name := os.path.basename(place)) in names
+        else f"{place} (is not there)"
+        for place in lost[:3]
+    ]
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return CacheMismatchError(
+        f"the corpus source has changed since the cache was begun: {', '.join(told)}{more}. Files "
+        "are known by their content, whatever they are called; a corpus grows by further files "
+        "(and by a larger limit_sequences). Use another cache.path for changed text"
+    )

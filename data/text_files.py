@@ -1,0 +1,70 @@
+"""Text files as streams of bytes, whatever they are packed with: their first bytes say it, not
+their names. What is no text is refused by what it is.
+"""
+
+import io
+import logging
+import re
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from rekindle.data.errors import InputError
+
+log = logging.getLogger("rekindle")
+
+PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
+_HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
+_UNPACKED = {  # what is unpacked while it is read
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+}
+_SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
+_NO_TEXT = {  # what is not, and what to do
+    b"\xfd7zXZ\x00": "is packed with xz, which is not read here; unpack it (xz -d)",
+    b"PK\x03\x04": "is a zip archive; unpack it (unzip)",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it",
+    b"\x04\x22\x4d\x18": "is packed with lz4, which is not read here; unpack it (lz4 -d)",
+    b"PAR1": "is a parquet file; name it .parquet",
+    b"ARROW1": "is an Arrow file; name it .arrow",
+    b"\xff\xfe": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
+
+
+def compression_of(path: str) -> str | None:
+    """What a file is packed with: gzip, zstd, bz2, or None."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return next((name for name, begin in _UNPACKED.items() if begin.match(head)), None)
+
+
+def open_text(path: str) -> BinaryIO:
+    """The bytes of a text file, unpacked. Raises InputError for what is no text, OSError for what
+    cannot be read.
+    """
+    compression = compression_of(path)
+    if (suffix := _SUFFIX_OF.get(compression or "")) and not path.lower().endswith(suffix):
+        log.info("%s is packed with %s, though its name does not say so", path, compression)
+    stream = io.BufferedReader(pa.input_stream(path, compression=compression))
+    try:
+        head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+        _refuse(path, head)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _refuse(path: str, head: bytes) -> None:
+    for begin, told in _NO_TEXT.items():
+        if head.startswith(begin):
+            raise InputError(f"{path} {told}")
+    if any(begin.match(head) for begin in _UNPACKED.values()):
+        raise InputError(f"{path} is packed twice; unpack it once")
+    if b"\0" in head:
+        raise InputError(
+            f"{path} has a NUL byte at byte {head.index(0) + 1}: it is no UTF-8 text, but binary, "
+            "UTF-16, or a file whose disk was full; convert or replace it"
+        )

@@ -1,0 +1,130 @@
+"""A teacher's vocabulary beside the corpus's: its tokenizer, and whose of its logits count.
+
+V ids of the corpus (one past the largest), W rows of the teacher's output matrix that are looked
+at, F tokens of the teacher alone, N rows of hidden states.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.shared_ids import differing_ids, unshared_ids
+from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.errors import InputError
+from rekindle.data.targets.head import StoredHead
+from rekindle.train.model.folder import tokenizer_folder
+from rekindle.train.model.split_model import OutputHead
+
+log = logging.getLogger("rekindle")
+
+NEVER = -1e5  # a logit whose exponential is 0 beside any other
+
+
+def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
+    """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
+    directory = tokenizer_folder(directory)
+    if has_tokenizer_files(directory):
+        return load_tokenizer(str(directory))
+    ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
+    if theirs != ours:
+        raise InputError(
+            f"teacher {name!r}: {directory} has no tokenizer files, and its vocabulary "
+            f"({theirs:,}) is not the corpus tokenizer's ({ours:,}). Save the teacher's "
+            "tokenizer into its directory"
+        )
+    log.info(
+        "teacher %s has no tokenizer files; its vocabulary has the corpus tokenizer's size, so "
+        "the corpus tokenizer is used for it",
+        name,
+    )
+    return corpus.tokenizer
+
+
+def count_shared(
+    corpus: Corpus, tokenizer: Tokenizer, name: str, beside: NDArray[np.int64], rows: int
+) -> int:
+    """How many tokens of the corpus's vocabulary the teacher ``name``, with so many ``rows`` in its
+    embedding, has under the same id.
+
+    Raises InputError where one that the corpus has, or that stands ``beside`` it in what the
+    teacher is shown, is another token to the teacher, or none.
+    """
+    advice = (
+        "Use a teacher of corpus.tokenizer, or corpus.tokenizer of this teacher; experts on "
+        "sequences and words may have their own"
+    )
+    unshared = unshared_ids(corpus, tokenizer, beside, f"teacher {name!r}", advice, rows)
+    if len(unshared):
+        log.info(
+            "teacher %s has other tokens, or none, under %s ids of the corpus's vocabulary; no "
+            "text of the corpus has them, and they get no probability",
+            name,
+            f"{len(unshared):,}",
+        )
+    facts = corpus.info["tokenizer"]
+    return facts["size"] - len(hole_ids(facts)) - len(unshared)
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """Which of a teacher's logits are of which ids.
+
+    Ids that are no token of the corpus's vocabulary (``absent``, below V), and rows that pad the
+    output matrix to a round size, get no probability. The teacher's tokens that the corpus's
+    tokenizer does not have (``foreign``: chat tokens, say) take part in the softmax where a tail is
+    stored, which their mass joins; else they are left out before it, like padding: whole
+    distributions, samples and hidden states are those of the common vocabulary.
+    """
+
+    size: int
+    absent: NDArray[np.int64]
+    foreign: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int, with_tail: bool) -> "TokenColumns":
+        """Those of a teacher with so many ``rows`` in its output matrix."""
+        facts = corpus.info["tokenizer"]
+        unshared = differing_ids(corpus.tokenizer, tokenizer, rows)
+        absent = np.union1d(hole_ids(facts), unshared).astype(np.int64)
+        foreign: list[int] = []
+        if with_tail and tokenizer.digest != corpus.tokenizer.digest:
+            more = tokenizer.tokens() - corpus.tokenizer.tokens()
+            foreign = sorted({number for number, _ in more if number < rows})
+        return cls(facts["size"], absent, np.array(foreign, np.int64))
+
+    def cut(self, head: OutputHead) -> OutputHead:
+        """The head of the W rows that are looked at."""
+        return head.cut(max(self.size, int(self.foreign.max(initial=-1)) + 1))
+
+    def arranged(self, logits: Tensor) -> Tensor:
+        """Logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
+        if not len(self.absent) and not len(self.foreign) and logits.shape[1] == self.size:
+            return logits
+        foreign = logits[:, torch.from_numpy(self.foreign).to(logits.device)]
+        own = logits[:, : self.size]
+        lacking = self.size - own.shape[1]  # of a teacher with fewer tokens
+        own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
+        own[:, torch.from_numpy(self.absent).to(logits.device)] = -torch.inf
+        return torch.cat([own, foreign], dim=1)
+
+    def stored(self, head: OutputHead) -> StoredHead:
+        """The output matrix [V,H] as a cache keeps it: absent ids have a bias that leaves nothing
+        of them.
+        """
+        cut = self.cut(head)
+        weight = cut.weight.detach().float().cpu().numpy()
+        bias = None if cut.bias is None else cut.bias.detach().float().cpu().numpy()
+        if len(self.absent):
+            lacking = ((0, self.size - len(weight)),)
+            weight = np.pad(weight, (*lacking, (0, 0)))
+            bias = np.zeros(self.size, np.float32) if bias is None else np.pad(bias, lacking)
+            weight[self.absent], bias[self.absent] = 0.0, NEVER / cut.logit_scale
+        return StoredHead(weight, bias, cut.logit_scale, cut.softcap)

@@ -1,0 +1,77 @@
+"""What reaches a terminal. Texts, labels, names and paths come from outside, and may hold what
+rings, moves, colours or turns around what is shown: they are shown escaped, which is done here.
+
+All that goes to stdout passes ``EscapedStream``; stderr, on which rich and tqdm draw bars, gets
+what ``say``, the log and ``progress`` send there. Files and JSON have every text as it is.
+"""
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+# C0 but tab and line feed, DEL and C1; marks that turn the direction, separators of lines.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """``text`` with its control characters as Python writes them: ``\\x1b``, ``\\u202e``."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_line(text: str) -> str:
+    """``escaped``, and neither tab nor line feed, for a cell or a name within a line."""
+    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def say(text: str) -> None:
+    """One message on stderr."""
+    print(escaped(text), file=sys.stderr)
+
+
+@contextmanager
+def terminal() -> Iterator[None]:
+    """Escape what is printed within the block; what an encoding lacks is escaped, too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    before = sys.stdout
+    sys.stdout = cast("TextIO", EscapedStream(before))
+    log_to_stderr(logging.INFO)
+    try:
+        yield
+    finally:
+        sys.stdout = before
+
+
+def log_to_stderr(level: int) -> None:
+    """Send the log of this process to stderr, escaped."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Escaped())
+    log = logging.getLogger("rekindle")
+    log.handlers = [handler]
+    log.setLevel(level)
+
+
+class EscapedStream:
+    """Escapes what is written to a text stream; rich, which colours help, writes past it."""
+
+    def __init__(self, raw: TextIO):
+        self.rich_proxied_file = raw  # the name by which rich finds it
+
+    def write(self, text: str) -> int:
+        """Write the text escaped."""
+        return self.rich_proxied_file.write(escaped(text))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":  # click would write past this to a console that is ASCII
+            raise AttributeError(name)
+        return getattr(self.rich_proxied_file, name)
+
+
+class _Escaped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))

@@ -1,0 +1,179 @@
+"""Adapters of peft's, wherever a model folder is taken, are the merged model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.train.config import StudentConfig
+from rekindle.train.finetune.classifier import evaluate
+from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.student import build_student
+from testlib.models import AUTO
+
+MASKED, CLASSES = AUTO["masked_lm"], AUTO["sequence_classification"]
+
+
+@pytest.fixture
+def bert(tmp_path, make_model, wordpiece) -> Path:
+    return Path(shutil.copytree(make_model("bert", MASKED, wordpiece), tmp_path / "base"))
+
+
+def adapted(base: Path, target: Path, auto: str = MASKED, seed: int = 1, **settings: object):
+    """Save an adapter of ``base`` that changes much; returns its model, merged, and its folder."""
+    import peft
+
+    labels = settings.pop("num_labels", None)
+    extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    torch.manual_seed(seed)
+    model = getattr(transformers, auto).from_pretrained(str(base), **extra)
+    if (size := settings.pop("vocabulary", None)) is not None:
+        model.resize_token_embeddings(size)
+    settings = {"target_modules": ["query", "value"]} | settings
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **settings))
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                values.normal_(std=0.5)
+    model.save_pretrained(str(target))
+    return model.merge_and_unload().eval(), target
+
+
+def masked(model: Path, **more: object) -> dict[str, object]:
+    return {"name": "lm", "model": str(model), "task": "masked_lm", "targets": {"kind": "dense"}}
+
+
+def first_log_probs(cache: Path) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    target = Cache.open(cache).example(3).targets["lm"][0]
+    order = np.argsort(target.ids, axis=1)
+    found = np.take_along_axis(target.log_probs, order, axis=1)
+    return torch.from_numpy(target.input_ids.astype(np.int64))[None], target.positions, found
+
+
+def direct(model, ids: torch.Tensor, positions: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=ids).logits[0, positions].log_softmax(-1).numpy()
+
+
+def test_a_teachers_targets_are_those_of_the_merged_model(tmp_path, configure, bert):
+    merged, folder = adapted(bert, tmp_path / "adapter")
+    config = configure(tmp_path / "cache", [masked(folder)])
+    cache_teachers(config)
+    ids, positions, found = first_log_probs(tmp_path / "cache")
+    assert np.abs(found - direct(merged, ids, positions)).max() < 0.02  # of the codec
+    base = transformers.AutoModelForMaskedLM.from_pretrained(str(bert)).eval()
+    assert np.abs(found - direct(base, ids, positions)).max() > 1
+    prints = Cache.open(tmp_path / "cache").teachers["lm"].info.fingerprints
+    assert set(prints) == {"weights", "config", "tokenizer", "base", "adapter", "peft"}
+    assert cache_teachers(config).units_done == 0
+
+
+def test_another_adapter_or_base_is_another_teacher(tmp_path, configure, bert):
+    _, one = adapted(bert, tmp_path / "one")
+    _, other = adapted(bert, tmp_path / "other", seed=2)
+    cache_teachers(configure(tmp_path / "cache", [masked(one)]))
+    with pytest.raises(CacheMismatchError, match="other adapter and weights"):
+        cache_teachers(configure(tmp_path / "cache", [masked(other)]))
+    weights = load_file(bert / "model.safetensors")
+    changed = {name: values + 1 for name, values in weights.items()}
+    save_file(changed, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CacheMismatchError, match="other base and weights"):
+        cache_teachers(configure(tmp_path / "cache", [masked(one)]))
+
+
+def test_a_base_that_is_named_by_a_path_from_elsewhere(tmp_path, configure, bert):
+    _, folder = adapted(bert, tmp_path / "runs" / "adapter")
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "base"}
+    file.write_text(json.dumps(settings))
+    cache_teachers(configure(tmp_path / "cache", [masked(folder)]))
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(InputError, match=r"its base cannot be had.*base_model_name_or_path"):
+        cache_teachers(configure(tmp_path / "cache", [masked(folder)]))
+
+
+def test_a_head_that_an_adapter_brings(tmp_path, configure, bert):
+    head = {"num_labels": 3, "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}
+    merged, folder = adapted(bert, tmp_path / "a", CLASSES, **head)
+    teacher = masked(folder) | {"task": "sequence_classification", "targets": {}}
+    cache_teachers(configure(tmp_path / "cache", [teacher]))
+    cache = Cache.open(tmp_path / "cache")
+    info, example = cache.teachers["lm"].info, cache.example(2)
+    assert info.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(bert))
+    with torch.no_grad():
+        expected = merged(**tokenizer(example.text, return_tensors="pt")).logits[0].numpy()
+    found = example.targets["lm"][0].logits
+    assert np.abs(found - expected).max() < 1e-4
+    with pytest.raises(InputError, match=r"has weights for bert\.pooler"):
+        cache_teachers(configure(tmp_path / "d", [masked(folder)]))  # as a masked LM
+
+
+def test_an_adapter_of_a_classifier_has_its_bases_labels(tmp_path, make_model, wordpiece):
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    base = make_model("bert", CLASSES, wordpiece, **names)
+    merged, folder = adapted(base, tmp_path / "adapter", CLASSES)
+    data = TaskData(["the old river", "a model"], None, np.array([0, 1]), ("yes", "no"))
+    _, logits = evaluate(str(folder), data)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
+    with torch.no_grad():
+        expected = merged(**tokenizer(data.texts[:1], return_tensors="pt")).logits.numpy()
+    assert np.abs(logits[:1] - expected).max() < 1e-4
+
+
+def test_a_student_and_a_finetuned_model_begin_from_the_sum_and_learn(tmp_path, bert):
+    merged, folder = adapted(bert, tmp_path / "adapter")
+    student = build_student(StudentConfig(model=str(folder)), {}, 100, 0)
+    found, expected = student.model.state_dict(), merged.state_dict()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    assert all(p.requires_grad for p in student.model.parameters())
+    rows = [{"text": f"the river {i}", "label": "ab"[i % 2]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / "rows.jsonl")] * 2
+    quick = FinetuneConfig(epochs=1, batch_size=8)
+    for name, options in {"lm": {}, "cls": {"num_labels": 5, "task_type": "SEQ_CLS"}}.items():
+        _, one = adapted(bert, tmp_path / name, CLASSES if options else MASKED, **options)
+        finetune(str(one), *files, str(tmp_path / f"{name}-out"), config=quick)
+        made = load_file(tmp_path / f"{name}-out" / "model.safetensors")
+        assert made["classifier.weight"].shape[0] == 2
+        assert not any("lora" in key for key in made)
+
+
+def test_a_longer_vocabulary_comes_with_its_embeddings(tmp_path, configure, bert):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(bert))
+    tokenizer.add_tokens(["[one]", "[two]"])
+    size = len(tokenizer)
+    whole = {"modules_to_save": ["word_embeddings"], "vocabulary": size}
+    with pytest.warns(UserWarning, match="tie"):
+        merged, folder = adapted(bert, tmp_path / "adapter", **whole)
+    tokenizer.save_pretrained(folder)
+    config = configure(tmp_path / "cache", [masked(folder)], corpus={"tokenizer": str(folder)})
+    cache_teachers(config)
+    ids, positions, found = first_log_probs(tmp_path / "cache")
+    assert found.shape[1] == size
+    assert np.abs(found - direct(merged, ids, positions)).max() < 0.02
+    _, bare = adapted(bert, tmp_path / "bare")
+    tokenizer.save_pretrained(bare)
+    with pytest.raises(InputError, match="embeddings for more than"):
+        cache_teachers(configure(tmp_path / "d", [masked(bare)], corpus={"tokenizer": str(bare)}))
+
+
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path, configure, bert):
+    import peft
+
+    model = transformers.AutoModelForMaskedLM.from_pretrained(str(bert))
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION")
+    peft.get_peft_model(model, prompts).save_pretrained(str(tmp_path / "prompts"))
+    with pytest.raises(InputError, match="PROMPT_TUNING, which cannot be merged"):
+        cache_teachers(configure(tmp_path / "c", [masked(tmp_path / "prompts")]))
+    assert not (tmp_path / "c" / "targets").exists()

@@ -1,0 +1,172 @@
+"""Adapters of peft's: what they change of their base's configuration, and how they are merged in.
+
+Only whole, mergeable ones: what comes out is an ordinary model.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
+from rekindle.data.errors import InputError
+from rekindle.train.model.causes import refusing
+from rekindle.train.model.folder import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    StoredTensor,
+    read_object,
+    stored_tensors,
+)
+from rekindle.train.model.labels import outputs_in_file
+from rekindle.train.model.meta import shape_only
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What of adapter_config.json does not change the model.
+_VOLATILE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+# Kinds that put something before the text or between the layers: nothing to merge.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
+
+
+def need_peft(directory: Path) -> None:
+    """Raise InputError unless the adapter in ``directory`` can be loaded and merged at all."""
+    kind = str(read_object(directory / ADAPTER_FILE).get("peft_type"))
+    if kind in (*_PROMPTS, "ADAPTION_PROMPT"):
+        raise InputError(
+            f"{directory} is an adapter of the kind {kind}, which cannot be merged into its base. "
+            "Give one that can (LoRA and its kin), or a whole model"
+        )
+    if list(directory.glob("adapter_model.bin")) and not (directory / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"{directory} has pickled weights (adapter_model.bin), which are not loaded. Save the "
+            f"adapter again with save_pretrained, which writes {ADAPTER_WEIGHTS}"
+        )
+    if find_spec("peft") is None:
+        raise InputError(
+            f"{directory} is an adapter, and the package peft, which loads it, is not installed. "
+            "Merge it (merge_and_unload) and give the whole model, or install the extra, in "
+            "Rekindle's checkout: pip install -e '.[peft]'"
+        )
+
+
+def adapter_fingerprints(directory: Path) -> dict[str, str]:
+    """The digest of the adapter's own files, and the version of peft that merges it."""
+    settings = read_object(directory / ADAPTER_FILE)
+    kept = {k: v for k, v in settings.items() if k not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    with open(directory / ADAPTER_WEIGHTS, "rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"adapter": digest.hexdigest(), "peft": version("peft")}
+
+
+def complete_config(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
+    """Give a base's configuration the outputs and the vocabulary that the adapter's weights have.
+
+    The names of labels stay where the base has as many. Raises InputError for a tokenizer beside
+    the adapter that has more tokens than there are embeddings.
+    """
+    tensors = whole_tensors(directory)
+    labels = outputs_in_file(config, auto_class, tensors)
+    if labels is not None and auto_class.endswith("Classification"):
+        config.num_labels = labels
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, _rows(config, auto_class, directory, tensors))
+    if has_tokenizer_files(directory):
+        tokens = load_tokenizer(str(directory)).size
+        if tokens > text.vocab_size:
+            raise InputError(
+                f"{directory}: its tokenizer has {tokens:,} tokens, and neither the adapter nor "
+                f"its base has embeddings for more than {text.vocab_size:,}. Save the adapter with "
+                "its embeddings (save_embedding_layers=True), or give the tokenizer it belongs to"
+            )
+
+
+def whole_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors that an adapter brings whole (a head, say), by their names in the model."""
+    return {_name(key): tensor for key, tensor in stored_tensors(directory).items()}
+
+
+def _name(key: str) -> str:
+    return _WRAPPED.sub("", key.removeprefix("base_model.model."))
+
+
+def _rows(
+    config: "PretrainedConfig",
+    auto_class: str,
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+) -> int:
+    """How many embeddings the adapter has or has learnt to change; 0 where it leaves them alone."""
+    model = shape_only(config, auto_class)
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    rows = [0]
+    if (whole := tensors.get(f"{embedding}.weight")) is not None:
+        rows.append(whole.shape[0])
+    if (low := tensors.get(f"{embedding}.lora_embedding_A")) is not None:
+        rows.append(low.shape[1])
+    single = read_object(directory / ADAPTER_FILE).get("trainable_token_indices")
+    lists = [*single.values()] if isinstance(single, dict) else [single or []]
+    rows += [1 + max(ids) for ids in lists if ids]
+    return max(rows)
+
+
+def merge_adapter(
+    base: "PreTrainedModel", directory: Path, vocabulary_size: int, what: str
+) -> tuple["PreTrainedModel", set[str]]:
+    """Merge the adapter into ``base``, its embeddings made as many as ``vocabulary_size`` first.
+
+    Returns the whole model, all of it to be trained as any other, and the names of the tensors that
+    the adapter brought whole. Raises InputError, beginning with ``what``, where the two do not fit.
+    """
+    import peft
+
+    given = stored_tensors(directory)
+    with refusing(what):
+        grown = vocabulary_size > base.get_input_embeddings().weight.shape[0]
+        if grown:
+            base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+        names = base.state_dict().keys()
+        brought = {_name(key) for key in given} & names
+        if grown:
+            _check_new_rows(base, brought, directory)
+        adapted = peft.PeftModel.from_pretrained(base, str(directory), torch_device="cpu")
+        taken = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        unused = sorted(key for key in given.keys() - taken if _name(key) not in names)
+        if unused or (taken - given.keys()):
+            which = unused or sorted(taken - given.keys())
+            verb = "has weights for" if unused else "lacks weights of"
+            raise InputError(
+                f"{what}: the adapter {verb} {_name(which[0])}"
+                f"{f' and {len(which) - 1} more' if which[1:] else ''}, "
+                f"{'which this kind of model has not' if unused else 'which it says it adapts'}. "
+                "Is the task right for it, and the base the one it was trained on?"
+            )
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    merged.requires_grad_(True)  # peft froze the base
+    merged.config._name_or_path = str(directory)
+    return merged, brought
+
+
+def _check_new_rows(base: nn.Module, brought: set[str], directory: Path) -> None:
+    """Refuse rows of a longer vocabulary that nobody has trained."""
+    modules = {m: n for n, m in base.named_modules()}
+    tables = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}  # type: ignore
+    weights = {id(table.weight): f"{modules[table]}.weight" for table in tables}
+    tied = {id(p): n for n, p in base.named_parameters()}
+    missing = [n for key, n in weights.items() if not {n, tied.get(key)} & brought]
+    indices = read_object(directory / ADAPTER_FILE).get("trainable_token_indices")
+    if missing and not indices:
+        raise InputError(
+            f"{directory}: it was trained with a longer vocabulary, and {missing[0]} is not in "
+            f"{ADAPTER_WEIGHTS}: its new rows would be random. Save it with its embeddings "
+            "(save_embedding_layers=True)"
+        )
