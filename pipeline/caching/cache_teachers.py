@@ -21,11 +21,14 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import cut_of
 from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.compute_unit import Unit
 from rekindle.pipeline.caching.extensions import plan_parts
+from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
@@ -71,14 +74,17 @@ def cache_teachers(
     """Make the cache of ``config``, or what is missing of it, or damaged.
 
     ``only`` limits the work to teachers of those names; ``check`` is for ``repair_cache``.
-    Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
-    this corpus.
+    Raises InputError before anything is written for whatever the files of the teachers and of the
+    student, and a new corpus's first sequences, show to be wrong; InputError or CacheMismatchError
+    before any teacher runs if one of them cannot teach on this corpus.
     """
     config.check_single()
     config.check_samples()
     chosen = _chosen(config, only)
+    check_files(chosen, config.student)
     make_missing(config)
     store = open_store(config.cache.path)
+    rehearse(config, chosen, store)
     with store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
@@ -118,12 +124,19 @@ def cache_teachers(
             }
             if missing or lacks_head:
                 _run(part, corpus, missing, workers, progress)
+            if not part.config.vocabulary:
+                _tell_cut(corpus, part.info)
             if part.info.part:
                 store.create(f"{part.info.folder}/{FINISHED}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
+
+
+def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
+    if found := cut_of(info, ShardSet(corpus.store, info.folder).committed().values()):
+        log.warning("%s", found.as_text(f"teacher {info.name}"))
 
 
 def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:

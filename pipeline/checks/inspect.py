@@ -88,6 +88,7 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "bytes_per_token": _bytes_per_token(cache, teacher),
         "bytes_per_position": _bytes_per_position(teacher),
         "weights": teacher.fingerprint,
+        "cut": vars(teacher.unseen) if teacher.unseen else None,
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
@@ -173,6 +174,7 @@ def _as_text(
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
+    lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
@@ -259,7 +261,10 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
         return [f"{info.name}: {' '.join(shown)}"]
     if info.problem == "regression":
-        return [f"{info.name}: score {target.logits[0]:.3f}"]
+        scores = [f"{score:.3f}" for score in target.logits]
+        if len(scores) > 1:
+            scores = [f"{name} {score}" for name, score in zip(labels, scores, strict=True)]
+        return [f"{info.name}: score {', '.join(scores)}"]
     probs = np.exp(target.logits - target.logits.max())
     probs = probs / probs.sum()
     likeliest = [f"{labels[i]} {probs[i]:.3f}" for i in np.argsort(-probs)[:5]]

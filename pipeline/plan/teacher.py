@@ -21,6 +21,7 @@ from rekindle.pipeline.plan.sample import CorpusSurvey
 from rekindle.pipeline.plan.work import (
     FolderWork,
     bytes_of,
+    foreseen_cut,
     positions_per_token,
     share_of,
     work_of,
@@ -32,16 +33,29 @@ from rekindle.train.order.domains import check_domains
 Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
 
 
-def plan_one_teacher(
-    teacher: TeacherConfig, config: RunConfig, survey: CorpusSurvey, views: Views, probe: bool
-) -> TeacherWork:
-    """What `pipeline cache-teachers` would do for ``teacher``. ``views`` are of ``survey.steps``.
+def plans_at_hand(
+    config: RunConfig, survey: CorpusSurvey, views: Views, must_be: bool
+) -> list[TeacherPlan | None]:
+    """Describe every teacher whose model ``at_hand`` finds, before any of them is tried.
 
-    Raises InputError and CacheMismatchError as ``plan_run`` does.
+    ``views`` are of ``survey.steps``. Raises InputError and CacheMismatchError as ``plan_run``.
     """
-    folder, plan = at_hand(teacher.model, must_be=probe), None
-    if folder is not None:
-        plan = described(teacher, folder, survey, views, config.cache.seed)
+    folders = [at_hand(teacher.model, must_be) for teacher in config.teachers]
+    return [
+        None if folder is None else described(teacher, folder, survey, views, config.cache.seed)
+        for teacher, folder in zip(config.teachers, folders, strict=True)
+    ]
+
+
+def plan_one_teacher(
+    teacher: TeacherConfig,
+    plan: TeacherPlan | None,
+    config: RunConfig,
+    survey: CorpusSurvey,
+    views: Views,
+    probe: bool,
+) -> TeacherWork:
+    """What `pipeline cache-teachers` would do for ``teacher``; ``views`` are of the steps."""
     wanted = plan.info if plan else _assumed(teacher, survey, views)
     infos = [wanted]
     if plan and survey.present is not None:
@@ -56,6 +70,9 @@ def plan_one_teacher(
         units_present=sum(work.present for _, work in parts),
         replicas=len(wanted.shown.numbers(config.cache.masked_replicas)),
     )
+    if plan and not teacher.vocabulary:
+        cut, longest = foreseen_cut(plan, survey.steps)
+        known = replace(known, cut=cut, longest=longest)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
     measured = probe_teacher(plan, survey.steps) if plan and probe else None
