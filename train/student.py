@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
@@ -153,11 +154,13 @@ def build_student(
     seed: int,
     sequence_length: int = 0,
     domains: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Student:
     """Build the configured student, from pre-trained weights or scratch; the same for a ``seed``.
 
     The heads and prompts of an earlier student in the directory are taken over where name, shape
-    and labels agree. ``domains``: of the corpus, for domain prompts. Raises InputError when the
+    and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of
+    the corpus, for new weights (``padding_of_new``). Raises InputError when the
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
@@ -169,8 +172,10 @@ def build_student(
     settings = load_config(directory, attention=attention)
     check_fits(settings, config.language_task, who, trained)
     torch.manual_seed(seed)
-    build = new_language_model if config.from_scratch else load_language_model
-    model = build(directory, config.language_task, attention)
+    if config.from_scratch:
+        model = new_language_model(directory, config.language_task, attention, tokenizer)
+    else:
+        model = load_language_model(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(

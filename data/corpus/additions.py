@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import cast
 
-from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
+from rekindle.data.corpus.config import (
+    CorpusConfig,
+    CorpusInfo,
+    PackingFacts,
+    TokenizerFacts,
+    as_begun,
+)
 from rekindle.data.corpus.documents import LeftOut
 from rekindle.data.corpus.source_states import (
     Present,
@@ -145,7 +151,9 @@ def claim_addition(
     if tokenizer != info["tokenizer"]:
         check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
-    new = info["config"]
+    new = as_begun(info["config"], last.config)
+    if new != info["config"]:
+        log.info("corpus: it was begun without end-of-text tokens, and goes on so")
     present = _present_or_none(config, last)
     read, added = ([], []) if present is None else found_again(last.order, last.sources, present)
     last = replace(last, origins=(*read, *added))

@@ -119,7 +119,7 @@ def _of_origin(
         for page in python_docs():
             yield Document(page.id, page.text, page.part)
         return
-    fields = [text_field, *([domain_field] if domain_field is not None else [])]
+    fields = [text_field, "id", *([domain_field] if domain_field is not None else [])]
     for record in read_records(origin, fields):
         found = (
             record

@@ -4,8 +4,8 @@ columns.
 No files are written here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
@@ -39,6 +40,7 @@ class UnitResult:
 
     rows: Rows  # [P] the row of each
     columns: Columns
+    facts: Mapping[str, object] = field(default_factory=dict)  # that its record is to have
 
 
 @dataclass(frozen=True, order=True)
@@ -85,6 +87,7 @@ class UnitRun:
         self.wanted = np.array([chosen is None or domain in chosen for domain in domains], bool)
         if only is not None:
             self.wanted &= np.isin(np.arange(len(domains)), only)
+        self.facts: Mapping[str, object] = {}
 
     def vocabulary(self, kept: TeacherReader | None) -> UnitResult:
         """What is kept of the distribution at each position."""
@@ -178,11 +181,17 @@ class UnitRun:
         cut = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
+        pairs = list(zip(*texts, strict=True))
         encoded = [
             tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
-            for a, b in zip(*texts, strict=True)
+            for a, b in pairs
         ]
         ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
+        whole = np.array([len(row) for row in ids], np.int64)
+        full = np.flatnonzero(whole == longest)  # those that may have been cut
+        if len(full):
+            whole[full] = tokenizer.whole_lengths(*zip(*(pairs[row] for row in full), strict=True))
+        self._tell_cut(whole)
         return ids, types
 
     def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> Columns:
@@ -218,8 +227,16 @@ class UnitRun:
         """Each text's ids between special tokens, and how many of a text there is room for."""
         prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
         room = self.teacher.max_length - len(prefix) - len(suffix)
+        whole = np.array([len(text.ids) for text in texts], np.int64) + len(prefix) + len(suffix)
+        self._tell_cut(whole)
         wrapped = (np.concatenate([prefix, text.ids[:room], suffix]) for text in texts)
         return [ids.astype(np.int64) for ids in wrapped], room
+
+    def _tell_cut(self, lengths: NDArray[np.int64]) -> None:
+        """Have the record say what is cut of texts that have so many tokens."""
+        limit = self.teacher.max_length
+        short = limit < self.teacher.corpus.info["config"]["sequence_length"]
+        self.facts = Counts.of(lengths * self.wanted, limit).facts(short)
 
     def _selected(self, inputs: Inputs, rows: Rows, places: list[Rows]) -> Tensor:
         """Where the ``places`` of some rows lie in a batch of them, flattened."""
@@ -252,14 +269,15 @@ class UnitRun:
 
         finished = list(run_batches(self.teacher, lengths, of_batch))
         if not finished:
-            return UnitResult(np.zeros(0, np.int64), {})
+            return UnitResult(np.zeros(0, np.int64), {}, self.facts)
         rows = np.concatenate([batch for batch, _ in finished])
         columns = joined_columns([found for _, found in finished])
         if positions is not None:
             columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
             rows = np.repeat(rows, [len(positions[r]) for r in rows])
         order = np.argsort(rows, kind="stable")
-        return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
+        ordered = {name: flat[order] for name, flat in columns.items()}
+        return UnitResult(rows[order], ordered, self.facts)
 
 
 def _word_characters(

@@ -112,6 +112,16 @@ def plan_teacher(
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
+def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
+    """The teacher's tokenizer, and how many tokens its model takes; ``settings`` are the model's
+    configuration, if that is loaded.
+    """
+    settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
+    tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+    lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
+    return tokenizer, min(length for length in lengths if length is not None)
+
+
 def _count_shared(
     corpus: Corpus, tokenizer: Tokenizer, settings: Any, config: TeacherConfig, views: Views
 ) -> int:
@@ -182,10 +192,11 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     if labels > SMALL_HEAD:
         told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
         log.warning(told, config.name, labels, 4 * labels)
-    if config.task == "regression" and labels != 1:
+    classifier = (settings.problem_type or "regression") != "regression"
+    if config.task == "regression" and classifier and labels != 1:
         raise InputError(
-            f"teacher {config.name!r} has {labels} outputs; task regression needs 1. "
-            "Use sequence_classification for a classifier"
+            f"teacher {config.name!r} is a classifier of {labels} classes (problem_type "
+            f"{settings.problem_type} in its config.json); say `task: sequence_classification`"
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     check_label_names(names, f"teacher {config.name!r}")
@@ -245,11 +256,9 @@ class Teacher:
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
-        self.tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+        self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
         targets = kind_of(plan.info)
         self.stores_tails = targets.has_tail or targets.extends
-        lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
-        self.max_length = min(length for length in lengths if length is not None)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2

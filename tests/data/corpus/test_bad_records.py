@@ -295,3 +295,19 @@ def test_nothing_but_bad_records_is_an_empty_corpus(tmp_path, build):
     with pytest.raises(InputError, match=r"corpus is empty.*left out: 2 not JSON; the first"):
         build("empty", source=str(tmp_path / "bad.jsonl"))
     assert not (tmp_path / "empty" / "corpus" / "corpus.json").exists()
+
+
+def test_a_corpus_goes_on_where_the_stream_broke_off(tmp_path, wordpiece, monkeypatch):
+    def build(cache, breaks_after):
+        def rows():
+            yield from ({"text": f"the river {n} runs"} for n in range(breaks_after))
+            if breaks_after < 30:
+                raise ConnectionError("reset by peer")
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+        config = CorpusConfig(source="owner/name", tokenizer=str(wordpiece), sequence_length=16)
+        return build_corpus(LocalStore(tmp_path / cache), config, 4)
+
+    with pytest.raises(InputError, match="broke off after 20 records"):
+        build("broken", 20)
+    assert build("broken", 30).fingerprint == build("straight", 30).fingerprint
