@@ -7,12 +7,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
 from rekindle.train.model.adapter import (
@@ -39,6 +41,7 @@ from rekindle.train.model.folder import (
 )
 from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
+from rekindle.train.model.padding import COUNT_PAST_PADDING, drop_outside_padding, padding_of_new
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -50,11 +53,6 @@ log = logging.getLogger("rekindle")
 DISTRIBUTION = "rekindle-kd"
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-# Families of RoBERTa's kind, which number positions from pad_token_id + 1.
-COUNT_PAST_PADDING = (
-    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
-    *("longformer", "mpnet", "data2vec-text", "xmod", "luke", "esm", "lilt"),
-)
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -71,10 +69,17 @@ def weights_fingerprint(directory: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(f"{file.name}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(f"{file.name}\0".encode())
+        about = file.stat()
+        digest.update(_digest(file.resolve(), about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(1000)
+def _digest(file: Path, size: int, changed: int) -> bytes:
+    """The sha256 of a file that was last ``changed`` then: asked several times, it is read once."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def adapted_fingerprints(directory: Path) -> dict[str, str]:
@@ -120,6 +125,7 @@ def load_config(
         )
     if attention is not None:
         config._attn_implementation = attention
+    drop_outside_padding(config, f"{file}")
     asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
     plain = quantised_by(settings) is None and not _names_labels(config, settings)
@@ -222,17 +228,25 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Modul
     what = f"{directory} cannot be loaded as {auto_class}"
     loaded = load_weights(directory, auto_class, dtype, what, trained=False)
     refuse_shapes(what, loaded.shapes)
-    refuse_missing(directory, auto_class, sorted(loaded.body + loaded.head))
+    refuse_missing(directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head))
     return loaded.model
 
 
 def new_language_model(
-    directory: Path, task: str, attention: str | None = None
+    directory: Path,
+    task: str,
+    attention: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> "PreTrainedModel":
-    """Make random weights of the configuration in ``directory``, in float32."""
+    """Make random weights of the configuration in ``directory``, in float32.
+
+    With the ``tokenizer`` of the text none of its tokens is taken for padding.
+    """
     import transformers
 
     config = load_config(directory, attention=attention)
+    if tokenizer is not None:
+        padding_of_new(config, tokenizer, f"student {directory}")
     for key in ("quantization_config", "compression_config"):
         if getattr(config, key, None) is not None:  # of weights that are not taken
             log.info("student: the new weights are not quantised; %s is left out", key)
@@ -253,17 +267,23 @@ def load_language_model(
     """
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
-    kind, config = AUTO_CLASSES[task], load_config(directory, attention=attention)
+    kind = AUTO_CLASSES[task]
+    config = load_config(directory, kind, attention)
     loaded = load_weights(directory, kind, torch.float32, what, advice, config)
     refuse_shapes(what, loaded.shapes)
-    if loaded.body:
-        raise InputError(
-            f"student {directory} lacks weights of its body ({', '.join(loaded.body[:3])} …); "
-            "to start from random weights, set student.from_scratch"
-        )
+    refuse_body(directory, loaded.body)
     if loaded.head:
         log.info("student: fresh LM head, %s has none", directory)
     return loaded.model
+
+
+def refuse_body(directory: Path, missing: list[str]) -> None:
+    """Raise InputError for a student whose body would be random in part."""
+    if missing:
+        raise InputError(
+            f"student {directory} lacks weights of its body ({', '.join(missing[:3])} …); "
+            "to start from random weights, set student.from_scratch"
+        )
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:
