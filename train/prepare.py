@@ -24,6 +24,7 @@ from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -194,7 +195,10 @@ def _student(
         _checkpoint_activations(student)
     if train.compile:
         _compile(student)
-    told = [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
+    objective.balance = balance_weight(student.model) if student.task == "causal_lm" else 0.0
+    routers = told_of_routers(student.model)
+    told = [routers] if routers else []
+    told += [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
     told += [world.device.type]
     told += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
     told += ["compiled blocks"] if train.compile else []
