@@ -221,7 +221,7 @@ def bad_records(
     """How many bad records stood before the corpus's end, by kind; said in a line, too."""
     if left_out is None or not left_out.counts():
         return {}
-    log.warning("corpus%s", left_out.told())
+    log.warning("the first bad record that was left out: %s", left_out.first)
     if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
         return left_out.counts()
     document, token = committed[max(committed)].facts["next"]

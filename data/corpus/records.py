@@ -106,7 +106,9 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        told = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            told = f"{error.msg} at character {error.pos + 1}"
         hint = _hint(text, error, place)
         return Bad(
             "not JSON", f"{place}:{number}: not JSON ({told}); each line must be one object{hint}"
