@@ -458,7 +458,7 @@ def test_a_tokenizer_without_fast_implementation(tmp_path):
 
 def test_files_that_are_damaged(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer.json is not JSON"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not JSON"):
         load_tokenizer(str(tmp_path))
 
 
