@@ -32,6 +32,7 @@ NEVER = -1e5  # a logit whose exponential is 0 beside any other
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
     directory = tokenizer_folder(directory)
+    directory = tokenizer_folder(directory)
     if has_tokenizer_files(directory):
         return load_tokenizer(str(directory))
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size

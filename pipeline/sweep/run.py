@@ -152,6 +152,7 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     """That the cache has what every student needs; returns its corpus's fingerprint."""
     from rekindle.pipeline.train_student import student_view
     from rekindle.train.prepare import check_tokenizer, prepare_objective
+    from rekindle.train.student import check_student
 
     cache = Cache.open(runs[0].config.cache.path)
     students = {run.name: run.config.needed_student() for run in runs}
@@ -163,5 +164,6 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     # One of each: most share a tokenizer.
     for name in {student.model: name for name, student in reversed(students.items())}.values():
         with naming(f"student {name}"):
-            check_tokenizer(cache, students[name])
+            check_student(students[name])
+            check_tokenizer(cache.corpus, students[name])
     return cache.corpus.fingerprint
