@@ -1,6 +1,7 @@
 """Scores what is there, without training: an expert, a student's task head, experts together."""
 
 import logging
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -243,11 +244,11 @@ def student_texts(
 ) -> EncodedTexts:
     """Tokenize the texts or pairs as training shows them, cut to ``max_length`` (MOST_TOKENS)."""
     tokenizer, wanted = load_tokenizer(directory), max_length or MOST_TOKENS
-    longest = longest_input(student.model.config) or wanted + 1
     prompted = student.prompts is not None  # that of no domain takes a place, too
-    most = min(wanted, longest - prompted)
+    takes = (longest_input(student.model.config) or math.inf) - prompted
+    most = int(min(wanted, takes))
     whole = tokenizer.whole_lengths(data.texts, data.pairs)
-    limits = (most, int((whole > most).sum()), int(whole.max(initial=0)))
+    limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
     if data.pairs is not None:
         two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
