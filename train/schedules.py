@@ -9,6 +9,8 @@ from pydantic import Field
 
 from rekindle.data.settings import Settings
 
+USUAL_WARMUP = 100  # steps
+
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
@@ -38,6 +40,16 @@ class Schedule(Settings):
         shape = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * shape
 
+    def problem(self, steps: int) -> str | None:
+        """Say why it is no change at all over ``steps``; None where it is one."""
+        if self.schedule == "constant" or self.over * steps > 1 - 1e-9:
+            return None
+        return (
+            f"changes from {self.start:g} to {self.end:g} over {self.over:g} of {steps} steps, "
+            f"which is less than one step. Give over at least {1 / steps:.2g}, or the number "
+            f"{self.end:g}"
+        )
+
 
 Weight = float | Schedule
 
@@ -45,6 +57,11 @@ Weight = float | Schedule
 def weight_at(weight: Weight, step: int, steps: int) -> float:
     """The value of a number or schedule at a step."""
     return weight.value(step, steps) if isinstance(weight, Schedule) else float(weight)
+
+
+def usual_warmup(steps: int) -> int:
+    """The steps of linear warm-up where none are given: a tenth of all, at most USUAL_WARMUP."""
+    return min(USUAL_WARMUP, steps // 10)
 
 
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
