@@ -365,9 +365,6 @@ class TrainConfig(Settings):
                 "never come down from its peak, if it reached it. Give fewer, or leave it out (a "
                 f"tenth of the steps, here {usual_warmup(self.steps)})"
             )
-        for where, weight in self.objective.schedules():
-            if (problem := weight.problem(self.steps)) is not None:
-                raise ValueError(f"objective.{where}.weight {problem}")
         sequences = self.steps * self.batch_sequences
         if self.replay is not None and self.replay.fraction * sequences < 1:
             raise ValueError(

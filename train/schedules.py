@@ -40,15 +40,9 @@ class Schedule(Settings):
         shape = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * shape
 
-    def problem(self, steps: int) -> str | None:
-        """Say why it is no change at all over ``steps``; None where it is one."""
-        if self.schedule == "constant" or self.over * steps > 1 - 1e-9:
-            return None
-        return (
-            f"changes from {self.start:g} to {self.end:g} over {self.over:g} of {steps} steps, "
-            f"which is less than one step. Give over at least {1 / steps:.2g}, or the number "
-            f"{self.end:g}"
-        )
+    def is_sudden(self, steps: int) -> bool:
+        """Tell whether it is through after the first of several ``steps``."""
+        return self.schedule != "constant" and self.over * steps < 1 - 1e-9 and steps > 1
 
 
 Weight = float | Schedule

@@ -46,41 +46,17 @@ def test_a_stage_of_fewer_steps_has_a_warm_up_of_its_own():
 
 # --- what never acts ------------------------------------------------------------------------------
 
-NOTHING = [
-    (
-        {"steps": 50, "objective": {"hard": {"weight": FALLING}}},
-        "objective.hard.weight changes from 1 to 0 over 0.01 of 50 steps, which is less than one "
-        "step. Give over at least 0.02, or the number 0",
-    ),
-    (
-        {"steps": 50, "objective": {"distill": [{"teachers": ["a"], "weight": FALLING}]}},
-        "objective.distill.0.weight changes from 1 to 0 over 0.01 of 50 steps",
-    ),
-    (
-        {
-            "steps": 50,
-            "objective": {"methods": [{"method": "replaced_tokens", "weight": FALLING}]},
-        },
-        "objective.methods.0.weight changes from 1 to 0 over 0.01 of 50 steps",
-    ),
-    (
-        {"steps": 10, "batch_sequences": 4, "replay": {"domains": ["a"], "fraction": 0.01}},
-        "replay.fraction 0.01 of 10 steps of 4 sequences is not one sequence. Give at least 0.025",
-    ),
-]
 
-
-@pytest.mark.parametrize(("values", "message"), NOTHING)
-def test_what_would_never_act_is_refused(values, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        config_of(**values)
+def test_a_replay_of_nothing_is_refused():
+    replay = {"domains": ["a"], "fraction": 0.01}
+    message = "replay.fraction 0.01 of 10 steps of 4 sequences is not one sequence. Give at least "
+    with pytest.raises(InputError, match=re.escape(message + "0.025")):
+        config_of(steps=10, batch_sequences=4, replay=replay)
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"steps": 100, "objective": {"hard": {"weight": FALLING}}},  # one whole step
-        {"steps": 50, "objective": {"hard": {"weight": FALLING | {"schedule": "constant"}}}},
         {"steps": 25, "batch_sequences": 4, "replay": {"domains": ["a"], "fraction": 0.01}},
         {"micro_batch_sequences": 500, "batch_sequences": 4},  # at most so many
         {"steps": 5, "evaluate_every": 500, "checkpoint_every": 500},  # the end has both
@@ -165,6 +141,17 @@ def test_a_curriculum_of_less_than_a_batch_is_refused(causal_world):
     [
         ({"steps": 60}, "train.warmup_steps is not given: 6 of 60 steps, a tenth"),
         ({"batch_sequences": 5000}, r"batch_sequences 5000: only \d+ sequences are trained on"),
+        (
+            {"objective": {"hard": {"weight": FALLING | {"to": 0.5}}}, "steps": 50},
+            r"hard.weight is 1 for one step and 0.5 from then on: over 0.01 of 50 steps is less",
+        ),
+        (
+            {
+                "objective": {"methods": [{"method": "replaced_tokens", "weight": FALLING}]},
+                "steps": 99,
+            },
+            r"methods.0.weight is 1 for one step and 0 from then on: over 0.01 of 20 steps",
+        ),
         ({"held_out": 0.0}, r"nothing is held out \(train.held_out 0\): nothing is evaluated"),
         (
             {
@@ -180,7 +167,8 @@ def test_a_curriculum_of_less_than_a_batch_is_refused(causal_world):
 def test_what_follows_from_sizes_is_said_in_a_line(causal_world, caplog, values, line):
     cache = causal_world.open()
     with caplog.at_level("INFO", logger="rekindle"):
-        choose_sequences(cache, config_of(**{"held_out": 0.2, "batch_sequences": 4} | values))
+        given = {"held_out": 0.2, "batch_sequences": 4, "steps": 20}
+        choose_sequences(cache, config_of(**given | values))
     found = [message for message in caplog.messages if re.search(line, message)]
     assert len(found) == 1
     caplog.clear()

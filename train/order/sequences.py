@@ -155,6 +155,13 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
             config.warmup_steps,
             config.steps,
         )
+    for where, weight in config.objective.schedules():
+        if weight.is_sudden(config.steps):
+            log.info(
+                "train.objective.%s.weight is %g for one step and %g from then on: over %g of %d "
+                "steps is less than one",
+                *(where, weight.start, weight.end, weight.over, config.steps),
+            )
     if 0 < train < config.batch_sequences:
         log.info(
             "train.batch_sequences %d: only %d sequences are trained on, so each batch has some "
