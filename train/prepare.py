@@ -211,6 +211,7 @@ def _built(
         train.seed,
         info["config"]["sequence_length"],
         tuple(cache.corpus.domains) if config.domain_prompts else (),
+        cache.corpus.tokenizer,
     )
 
 

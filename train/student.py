@@ -15,12 +15,19 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import load_language_model, longest_input, new_language_model
+from rekindle.train.model.files import (
+    load_config,
+    load_language_model,
+    longest_input,
+    new_language_model,
+)
+from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import (
     HEADS_FILE,
@@ -29,6 +36,7 @@ from rekindle.train.model.network import (
     head_key,
     weights_below,
 )
+from rekindle.train.model.sight import check_padding
 
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
@@ -146,19 +154,28 @@ def build_student(
     seed: int,
     sequence_length: int = 0,
     domains: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Student:
     """Build the configured student, from pre-trained weights or scratch; the same for a ``seed``.
 
     The heads and prompts of an earlier student in the directory are taken over where name, shape
-    and labels agree. ``domains``: of the corpus, for domain prompts. Raises InputError when the
+    and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of
+    the corpus, for new weights (``padding_of_new``). Raises InputError when the
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
-    directory = resolve_model(config.model)
-    torch.manual_seed(seed)
-    build = new_language_model if config.from_scratch else load_language_model
+    directory, who = resolve_model(config.model), f"student {config.model!r}"
+    # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
+    # embeddings, which no file would be seen to lack.
+    trained = config.language_task == "causal_lm" and not config.from_scratch
     attention = None if config.attention == "auto" else config.attention
-    model = build(directory, config.language_task, attention)
+    settings = load_config(directory, attention=attention)
+    check_fits(settings, config.language_task, who, trained)
+    torch.manual_seed(seed)
+    if config.from_scratch:
+        model = new_language_model(directory, config.language_task, attention, tokenizer)
+    else:
+        model = load_language_model(directory, config.language_task, attention)
     size = model.config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
@@ -172,6 +189,7 @@ def build_student(
             )
         )
     _check_length(config, model.config, sequence_length)
+    check_padding(model, who)
     prompted = domains if config.domain_prompts else None
     student = Student(model, config.language_task, heads, vocabulary_size, prompted)
     if config.from_scratch:

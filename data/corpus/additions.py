@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import cast
 
-from rekindle.data.corpus.config import CorpusConfig, CorpusInfo, PackingFacts, TokenizerFacts
+from rekindle.data.corpus.config import (
+    CorpusConfig,
+    CorpusInfo,
+    PackingFacts,
+    TokenizerFacts,
+    as_begun,
+)
 from rekindle.data.corpus.documents import LeftOut
 from rekindle.data.corpus.source_states import (
     Present,
@@ -145,7 +151,9 @@ def claim_addition(
     if tokenizer != info["tokenizer"]:
         check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
-    new = info["config"]
+    new = as_begun(info["config"], last.config)
+    if new != info["config"]:
+        log.info("corpus: it was begun without end-of-text tokens, and goes on so")
     present = _present_or_none(config, last)
     read, added = ([], []) if present is None else found_again(last.order, last.sources, present)
     last = replace(last, origins=(*read, *added))
@@ -213,7 +221,7 @@ def bad_records(
     """How many bad records stood before the corpus's end, by kind; said in a line, too."""
     if left_out is None or not left_out.counts():
         return {}
-    log.warning("corpus%s", left_out.told())
+    log.warning("the first bad record that was left out: %s", left_out.first)
     if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
         return left_out.counts()
     document, token = committed[max(committed)].facts["next"]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.places import Place
 from rekindle.data.settings import Settings
@@ -36,6 +37,11 @@ class CorpusConfig(Settings):
     packing: Literal["document", "contiguous"] = Field(
         "document", description="document never crosses a document; contiguous fills every sequence"
     )
+    special_tokens: Literal["text", "token"] = Field(
+        "text",
+        description="names of special tokens within a text (</s>, <|im_end|>): text is text like "
+        "any other; token reads each as the token itself",
+    )
     on_bad_record: Literal["error", "skip"] = Field(
         "error",
         description="a record that is no text (no JSON, no UTF-8, no text field, …): an error, or "
@@ -53,7 +59,9 @@ class PackingFacts(TypedDict):
     """All that decides the sequences but the tokenizer, as a cache records it.
 
     Not ``on_bad_record``: the good records are the same, and how many were left out is recorded
-    with the corpus's end.
+    with the corpus's end. Left out where they are as they always were, so that corpora of other
+    versions are the same: end_of_text, where the end-of-text token comes after each document of a
+    tokenizer that begins a text and does not end it; special_tokens, where they are read as such.
     """
 
     source: list[str]
@@ -63,6 +71,8 @@ class PackingFacts(TypedDict):
     packing: Literal["document", "contiguous"]
     limit_sequences: int | None
     sequences_per_shard: int
+    end_of_text: NotRequired[bool]
+    special_tokens: NotRequired[Literal["text", "token"]]
 
 
 class TokenizerFacts(TypedDict):
@@ -93,8 +103,21 @@ def describe_corpus(
 ) -> CorpusInfo:
     """Return what the corpus will be made of."""
     values = config.model_dump(mode="json", exclude={"tokenizer", "on_bad_record"})
+    if config.special_tokens == "text":
+        del values["special_tokens"]
+    if config.packing == "document" and lacks_end(tokenizer):
+        values["end_of_text"] = True
     packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
     return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
+
+
+def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
+    """``new`` by the rules of packing that a corpus was ``begun`` with: later ones are for new
+    corpora.
+    """
+    if "end_of_text" in begun:
+        return new
+    return cast("PackingFacts", {key: what for key, what in new.items() if key != "end_of_text"})
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

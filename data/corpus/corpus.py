@@ -38,6 +38,7 @@ from rekindle.data.corpus.documents import LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
 from rekindle.data.corpus.sources import Origin
+from rekindle.data.corpus.special_names import SpecialNames
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
@@ -220,8 +221,10 @@ class Corpus(RowReader):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer stored in the cache."""
-        return read_tokenizer(self.store, self.info["tokenizer"])
+        """The tokenizer stored in the cache, reading texts as the corpus was read."""
+        found = read_tokenizer(self.store, self.info["tokenizer"])
+        as_tokens = self.info["config"].get("special_tokens") == "token"
+        return found.reading_special_tokens() if as_tokens else found
 
 
 def build_corpus(
@@ -238,6 +241,8 @@ def build_corpus(
     configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.special_tokens == "token":
+        tokenizer = tokenizer.reading_special_tokens()
     info = describe_corpus(config, tokenizer, sequences_per_shard)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
@@ -258,13 +263,14 @@ def build_corpus(
         source = last.origins[: len(addition.order)] or config.source
         left_out = LeftOut() if config.on_bad_record == "skip" else None
         made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
-        for shard, rows, where in made:
+        for shard, rows, where, named in made:
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
             claim()
             tokens = sum(len(row.input_ids) for row in rows)
             facts = {"tokens": tokens, "next": list(where), "domains": _domains(rows)}
+            facts |= {"special_names": named} if named else {}
             schema = describe(FIELDS, about_shard(shard, addition, info["tokenizer"]))
             written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
             committed[unit_of(shard)] = written
@@ -273,7 +279,7 @@ def build_corpus(
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}); give a source with at least one non-blank document"
-                f"{left_out.told() if left_out else ''}"
+                f"{f'; {told}' if left_out and (told := left_out.told()) else ''}"
             )
         claim()
         complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
@@ -317,8 +323,9 @@ def _shards_after(
     ends_at: int | None,
     source: Sequence[str | Origin],
     left_out: LeftOut | None,
-) -> Iterator[tuple[int, list[PackedSequence], Position]]:
-    """(shard number, its sequences, where the next begins) from the first missing shard on.
+) -> Iterator[tuple[int, list[PackedSequence], Position, int]]:
+    """(shard number, its sequences, where the next begins, how many of the documents that begin in
+    it hold names of special tokens) from the first missing shard on.
 
     ``ends_at``: how many sequences the corpus has at the addition's end.
     """
@@ -326,20 +333,24 @@ def _shards_after(
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
     documents = read_documents(source, config["text_field"], config["domain_field"], left_out)
+    names = SpecialNames(tokenizer)
+    left = names.watch(islice(documents, start.document_index, None), start.document_index)
     sequences = pack(
-        tokenizer.encode_documents(islice(documents, start.document_index, None)),
+        tokenizer.encode_documents(left),
         sequence_length=config["sequence_length"],
         packing=config["packing"],
         tokenizer=tokenizer,
         start=start,
+        end_of_text=config.get("end_of_text", False),
     )
     remaining = None
     if ends_at is not None:
         remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
-        yield shard, [sequence for sequence, _ in taken], taken[-1][1]
-        shard += 1
+        end = taken[-1][1]
+        yield shard, [sequence for sequence, _ in taken], end, names.count(start, end)
+        shard, start = shard + 1, end
 
 
 def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:

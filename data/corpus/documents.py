@@ -54,10 +54,10 @@ class LeftOut:
         return {kind: number for kind, number in found.items() if number}
 
     def told(self) -> str:
-        """What was left out, to follow what it was left out of; nothing where there was nothing."""
+        """What was left out, in words; nothing where there was nothing."""
         counts = self.counts()
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-        return f"; bad records left out: {kinds}; the first: {self.first}" if counts else ""
+        return f"bad records left out: {kinds}; the first: {self.first}" if counts else ""
 
 
 def read_documents(
@@ -119,7 +119,7 @@ def _of_origin(
         for page in python_docs():
             yield Document(page.id, page.text, page.part)
         return
-    fields = [text_field, *([domain_field] if domain_field is not None else [])]
+    fields = [text_field, "id", *([domain_field] if domain_field is not None else [])]
     for record in read_records(origin, fields):
         found = (
             record

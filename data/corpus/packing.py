@@ -70,6 +70,7 @@ def pack(
     packing: Literal["document", "contiguous"],
     tokenizer: Tokenizer,
     start: Position = BEGINNING,
+    end_of_text: bool = True,
 ) -> Iterator[tuple[Sequence, Position]]:
     """Each sequence of ``documents``, and the Position from which packing would go on after it.
 
@@ -77,8 +78,10 @@ def pack(
     dropped; a document without tokens gives nothing.
 
     document: every document is cut into pieces of sequence_length − |prefix| − |suffix| tokens, the
-    last as short as it comes. A tokenizer that puts nothing around a text (GPT-2) but has an
-    end-of-sequence token gets it after each document.
+    last as short as it comes. A tokenizer that puts nothing after a text (GPT-2; Llama, which puts
+    <s> before it) but has an end-of-sequence token gets it after each document: it is what tells a
+    causal LM that a text ends. Without ``end_of_text``, as corpora were packed before format 3,
+    only one that puts nothing before a text either.
     contiguous: documents are joined with the end-of-sequence token after each, or, where the suffix
     ends with that token or there is none, with the suffix's last token between two of them.
     In both an end-of-sequence token that would be the first of a sequence is left out: nothing
@@ -97,19 +100,26 @@ def pack(
         raise ValueError(f"packing must be 'document' or 'contiguous', not {packing!r}")
     left = _from_start(documents, start)
     if packing == "contiguous":
-        planned = _fill(left, room, *_separators(tokenizer))
+        planned = _fill(left, room, *document_separators(tokenizer))
     else:
-        end = _document_end(tokenizer)
+        end = document_end(tokenizer, end_of_text)
         planned = chain.from_iterable(_fill([one], room, (), end) for one in left)
     return ((_sequence(pieces, tokenizer), position) for pieces, position in planned)
 
 
-def _document_end(tokenizer: Tokenizer) -> tuple[int, ...]:
-    bare = not tokenizer.prefix and not tokenizer.suffix
-    return (tokenizer.eos_id,) if bare and tokenizer.eos_id is not None else ()
+def document_end(tokenizer: Tokenizer, end_of_text: bool) -> tuple[int, ...]:
+    """What comes after each document where no sequence crosses one; see ``pack``."""
+    if tokenizer.suffix or tokenizer.eos_id is None:
+        return ()
+    return (tokenizer.eos_id,) if end_of_text or not tokenizer.prefix else ()
 
 
-def _separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def lacks_end(tokenizer: Tokenizer) -> bool:
+    """Whether it has an end-of-sequence token, begins a text and does not end it (Llama)."""
+    return bool(tokenizer.prefix) and bool(document_end(tokenizer, end_of_text=True))
+
+
+def document_separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens between two documents of one sequence, and those after each document."""
     last_of_suffix = tokenizer.suffix[-1:]
     if tokenizer.eos_id is None or (tokenizer.eos_id,) == last_of_suffix:

@@ -41,7 +41,7 @@ def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad
     """The records of ``origin`` in order; of a .txt file, whose records have no fields, each has
     its text under the first of ``fields``.
 
-    Of columns only those are read that ``fields`` (dotted ones are inside others) and ``id`` need.
+    Of columns only those are read that ``fields`` need; dotted ones are inside others.
     """
     if origin.format == HUB:
         yield from _hub_records(origin)
@@ -52,9 +52,8 @@ def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad
         elif origin.format == "jsonl":
             yield from _jsonl_records(origin.place)
         else:
-            wanted = ["id", *fields]
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
-            yield from _columnar_records(origin.place, batches(origin.place, wanted))
+            yield from _columnar_records(origin.place, batches(origin.place, fields))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
 
@@ -107,7 +106,9 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        told = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            told = f"{error.msg} at character {error.pos + 1}"
         hint = _hint(text, error, place)
         return Bad(
             "not JSON", f"{place}:{number}: not JSON ({told}); each line must be one object{hint}"
@@ -253,7 +254,7 @@ def _row(
     return Record(row, unread | values)
 
 
-def _parquet_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
+def _parquet_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
     with pq.ParquetFile(path) as file:
         fields = file.schema_arrow.names
         columns = _columns_for(wanted, fields, path)
@@ -261,7 +262,7 @@ def _parquet_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
             yield batch, fields
 
 
-def _arrow_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
+def _arrow_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
     for batch in arrow_batches(path):
         fields = batch.schema.names
         columns = batch.select(_columns_for(wanted, fields, path))
@@ -270,7 +271,7 @@ def _arrow_batches(path: str, wanted: list[str]) -> Iterator[_Batch]:
         yield columns, fields
 
 
-def _columns_for(wanted: list[str], fields: list[str], path: str) -> list[str]:
+def _columns_for(wanted: Sequence[str], fields: list[str], path: str) -> list[str]:
     """Those columns that are wanted, or may hold what is wanted by a dotted name."""
     columns = [f for f in fields if any(f == w or w.startswith(f"{f}.") for w in wanted)]
     doubled = next((name for name in columns if columns.count(name) > 1), None)

@@ -80,11 +80,15 @@ class Tokenizer:
     suffix: tuple[int, ...]
     _backend: "Backend" = field(repr=False)
 
+    def reading_special_tokens(self) -> "Tokenizer":
+        """The same, that reads a special token's name within a text as the token."""
+        return wrap_tokenizer(self.hf, self.name, special_names_are_text=False)
+
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Each text's tokens: no special tokens, no truncation, all cores.
 
-        A special token's name within a text ("[MASK]", "</s>") is text like any other, except to a
-        Unigram model that has it among its pieces.
+        A special token's name within a text ("[MASK]", "</s>") is text like any other (except to a
+        Unigram model that has it among its pieces), unless ``reading_special_tokens`` gave this.
         """
         return [_encoded(*pair) for pair in zip(texts, self._encodings(texts), strict=True)]
 
@@ -148,17 +152,19 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
-        return wrap_tokenizer, (self.hf, self.name)
+        return wrap_tokenizer, (self.hf, self.name, self._backend.encode_special_tokens)
 
 
-def wrap_tokenizer(hf: "PreTrainedTokenizerFast", name: str) -> Tokenizer:
+def wrap_tokenizer(
+    hf: "PreTrainedTokenizerFast", name: str, special_names_are_text: bool = True
+) -> Tokenizer:
     """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
     # Our own copy: padding, truncation and special tokens written in a text are settings of the
     # backend, and some tokenizer.json files come with them switched on.
     backend = deepcopy(hf.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = special_names_are_text
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
     prefix, suffix = _affixes(backend)

@@ -4,13 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.targets import codec_compact
-from rekindle.data.targets.codec import Columns, Floats, decode_log_probs, encode, high_bytes
+from rekindle.data.targets.codec import (
+    STEP,
+    Columns,
+    Floats,
+    decode_log_probs,
+    encode,
+    high_bytes,
+)
 from rekindle.data.targets.codec_compact import Widths
-from rekindle.data.targets.codec_precise import decode_precise, encode_precise
+from rekindle.data.targets.codec_precise import VALUE_STEP, decode_precise, encode_precise
 
 BYTE = pa.uint8()
 T = TypeVar("T")
@@ -34,6 +42,14 @@ class Codec:
     per_position: str = "positions"  # a column of which every position has an entry on disk
     compressed: bool = False  # shards are; then record batches are small and read as a whole
     largest_vocabulary: int = 2**31
+
+    def error_bound(self, span: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+        """Nats that a log-probability at τ may be off by, in rows whose candidates' logarithms at
+        τ = 1 lie ``span`` [P] apart: what the codecs' files state.
+        """
+        step = 2 * (span / 510 + 1 / STEP) if self.spans else np.full_like(span, 1 / VALUE_STEP)
+        bound: NDArray[np.float64] = step / temperature + 0.5 / STEP
+        return bound
 
     def widths(self, vocabulary_size: int, k: int, temperatures: int) -> Widths:
         """Name -> (value type, width) of the candidates' columns."""

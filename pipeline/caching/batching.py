@@ -24,18 +24,24 @@ log = logging.getLogger("rekindle")
 Rows = NDArray[np.int64]
 
 
-def length_buckets(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.int64]]:
+def length_buckets(
+    lengths: NDArray[np.int64], batch_tokens: int, equal: bool = False
+) -> list[NDArray[np.int64]]:
     """Batches of row numbers, longest first; each row with a length > 0 stands in exactly one.
 
     rows × longest ≤ ``batch_tokens`` in every batch, except that a single longer row is a batch by
     itself. The longest come first, so that a batch which does not fit into memory shows at once.
+    ``equal``: a batch's rows are of one length, for models that padding changes.
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
     batches = []
     start = 0
     while start < len(order):
-        count = max(1, batch_tokens // int(lengths[order[start]]))
+        longest = int(lengths[order[start]])
+        count = max(1, batch_tokens // longest)
+        if equal:
+            count = min(count, int((lengths[order[start:]] == longest).sum()))
         batches.append(order[start : start + count])
         start += count
     return batches
@@ -70,7 +76,7 @@ def run_batches(
     A batch that is out of memory is halved, and with it the teacher's ``batch_tokens``: what is
     left of this unit and later ones start from there.
     """
-    waiting = length_buckets(lengths, teacher.batch_tokens)
+    waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
     while waiting:
         rows, waiting = waiting[0], waiting[1:]
         columns = _in_memory(teacher, forward, rows)
@@ -93,7 +99,7 @@ def run_batches(
         left = np.zeros_like(lengths)
         for batch in (rows, *waiting):
             left[batch] = lengths[batch]
-        waiting = length_buckets(left, teacher.batch_tokens)
+        waiting = length_buckets(left, teacher.batch_tokens, teacher.equal_lengths)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

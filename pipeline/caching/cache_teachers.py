@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
@@ -20,7 +21,9 @@ from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import cut_of
 from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.compute_unit import Unit
@@ -91,6 +94,8 @@ def cache_teachers(
             corpus = build_corpus(
                 store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
             )
+        for line in remarks(corpus):
+            log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)
@@ -115,12 +120,19 @@ def cache_teachers(
             }
             if missing or lacks_head:
                 _run(part, corpus, missing, workers, progress)
+            if not part.config.vocabulary:
+                _tell_cut(corpus, part.info)
             if part.info.part:
                 store.create(f"{part.info.folder}/{FINISHED}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
+
+
+def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
+    if found := cut_of(info, ShardSet(corpus.store, info.folder).committed().values()):
+        log.warning("%s", found.as_text(f"teacher {info.name}"))
 
 
 def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:

@@ -4,8 +4,8 @@ columns.
 No files are written here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
-from rekindle.pipeline.caching.sampling import row_keys
+from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import score_hidden
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.model.causes import running
@@ -39,6 +40,7 @@ class UnitResult:
 
     rows: Rows  # [P] the row of each
     columns: Columns
+    facts: Mapping[str, object] = field(default_factory=dict)  # that its record is to have
 
 
 @dataclass(frozen=True, order=True)
@@ -55,13 +57,18 @@ class Unit:
 
 
 def run_unit(
-    teacher: Teacher, unit: Unit, only: Rows | None = None, kept: TeacherReader | None = None
+    teacher: Teacher,
+    unit: Unit,
+    only: Rows | None = None,
+    kept: TeacherReader | None = None,
+    audited: bool = False,
 ) -> UnitResult:
     """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
 
-    ``kept`` reads the ids that tails at further temperatures are taken of.
+    ``kept`` reads the ids that tails at further temperatures are taken of. ``audited``: the means
+    of Monte-Carlo passes have their standard errors beside them, ``mc_errors``.
     """
-    run = UnitRun(teacher, unit, only)
+    run = UnitRun(teacher, unit, only, audited)
     with torch.inference_mode():
         if teacher.config.vocabulary:
             return run.vocabulary(kept)
@@ -71,7 +78,8 @@ def run_unit(
 class UnitRun:
     """A teacher and the rows of one unit."""
 
-    def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None):
+    def __init__(self, teacher: Teacher, unit: Unit, only: Rows | None, audited: bool = False):
+        self.audited = audited
         self.teacher, self.unit, self.view, self.info = teacher, unit, teacher.view, teacher.info
         self.table = teacher.corpus.shard(unit.shard).table()
         self.batches = self.table.to_batches()
@@ -79,6 +87,7 @@ class UnitRun:
         self.wanted = np.array([chosen is None or domain in chosen for domain in domains], bool)
         if only is not None:
             self.wanted &= np.isin(np.arange(len(domains)), only)
+        self.facts: Mapping[str, object] = {}
 
     def vocabulary(self, kept: TeacherReader | None) -> UnitResult:
         """What is kept of the distribution at each position."""
@@ -104,8 +113,7 @@ class UnitRun:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
-            seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
-            return teacher.tensor(row_keys(seed, names, unit.replica, places))
+            return teacher.tensor(sample_keys(info, names, unit.replica, places))
 
         def forward(rows: Rows, inputs: Inputs) -> Columns:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
@@ -153,7 +161,7 @@ class UnitRun:
             logits = self._finite(self._logits(inputs))
             columns = {"logits": logits.cpu().numpy()}
             if self.info.monte_carlo_passes:
-                columns["mc_probs"] = self._monte_carlo(inputs, rows, logits)
+                columns |= self._monte_carlo(inputs, rows, logits)
             return columns
 
         return self._run(seen, forward)
@@ -173,14 +181,20 @@ class UnitRun:
         cut = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
         texts = ([t for b in batches for t in b[name].to_pylist()] for name in ("text_a", "text_b"))
+        pairs = list(zip(*texts, strict=True))
         encoded = [
             tokenizer.encode_pair(a, b, longest, cut) if a is not None else ([], [])
-            for a, b in zip(*texts, strict=True)
+            for a, b in pairs
         ]
         ids, types = ([np.array(pair[part], np.int64) for pair in encoded] for part in (0, 1))
+        whole = np.array([len(row) for row in ids], np.int64)
+        full = np.flatnonzero(whole == longest)  # those that may have been cut
+        if len(full):
+            whole[full] = tokenizer.whole_lengths(*zip(*(pairs[row] for row in full), strict=True))
+        self._tell_cut(whole)
         return ids, types
 
-    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> NDArray:
+    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> Columns:
         """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
 
         ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
@@ -202,14 +216,27 @@ class UnitRun:
                 "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
                 "config.json, or monte_carlo.passes to 0"
             )
-        return torch.softmax(passes, dim=-1).mean(dim=0).cpu().numpy()
+        probs = torch.softmax(passes, dim=-1)
+        found: Columns = {"mc_probs": probs.mean(dim=0).cpu().numpy()}
+        if self.audited:
+            errors = probs.std(dim=0, correction=min(1, count - 1)) / count**0.5
+            found["mc_errors"] = errors.cpu().numpy()
+        return found
 
     def _wrapped(self, texts: list[Encoded]) -> tuple[list[NDArray], int]:
         """Each text's ids between special tokens, and how many of a text there is room for."""
         prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
         room = self.teacher.max_length - len(prefix) - len(suffix)
+        whole = np.array([len(text.ids) for text in texts], np.int64) + len(prefix) + len(suffix)
+        self._tell_cut(whole)
         wrapped = (np.concatenate([prefix, text.ids[:room], suffix]) for text in texts)
         return [ids.astype(np.int64) for ids in wrapped], room
+
+    def _tell_cut(self, lengths: NDArray[np.int64]) -> None:
+        """Have the record say what is cut of texts that have so many tokens."""
+        limit = self.teacher.max_length
+        short = limit < self.teacher.corpus.info["config"]["sequence_length"]
+        self.facts = Counts.of(lengths * self.wanted, limit).facts(short)
 
     def _selected(self, inputs: Inputs, rows: Rows, places: list[Rows]) -> Tensor:
         """Where the ``places`` of some rows lie in a batch of them, flattened."""
@@ -242,14 +269,15 @@ class UnitRun:
 
         finished = list(run_batches(self.teacher, lengths, of_batch))
         if not finished:
-            return UnitResult(np.zeros(0, np.int64), {})
+            return UnitResult(np.zeros(0, np.int64), {}, self.facts)
         rows = np.concatenate([batch for batch, _ in finished])
         columns = joined_columns([found for _, found in finished])
         if positions is not None:
             columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
             rows = np.repeat(rows, [len(positions[r]) for r in rows])
         order = np.argsort(rows, kind="stable")
-        return UnitResult(rows[order], {name: flat[order] for name, flat in columns.items()})
+        ordered = {name: flat[order] for name, flat in columns.items()}
+        return UnitResult(rows[order], ordered, self.facts)
 
 
 def _word_characters(

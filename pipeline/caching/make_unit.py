@@ -82,6 +82,7 @@ def write_unit(
         "shard": unit.shard,
         "replica": unit.replica,
         "corpus_sha256": corpus.commits[unit.shard].sha256,
+        **result.facts,
     }
     # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
     # its name free for the corrected configuration.

@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.targets.schema import MOST_DRAWS
+from rekindle.data.targets.schema import MOST_DRAWS, TeacherInfo
 
 WORD = 0xFFFFFFFF
 # Philox4x32: multipliers and key increments (Salmon et al., "Parallel random numbers: as easy as
@@ -28,6 +28,14 @@ ROUNDS = 10
 ROOM = 62  # bits of an int64 that sums may fill
 CDF_BITS = 52  # fixed point of the inverse CDF: ids below 2^-52 are never drawn
 LOWEST_EXPONENT = -60  # rows whose k-th probability is smaller are scaled as if it were 2^-60
+
+
+def sample_keys(
+    info: TeacherInfo, digests: Sequence[str], replica: int | None, positions: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The keys int64 [N,2] that a teacher's sample is drawn with, at N positions of examples."""
+    seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
+    return row_keys(seed, digests, replica, positions)
 
 
 def row_keys(

@@ -5,6 +5,7 @@ that a finished cache is recognised in seconds.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.errors import CacheMismatchError, InputError, naming
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
@@ -39,20 +40,15 @@ from rekindle.train.model.files import (
     place,
     weights_fingerprint,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
 
-AUTO_CLASSES = {
-    "masked_lm": "AutoModelForMaskedLM",
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
@@ -75,6 +71,7 @@ def plan_teacher(
     Raises InputError when it cannot teach on this corpus.
     """
     directory = directory or resolve_model(config.model)
+    check_fits(load_config(directory), config.task, f"teacher {config.name!r} ({config.model})")
     settings: Any = load_config(directory, AUTO_CLASSES[config.task])
     weights = weights_fingerprint(directory)
     precision: str = config.precision
@@ -113,6 +110,16 @@ def plan_teacher(
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
+
+
+def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
+    """The teacher's tokenizer, and how many tokens its model takes; ``settings`` are the model's
+    configuration, if that is loaded.
+    """
+    settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
+    tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+    lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
+    return tokenizer, min(length for length in lengths if length is not None)
 
 
 def _count_shared(
@@ -161,13 +168,6 @@ def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) 
             f"teacher {config.name!r} takes at most {limit} tokens; corpus.sequence_length is "
             f"{length}"
         )
-    saved_as = (settings.architectures or [""])[0]
-    if config.task == "causal_lm" and saved_as.endswith("Classification"):
-        # Its output matrix is the embedding's, so no weight would be missed.
-        raise InputError(
-            f"teacher {config.name!r}: {config.model} was saved as {saved_as}, whose language "
-            "model was trained away; say `task: sequence_classification` or token_classification"
-        )
     codec = CODECS[config.targets.codec]
     if size > codec.largest_vocabulary:
         raise InputError(
@@ -192,10 +192,11 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     if labels > SMALL_HEAD:
         told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
         log.warning(told, config.name, labels, 4 * labels)
-    if config.task == "regression" and labels != 1:
+    classifier = (settings.problem_type or "regression") != "regression"
+    if config.task == "regression" and classifier and labels != 1:
         raise InputError(
-            f"teacher {config.name!r} has {labels} outputs; task regression needs 1. "
-            "Use sequence_classification for a classifier"
+            f"teacher {config.name!r} is a classifier of {labels} classes (problem_type "
+            f"{settings.problem_type} in its config.json); say `task: sequence_classification`"
         )
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     check_label_names(names, f"teacher {config.name!r}")
@@ -255,11 +256,9 @@ class Teacher:
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
-        self.tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+        self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
         targets = kind_of(plan.info)
         self.stores_tails = targets.has_tail or targets.extends
-        lengths = (int(self.tokenizer.hf.model_max_length), longest_input(settings))
-        self.max_length = min(length for length in lengths if length is not None)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2
@@ -269,14 +268,34 @@ class Teacher:
         kind = "cpu" if self.placement.device == "cpu" else "cuda"
         # Tokens per forward pass, padding included; halved when the device runs out of memory.
         self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
+        self._language_model: SplitLanguageModel | None = None
+        if plan.config.vocabulary:
+            with suppress(torch.OutOfMemoryError, MemoryError):  # told with the first batch
+                self._language_model = self._split()
+        # Sequences of one length alone go together then: a target must not depend on neighbours.
+        self.equal_lengths = moved_by_padding(model) > 0
+        if self.equal_lengths:
+            log.info(
+                "teacher %s: %s lets padding change what it says of the tokens themselves; "
+                "sequences of one length alone are shown to it together",
+                self.info.name,
+                type(model).__name__,
+            )
 
-    @cached_property
+    @property
     def language_model(self) -> SplitLanguageModel:
         """Body and head of a vocabulary teacher."""
-        try:
-            return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
-        except NotImplementedError as error:
-            raise InputError(f"teacher {self.info.name!r}: {error}") from None
+        if self._language_model is None:
+            self._language_model = self._split()
+        return self._language_model
+
+    def _split(self) -> SplitLanguageModel:
+        """Raise InputError for a model that cannot be split, or sees what it must not."""
+        with naming(f"teacher {self.info.name!r}"):
+            try:
+                return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+            except NotImplementedError as error:
+                raise InputError(str(error)) from None
 
     @cached_property
     def token_columns(self) -> TokenColumns:

@@ -1,39 +1,103 @@
-"""Runs the live teachers again on random sequences and compares with what the cache holds."""
+"""Runs the live teachers again on random sequences, compares with what the cache holds, and judges:
+how far a value may be off is ``judge``'s.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.errors import InputError
-from rekindle.data.example import Target, TokenTargets
+from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.builtin.missing import make_missing
-from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
+from rekindle.pipeline.caching.compute_unit import Unit, run_unit
+from rekindle.pipeline.caching.sampling import (
+    random_sample,
+    sample_keys,
+    threshold_sample,
+    uniforms,
+)
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
+from rekindle.pipeline.checks.judge import (
+    Distributions,
+    Judged,
+    judge_dense,
+    judge_logits,
+    judge_random,
+    judge_scalars,
+    judge_threshold,
+    judge_topk,
+)
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.model.files import config_fingerprint, weights_fingerprint
+from rekindle.train.model.files import (
+    adapted_fingerprints,
+    config_fingerprint,
+    weights_fingerprint,
+)
 from rekindle.train.model.folder import resolve_model
 
 # Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
+VALUES_AT_ONCE = 4_000_000  # of them, while they are compared in float64
 Values = dict[str, float]
 
 
-def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict[str, Values]:
+@dataclass
+class TeacherAudit:
+    """What was measured of one teacher, and what lies beyond its bound."""
+
+    values: Values = field(default_factory=dict)
+    beyond: list[str] = field(default_factory=list)  # the worst first
+
+
+@dataclass
+class AuditReport:
+    """What an audit found, by teacher."""
+
+    teachers: dict[str, TeacherAudit] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Values]:
+        """For --json."""
+        return {name: audit.values for name, audit in self.teachers.items()}
+
+    @property
+    def problems(self) -> list[str]:
+        """The worst value of every teacher that has values beyond their bounds."""
+        return [
+            f"teacher {name!r}, {audit.beyond[0]}"
+            + (f" ({len(audit.beyond):,} places are beyond)" if audit.beyond[1:] else "")
+            for name, audit in self.teachers.items()
+            if audit.beyond
+        ]
+
+    def as_text(self) -> str:
+        """For people, a line for each teacher."""
+        return "\n".join(
+            f"audit of {name}: "
+            + ", ".join(f"{key} {value:.3g}" for key, value in audit.values.items())
+            for name, audit in self.teachers.items()
+        )
+
+
+def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> AuditReport:
     """What the live teachers say of ``count`` random sequences, against the cache; by teacher.
 
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
     over positions; of samples ``total_variation`` to one drawn again; task heads: ``max_error`` of
-    the logits. ``rows``: how many were compared. Of masked replicas the first is audited. Raises
-    InputError when a teacher is not the one that was cached, and when the configuration has none of
-    the cache's teachers.
+    the logits. ``rows``: how many were compared; ``of_bound``: the largest error as a share of its
+    bound, which is beyond it above 1. Of masked replicas the first is audited.
+
+    Raises CacheMismatchError when a teacher's files are not those that were cached, InputError when
+    the configuration says something else of it, or has none of the cache's teachers.
     """
     config.check_single()
     cache = Cache.open(path)
@@ -46,65 +110,157 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> dict
             "is nothing to audit; give the configuration the cache was made with"
         )
     make_missing(*configs.values())
-    return {
-        name: _audit_teacher(cache, _live(cache, teacher), index)
-        for name, teacher in configs.items()
-    }
+    return AuditReport(
+        {name: _Audit(cache, _live(cache, each)).over(index) for name, each in configs.items()}
+    )
 
 
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:
-    """The teacher, loaded; its distributions whole, so that what top-k left out is compared too.
-
-    Raises InputError when it is not the one that was cached.
-    """
+    """The teacher, loaded; its distributions whole, so that what top-k left out is compared too."""
     info = cache.teachers[config.name].info
     directory = resolve_model(config.model)
     prints = info.fingerprints
 
-    def check(same: dict[str, bool]) -> None:
+    def check(same: dict[str, bool], error: type[CacheMismatchError | InputError]) -> None:
         for what in (name for name, kept in same.items() if not kept):
-            raise InputError(
+            raise error(
                 f"teacher {config.name!r}: {directory} is not the teacher that was cached (its "
                 f"{what} differs); give the configuration the cache was made with"
             )
 
-    check(
-        {
-            "weights": weights_fingerprint(directory) == prints.get("weights"),
-            "model configuration": config_fingerprint(directory) == prints.get("config"),
-            "task": config.task == info.task and config.pair_expert == info.shown.paired,
-            "view": config.sees_masks == info.shown.masked,
-            "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
-        }
+    asked = {
+        "task": config.task == info.task and config.pair_expert == info.shown.paired,
+        "view": config.sees_masks == info.shown.masked,
+        "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
+    }
+    files = {
+        "weights": weights_fingerprint(directory) == prints.get("weights"),
+        "model configuration": config_fingerprint(directory) == prints.get("config"),
+    }
+    adapted = adapted_fingerprints(directory)
+    files |= {name.replace("_", " "): prints.get(name) == value for name, value in adapted.items()}
+    check(asked, InputError)
+    check(files, CacheMismatchError)
+    whole = info.model_copy(
+        update={"kind": "dense", "codec": "default"} if config.vocabulary else {}
     )
-    # A sample is drawn again: the same draws from the same distributions.
-    exact = config.vocabulary and not kind_of(info).sampled
-    whole = info.model_copy(update={"kind": "dense", "codec": "default"} if exact else {})
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
-    check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")})
+    check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
     teacher.stores_tails = kind_of(info).has_tail  # and its own tokens' mass lies in the tail
     return teacher
 
 
-def _audit_teacher(cache: Cache, teacher: Teacher, index: NDArray[np.int64]) -> Values:
-    reader = cache.teacher(teacher.info.name)
-    replica = 0 if reader.masked else None
-    values: dict[str, list[float]] = {}
-    for shard, rows in _parts(cache, index):
-        if not reader.has(shard, replica):
-            continue
-        live = run_unit(teacher, Unit(shard, replica), only=rows)
-        for row in rows:
-            example = cache.example(cache.corpus.first(shard) + int(row))
-            for cached in example.targets[teacher.info.name]:
-                if getattr(cached, "replica", None) == replica:
-                    own = teacher.config.vocabulary and len(teacher.token_columns.foreign) > 0
-                    for key, found in _compare(cached, live, int(row), teacher.info, own).items():
-                        values.setdefault(key, []).extend(found)
-    rows_compared = {"rows": float(len(next(iter(values.values()), [])))}
-    if "error" in values:
-        return {"max_error": max(values["error"])} | rows_compared
-    return {key: float(np.mean(found)) for key, found in values.items()} | rows_compared
+class _Audit:
+    """One teacher of a cache beside the live one."""
+
+    def __init__(self, cache: Cache, teacher: Teacher):
+        self.cache, self.teacher = cache, teacher
+        self.reader: TeacherReader = cache.teacher(teacher.info.name)
+        self.replica = 0 if self.reader.masked else None
+        self.found = TeacherAudit()
+        self.sums: dict[str, list[float]] = {}
+        self.beyond: list[tuple[float, str]] = []
+        self.largest, self.rows = 0.0, 0
+
+    def over(self, index: NDArray[np.int64]) -> TeacherAudit:
+        """Audit the sequences ``index``."""
+        for shard, rows in _parts(self.cache, index):
+            if self.reader.has(shard, self.replica):
+                self._compare(shard, rows)
+        values = {
+            name: float(max(found) if name == "max_error" else np.mean(found))
+            for name, found in self.sums.items()
+            if found
+        }
+        values |= {"rows": float(self.rows), "of_bound": self.largest}
+        ordered = [told for _, told in sorted(self.beyond, key=lambda each: -each[0])]
+        return TeacherAudit(values, ordered)
+
+    def _compare(self, shard: int, rows: NDArray[np.int64]) -> None:
+        live = run_unit(self.teacher, Unit(shard, self.replica), only=rows, audited=True)
+        places = [(shard, int(row)) for row in rows]
+        counts, cached = self.reader.gather(places, self.replica)
+        owners = np.repeat(rows, counts)
+        order = np.argsort(owners, kind="stable")
+        owners, cached = owners[order], {name: flat[order] for name, flat in cached.items()}
+        if not np.array_equal(owners, live.rows):
+            strange = sorted({*owners.tolist()} ^ {*live.rows.tolist()}) or rows.tolist()
+            self._say(shard, strange[0], None, np.inf, "it has targets where the teacher has none")
+            return
+        if not len(owners):
+            return
+        self.rows += len(owners)
+        size = live.columns["log_probs"].shape[1] if "log_probs" in live.columns else 1
+        step = max(1, VALUES_AT_ONCE // size)
+        for start in range(0, len(owners), step):
+            part = slice(start, start + step)
+            here = {name: flat[part] for name, flat in cached.items()}
+            again = {name: flat[part] for name, flat in live.columns.items()}
+            for judged in self._judged(shard, owners[part], here, again):
+                self._take(shard, owners[part], here.get("positions"), judged)
+
+    def _take(
+        self, shard: int, owners: NDArray[np.int64], positions: NDArray | None, judged: Judged
+    ) -> None:
+        share = judged.share
+        self.largest = max(self.largest, float(share.max()))
+        for at in np.flatnonzero(share > 1):
+            stated, passes = judged.stated[at], judged.passes[at]
+            precision = self.teacher.info.precision
+            told = (
+                f"{judged.what} is off by {judged.error[at]:.3g}, at most {stated + passes:.3g} "
+                f"({stated:.2g} of what is stored, {passes:.2g} of two passes in {precision})"
+            )
+            place = None if positions is None else int(positions[at])
+            self._say(shard, int(owners[at]), place, float(share[at]), told)
+
+    def _say(self, shard: int, row: int, position: int | None, share: float, told: str) -> None:
+        example = self.cache.corpus.first(shard) + row
+        where = f"example {example}" + ("" if position is None else f", position {position}")
+        self.largest = max(self.largest, share)
+        self.beyond.append((share, f"{where}: {told}"))
+
+    def _add(self, **values: NDArray) -> None:
+        for name, found in values.items():
+            self.sums.setdefault(name, []).extend(found.tolist())
+
+    def _judged(
+        self, shard: int, owners: NDArray[np.int64], cached: Columns, live: Columns
+    ) -> Iterator[Judged]:
+        info, kind = self.reader.info, self.reader.kind
+        if not isinstance(kind, VocabularyKind):
+            error = np.abs(live["logits"].astype(np.float64) - cached["logits"])
+            self._add(max_error=error.max(axis=1))
+            yield from judge_logits(info, cached, live)
+            return
+        drawn = None
+        if kind.sampled:
+            digests = self.cache.corpus.shard(shard).table()["digest"].to_pylist()
+            names = [digests[row] for row in owners]
+            keys = sample_keys(info, names, self.replica, cached["positions"].astype(np.int64))
+            count = 1 if info.kind == "threshold" else kind.k
+            drawn = uniforms(torch.from_numpy(keys), count).numpy()
+        exact = live["log_probs"].astype(np.float64)
+        foreign = len(self.teacher.token_columns.foreign) > 0
+        scalars = (live["gold_log_prob"], live["entropy"])
+        both = Distributions(info, exact, *scalars, drawn, foreign)
+        head = self.reader.head if kind.has_head else None
+        ids, log_probs, log_tail = kind.decode(cached, head, kind.read_at, None)
+        found = log_probs.astype(np.float64)
+        yield from judge_scalars(both, cached)
+        if kind.sampled:
+            self._add(total_variation=_variation(both, ids, found))
+        else:
+            outside = both.foreign_mass
+            self._add(**_divergence(exact, ids, found, log_tail.astype(np.float64), outside))
+        if kind.whole:
+            yield from judge_dense(both, cached, found, head)
+        elif info.kind == "random":
+            yield from judge_random(both, ids, cached["counts"])
+        elif info.kind == "threshold":
+            yield from judge_threshold(both, ids, found)
+        else:
+            yield from judge_topk(both, cached, ids, found)
 
 
 def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -116,47 +272,43 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
             yield int(shard), chosen[start : start + ROWS_AT_ONCE]
 
 
-def _compare(
-    cached: Target, live: UnitResult, row: int, info: TeacherInfo, own_tokens: bool
-) -> dict[str, list[float]]:
-    mine = live.rows == row
-    if not mine.any():  # of a domain that is not the teacher's, or without a word
-        return {}
-    if not isinstance(cached, TokenTargets):
-        return {"error": np.abs(live.columns["logits"][mine] - cached.logits).max(axis=1).tolist()}
-    if "log_probs" not in live.columns:
-        return _compare_sample(cached, {k: v[mine] for k, v in live.columns.items()}, info)
-    exact = live.columns["log_probs"][mine].astype(np.float64)
-    p = np.take_along_axis(exact, cached.ids, axis=1)
-    q = cached.log_probs.astype(np.float64)
+def _divergence(
+    exact: NDArray, ids: NDArray[np.int64], found: NDArray, log_tail: NDArray, foreign: NDArray
+) -> dict[str, NDArray]:
+    """KL of the live distributions [N,V] to the cached candidates [N,K] and their tails [N], over
+    K + 1 outcomes, ``foreign`` mass [N] in the last; whether the best token is the same;
+    the live mass of the candidates.
+    """
+    p = np.take_along_axis(exact, ids, axis=1)
     rest = np.exp(exact)
-    np.put_along_axis(rest, cached.ids, 0.0, axis=1)
-    tail_p = rest.sum(axis=1)
-    if own_tokens:
-        tail_p += (1 - np.exp(exact).sum(axis=1)).clip(min=0)
-    tail_q = np.exp(cached.log_tail[1.0].astype(np.float64))
-    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    np.put_along_axis(rest, ids, 0.0, axis=1)
+    tail_p, tail_q = rest.sum(axis=1) + foreign, np.exp(log_tail)
+    kl = (np.exp(p) * (p - found)).sum(axis=1)
     has_tail = (tail_p > 0) & (tail_q > 0)
     ratio = np.divide(tail_p, tail_q, out=np.ones_like(tail_p), where=has_tail)
-    kl += tail_p * np.log(ratio)
-    best = np.take_along_axis(cached.ids, q.argmax(axis=1)[:, None], axis=1)[:, 0]
+    best = np.take_along_axis(ids, found.argmax(axis=1)[:, None], axis=1)[:, 0]
     return {
-        "kl": kl.tolist(),
-        "top1": (exact.argmax(axis=1) == best).astype(float).tolist(),
-        "kept_mass": np.exp(p).sum(axis=1).tolist(),
+        "kl": kl + tail_p * np.log(ratio),
+        "top1": (exact.argmax(axis=1) == best).astype(float),
+        "kept_mass": np.exp(p).sum(axis=1),
     }
 
 
-def _compare_sample(
-    cached: TokenTargets, live: Columns, info: TeacherInfo
-) -> dict[str, list[float]]:
-    """Half the summed difference between the sample in the cache and one that is drawn again."""
-    count = len(cached.positions)
-    rows = np.arange(count)
-    again = TokenTargetBatch(info, rows, rows, live)
-    ids, log_probs, _ = again.decode(info.temperatures[0])
-    assert info.vocabulary_size is not None
-    difference = np.zeros((count, info.vocabulary_size + 1))  # the last column takes the padding
-    np.add.at(difference, (rows[:, None], ids), np.exp(log_probs))
-    np.add.at(difference, (rows[:, None], cached.ids), -np.exp(cached.log_probs))
-    return {"total_variation": (np.abs(difference).sum(axis=1) / 2).tolist()}
+def _variation(live: Distributions, ids: NDArray[np.int64], found: NDArray) -> NDArray:
+    """Half the summed difference between samples in the cache and those drawn again [N]."""
+    info = live.info
+    assert live.uniforms is not None
+    assert info.k is not None
+    probs = torch.from_numpy(np.exp(live.at(info.temperatures[0])).astype(np.float32))
+    points = torch.from_numpy(live.uniforms)
+    if info.kind == "threshold":
+        again, values = threshold_sample(probs, info.k, points[:, 0])
+    else:
+        again, counts = random_sample(probs, info.k, points)
+        values = counts / info.k
+    rows = np.arange(len(ids))[:, None]
+    difference = np.zeros((len(ids), probs.shape[1] + 1))  # the last column takes the padding
+    np.add.at(difference, (rows, again.numpy()), values.numpy().astype(np.float64))
+    np.add.at(difference, (rows, ids), -np.exp(found))
+    variation: NDArray = np.abs(difference).sum(axis=1) / 2
+    return variation

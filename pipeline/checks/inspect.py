@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
@@ -70,6 +71,8 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
         "bad_records": corpus.bad_records,
+        "end_of_text": end_of_text(corpus),
+        "special_names": special_names(corpus),
     }
 
 
@@ -85,6 +88,7 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "bytes_per_token": _bytes_per_token(cache, teacher),
         "bytes_per_position": _bytes_per_position(teacher),
         "weights": teacher.fingerprint,
+        "cut": vars(teacher.unseen) if teacher.unseen else None,
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
@@ -165,10 +169,12 @@ def _as_text(
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
+    lines += [in_line(line) for line in remarks(corpus)]
     lines += text_lines(_summary(cache, readers), WIDTH)
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
+    lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
@@ -255,7 +261,10 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
         return [f"{info.name}: {' '.join(shown)}"]
     if info.problem == "regression":
-        return [f"{info.name}: score {target.logits[0]:.3f}"]
+        scores = [f"{score:.3f}" for score in target.logits]
+        if len(scores) > 1:
+            scores = [f"{name} {score}" for name, score in zip(labels, scores, strict=True)]
+        return [f"{info.name}: score {', '.join(scores)}"]
     probs = np.exp(target.logits - target.logits.max())
     probs = probs / probs.sum()
     likeliest = [f"{labels[i]} {probs[i]:.3f}" for i in np.argsort(-probs)[:5]]

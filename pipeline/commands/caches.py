@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rekindle.data.errors import CacheFormatError, InputError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.pipeline.commands.options import CachePath, Json, Overrides, RunFile
 from rekindle.pipeline.exits import resumable
 
@@ -97,7 +97,13 @@ def gc(
 def verify(
     cache: CachePath,
     audit: Annotated[
-        int, typer.Option(min=0, metavar="N", help="re-run the teachers on N random sequences")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="re-run the teachers on N random sequences; exit code 3 where a value lies beyond "
+            "what its codec and two passes of the same weights may differ by (docs/audit.md)",
+        ),
     ] = 0,
     config: Annotated[
         Path | None, typer.Option(metavar="RUN.yaml", help="where the teachers are, for --audit")
@@ -113,13 +119,15 @@ def verify(
         )
     report = verify_cache(cache)
     audits: dict[str, dict[str, float]] = {}
+    beyond: list[str] = []
     if audit and config is not None and not report.problems:
         from rekindle.pipeline.checks.audit import audit_cache
         from rekindle.pipeline.config import load_config
 
-        audits = audit_cache(cache, load_config(config), audit)
+        found = audit_cache(cache, load_config(config), audit)
+        audits, beyond = found.values, found.problems
     if as_json:
-        typer.echo(json.dumps(report.as_dict() | {"audit": audits}))
+        typer.echo(json.dumps(report.as_dict() | {"audit": audits, "beyond": beyond}))
     else:
         typer.echo(report.as_text(cache))
         for name, values in audits.items():
@@ -129,6 +137,12 @@ def verify(
         raise CacheFormatError(
             f"{len(report.problems)} problem(s) in {cache}. `pipeline cache-teachers` with the "
             "configuration it was made with makes exactly the damaged parts again"
+        )
+    if beyond:
+        raise CacheMismatchError(
+            f"{cache} does not hold what its teachers say: {'; '.join(beyond)}. Its bytes are "
+            "those that were written: these targets are of other weights, or were changed by hand. "
+            "Delete targets/ and the teacher's name in it: `pipeline cache-teachers` makes it anew"
         )
 
 

@@ -143,7 +143,7 @@ class CycleConfig(Settings):
                 raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
-            # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.
+            # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
             read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
             found[key] = tuple(getattr(one, key) for one in read)
             if len(set(found[key])) < len(values):

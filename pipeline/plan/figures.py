@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from rekindle.data.targets.reading.cut import Cut
+
 
 @dataclass(frozen=True)
 class CorpusPlan:
@@ -49,6 +51,8 @@ class TeacherWork:
     seconds: float | None = None
     reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
+    cut: Cut | None = None  # None: it sees all of its texts, or is not at hand
+    longest: int | None = None  # tokens that its model takes, of one that reads texts
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rekindle.pipeline.plan.sample import CorpusSurvey
 from rekindle.pipeline.plan.work import (
     FolderWork,
     bytes_of,
+    foreseen_cut,
     positions_per_token,
     share_of,
     work_of,
@@ -56,6 +57,9 @@ def plan_one_teacher(
         units_present=sum(work.present for _, work in parts),
         replicas=len(wanted.shown.numbers(config.cache.masked_replicas)),
     )
+    if plan and not teacher.vocabulary:
+        cut, longest = foreseen_cut(plan, survey.steps)
+        known = replace(known, cut=cut, longest=longest)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
     measured = probe_teacher(plan, survey.steps) if plan and probe else None

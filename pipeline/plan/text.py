@@ -21,6 +21,7 @@ def shown_plan(plan: RunPlan) -> str:
     table = folded_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
     head = [*_wrapped(lines), *table]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
+    lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan.totals, plan.cache), plan.break_even.sentence]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:

@@ -13,11 +13,13 @@ import pyarrow as pa
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Counts, Cut
 from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
+from rekindle.pipeline.caching.teachers import TeacherPlan, reading_of
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
@@ -109,6 +111,36 @@ def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard
         return corpus.commits[shard].rows
     words = split_lists([*corpus.shard(shard).batches()], "word_starts")
     return sum(int(row.sum()) for row in words)
+
+
+# --- what is cut ----------------------------------------------------------------------------------
+
+
+def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
+    """The shares on the texts of ``corpus``, whose view of pairs is made; and the limit."""
+    tokenizer, limit = reading_of(plan, corpus)
+    view, chosen = shown_view(corpus, plan.info.view), plan.info.domains
+    found = [np.zeros(0, np.int64)]
+    for number in range(len(corpus.commits)):
+        table = corpus.shard(number).table()
+        domains = table["domain"].to_pylist()
+        first, second = table["text"].to_pylist(), None
+        if view is not None:
+            batches = view.batches(number)
+            first, second = (
+                [text for batch in batches for text in batch[name].to_pylist()]
+                for name in ("text_a", "text_b")
+            )
+        rows = [
+            row
+            for row, text in enumerate(first)
+            if text is not None and (chosen is None or domains[row] in chosen)
+        ]
+        pairs = second and [second[row] for row in rows]
+        found.append(tokenizer.whole_lengths([first[row] for row in rows], pairs))
+    one = Counts.of(np.concatenate(found), limit)
+    shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
+    return shares if one.cut else None, limit
 
 
 # --- bytes ----------------------------------------------------------------------------------------

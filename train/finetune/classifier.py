@@ -86,10 +86,13 @@ def encode(
 
 
 def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The model's own padding id; without one the tokenizer's, the end of text, or 0."""
+    """The model's own padding id; without one the tokenizer's, the end of text, or 0: one that it
+    can embed.
+    """
+    rows = model_config.get_text_config().vocab_size
     own = getattr(model_config, "pad_token_id", None)
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((number for number in known if number is not None), 0)
+    return next((number for number in known if number is not None and number < rows), 0)
 
 
 def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:

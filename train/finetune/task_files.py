@@ -1,19 +1,20 @@
 """Reads the texts and the labels of one file, as it writes them. What they mean: ``labels``.
 
-Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quotes), each also .gz
-or .zst, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
+Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quotes), each also .gz,
+.zst or .bz2, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 
+from rekindle.data.corpus.records import Bad, read_records
+from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.text_files import PACKED_SUFFIXES, open_text
 from rekindle.train.finetune.config import TaskSettings
 
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
@@ -87,34 +88,25 @@ def _text_columns(path: str, columns: Sequence[str], settings: TaskSettings) -> 
 def _reader_of(path: str) -> Callable[[str, set[str]], _Columns]:
     name = Path(path).name.lower()
     if name.endswith(".parquet"):
-        return _read_parquet
-    for packed in (".gz", ".zst"):
+        return _read_records
+    for packed in PACKED_SUFFIXES:
         name = name.removesuffix(packed)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv}
+    readers = {".jsonl": _read_records, ".csv": _read_csv, ".tsv": _read_csv}
     if Path(name).suffix in readers:
         return readers[Path(name).suffix]
     raise InputError(
-        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also .gz or .zst) "
-        "or .parquet: rename or convert it"
+        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
+        f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
     )
 
 
-def _read_jsonl(path: str, wanted: set[str]) -> _Columns:
-    # Not pyarrow.json: it reads a column of dates as timestamps, and stops at a mixed column
-    # without naming the row.
-    rows: list[dict[str, object]] = []
-    with pa.input_stream(path, compression="detect") as stream:
-        content = stream.read().decode("utf-8-sig")
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: each line must be an object {{…}}")
-        rows.append(row)
+def _read_records(path: str, wanted: set[str]) -> _Columns:
+    """The rows of a jsonl or parquet file; columns that are not ``wanted`` may be rows of None."""
+    rows: list[Mapping[str, object]] = []
+    for record in read_records(recorded_origin(path), sorted(wanted)):
+        if isinstance(record, Bad):
+            raise InputError(record.message)
+        rows.append(record.values)
     fields = dict.fromkeys(field for row in rows for field in row)
     return {field: [row.get(field) for row in rows] for field in fields}
 
@@ -129,15 +121,11 @@ def _read_csv(path: str, wanted: set[str]) -> _Columns:
         newlines_in_values=not tabbed,
     )
     convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()))
-    with pa.input_stream(path, compression="detect") as stream:
+    with open_text(path) as stream:
         if not Path(path).stat().st_size:
             return {}
         table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
     return _listed(path, table, wanted)
-
-
-def _read_parquet(path: str, wanted: set[str]) -> _Columns:
-    return _listed(path, pa.parquet.ParquetFile(path).read(), wanted)
 
 
 def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
@@ -146,8 +134,8 @@ def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
     for name in wanted:
         if names.count(name) > 1:
             raise InputError(
-                f"{path} has {names.count(name)} columns {name!r}; which of them is meant is not "
-                "clear: rename or remove the others"
+                f"{path} has {names.count(name)} columns called {name!r}; which of them is meant "
+                "is not clear: rename or remove the others"
             )
     nothing: list[object] = [None] * table.num_rows
     return {n: table.column(n).to_pylist() if n in wanted else nothing for n in names}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
 from rekindle.train.model.adapter import (
@@ -27,6 +28,7 @@ from rekindle.train.model.causes import (
     quantised_by,
     refusing,
 )
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
     SETTINGS_FILE,
     base_of,
@@ -38,6 +40,7 @@ from rekindle.train.model.folder import (
 )
 from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
+from rekindle.train.model.padding import COUNT_PAST_PADDING, drop_outside_padding, padding_of_new
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -49,12 +52,6 @@ log = logging.getLogger("rekindle")
 DISTRIBUTION = "rekindle-kd"
 # What a save changes without changing the model: these stay out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-AUTO_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
-# Families of RoBERTa's kind, which number positions from pad_token_id + 1.
-COUNT_PAST_PADDING = (
-    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "ibert"),
-    *("longformer", "mpnet", "data2vec-text", "xmod", "luke", "esm", "lilt"),
-)
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -120,6 +117,7 @@ def load_config(
         )
     if attention is not None:
         config._attn_implementation = attention
+    drop_outside_padding(config, f"{file}")
     asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
     plain = quantised_by(settings) is None and not _names_labels(config, settings)
@@ -227,12 +225,20 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Modul
 
 
 def new_language_model(
-    directory: Path, task: str, attention: str | None = None
+    directory: Path,
+    task: str,
+    attention: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> "PreTrainedModel":
-    """Make random weights of the configuration in ``directory``, in float32."""
+    """Make random weights of the configuration in ``directory``, in float32.
+
+    With the ``tokenizer`` of the text none of its tokens is taken for padding.
+    """
     import transformers
 
     config = load_config(directory, attention=attention)
+    if tokenizer is not None:
+        padding_of_new(config, tokenizer, f"student {directory}")
     for key in ("quantization_config", "compression_config"):
         if getattr(config, key, None) is not None:  # of weights that are not taken
             log.info("student: the new weights are not quantised; %s is left out", key)

@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
@@ -151,10 +151,11 @@ class StudentNetwork(nn.Module):
         # the settings of the methods that added something
         self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
-        try:
-            self._split = SplitLanguageModel(model, causal=task == "causal_lm")
-        except NotImplementedError as error:
-            raise InputError(str(error)) from None
+        with naming("student"):
+            try:
+                self._split = SplitLanguageModel(model, causal=task == "causal_lm")
+            except NotImplementedError as error:
+                raise InputError(str(error)) from None
         self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
         self.prompts = None if domains is None else DomainPrompts(self.model, domains)
         self.add_heads(heads or {})

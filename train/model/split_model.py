@@ -6,15 +6,34 @@ never made. The split is checked against the model's own logits when it is built
 teachers, students or caches.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, cast
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rekindle.data.errors import InputError
+from rekindle.train.model.files import longest_input
+from rekindle.train.model.sight import BROKEN, check_sight, evaluating, sample_ids
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What families call the numbers that change logits after the output matrix. Where two of them mean
+# other things by one name (Granite divides by logits_scaling, HyperCLOVA X multiplies with it), the
+# model's own logits decide.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Of the states that the split is checked with, beside the model's own: their logits have this
+# spread, at which every cap in use (15 to 50) cuts them off.
+LARGE = 100.0
+SAME = {torch.float32: 2e-3, torch.float16: 5e-3}  # of a logit, and of the logits' spread
+COARSEST = 2e-2  # in bfloat16, and in what is coarser
 
 
 class OutputHead(NamedTuple):
@@ -48,7 +67,9 @@ class SplitLanguageModel:
         self.causal = causal
         self._select: Tensor | None = None
         self._states: Tensor | None = None
-        self._output = self.model.get_output_embeddings()
+        self._softcap: float | None = None
+        self._factor = 1.0
+        self._output = _output_of(self.model)
         if not causal:
             self._install_hooks()
         self._check()
@@ -78,11 +99,8 @@ class SplitLanguageModel:
     @property
     def head(self) -> OutputHead:
         """The output matrix, shared with the model (not a copy)."""
-        config = self.model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return OutputHead(self._output.weight, self._output.bias, softcap, scale / divisor)
+        weight, bias = self._output.weight, self._output.bias
+        return OutputHead(weight, bias, self._softcap, self._factor)
 
     def _install_hooks(self) -> None:
         """Masked LMs transform hidden states before the output matrix, each family in its own way.
@@ -102,30 +120,138 @@ class SplitLanguageModel:
             if name != self.model.base_model_prefix:
                 child.register_forward_pre_hook(pick)
         if self._output is not None:
-            product = self._output.forward
-            self._output.forward = lambda x: x if self._select is not None else product(x)
+            self._output.pass_through(lambda: self._select is not None)
 
-    @torch.no_grad()
     def _check(self) -> None:
-        """Raise NotImplementedError unless the split reproduces the model's logits."""
-        config, training = self.model.config, self.model.training
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        ids = torch.arange(5, 13, device=device)[None] % config.get_text_config().vocab_size
+        """Find what is done to the logits after the output matrix, and what the model sees.
+
+        Raises SightError, and NotImplementedError unless the split reproduces the model's logits:
+        of its own states and of large ones.
+        """
+        config, known = self.model.config, False
+        first = next(self.model.parameters())
+        same = SAME.get(first.dtype, COARSEST)
+        ids = sample_ids(config, min(8, longest_input(config) or 8))[None].to(first.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
-            expected = self.model(**inputs).logits[0].float()
-            hidden, _ = self.hidden(inputs, torch.arange(8, device=device))
-            found = self.head.logits(hidden)
-            known = expected.isfinite()  # NaN is for the user of the logits to report, not a split
-            spread = float(expected[known].std(correction=0)) if known.any() else 0.0
-            same = torch.allclose(found[known], expected[known], rtol=2e-2, atol=2e-2 * spread)
-        except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+            with evaluating(self.model):
+                expected = [self.model(**inputs).logits[0].float()]
+                check_sight(self.model, self.causal)
+                hidden, _ = self.hidden(inputs, torch.arange(ids.shape[1], device=ids.device))
+                spread = float(self.head.logits(hidden).nan_to_num().std(correction=0))
+                # NaN is for the user of the logits to report, not a split.
+                larger = LARGE / spread if spread > 0 and math.isfinite(spread) else 1.0
+                with self._output.scaled(larger):
+                    expected.append(self.model(**inputs).logits[0].float())
+                states = [hidden, hidden * larger]
+                for self._softcap, self._factor in _changes(config):
+                    found = [self.head.logits(each) for each in states]
+                    pairs = zip(found, expected, strict=True)
+                    if known := all(_alike(one, other, same) for one, other in pairs):
+                        break
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except BROKEN as error:
             raise NotImplementedError(_unsupported(self.model, str(error))) from error
-        finally:
-            self.model.train(training)
-        if not same:
+        if not known:
             raise NotImplementedError(_unsupported(self.model, "its logits are not head(hidden)"))
+
+
+class _Output:
+    """The output matrix of a model: a module that multiplies its input with ``weight``."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def weight(self) -> Tensor:
+        """[V,H]."""
+        return cast("Tensor", self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V]."""
+        return cast("Tensor | None", self.module.bias)
+
+    def pass_through(self, when: Callable[[], bool]) -> None:
+        """Let it give back its input where ``when()``."""
+        product = self.module.forward
+        self.module.forward = lambda x: x if when() else product(x)
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Multiply what it is given."""
+        hook = self.module.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class _EmbeddingOutput(_Output):
+    """DeBERTa's own head (not the BERT-like one of its ``legacy`` class): it transforms, and
+    multiplies with the word embeddings that it is handed.
+    """
+
+    def __init__(self, module: nn.Module, embeddings: nn.Module):
+        super().__init__(module)
+        self.embeddings = embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """[V,H]."""
+        return cast("Tensor", self.embeddings.weight)
+
+    def pass_through(self, when: Callable[[], bool]) -> None:
+        """Let it give back what it would multiply where ``when()``."""
+        whole, head = self.module.forward, cast("Any", self.module)
+
+        def forward(hidden: Tensor, words: nn.Module) -> Tensor:
+            if not when():
+                return cast("Tensor", whole(hidden, words))
+            return cast("Tensor", head.LayerNorm(head.transform_act_fn(head.dense(hidden))))
+
+        self.module.forward = forward
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Multiply what the embeddings are multiplied with."""
+        norm = cast("nn.Module", self.module.LayerNorm)
+        hook = norm.register_forward_hook(lambda _, given, made: made * factor)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _output_of(model: "PreTrainedModel") -> _Output:
+    own = getattr(getattr(model, "lm_predictions", None), "lm_head", None)
+    if own is not None:
+        return _EmbeddingOutput(own, model.get_input_embeddings())
+    found = model.get_output_embeddings()
+    if found is None:
+        raise NotImplementedError(_unsupported(model, "it has no output matrix"))
+    return _Output(found)
+
+
+def _changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]:
+    """Softcaps and factors that the configuration may mean, the likeliest first."""
+    text = config.get_text_config()
+
+    def given(names: tuple[str, ...]) -> list[float]:
+        found = (getattr(text, name, None) or getattr(config, name, None) for name in names)
+        return [float(value) for value in found if value]
+
+    times, over = math.prod(given(MULTIPLIERS)), math.prod(given(DIVISORS))
+    factors = dict.fromkeys([times / over, times * over, 1.0])
+    yield from product([*given(SOFTCAPS), None], factors)
+
+
+def _alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether logits are equal, where the expected ones are finite."""
+    known = expected.isfinite()
+    spread = float(expected[known].std(correction=0)) if known.any() else 0.0
+    return torch.allclose(found[known], expected[known], rtol=tolerance, atol=tolerance * spread)
 
 
 def _unsupported(model: nn.Module, reason: str) -> str:

@@ -129,6 +129,12 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
             f"ranking is for regression experts, whose score is an order, and {other.name!r} is a "
             f"{other.problem or other.task} expert; leave ranking out"
         )
+    several = next((i for i in infos if (i.num_labels or 1) > 1), None)
+    if other is None and several is not None:
+        yield (
+            f"ranking is by one score, and {several.name!r} gives {several.num_labels} for each "
+            "sequence; leave ranking out"
+        )
     if term.combine != "separate":
         yield (
             "ranking compares the scores of one expert with each other, so combine: "

@@ -32,6 +32,7 @@ from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.cut import Cut, cut_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
@@ -162,6 +163,11 @@ class TeacherReader(RowReader):
     def bytes_read(self) -> int:
         """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
         return sum(commit.bytes for commit in self._commits_read)
+
+    @property
+    def unseen(self) -> Cut | None:
+        """What of the texts an expert did not see; None where it saw all, or it is not known."""
+        return cut_of(self.info, self.main.commits.values())
 
     @property
     def seconds(self) -> float | None:

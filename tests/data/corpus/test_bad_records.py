@@ -13,6 +13,7 @@ from rekindle.data.corpus import records
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
+from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import LocalStore
 
@@ -53,7 +54,7 @@ def test_a_bad_line_is_told_with_its_place_or_left_out(tmp_path, line, kind, tol
     left_out = LeftOut()
     assert [d.id for d in read(path, left_out)] == ["d.jsonl:1", "d.jsonl:3"]
     assert left_out.counts() == {kind: 1}
-    assert left_out.told() == f"; bad records left out: 1 {kind}; the first: {caught.value}"
+    assert left_out.told() == f"bad records left out: 1 {kind}; the first: {caught.value}"
 
 
 def test_of_a_txt_file_the_document_with_other_bytes_is_left_out(tmp_path):
@@ -257,9 +258,8 @@ def test_bad_records_are_counted_and_said_once_it_is_known_how_many(tmp_path, bu
         build("strict", on_bad_record="error")
     whole = build("whole")
     assert whole.bad_records == {"not JSON": 5, "text is no string": 1}
-    assert (
-        "corpus; bad records left out: 5 not JSON, 1 text is no string; the first: " in caplog.text
-    )
+    assert "the first bad record that was left out: " in caplog.text
+    assert "bad records left out: 5 not JSON, 1 text is no string" in remarks(whole)
     assert build("whole", on_bad_record="error").bad_records == whole.bad_records  # it is finished
     with pytest.raises(KeyboardInterrupt):
         build("killed", stop=3)
@@ -295,3 +295,19 @@ def test_nothing_but_bad_records_is_an_empty_corpus(tmp_path, build):
     with pytest.raises(InputError, match=r"corpus is empty.*left out: 2 not JSON; the first"):
         build("empty", source=str(tmp_path / "bad.jsonl"))
     assert not (tmp_path / "empty" / "corpus" / "corpus.json").exists()
+
+
+def test_a_corpus_goes_on_where_the_stream_broke_off(tmp_path, wordpiece, monkeypatch):
+    def build(cache, breaks_after):
+        def rows():
+            yield from ({"text": f"the river {n} runs"} for n in range(breaks_after))
+            if breaks_after < 30:
+                raise ConnectionError("reset by peer")
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+        config = CorpusConfig(source="owner/name", tokenizer=str(wordpiece), sequence_length=16)
+        return build_corpus(LocalStore(tmp_path / cache), config, 4)
+
+    with pytest.raises(InputError, match="broke off after 20 records"):
+        build("broken", 20)
+    assert build("broken", 30).fingerprint == build("straight", 30).fingerprint

@@ -207,7 +207,7 @@ def test_documents_are_read_only_as_they_are_needed():
     [
         (BERT, [[1, "a", "b", "c", 2], [1, "d", "e", 2], [1, "f", 2]]),
         (ROBERTA, [[1, "a", "b", "c", 2], [1, "d", "e", 2], [1, "f", 2]]),
-        (LLAMA, [[1, "a", "b", "c", "d"], [1, "e"], [1, "f"]]),
+        (LLAMA, [[1, "a", "b", "c", "d"], [1, "e", 3], [1, "f", 3]]),
         (GPT2, [["a", "b", "c", "d", "e"], ["f", 3]]),
         (NOTHING, [["a", "b", "c", "d", "e"], ["f"]]),
     ],

@@ -328,9 +328,9 @@ def test_a_workers_error_is_the_teachers(
     tmp_path, configure, make_model, wordpiece, in_this_process
 ):
     """Not "a process was killed": a model that cannot be loaded says why in any process."""
-    model = make_model("bert", "AutoModelForSequenceClassification", wordpiece)
-    teacher = {"name": "lm", "model": str(model), "task": "masked_lm"}
-    with pytest.raises(InputError, match=r"cls\.predictions"):
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
+    teacher = {"name": "lm", "model": str(model), "task": "sequence_classification"}
+    with pytest.raises(InputError, match=r"classifier\.weight"):
         cache_teachers(configure(tmp_path, [teacher]), workers=2)
 
 
@@ -347,8 +347,8 @@ def test_two_processes_write_the_same_bytes(tmp_path, configure, stable, whole):
 
 @pytest.mark.slow
 def test_an_error_in_a_process_is_the_teachers(tmp_path, configure, make_model, wordpiece, capfd):
-    model = make_model("bert", "AutoModelForSequenceClassification", wordpiece)
-    teacher = {"name": "lm", "model": str(model), "task": "masked_lm"}
-    with pytest.raises(InputError, match=r"cls\.predictions"):
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
+    teacher = {"name": "lm", "model": str(model), "task": "sequence_classification"}
+    with pytest.raises(InputError, match=r"classifier\.weight"):
         cache_teachers(configure(tmp_path, [teacher]), workers=2)
     assert "Traceback" not in capfd.readouterr().err

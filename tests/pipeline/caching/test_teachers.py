@@ -92,8 +92,14 @@ def test_a_masked_lm_without_its_head_names_the_weights(
         "deberta": "cls.predictions",
         "modernbert": "decoder.bias",
     }[family]
-    message = refused(configure, tmp_path / "c", masked(model), str(model), "would be random")
-    assert head in message
+    message = refused(configure, tmp_path / "c", masked(model), str(model), "no output over the")
+    assert message.endswith("say `task: sequence_classification`")
+    silent = copy_of(model, tmp_path / "model")  # that names no class may be anything
+    config = json.loads((silent / "config.json").read_text()) | {"architectures": None}
+    (silent / "config.json").write_text(json.dumps(config))
+    assert head in refused(
+        configure, tmp_path / "d", masked(silent), str(silent), "would be random"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,18 +172,18 @@ def test_without_tokenizer_files_the_size_decides(tmp_path, configure, make_mode
     assert cache_teachers(configure(tmp_path / "c", [masked(bare)])).units_done == 6
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_regression_has_one_output(tmp_path, configure, make_model, wordpiece, labels):
-    model = make_model("bert", CLASSES, wordpiece, num_labels=labels)
-    refused(
-        configure, tmp_path / "c", masked(model, task="regression"), "'lm'", f"{labels} outputs"
-    )
+def test_a_classifier_is_no_regression(tmp_path, configure, make_model, wordpiece):
+    problem = "single_label_classification"
+    model = make_model("bert", CLASSES, wordpiece, num_labels=3, problem_type=problem)
+    teacher = masked(model, task="regression")
+    refused(configure, tmp_path / "c", teacher, "'lm'", problem, "task: sequence_classification")
 
 
 def test_a_regression_model_is_no_classifier(tmp_path, configure, make_model, wordpiece):
-    model = make_model("bert", CLASSES, wordpiece, num_labels=1, problem_type="regression")
-    teacher = masked(model, task="sequence_classification")
-    refused(configure, tmp_path / "c", teacher, "'lm'", "task: regression")
+    for labels in (1, 3):
+        model = make_model("bert", CLASSES, wordpiece, num_labels=labels, problem_type="regression")
+        teacher = masked(model, task="sequence_classification")
+        refused(configure, tmp_path / "c", teacher, "'lm'", "task: regression")
 
 
 @pytest.mark.parametrize(

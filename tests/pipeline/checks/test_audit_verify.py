@@ -13,15 +13,18 @@ import torch
 import transformers
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CacheError, InputError
+from rekindle.data.errors import CacheError, InputError, RekindleError
 from rekindle.data.storage.shards import Commit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks import audit
-from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import VerifyReport, verify_cache
 from testlib.caches import problems
 
 NAMES = ["lm", "causal", "dense", "odd", "classes", "score", "words", "pairs"]
+
+
+def audit_cache(*arguments: Any, **more: Any) -> dict[str, dict[str, float]]:
+    return audit.audit_cache(*arguments, **more).values
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +301,12 @@ def test_the_live_teachers_agree_with_a_sound_cache(sound, configure, teachers):
         assert values["top1"] == 1.0
         assert 0 < values["kept_mass"] <= 1 + 1e-6
         assert values["rows"] == sum(len(e.targets[name][0].positions) for e in examples)
+    assert all(values["of_bound"] < 1 for values in found.values())
     assert found["dense"]["kept_mass"] == pytest.approx(1, abs=1e-5)
     kept = np.concatenate([np.exp(e.targets["lm"][0].log_probs).sum(axis=1) for e in examples])
     assert found["lm"]["kept_mass"] == pytest.approx(kept.mean(), abs=1e-3)
     for name in ("classes", "score", "words", "pairs"):
-        assert found[name].keys() == {"max_error", "rows"}
+        assert found[name].keys() == {"max_error", "rows", "of_bound"}
         assert found[name]["max_error"] < 2e-4
     assert found["classes"]["rows"] == 12
     assert found["score"]["rows"] == sum(e.domain == "even" for e in examples)
@@ -348,10 +352,12 @@ def test_an_audit_finds_targets_of_another_model(copy, configure, teachers, make
         cache_teachers(configure(copy, [teacher | {"model": str(model)}]))
         fingerprint = json.loads(description)["fingerprints"]["weights"]
         forge_weights(copy, teacher["name"], fingerprint)
-    found = audit_cache(str(copy), configure(copy, chosen), 12)
+    report = audit.audit_cache(str(copy), configure(copy, chosen), 12)
+    found = report.values
     assert found["lm"]["kl"] > 1
     assert found["lm"]["top1"] < 0.5
     assert found["classes"]["max_error"] > 0.1
+    assert [told.split(",")[0] for told in report.problems] == ["teacher 'lm'", "teacher 'classes'"]
 
 
 def forge_weights(cache: Path, name: str, fingerprint: str) -> None:
@@ -400,8 +406,11 @@ def test_a_teacher_that_is_not_the_cached_one_is_refused(
         moved = dict(pairs) | {"pairs": None}
     else:
         moved = dict(pairs) | {"pairs": "random"}
-    with pytest.raises(InputError, match=rf"teacher '{moved['name']}'.*{what}.* differs"):
+    with pytest.raises(
+        RekindleError, match=rf"teacher '{moved['name']}'.*{what}.* differs"
+    ) as told:
         audit_cache(str(sound), configure(sound, [moved]), 3)
+    assert told.value.exit_code == (2 if what in ("task", "pairs") else 3)
 
 
 def test_a_configuration_without_any_of_the_teachers(sound, configure, teachers):

@@ -460,7 +460,9 @@ def test_what_is_about_one_run_says_what_to_do(chain, whole, tmp_path):
     ):
         with pytest.raises(InputError, match=r"has stages \(first, second, third\).*run.yaml"):
             call()
-    found = audit_cache(str(whole / "third-cache"), load_config(whole / "out/third/run.yaml"), 2)
+    found = audit_cache(
+        str(whole / "third-cache"), load_config(whole / "out/third/run.yaml"), 2
+    ).values
     assert found["lm"]["top1"] == 1.0
 
 

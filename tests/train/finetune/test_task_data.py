@@ -245,7 +245,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     table = pa.Table.from_arrays(columns, names=["text", "label", "label"])
     pa.parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("a.csv", "a.tsv", "a.parquet"):
-        assert "2 columns 'label'" in refused(str(tmp_path / name))
+        assert "2 columns called 'label'" in refused(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -328,14 +328,29 @@ def test_wrong_rows_are_named(tmp_path, rows, parts):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b'{"text": "a", "label": 1}\n\n{"text"', "line 3: not JSON"),
-        (b"[1]\n", "line 1"),
-        (b'{"text": "\xff", "label": 1}\n', "cannot be read"),
+        (b'{"text": "a", "label": 1}\n\n{"text"', "a.jsonl:3: not JSON"),
+        (b"[1]\n", "begins with a JSON array"),
+        (b'{"text": "\xff", "label": 1}\n', "a.jsonl:1: not UTF-8"),
     ],
 )
 def test_broken_jsonl_is_named(tmp_path, content, part):
     (tmp_path / "a.jsonl").write_bytes(content)
     assert part in refused(str(tmp_path / "a.jsonl"))
+
+
+def test_a_file_is_read_by_what_is_in_it(tmp_path):
+    content = b"text,label\na,0\nb,1\n"
+    (tmp_path / "a.csv").write_bytes(gzip.compress(content))
+    assert len(read_task(str(tmp_path / "a.csv"))[0]) == 2
+    (tmp_path / "b.csv").write_bytes(content.decode().encode("utf-16"))
+    assert "b.csv is UTF-16; convert" in refused(str(tmp_path / "b.csv"))
+
+
+def test_a_column_of_parquet_that_is_no_utf8_names_the_row(tmp_path):
+    values = pa.array([b"one", b"t\xffo"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, values.buffers())
+    pyarrow.parquet.write_table(pa.table({"text": text, "label": [0, 1]}), tmp_path / "a.parquet")
+    assert "a.parquet, record 2: the field 'text' is not" in refused(str(tmp_path / "a.parquet"))
 
 
 def test_broken_files_are_named(tmp_path):

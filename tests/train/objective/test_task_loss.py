@@ -20,10 +20,15 @@ def info_of(problem, labels=3):
 
 
 @pytest.mark.parametrize(
-    "problem", ["single_label_classification", "multi_label_classification", "regression"]
+    ("problem", "labels"),
+    [
+        ("single_label_classification", 3),
+        ("multi_label_classification", 3),
+        ("regression", 1),
+        ("regression", 3),
+    ],
 )
-def test_a_task_loss_is_zero_where_student_and_teacher_agree(problem):
-    labels = 1 if problem == "regression" else 3
+def test_a_task_loss_is_zero_where_student_and_teacher_agree(problem, labels):
     logits = torch.randn(5, labels, requires_grad=True)
     found = task_loss(
         logits, logits.detach(), info_of(problem, labels), DistillTerm(teachers=("t",))
@@ -32,6 +37,12 @@ def test_a_task_loss_is_zero_where_student_and_teacher_agree(problem):
     assert float(found[0].detach()) == pytest.approx(0, abs=1e-5)
     assert float(found[1]) == pytest.approx(0, abs=1e-5)
     assert float(logits.grad.abs().max()) < 1e-6
+
+
+def test_the_loss_of_several_scores_is_their_mean_squared_error():
+    own, wanted = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+    loss, shown = task_loss(own, wanted, info_of("regression", 2), DistillTerm(teachers=("t",)))
+    assert float(loss) == float(shown) == pytest.approx((1 + 0) / 2 + (9 + 9) / 2)
 
 
 def test_sequence_divergences_are_those_of_the_configuration():

@@ -49,6 +49,7 @@ INFOS = [
     expert_info("alone", "yes", monte_carlo_passes=4, num_labels=1),
     expert_info("topics", "a", "b", problem="multi_label_classification"),
     expert_info("score", "x", task="regression", problem="regression"),
+    expert_info("scores", "x", "y", task="regression", problem="regression"),
     expert_info("pair", "yes", "no", view="pairs-adjacent-0", monte_carlo_passes=4),
     expert_info("tags", "x", "y", task="token_classification", kind="token", problem=None),
 ]
@@ -108,6 +109,10 @@ REFUSED = [
         term("sense", ranking={}),
         "ranking is for regression experts, whose score is an order, and 'sense' is a "
         "single_label_classification expert; leave ranking out",
+    ),
+    (
+        term("scores", ranking={}),
+        "ranking is by one score, and 'scores' gives 2 for each sequence; leave ranking out",
     ),
     (
         term("big", ranking={}),

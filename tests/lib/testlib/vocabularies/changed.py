@@ -4,7 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 def renumbered(source: Path, target: Path, ids: Mapping[str, int]) -> Path:
@@ -29,4 +31,19 @@ def with_more(source: Path, target: Path, tokens: Sequence[str]) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(str(source))
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens]})
     tokenizer.save_pretrained(target)
+    return target
+
+
+def that_begins_only(source: Path, target: Path) -> Path:
+    """A byte-level tokenizer that puts <s> before a text and nothing after it, as Llama's does."""
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A",
+        pair="<s> $A <s> $B:1",
+        special_tokens=[("<s>", backend.token_to_id("<s>"))],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>", model_max_length=256
+    ).save_pretrained(target)
     return target

@@ -246,6 +246,7 @@ def test_a_lost_description_of_an_extension_is_restored(tmp_path, make, much_gro
 
 def test_the_audit_of_a_grown_cache(much_grown):
     path, config = much_grown
-    (found,) = audit_cache(str(path), config, 20).values()
+    (found,) = audit_cache(str(path), config, 20).values.values()
+    assert found["of_bound"] < 1
     assert found["rows"] > 50
     assert abs(found["kl"]) < 5e-3

@@ -1,0 +1,41 @@
+"""What was decided for the text of a corpus without being asked for: told in a line each."""
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.packing import document_end, document_separators
+
+
+def end_of_text(corpus: Corpus) -> int | None:
+    """The token that packing puts after each document; None where the tokenizer itself ends texts,
+    or nothing does.
+    """
+    config = corpus.info["config"]
+    if config["packing"] == "contiguous":
+        end = document_separators(corpus.tokenizer)[1]
+    else:
+        end = document_end(corpus.tokenizer, config.get("end_of_text", False))
+    return end[0] if end else None
+
+
+def special_names(corpus: Corpus) -> int:
+    """How many documents have the name of a special token in their text, as far as it was counted:
+    versions before format 3 did not.
+    """
+    return sum(c.count("special_names") for c in corpus.commits if "special_names" in c.facts)
+
+
+def remarks(corpus: Corpus) -> list[str]:
+    """What of that a user should know, in words."""
+    lines, number = [], end_of_text(corpus)
+    if number is not None:
+        token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
+        lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")
+    if count := special_names(corpus):
+        tokens = corpus.info["config"].get("special_tokens") == "token"
+        lines.append(
+            f"{count:,} documents have names of special tokens in their text, which are read as "
+            f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
+        )
+    if bad := corpus.bad_records:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in bad.items())
+        lines.append(f"bad records left out: {kinds}")
+    return lines

@@ -1,0 +1,77 @@
+"""How much of the text an expert does not see, for its own model takes no more tokens.
+
+The commit record of an expert's unit has it as the fact ``cut``: the texts and tokens that there
+are (the expert's own, special ones included) and those that are lost. It depends on the texts and
+the model alone, and no data depends on it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.storage.commits import Commit
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.schema import TeacherInfo
+
+FACT = "cut"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Texts of a unit, and tokens of them: all there are, and those that are cut or lost."""
+
+    texts: int
+    cut: int
+    tokens: int
+    lost: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64], limit: int) -> "Counts":
+        """From the tokens of each text, uncut; 0 is no text."""
+        over = np.maximum(lengths - limit, 0)
+        every = (int((lengths > 0).sum()), int((over > 0).sum()))
+        return cls(*every, int(lengths.sum()), int(over.sum()))
+
+    def facts(self, short: bool) -> dict[str, dict[str, int]]:
+        """What the commit record has of it. ``short``: the expert takes less than a sequence; for
+        others there is nothing to tell where nothing is cut.
+        """
+        return {FACT: asdict(self)} if self.cut or short else {}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Shares of an expert's texts and of their tokens, at the tokens that it takes."""
+
+    sequences: float
+    tokens: float
+
+    def as_text(self, name: str, limit: int | None = None) -> str:
+        """A sentence; ``limit`` is the number of tokens from which on texts are cut."""
+        at = f" at the {limit} tokens that its model takes" if limit else ""
+        return (
+            f"{name} does not see all: {self.sequences:.1%} of its texts are cut{at}, "
+            f"{self.tokens:.1%} of their tokens are lost"
+        )
+
+
+def cut_of(info: TeacherInfo, commits: Iterable[Commit]) -> Cut | None:
+    """The shares over units; None where nothing is cut (or an older version did not record it).
+
+    Units that record nothing count with the corpus's tokens.
+    """
+    found = [_counts(info, commit) for commit in commits]
+    texts, cut = sum(one.texts for one in found), sum(one.cut for one in found)
+    tokens, lost = sum(one.tokens for one in found), sum(one.lost for one in found)
+    return Cut(cut / texts, lost / tokens) if cut else None
+
+
+def _counts(info: TeacherInfo, commit: Commit) -> Counts:
+    recorded: Any = commit.facts.get(FACT)
+    if isinstance(recorded, dict):
+        return Counts(**recorded)
+    texts = commit.facts.get("positions", 0) if kind_of(info).per_sequence else commit.rows
+    return Counts(texts, 0, commit.facts.get("tokens", 0), 0)

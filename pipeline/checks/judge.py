@@ -1,0 +1,303 @@
+"""How far the targets of a cache are from a live teacher, and how far they may be.
+
+Every value has a bound: what its codec states, plus what two passes of the same weights may differ
+by. Nothing is run or read here: arrays in, errors and bounds out.
+
+The second part is ROUNDING[precision]·(1 + |x|) nats for a log-probability or logit x, whatever
+device made the cache and whatever runs the audit, which computes in the recorded precision.
+
+======================  ==========================================================================
+what is compared        bound, beside that of the two passes
+======================  ==========================================================================
+topk log-probabilities  default and compact: 2·(s/510 + 1/1024)/τ + 1/2048 with s = lp₁ − lp_K at
+                        τ = 1; precise: 1/(2048·τ) + 1/2048; and nothing outside is likelier
+tails, at each τ        1/2048 of log(kept mass / mass outside)
+threshold values        as topk; each is the larger of the probability and the live threshold, what
+                        exceeds that is there, and the others are those that the stored seed draws
+random draws            0: each is where the stored seed falls in the live cumulative distribution
+dense                   0
+hidden                  states to half a step (largest/65,534): log-probabilities 2·that·‖w‖₁
+gold log-prob, entropy  1/1024
+logits of task heads    0
+Monte-Carlo means       six standard errors of the difference of two means, and 1/passes
+======================  ==========================================================================
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.targets.codec import NO_TAIL, RANGE, STEP, Columns
+from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.schema import TeacherInfo
+
+Values = NDArray[np.float64]
+# Of fp32: kernels and the order of sums. bf16 keeps 8 bits through all layers, fp16 keeps 11.
+ROUNDING = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.15}
+DEVIATIONS = 6.0
+FEW = 8  # passes, of which a deviation cannot be measured
+LOWEST = -1e3
+FAR = RANGE - 1  # nats below the best: past RANGE candidates are stored as if they were there
+LARGEST_ODDS = (NO_TAIL - 2) / STEP
+
+
+class Judged(NamedTuple):
+    """One thing that is compared at N positions (or sequences)."""
+
+    what: str
+    error: Values  # [N]
+    stated: Values  # [N] the bound of what is stored
+    passes: Values  # [N] what two passes may add
+
+    @property
+    def share(self) -> Values:
+        """Errors as shares of their bounds [N]; what is not a number is beyond any."""
+        bound = np.maximum(self.stated + self.passes, 1e-30)
+        return np.nan_to_num(self.error / bound, nan=np.inf, posinf=np.inf)
+
+
+def rounding(info: TeacherInfo, values: NDArray) -> Values:
+    """What two passes may differ by at log-probabilities or logits ``values``."""
+    allowed: Values = ROUNDING[info.precision] * (1 + np.abs(values))
+    return allowed
+
+
+def worst(what: str, error: Values, stated: Values, passes: Values) -> Judged:
+    """Of values [N,K] the one of each row that uses up most of its bound."""
+    error, stated, passes = np.broadcast_arrays(error, stated, passes)
+    place = (error / np.maximum(stated + passes, 1e-30)).argmax(axis=1)[:, None]
+    picked = (np.take_along_axis(a, place, axis=1)[:, 0] for a in (error, stated, passes))
+    return Judged(what, *picked)
+
+
+# --- task heads -----------------------------------------------------------------------------------
+
+
+def judge_logits(info: TeacherInfo, cached: Columns, live: Columns) -> Iterator[Judged]:
+    """Of logits [N,C], and of the means of Monte-Carlo passes."""
+    mine, theirs = (columns["logits"].astype(np.float64) for columns in (cached, live))
+    yield worst("a logit", np.abs(mine - theirs), np.zeros(1), rounding(info, theirs))
+    if "mc_probs" in cached:
+        mine, theirs = (columns["mc_probs"].astype(np.float64) for columns in (cached, live))
+        mean, count = np.clip((mine + theirs) / 2, 0, 1), info.monte_carlo_passes
+        # A variable within [0, 1] varies by no more than p(1 − p).
+        most = np.sqrt(mean * (1 - mean) / count)
+        error = np.minimum(live["mc_errors"], most) if count >= FEW else most
+        stated = DEVIATIONS * np.sqrt(2) * error + 1 / count
+        what = "a Monte-Carlo probability"
+        yield worst(what, np.abs(mine - theirs), stated, rounding(info, 0 * mean))
+
+
+# --- distributions over the vocabulary ------------------------------------------------------------
+
+
+class Distributions(NamedTuple):
+    """Live log-probabilities at τ = 1 of N positions, and what belongs to them."""
+
+    info: TeacherInfo
+    log_probs: Values  # [N,V]
+    gold_log_prob: NDArray[np.uint16]  # [N] as they are stored
+    entropy: NDArray[np.uint16]  # [N]
+    uniforms: Values | None  # [N,draws] those that a sample was drawn with
+    has_foreign: bool = False  # the teacher has tokens of its own, whose mass is in the tail
+
+    @property
+    def foreign_mass(self) -> Values:
+        """The mass [N] of the teacher's own tokens at τ = 1."""
+        if not self.has_foreign:
+            return np.zeros(len(self.log_probs))
+        left: Values = (1 - np.exp(self.log_probs).sum(axis=1)).clip(min=0)
+        return left
+
+    def at(self, temperature: float) -> Values:
+        """Log-probabilities [N,V] at a temperature."""
+        if temperature == 1.0:
+            return self.log_probs
+        tempered = self.log_probs / temperature
+        return tempered - _log_sum(tempered)[:, None]
+
+
+def judge_scalars(live: Distributions, cached: Columns) -> Iterator[Judged]:
+    """The gold log-probability and the entropy of each position."""
+    info, lp = live.info, live.log_probs
+    step = np.full(len(lp), 1 / STEP)
+    theirs = live.gold_log_prob / STEP
+    error = np.abs(cached["gold_log_prob"] / STEP - theirs)
+    yield Judged("the gold log-probability", error, step, rounding(info, theirs))
+    probs, size = np.exp(lp), np.maximum(lp, -1e4)
+    moved = ROUNDING[info.precision] * (probs * (1 + np.abs(size)) ** 2).sum(axis=1)
+    yield Judged("the entropy", np.abs(cached["entropy"] / STEP - live.entropy / STEP), step, moved)
+
+
+def judge_dense(
+    live: Distributions, cached: Columns, log_probs: Values, head: StoredHead | None
+) -> Iterator[Judged]:
+    """Every log-probability [N,V], of ``dense`` and of ``hidden``."""
+    stated = np.zeros(1)
+    if head is not None:
+        reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
+        stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
+    # An id that is no token has a logit of some −1e5, in whatever way it is stored.
+    error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
+    yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
+
+
+def judge_topk(
+    live: Distributions, cached: Columns, ids: NDArray[np.int64], log_probs: Values
+) -> Iterator[Judged]:
+    """The candidates [N,K], what is left outside of them, and the tails at every temperature."""
+    info, exact = live.info, live.log_probs
+    theirs = np.take_along_axis(exact, ids, axis=1)
+    yield _values(info, log_probs, theirs, 1.0)
+    rest = exact.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    outside, lowest = rest.max(axis=1), theirs.min(axis=1)
+    over = np.where(np.isfinite(outside), np.maximum(outside - lowest, 0.0), 0.0)
+    what = "the likeliest token that was left out (above the last one kept)"
+    yield Judged(what, over, np.zeros(len(over)), 2 * rounding(info, lowest))
+    for slot, temperature in enumerate(info.temperatures):
+        if live.has_foreign and temperature != 1.0:
+            continue  # the logits of its own tokens are not among the live ones
+        yield _tail(live, cached["tail_log_odds"][:, slot], ids, temperature)
+
+
+def _values(info: TeacherInfo, found: Values, expected: Values, temperature: float) -> Judged:
+    """Log-probabilities [N,K] at τ in the codec of the teacher; ``found`` are the stored ones."""
+    top = expected.max(axis=1, keepdims=True)
+    lowest = top - FAR / temperature
+    found, expected = np.maximum(found, lowest), np.maximum(expected, lowest)
+    span = (expected.max(axis=1) - expected.min(axis=1)) * temperature
+    stated = CODECS[info.codec].error_bound(span, temperature)
+    passes = 2 * rounding(info, expected)
+    error = np.abs(found - expected)
+    return worst("a kept log-probability", error, stated[:, None], passes)
+
+
+def _tail(
+    live: Distributions, stored: NDArray[np.int16], ids: NDArray[np.int64], temperature: float
+) -> Judged:
+    exact = live.at(temperature)
+    inside, outside = np.take_along_axis(exact, ids, axis=1), exact.copy()
+    np.put_along_axis(outside, ids, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        beyond = np.logaddexp(_log_sum(outside), np.log(live.foreign_mass))
+    theirs = _log_sum(inside) - beyond
+    mine = np.where(stored == NO_TAIL, LARGEST_ODDS, stored / STEP)
+    theirs = np.clip(theirs, -LARGEST_ODDS, LARGEST_ODDS)
+    error = np.abs(np.clip(mine, -LARGEST_ODDS, LARGEST_ODDS) - theirs)
+    passes = sum(_mean_rounding(live.info, part) for part in (inside, outside))
+    what = f"the log-odds of the kept mass at temperature {temperature:g}"
+    return Judged(what, error, np.full(len(error), 0.5 / STEP), np.asarray(passes) / temperature)
+
+
+def _mean_rounding(info: TeacherInfo, log_probs: Values) -> Values:
+    """What the sum of probabilities may move by, in nats: a mean over what it is made of."""
+    finite = np.maximum(log_probs, -1e4)
+    weights = np.exp(log_probs - _log_sum(log_probs)[:, None])
+    moved: Values = ROUNDING[info.precision] * (np.nan_to_num(weights) * (1 - finite)).sum(axis=1)
+    return moved
+
+
+def _log_sum(values: Values) -> Values:
+    """Log Σ exp of rows [N]; −inf where all are."""
+    top = np.maximum(values.max(axis=1), -1e30)
+    with np.errstate(divide="ignore"):
+        found: Values = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
+    return found
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def judge_threshold(
+    live: Distributions, ids: NDArray[np.int64], log_probs: Values
+) -> Iterator[Judged]:
+    """A threshold sample [N,k]: its values, what must be in it, and what was drawn.
+
+    ``log_probs``: at the temperature of the sample.
+    """
+    info, (temperature,) = live.info, live.info.temperatures
+    exact = live.at(temperature)
+    threshold, certain = _threshold(np.exp(exact), ids.shape[1])
+    theirs = np.maximum(np.take_along_axis(exact, ids, axis=1), threshold[:, None])
+    yield _values(info, log_probs, theirs, temperature)
+    rest = exact.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    with np.errstate(invalid="ignore"):
+        over = np.nan_to_num(np.maximum(rest.max(axis=1) - threshold, 0.0))
+    bound = 2 * rounding(info, np.maximum(threshold, -1e4))
+    what = "the likeliest token that was left out (above the threshold)"
+    yield Judged(what, over, np.zeros(len(over)), bound)
+    yield _drawn(live, exact, ids, certain)
+
+
+def _threshold(probs: Values, k: int) -> tuple[Values, NDArray[np.int64]]:
+    """Log θ [N] such that Σ min(1, p/θ) = k, and how many exceed it; −inf where all are kept."""
+    size = probs.shape[1]
+    order = np.sort(probs, axis=1)[:, ::-1]
+    rest = order[:, ::-1].cumsum(axis=1)[:, ::-1][:, :k]  # from each rank on
+    places = k - np.arange(k)
+    certain = (order[:, :k] * places >= rest).sum(axis=1)
+    if k == size:
+        return np.full(len(probs), -np.inf), certain
+    left = np.minimum(certain, k - 1)[:, None]
+    mass = np.take_along_axis(rest, left, axis=1)[:, 0]
+    with np.errstate(divide="ignore"):
+        theta = np.log(mass / np.maximum(k - certain, 1))
+    return np.where(certain < k, theta, -np.inf), certain
+
+
+def _drawn(
+    live: Distributions, exact: Values, ids: NDArray[np.int64], certain: NDArray[np.int64]
+) -> Judged:
+    """Whether the ids below the threshold are those that the uniform of the row draws: j-th of n,
+    in the order of ids, at (u + j)/n of the mass that they stand for.
+    """
+    assert live.uniforms is not None
+    count, k = ids.shape
+    error, passes = np.zeros(count), np.full(count, 1.0)
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+    for row in np.flatnonzero(certain < k):
+        sure = order[row, : certain[row]]
+        weights = np.exp(exact[row])
+        weights[sure] = 0.0
+        drawn = np.sort(np.setdiff1d(ids[row], sure))
+        if len(drawn) != k - certain[row] or not weights.sum() > 0:
+            continue  # one that may be on either side of the threshold: its value was judged
+        weights /= weights.sum()
+        points = (live.uniforms[row, 0] + np.arange(len(drawn))) / len(drawn)
+        error[row] = _off(weights, drawn, points).max()
+        passes[row] = _displaced(live.info, exact[row], weights)
+    return Judged("the place of a drawn token", error, np.zeros(count), passes)
+
+
+def judge_random(
+    live: Distributions, ids: NDArray[np.int64], counts: NDArray[np.uint8]
+) -> Iterator[Judged]:
+    """Draws with replacement: ids [N,K] and how often; −1 and 0 where fewer were drawn."""
+    assert live.uniforms is not None
+    exact = live.at(live.info.temperatures[0])
+    error, passes = np.zeros(len(ids)), np.zeros(len(ids))
+    for row, log_probs in enumerate(exact):
+        probs = np.exp(log_probs)
+        drawn = np.sort(np.repeat(ids[row], counts[row]))
+        points = np.sort(live.uniforms[row, : len(drawn)])
+        error[row] = _off(probs / probs.sum(), drawn, points).max()
+        passes[row] = _displaced(live.info, log_probs, probs)
+    yield Judged("the place of a draw", error, np.zeros(len(ids)), passes)
+
+
+def _off(weights: Values, drawn: NDArray[np.int64], points: Values) -> Values:
+    """How far points of the cumulative ``weights`` lie outside of what the drawn ids cover."""
+    above = weights.cumsum()[drawn]
+    below = above - weights[drawn]
+    return np.maximum(np.maximum(below - points, points - above), 0.0)
+
+
+def _displaced(info: TeacherInfo, log_probs: Values, weights: Values) -> float:
+    """How far two passes may displace a cumulative distribution."""
+    finite = np.maximum(log_probs, -1e4)
+    return float(ROUNDING[info.precision] * (weights * (1 - finite)).sum()) + 1e-6

@@ -1,0 +1,124 @@
+"""What a model sees is found by trying: its name and its configuration may say otherwise."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from rekindle.data.errors import InputError
+from rekindle.train.model.sight import SightError, check_sight, moved_by_padding
+from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.student import Student
+
+SIZES = {
+    "vocab_size": 90,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OTHER = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+GEMMA = {"num_key_value_heads": 1, "head_dim": 8}
+XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
+
+
+def made(family: str, head: str, **values: object) -> transformers.PreTrainedModel:
+    sizes = SIZES | values
+    if family == "XLNet":  # no setting: it takes any length
+        del sizes["max_position_embeddings"]
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    torch.manual_seed(0)
+    return getattr(transformers, family + head)(config).eval()
+
+
+TWO_SIDED = {
+    "a llama that says so": ("Llama", "ForCausalLM", {"is_causal": False}),
+    "gemma's embedders": ("Gemma3Text", "ForCausalLM", {}),
+    "bert": ("Bert", "LMHeadModel", {}),
+    "xlnet": ("XLNet", "LMHeadModel", XLNET),
+    "xlm": ("XLM", "WithLMHeadModel", XLM),
+}
+
+
+def model_of(case: dict, name: str) -> transformers.PreTrainedModel:
+    family, head, values = case[name]
+    if family == "Gemma3Text":
+        config = transformers.Gemma3TextConfig(**SIZES | GEMMA)
+        config.use_bidirectional_attention = True
+        torch.manual_seed(0)
+        return transformers.Gemma3ForCausalLM(config).eval()
+    return made(family, head, **values)
+
+
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_no_causal_lm_may_see_what_it_predicts(name):
+    model = model_of(TWO_SIDED, name)
+    told = "Say `task: masked_lm`" if name in ("bert", "xlm") else "embedders are no language"
+    for build in (
+        lambda: SplitLanguageModel(model, causal=True),
+        lambda: Student(model, "causal_lm"),
+    ):
+        with pytest.raises(InputError, match=f"(?s)is no causal LM: .*last token.*{told}"):
+            build()
+
+
+@pytest.mark.parametrize(
+    ("family", "values"), [("GPT2", OTHER), ("Llama", {}), ("Mamba", {}), ("XLM", {"causal": True})]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_causal_lm_sees_no_later_token(family, values, dtype):
+    head = {"GPT2": "LMHeadModel", "XLM": "WithLMHeadModel"}.get(family, "ForCausalLM")
+    check_sight(made(family, head, **(XLM if family == "XLM" else {}) | values).to(dtype), True)
+
+
+@pytest.mark.parametrize("blind", ["later", "earlier", None])
+def test_a_masked_lm_sees_both_sides(blind):
+    model = made("Bert", "ForMaskedLM", is_decoder=blind is not None)
+    if blind == "earlier":  # the mirror image of a decoder
+        run = model.forward
+
+        def mirrored(input_ids, **rest):
+            out = copy.copy(run(input_ids.flip(1), **rest))
+            out.logits = out.logits.flip(1)
+            return out
+
+        model.forward = mirrored
+    if blind is None:
+        check_sight(model, causal=False)
+        return
+    with pytest.raises(SightError, match=f"no masked LM: when a {blind} token is changed"):
+        check_sight(model, causal=False)
+
+
+def test_the_model_is_left_as_it_was():
+    model = made("Bert", "ForMaskedLM").train()
+    before = torch.get_rng_state()
+    check_sight(model, causal=False)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+CONV = {"embedding_size": 16, "conv_kernel_size": 3}
+PADDED = {
+    "FNet": ("FNet", {}),
+    "ConvBert": ("ConvBert", CONV),
+}
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_padding_that_moves_the_tokens_themselves_is_found(family):
+    model = made(family, "ForMaskedLM", **PADDED[family][1])
+    assert moved_by_padding(model) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama", "Mamba"])
+def test_padding_moves_nothing_elsewhere(family):
+    head = "ForCausalLM" if family in ("Llama", "Mamba") else "ForMaskedLM"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert moved_by_padding(made(family, head).to(dtype)) == 0.0

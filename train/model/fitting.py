@@ -1,0 +1,93 @@
+"""Which tasks a model is for, by its configuration alone: no weights are read.
+
+What a language model in fact sees is tried once it is loaded (``sight.py``).
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from rekindle.data.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+AUTO_CLASSES = {
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+LANGUAGE = ("masked_lm", "causal_lm")
+# Of the names of classes: those of language models, and the task that other ones say.
+LANGUAGE_MODELS = r"CausalLM|LMHead|MaskedLM|ForPreTraining|ConditionalGeneration|DoubleHeads"
+SAID = {
+    r"MaskedLM|ForPreTraining$": "masked_lm",
+    r"CausalLM|LMHead": "causal_lm",
+    r"SequenceClassification": "sequence_classification",
+    r"TokenClassification": "token_classification",
+}
+
+
+def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = True) -> None:
+    """Raise InputError, naming the right task, where a model of ``config`` is none for ``task``.
+
+    ``who`` is said of it first: teacher 'x', student 'y'. ``trained``: weights are loaded, so what
+    ``architectures`` says of them counts. Two-sided families that can be made causal are asked
+    whether they were.
+    """
+    kind, instead = config.model_type, _instead(config, task)
+    if task in LANGUAGE and getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{who}: {kind} is an encoder and a decoder: it predicts another text, not the tokens "
+            f"of its own. A masked_lm is an encoder alone, a causal_lm a decoder{instead}"
+        )
+    if not _has_class(config, task):
+        raise InputError(
+            f"{who}: transformers has no {AUTO_CLASSES[task]} of the family {kind}{instead}"
+        )
+    two_sided = _has_class(config, "masked_lm") and not getattr(config, "causal", False)
+    if task == "causal_lm" and two_sided and getattr(config, "is_decoder", None) is False:
+        raise InputError(
+            f"{who}: {kind} with is_decoder: false sees both sides of a token, so it is no causal "
+            "LM; say `task: masked_lm`"
+        )
+    named = config.architectures or []
+    if trained and task in LANGUAGE and named and not any(map(_is_language_model, named)):
+        raise InputError(
+            f"{who}: it was saved as {named[0]}, which has no output over the vocabulary: as a "
+            f"{task} it would predict with a matrix that was never trained for it"
+            f"{_instead(config, task, named[0])}"
+        )
+
+
+def task_said(config: "PretrainedConfig") -> str | None:
+    """The task that a model was saved for, if the name of its class says one."""
+    for name in config.architectures or []:
+        for form, task in SAID.items():
+            if re.search(form, name):
+                return task
+    return None
+
+
+def _is_language_model(name: str) -> bool:
+    return re.search(LANGUAGE_MODELS, name) is not None
+
+
+def _has_class(config: "PretrainedConfig", task: str) -> bool:
+    import transformers
+
+    return type(config) in getattr(transformers, AUTO_CLASSES[task])._model_mapping
+
+
+def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
+    """The end of a message: the task that is meant, as far as it is known."""
+    said = task_said(config)
+    if said not in (None, task) and (said not in LANGUAGE or _has_class(config, said)):
+        return f"; say `task: {said}`"
+    if saved_as:
+        return ". Give the language model itself, saved by AutoModelFor…LM"
+    language = () if getattr(config, "is_encoder_decoder", False) else LANGUAGE
+    known = [t for t in AUTO_CLASSES if t not in (task, *LANGUAGE) or t in language]
+    known = [t for t in known if t != task and _has_class(config, t)]
+    return f"; it can be {', '.join(known)}" if known else ""

@@ -1,0 +1,166 @@
+"""What a language model sees of its input, found by trying: later tokens, earlier ones, padding.
+
+Nothing that a configuration says of it is believed: flags differ from family to family, and a
+checkpoint may have been trained another way than its class was written for. Knows nothing of
+teachers, students or caches.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+from rekindle.train.model.files import longest_input
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What a model raises that cannot be run so.
+BROKEN = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+LENGTHS = (2, 7, 19)  # short ones, where a token weighs much; odd ones, past a block of 16
+PADDING = 5  # tokens, of which a mask says that they are none
+# Movement is a share of how far a position's values lie from their mean. Rounding alone stays below
+# ROUNDING: another token's influence is thousands of times as much. Kernels of another shape round
+# otherwise, so padding is given more.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-4}
+COARSEST = 4e-3  # in bfloat16, and in what is coarser
+OF_SHAPES = 10.0
+# That nothing is seen is said only of movements that are none; untrained weights move little.
+NOTHING = 1e-2
+
+
+class SightError(InputError):
+    """A language model that sees what it must not see, or does not see what it must."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without dropout and gradients; afterwards the model is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def check_sight(model: "PreTrainedModel", causal: bool) -> None:
+    """Raise SightError where a causal LM sees later tokens, or a masked LM only one side.
+
+    A few tiny forward passes: two equal rows and one in which a single token is another.
+    """
+    name, limit = type(model).__name__, _rounding(model)
+    with evaluating(model):
+        lengths = _lengths(model.config)
+        later = max(_influence(model, length, of=length - 1) for length in lengths)
+        if causal:
+            if later > limit:
+                raise SightError(
+                    f"{name} is no causal LM: when the last token is changed, what it says at "
+                    f"earlier ones moves by {later:.2g} (of its spread; rounding explains "
+                    f"{limit:.0e}). Its predictions have seen the answer. {_other(model)}"
+                )
+            return
+        earlier = max(_influence(model, length, of=0) for length in lengths)
+    least = NOTHING * limit
+    if min(later, earlier) <= least < max(later, earlier):
+        blind = "later" if later < earlier else "earlier"
+        raise SightError(
+            f"{name} is no masked LM: when a {blind} token is changed, nothing that it says "
+            "elsewhere moves, so it sees one side of a masked token only. "
+            + ("Say `task: causal_lm`" if blind == "later" else "Check the model")
+        )
+
+
+def _other(model: "PreTrainedModel") -> str:
+    """What to do with a model that is not causal."""
+    from transformers import AutoModelForMaskedLM
+
+    if type(model.config) in AutoModelForMaskedLM._model_mapping:
+        return "Say `task: masked_lm`"
+    return (
+        "Bidirectional embedders are no language models; if this one was trained causally, its "
+        "config.json says otherwise (is_causal, use_bidirectional_attention, is_decoder, causal)"
+    )
+
+
+def _rounding(model: nn.Module) -> float:
+    return ROUNDING.get(next(model.parameters()).dtype, COARSEST)
+
+
+def _lengths(config: "PretrainedConfig") -> list[int]:
+    """Those of LENGTHS that the model takes; the shortest takes a token more than one."""
+    longest = longest_input(config)
+    return [n for n in LENGTHS if longest is None or n <= longest] or [LENGTHS[0]]
+
+
+def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
+    """How far another token at the place ``of`` moves what the model says at the others."""
+    ids = sample_ids(model.config, length + 1)
+    rows = ids[:length].repeat(3, 1)
+    rows[2, of] = ids[length]
+    rows = rows.to(next(model.parameters()).device)
+    logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float()
+    others = [place for place in range(length) if place != of]
+    first, again, changed = logits[:, others]
+    # A model that draws (hashing, say) moves by itself, too.
+    return max(0.0, _moved(first, changed) - 4 * _moved(first, again))
+
+
+def moved_by_padding(model: "PreTrainedModel") -> float:
+    """How far padding, of which the attention mask says that it is none, moves the states of a
+    sequence's own tokens: 0 where that is no more than rounding.
+    """
+    room = (longest_input(model.config) or LENGTHS[-1]) - PADDING
+    ids = sample_ids(model.config, max(1, min(LENGTHS[1], room)))[None].to(
+        next(model.parameters()).device
+    )
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {
+        "input_ids": nn.functional.pad(ids, (0, PADDING), value=padding),
+        "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, PADDING)),
+    }
+    try:
+        with evaluating(model):
+            one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
+    except BROKEN:  # what the model cannot do is told where it is used
+        return 0.0
+    moved = _moved(one, other)
+    return moved if moved > OF_SHAPES * _rounding(model) else 0.0
+
+
+def check_padding(model: "PreTrainedModel", who: str) -> None:
+    """Raise InputError for a model that padding changes, where batches are padded."""
+    if moved := moved_by_padding(model):
+        raise InputError(
+            f"{who}: {type(model).__name__} lets padding, which the attention mask leaves out, "
+            f"change the states of the tokens themselves (by {moved:.2g} of their spread): what it "
+            "learns of a sequence would depend on its neighbours in the batch. Use a student of "
+            "another family; as a teacher it is shown sequences of one length together"
+        )
+
+
+def _states(model: "PreTrainedModel", inputs: Mapping[str, Tensor]) -> Tensor:
+    states: Tensor = model.base_model(**inputs).last_hidden_state
+    return states.float()
+
+
+def _moved(one: Tensor, other: Tensor) -> float:
+    """The largest mean difference of a position, as a share of its spread; 0 where it is NaN."""
+    spread = (one - one.mean(dim=-1, keepdim=True)).abs().mean(dim=-1)
+    share = (one - other).abs().mean(dim=-1) / spread.clamp_min(1e-30)
+    return float(share.nan_to_num(0.0).max())
+
+
+def sample_ids(config: "PretrainedConfig", count: int) -> Tensor:
+    """Distinct ids (where there are as many) that are no special tokens: int64 [count]."""
+    text = config.get_text_config()
+    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    known = range(text.vocab_size // 3, text.vocab_size)
+    chosen = [i for i in known[: count + len(special)] if i not in special] or [0]
+    return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
