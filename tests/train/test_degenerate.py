@@ -150,7 +150,7 @@ def test_a_curriculum_of_less_than_a_batch_is_refused(causal_world):
                 "objective": {"methods": [{"method": "replaced_tokens", "weight": FALLING}]},
                 "steps": 99,
             },
-            r"methods.0.weight is 1 for one step and 0 from then on: over 0.01 of 20 steps",
+            r"methods.0.weight is 1 for one step and 0 from then on: over 0.01 of 99 steps",
         ),
         ({"held_out": 0.0}, r"nothing is held out \(train.held_out 0\): nothing is evaluated"),
         (
