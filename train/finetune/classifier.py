@@ -25,6 +25,7 @@ from rekindle.train.model.files import load_config, load_weights, longest_input,
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.meta import refuse_shapes
+from rekindle.train.model.segments import knows_segments
 
 logger = logging.getLogger("rekindle")
 
@@ -74,8 +75,7 @@ def encode(
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
-    knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    types = found.get("token_type_ids") if knows_segments else None
+    types = found.get("token_type_ids") if knows_segments(model_config) else None
     cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
     longest = 0
     if cut:
