@@ -4,6 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,7 @@ class EncodedTexts:
     token_type_ids: Sequence[Row] | None
     padding_id: int
     limit: int = 0  # tokens, from which on texts are cut
+    takes: float = math.inf  # tokens that the model takes
     cut: int = 0  # texts that were
     longest: int = 0  # tokens of the longest of these before
 
@@ -70,8 +72,8 @@ def encode(
     empty text is one padding token, so that no row is empty.
     """
     padding_id = _padding_id(model_config, tokenizer)
-    wanted = max_length or MOST_TOKENS
-    most = min(wanted, longest_input(model_config) or wanted, tokenizer.model_max_length)
+    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
+    most = int(min(max_length or MOST_TOKENS, takes))
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
@@ -84,7 +86,7 @@ def encode(
         pairs = data.pairs and [data.pairs[row] for row in cut]
         whole = tokenizer([data.texts[row] for row in cut], pairs, truncation=False, verbose=False)
         longest = max(map(len, whole["input_ids"]))
-    return EncodedTexts(ids, types, padding_id, most, len(cut), longest)
+    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
 
 
 def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -114,10 +116,13 @@ def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
         return shares
     told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
     longest = max(texts.longest for texts in splits.values())
+    takes = min(texts.takes for texts in splits.values())
+    advice = "the model takes no more"
+    if limit < takes:
+        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
     logger.warning(
-        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read. "
-        "max_length raises it, as far as the model takes more",
-        *(limit, told, longest),
+        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
+        *(limit, told, longest, advice),
     )
     return shares
 
