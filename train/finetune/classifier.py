@@ -236,7 +236,7 @@ def by_length(
     ``equal``: of one length, for models that padding changes.
     """
     order = np.argsort(encoded.lengths, kind="stable")
-    ends = np.flatnonzero(np.diff(encoded.lengths[order])) + 1 if equal else []
+    ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
     batches = [
         rows[start : start + batch_size]
         for rows in np.split(order, ends)
