@@ -23,9 +23,12 @@ from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import load_config, load_weights, longest_input, place
+from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.meta import refuse_shapes
+from rekindle.train.model.segments import knows_segments
+from rekindle.train.model.sight import moved_by_padding
 
 logger = logging.getLogger("rekindle")
 
@@ -76,8 +79,7 @@ def encode(
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
-    knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    types = found.get("token_type_ids") if knows_segments else None
+    types = found.get("token_type_ids") if knows_segments(model_config) else None
     cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
     longest = 0
     if cut:
@@ -141,7 +143,9 @@ def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
 
 def classifier_config(model: str) -> PretrainedConfig:
     """Load the model's configuration, with a label for each output that its head has."""
-    return load_config(resolve_model(model), CLASSIFIER)
+    directory = resolve_model(model)
+    check_fits(load_config(directory), "sequence_classification", repr(model))
+    return load_config(directory, CLASSIFIER)
 
 
 def load_classifier(
@@ -215,7 +219,8 @@ def predict(
             found: Tensor = model(**inputs).logits
         return found
 
-    return by_length(encoded, batch_size, model.device, logits)
+    equal = moved_by_padding(model) > 0
+    return by_length(encoded, batch_size, model.device, logits, equal)
 
 
 @torch.inference_mode()
@@ -224,10 +229,19 @@ def by_length(
     batch_size: int,
     device: torch.device,
     run: Callable[[dict[str, Tensor]], Tensor],
+    equal: bool = False,
 ) -> np.ndarray:
-    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order."""
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order.
+
+    ``equal``: of one length, for models that padding changes.
+    """
     order = np.argsort(encoded.lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
+    batches = [
+        rows[start : start + batch_size]
+        for rows in np.split(order, ends)
+        for start in range(0, len(rows), batch_size)
+    ]
     each = [run(collate(encoded, rows, device)).float().cpu().numpy() for rows in batches]
     found = np.concatenate(each)
     logits = np.empty_like(found)

@@ -35,6 +35,7 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.segments import knows_segments
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student
 
@@ -252,10 +253,9 @@ def student_texts(
     whole = tokenizer.whole_lengths(data.texts, data.pairs)
     limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
     if data.pairs is not None:
-        two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
-        types = [types if two else np.zeros_like(types) for _, types in joined]
+        types = [types for _, types in joined] if knows_segments(student.model.config) else None
         return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [
