@@ -7,13 +7,11 @@ Every student is held against the cache before the first one is trained.
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
-from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
@@ -27,6 +25,7 @@ from rekindle.pipeline.several_runs import (
     read_runs,
 )
 from rekindle.pipeline.sweep.grid import SweepRun
+from rekindle.train.launch import launched
 from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
@@ -73,9 +72,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         for name, run in recorded.items()
     }
     stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
-    check_same_runs(
-        out, before, now, stranger, rule, {r.name: [*free_keys(r.config)] for r in runs}
-    )
+    check_same_runs(out, before, now, stranger, rule, {run.name: run.config for run in runs})
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -96,7 +93,7 @@ def run_sweep(
     where that is more than one. A failed student stops no other. ``resume`` leaves finished runs as
     they are and goes on with interrupted ones.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched().world_size > 1:
         raise InputError(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
