@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
+from rekindle.data.settings import with_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
@@ -65,11 +66,15 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
     sections = set(SECTIONS)
     now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
+    whole = {
+        name: {key: with_defaults(config, run[key]) for key, config in SECTIONS.items()}
+        for name, run in recorded.items()
+    }
     # What only the record has is of an older version.
     known = {key: now[runs[0].name][key].keys() for key in SECTIONS}
     before = {
         name: {key: {k: run[key].get(k) for k in known[key]} for key in SECTIONS}
-        for name, run in recorded.items()
+        for name, run in whole.items()
     }
     stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
     check_same_runs(out, before, now, stranger, rule, {run.name: run.config for run in runs})
