@@ -12,7 +12,8 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.config import content_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import unshared_ids
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
@@ -24,6 +25,7 @@ from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
@@ -194,7 +196,10 @@ def _student(
         _checkpoint_activations(student)
     if train.compile:
         _compile(student)
-    told = [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
+    objective.balance = balance_weight(student.model) if student.task == "causal_lm" else 0.0
+    routers = told_of_routers(student.model)
+    told = [routers] if routers else []
+    told += [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
     told += [world.device.type]
     told += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
     told += ["compiled blocks"] if train.compile else []

@@ -17,7 +17,8 @@ from torch import Tensor
 from rekindle.data.corpus.config import hole_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import differing_ids, unshared_ids
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
 from rekindle.train.model.folder import tokenizer_folder

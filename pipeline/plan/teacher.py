@@ -87,6 +87,7 @@ def plan_one_teacher(
         known,
         positions=round(tokens * density),
         bytes=_bytes(parts, wanted, density, measured),
+        at_most=measured is None and any(kind_of(info).bounded for info, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else rate * tokens,
         reason=absent or (None if measured else "its time was not probed"),

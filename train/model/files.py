@@ -39,6 +39,7 @@ from rekindle.train.model.folder import (
     settings_folder,
     stored_tensors,
 )
+from rekindle.train.model.heads import say_unused, use_own_head
 from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
 from rekindle.train.model.padding import COUNT_PAST_PADDING, drop_outside_padding, padding_of_new
@@ -123,6 +124,7 @@ def load_config(
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
         )
+    use_own_head(config, file.parent)
     if attention is not None:
         config._attn_implementation = attention
     drop_outside_padding(config, f"{file}")
@@ -177,6 +179,7 @@ def load_weights(
         )
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
+    say_unused(directory, model, info["unexpected_keys"])
     return Loaded(model, *split_names(model, unset), shapes)
 
 

@@ -1,7 +1,9 @@
 """Bad records: what they are, that each is told with its place, and what is left without them."""
 
+import gzip
 import json
 import logging
+import random
 
 import datasets
 import numpy as np
@@ -122,6 +124,31 @@ def test_an_arrow_file_whose_offsets_lead_nowhere_is_damaged(tmp_path):
     path.write_bytes(content.replace(offsets, wrong))
     with pytest.raises(InputError, match=r"d\.arrow cannot be read as arrow"):
         read(path, domain_field=None)
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow", "d.jsonl.gz", "d.jsonl.zst"])
+def test_whatever_bytes_are_damaged_it_is_an_input_error(tmp_path, name):
+    rows = [{"id": str(n), "text": f"some words {n}", "meta": {"d": "x"}} for n in range(40)]
+    path, table = tmp_path / name, pa.Table.from_pylist(rows)
+    if name == "d.parquet":
+        pq.write_table(table, path, row_group_size=20)
+    elif name == "d.arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as sink:
+            sink.write_table(table, max_chunksize=20)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        packed = gzip.compress(text) if name.endswith("gz") else pa.compress(text, "zstd")
+        path.write_bytes(packed)
+    good, draw, refused = path.read_bytes(), random.Random(name), 0
+    for _ in range(100):
+        damaged = bytearray(good)
+        damaged[draw.randrange(len(good))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path, domain_field="meta.d")
+        except InputError as error:
+            refused += str(path) in str(error)
+    assert refused > 10
 
 
 # --- what is wrong with a whole file --------------------------------------------------------------
