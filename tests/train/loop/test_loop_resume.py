@@ -9,18 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partialmethod
 
 import pytest
-import torch
 
 from rekindle.data.errors import CheckpointError
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.train import loop as module
-from rekindle.train.model.files import weights_fingerprint
-from rekindle.train.model.folder import weight_files
-from rekindle.train.student import Student, saved_weights
 from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
 from testlib.students import metrics, same_weights
 
@@ -47,32 +42,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(masked_world, whole, tmp_pa
     assert metrics(out) == metrics(whole.directory)
     assert result.coverage == whole.coverage
     assert result.evaluation == whole.evaluation
-
-
-def test_a_student_in_several_files_is_gone_on_with(masked_world, whole, tmp_path, monkeypatch):
-    """As transformers saves what is larger than 50 GB: an index, and a file for each part."""
-    import transformers
-
-    save = transformers.PreTrainedModel.save_pretrained
-    monkeypatch.setattr(
-        transformers.PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size="9KB")
-    )
-    out, config = tmp_path / "run", train_config(ALL)
-    with pytest.raises(KeyboardInterrupt):
-        run(masked_world, out, config, report=stop_at(7))
-    checkpoint = out / "checkpoints/step-00000004"
-    assert len(weight_files(checkpoint)) > 1
-    run(masked_world, out, config, resume=True)
-    assert len(weight_files(out)) > 1
-    found, expected = saved_weights(out), saved_weights(whole.directory)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    student = Student.from_pretrained(out)  # and is taken over, and known, as any other
-    held = student.state_dict()
-    assert all(torch.equal(held[name], values) for name, values in found.items())
-    other = weights_fingerprint(out)
-    weight_files(out)[-1].write_bytes(weight_files(out)[0].read_bytes())
-    assert weights_fingerprint(out) != other
 
 
 def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path):
@@ -202,3 +171,30 @@ def test_a_killed_run_goes_on_to_the_same_bits(masked_world, whole, tmp_path):
     run(masked_world, out, config, resume=True)
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_student_is_known_by_its_files(
+    masked_world, whole, tmp_path, monkeypatch, make_model, wordpiece, recorded
+):
+    """Not by how its path is written; what no file is known of, by its place."""
+    out, config = tmp_path / "run", train_config(ALL)
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, config, report=stop_at(9))
+    if not recorded:  # as runs of version 1
+        about = json.loads((out / "run.json").read_text())
+        del about["student_files"], about["version"]
+        (out / "run.json").write_text(json.dumps(about))
+    other = make_model("bert", "AutoModelForMaskedLM", wordpiece, seed=78)
+    refusal = "the config and the weights differ" if recorded else r"\(student\.model"
+    with pytest.raises(CheckpointError, match=refusal):
+        run(masked_world, out, config, model=other, resume=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(masked_world.student, moved)
+    if not recorded:
+        with pytest.raises(CheckpointError, match=refusal):
+            run(masked_world, out, config, model=moved, resume=True)
+        moved = masked_world.student
+    monkeypatch.chdir(moved.parent)
+    run(masked_world, out, config, model=f"./{moved.name}", resume=True)
+    assert same_weights(out, whole.directory)
