@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.config import CorpusConfig
@@ -44,8 +45,11 @@ from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.order.domains import check_domains
+from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
+
+UNITS_KEPT = "Finished shards are kept"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def cache_teachers(
                 *store.names(part.info.folder)
             }
             if missing or lacks_head:
-                _run(part, corpus, missing, workers, progress)
+                with running_out(Path(store.location), lambda: UNITS_KEPT, _less_memory(part)):
+                    _run(part, corpus, missing, workers, progress)
             if not part.config.vocabulary:
                 _tell_cut(corpus, part.info)
             if part.info.part:
@@ -194,6 +199,14 @@ def _run(
             load = functools.partial(_load, plan, corpus.store.location)
             places = places_for(workers)
             run_units(f"teacher {plan.info.name!r}", load, units, places, report)
+
+
+def _less_memory(plan: TeacherPlan) -> str:
+    return (
+        f"Teacher {plan.info.name!r} itself does not fit: set its precision to bf16 (now "
+        f"{plan.info.precision}; fp16 on older devices), give it fewer --workers beside it, or "
+        "take a smaller one"
+    )
 
 
 def _load(plan: TeacherPlan, location: str) -> Callable[[Unit], Commit | None]:
