@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
-from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
@@ -73,9 +72,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         for name, run in recorded.items()
     }
     stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
-    check_same_runs(
-        out, before, now, stranger, rule, {r.name: [*free_keys(r.config)] for r in runs}
-    )
+    check_same_runs(out, before, now, stranger, rule, {run.name: run.config for run in runs})
 
 
 # --- training -------------------------------------------------------------------------------------
