@@ -19,6 +19,7 @@ from itertools import count, pairwise
 from typing import cast
 
 from rekindle.data.corpus.config import (
+    UNSTATED,
     CorpusConfig,
     CorpusInfo,
     PackingFacts,
@@ -168,7 +169,8 @@ def claim_addition(
     if not changed and not added:
         return last
     if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
-        shown = (f"{k}: {last.config.get(k)!r} there, {new.get(k)!r} here" for k in changed)
+        old, now = UNSTATED | last.config, UNSTATED | new
+        shown = (f"{k}: {old.get(k)!r} there, {now.get(k)!r} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
     shards, sequences = grown()
     if present is None:

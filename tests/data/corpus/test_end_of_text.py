@@ -119,7 +119,7 @@ def test_the_count_is_that_of_a_corpus_made_in_one_go(build, bytelevel, named, t
 
 def test_a_corpus_keeps_how_it_reads_them(build, bytelevel, named, tmp_path):
     corpus = build(bytelevel, source=named, special_tokens="token")
-    with pytest.raises(CacheMismatchError, match="special_tokens"):
+    with pytest.raises(CacheMismatchError, match="special_tokens: 'token' there, 'text' here"):
         build(bytelevel, source=named)
     reopened = Corpus(LocalStore(tmp_path / "cache"))
     text = "a <|endoftext|> b"
