@@ -4,15 +4,19 @@ OUT/stages.json or OUT/sweep.json   the definition: every run's configuration
 OUT/NAME/                           a run as ``pipeline train-student`` leaves it
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import CheckpointError
-from rekindle.train.record.run_folder import check_same, read_record, reading
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import Settings, free_keys
+from rekindle.pipeline.config import RunConfig
+from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
-STAGES_FILE, SWEEP_FILE = "stages.json", "sweep.json"
-SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
+RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
+# Of a run's configuration: they say which student it is.
+SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
 Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
 
 
@@ -40,17 +44,48 @@ def check_same_runs(
     now: Recorded,
     stranger: str,
     rule: str,
-    free: Mapping[str, Collection[str]],
+    configs: Mapping[str, RunConfig],
 ) -> None:
     """Raise CheckpointError unless the runs ``now`` are those that were begun ``before``, and more.
 
-    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. Of each run's
-    ``free`` keys, dotted, any may differ.
+    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. ``configs``:
+    what the runs are ``now``, whole.
     """
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        check_same(out / name, recorded, now[name], rule, free[name])
+        free = _may_change(out / name, recorded.get("student") or {}, configs[name])
+        check_same(out / name, recorded, now[name], rule, free)
+
+
+def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The keys of a run that may differ from what is recorded: those that only say how it is made,
+    and the path of a student that has moved.
+    """
+    keys = [*free_keys(config)]
+    if config.student is None or recorded.get("model") == config.student.model:
+        return keys
+    from rekindle.train.record.identity import began_with
+
+    return [*keys, "student.model"] if began_with(run, config.student) else keys
+
+
+def begun_in(out: Path) -> str | None:
+    """The file that says what was begun in ``out``; None where nothing was."""
+    files = (RUN_FILE, STAGES_FILE, SWEEP_FILE)
+    return next((name for name in files if (out / name).is_file()), None)
+
+
+def check_begun(out: Path) -> None:
+    """Raise InputError where nothing was begun in ``out``: a mistyped directory must not become a
+    run from the beginning.
+    """
+    if begun_in(out) is None and not (out / LOCK_FILE).exists():  # that is of one that is beginning
+        there = "there is no such directory" if not out.exists() else "nothing was begun in it"
+        raise InputError(
+            f"--resume: nothing to go on with in {out} ({there}). Leave --resume out to "
+            "begin, or give the --out that the run was begun with"
+        )
 
 
 def is_finished(directory: Path, model: bool = True) -> bool:

@@ -12,16 +12,22 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
-from rekindle.train.loop import TrainResult, train_student
+from rekindle.train.loop import EVERYTHING, TrainResult, train_student
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
 
 def train_from_config(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = SILENT,
+    began: Extent = EVERYTHING,
 ) -> TrainResult:
     """Train the configured student from the configured cache into ``out``; save the configuration
-    there last.
+    there last. ``began``: how much of the cache others read that it is to be compared with, where
+    the file does not say.
     """
     config.check_single()
     student = config.needed_student()
@@ -47,7 +53,7 @@ def train_from_config(
             config.train,
             out,
             masked_view=student_view(cache, config),
-            asked=asked_extent(config),
+            asked=asked_extent(config).over(began),
             resume=resume,
             report=report,
             world=world,
@@ -70,13 +76,16 @@ def asked_extent(config: RunConfig) -> Extent:
 def describe_result(result: TrainResult) -> str:
     """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    lines = [f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}"]
+    before = "was finished, and is left as it is: " if result.was_finished else ""
+    done = f"{result.steps} steps in {result.seconds:.0f} s; {values}"
+    lines = [f"{result.directory}: {before}{done}"]
     for what in ("sequences", "positions"):
         kd, ce_only, neither = (
             result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
         )
         rest = f", {neither:,} with neither" if neither else ""
         lines.append(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
+    lines.append(result.told_of_best())
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.schedules import Seed
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
@@ -125,7 +126,7 @@ class CycleConfig(Settings):
     )
     search_seeds: int = Field(1, gt=0, description="fine-tunings for each point of the search")
     seeds: int = Field(5, gt=0, description="fine-tunings of every arm on every task, scored")
-    seed: int = Field(0, ge=0, description="of what is taken out of train")
+    seed: Seed = Field(0, description="of what is taken out of train")
 
     @field_validator("arms")
     @classmethod

@@ -17,7 +17,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import free_keys
+from rekindle.data.settings import with_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -91,8 +91,8 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
         now = {stage.name: _whole(stage.record) for stage in stages}
         stranger = "has a stage {name!r}, which the file has not"
         rule = "Resume it with its own configuration, or give another --out"
-        free = {stage.name: [*free_keys(stage.config)] for stage in stages}
-        check_same_runs(out, begun, now, stranger, rule, free)
+        configs = {stage.name: stage.config for stage in stages}
+        check_same_runs(out, begun, now, stranger, rule, configs)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]
@@ -103,7 +103,8 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's configuration with its prompts."""
-    return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
+    config = with_defaults(RunConfig, record.get("config", {}))
+    return {**config, "stages": [], "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rekindle.data.errors import CacheFormatError, CheckpointError
+from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, like, whole
@@ -67,8 +67,7 @@ def save_checkpoint(
     """
     weights = gather_weights(student.student) if student.sharded else None
     moments = _optimizer_tensors(student.student, optimizer)
-    folder = run / "checkpoints"
-    target = folder / f"step-{step:08d}"
+    target = checkpoint_folder(run, step)
 
     def write() -> Path:
         with new_folder(target) as staged:
@@ -77,12 +76,12 @@ def save_checkpoint(
             digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
             content = dict(state) | {"step": step, "files": digests}
             (staged / TRAINER_FILE).write_bytes(seal(content))
-        remove_leftovers(folder)
+        remove_leftovers(target.parent)
         best = (state.get("best") or {}).get("step")
         # A newer one is damaged, or it would have been gone on with: it must not take a place.
         done = [path for path in _checkpoints(run) if path.name <= target.name]
         for old in done[:-keep]:
-            if best is None or old.name != f"step-{best:08d}":
+            if best is None or old != checkpoint_folder(run, best):
                 remove(old)
         return target
 
@@ -125,12 +124,23 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def kept_of(run: Path) -> str:
+    """Say what there is of a run to go on from."""
+    found = _checkpoints(run)
+    return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it begins again"
+
+
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimiser state back in place, exactly; in shards where they are."""
     try:
         found = saved_weights(path)
         moments = load_file(path / OPTIMIZER_FILE)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     own = student.state_dict(keep_vars=True)
     tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
