@@ -142,7 +142,7 @@ def judge_dense(
     if head is not None:
         reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
         stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
-    # An id that is no token has a log-probability of about ``NOTHING``, in whatever way it is stored.
+    # An id that is no token has a log-probability of about NOTHING, in whatever way it is stored.
     error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
     yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
 

@@ -99,7 +99,7 @@ def test_names_in_the_text_are_counted_and_read_as_was_chosen(build, bytelevel, 
     assert special_names(corpus) == 5
     assert len(corpus.commits) > 3
     (line,) = [line for line in remarks(corpus) if "names of special tokens" in line]
-    assert line.startswith("5 documents")
+    assert "in their text: 5;" in line
     assert ("these tokens" if mode == "token" else "as text") in line
     end = end_of_text(corpus)
     inside = sum(row["input_ids"][:-1].count(end) for row in rows(corpus))
