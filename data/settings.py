@@ -3,7 +3,7 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -134,6 +134,16 @@ def _shown(given: object) -> str:
         return "nothing; give a value, or leave the key out"
     text = repr(given)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section as an older version recorded them, with the defaults of keys that are
+    younger; as they are where they are no such section any more.
+    """
+    try:
+        return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
+    except InputError:
+        return dict(recorded)
 
 
 class _Problem(NamedTuple):

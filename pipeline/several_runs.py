@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import free_keys
+from rekindle.data.settings import Settings, free_keys
 from rekindle.pipeline.config import RunConfig
+from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
-SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
+# Of a run's configuration: they say which student it is.
+SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
 Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import CheckpointError
-from rekindle.data.settings import parse_settings
+from rekindle.data.settings import parse_settings, with_defaults
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
@@ -127,12 +127,14 @@ def _look(
     with reading(home / CYCLE_FILE, "give another --out"):
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it is not of a cycle")
-        before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+        before = with_defaults(CycleConfig, found["settings"]) | {"tasks": _tasks_of(found)}
+        now = {**about["settings"], "tasks": _tasks_of(about)}
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
     # Arms may be added; the others only describe, and older versions did not record them.
     described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
-    check_same(home, before, now, rule, free=("arms", "about", *described))
+    free = ("arms", "about", "corpus.on_bad_record", *described)
+    check_same(home, before, now, rule, free)
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     if start != about["start"]:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from typing import Any
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.settings import with_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -102,7 +103,8 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's configuration with its prompts."""
-    return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
+    config = with_defaults(RunConfig, record.get("config", {}))
+    return {**config, "stages": [], "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
