@@ -7,6 +7,7 @@ touched.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from typing import Unpack
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import Batch, Ints, read_clean, read_masked, read_pairs, read_targets
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.permutation import epoch_batch
 from rekindle.data.storage.cuts import RowTexts
@@ -288,10 +289,20 @@ class Cache:
 
 
 def write_manifest(store: Store) -> None:
-    """Write the roll-up: everything in it can be rebuilt from the rest of the cache."""
+    """Write the roll-up, unless it is there: it can be rebuilt from the rest of the cache."""
+    before = read_manifest(store)
+    with suppress(CacheError):  # it speaks of what there was before
+        if _rolled_up(Cache(store)) == {key: before.get(key) for key in _ROLLED_UP}:
+            return
     store.replace(MANIFEST, seal({}))
-    cache = Cache(store)
-    rolled = {
+    store.replace(MANIFEST, seal(_rolled_up(Cache(store))))
+
+
+_ROLLED_UP = ("corpus", "views", "teachers")
+
+
+def _rolled_up(cache: Cache) -> dict[str, object]:
+    return {
         "corpus": {
             "fingerprint": cache.corpus.fingerprint,
             "tokenizer": cache.tokenizer_digest,
@@ -310,7 +321,6 @@ def write_manifest(store: Store) -> None:
             for name, teacher in cache.teachers.items()
         },
     }
-    store.replace(MANIFEST, seal(rolled))
 
 
 def _is_begun(store: Store, name: str) -> bool:

@@ -21,6 +21,16 @@ class InputError(RekindleError, ValueError):
     exit_code = 2
 
 
+class ResumableError(InputError):
+    """Memory or disk did not suffice. The work can go on, with ``settings`` (``key=value``) added
+    to the command.
+    """
+
+    def __init__(self, message: str, settings: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.settings = settings
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones.
 

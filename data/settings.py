@@ -125,6 +125,7 @@ _RULES = {
     "model_type": "must be a section: lines of `key: value` below it",
     "dict_type": "must be a mapping: lines of `key: value` below it",
     "tuple_type": "must be a list",
+    "string_type": "must be text; what looks like a number or true is text in quotes",
 }
 
 

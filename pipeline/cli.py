@@ -25,13 +25,13 @@ from rekindle.pipeline.commands.options import (
 )
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
-    command_again,
     errors_as_exit_codes,
     is_main,
-    is_one_of_many,
     leave,
     resumable,
 )
+from rekindle.pipeline.several_runs import begun_in, check_begun
+from rekindle.train.launch import launched, one_of_many
 
 app = typer.Typer(
     name="pipeline",
@@ -51,7 +51,8 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    with resumable(command_again(["demo", *(["--quick"] if quick else [])], out)) as progress:
+    launched()
+    with resumable() as progress:
         from rekindle.pipeline.demo import run_demo
 
         results = run_demo(out, quick=quick, progress=progress)
@@ -142,8 +143,10 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
-    again = command_again(["train-student", str(run)], target, set_, sweep, workers, ["--resume"])
-    with resumable(again) as progress:
+    launched()
+    with resumable(lambda: begun_in(target) is not None) as progress:
+        if resume:
+            check_begun(target)
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
@@ -183,7 +186,7 @@ def train_student(
             from rekindle.pipeline.compare.tables import domain_matrix
 
             typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
-    if is_one_of_many():
+    if one_of_many():
         leave(0)
 
 
@@ -204,8 +207,8 @@ def rekindle(
     Resumes by itself: what is finished is left as it is.
     """
     target = out or Path("runs") / run.stem
-    again = command_again(["rekindle", str(run)], target, set_, workers=workers)
-    with resumable(again) as progress:
+    launched()
+    with resumable() as progress:
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)

@@ -8,15 +8,17 @@ interpreter's own end would abort.
 import errno
 import os
 import shlex
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rekindle.data.errors import RekindleError
+from rekindle.data.errors import InputError, RekindleError, ResumableError
 from rekindle.pipeline.console import say
+from rekindle.train.launch import launched, one_of_many
 
 if TYPE_CHECKING:
     from rekindle.pipeline.progress import Progress
@@ -24,12 +26,7 @@ if TYPE_CHECKING:
 
 def is_main() -> bool:
     """Whether this is the only process, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_one_of_many() -> bool:
-    """Whether torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return not one_of_many() or launched().rank == 0
 
 
 def leave(code: int) -> NoReturn:
@@ -52,8 +49,9 @@ def tidy_up() -> None:
 
 
 @contextmanager
-def resumable(line: str) -> Iterator["Progress"]:
-    """Show progress; Ctrl-C ends with the line that goes on where it stopped.
+def resumable(resumed: Callable[[], bool] = lambda: False) -> Iterator["Progress"]:
+    """Show progress; Ctrl-C ends with the line that goes on where it stopped, and so does what ran
+    out. ``resumed``: whether that line needs --resume, for there is something to go on with.
 
     Results are printed after the block: until then the terminal is that of the bars.
     """
@@ -62,9 +60,12 @@ def resumable(line: str) -> Iterator["Progress"]:
     try:
         with Progress.to_terminal(silent=not is_main()) as progress:
             yield progress
+    except ResumableError as error:
+        line = line_again(resumed(), error.settings)
+        raise InputError(f"{str(error).rstrip('.')}. To go on: {line}") from None
     except KeyboardInterrupt:
         if is_main():
-            say(f"\ninterrupted; finished work is kept. To go on: {line}")
+            say(f"\ninterrupted; finished work is kept. To go on: {line_again(resumed())}")
         import multiprocessing
 
         for process in multiprocessing.active_children():
@@ -72,24 +73,25 @@ def resumable(line: str) -> Iterator["Progress"]:
         leave(130)
 
 
-def command_again(
-    command: list[str],
-    out: Path,
-    set_: list[str] | None = None,
-    sweep: list[str] | None = None,
-    workers: int | None = None,
-    ending: Sequence[str] = (),
-) -> str:
-    """The line that goes on with a command, as it would be typed."""
-    options = [part for value in set_ or [] for part in ("--set", value)]
-    options += [part for value in sweep or [] for part in ("--sweep", value)]
-    options += ["--workers", str(workers)] if workers else []
-    return shlex.join(["pipeline", *command, "--out", str(out), *options, *ending])
+def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
+    """The line that goes on with this command: as it was typed, and with further ``settings``."""
+    typed = sys.argv[1:]
+    more = ["--resume"] if resumed and "--resume" not in typed else []
+    more += [part for setting in settings for part in ("--set", setting)]
+    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    start = [*several, "--no-python"] if one_of_many() else []
+    return shlex.join([*start, "pipeline", *typed, *more])
 
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """What a user can cause becomes one message and an exit code; our bugs keep their traceback."""
+    """What a user can cause becomes one message and an exit code; our bugs keep their traceback.
+
+    A job that is told to end (SIGTERM, as schedulers do) ends as by Ctrl-C. Not under torchrun,
+    which ends processes that way when one has failed: they may wait for it for ever.
+    """
+    main = threading.current_thread() is threading.main_thread() and not one_of_many()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
     except RekindleError as error:
@@ -106,10 +108,13 @@ def errors_as_exit_codes() -> Iterator[None]:
         where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
         say(f"error: {where}: {error.strerror}")
         _fail(2)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fail(code: int) -> NoReturn:
-    if is_one_of_many():
+    if one_of_many():
         leave(code)
     sys.exit(code)
 
@@ -120,4 +125,4 @@ def _speaks() -> bool:
     """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_initialized()
-    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
+    return joined or not one_of_many() or launched().local_rank == 0

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import CheckpointError
-from rekindle.train.record.run_folder import check_same, read_record, reading
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
-STAGES_FILE, SWEEP_FILE = "stages.json", "sweep.json"
+RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
 SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
 Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
 
@@ -51,6 +51,24 @@ def check_same_runs(
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
         check_same(out / name, recorded, now[name], rule, free[name])
+
+
+def begun_in(out: Path) -> str | None:
+    """The file that says what was begun in ``out``; None where nothing was."""
+    files = (RUN_FILE, STAGES_FILE, SWEEP_FILE)
+    return next((name for name in files if (out / name).is_file()), None)
+
+
+def check_begun(out: Path) -> None:
+    """Raise InputError where nothing was begun in ``out``: a mistyped directory must not become a
+    run from the beginning.
+    """
+    if begun_in(out) is None and not (out / LOCK_FILE).exists():  # that is of one that is beginning
+        there = "there is no such directory" if not out.exists() else "nothing was begun in it"
+        raise InputError(
+            f"--resume: nothing to go on with in {out} ({there}). Leave --resume out to "
+            "begin, or give the --out that the run was begun with"
+        )
 
 
 def is_finished(directory: Path, model: bool = True) -> bool:

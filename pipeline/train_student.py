@@ -70,13 +70,16 @@ def asked_extent(config: RunConfig) -> Extent:
 def describe_result(result: TrainResult) -> str:
     """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    lines = [f"{result.directory}: {result.steps} steps in {result.seconds:.0f} s; {values}"]
+    before = "was finished, and is left as it is: " if result.was_finished else ""
+    done = f"{result.steps} steps in {result.seconds:.0f} s; {values}"
+    lines = [f"{result.directory}: {before}{done}"]
     for what in ("sequences", "positions"):
         kd, ce_only, neither = (
             result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
         )
         rest = f", {neither:,} with neither" if neither else ""
         lines.append(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
+    lines.append(result.told_of_best())
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, RekindleError
+from rekindle.train.launch import launched
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -144,10 +145,11 @@ def join_world() -> Iterator[World]:
 
     A group that the caller has made already is used as it is.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+    launch = launched()
+    if launch.world_size == 1 and not dist.is_initialized():
         yield World.alone()
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = launch.local_rank
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda and local >= torch.cuda.device_count():

@@ -5,6 +5,7 @@ The loop owns all side effects: checkpoints, metrics, evaluation. Every random d
 torchrun each process runs this same loop on its share of every batch.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,9 +30,15 @@ from rekindle.train.growth_report import measure_growth, save_growth, saved_grow
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
-from rekindle.train.precision import autocast
+from rekindle.train.precision import autocast, chosen_precision
 from rekindle.train.prepare import Prepared, prepare
-from rekindle.train.record.checkpoint import gather_weights, restore, save_checkpoint
+from rekindle.train.record.checkpoint import (
+    checkpoint_folder,
+    gather_weights,
+    kept_of,
+    restore,
+    save_checkpoint,
+)
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.identity import (
     STUDENT_FILES,
@@ -48,8 +55,11 @@ from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses
+from rekindle.train.running_out import less_memory, running_out
 
 EVERYTHING = Extent()  # nothing is asked for
+log = logging.getLogger("rekindle")
+
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -64,6 +74,17 @@ class TrainResult:
     coverage: dict[str, int]
     best: Best | None = None  # the best evaluation, where one is looked for
     was_finished: bool = False  # before this call, which then did nothing
+
+    def told_of_best(self) -> str:
+        """Say which model this is, and where the best one lies."""
+        if self.best is None:
+            return f"the model is that of step {self.steps}, the last; no best one was looked for"
+        step, name, value = self.best["step"], self.best["name"], self.best["value"]
+        best = f"the best held-out {name} was {value:.4f} at step {step}"
+        if step == self.steps:
+            return f"{best}, the last: that is the model"
+        where = checkpoint_folder(self.directory, step)
+        return f"{best} ({where}); the model is that of step {self.steps}, the last"
 
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
@@ -105,11 +126,29 @@ def train_student(
     the cache has now, and is recorded. A run that is finished is left as it is.
 
     Raises InputError when the configuration asks for what the cache does not have or the loss
-    explodes, CheckpointError when ``resume`` meets a run of another configuration.
+    explodes, ResumableError where memory or disk run out, CheckpointError when ``resume`` meets a
+    run of another configuration or one without a sound checkpoint.
     """
-    started = time.monotonic()
     world = world or World.alone()
-    cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
+    precision = chosen_precision(config.precision, world.device.type)
+    advice, settings = less_memory(config, world.size, precision)
+    with running_out(out, lambda: kept_of(out), advice, settings):
+        cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
+        return _begin(cache, student_config, config, out, masked_view, resume, report, world)
+
+
+def _begin(
+    cache: Cache,
+    student_config: StudentConfig,
+    config: TrainConfig,
+    out: Path,
+    masked_view: str | None,
+    resume: bool,
+    report: Report,
+    world: World,
+) -> TrainResult:
+    """Prepare a run and do it, or what is left of it."""
+    started = time.monotonic()
     prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
@@ -211,6 +250,8 @@ def _train(
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
     weights = gather_weights(student.student) if student.sharded else None
     world.decide(lambda: _finish(training, result, weights))
+    if world.main:
+        log.info("%s: %s", out, result.told_of_best())
     return result
 
 
@@ -246,7 +287,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     config, world, objective = training.config, training.student.world, training.prepared.objective
     step, run = plan.step, training.student.run
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
-    torch.manual_seed(config.seed * 1_000_003 + step + 7_919 * world.rank)
+    torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
     rate = set_learning_rate(training.optimizer, config, step)
     counts = objective.counts(batch, plan).over(world.sum)
     loss = nothing = torch.zeros((), device=world.device)

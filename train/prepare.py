@@ -10,8 +10,10 @@ import numpy as np
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.config import content_ids
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import unshared_ids
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
@@ -23,10 +25,11 @@ from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
-from rekindle.train.student import Student, build_student
+from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
 
@@ -58,7 +61,10 @@ def prepare(
     masked = student_config.language_task == "masked_lm"
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
-    tokenizer = check_tokenizer(cache, student_config)
+    info = cache.corpus.info
+    sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
+    check_student(student_config, *sizes)
+    tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective)
     about = describe_run(cache, student_config, config, view, objective)
     chosen = choose_sequences(cache, config)
@@ -152,24 +158,24 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
         )
 
 
-def check_tokenizer(cache: Cache, config: StudentConfig) -> Tokenizer:
-    """Refuse a student to whom an id of the cache's text is another token; return its tokenizer.
+def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
+    """Refuse a student to whom an id of the corpus's text is another token; return its tokenizer.
 
-    It may have more tokens than the cache's: they take no part in the loss.
+    It may have more tokens than the corpus's: they take no part in the loss.
     """
     model = resolve_model(config.model)
     directory = tokenizer_folder(model)
     if not has_tokenizer_files(directory):
-        return cache.corpus.tokenizer  # its vocabulary size is checked when it is built
-    facts = cache.corpus.info["tokenizer"]
+        return corpus.tokenizer  # its vocabulary size is checked when it is built
+    facts = corpus.info["tokenizer"]
     beside = np.zeros(0, np.int64)
     if config.language_task == "masked_lm":  # what masks may put into it
         beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
     advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
     load_config(model)  # transformers reads it for the tokenizer, and would blame that
     own = load_tokenizer(str(directory))
-    unshared_ids(cache.corpus, own, beside, f"student {config.model!r}", advice)
-    return cache.corpus.tokenizer if own.digest == cache.tokenizer_digest else own
+    unshared_ids(corpus, own, beside, f"student {config.model!r}", advice)
+    return corpus.tokenizer if own.digest == facts["digest"] else own
 
 
 def _student(
@@ -190,7 +196,10 @@ def _student(
         _checkpoint_activations(student)
     if train.compile:
         _compile(student)
-    told = [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
+    objective.balance = balance_weight(student.model) if student.task == "causal_lm" else 0.0
+    routers = told_of_routers(student.model)
+    told = [routers] if routers else []
+    told += [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
     told += [world.device.type]
     told += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
     told += ["compiled blocks"] if train.compile else []

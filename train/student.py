@@ -21,14 +21,9 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import (
-    load_config,
-    load_language_model,
-    longest_input,
-    new_language_model,
-)
-from rekindle.train.model.fitting import check_fits
+from rekindle.train.model.files import load_language_model, longest_input, new_language_model
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.headers import check_student_files
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -147,6 +142,17 @@ def saved_weights(directory: Path) -> dict[str, Tensor]:
     return found
 
 
+def check_student(
+    config: StudentConfig, vocabulary_size: int = 0, sequence_length: int = 0
+) -> None:
+    """Check the configured student without its weights; InputError as ``build_student`` raises."""
+    attention = None if config.attention == "auto" else config.attention
+    directory, task = resolve_model(config.model), config.language_task
+    who = f"student {config.model!r}"
+    found = check_student_files(directory, task, who, config.from_scratch, attention)
+    _check_sizes(config, found, vocabulary_size, sequence_length)
+
+
 def build_student(
     config: StudentConfig,
     heads: Mapping[str, HeadConfig],
@@ -164,19 +170,29 @@ def build_student(
     model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
     Growth comes after (``rekindle.train.growth.student``).
     """
-    directory, who = resolve_model(config.model), f"student {config.model!r}"
-    # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
-    # embeddings, which no file would be seen to lack.
-    trained = config.language_task == "causal_lm" and not config.from_scratch
-    attention = None if config.attention == "auto" else config.attention
-    settings = load_config(directory, attention=attention)
-    check_fits(settings, config.language_task, who, trained)
+    check_student(config, vocabulary_size, sequence_length)
+    directory = resolve_model(config.model)
     torch.manual_seed(seed)
+    attention = None if config.attention == "auto" else config.attention
     if config.from_scratch:
         model = new_language_model(directory, config.language_task, attention, tokenizer)
     else:
         model = load_language_model(directory, config.language_task, attention)
-    size = model.config.get_text_config().vocab_size
+    check_padding(model, f"student {config.model!r}")
+    prompted = domains if config.domain_prompts else None
+    student = Student(model, config.language_task, heads, vocabulary_size, prompted)
+    if config.from_scratch:
+        return student
+    student.source = directory
+    if (directory / HEADS_FILE).is_file():
+        student.take_over(directory)
+    return student
+
+
+def _check_sizes(
+    config: StudentConfig, model_config: Any, vocabulary_size: int, sequence_length: int
+) -> None:
+    size = model_config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
             f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
@@ -188,19 +204,6 @@ def build_student(
                 "tokens were added (transformers' resize_token_embeddings does that)"
             )
         )
-    _check_length(config, model.config, sequence_length)
-    check_padding(model, who)
-    prompted = domains if config.domain_prompts else None
-    student = Student(model, config.language_task, heads, vocabulary_size, prompted)
-    if config.from_scratch:
-        return student
-    student.source = directory
-    if (directory / HEADS_FILE).is_file():
-        student.take_over(directory)
-    return student
-
-
-def _check_length(config: StudentConfig, model_config: Any, sequence_length: int) -> None:
     longest = longest_input(model_config)
     if longest is None or longest >= sequence_length + config.domain_prompts:
         return

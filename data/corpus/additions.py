@@ -4,9 +4,14 @@
 ``limit_sequences``, further source files after those that were read) is an addition to it,
 ``corpus/growth-001.json``: its sequences come after all that is there, which stays as it is.
 ``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are then.
+
+A description has the size and a checksum of samples of every source file, by the path it then had
+(``sources``), and in which ``order`` they were read, with what is no file; an end has the
+``bad_records`` that were left out, by kind. What older ones lack is taken as it was then.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -221,7 +226,7 @@ def bad_records(
     """How many bad records stood before the corpus's end, by kind; said in a line, too."""
     if left_out is None or not left_out.counts():
         return {}
-    log.warning("corpus%s", left_out.told())
+    log.warning("the first bad record that was left out: %s", left_out.first)
     if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
         return left_out.counts()
     document, token = committed[max(committed)].facts["next"]
@@ -238,7 +243,8 @@ def _present_or_none(config: CorpusConfig, last: Addition) -> list[Present] | No
     try:
         return look_at(config.source)
     except InputError:
-        if last.shards is None or list(config.source) != last.config["source"]:
+        recorded = [os.path.expanduser(entry) for entry in last.config["source"]]
+        if last.shards is None or list(config.source) != recorded:
             raise
         log.info("the corpus source is no longer there; going on with the corpus in the cache")
         return None

@@ -279,7 +279,7 @@ def build_corpus(
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}); give a source with at least one non-blank document"
-                f"{left_out.told() if left_out else ''}"
+                f"{f'; {told}' if left_out and (told := left_out.told()) else ''}"
             )
         claim()
         complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))

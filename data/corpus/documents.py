@@ -54,10 +54,10 @@ class LeftOut:
         return {kind: number for kind, number in found.items() if number}
 
     def told(self) -> str:
-        """What was left out, to follow what it was left out of; nothing where there was nothing."""
+        """What was left out, in words; nothing where there was nothing."""
         counts = self.counts()
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-        return f"; bad records left out: {kinds}; the first: {self.first}" if counts else ""
+        return f"bad records left out: {kinds}; the first: {self.first}" if counts else ""
 
 
 def read_documents(

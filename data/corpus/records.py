@@ -54,7 +54,7 @@ def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad
         else:
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
             yield from _columnar_records(origin.place, batches(origin.place, fields))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # that of a column's name
         raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
 
 
@@ -106,7 +106,9 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        told = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            told = f"{error.msg} at character {error.pos + 1}"
         hint = _hint(text, error, place)
         return Bad(
             "not JSON", f"{place}:{number}: not JSON ({told}); each line must be one object{hint}"

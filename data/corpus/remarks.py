@@ -35,4 +35,7 @@ def remarks(corpus: Corpus) -> list[str]:
             f"{count:,} documents have names of special tokens in their text, which are read as "
             f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
         )
+    if bad := corpus.bad_records:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in bad.items())
+        lines.append(f"bad records left out: {kinds}")
     return lines

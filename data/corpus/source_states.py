@@ -108,7 +108,7 @@ def found_again(
         )
     moved = sum(origin.place != place for origin, place in zip(origins, order, strict=True))
     if moved:
-        log.info("%d files of the corpus source have moved; they are known by content", moved)
+        log.info("%d files of the corpus source are at another path now; known by content", moved)
     return origins, [one.origin for one in new]
 
 

@@ -1,13 +1,12 @@
 """A tokenizer with the facts that packing, masks and fingerprints need, and fast encoding.
 
-The one place of ``data`` that meets transformers, and only inside functions: importing this module
-imports neither transformers nor torch. It knows nothing of sequences and files of text.
+Importing this module imports neither transformers nor torch. It knows nothing of sequences and
+files of text.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.documents import Document
+from rekindle.data.corpus.tokenizer_files import read_tokenizer_files
 from rekindle.data.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-_AUTO_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
-_BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
 
@@ -200,6 +192,20 @@ def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(probe.ids[: content[0]]), tuple(probe.ids[content[-1] + 1 :])
 
 
+def load_tokenizer(path_or_id: str) -> Tokenizer:
+    """The tokenizer of a local directory or of a Hugging Face id; no remote code is run.
+
+    Beside what transformers' AutoTokenizer reads, a directory may hold vocabulary files alone:
+    ``vocab.txt`` is BERT WordPiece, which lower-cases exactly when no token but the bracketed ones
+    has an ASCII capital; ``encoder.json`` + ``vocab.bpe`` or ``vocab.json`` + ``merges.txt`` is
+    GPT-2's byte-level BPE, ended by <|endoftext|>.
+
+    Raises InputError: no such directory, no tokenizer files in it, an id that cannot be loaded, a
+    tokenizer without a fast (Rust) implementation.
+    """
+    return wrap_tokenizer(read_tokenizer_files(path_or_id), path_or_id)
+
+
 # --- encoding -------------------------------------------------------------------------------------
 
 
@@ -267,105 +273,3 @@ def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 _CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}
-
-
-# --- loading --------------------------------------------------------------------------------------
-
-
-def has_tokenizer_files(path: str | Path) -> bool:
-    """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
-    directory = Path(path)
-    sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
-    return any(_all_there(directory, names) for names in sets)
-
-
-def _all_there(directory: Path, names: tuple[str, ...]) -> bool:
-    return all((directory / name).is_file() for name in names)
-
-
-def load_tokenizer(path_or_id: str) -> Tokenizer:
-    """The tokenizer of a local directory or of a Hugging Face id; no remote code is run.
-
-    Beside what transformers' AutoTokenizer reads, a directory may hold vocabulary files alone:
-    ``vocab.txt`` is BERT WordPiece, which lower-cases exactly when no token but the bracketed ones
-    has an ASCII capital; ``encoder.json`` + ``vocab.bpe`` or ``vocab.json`` + ``merges.txt`` is
-    GPT-2's byte-level BPE, ended by <|endoftext|>.
-
-    Raises InputError: no such directory, no tokenizer files in it, an id that cannot be loaded, a
-    tokenizer without a fast (Rust) implementation.
-    """
-    directory = Path(path_or_id).expanduser()
-    if directory.is_dir():
-        return wrap_tokenizer(_load_directory(directory), path_or_id)
-    if directory.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
-        raise InputError(
-            f"tokenizer {path_or_id!r}: no such directory; give the directory that holds the "
-            f"tokenizer's files, or a Hugging Face id"
-        )
-    return wrap_tokenizer(_load_auto(path_or_id), path_or_id)
-
-
-def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
-    if not has_tokenizer_files(directory):
-        raise InputError(
-            f"tokenizer directory {directory} has no tokenizer files; it must hold tokenizer.json "
-            f"(or what else AutoTokenizer reads), vocab.txt, encoder.json + vocab.bpe, or "
-            f"vocab.json + merges.txt"
-        )
-    if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
-        return _load_auto(str(directory))
-    names = next(names for names in _BARE_FILES if _all_there(directory, names))
-    return _BARE_FILES[names](*(directory / name for name in names))
-
-
-def _load_auto(path_or_id: str) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(path_or_id, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # the library's errors share no base; all mean: not to be had
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"tokenizer {path_or_id!r} cannot be loaded: {reason}; give a directory with the "
-            f"tokenizer's files, or an id that is on the hub or in the local cache"
-        ) from error
-    if not hf.is_fast:
-        raise InputError(
-            f"tokenizer {path_or_id!r} has no fast implementation ({type(hf).__name__} gives no "
-            f"character offsets); convert it to tokenizer.json with the tokenizers library"
-        )
-    return hf
-
-
-def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
-    from transformers import BertTokenizerFast
-
-    tokens = path.read_text(encoding="utf-8").split("\n")
-    missing = [token for token in _BERT_SPECIALS if token not in tokens]
-    if missing:  # transformers would add them at the end and change the vocabulary's size
-        raise InputError(
-            f"{path} is no BERT vocabulary: it lacks {', '.join(missing)}; "
-            f"give the directory with tokenizer.json instead"
-        )
-    words = (token for token in tokens if not re.fullmatch(r"\[.+\]", token))
-    cased = any(re.search("[A-Z]", word) for word in words)
-    return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
-
-
-def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":
-    from transformers import GPT2TokenizerFast
-
-    if "<|endoftext|>" not in json.loads(vocabulary.read_text(encoding="utf-8")):
-        raise InputError(
-            f"{vocabulary} is no GPT-2 vocabulary: it lacks <|endoftext|>; "
-            f"give the directory with tokenizer.json instead"
-        )
-    return GPT2TokenizerFast(vocab=str(vocabulary), merges=str(merges))
-
-
-# What a directory may hold alone, and who reads it.
-_BARE_FILES: dict[tuple[str, ...], Callable[..., "PreTrainedTokenizerFast"]] = {
-    ("vocab.txt",): _load_wordpiece,
-    ("encoder.json", "vocab.bpe"): _load_byte_level,
-    ("vocab.json", "merges.txt"): _load_byte_level,
-}

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from rekindle.data.errors import CacheFormatError, CacheVersionError
+from rekindle.data.errors import CacheFormatError, CacheVersionError, InputError
 from rekindle.data.storage.seal import FORMAT_VERSION, REPAIR, SEAL, VERSION, seal, unseal
 from rekindle.data.storage.store import Store
 
@@ -27,6 +27,11 @@ def read_manifest(store: Store) -> dict[str, Any]:
     try:
         values = store.read_json(MANIFEST)
     except FileNotFoundError:
+        if bucket := store.bucket_missing:
+            raise InputError(
+                f"there is no bucket {bucket!r} for {store.location} (or these credentials may not "
+                "see it); make it, or correct the address"
+            ) from None
         raise CacheFormatError(
             f"{store.location} is not a Rekindle cache: it has no {MANIFEST}. "
             "Give the folder that cache.path names, or make one with `pipeline cache-teachers`"
@@ -66,9 +71,14 @@ def begin_manifest(store: Store) -> None:
 def raise_version(store: Store) -> None:
     """Mark the cache as one of this format version: what is written from here on may need it.
 
-    Does nothing to a folder without a manifest, and to a cache that is of this version.
+    Does nothing to a folder without a manifest, to a cache that is of this version, and to one that
+    cannot be written, which may be complete.
     """
-    if store.exists(MANIFEST) and (body := read_manifest(store))[VERSION] != FORMAT_VERSION:
+    if (
+        store.writable
+        and store.exists(MANIFEST)
+        and (body := read_manifest(store))[VERSION] != FORMAT_VERSION
+    ):
         log.info(
             "%s has cache format %d: it is raised to %d; earlier versions of Rekindle will not "
             "open it any more",

@@ -126,6 +126,16 @@ class Store(ABC):
         """While a process writes: whether no other one does; None where that cannot be told."""
         yield None
 
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written to, as far as that is known: a mount may be read-only."""
+        return True
+
+    @property
+    def bucket_missing(self) -> str | None:
+        """The name of the bucket that it is in, if there is no such bucket to be seen."""
+        return None
+
     def exists(self, name: str) -> bool:
         """Whether there is an object of that name."""
         try:
@@ -174,6 +184,8 @@ class LocalStore(Store):
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._local(name)
+        if path.exists():  # a finished cache on a read-only file system is looked at again
+            return False
         with self.writing(name):
             try:
                 # A link fails if the name exists: the only race-free create.
@@ -218,6 +230,10 @@ class LocalStore(Store):
             yield alone
         finally:
             os.close(folder)
+
+    @property
+    def writable(self) -> bool:  # noqa: D102
+        return os.access(self.root, os.W_OK)
 
     def state(self, name: str) -> tuple[int, float]:  # noqa: D102
         found = self._local(name).stat()
@@ -283,6 +299,12 @@ class ObjectStore(Store):
                 f"cannot reach {self.location}/{name}: {error}. Check the address, the credentials "
                 "and the network; finished shards are kept, and the same command goes on after them"
             ) from error
+
+    @property
+    def bucket_missing(self) -> str | None:  # noqa: D102
+        bucket = self.root.partition("/")[0]
+        with self._reaching("bucket"):
+            return None if not bucket or self.fs.exists(bucket) else bucket
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
         with self._reaching(name, FileNotFoundError) as path:

@@ -18,6 +18,7 @@ from rekindle.data.batch import pad
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.teachers import Teacher
+from rekindle.train.running_out import is_out_of_memory
 
 log = logging.getLogger("rekindle")
 
@@ -114,9 +115,7 @@ def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows)
         return forward(rows)
     except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
         told = str(error).strip()
-        without = ("out of memory", "can't allocate memory")
-        known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
-        if not known and not any(words in told.lower() for words in without):
+        if not is_out_of_memory(error):
             reason = told.splitlines()[0] if told else repr(error)
             raise InputError(
                 f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "

@@ -28,6 +28,7 @@ from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.compute_unit import Unit
 from rekindle.pipeline.caching.extensions import plan_parts
+from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
@@ -73,14 +74,17 @@ def cache_teachers(
     """Make the cache of ``config``, or what is missing of it, or damaged.
 
     ``only`` limits the work to teachers of those names; ``check`` is for ``repair_cache``.
-    Raises InputError or CacheMismatchError before any teacher runs if one of them cannot teach on
-    this corpus.
+    Raises InputError before anything is written for whatever the files of the teachers and of the
+    student, and a new corpus's first sequences, show to be wrong; InputError or CacheMismatchError
+    before any teacher runs if one of them cannot teach on this corpus.
     """
     config.check_single()
     config.check_samples()
     chosen = _chosen(config, only)
+    check_files(chosen, config.student)
     make_missing(config)
     store = open_store(config.cache.path)
+    rehearse(config, chosen, store)
     with store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0

@@ -40,8 +40,9 @@ from rekindle.train.model.files import (
     place,
     weights_fingerprint,
 )
-from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
@@ -71,8 +72,8 @@ def plan_teacher(
     Raises InputError when it cannot teach on this corpus.
     """
     directory = directory or resolve_model(config.model)
-    check_fits(load_config(directory), config.task, f"teacher {config.name!r} ({config.model})")
-    settings: Any = load_config(directory, AUTO_CLASSES[config.task])
+    who = f"teacher {config.name!r} ({config.model})"
+    settings: Any = check_teacher_files(directory, config.task, who)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a

@@ -17,7 +17,8 @@ from torch import Tensor
 from rekindle.data.corpus.config import hole_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.shared_ids import differing_ids, unshared_ids
-from rekindle.data.corpus.tokenizer import Tokenizer, has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
 from rekindle.train.model.folder import tokenizer_folder
@@ -30,6 +31,7 @@ NEVER = -1e5  # a logit whose exponential is 0 beside any other
 
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
+    directory = tokenizer_folder(directory)
     directory = tokenizer_folder(directory)
     if has_tokenizer_files(directory):
         return load_tokenizer(str(directory))

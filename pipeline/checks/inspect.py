@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
@@ -84,7 +85,7 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "labels": list(info.label_names),
         "positions": teacher.positions,
         "coverage": teacher.coverage,
-        "bytes": teacher.bytes,
+        "bytes": teacher.bytes_on_disk,
         "bytes_per_token": _bytes_per_token(cache, teacher),
         "bytes_per_position": _bytes_per_position(teacher),
         "weights": teacher.fingerprint,
@@ -200,7 +201,7 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
             _kept(reader.info),
             f"{reader.coverage:.1%}",
             f"{reader.positions:,}",
-            f"{reader.bytes / 1e6:.2f}",
+            f"{reader.bytes_on_disk / 1e6:.2f}",
             f"{_bytes_per_position(reader):.1f}",
             f"{_bytes_per_token(cache, reader):.2f}",
         ]
@@ -273,15 +274,15 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
 
 def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", replica {target.replica}"
-    words = tokenizer.hf.convert_ids_to_tokens
+    texts = PieceTexts(tokenizer.hf)
     # Of a sample there is that of the temperature it was drawn at alone, and it is 0.
     log_tail = target.log_tail.get(1.0, next(iter(target.log_tail.values())))
     rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
-        best = zip(words(target.ids[row, :5].tolist()), target.log_probs[row, :5], strict=True)
-        predicted = "  ".join(f"{word} {np.exp(log_prob):.3f}" for word, log_prob in best)
+        best = zip(target.ids[row, :5].tolist(), target.log_probs[row, :5], strict=True)
+        predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in best)
         tail = f"{np.exp(log_tail[row]):.3f}"
-        gold, rank = str(words(int(target.gold_ids[row]))), str(target.gold_rank[row])
+        gold, rank = texts[int(target.gold_ids[row])], str(target.gold_rank[row])
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     head = ("position", "true token", "rank", "top predictions", "tail")
     title = f"{name}{where}: {len(target.positions)} positions"

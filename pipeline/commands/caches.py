@@ -28,7 +28,7 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    with resumable(f"pipeline cache-teachers {run}") as progress:
+    with resumable() as progress:
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)

@@ -21,6 +21,7 @@ from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.schedules import Seed
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
@@ -125,7 +126,7 @@ class CycleConfig(Settings):
     )
     search_seeds: int = Field(1, gt=0, description="fine-tunings for each point of the search")
     seeds: int = Field(5, gt=0, description="fine-tunings of every arm on every task, scored")
-    seed: int = Field(0, ge=0, description="of what is taken out of train")
+    seed: Seed = Field(0, description="of what is taken out of train")
 
     @field_validator("arms")
     @classmethod
@@ -143,7 +144,7 @@ class CycleConfig(Settings):
                 raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
-            # As they are used: YAML reads 1e-5 as a string, and what was tried is found by values.
+            # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
             read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
             found[key] = tuple(getattr(one, key) for one in read)
             if len(set(found[key])) < len(values):

@@ -166,11 +166,13 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
     corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
     """
-    from rekindle.train.model.files import load_config, weights_fingerprint
+    from rekindle.train.model.files import weights_fingerprint
     from rekindle.train.model.folder import resolve_model, tokenizer_folder
+    from rekindle.train.model.headers import check_expert_files, check_student_files
 
     directory = resolve_model(config.student.model)
-    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    check_expert_files(directory)
+    check_student_files(directory, "masked_lm", f"student.model {config.student.model!r}")
     own = load_tokenizer(str(tokenizer_folder(directory)))
     theirs = load_tokenizer(config.corpus.tokenizer)
     other = differing_ids(theirs, own)

@@ -51,6 +51,7 @@ class TeacherWork:
     seconds: float | None = None
     reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
+    at_most: bool = False  # whether the bytes are a bound: without a probe they depend on the model
     cut: Cut | None = None  # None: it sees all of its texts, or is not at hand
     longest: int | None = None  # tokens that its model takes, of one that reads texts
 

@@ -154,7 +154,7 @@ def sample_source(config: CorpusConfig) -> SourceSample:
             total += size
             if not full:
                 read += size if next(stream, None) is None else _bytes_read(place, size, taken)
-    told = left_out.told() if left_out else ""
+    told = f"; {left_out.told()}" if left_out and left_out.counts() else ""
     if not documents:
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "

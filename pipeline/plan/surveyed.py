@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.errors import naming
 from rekindle.data.storage.columns import list_views
 from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
+from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.views import Views, build_views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
-from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher
+from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher, plans_at_hand
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 
@@ -28,6 +30,7 @@ def survey_all(
     config: RunConfig, probe: bool
 ) -> tuple[CorpusPlan, tuple[ViewPlan, ...], tuple[TeacherWork, ...]]:
     """Plan the corpus, its views and the teachers by a sample in a temporary folder."""
+    _check_files(config, probe)
     sampled = config
     if config.cache.mask.policy != "cover":  # of replicas that are drawn alike, one is enough
         cache = config.cache.model_copy(update={"replicas": 1})
@@ -47,8 +50,24 @@ def survey_all(
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
-        teachers = tuple(plan_one_teacher(t, config, survey, views, probe) for t in config.teachers)
+        plans = plans_at_hand(config, survey, views, must_be=probe)
+        teachers = tuple(
+            plan_one_teacher(teacher, plan, config, survey, views, probe)
+            for teacher, plan in zip(config.teachers, plans, strict=True)
+        )
     return corpus, shown, teachers
+
+
+def _check_files(config: RunConfig, must_be: bool) -> None:
+    """Check the folders of all models that are here, as `pipeline cache-teachers` does first."""
+    here = []
+    for teacher in config.teachers:
+        with naming(f"teacher {teacher.name!r}"):
+            here += [teacher] if at_hand(teacher.model, must_be) is not None else []
+    student = config.student
+    if student is not None and at_hand(student.model, must_be) is None:
+        student = None
+    check_files(here, student)
 
 
 def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:

@@ -33,16 +33,29 @@ from rekindle.train.order.domains import check_domains
 Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
 
 
-def plan_one_teacher(
-    teacher: TeacherConfig, config: RunConfig, survey: CorpusSurvey, views: Views, probe: bool
-) -> TeacherWork:
-    """What `pipeline cache-teachers` would do for ``teacher``. ``views`` are of ``survey.steps``.
+def plans_at_hand(
+    config: RunConfig, survey: CorpusSurvey, views: Views, must_be: bool
+) -> list[TeacherPlan | None]:
+    """Describe every teacher whose model ``at_hand`` finds, before any of them is tried.
 
-    Raises InputError and CacheMismatchError as ``plan_run`` does.
+    ``views`` are of ``survey.steps``. Raises InputError and CacheMismatchError as ``plan_run``.
     """
-    folder, plan = at_hand(teacher.model, must_be=probe), None
-    if folder is not None:
-        plan = described(teacher, folder, survey, views, config.cache.seed)
+    folders = [at_hand(teacher.model, must_be) for teacher in config.teachers]
+    return [
+        None if folder is None else described(teacher, folder, survey, views, config.cache.seed)
+        for teacher, folder in zip(config.teachers, folders, strict=True)
+    ]
+
+
+def plan_one_teacher(
+    teacher: TeacherConfig,
+    plan: TeacherPlan | None,
+    config: RunConfig,
+    survey: CorpusSurvey,
+    views: Views,
+    probe: bool,
+) -> TeacherWork:
+    """What `pipeline cache-teachers` would do for ``teacher``; ``views`` are of the steps."""
     wanted = plan.info if plan else _assumed(teacher, survey, views)
     infos = [wanted]
     if plan and survey.present is not None:
@@ -74,6 +87,7 @@ def plan_one_teacher(
         known,
         positions=round(tokens * density),
         bytes=_bytes(parts, wanted, density, measured),
+        at_most=measured is None and any(kind_of(info).bounded for info, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else rate * tokens,
         reason=absent or (None if measured else "its time was not probed"),

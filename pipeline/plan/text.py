@@ -2,7 +2,7 @@
 
 from textwrap import fill
 
-from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork, Totals
+from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import folded_lines
 
@@ -22,7 +22,7 @@ def shown_plan(plan: RunPlan) -> str:
     head = [*_wrapped(lines), *table]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
-    lines += [_total(plan.totals, plan.cache), plan.break_even.sentence]
+    lines += [_total(plan), plan.break_even.sentence]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:
         shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
@@ -58,7 +58,7 @@ def _table(teachers: tuple[TeacherWork, ...]) -> Table:
             t.task.replace("_classification", " classes").replace("_", " "),
             t.kept,
             *(_known(count) for count in (t.units_to_make, t.units_present, t.positions)),
-            "?" if t.bytes is None else shown_bytes(t.bytes),
+            "?" if t.bytes is None else ("≤ " if t.at_most else "") + shown_bytes(t.bytes),
             "?" if t.seconds is None else shown_seconds(t.seconds),
         ]
         for t in teachers
@@ -74,11 +74,15 @@ def _to_write(size: int | None, bound: str = "") -> str:
     return f", {bound}{shown_bytes(size)} to write" if size else ""
 
 
-def _total(totals: Totals, cache: str) -> str:
+def _total(plan: RunPlan) -> str:
+    totals, cache = plan.totals, plan.cache
     if totals.bytes is None:
         return f"total for {cache}: not known"
     least = "at least " if totals.unknown else ""
-    line = f"total for {cache}: {least}{shown_bytes(totals.bytes)} to write"
+    some = any(teacher.bytes is None for teacher in plan.teachers)
+    most = any(teacher.at_most for teacher in plan.teachers)
+    bound = "about " if some and most else "at least " if some else "at most " if most else ""
+    line = f"total for {cache}: {bound}{shown_bytes(totals.bytes)} to write"
     if totals.seconds is not None:
         line += f", {least}{shown_seconds(totals.seconds)} of teachers in one process"
     if totals.disk_free is not None:

@@ -46,7 +46,7 @@ def _facts_of(cache: Cache) -> CacheFacts:
         kept = reader.kind.sentence + (f", {reader.replicas} masked replicas" if masked else "")
         rows = sum(commit.rows for commit in reader.commits.values())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
-        facts = TeacherFacts(name, kept, reader.positions, reader.bytes, tokens, seconds)
+        facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)
         teachers.append(facts)
     return CacheFacts(len(cache), tokens, cache.corpus.info["tokenizer"]["size"], teachers)
 

@@ -202,15 +202,19 @@ def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
     """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
+    from rekindle.pipeline.caching.first_checks import check_files
     from rekindle.train.model.folder import resolve_model
+    from rekindle.train.student import check_student
 
     models: dict[str, Path] = {}
     for stage in stages:
         with naming(f"stage {stage.name!r}"):
-            needed = [teacher.model for teacher in stage.written.teachers]
-            if students and stage.written.student is not None:
-                needed.append(stage.written.student.model)
-            models |= {name: resolve_model(name) for name in needed if not references(name)}
+            ready = [one for one in stage.written.teachers if not references(one.model)]
+            check_files(ready, None)
+            models |= {one.model: resolve_model(one.model) for one in ready}
+            student = stage.written.student
+            if students and student is not None and not references(student.model):
+                check_student(student)
     teachers = {
         (s.written.cache.path, t.name): models.get(t.model)
         for s in stages

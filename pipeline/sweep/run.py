@@ -7,7 +7,6 @@ Every student is held against the cache before the first one is trained.
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from rekindle.pipeline.several_runs import (
     read_runs,
 )
 from rekindle.pipeline.sweep.grid import SweepRun
+from rekindle.train.launch import launched
 from rekindle.train.record.run_folder import goes_on, open_folder
 
 log = logging.getLogger("rekindle")
@@ -96,7 +96,7 @@ def run_sweep(
     where that is more than one. A failed student stops no other. ``resume`` leaves finished runs as
     they are and goes on with interrupted ones.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched().world_size > 1:
         raise InputError(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
@@ -152,6 +152,7 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     """That the cache has what every student needs; returns its corpus's fingerprint."""
     from rekindle.pipeline.train_student import student_view
     from rekindle.train.prepare import check_tokenizer, prepare_objective
+    from rekindle.train.student import check_student
 
     cache = Cache.open(runs[0].config.cache.path)
     students = {run.name: run.config.needed_student() for run in runs}
@@ -163,5 +164,6 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     # One of each: most share a tokenizer.
     for name in {student.model: name for name, student in reversed(students.items())}.values():
         with naming(f"student {name}"):
-            check_tokenizer(cache, students[name])
+            check_student(students[name])
+            check_tokenizer(cache.corpus, students[name])
     return cache.corpus.fingerprint

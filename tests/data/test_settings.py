@@ -105,7 +105,7 @@ def test_what_is_wrong_inside_a_union_is_not_buried_under_the_other_branches():
 
 
 WRONG = [
-    ({"name": 3}, "name", "string"),
+    ({"name": 3}, "name", "must be text"),
     ({"name": "r", "limit": "many"}, "limit", "integer"),
     ({"name": "r", "limit": 1.5}, "limit", "integer"),
     ({"name": "r", "terms": 5}, "terms", "list"),

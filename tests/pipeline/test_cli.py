@@ -158,6 +158,7 @@ def test_a_wrong_configuration_is_named(run_file, change, words):
 
 def test_a_missing_model_is_named(run_file, tmp_path):
     gone = {"name": "lm", "model": str(tmp_path / "gone"), "task": "masked_lm"}
+    gone["targets"] = {"kind": "topk"}
     fails(pipeline("cache-teachers", run_file(teachers=[gone])), 2, str(tmp_path / "gone"))
 
 

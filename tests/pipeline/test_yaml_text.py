@@ -49,6 +49,15 @@ def test_what_is_written_is_read_as_the_same_here_and_by_others(values):
     assert yaml.safe_load(text) == values
 
 
+def test_what_older_versions_wrote_is_read_as_they_meant_it():
+    """PyYAML put in quotes what it took for something else than text."""
+    written_by_it = {
+        "a": ["yes", "010", "1:30", "2024-01-31", "null", "0x1f"],
+        "b": [5e-05, 1e20, 8],
+    }
+    assert parse_yaml(yaml.safe_dump(written_by_it), "run.yaml") == written_by_it
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

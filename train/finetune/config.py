@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from rekindle.data.places import Place
 from rekindle.data.settings import Settings
+from rekindle.train.schedules import Seed
 
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
 
@@ -22,7 +23,7 @@ class MergeConfig(Settings):
     )
     passes: int = Field(16, ge=0, description="Monte-Carlo passes; 0: without MUKI's merges")
     sharpness: float = Field(0.2, gt=0, description="temperature of MUKI's soft selection")
-    seed: int = Field(0, description="of the Monte-Carlo passes")
+    seed: Seed = Field(0, description="of the Monte-Carlo passes")
 
 
 class TaskSettings(Settings):
@@ -94,4 +95,16 @@ class FinetuneConfig(TaskSettings):
     )
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"
+    )
+
+
+NOTHING_KEPT = "Nothing of it is kept"
+
+
+def less_memory(config: FinetuneConfig) -> str:
+    """What takes less memory, with the values as they are."""
+    return (
+        f"Lower batch_size (now {config.batch_size}) or max_length (now {config.max_length}), or "
+        f"train in precision bf16 (now {config.precision}): `--set batch_size="
+        f"{max(1, config.batch_size // 2)}`"
     )

@@ -32,7 +32,7 @@ from rekindle.train.finetune.classifier import (
     predict,
     tell_cut,
 )
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -40,6 +40,7 @@ from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
+from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
@@ -101,7 +102,8 @@ def finetune(
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
     folder = new_folder(Path(out).resolve())
-    with folder as staging, quiet_transformers(), _progress() as progress:
+    enough = running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config))
+    with enough, folder as staging, quiet_transformers(), _progress() as progress:
         job = _prepare(model, data, metric, config)
         results: list[SeedResult] = []
         for seed in range(first_seed, first_seed + seeds):

@@ -24,7 +24,7 @@ from rekindle.train.finetune.classifier import (
     predict,
     tell_cut,
 )
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
@@ -34,6 +34,7 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student
 
 logger = logging.getLogger("rekindle")
@@ -58,7 +59,8 @@ def score_model(
     data = read_task(train, dev, settings=config)[1]
     metric = chosen_metric(metric, data)
     logger.info("%s: %s", dev, data.described())
-    found, cut = _scores_by_way(model, data, config)
+    with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
+        found, cut = _scores_by_way(model, data, config)
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)

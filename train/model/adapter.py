@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.train.model.causes import refusing
 from rekindle.train.model.folder import (

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,7 @@ from rekindle.train.model.folder import (
     settings_folder,
     stored_tensors,
 )
+from rekindle.train.model.heads import say_unused, use_own_head
 from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
 from rekindle.train.model.padding import COUNT_PAST_PADDING, drop_outside_padding, padding_of_new
@@ -68,10 +70,17 @@ def weights_fingerprint(directory: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(f"{file.name}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(f"{file.name}\0".encode())
+        about = file.stat()
+        digest.update(_digest(file.resolve(), about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(1000)
+def _digest(file: Path, size: int, changed: int) -> bytes:
+    """The sha256 of a file that was last ``changed`` then: asked several times, it is read once."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def adapted_fingerprints(directory: Path) -> dict[str, str]:
@@ -115,6 +124,7 @@ def load_config(
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
         )
+    use_own_head(config, file.parent)
     if attention is not None:
         config._attn_implementation = attention
     drop_outside_padding(config, f"{file}")
@@ -169,6 +179,7 @@ def load_weights(
         )
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
+    say_unused(directory, model, info["unexpected_keys"])
     return Loaded(model, *split_names(model, unset), shapes)
 
 
@@ -220,7 +231,7 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Modul
     what = f"{directory} cannot be loaded as {auto_class}"
     loaded = load_weights(directory, auto_class, dtype, what, trained=False)
     refuse_shapes(what, loaded.shapes)
-    refuse_missing(directory, auto_class, sorted(loaded.body + loaded.head))
+    refuse_missing(directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head))
     return loaded.model
 
 
@@ -259,17 +270,23 @@ def load_language_model(
     """
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
-    kind, config = AUTO_CLASSES[task], load_config(directory, attention=attention)
+    kind = AUTO_CLASSES[task]
+    config = load_config(directory, kind, attention)
     loaded = load_weights(directory, kind, torch.float32, what, advice, config)
     refuse_shapes(what, loaded.shapes)
-    if loaded.body:
-        raise InputError(
-            f"student {directory} lacks weights of its body ({', '.join(loaded.body[:3])} …); "
-            "to start from random weights, set student.from_scratch"
-        )
+    refuse_body(directory, loaded.body)
     if loaded.head:
         log.info("student: fresh LM head, %s has none", directory)
     return loaded.model
+
+
+def refuse_body(directory: Path, missing: list[str]) -> None:
+    """Raise InputError for a student whose body would be random in part."""
+    if missing:
+        raise InputError(
+            f"student {directory} lacks weights of its body ({', '.join(missing[:3])} …); "
+            "to start from random weights, set student.from_scratch"
+        )
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:

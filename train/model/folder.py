@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.tokenizer import has_tokenizer_files
+from rekindle.data.corpus.tokenizer_files import (
+    LFS_POINTER,
+    has_tokenizer_files,
+    refuse_pointer,
+)
 from rekindle.data.errors import InputError
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -19,7 +23,6 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
-LFS_POINTER = b"version https://git-lfs"
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
@@ -94,7 +97,7 @@ def is_adapter(directory: Path) -> bool:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError, naming the file, for anything else."""
     content = path.read_bytes()
-    _refuse_pointer(path, content)
+    refuse_pointer(path, content)
     try:
         found = json.loads(content)
     except ValueError as error:  # also bytes that are no UTF-8
@@ -171,7 +174,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with open(file, "rb") as stream:
         start = stream.read(8)
         if start == LFS_POINTER[:8]:
-            _refuse_pointer(file, start + stream.read(1000))
+            refuse_pointer(file, start + stream.read(1000))
         length = int.from_bytes(start, "little")
         size = file.stat().st_size
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -199,14 +202,6 @@ def _no_header(size: int) -> str:
 
 def _stored(entry: Mapping[str, Any]) -> StoredTensor:
     return StoredTensor(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-
-
-def _refuse_pointer(path: Path, content: bytes) -> None:
-    if content.startswith(LFS_POINTER):
-        raise InputError(
-            f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
-            f"its large files. Run `git lfs pull` in {path.parent}"
-        )
 
 
 # --- adapters -------------------------------------------------------------------------------------

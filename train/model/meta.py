@@ -91,11 +91,14 @@ def refuse_shapes(what: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
     )
 
 
-def refuse_missing(directory: Path, auto_class: str, missing: list[str]) -> None:
+def refuse_missing(
+    directory: Path, auto_class: str, config: "PretrainedConfig", missing: list[str]
+) -> None:
     """Raise InputError naming weights that would be random: such a head would cache noise."""
     if missing:
+        saved = f" It was saved as {config.architectures[0]}." if config.architectures else ""
         raise InputError(
             f"{directory} has no weights for {', '.join(missing[:4])}"
-            f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be random. "
-            "Is the teacher's `task` right for this model?"
+            f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be "
+            f"random.{saved} Is the teacher's `task` right for this model?"
         )

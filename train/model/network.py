@@ -125,6 +125,7 @@ class StudentOutput(NamedTuple):
 
     hidden: Tensor | None  # [N,H] what the output matrix multiplies, at the selected positions
     logits: dict[str, Tensor]  # by head: [B,C], or [P,C] at the positions asked for
+    balance: Tensor | None = None  # in training: the load-balancing loss of routers
 
 
 class StudentNetwork(nn.Module):
@@ -215,7 +216,7 @@ class StudentNetwork(nn.Module):
             logits |= {name: self.heads[head_key(name)](pooled) for name in sequence_heads}
         for name, places in (token_heads or {}).items():
             logits[name] = self.heads[head_key(name)](states.flatten(0, 1)[places])
-        return StudentOutput(hidden, logits)
+        return StudentOutput(hidden, logits, self._split.balance)
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the body's final hidden states [B,S,H] of one forward pass."""

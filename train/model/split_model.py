@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
 from rekindle.train.model.files import longest_input
+from rekindle.train.model.routers import balance_weight, balanced_states
 from rekindle.train.model.sight import BROKEN, check_sight, evaluating, sample_ids
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class SplitLanguageModel:
         self.causal = causal
         self._select: Tensor | None = None
         self._states: Tensor | None = None
+        self._balanced = causal and balance_weight(self.model) > 0
+        self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
         self._softcap: float | None = None
         self._factor = 1.0
         self._output = _output_of(self.model)
@@ -76,8 +79,11 @@ class SplitLanguageModel:
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The body's final hidden states [B,S,H]."""
-        body = self.model.base_model(**inputs)
-        states: Tensor = body.last_hidden_state
+        self.balance = None
+        if self._balanced and self.model.training:
+            states, self.balance = balanced_states(self.model, inputs)
+            return states
+        states = self.model.base_model(**inputs).last_hidden_state
         return states
 
     def hidden(self, inputs: Mapping[str, Tensor], select: Tensor) -> tuple[Tensor, Tensor]:

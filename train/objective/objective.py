@@ -39,6 +39,9 @@ class StepLoss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+ROUTER = "router"  # what the load-balancing loss of mixture-of-experts students is shown as
+
+
 @dataclass
 class Objective:
     """The configured loss for one student task and the teachers of one cache."""
@@ -48,6 +51,7 @@ class Objective:
     task: str
     steps: int
     methods: Sequence[Method] = ()
+    balance: float = 0.0  # the weight of the student's load-balancing loss
 
     def __post_init__(self) -> None:
         check_terms(self.config.distill, self.teachers, self.task)
@@ -100,6 +104,8 @@ class Objective:
         rows = dict(counts.rows)
         for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
+        if self.balance:  # a share of it is each micro-batch's, by its tokens
+            rows[ROUTER] = int(batch.lengths.sum())
         return replace(counts, rows=rows)
 
     def shown(self, counts: Counts, plan: StepPlan) -> list[str]:
@@ -168,6 +174,9 @@ class Objective:
         heads = {name: batch.targets.get(name) for name in names}  # None: over a union of labels
         output = run_heads(student, inputs, batch, heads, select)
         add_task_losses(output.logits, batch, terms, self.teachers, counts, add)
+        if self.balance and output.balance is not None:
+            share = output.balance * (int(batch.lengths.sum()) / max(counts.rows[ROUTER], 1))
+            add(ROUTER, share * self.balance, share)
         return output.hidden
 
 

@@ -67,8 +67,7 @@ def save_checkpoint(
     """
     weights = gather_weights(student.student) if student.sharded else None
     moments = _optimizer_tensors(student.student, optimizer)
-    folder = run / "checkpoints"
-    target = folder / f"step-{step:08d}"
+    target = checkpoint_folder(run, step)
 
     def write() -> Path:
         with new_folder(target) as staged:
@@ -77,12 +76,12 @@ def save_checkpoint(
             digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
             content = dict(state) | {"step": step, "files": digests}
             (staged / TRAINER_FILE).write_bytes(seal(content))
-        remove_leftovers(folder)
+        remove_leftovers(target.parent)
         best = (state.get("best") or {}).get("step")
         # A newer one is damaged, or it would have been gone on with: it must not take a place.
         done = [path for path in _checkpoints(run) if path.name <= target.name]
         for old in done[:-keep]:
-            if best is None or old.name != f"step-{best:08d}":
+            if best is None or old != checkpoint_folder(run, best):
                 remove(old)
         return target
 
@@ -123,6 +122,17 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
             problem = damage(error)
         log.warning("checkpoint %s is damaged (%s); trying the one before", path, problem)
     return None
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def kept_of(run: Path) -> str:
+    """Say what there is of a run to go on from."""
+    found = _checkpoints(run)
+    return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it begins again"
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:

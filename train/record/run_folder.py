@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -32,7 +32,11 @@ def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
     written, and once no other process can begin there any more. Raises InputError where one works
     in ``out``.
     """
-    look()
+    try:
+        look()
+    except InputError:
+        _refuse_held(out)  # which says more than that something is there
+        raise
     with alone_in(out):
         found = look()
         remove_leftovers(out)
@@ -166,11 +170,7 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        lock.seek(0)
-        raise InputError(
-            f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for "
-            "it, or give another --out"
-        ) from None
+        raise _held(lock, folder) from None
     except OSError as error:
         log.warning(
             "%s cannot be locked (%s): a second process in it would not be noticed",
@@ -182,6 +182,25 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return True
+
+
+def _held(lock: TextIO, folder: Path) -> InputError:
+    lock.seek(0)
+    return InputError(
+        f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for it, "
+        "or give another --out"
+    )
+
+
+def _refuse_held(folder: Path) -> None:
+    """Raise InputError where another process holds the folder."""
+    with suppress(FileNotFoundError, NotADirectoryError), open(folder / LOCK_FILE) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(lock, folder) from None
+        except OSError:  # a file system without locks
+            return
 
 
 def _is_at(lock: TextIO, path: Path) -> bool:

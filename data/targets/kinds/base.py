@@ -137,6 +137,11 @@ class TargetKind(ABC):
         return sum(dtype.bit_width // 8 * (1 if w is None else w) for dtype, w in columns)
 
     @property
+    def bounded(self) -> bool:
+        """Whether that is a bound alone: what is drawn, or compresses, is as the model says."""
+        return self.codec.compressed or bool(self.entry_columns())
+
+    @property
     def copied(self) -> bool:
         """Whether reading copies its columns; else they are views of the file."""
         return self.codec.compressed

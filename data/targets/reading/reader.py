@@ -154,6 +154,13 @@ class TeacherReader(RowReader):
         """Bytes of all committed shards, of every part."""
         return sum(commit.bytes for part in self.parts for commit in part.commits.values())
 
+    @cached_property
+    def bytes_on_disk(self) -> int:
+        """``bytes``, and those of the output matrix beside the shards."""
+        store, name = self.corpus.store, f"{self.folder}/head.safetensors"
+        head = store.state(name)[0] if self.kind.has_head and store.exists(name) else 0
+        return self.bytes + head
+
     @property
     def _commits_read(self) -> list[Commit]:
         read = (self._read_of(part) for part in (self.main, *self.tails))

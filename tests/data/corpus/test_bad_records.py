@@ -1,7 +1,9 @@
 """Bad records: what they are, that each is told with its place, and what is left without them."""
 
+import gzip
 import json
 import logging
+import random
 
 import datasets
 import numpy as np
@@ -13,6 +15,7 @@ from rekindle.data.corpus import records
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
+from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import LocalStore
 
@@ -53,7 +56,7 @@ def test_a_bad_line_is_told_with_its_place_or_left_out(tmp_path, line, kind, tol
     left_out = LeftOut()
     assert [d.id for d in read(path, left_out)] == ["d.jsonl:1", "d.jsonl:3"]
     assert left_out.counts() == {kind: 1}
-    assert left_out.told() == f"; bad records left out: 1 {kind}; the first: {caught.value}"
+    assert left_out.told() == f"bad records left out: 1 {kind}; the first: {caught.value}"
 
 
 def test_of_a_txt_file_the_document_with_other_bytes_is_left_out(tmp_path):
@@ -121,6 +124,31 @@ def test_an_arrow_file_whose_offsets_lead_nowhere_is_damaged(tmp_path):
     path.write_bytes(content.replace(offsets, wrong))
     with pytest.raises(InputError, match=r"d\.arrow cannot be read as arrow"):
         read(path, domain_field=None)
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow", "d.jsonl.gz", "d.jsonl.zst"])
+def test_whatever_bytes_are_damaged_it_is_an_input_error(tmp_path, name):
+    rows = [{"id": str(n), "text": f"some words {n}", "meta": {"d": "x"}} for n in range(40)]
+    path, table = tmp_path / name, pa.Table.from_pylist(rows)
+    if name == "d.parquet":
+        pq.write_table(table, path, row_group_size=20)
+    elif name == "d.arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as sink:
+            sink.write_table(table, max_chunksize=20)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        packed = gzip.compress(text) if name.endswith("gz") else pa.compress(text, "zstd")
+        path.write_bytes(packed)
+    good, draw, refused = path.read_bytes(), random.Random(name), 0
+    for _ in range(100):
+        damaged = bytearray(good)
+        damaged[draw.randrange(len(good))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path, domain_field="meta.d")
+        except InputError as error:
+            refused += str(path) in str(error)
+    assert refused > 10
 
 
 # --- what is wrong with a whole file --------------------------------------------------------------
@@ -257,9 +285,8 @@ def test_bad_records_are_counted_and_said_once_it_is_known_how_many(tmp_path, bu
         build("strict", on_bad_record="error")
     whole = build("whole")
     assert whole.bad_records == {"not JSON": 5, "text is no string": 1}
-    assert (
-        "corpus; bad records left out: 5 not JSON, 1 text is no string; the first: " in caplog.text
-    )
+    assert "the first bad record that was left out: " in caplog.text
+    assert "bad records left out: 5 not JSON, 1 text is no string" in remarks(whole)
     assert build("whole", on_bad_record="error").bad_records == whole.bad_records  # it is finished
     with pytest.raises(KeyboardInterrupt):
         build("killed", stop=3)

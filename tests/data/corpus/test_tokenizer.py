@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from rekindle.data.corpus.documents import Document
-from rekindle.data.corpus.tokenizer import has_tokenizer_files, load_tokenizer, wrap_tokenizer
+from rekindle.data.corpus.tokenizer import load_tokenizer, wrap_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from testlib.command import python
 from testlib.corpora import SHARED
@@ -457,7 +458,7 @@ def test_a_tokenizer_without_fast_implementation(tmp_path):
 
 def test_files_that_are_damaged(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not JSON"):
         load_tokenizer(str(tmp_path))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.seal import seal
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -134,7 +135,7 @@ def test_an_example_as_text(cache):
     assert example.digest in text
     assert example.text in text
     target = example.targets["lm"][1]
-    token = opened.corpus.tokenizer.hf.convert_ids_to_tokens(int(target.ids[0, 0]))
+    token = PieceTexts(opened.corpus.tokenizer.hf)[int(target.ids[0, 0])]
     assert f"{token} {np.exp(target.log_probs[0, 0]):.3f}" in text
     assert "lm, replica 1" in text
     assert f"score: score {example.targets['score'][0].logits[0]:.3f}" in text
@@ -196,3 +197,15 @@ def test_brackets_are_text(tmp_path, configure):
     assert inspect_cache(str(path)).startswith(f"{path}: 1 sequences")
     assert "domains: [red] 1" in inspect_cache(str(path))
     assert document["text"] in inspect_example(str(path), 0, None)
+
+
+def test_the_size_of_hidden_states_is_that_with_their_output_matrix(
+    tmp_path, configure, make_teacher
+):
+    teacher = make_teacher("states", "masked_lm", targets={"kind": "hidden"})
+    cache_teachers(configure(tmp_path / "c", [teacher]))
+    files = [p for p in (tmp_path / "c/targets/states").rglob("*") if p.suffix != ".json"]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    facts = strict(inspect_cache(str(tmp_path / "c"), as_json=True))["teachers"]["states"]
+    assert facts["bytes"] == size
+    assert f" {size / 1e6:.2f} " in inspect_cache(str(tmp_path / "c"))

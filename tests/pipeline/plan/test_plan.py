@@ -12,7 +12,7 @@ from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan import run as plan
 from rekindle.pipeline.plan import sample as plan_sample
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.plan.text import shown_bytes, shown_plan
 from testlib.planned import NAMES, WHOLE, of
 
 
@@ -66,6 +66,14 @@ def test_other_targets_and_codecs_come_out_as_probed(tmp_path, configure, teache
         real = sum(path.stat().st_size for path in files if path.is_file())
         assert of(probed, name).bytes == pytest.approx(real, rel=0.15)
         assert of(plain, name).bytes > 0.95 * real
+        assert of(plain, name).at_most == (name in ("compact", "random"))
+        if not of(plain, name).at_most:
+            assert of(plain, name).bytes == pytest.approx(real, rel=0.1)
+        assert not of(probed, name).at_most
+    assert "at most" not in shown_plan(probed)
+    told = shown_plan(plain)
+    assert f"≤ {shown_bytes(of(plain, 'random').bytes)}" in told
+    assert f"at most {shown_bytes(plain.totals.bytes)} to write" in told.replace("\n", " ")
 
 
 def test_more_of_a_teacher_that_is_there(tmp_path, configure, teachers):

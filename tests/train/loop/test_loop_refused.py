@@ -260,3 +260,10 @@ def test_a_mistake_leaves_the_directory_free(masked_world, tmp_path):
     with pytest.raises(InputError):
         run(masked_world, out, train_config(), model=Path("/nowhere"))
     run(masked_world, out, train_config(steps=1))
+
+
+def test_seeds_are_those_that_generators_take(masked_world, tmp_path):
+    run(masked_world, tmp_path / "run", train_config(steps=2, seed=2**63 - 1))
+    for seed in (-1, 2**63):
+        with pytest.raises(InputError, match=rf"^seed: .*given: {seed}"):
+            train_config(seed=seed)

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from rekindle.data.errors import InputError
+from rekindle.train.model import split_model
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 from rekindle.train.student import Student
 
@@ -22,6 +23,11 @@ SMALL = {
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
+GEMMA4 = SMALL | {"num_key_value_heads": 1, "head_dim": 12, "global_head_dim": 12}
+GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+GEMMA4 |= {"num_kv_shared_layers": 0, "final_logit_softcapping": 3.0}
+GEMMA4_EYES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA4_EYES |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}
 FAMILIES = {
     "bert": ("Bert", "masked", {}),
     "bert-untied": ("Bert", "masked", {"tie_word_embeddings": False}),
@@ -46,14 +52,37 @@ FAMILIES = {
     ),
     "cohere": ("Cohere", "causal", {"num_key_value_heads": 1, "logit_scale": 0.3}),
     "granite": ("Granite", "causal", {"num_key_value_heads": 1, "logits_scaling": 7.0}),
+    "hyperclovax": ("HyperCLOVAX", "causal", {"num_key_value_heads": 1, "logits_scaling": 7.0}),
+    "falcon-h1": (
+        "FalconH1",
+        "causal",
+        {"num_key_value_heads": 1, "head_dim": 12, "lm_head_multiplier": 0.3}
+        | {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_ssm": 32, "mamba_d_state": 8},
+    ),
+    "recurrent-gemma": (
+        "RecurrentGemma",
+        "causal",
+        {"num_key_value_heads": 1, "num_hidden_layers": 3, "lru_width": 24, "logits_soft_cap": 3.0},
+    ),
+    "xlstm": (
+        "xLSTM",
+        "causal",
+        {"hidden_size": 32, "num_blocks": 2, "num_heads": 2, "output_logit_soft_cap": 3.0}
+        | {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "mlstm_round_up_to_multiple_of": 8},
+    ),
+    # Its cap stands in the configuration's text part alone.
+    "gemma4": ("Gemma4", "causal", {"text_config": GEMMA4, "vision_config": GEMMA4_EYES}),
+    "deberta-own": ("Deberta", "masked", {"legacy": False}),
 }
 HEADS = {"masked": "ForMaskedLM", "causal": "ForCausalLM", "GPT2": "LMHeadModel"}
+HEADS["Gemma4"] = "ForConditionalGeneration"
 
 
 def build(name: str) -> nn.Module:
     """A model whose every parameter is away from its initial value: fresh biases are zero."""
     family, kind, extra = FAMILIES[name]
-    config = getattr(transformers, family + "Config")(**{**SMALL, **extra})
+    sizes = {} if "text_config" in extra else SMALL
+    config = getattr(transformers, family + "Config")(**{**sizes, **extra})
     torch.manual_seed(0)
     model = getattr(transformers, family + HEADS.get(family, HEADS[kind]))(config)
     with torch.no_grad():
@@ -147,6 +176,18 @@ def test_the_softcap_bites():
     assert 2.5 < float(logits.abs().max()) <= 3.0
     assert split_of("cohere", build("cohere")).head.logit_scale == 0.3
     assert split_of("granite", build("granite")).head.logit_scale == pytest.approx(1 / 7)
+
+
+@pytest.mark.parametrize("name", ["SOFTCAPS", "MULTIPLIERS", "DIVISORS"])
+def test_what_is_done_to_logits_and_not_known_is_no_split(name, monkeypatch):
+    """Caps as they are in use leave small logits as they are: large states show them."""
+    family = {"SOFTCAPS": "gemma2", "MULTIPLIERS": "cohere", "DIVISORS": "granite"}[name]
+    model = build(family)
+    model.config.final_logit_softcapping = 30.0 if family == "gemma2" else None
+    SplitLanguageModel(model, causal=True)
+    monkeypatch.setattr(split_model, name, ())
+    with pytest.raises(NotImplementedError, match="its logits are not"):
+        SplitLanguageModel(model, causal=True)
 
 
 def test_the_head_is_shared_with_the_model_and_can_be_cut():

@@ -144,8 +144,10 @@ def test_a_student_with_more_tokens_is_no_other(made, chat_model, tmp_path, make
     def student(model, task="causal_lm"):
         return parse_settings(StudentConfig, {"model": str(model), "task": task})
 
-    assert {"<|im_end|>"} < {*check_tokenizer(cache, student(chat_model)).hf.get_vocab()}  # is kept
+    assert {"<|im_end|>"} < {
+        *check_tokenizer(cache.corpus, student(chat_model)).hf.get_vocab()
+    }  # is kept
     other = with_gaps(wordpiece, tmp_path / "other", ["the"])
     model = make_model("gpt2", CAUSAL, other, 4, n_embd=16)
     with pytest.raises(InputError, match=r"student .* has another tokenizer.*'the' here, no token"):
-        check_tokenizer(cache, student(model))
+        check_tokenizer(cache.corpus, student(model))

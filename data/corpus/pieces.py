@@ -1,0 +1,65 @@
+"""What tokens stand for in a text: their pieces without the tokenizer's own way to write them.
+
+A piece that begins a word begins with the blank before it, in every family of tokenizers. Bytes
+that are no whole character are shown as Python writes them: ``\\xc3``.
+"""
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte that it has no piece for
+
+
+class PieceTexts:
+    """Texts of the tokens of a fast tokenizer, by id."""
+
+    def __init__(self, hf: "PreTrainedTokenizerFast"):
+        self._hf = hf
+        # A family is known by how its decoder undoes what its pre-tokenizer did.
+        backend = hf.backend_tokenizer
+        states = [part.__getstate__() for part in (backend.decoder, backend.pre_tokenizer) if part]
+        self._kinds = {kind for state in states for kind in _types(json.loads(state))}
+        self._added = hf.added_tokens_decoder
+
+    def __getitem__(self, number: int) -> str:
+        """The text of a token; ``<7>`` for an id that is no token."""
+        piece = self._hf.convert_ids_to_tokens(number) if number not in self._added else None
+        if number in self._added:
+            return str(self._added[number].content)
+        if piece is None:
+            return f"<{number}>"
+        if "ByteLevel" in self._kinds:
+            return _from_bytes(bytes(_BYTES.get(letter, 63) for letter in piece))
+        if found := _BYTE.fullmatch(piece):
+            return _from_bytes(bytes([int(found[1], 16)]))
+        if "WordPiece" in self._kinds:
+            return piece.removeprefix("##") if piece.startswith("##") else f" {piece}"
+        return piece.replace("▁", " ").replace("</w>", " ")
+
+
+def _types(state: object) -> set[str]:
+    """Every ``type`` within what a part of a tokenizer says of itself."""
+    if isinstance(state, list):
+        return {kind for part in state for kind in _types(part)}
+    if not isinstance(state, dict):
+        return set()
+    own = {state["type"]} if isinstance(state.get("type"), str) else set()
+    return own | {kind for part in state.values() for kind in _types(part)}
+
+
+def _from_bytes(content: bytes) -> str:
+    return content.decode("utf-8", errors="backslashreplace")
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that GPT-2 writes bytes with: printable ones as they are, others from U+0100."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()

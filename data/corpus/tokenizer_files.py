@@ -1,0 +1,181 @@
+"""The files of a tokenizer: which there must be, what reads them, and what is wrong with them.
+
+The one place of ``data`` that meets transformers, and only inside functions: importing this module
+imports neither transformers nor torch.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.data.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PIECES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+_AUTO_FILES = ("tokenizer.json", "tokenizer_config.json", *_PIECES)
+_JSON_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+)
+_BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LFS_POINTER = b"version https://git-lfs"
+
+
+def has_tokenizer_files(path: str | Path) -> bool:
+    """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
+    directory = Path(path)
+    sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
+    return any(_all_there(directory, names) for names in sets)
+
+
+def _all_there(directory: Path, names: tuple[str, ...]) -> bool:
+    return all((directory / name).is_file() for name in names)
+
+
+def read_tokenizer_files(path_or_id: str) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a local directory or of a Hugging Face id, as ``load_tokenizer`` says."""
+    directory = Path(path_or_id).expanduser()
+    if directory.is_dir():
+        return _load_directory(directory)
+    if directory.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
+        raise InputError(
+            f"tokenizer {path_or_id!r}: no such directory; give the directory that holds the "
+            f"tokenizer's files, or a Hugging Face id"
+        )
+    return _load_auto(path_or_id)
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise InputError where a file that begins with ``start`` is a git-lfs pointer."""
+    if start.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
+            f"its large files. Run `git lfs pull` in {path.parent}"
+        )
+
+
+def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
+    for path in directory.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".bpe"):
+            with path.open("rb") as file:
+                refuse_pointer(path, file.read(len(LFS_POINTER)))
+    if not has_tokenizer_files(directory):
+        raise InputError(
+            f"tokenizer directory {directory} has no tokenizer files; it must hold tokenizer.json "
+            f"(or what else AutoTokenizer reads), vocab.txt, encoder.json + vocab.bpe, or "
+            f"vocab.json + merges.txt"
+        )
+    if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
+        _check_pieces(directory)
+        return _load_auto(str(directory))
+    names = next(names for names in _BARE_FILES if _all_there(directory, names))
+    return _BARE_FILES[names](*(directory / name for name in names))
+
+
+def _load_auto(path_or_id: str) -> "PreTrainedTokenizerFast":
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path_or_id, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # the library's errors share no base; all mean: not to be had
+        reason = " ".join(str(error).split())
+        _blame_file(Path(path_or_id))
+        if find_spec("sentencepiece") is None and re.search("tiktoken|(?i:sentencepiece)", reason):
+            raise InputError(f"tokenizer {path_or_id!r} {_NEEDS_PIECES}") from None
+        raise InputError(
+            f"tokenizer {path_or_id!r} cannot be loaded: {reason}; give a directory with the "
+            f"tokenizer's files, or an id that is on the hub or in the local cache"
+        ) from error
+    if not hf.is_fast:
+        raise InputError(
+            f"tokenizer {path_or_id!r} has no fast implementation ({type(hf).__name__} gives no "
+            f"character offsets); convert it to tokenizer.json with the tokenizers library"
+        )
+    return hf
+
+
+_NEEDS_PIECES = (
+    "is a sentencepiece model, and the package sentencepiece, which reads it, is not installed. "
+    "Install the extra, in Rekindle's checkout: pip install -e '.[sentencepiece]'; or give a "
+    "directory with a tokenizer.json, which needs no package"
+)
+
+
+def _check_pieces(directory: Path) -> None:
+    """Raise InputError where nothing but a sentencepiece model is there, and nothing to read it.
+
+    transformers would take it for a file of tiktoken, and ask for that package.
+    """
+    if (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
+        return
+    for path in filter(Path.is_file, (directory / name for name in _PIECES)):
+        with path.open("rb") as file:
+            if file.read(1) == b"\n":  # so begins the message that it is; tiktoken's are lines
+                raise InputError(f"tokenizer {path} {_NEEDS_PIECES}")
+
+
+def _blame_file(directory: Path) -> None:
+    """Raise InputError, naming the file, where one of those that transformers read is no JSON
+    object, or config.json is no configuration: it is read for the tokenizer, too.
+    """
+    from transformers import AutoConfig
+
+    for path in filter(Path.is_file, (directory / name for name in _JSON_FILES)):
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:  # also bytes that are no UTF-8
+            raise InputError(
+                f"{path} is not JSON ({error}); give the file as it was saved"
+            ) from None
+        if not isinstance(found, dict):
+            raise InputError(f"{path} holds {type(found).__name__}, not an object")
+    if (directory / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        except Exception as error:
+            raise InputError(
+                f"{directory}/config.json cannot be used: {' '.join(str(error).split())}. "
+                "transformers reads it for the tokenizer, too; mend it, or take it out of the "
+                "tokenizer's directory"
+            ) from None
+
+
+def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
+    from transformers import BertTokenizerFast
+
+    tokens = path.read_text(encoding="utf-8").split("\n")
+    missing = [token for token in _BERT_SPECIALS if token not in tokens]
+    if missing:  # transformers would add them at the end and change the vocabulary's size
+        raise InputError(
+            f"{path} is no BERT vocabulary: it lacks {', '.join(missing)}; "
+            f"give the directory with tokenizer.json instead"
+        )
+    words = (token for token in tokens if not re.fullmatch(r"\[.+\]", token))
+    cased = any(re.search("[A-Z]", word) for word in words)
+    return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
+
+
+def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":
+    from transformers import GPT2TokenizerFast
+
+    if "<|endoftext|>" not in json.loads(vocabulary.read_text(encoding="utf-8")):
+        raise InputError(
+            f"{vocabulary} is no GPT-2 vocabulary: it lacks <|endoftext|>; "
+            f"give the directory with tokenizer.json instead"
+        )
+    return GPT2TokenizerFast(vocab=str(vocabulary), merges=str(merges))
+
+
+# What a directory may hold alone, and who reads it.
+_BARE_FILES: dict[tuple[str, ...], Callable[..., "PreTrainedTokenizerFast"]] = {
+    ("vocab.txt",): _load_wordpiece,
+    ("encoder.json", "vocab.bpe"): _load_byte_level,
+    ("vocab.json", "merges.txt"): _load_byte_level,
+}

@@ -1,0 +1,85 @@
+"""What is checked before dear work: every teacher and the student, by their files and on the first
+sequences of the corpus. Nothing is written but into a temporary folder, and no weights are read.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.errors import naming
+from rekindle.data.storage.manifest import MANIFEST
+from rekindle.data.storage.store import LocalStore, Store
+from rekindle.data.views.masking import MaskConfig
+from rekindle.pipeline.builtin.missing import missing
+from rekindle.pipeline.caching.teachers import plan_teacher
+from rekindle.pipeline.caching.views import build_views
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import SILENT
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.config import StudentConfig
+from rekindle.train.model.folder import HUB_ID, resolve_model
+from rekindle.train.model.headers import check_teacher_files
+from rekindle.train.objective.terms import check_terms
+from rekindle.train.prepare import check_tokenizer
+from rekindle.train.student import check_student
+
+SEQUENCES = 64  # of the corpus
+
+
+def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None) -> None:
+    """Check the folders of models that are there, or must be: their configurations, the headers of
+    their weights. Raises InputError, naming the teacher or the student.
+    """
+    for teacher in teachers:
+        if not missing(teacher.model):
+            who = f"teacher {teacher.name!r}"
+            with naming(who):
+                directory = resolve_model(teacher.model)
+            check_teacher_files(directory, teacher.task, f"{who} ({teacher.model})")
+    if student is not None and not missing(student.model) and not _elsewhere(student.model):
+        check_student(student)
+
+
+def _elsewhere(model: str) -> bool:
+    """Whether a student may be one of the hub: it is not fetched to cache teachers."""
+    path = Path(model).expanduser()
+    return not path.exists() and not path.is_absolute() and HUB_ID.match(model) is not None
+
+
+def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store) -> None:
+    """Plan every teacher on the first sequences of a corpus that is not there yet; check the terms
+    of the objective that name none but these.
+
+    Raises InputError for a teacher that cannot teach on such a corpus.
+    """
+    if store.exists(MANIFEST):
+        return  # what is there, or its beginning, was rehearsed
+    with tempfile.TemporaryDirectory(prefix="rekindle-first-") as folder:
+        few = min(SEQUENCES, config.corpus.limit_sequences or SEQUENCES)
+        corpus = build_corpus(
+            LocalStore(Path(folder)),
+            config.corpus.model_copy(update={"limit_sequences": few}),
+            SEQUENCES,
+        )
+        plan_all(corpus, config, teachers)
+
+
+def plan_all(corpus: Corpus, config: RunConfig, teachers: Sequence[TeacherConfig]) -> None:
+    """Plan every teacher on ``corpus``, beside which its views are written, and forget the plans.
+
+    Raises InputError for one that cannot teach on it, or not what the objective asks.
+    """
+    masks = config.cache
+    if masks.mask.policy == "hard":  # whose masks are not known yet: any others serve here
+        masks = masks.model_copy(update={"mask": MaskConfig()})
+    views = build_views(corpus, config.model_copy(update={"cache": masks}), SILENT)
+    plans = [plan_teacher(teacher, corpus, views, masks.seed) for teacher in teachers]
+    infos = {plan.info.name: plan.info for plan in plans}
+    if config.student is None:
+        return
+    if not _elsewhere(config.student.model):
+        check_student(config.student, corpus.tokenizer.size, config.corpus.sequence_length)
+        check_tokenizer(corpus, config.student)
+    terms = [t for t in config.train.objective.distill if {*t.teachers} <= infos.keys()]
+    check_terms(terms, infos, config.student.language_task)

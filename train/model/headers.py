@@ -1,0 +1,87 @@
+"""Whether a folder's weights fit its configuration and a task, told by headers: none is read.
+
+The errors are those of the load itself, which would come after dear work.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.data.errors import naming
+from rekindle.train.model.adapter import whole_tensors
+from rekindle.train.model.causes import check_quantisation, quantised_by
+from rekindle.train.model.files import load_config, refuse_body
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
+from rekindle.train.model.meta import Misfit, misfit, refuse_missing, refuse_shapes, shape_only
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConfig":
+    """Return the configuration of a model for ``task`` whose every weight must be there.
+
+    Raises InputError, of ``who``, if it is none.
+    """
+    auto_class = AUTO_CLASSES[task]
+    with naming(who):
+        plain = load_config(directory)
+    check_fits(plain, task, who)
+    with naming(who):
+        config = load_config(directory, auto_class)
+        found = _misfit(directory, auto_class, config, trained=False)
+        if found is not None:
+            refuse_shapes(f"{directory} cannot be loaded as {auto_class}", found.shapes)
+            refuse_missing(directory, auto_class, config, sorted(found.body + found.head))
+    return config
+
+
+def check_student_files(
+    directory: Path, task: str, who: str, from_scratch: bool = False, attention: str | None = None
+) -> "PretrainedConfig":
+    """Return the configuration of a student, whose head may be fresh, or all of it.
+
+    Raises InputError, of ``who``, where it cannot be made, or its body is not there.
+    """
+    kind = AUTO_CLASSES[task]
+    # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
+    # embeddings, which no file would be seen to lack.
+    trained = task == "causal_lm" and not from_scratch
+    check_fits(load_config(directory, attention=attention), task, who, trained)
+    config = load_config(directory, kind, attention)
+    if from_scratch:
+        shape_only(config, kind)
+        return config
+    found = _misfit(directory, kind, config, trained=True)
+    if found is not None:
+        refuse_shapes(f"student {directory} cannot be loaded as {kind}", found.shapes)
+        refuse_body(directory, found.body)
+    return config
+
+
+def check_expert_files(directory: Path) -> None:
+    """Check what a classifier is to be made of: a body; a head of other labels is no matter."""
+    kind = "AutoModelForSequenceClassification"
+    config = load_config(directory, kind)
+    found = _misfit(directory, kind, config, trained=True)
+    body = {} if found is None else {n: s for n, s in found.shapes.items() if n in found.body}
+    refuse_shapes(f"{directory} cannot be loaded for text classification", body)
+
+
+def _misfit(
+    directory: Path, auto_class: str, config: "PretrainedConfig", trained: bool
+) -> Misfit | None:
+    """How the weights differ from those that are needed; None where only the load can tell."""
+    base = base_of(directory)
+    whole = base or directory
+    check_headers(whole)
+    settings, tensors = read_settings(whole), stored_tensors(whole)
+    check_quantisation(whole, settings, tensors, trained or base is not None)
+    if base is not None:
+        check_headers(directory)
+        tensors = tensors | whole_tensors(directory)
+    if quantised_by(settings) is not None:
+        return None
+    if not config.name_or_path:
+        config.name_or_path = str(directory)
+    return misfit(shape_only(config, auto_class), tensors)

@@ -1,0 +1,62 @@
+"""The load-balancing loss of mixture-of-experts models, as transformers' own model forms it."""
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def balance_weight(model: "PreTrainedModel") -> float:
+    """The weight of the load-balancing loss beside the others; 0 where none is configured.
+
+    As in transformers: ``router_aux_loss_coef``, if ``output_router_logits`` is true.
+    """
+    text = model.config.get_text_config()
+    return _coefficient(text) if getattr(text, "output_router_logits", False) else 0.0
+
+
+def told_of_routers(model: "PreTrainedModel") -> str | None:
+    """What is done about the load of a model's experts, in a line; None where it has none."""
+    text = model.config.get_text_config()
+    weight, possible = balance_weight(model), _coefficient(text)
+    if weight:
+        return f"load-balancing loss of its routers (router) at weight {weight:g}"
+    if possible and hasattr(text, "output_router_logits"):
+        return (
+            "no load-balancing loss of its routers, as its configuration has output_router_logits: "
+            f"false; with true it has weight {possible:g}"
+        )
+    return None
+
+
+def balanced_states(
+    model: "PreTrainedModel", inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The body's final hidden states [B,S,H], and the load-balancing loss, without its weight.
+
+    The model's own forward pass forms it, with logits of the last position alone.
+    """
+    states: list[Tensor] = []
+
+    def keep(module: Any, given: Any, made: Any) -> None:
+        states.append(made.last_hidden_state)
+
+    less: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        less["logits_to_keep"] = 1
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        loss: Tensor = model(**inputs, output_router_logits=True, **less).aux_loss
+    finally:
+        hook.remove()
+    return states[0], loss
+
+
+def _coefficient(text: Any) -> float:
+    return next((float(v) for name in COEFFICIENTS if (v := getattr(text, name, None))), 0.0)

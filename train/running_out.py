@@ -1,0 +1,88 @@
+"""Memory or disk that does not suffice, told as such: what was kept, and what to change.
+
+torch, safetensors, TensorBoard and pyarrow each raise something of their own for either.
+"""
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from rekindle.data.errors import RekindleError, ResumableError
+from rekindle.train.config import TrainConfig
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+_PEER_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "nccl error")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there was not enough memory, of a device or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    told = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in told for words in _NO_MEMORY)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a file could not be written for lack of room."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    number = re.search(r"\(os error (\d+)\)", str(error))  # Rust's, as safetensors has it
+    return number is not None and int(number[1]) in FULL
+
+
+@contextmanager
+def running_out(
+    out: Path, kept: Callable[[], str], advice: str, settings: tuple[str, ...] = ()
+) -> Iterator[None]:
+    """Turn a lack of memory or disk into a ResumableError.
+
+    ``kept`` says what there is of the work in ``out``. ``advice`` says what takes less memory, and
+    ``settings`` are such keys with values, for the command that goes on.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RekindleError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if is_out_of_memory(error):
+            raise ResumableError(
+                f"out of memory ({reason}). {advice}. {kept()}", settings
+            ) from None
+        if is_disk_full(error):
+            where = getattr(error, "filename", None) or out
+            told = getattr(error, "strerror", None) or reason
+            raise ResumableError(
+                f"{where} cannot be written: {told}. {kept()}; make room on that disk first"
+            ) from None
+        if isinstance(error, RuntimeError) and any(w in reason.lower() for w in _PEER_GONE):
+            raise RekindleError(
+                "another process of this run has ended or cannot be reached; what it said before "
+                f"is the reason ({reason})"
+            ) from error
+        raise
+
+
+def less_memory(
+    config: TrainConfig, world_size: int, precision: str
+) -> tuple[str, tuple[str, ...]]:
+    """What takes less memory in training, with the values as they are; and what to try first."""
+    own = config.batch_sequences // world_size
+    size = min(config.micro_batch_sequences or own, own)
+    again: tuple[str, ...] = ()
+    if size > 1:
+        again = (f"train.micro_batch_sequences={-(-size // 2)}",)
+    elif not config.gradient_checkpointing:
+        again = ("train.gradient_checkpointing=true",)
+    written = config.micro_batch_sequences or f"null, the {own} of the batch"
+    return (
+        f"Lower train.micro_batch_sequences (now {written}), or set "
+        f"train.gradient_checkpointing: true (now {str(config.gradient_checkpointing).lower()}): "
+        "neither changes a batch, and both may change with --resume. In another --out: a student "
+        f"in train.precision bf16 (now {precision}), or a shorter corpus.sequence_length"
+    ), again
