@@ -169,14 +169,15 @@ def _walk(
         fields = [f for s in here for name, f in s.model_fields.items() if part in (name, f.alias)]
         if fields or isinstance(part, int):
             keys.append(str(part))
-            here = [s for f in fields for s in _sections_in(f.annotation)] if fields else here
+            here = [s for f in fields for s in sections_in(f.annotation)] if fields else here
         else:  # it names a branch of a union, which is no key
             here = [s for s in here if s.__name__ == part] or here
     return tuple(keys), here
 
 
-def _sections_in(annotation: object) -> list[type[BaseModel]]:
+def sections_in(annotation: object) -> list[type[Any]]:
+    """The sections that a value of such a type may be, or hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
-    return [section for argument in arguments for section in _sections_in(argument)]
+    return [section for argument in arguments for section in sections_in(argument)]

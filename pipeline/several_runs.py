@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.former import with_defaults
+from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
@@ -50,7 +52,17 @@ def check_same_runs(
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        check_same(out / name, recorded, now[name], rule, free[name])
+        before_it = _known(with_defaults(RunConfig, recorded), now[name])
+        check_same(out / name, before_it, now[name], rule, free[name])
+
+
+def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded sections without the keys that only an older version has."""
+    found = {key: recorded.get(key) for key in now}
+    for key, here in now.items():
+        if isinstance(here, Mapping) and isinstance(there := found[key], Mapping):
+            found[key] = {name: there.get(name) for name in here}
+    return found
 
 
 def begun_in(out: Path) -> str | None:

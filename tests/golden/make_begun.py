@@ -66,7 +66,7 @@ def cycle(home: Path) -> dict:
 def stages(home: Path) -> dict:
     """Two stages, with every section."""
     lm = {"name": "lm", "model": str(home / "model"), "task": "masked_lm"}
-    distill = [{"teachers": ["lm"], "temperature": 2.0}]
+    distill = [{"teachers": ["lm"]}]
     return {
         "corpus": {"source": [str(home / "text*.jsonl")], "tokenizer": str(home / "model")},
         "cache": {"path": str(home / "cache")},

@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CacheMismatchError, CacheVersionError
+from rekindle.data.errors import (
+    CacheMismatchError,
+    CacheVersionError,
+    CheckpointError,
+    InputError,
+)
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage import manifest
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.inputs import check_start
 from rekindle.train.record.identity import VERSION
 from testlib.extending import assert_kept, files_of
 from testlib.students import TIMES, metrics
@@ -117,3 +124,78 @@ def test_an_old_cache_is_extended_as_it_was_made_and_is_of_this_version_then(
     monkeypatch.setattr(manifest, "FORMAT_VERSION", 2)
     with pytest.raises(CacheVersionError, match=r"cache format 3; this version.*formats 1 to 2"):
         Cache.open(copy)
+
+
+# --- begun by an older version, and not finished --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun_home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("begun")
+    module_of("make_begun").make_home(home)
+    return home
+
+
+@pytest.fixture
+def begun(begun_home, tmp_path):
+    """begun(which, folder) -> the home of what that version began, as far as its record says it."""
+    made = module_of("make_begun")
+
+    def put(which, version="begun-1", settled=lambda record: None):
+        home = Path(shutil.copytree(begun_home, tmp_path / "home"))
+        text = (HERE / version / made.OUTS[which]).read_text()
+        record = json.loads(text.replace("HOME", str(home)).replace("GOLDEN", str(HERE)))
+        if which == "cycle":
+            record["start"] = check_start(parse_settings(CycleConfig, made.cycle(home)))
+        settled(record)
+        for name in ("first", "second"):
+            (home / which / name).mkdir(parents=True)
+        (home / which / made.OUTS[which]).write_text(json.dumps(record))
+        return home
+
+    return put
+
+
+@pytest.mark.parametrize("which", ["cycle", "stages", "sweep"])
+def test_what_was_begun_goes_on_as_it_was_begun(which, begun):
+    made, home = module_of("make_begun"), begun(which)
+    made.begin(home, which)
+    if which == "cycle":
+        about = json.loads((home / which / "cycle.json").read_text())
+        assert about["settings"]["finetune"]["max_length"] == 128  # the default that it had
+        made.begin(home, which)
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "words"),
+    [
+        ("cycle", {"finetune": {"epochs": 2}}, r"finetune\.epochs: 1 there, 2 here"),
+        ("cycle", {"finetune": {"max_length": None}}, r"max_length: 128 there, None here"),
+        ("cycle", {"finetune": {"problem": "regression"}}, "regression"),
+        ("cycle", {"corpus": {"on_bad_record": "skip"}}, r"on_bad_record: 'error' there"),
+        ("stages", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
+        ("stages", {"student": {"grow": {"layers": 3}}}, r"grow\.layers: 2 there, 3 here"),
+        ("sweep", {"student": {"grow": {"layers": 2, "noise_std": 0.1}}}, r"noise_std: 0.0 there"),
+    ],
+)
+def test_what_differs_from_what_was_begun_is_named(which, change, words, begun):
+    made, home = module_of("make_begun"), begun(which)
+
+    def put(values):
+        for section, keys in change.items():
+            values[section] |= keys
+
+    error = InputError if words == "regression" else CheckpointError
+    with pytest.raises(error, match=words):
+        made.begin(home, which, put)
+
+
+@pytest.mark.parametrize("which", ["stages", "sweep"])
+def test_noise_as_it_was_once_asks_for_the_version_that_began_it(which, begun):
+    def noisy(record):
+        for one in record.get("runs", []) + [s["config"] for s in record.get("stages", [])]:
+            one["student"]["grow"]["noise"] = 0.05
+
+    home = begun(which, settled=noisy)
+    with pytest.raises(CheckpointError, match=r"older version.*grow\.noise: 0\.05 there.*another"):
+        module_of("make_begun").begin(home, which)

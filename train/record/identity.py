@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import Settings, free_keys, parse_settings
+from rekindle.data.errors import CheckpointError
+from rekindle.data.former import with_defaults
+from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
 from rekindle.train.config import StudentConfig, TrainConfig
@@ -109,20 +110,15 @@ def _read(run: Path) -> dict[str, Any] | None:
 
 
 def _with_defaults(part: str, recorded: About) -> About:
-    """A recorded section with the defaults of keys that are younger than the run."""
-    try:
-        values = parse_settings(SECTIONS[part], recorded).model_dump(mode="json", by_alias=True)
-        if part == "train":
-            terms = values["objective"]["methods"]
-            values["objective"]["methods"] = [_method_with_defaults(term) for term in terms]
-        return values
-    except InputError:
-        return recorded
-
-
-def _method_with_defaults(term: About) -> dict[str, object]:
-    settings = find_method(str(term["method"])).Settings
-    return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
+    """A recorded section with the defaults of keys that are younger than the run; methods have
+    some of their own.
+    """
+    values = with_defaults(SECTIONS[part], recorded)
+    if part == "train":
+        terms = values["objective"]["methods"]
+        settings = [find_method(str(term["method"])).Settings for term in terms]
+        values["objective"]["methods"] = list(map(with_defaults, settings, terms))
+    return values
 
 
 # --- finished -------------------------------------------------------------------------------------
