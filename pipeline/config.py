@@ -44,6 +44,15 @@ class CacheConfig(Settings):
     mask: MaskConfig = Field(default_factory=MaskConfig, description="how tokens are masked")
     seed: int = Field(0, description="of masks and pairs")
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> "CacheConfig":
+        if self.mask.policy == "cover" and self.replicas == 1:
+            raise ValueError(
+                "replicas 1 with mask.policy cover: each token is masked in one of the replicas, "
+                "so all of them would be. Give more (7 mask about 15 % in each)"
+            )
+        return self
+
     @property
     def masked_replicas(self) -> int:
         """Return how many masked replicas there are: what a teacher finds hard is masked in one."""

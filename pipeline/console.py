@@ -47,10 +47,10 @@ def terminal() -> Iterator[None]:
         sys.stdout = before
 
 
-def log_to_stderr(level: int) -> None:
-    """Send the log of this process to stderr, escaped."""
+def log_to_stderr(level: int, lead: str = "") -> None:
+    """Send the log of this process to stderr, escaped, each message after ``lead``."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Escaped())
+    handler.setFormatter(_Escaped(lead.replace("%", "%%") + "%(message)s"))
     log = logging.getLogger("rekindle")
     log.handlers = [handler]
     log.setLevel(level)

@@ -1,13 +1,22 @@
 """What the configuration says of a student and its training. Torch is not imported here."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.places import Place
-from rekindle.data.settings import Free, MayChange, Settings
+from rekindle.data.settings import Free, MayChange, Settings, parse_settings
 from rekindle.train.method_names import unknown_method
-from rekindle.train.schedules import Amount, Count, Positive, Schedule, Seed, Share
+from rekindle.train.schedules import (
+    Amount,
+    Count,
+    Positive,
+    Schedule,
+    Seed,
+    Share,
+    usual_warmup,
+)
 
 WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
@@ -223,6 +232,19 @@ class ObjectiveConfig(Settings):
     distill: tuple[DistillTerm, ...] = Field((), description="distillation terms")
     methods: tuple[MethodTerm, ...] = Field((), description="terms in files of their own")
 
+    def schedules(self) -> Iterator[tuple[str, Schedule]]:
+        """Yield each weight that changes over the steps, and whose it is."""
+        weights: list[tuple[str, object]] = [("hard", self.hard.weight)]
+        weights += [(f"distill.{n}", term.weight) for n, term in enumerate(self.distill)]
+        for number, term in enumerate(self.methods):
+            given = (term.model_extra or {}).get("weight")
+            weights.append((f"methods.{number}", given))
+        for where, weight in weights:
+            if isinstance(weight, dict):
+                weight = parse_settings(Schedule, weight, f"train.objective.{where}.weight")
+            if isinstance(weight, Schedule):
+                yield where, weight
+
     def methods_for(self, task: str) -> tuple[MethodTerm, ...]:
         """The methods, and that of the student's task where it is not among them."""
         own = METHOD_OF_TASK.get(task)
@@ -267,10 +289,15 @@ class TrainConfig(Settings):
     steps: Count = Field(1000, description="optimiser steps")
     batch_sequences: Count = Field(64, description="sequences per step, over all processes")
     micro_batch_sequences: Free[Count | None] = Field(
-        None, description="sequences per forward pass; null: the whole batch at once"
+        None, description="at most so many sequences per forward pass; null: the whole batch"
     )
     learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(
+        ge=0,
+        default_factory=lambda given: usual_warmup(given.get("steps", 1)),
+        description="steps of linear warm-up, fewer than steps; left out: a tenth of the steps, at "
+        "most 100",
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="the learning rate after the warm-up"
     )
@@ -288,7 +315,9 @@ class TrainConfig(Settings):
     )
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="of weights, data order and dropout")
-    checkpoint_every: Free[Count] = Field(200, description="steps between checkpoints")
+    checkpoint_every: Free[Count] = Field(
+        200, description="steps between checkpoints; there is always one of the end"
+    )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(
         "loss",
@@ -303,7 +332,7 @@ class TrainConfig(Settings):
         "(in the first 20, the first loss), and it by 1; null for never",
     )
     evaluate_every: Annotated[Count, MayChange(unless="reads_evaluations")] = Field(
-        200, description="steps between evaluations"
+        200, description="steps between evaluations; there is always one at the end"
     )
     held_out: float = Field(
         0.02,
@@ -327,6 +356,23 @@ class TrainConfig(Settings):
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"
     )
+
+    @model_validator(mode="after")
+    def _comes_to_something(self) -> "TrainConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} of steps {self.steps}: the learning rate would "
+                "never come down from its peak, if it reached it. Give fewer, or leave it out (a "
+                f"tenth of the steps, here {usual_warmup(self.steps)})"
+            )
+        sequences = self.steps * self.batch_sequences
+        if self.replay is not None and self.replay.fraction * sequences < 1:
+            raise ValueError(
+                f"replay.fraction {self.replay.fraction:g} of {self.steps} steps of "
+                f"{self.batch_sequences} sequences is not one sequence. Give at least "
+                f"{1 / sequences:.2g}, or leave replay out"
+            )
+        return self
 
     @property
     def reads_evaluations(self) -> bool:

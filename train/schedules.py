@@ -9,6 +9,8 @@ from pydantic import Field
 
 from rekindle.data.settings import Settings
 
+USUAL_WARMUP = 100  # steps
+
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
@@ -38,6 +40,10 @@ class Schedule(Settings):
         shape = done if self.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * shape
 
+    def is_sudden(self, steps: int) -> bool:
+        """Tell whether it is through after the first of several ``steps``."""
+        return self.schedule != "constant" and self.over * steps < 1 - 1e-9 and steps > 1
+
 
 Weight = float | Schedule
 
@@ -45,6 +51,11 @@ Weight = float | Schedule
 def weight_at(weight: Weight, step: int, steps: int) -> float:
     """The value of a number or schedule at a step."""
     return weight.value(step, steps) if isinstance(weight, Schedule) else float(weight)
+
+
+def usual_warmup(steps: int) -> int:
+    """The steps of linear warm-up where none are given: a tenth of all, at most USUAL_WARMUP."""
+    return min(USUAL_WARMUP, steps // 10)
 
 
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:

@@ -91,6 +91,11 @@ class MaskConfig(Settings):
             raise ValueError(
                 "mask_token + random_token must not exceed 1 (the rest is kept as it is)"
             )
+        if self.mask_token + self.random_token == 0:
+            raise ValueError(
+                "mask_token and random_token are 0: every chosen token would stay as it is, and be "
+                "seen. Give one of them a share"
+            )
         return self
 
     def identity(self) -> dict[str, object]:

@@ -93,7 +93,9 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        with progress.task("corpus", unit="sequences") as task:
+        # Without a limit nobody knows how many there will be before all of the text is read.
+        most = config.corpus.limit_sequences
+        with progress.task("corpus", unit="sequences", total=most) as task:
             count = config.cache.sequences_per_shard
             corpus = build_corpus(
                 store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)

@@ -44,6 +44,7 @@ from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.record.lineage import lineage_of_model
@@ -262,7 +263,7 @@ class Teacher:
         self.stores_tails = targets.has_tail or targets.extends
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
-        self.token_types = told and getattr(settings, "type_vocab_size", 0) >= 2
+        self.token_types = told and knows_segments(settings)
         pad_id = settings.get_text_config().pad_token_id
         self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
         given = plan.config.batch_tokens

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.console import log_to_stderr
 from rekindle.pipeline.processes.worker import (
     Place,
     Returned,
@@ -139,8 +140,7 @@ def run_jobs(
 
 def _do(job: Job, parent: Connection) -> object:
     """Do a job, in the process that is for it."""
-    logging.basicConfig(level=logging.WARNING, format=f"{job.name}: %(message)s", force=True)
-    logging.getLogger("rekindle").setLevel(logging.INFO)
+    log_to_stderr(logging.INFO, lead=f"{job.name}: ")
     return job.function(*job.arguments, Report(parent.send))
 
 

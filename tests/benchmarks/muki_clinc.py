@@ -40,7 +40,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
-from rekindle.train.finetune.classifier import evaluate, load_config
+from rekindle.train.finetune.classifier import classifier_config, evaluate
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
@@ -296,7 +296,7 @@ def oracle(work: Path, model: str, size: Size, job: Oracle, seed: int) -> None:
             "epochs": job.longer * size.epochs,
         }
         _fine_tuned(work, start, size, job.texts, out, first_seed=seed, config=config)
-        labels = load_config(str(out)).id2label
+        labels = classifier_config(str(out)).id2label
         logits = evaluate(str(out), _test(work), max_length=LENGTH)[1]
         return logits, [labels[number] for number in range(len(labels))]
 

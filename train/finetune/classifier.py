@@ -4,6 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,9 +23,12 @@ from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import load_config, load_weights, longest_input, place
+from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.meta import refuse_shapes
+from rekindle.train.model.segments import knows_segments
+from rekindle.train.model.sight import moved_by_padding
 
 logger = logging.getLogger("rekindle")
 
@@ -42,6 +46,7 @@ class EncodedTexts:
     token_type_ids: Sequence[Row] | None
     padding_id: int
     limit: int = 0  # tokens, from which on texts are cut
+    takes: float = math.inf  # tokens that the model takes
     cut: int = 0  # texts that were
     longest: int = 0  # tokens of the longest of these before
 
@@ -67,22 +72,21 @@ def encode(
     empty text is one padding token, so that no row is empty.
     """
     padding_id = _padding_id(model_config, tokenizer)
-    wanted = max_length or MOST_TOKENS
-    most = min(wanted, longest_input(model_config) or wanted, tokenizer.model_max_length)
+    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
+    most = int(min(max_length or MOST_TOKENS, takes))
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
     # A generic tokenizer also gives segments to models that would read them as something else.
-    knows_segments = getattr(model_config, "type_vocab_size", 0) > 1
-    types = found.get("token_type_ids") if knows_segments else None
+    types = found.get("token_type_ids") if knows_segments(model_config) else None
     cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
     longest = 0
     if cut:
         pairs = data.pairs and [data.pairs[row] for row in cut]
         whole = tokenizer([data.texts[row] for row in cut], pairs, truncation=False, verbose=False)
         longest = max(map(len, whole["input_ids"]))
-    return EncodedTexts(ids, types, padding_id, most, len(cut), longest)
+    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
 
 
 def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -112,10 +116,13 @@ def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
         return shares
     told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
     longest = max(texts.longest for texts in splits.values())
+    takes = min(texts.takes for texts in splits.values())
+    advice = "the model takes no more"
+    if limit < takes:
+        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
     logger.warning(
-        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read. "
-        "max_length raises it, as far as the model takes more",
-        *(limit, told, longest),
+        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
+        *(limit, told, longest, advice),
     )
     return shares
 
@@ -136,7 +143,9 @@ def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
 
 def classifier_config(model: str) -> PretrainedConfig:
     """Load the model's configuration, with a label for each output that its head has."""
-    return load_config(resolve_model(model), CLASSIFIER)
+    directory = resolve_model(model)
+    check_fits(load_config(directory), "sequence_classification", repr(model))
+    return load_config(directory, CLASSIFIER)
 
 
 def load_classifier(
@@ -210,7 +219,8 @@ def predict(
             found: Tensor = model(**inputs).logits
         return found
 
-    return by_length(encoded, batch_size, model.device, logits)
+    equal = moved_by_padding(model) > 0
+    return by_length(encoded, batch_size, model.device, logits, equal)
 
 
 @torch.inference_mode()
@@ -219,10 +229,19 @@ def by_length(
     batch_size: int,
     device: torch.device,
     run: Callable[[dict[str, Tensor]], Tensor],
+    equal: bool = False,
 ) -> np.ndarray:
-    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order."""
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order.
+
+    ``equal``: of one length, for models that padding changes.
+    """
     order = np.argsort(encoded.lengths, kind="stable")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
+    batches = [
+        rows[start : start + batch_size]
+        for rows in np.split(order, ends)
+        for start in range(0, len(rows), batch_size)
+    ]
     each = [run(collate(encoded, rows, device)).float().cpu().numpy() for rows in batches]
     found = np.concatenate(each)
     logits = np.empty_like(found)

@@ -27,8 +27,8 @@ _MISSING = (
 )  # how files, and pandas, write that there is no label
 _DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
 _FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
-_CLASSIFY = "problem: classification (every label is a class as it is written)"
-_SCORES = "problem: regression (labels are scores)"
+_CLASSIFY = "problem=classification (every label is a class as it is written)"
+_SCORES = "problem=regression (labels are scores)"
 _TRUTH = ("true", "false")
 _OF_NUMBERS = ("a number", "a list of numbers")
 
@@ -163,7 +163,7 @@ def _refuse_mixed(train: Rows) -> None:
                 place,
                 f"label {label.raw!r} is {label.kind}, but row {train.numbers[0]} has "
                 f"{first.raw!r}, {first.kind}; use one type of label throughout, leave rows out "
-                f"with drop_labels: [{_quoted(label.name)}], or say {_CLASSIFY}",
+                f"with drop_labels=[{_quoted(label.name)}], or say {_CLASSIFY}",
             )
 
 
@@ -175,7 +175,7 @@ def _refuse_doubtful(train: Rows) -> None:
             train.refuse(
                 places[name],
                 f"label {name!r} ({counts[name]} rows) may be a class, or say that there is no "
-                f"label; leave these rows out with drop_labels: [{_quoted(name)}], or say "
+                f"label; leave these rows out with drop_labels=[{_quoted(name)}], or say "
                 f"{_CLASSIFY}",
             )
     spelled: dict[str, tuple[int, str]] = {}
@@ -187,7 +187,7 @@ def _refuse_doubtful(train: Rows) -> None:
             train.refuse(
                 place,
                 f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
-                "differ in blanks or case alone; write both alike, or say problem: classification "
+                "differ in blanks or case alone; write both alike, or say problem=classification "
                 "(then case makes classes of their own, and blanks around a name do not count)",
             )
     if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
@@ -242,7 +242,7 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
             place,
             f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
             f"({len(names)}: {known}){did_you_mean(label.name, names)} Correct the label, add such "
-            f"rows to train, or leave them out with drop_labels: [{_quoted(label.name)}]",
+            f"rows to train, or leave them out with drop_labels=[{_quoted(label.name)}]",
         )
     return numbers
 
@@ -270,7 +270,7 @@ def kept_rows(path: str, raw: Sequence[Raw], dropped: frozenset[str]) -> tuple[R
         elif label.value is None:
             raise InputError(
                 f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
-                "rows out with drop_labels: [null]"
+                "rows out with drop_labels=[null]"
             )
         else:
             rows.labels.append(label)

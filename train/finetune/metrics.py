@@ -34,7 +34,7 @@ def chosen_metric(metric: str | None, data: TaskData) -> str:
     if metric == "f1" and len(data.label_names) == 2 and data.positive is None:
         raise InputError(
             f"metric f1 is that of one of the classes {' and '.join(data.label_names)}; say which "
-            f"with positive, as in positive: {data.label_names[1]}"
+            f"with positive, as in positive={data.label_names[1]}"
         )
     if metric is not None and metric not in fitting:
         raise InputError(

@@ -1,6 +1,7 @@
 """Scores what is there, without training: an expert, a student's task head, experts together."""
 
 import logging
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.segments import knows_segments
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student
 
@@ -245,16 +247,15 @@ def student_texts(
 ) -> EncodedTexts:
     """Tokenize the texts or pairs as training shows them, cut to ``max_length`` (MOST_TOKENS)."""
     tokenizer, wanted = load_tokenizer(directory), max_length or MOST_TOKENS
-    longest = longest_input(student.model.config) or wanted + 1
     prompted = student.prompts is not None  # that of no domain takes a place, too
-    most = min(wanted, longest - prompted)
+    takes = (longest_input(student.model.config) or math.inf) - prompted
+    most = int(min(wanted, takes))
     whole = tokenizer.whole_lengths(data.texts, data.pairs)
-    limits = (most, int((whole > most).sum()), int(whole.max(initial=0)))
+    limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
     if data.pairs is not None:
-        two = getattr(student.model.config, "type_vocab_size", 0) >= 2
         pairs = zip(data.texts, data.pairs, strict=True)
         joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
-        types = [types if two else np.zeros_like(types) for _, types in joined]
+        types = [types for _, types in joined] if knows_segments(student.model.config) else None
         return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
     room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
     wrapped = [

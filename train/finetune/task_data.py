@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,8 @@ class TaskData:
         if self.dropped:
             gone = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
             rows += f" ({', '.join(gone)} left out)"
+        if empty := sum(not text.strip() for text in self._whole()):
+            rows += f", {empty:,} of them without text"
         if not self.label_names:
             several = f"{self.outputs} scores each, " if self.outputs > 1 else ""
             span = f"{several}{self.labels.min():.4g} to {self.labels.max():.4g}"
@@ -84,6 +86,9 @@ class TaskData:
             return told
         named = f"F1 is that of {self.positive!r}" if self.positive is not None else _NO_F1
         return f"{told}; {named}"
+
+    def _whole(self) -> Iterator[str]:
+        return map(" ".join, zip(self.texts, self.pairs or self.texts, strict=True))
 
     def check_known(self, names: Sequence[str], who: str) -> None:
         """Raise InputError for scores, and for labels that are none of the ``names`` that ``who``

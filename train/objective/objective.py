@@ -5,7 +5,8 @@ Every mean is over the whole step (all micro-batches, all processes): ``Objectiv
 from the step's batch before it is split, so gradient accumulation changes nothing but rounding.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import inputs_of, run_heads
 from rekindle.train.objective.terms import check_terms
-from rekindle.train.schedules import weight_at
+from rekindle.train.schedules import Schedule, Weight, weight_at
 from rekindle.train.student import Student
 
 Weighted = Sequence[tuple[DistillTerm, float]]
@@ -56,12 +57,31 @@ class Objective:
     def __post_init__(self) -> None:
         check_terms(self.config.distill, self.teachers, self.task)
         _check_shared(self.config.distill, self.methods, self.teachers)
-        if not any(self.plan(self.steps - 1).weights):
-            raise InputError(
-                "train.objective: at the end of the run every weight is 0, so nothing is trained. "
-                "Give hard.weight, a distill term or a method a weight above 0, or end the run "
-                "earlier"
-            )
+        for step, when in self._changes():
+            if not any(self.plan(step).weights):
+                raise InputError(
+                    f"train.objective: {when} every weight is 0, so nothing is trained. Give "
+                    "hard.weight, a distill term or a method a weight above 0, or end the run "
+                    "earlier"
+                )
+
+    def _changes(self) -> Iterator[tuple[int, str]]:
+        """Yield the steps after which a weight may be 0 for more than a moment, the last one first,
+        and how they are called.
+        """
+        yield self.steps - 1, "at the end of the run"
+        for weight in self._weights():
+            if isinstance(weight, Schedule) and weight.schedule != "constant":
+                step = math.ceil(weight.over * self.steps - 1e-9) + 1
+                if step < self.steps:
+                    yield step, f"at step {step + 1}"
+        if self.steps > 1:
+            yield 1, "at step 2"
+
+    def _weights(self) -> list[Weight]:
+        """Return the weights of the cross-entropy, of each term and of each method."""
+        given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
+        return given + [method.settings.weight for method in self.methods]
 
     @property
     def heads(self) -> dict[str, HeadConfig]:
@@ -80,9 +100,7 @@ class Objective:
 
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""
-        given = [self.config.hard.weight, *(term.weight for term in self.config.distill)]
-        given += [method.settings.weight for method in self.methods]
-        hard, *weights = (weight_at(weight, step, self.steps) for weight in given)
+        hard, *weights = (weight_at(weight, step, self.steps) for weight in self._weights())
         split = len(self.config.distill)
         terms = zip(self.config.distill, weights[:split], strict=True)
         methods = zip(self.methods, weights[split:], strict=True)

@@ -13,6 +13,7 @@ from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLa
 from rekindle.data.views.registry import view_kind
 from rekindle.train.device_batch import model_inputs, send
 from rekindle.train.model.network import StudentOutput
+from rekindle.train.model.segments import knows_segments
 from rekindle.train.student import Student
 
 
@@ -25,7 +26,7 @@ def inputs_of(student: Student, batch: Batch, view: str, device: torch.device) -
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.
     lengths = np.maximum(pairs.lengths, 1)
-    types = getattr(student.model.config, "type_vocab_size", 0) >= 2
+    types = knows_segments(student.model.config)
     return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)
 
 

@@ -19,6 +19,7 @@ from rekindle.train.config import CurriculumConfig, TrainConfig
 from rekindle.train.order.domains import check_domains, domain_ranges
 from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
+from rekindle.train.schedules import USUAL_WARMUP
 
 log = logging.getLogger("rekindle")
 
@@ -106,9 +107,11 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     first, steps = None, 0
     if config.curriculum is not None:
         first = best_scored(cache, config.curriculum, train)
+        _check_curriculum(config, len(first), len(train))
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
     replay = _replay(config, split, where)
+    _tell(config, len(train), len(held_out))
     return Chosen(
         Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
@@ -128,6 +131,58 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
     if config.replay is not None and config.replay.follows_loss:
         return sorted(set(config.replay.domains))
     return []
+
+
+def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
+    """Refuse one that keeps less than a batch: the same few sequences would fill all of them."""
+    assert config.curriculum is not None
+    replayed = 0.0 if config.replay is None else config.replay.fraction
+    needed = math.ceil(config.batch_sequences * (1 - replayed) - 1e-9)
+    if kept < needed:
+        more = f"Keep at least {needed / train:.2g}, use" if needed <= train else "Use"
+        raise InputError(
+            f"train.curriculum.keep {config.curriculum.keep:g} of {train} sequences leaves {kept}, "
+            f"fewer than the {needed} that a step reads: each batch would repeat them. {more} a "
+            "smaller train.batch_sequences, or a longer corpus"
+        )
+
+
+def _tell(config: TrainConfig, train: int, held_out: int) -> None:
+    """Say what follows silently from the sizes of a run and of its corpus."""
+    if "warmup_steps" not in config.model_fields_set and config.steps < 10 * USUAL_WARMUP:
+        log.info(
+            "train.warmup_steps is not given: %d of %d steps, a tenth",
+            config.warmup_steps,
+            config.steps,
+        )
+    for where, weight in config.objective.schedules():
+        if weight.is_sudden(config.steps):
+            log.info(
+                "train.objective.%s.weight is %g for one step and %g from then on: over %g of %d "
+                "steps is less than one",
+                *(where, weight.start, weight.end, weight.over, config.steps),
+            )
+    if 0 < train < config.batch_sequences:
+        log.info(
+            "train.batch_sequences %d: only %d sequences are trained on, so each batch has some "
+            "of them more than once",
+            config.batch_sequences,
+            train,
+        )
+    if not held_out:
+        log.info(
+            "nothing is held out (train.held_out %g): nothing is evaluated, and no checkpoint is "
+            "the best",
+            config.held_out,
+        )
+    follows = config.replay is not None and config.replay.follows_loss
+    if follows and config.steps <= 3 * config.evaluate_every:
+        log.info(
+            "train.replay.choose: loss_change acts from step %d on (three times evaluate_every), "
+            "and the run has %d: all domains are replayed alike",
+            3 * config.evaluate_every,
+            config.steps,
+        )
 
 
 def _check_apart(config: TrainConfig) -> None:

@@ -21,12 +21,13 @@ ALL = [
 
 def train_config(distill=(), **values):
     """Ten short steps; ``hard`` goes into the objective."""
+    steps = values.get("steps", 10)
     hard = {"hard": {"weight": values.pop("hard")}} if "hard" in values else {}
     quick = {
         "steps": 10,
         "batch_sequences": 6,
         "learning_rate": 1e-3,
-        "warmup_steps": 2,
+        "warmup_steps": min(2, steps - 1),
         "checkpoint_every": 4,
         "evaluate_every": 5,
         "evaluate_sequences": 8,

@@ -283,7 +283,7 @@ def test_a_stage_may_be_added_to_finished_ones(whole, chain, tmp_path):
     shutil.copytree(whole / "out", tmp_path / "out")
     values = yaml.safe_load(chain(whole).read_text())
     values["stages"].append({"name": "fourth", "set": {"student.model": "{third}"}})
-    values["stages"][3]["set"] |= {"student.from_scratch": False, "train.steps": 1}
+    values["stages"][3]["set"] |= {"student.from_scratch": False, "train.steps": 2}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(values))
     config = load_config(tmp_path / "more.yaml")
     ran = run_stages(config, tmp_path / "out", resume=True)
@@ -502,10 +502,10 @@ def test_the_commands(chain, tmp_path, command):
     code, said, _ = command("cache-teachers", path)
     assert code == 0
     assert "teacher lm waits for stage second" in said
-    options = ("train-student", path, "--out", out, "--set", "train.steps=1")
+    options = ("train-student", path, "--out", out, "--set", "train.steps=2")
     code, said, _ = command(*options)
     assert code == 0
-    assert [f"{out}/{name}: 1 steps in" in said for name in NAMES] == [True] * 3
+    assert [f"{out}/{name}: 2 steps in" in said for name in NAMES] == [True] * 3
     code, said, _ = command(*options, "--resume")
     assert (code, said) == (0, f"{out}: every stage was finished\n")
     code, said, err = command(*options)

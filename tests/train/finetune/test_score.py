@@ -10,13 +10,21 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
 from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import MergeConfig
 from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import baselines_table, expert_output, names_for, score_model
-from rekindle.train.finetune.task_data import read_task
+from rekindle.train.finetune.score import (
+    baselines_table,
+    expert_output,
+    names_for,
+    score_model,
+    student_logits,
+    student_texts,
+)
+from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
 from testlib.models import STILL
@@ -285,6 +293,26 @@ def test_a_domain_prompt_leaves_room_for_itself(make_model, wordpiece, task, tmp
         str(tmp_path / "student"), task, task, str(tmp_path / "s"), config=FinetuneConfig(epochs=0)
     )
     assert 0 <= result.mean <= 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_segments_are_for_models_that_know_them(make_model, bytelevel, wordpiece, family):
+    """GPT-2 adds the embedding of a word for each ``token_type_ids``, zeros too."""
+    causal = family == "gpt2"
+    tokenizer, auto = (bytelevel, "CausalLM") if causal else (wordpiece, "MaskedLM")
+    model = make_model(family, f"AutoModelFor{auto}", tokenizer)
+    config = StudentConfig(model=str(model), task="causal_lm" if causal else "masked_lm")
+    student = build_student(config, {"all": head(*LABELS)}, 100, 0).eval()
+    data = TaskData(["the river", "a city"], ["light falls", "old"], np.zeros(2, np.int64), LABELS)
+    found = student_logits(student, "all", student_texts(student, str(model), data, 32), 2)
+    for row, pair in enumerate(zip(data.texts, data.pairs, strict=True)):
+        ids, types = load_tokenizer(str(model)).encode_pair(*pair, max_length=32)
+        inputs = {"input_ids": torch.tensor(ids)[None].long()}
+        inputs |= {} if causal else {"token_type_ids": torch.tensor(types)[None].long()}
+        with torch.no_grad():
+            states = student.model.base_model(**inputs).last_hidden_state[0]
+            direct = student.heads["all"](states[-1 if causal else 0])
+        np.testing.assert_allclose(found[row], direct.numpy(), atol=1e-4)
 
 
 def test_a_folder_of_ones_own_may_be_called_as_the_built_in_ones(

@@ -163,17 +163,17 @@ def test_numbers_mean_the_same_as_values_and_as_words(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "parts"),
     [
-        ([0, 1, -1, 0], ["row 3", "'-1' (1 rows)", "drop_labels: [-1]", "problem: class"]),
-        (["a", "b", "-"], ["row 3", 'drop_labels: ["-"]', "problem: classification"]),
-        (["a", "b", ""], ["row 3", "label is missing", "drop_labels: [null]"]),
+        ([0, 1, -1, 0], ["row 3", "'-1' (1 rows)", "drop_labels=[-1]", "problem=class"]),
+        (["a", "b", "-"], ["row 3", 'drop_labels=["-"]', "problem=classification"]),
+        (["a", "b", ""], ["row 3", "label is missing", "drop_labels=[null]"]),
         (["a", "b", "nan"], ["row 3", "label is missing"]),
-        (["a", "b", "b "], ["row 3", "'b '", "row 2 has 'b'", "blanks or case", "problem: class"]),
+        (["a", "b", "b "], ["row 3", "'b '", "row 2 has 'b'", "blanks or case", "problem=class"]),
         (["a", "b", "B"], ["row 3", "'B'", "row 2 has 'b'"]),
-        (list(range(40)), ["40 labels in 40 rows", "ids", "label_column", "problem: regression"]),
+        (list(range(40)), ["40 labels in 40 rows", "ids", "label_column", "problem=regression"]),
         ([f"{n}x" for n in range(26)], ["26 labels in 26 rows"]),
-        (["1.0", "2.0", "3.0"], ["row 1", "written as decimals", "problem: regression"]),
-        (["0.5", "1.5", "n/a"], ["row 3", "'n/a' is a word", 'drop_labels: ["n/a"]']),
-        (["[1, 0]", "[0, 1]"], ["row 1", "do not exclude each other", "problem: regression"]),
+        (["1.0", "2.0", "3.0"], ["row 1", "written as decimals", "problem=regression"]),
+        (["0.5", "1.5", "n/a"], ["row 3", "'n/a' is a word", 'drop_labels=["n/a"]']),
+        (["[1, 0]", "[0, 1]"], ["row 1", "do not exclude each other", "problem=regression"]),
         (["[0.5, 1]", "[2]"], ["row 2", "'[2]' is a word"]),
         (["[0.5, 1]", "[2, 1, 3]"], ["row 2", "3 numbers", "first has 2"]),
     ],
@@ -222,6 +222,12 @@ def test_labels_that_are_left_out_are_so_in_every_split_and_counted(tmp_path):
     )
     with pytest.raises(InputError, match="leaves none of its 2 rows"):
         read_task(labelled(tmp_path / "x.jsonl", [-1, -1]), settings=TaskSettings(drop_labels=-1))
+
+
+def test_texts_that_are_empty_are_counted(tmp_path):
+    rows = [{"text": text, "label": n % 2} for n, text in enumerate(["a", "", " ", "b"])]
+    (data,) = read_task(jsonl(tmp_path / "a.jsonl", rows))
+    assert data.described().startswith("classification: 4 rows, 2 of them without text, 2 classes")
 
 
 def test_columns_are_chosen(tmp_path):

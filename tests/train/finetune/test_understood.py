@@ -40,7 +40,8 @@ def test_it_is_said_and_written_what_labels_mean_and_what_is_cut(tmp_path, bert,
     for told in (
         "train: classification: 8 rows (2 of '-' left out), 2 classes: ham 4, spam 4; F1 is that "
         "of 'ham'",
-        "texts are cut at 10 tokens: 25.0% of train, 25.0% of dev (the longest has 32)",
+        "texts are cut at 10 tokens: 25.0% of train, 25.0% of dev (the longest has 32); what "
+        "follows is never read: max_length=32 reads all",
     ):
         assert told in caplog.text
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -60,7 +61,7 @@ def test_it_is_said_and_written_what_labels_mean_and_what_is_cut(tmp_path, bert,
 
 def test_f1_of_two_names_is_refused_until_one_is_positive(tmp_path, bert, spam):
     given = (bert, spam, spam, str(tmp_path / "out"))
-    with pytest.raises(InputError, match="positive: spam"):
+    with pytest.raises(InputError, match="positive=spam"):
         finetune(*given, metric="f1", config=FinetuneConfig(drop_labels="-"))
     config = FinetuneConfig(drop_labels="-", max_steps=1)
     assert finetune(*given, config=config).per_seed[0].scores.keys() == {"accuracy", "matthews"}
@@ -76,7 +77,9 @@ def test_texts_are_cut_only_where_the_model_takes_no_more(tmp_path, bert, caplog
             bert, path, path, str(tmp_path / "out"), config=FinetuneConfig(max_steps=1)
         )
         assert result.cut == {"train": cut, "dev": cut}
-        assert (f"texts are cut at {limit} tokens" in caplog.text) == bool(cut)
+        told = f"texts are cut at {limit} tokens: 50.0% of train"
+        assert (told in caplog.text) == bool(cut)
+        assert ("never read: the model takes no more" in caplog.text) == bool(cut)
 
 
 def test_several_scores_are_learnt_scored_and_written(tmp_path, bert):

@@ -67,8 +67,8 @@ FAMILIES = {
     "xlstm": (
         "xLSTM",
         "causal",
-        {"hidden_size": 32, "num_blocks": 2, "num_heads": 2, "output_logit_soft_cap": 3.0}
-        | {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "mlstm_round_up_to_multiple_of": 8},
+        {"hidden_size": 128, "num_blocks": 2, "num_heads": 2, "output_logit_soft_cap": 3.0}
+        | {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     ),
     # Its cap stands in the configuration's text part alone.
     "gemma4": ("Gemma4", "causal", {"text_config": GEMMA4, "vision_config": GEMMA4_EYES}),

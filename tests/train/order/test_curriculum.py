@@ -152,7 +152,7 @@ def test_loss_and_sequences_of_both_stages_are_those_of_salt(causal_world, tmp_p
 def test_the_scoring_teacher_is_a_part_of_what_a_run_is(causal_world, tmp_path):
     """Also where it teaches nothing."""
     objective = {"hard": {"weight": 1.0}}
-    salt(tmp_path / "run", causal_world, causal_world.open(), steps=2, objective=objective)
+    salt(tmp_path / "run", causal_world, causal_world.open(), steps=3, objective=objective)
     cache = json.loads((tmp_path / "run/run.json").read_text())["cache"]
     lm = causal_world.open().teacher("lm")
     assert cache["teachers"] == {"lm": lm.fingerprint}

@@ -272,7 +272,7 @@ def test_the_recipe_masks_and_teaches_as_published(tmp_path, corpus_file, wordpi
     small = [f"corpus.source=[{corpus_file}]", f"corpus.tokenizer={wordpiece}"]
     small += [f"teachers.reference.model={model}", f"student.model={model}"]
     small += [f"cache.path={tmp_path / 'cache'}", "corpus.limit_sequences=40"]
-    small += ["train.steps=3", "train.batch_sequences=4"]
+    small += ["train.steps=3", "train.batch_sequences=4", "train.warmup_steps=1"]
     config = load_config(recipe, [*small, "cache.mask.limit=null"])
     assert (config.cache.mask.loss_above, config.teachers[0].view) == (HARD, "clean")
     hard, (distill,) = config.train.objective.hard, config.train.objective.distill
