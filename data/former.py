@@ -48,20 +48,21 @@ def _each(section: type[Settings], value: object) -> object:
     return with_defaults(section, value) if isinstance(value, Mapping) else value
 
 
-def as_begun(config: S, recorded: Mapping[str, Any], where: str = "") -> S:
+def as_begun(config: S, recorded: Mapping[str, Any], where: str = "", say: bool = True) -> S:
     """``config`` with the former default of every key that it does not give, where that is what is
-    ``recorded``; said in a line each. ``where``: the section's own key, for the line.
+    ``recorded``; ``say`` it in a line each. ``where``: the section's own key, for the line.
     """
     changed: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
         key, value = field.alias or name, getattr(config, name)
         path, there = f"{where}{key}", recorded.get(key)
         if isinstance(value, Settings) and isinstance(there, Mapping):
-            begun = as_begun(value, there, f"{path}.")
+            begun = as_begun(value, there, f"{path}.", say)
             changed |= {} if begun is value else {name: begun}
         given = name in config.model_fields_set
         for mark in [] if given else field.metadata:
             if isinstance(mark, Formerly) and there == mark.value != value:
-                log.info("%s is not given: %s, as it was begun (now %s)", path, there, value)
                 changed[name] = there
+                if say:
+                    log.info("%s is not given: %s, as it was begun (now %s)", path, there, value)
     return config.model_copy(update=changed) if changed else config

@@ -10,13 +10,14 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.former import as_begun
 from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
@@ -46,7 +47,7 @@ def run_stages(
     """
     results = []
     with join_world() as world, ExitStack() as held:  # by the main process: the folder
-        stages = world.agree(lambda: plan_stages(config, out))
+        stages = world.agree(lambda: _planned(config, out, resume))
         folder = open_folder(out, lambda: _look(out, stages, resume))
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
@@ -75,6 +76,20 @@ def _write_text(stage: Stage) -> None:
         tokenizer, cache = load_tokenizer(stage.config.corpus.tokenizer), Cache.open(prompts.cache)
         counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **how)
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
+
+
+def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
+    """The stages, with the former defaults that they were begun with."""
+    recorded = (resume and read_runs(out, STAGES_FILE)) or {}
+    stages = []
+    for stage in plan_stages(config, out):
+        begun = recorded.get(stage.name, {}).get("config", {})
+        configs = {
+            "config": as_begun(stage.config, begun),
+            "written": as_begun(stage.written, begun, say=False),
+        }
+        stages.append(replace(stage, **configs))
+    return stages
 
 
 # --- the directory --------------------------------------------------------------------------------

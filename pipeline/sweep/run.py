@@ -8,10 +8,12 @@ Every student is held against the cache before the first one is trained.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
+from rekindle.data.former import as_begun
 from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
@@ -95,6 +97,8 @@ def run_sweep(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
         )
+    if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
+        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, {}))) for r in runs]
     corpus = _check_cache(runs)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})

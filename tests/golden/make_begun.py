@@ -50,11 +50,11 @@ def make_home(home: Path) -> None:
 
 
 def cycle(home: Path) -> dict:
-    """A cycle; its fine-tunings have the length that is usual."""
+    """A cycle; neither the length of its examples nor the warm-up is given, as in the others."""
     return {
         "corpus": {"source": [str(home / "text*.jsonl")], "tokenizer": str(home / "model")},
         "student": {"model": str(home / "model")},
-        "train": {"steps": 3, "batch_sequences": 4, "warmup_steps": 1},
+        "train": {"steps": 300, "batch_sequences": 4},
         "tasks": [
             {"name": "colour", "train": str(home / "train.jsonl"), "test": str(home / "test.jsonl")}
         ],
@@ -72,7 +72,7 @@ def stages(home: Path) -> dict:
         "cache": {"path": str(home / "cache")},
         "teachers": [lm],
         "student": {"model": str(home / "model"), "grow": {"layers": 2, "seed": 3}},
-        "train": {"steps": 3, "warmup_steps": 1, "objective": {"distill": distill}},
+        "train": {"steps": 300, "objective": {"distill": distill}},
         "stages": [{"name": "first", "set": {"train.seed": 3}}, {"name": "second", "set": {}}],
     }
 
@@ -83,7 +83,7 @@ def sweep(home: Path) -> dict:
         "corpus": {"source": ["python-docs"], "tokenizer": str(TOKENIZER)},
         "cache": {"path": str(CACHE)},
         "student": {"model": str(home / "model"), "grow": {"layers": 2}},
-        "train": {"steps": 3, "warmup_steps": 1, "held_out": 0.2},
+        "train": {"steps": 300, "held_out": 0.2},
     }
 
 

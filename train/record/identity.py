@@ -7,10 +7,10 @@ its record says nothing of them, what is there now is taken for what was there t
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rekindle.data.errors import CheckpointError
-from rekindle.data.former import with_defaults
+from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
@@ -33,6 +33,7 @@ STUDENT_FILES = "student_files"
 START_AGAIN = "start a new run in another --out"
 
 About = Mapping[str, Any]
+S = TypeVar("S", bound=Settings)  # with the sections of a run
 
 
 def student_files(config: StudentConfig) -> dict[str, str]:
@@ -56,6 +57,13 @@ def recorded_extent(run: Path) -> Extent:
     with reading(run / RUN_FILE, START_AGAIN):
         cache = (found or {}).get("cache", {})
         return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
+
+
+def as_run_began(config: S, run: Path) -> S:
+    """``config`` with the former defaults that the run in ``run`` was begun with."""
+    found = _read(run) or {}
+    with reading(run / RUN_FILE, START_AGAIN):
+        return as_begun(config, found)
 
 
 def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:
