@@ -59,6 +59,13 @@ def recorded_extent(run: Path) -> Extent:
         return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
 
 
+def measures_as_once(run: Path) -> bool:
+    """Whether the run's record says nothing of the rule by which its values are measured."""
+    found = _read(run)
+    with reading(run / RUN_FILE, START_AGAIN):
+        return found is not None and "measured" not in found["cache"]
+
+
 def as_run_began(config: S, run: Path) -> S:
     """``config`` with the former defaults that the run in ``run`` was begun with."""
     found = _read(run) or {}

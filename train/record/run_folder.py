@@ -5,7 +5,6 @@ A file in the folder says what the run in it is (``run.json``, ``sweep.json``, â
 """
 
 import fcntl
-import glob
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.places import expanded
+from rekindle.data.places import same_place
 from rekindle.data.storage.atomic import is_temporary, remove_leftovers
 
 log = logging.getLogger("rekindle")
@@ -125,20 +124,6 @@ def _has(settings: object, key: str) -> bool:
         else:
             settings = settings[part]
     return True
-
-
-def same_place(one: object, other: object) -> bool:
-    """Whether two paths or globs, or lists of them, as they are written, are of the same files."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(same_place, one, other))
-    if one == other or not isinstance(one, str) or not isinstance(other, str):
-        return one == other
-    try:
-        here, there = (Path(expanded(path)) for path in (one, other))
-        known = here == there or glob.has_magic(str(here)) or here.exists()
-        return known and here.resolve() == there.resolve()
-    except (OSError, ValueError):  # no path at all
-        return False
 
 
 def differences(
