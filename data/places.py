@@ -32,8 +32,8 @@ def expanded(place: str) -> str:
             return told
         state = "is not set" if told is None else "is empty"
         raise InputError(
-            f"the environment variable {name} of {place!r} {state}; set it, write the path out, or, "
-            "if it is to be called so, make that folder first"
+            f"the environment variable {name} of {place!r} {state}; set it, write the path out, "
+            "or, if that is its name, make that folder first"
         )
 
     try:

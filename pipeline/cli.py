@@ -30,7 +30,6 @@ from rekindle.pipeline.exits import (
     leave,
     resumable,
 )
-from rekindle.pipeline.several_runs import begun_in, check_begun
 from rekindle.train.launch import launched, one_of_many
 
 app = typer.Typer(
@@ -143,6 +142,8 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     target = out or Path("runs") / run.stem
+    from rekindle.pipeline.several_runs import begun_in, check_begun
+
     launched()
     with resumable(lambda: begun_in(target) is not None) as progress:
         if resume:

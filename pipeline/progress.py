@@ -89,6 +89,11 @@ class Progress:
     def __init__(self, bars: rich_progress.Progress | None = None, quiet: bool = True):
         self._bars, self._quiet = bars, quiet
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether anybody sees it."""
+        return self._bars is not None or not self._quiet
+
     @classmethod
     def silent(cls) -> "Progress":
         """Draw nothing and log nothing."""

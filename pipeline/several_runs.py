@@ -4,12 +4,15 @@ OUT/stages.json or OUT/sweep.json   the definition: every run's configuration
 OUT/NAME/                           a run as ``pipeline train-student`` leaves it
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import with_defaults
+from rekindle.data.settings import free_keys
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
@@ -42,18 +45,19 @@ def check_same_runs(
     now: Recorded,
     stranger: str,
     rule: str,
-    free: Mapping[str, Collection[str]],
+    configs: Mapping[str, RunConfig],
 ) -> None:
     """Raise CheckpointError unless the runs ``now`` are those that were begun ``before``, and more.
 
-    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. Of each run's
-    ``free`` keys, dotted, any may differ.
+    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. ``configs``:
+    what the runs are ``now``, whole.
     """
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        before_it = _known(with_defaults(RunConfig, recorded), now[name])
-        check_same(out / name, before_it, now[name], rule, free[name])
+        free = _may_change(out / name, recorded, configs[name])
+        begun = _known(with_defaults(RunConfig, recorded), now[name])
+        check_same(out / name, begun, now[name], rule, free)
 
 
 def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +67,21 @@ def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
         if isinstance(here, Mapping) and isinstance(there := found[key], Mapping):
             found[key] = {name: there.get(name) for name in here}
     return found
+
+
+def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The keys of a run that may differ from what is recorded: those that only say how it is made,
+    and the paths of a student and of a corpus source that have moved.
+    """
+    keys, student, corpus = [*free_keys(config)], config.student, recorded.get("corpus")
+    if isinstance(corpus, Mapping) and corpus.get("source") != [*config.corpus.source]:
+        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        keys += ["corpus.source"] * same
+    if student is None or (recorded.get("student") or {}).get("model") == student.model:
+        return keys
+    from rekindle.train.record.identity import began_with
+
+    return [*keys, "student.model"] if began_with(run, student) else keys
 
 
 def begun_in(out: Path) -> str | None:

@@ -136,7 +136,10 @@ def saved_weights(directory: Path) -> dict[str, Tensor]:
     Raises what safetensors raises for a damaged file.
     """
     found: dict[str, Tensor] = {}
-    for part, file in {"model": "model.safetensors", **OWN_FILES}.items():
+    shards = sorted(directory.glob("model-*-of-*.safetensors"))  # of a model too large for one file
+    body = [path.name for path in shards] or ["model.safetensors"]
+    files = [("model", file) for file in body] + [*OWN_FILES.items()]
+    for part, file in files:
         if file != PROMPTS_FILE or (directory / file).is_file():
             found |= {f"{part}.{name}": v for name, v in load_file(directory / file).items()}
     return found

@@ -55,7 +55,8 @@ def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
             yield from _columnar_records(origin.place, batches(origin.place, fields))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # that of a column's name
-        raise InputError(f"{origin.place} cannot be read as {origin.format}: {error}") from error
+        told = " ".join(str(error).split())
+        raise InputError(f"{origin.place} cannot be read as {origin.format}: {told}") from error
 
 
 def shown(value: object) -> str:

@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ def _state_of(path: str) -> State:
 
 def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
     """In which order a ``source`` was read whose files had these ``states``: what corpora that did
-    not record it are taken to have. A glob's files were sorted. Files of no entry are left out: where
-    they were read cannot be known.
+    not record it are taken to have. A glob's files were sorted. Files of no entry are left out:
+    where they were read cannot be known.
     """
     order: dict[str, None] = {}
     for entry in source:
@@ -94,31 +95,20 @@ def found_again(
     Each keeps the name under which it was read, wherever it is now. Raises CacheMismatchError where
     one is not there, or was changed.
     """
-    by_content: dict[object, list[int]] = {}
-    for number, one in enumerate(present):
-        by_content.setdefault(_content(one.origin, one.state), []).append(number)
-    taken: list[int] = []
-    lost: list[str] = []
-    for place in order:
-        recorded = recorded_origin(place)
-        same = by_content.get(_content(recorded, states.get(place)), [])
-        if not same:
-            lost.append(place)
-            continue
-        best = min(
-            same, key=lambda n: (present[n].origin != recorded, _renamed(present[n], place), n)
-        )
-        same.remove(best)
-        taken.append(best)
-    new = [one for n, one in enumerate(present) if n not in {*taken}]
+    recorded = [Present(recorded_origin(place), states.get(place)) for place in order]
+    where = _paired(recorded, present)
+    taken = set(where.values())
+    new = [one for number, one in enumerate(present) if number not in taken]
+    lost = [place for number, place in enumerate(order) if number not in where]
     if lost:
         raise _changed(lost, new)
+    places = [where[number] for number in range(len(order))]
     origins = [
-        Origin(now.format, now.place, recorded_origin(place).name)
-        for place, now in zip(order, (present[n].origin for n in taken), strict=True)
+        Origin(one.origin.format, present[place].origin.place, one.origin.name)
+        for one, place in zip(recorded, places, strict=True)
     ]
-    fixed = [*origins, *(one.origin for one in present)]
-    if taken != list(range(len(present))) and not all(origin.is_file for origin in fixed):
+    every = [*origins, *(one.origin for one in present)]
+    if places != list(range(len(present))) and not all(origin.is_file for origin in every):
         raise CacheMismatchError(
             "the corpus source has come to be another one: beside a datasets id or python-docs "
             "nothing can be added, and nothing put in another order. Use another cache.path"
@@ -129,12 +119,25 @@ def found_again(
     return origins, [one.origin for one in new]
 
 
-def _content(origin: Origin, state: State | None) -> object:
-    return (origin.format, *state) if state else (origin.format, origin.place)
+def _paired(recorded: Sequence[Present], present: Sequence[Present]) -> dict[int, int]:
+    """Which of ``present`` each of ``recorded`` is: of equal content, and if there are several, at
+    the same path, else of the same name, else the first.
+    """
+    pairs: dict[int, int] = {}
+    for more in (lambda one: one.origin.place, lambda one: one.origin.name, lambda one: ""):
+        free: dict[object, deque[int]] = {}
+        taken = set(pairs.values())
+        for number, one in enumerate(present):
+            if number not in taken:
+                free.setdefault((_content(one), more(one)), deque()).append(number)
+        for number, one in enumerate(recorded):
+            if number not in pairs and (same := free.get((_content(one), more(one)))):
+                pairs[number] = same.popleft()
+    return pairs
 
 
-def _renamed(one: Present, place: str) -> bool:
-    return one.origin.name != os.path.basename(place)
+def _content(one: Present) -> object:
+    return (one.origin.format, *one.state) if one.state else one.origin
 
 
 def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:

@@ -126,7 +126,7 @@ def _with_literal_directories(pattern: str) -> str:
 
 def no_such_source(entry: str, reason: object = None) -> InputError:
     """The error about an ``entry`` that nothing is found for."""
-    because = f" ({reason})" if reason else ""
+    because = f" ({' '.join(str(reason).split())})" if reason else ""
     return InputError(
         f"corpus source {entry!r} is neither a file, a glob that matches files, nor a datasets id "
         f"that could be loaded{because}; give an existing file, a glob such as 'texts/**/*.jsonl', "

@@ -9,16 +9,21 @@ import functools
 import logging
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rekindle.data.cache import write_manifest
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
+from rekindle.data.corpus.source_sample import about_sequences
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
-from rekindle.data.storage.store import open_store
+from rekindle.data.storage.store import Store, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
@@ -40,8 +45,11 @@ from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.order.domains import check_domains
+from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
+
+UNITS_KEPT = "Finished shards are kept"
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,8 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        # Without a limit nobody knows how many there will be before all of the text is read.
-        most = config.corpus.limit_sequences
-        with progress.task("corpus", unit="sequences", total=most) as task:
+        total = _about_sequences(store, config.corpus) if progress.is_shown else None
+        with progress.task("corpus", unit="sequences", total=total) as task:
             count = config.cache.sequences_per_shard
             corpus = build_corpus(
                 store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
@@ -125,7 +132,8 @@ def cache_teachers(
                 *store.names(part.info.folder)
             }
             if missing or lacks_head:
-                _run(part, corpus, missing, workers, progress)
+                with running_out(Path(store.location), lambda: UNITS_KEPT, _less_memory(part)):
+                    _run(part, corpus, missing, workers, progress)
             if not part.config.vocabulary:
                 _tell_cut(corpus, part.info)
             if part.info.part:
@@ -134,6 +142,15 @@ def cache_teachers(
             build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
+
+
+def _about_sequences(store: Store, config: CorpusConfig) -> int | None:
+    """Of a corpus that is not begun; what is wrong with its source is said when it is read."""
+    if store.names("corpus"):
+        return None
+    with suppress(InputError):
+        return about_sequences(config, load_tokenizer(config.tokenizer))
+    return None
 
 
 def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
@@ -182,6 +199,14 @@ def _run(
             load = functools.partial(_load, plan, corpus.store.location)
             places = places_for(workers)
             run_units(f"teacher {plan.info.name!r}", load, units, places, report)
+
+
+def _less_memory(plan: TeacherPlan) -> str:
+    return (
+        f"Teacher {plan.info.name!r} itself does not fit: set its precision to bf16 (now "
+        f"{plan.info.precision}; fp16 on older devices), give it fewer --workers beside it, or "
+        "take a smaller one"
+    )
 
 
 def _load(plan: TeacherPlan, location: str) -> Callable[[Unit], Commit | None]:

@@ -14,7 +14,7 @@ from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.teachers import plan_teacher
 from rekindle.pipeline.caching.views import build_views
-from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.config import RunConfig, references
 from rekindle.pipeline.progress import SILENT
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig
@@ -42,7 +42,11 @@ def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None
 
 
 def _elsewhere(model: str) -> bool:
-    """Whether a student may be one of the hub: it is not fetched to cache teachers."""
+    """Whether a student may be one of the hub, which is not fetched to cache teachers, or is to be
+    made by an earlier stage.
+    """
+    if references(model):
+        return True
     path = Path(model).expanduser()
     return not path.exists() and not path.is_absolute() and HUB_ID.match(model) is not None
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
 from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.corpus.source_states import look_at
-from rekindle.data.errors import CacheFormatError
+from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
 from rekindle.data.storage.seal import damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
@@ -87,7 +87,10 @@ def _restore_additions(store: Store) -> None:
             )
         before = sum(commits[unit_of(n)].rows for n in range(first))
         config = said[first]["config"]
-        addition = begun_addition(config, look_at(config["source"]), number, first, before)
+        lost = f"{store.location}/{info_name(number)} is lost; to write it anew, what was read "
+        with naming(f"{lost}must be where it was"):
+            present = look_at(config["source"])
+        addition = begun_addition(config, present, number, first, before)
         describe_addition(store, addition, said[first]["tokenizer"])
 
 

@@ -20,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import CheckpointError
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
@@ -142,6 +144,11 @@ def _look(
     rule = "Go on with its own (run.yaml in it), or give another --out"
     # Arms may be added; the others only describe, and older versions did not record them.
     described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
+    if "start" in found:  # which says more than the place
+        described += ["student.model", "corpus.tokenizer"]
+    if before["corpus"] != now["corpus"]:
+        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        described += ["corpus.source"] * same
     if older:  # What its files mean was no setting; what was made of them is held against them.
         rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
         places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]

@@ -5,13 +5,11 @@ which views are built and teachers are tried.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rekindle.data.corpus.additions import (
     begun_addition,
@@ -27,9 +25,7 @@ from rekindle.data.corpus.corpus import (
     build_corpus,
     unit_of,
 )
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.records import arrow_batches
-from rekindle.data.corpus.sources import PYTHON_DOCS, source_files
+from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
@@ -38,24 +34,11 @@ from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.storage.store import Store, open_store
-from rekindle.data.text_files import compression_of, open_text
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.text import counted
 
-SAMPLE_BYTES = 2_000_000  # of text
-SAMPLE_DOCUMENTS = 2_000
-DENSITY_BYTES = 32 << 20  # of a compressed file are unpacked to learn how much is in it
 PLACES = 8  # record batches of the corpus, spread over it, that the steps are taken from
 STEPS = (1, 4, 16, 64, 256)  # sequences; the last step is what is left
-
-
-@dataclass(frozen=True)
-class SourceSample:
-    """The first documents of the source, and the share of its bytes that they are."""
-
-    documents: list[Document]
-    share: float | None  # 1: all there is; None: the size of the source is not known
-    left_out: str = ""  # bad records before their end, in words
 
 
 @dataclass(frozen=True)
@@ -127,103 +110,6 @@ def _basis(sample: SourceSample) -> str:
     documents = counted(len(sample.documents), "document")
     share = "" if sample.share is None else f", about {100 * sample.share:.3g} % of the source"
     return f"estimated from the first {documents}{share}"
-
-
-# --- from the source to a sample ------------------------------------------------------------------
-
-
-def sample_source(config: CorpusConfig) -> SourceSample:
-    """The first 2 MB of text or 2,000 documents, whichever is first.
-
-    Raises InputError as ``read_documents`` does, and for a source without text.
-    """
-    documents: list[Document] = []
-    read = total = 0.0
-    left_out = LeftOut() if config.on_bad_record == "skip" else None
-    for place, size in _places(config.source):
-        full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-        stream = read_documents([place], config.text_field, config.domain_field, left_out)
-        taken = list(_until_full(stream, documents))
-        if place == PYTHON_DOCS:  # it is no file, and small
-            read += _text_bytes(taken)
-            total += _text_bytes(taken) + _text_bytes(stream)
-        elif size is None:
-            read += _text_bytes(taken)
-            total += _text_bytes(taken) if next(stream, None) is None else np.nan
-        else:
-            total += size
-            if not full:
-                read += size if next(stream, None) is None else _bytes_read(place, size, taken)
-    told = f"; {left_out.told()}" if left_out and left_out.counts() else ""
-    if not documents:
-        raise InputError(
-            f"the corpus is empty: no text in {', '.join(config.source)} (field "
-            f"{config.text_field!r}); give a source with at least one non-blank document{told}"
-        )
-    if np.isnan(total):
-        return SourceSample(documents, None, told)
-    return SourceSample(documents, read / total if 0 < read < total else 1.0, told)
-
-
-def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
-    """(what ``read_documents`` takes, bytes) for every file; None where bytes are not known."""
-    places: dict[Path, tuple[str, int | None]] = {}
-    for entry in source:
-        files = source_files([entry])
-        for path in map(Path, files):
-            places.setdefault(path.resolve(), (str(path), path.stat().st_size))
-        if not files:
-            places.setdefault(Path(entry), (entry, None))
-    return list(places.values())
-
-
-def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterator[Document]:
-    """What is moved from ``stream`` into ``documents``, until the sample is large enough."""
-    size = _text_bytes(documents)
-    while len(documents) < SAMPLE_DOCUMENTS and size < SAMPLE_BYTES:
-        if (document := next(stream, None)) is None:
-            return
-        documents.append(document)
-        size += _text_bytes([document])
-        yield document
-
-
-def _text_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(document.text.encode()) for document in documents)
-
-
-def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
-    """About how many bytes of a file its first documents ``taken`` are."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes[-1] == ".parquet":
-        return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
-    if suffixes[-1] == ".arrow":
-        return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
-    compression = compression_of(path)
-    if ".txt" in suffixes:
-        plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
-    else:
-        plain = _bytes_of_lines(path, len(taken))
-    return min(size, plain / (_density(path, compression) if compression else 1.0))
-
-
-def _bytes_of_lines(path: str, lines: int) -> int:
-    """Unpacked bytes of the first ``lines`` lines that are not blank."""
-    size = 0
-    with open_text(path) as stream:
-        while lines and (line := stream.readline()):
-            size += len(line)
-            lines -= bool(line.strip())
-    return size
-
-
-def _density(path: str, compression: str) -> float:
-    """Unpacked bytes per packed byte in the first part of a file."""
-    unpacked = 0
-    with pa.OSFile(path) as raw, pa.CompressedInputStream(raw, compression) as stream:
-        while unpacked < DENSITY_BYTES and (piece := stream.read(1 << 20)):
-            unpacked += len(piece)
-        return unpacked / raw.tell()
 
 
 # --- from a sample to corpora in a folder ---------------------------------------------------------

@@ -18,7 +18,6 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import as_begun
-from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -106,8 +105,8 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
         now = {stage.name: _whole(stage.record) for stage in stages}
         stranger = "has a stage {name!r}, which the file has not"
         rule = "Resume it with its own configuration, or give another --out"
-        free = {stage.name: [*free_keys(stage.config)] for stage in stages}
-        check_same_runs(out, begun, now, stranger, rule, free)
+        configs = {stage.name: stage.config for stage in stages}
+        check_same_runs(out, begun, now, stranger, rule, configs)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
     left = [stage for stage in stages if stage.name in missing]

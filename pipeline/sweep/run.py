@@ -14,7 +14,6 @@ from pathlib import Path
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.data.former import as_begun
-from rekindle.data.settings import free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
@@ -69,9 +68,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
     sections = set(SECTIONS)
     now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
     stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
-    check_same_runs(
-        out, recorded, now, stranger, rule, {r.name: [*free_keys(r.config)] for r in runs}
-    )
+    check_same_runs(out, recorded, now, stranger, rule, {run.name: run.config for run in runs})
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,9 @@ def train_config(**values):
     return quick | values
 
 
-def torchrun(folder, cache, jobs, processes=2, check=True):
+def torchrun(folder, cache, jobs, processes=2, check=True, **more):
     given = folder / "jobs.json"
-    given.write_text(json.dumps({"cache": str(cache), "jobs": jobs}))
+    given.write_text(json.dumps({"cache": str(cache), "jobs": jobs} | more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", str(SCRIPT), str(given)]
     done = subprocess.run(
@@ -243,3 +244,17 @@ def test_what_they_leave_behind_is_that_of_one(runs, name):
     for step in (2, 4):
         folder = f"checkpoints/step-{step:08d}/model.safetensors"
         assert_same_weights(load_file(runs / name / folder), load_file(runs / "alone" / folder))
+
+
+def test_one_process_out_of_memory_ends_all(masked_world, student, tmp_path):
+    """It says what takes less; the others do not wait, and have no traceback of their own."""
+    job = {"student": student, "train": train_config(**JOBS["ddp"]), "out": str(tmp_path / "run")}
+    began = time.monotonic()
+    done = torchrun(tmp_path, masked_world.path, [job], check=False, out_of_memory=1)
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: out of memory")]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert "train.micro_batch_sequences (now null, the " in told[0]
+    assert "step-00000002" in told[0]
+    assert "MemoryError" not in done.stderr.replace("(MemoryError)", "")

@@ -92,10 +92,27 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         recorded[STUDENT_FILES] = found.get(STUDENT_FILES, files)
         # What only the record has is of an older version.
         before = {name: {k: recorded[name].get(k) for k in now[name]} for name in now}
+    if STUDENT_FILES in now:
+        _check_student(run, before[STUDENT_FILES], now)
     # By content; where the record says nothing of it, by place.
     moved = ("student.model",) if found.get(STUDENT_FILES) else ()
     check_same(run, before, now, _rule(run, now), (*free, *FREE_OF_CACHE, *moved))
     return True
+
+
+def _check_student(run: Path, before: About, now: About) -> None:
+    other = [name for name, digest in now[STUDENT_FILES].items() if before.get(name) != digest]
+    if other:
+        raise CheckpointError(
+            f"{run} was begun with another student: of student.model {now['student']['model']} the "
+            f"{' and the '.join(other)} differ from those it began with. {_rule(run, now)}"
+        )
+
+
+def began_with(run: Path, config: StudentConfig) -> bool:
+    """Whether the run in ``run`` says that its student began with the files of this one."""
+    files = (_read(run) or {}).get(STUDENT_FILES)
+    return bool(files) and files == student_files(config)
 
 
 def keys_that_may_change(student: StudentConfig, train: TrainConfig) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CacheError
+from rekindle.data.errors import CacheError, InputError
 from rekindle.data.inventory import collect_garbage
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -466,3 +466,20 @@ def test_a_file_of_a_corpus_that_has_grown_is_made_again(
     if change != "gone":
         assert_named(cache, name, change)
     assert_made_again(cache, configure(cache, teachers[3:4], corpus), files(whole), name)
+
+
+def test_a_lost_description_of_a_moved_corpus_says_what_would_bring_it_back(
+    tmp_path, configure, corpus_file
+):
+    source, elsewhere = tmp_path / "docs.jsonl", tmp_path / "elsewhere.jsonl"
+    shutil.copy(corpus_file, source)
+    path = tmp_path / "cache"
+    cache_teachers(configure(path, [], corpus=CORPUS | {"source": [str(source)]}))
+    before = Cache.open(path).corpus.fingerprint
+    (path / "corpus/corpus.json").unlink()
+    source.rename(elsewhere)
+    with pytest.raises(InputError, match=r"corpus\.json is lost.*must be where it was: .*docs"):
+        cache_teachers(configure(path, [], corpus=CORPUS | {"source": [str(elsewhere)]}))
+    shutil.copy(elsewhere, source)
+    cache_teachers(configure(path, [], corpus=CORPUS | {"source": [str(elsewhere)]}))
+    assert Cache.open(path).corpus.fingerprint == before

@@ -533,3 +533,16 @@ def _without_nulls(tree):
     if isinstance(tree, dict):
         return {k: _without_nulls(v) for k, v in tree.items() if v is not None}
     return [_without_nulls(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def test_a_teacher_of_weight_0_costs_nothing(curve):
+    """Its targets were never read; a cache that has not recorded the time is another matter."""
+    one = curve("one", {1: 3.0, 2: 2.0}, teacher=5.0)
+    about = json.loads((one / "run.json").read_text())
+    about["cache"]["teachers"] = {"lm": "1", "idle": "2"}
+    (one / "run.json").write_text(json.dumps(about))
+    (cost,) = [run.curve.teacher_seconds for run in compare_runs([one]).runs]
+    assert cost == 5.0
+    about["cache"]["teacher_seconds"]["idle"] = None
+    (one / "run.json").write_text(json.dumps(about))
+    assert compare_runs([one]).runs[0].curve.teacher_seconds is None

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus import source_sample
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan import run as plan
-from rekindle.pipeline.plan import sample as plan_sample
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.text import shown_bytes, shown_plan
 from testlib.planned import NAMES, WHOLE, of
@@ -257,7 +257,7 @@ def test_an_unknown_domain_is_a_mistake_once_all_domains_are_known(
     config = configure(tmp_path, [teachers[0] | {"domains": ["neither"]}], corpus=WHOLE)
     with pytest.raises(InputError, match=r"no domain 'neither'.*even \(\d+ seq.*odd \(\d+ seq"):
         plan_run(config, probe=False)
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 10)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 10)
     work = plan_run(config, probe=False).teachers[0]
     assert (work.positions, work.bytes, work.share) == (None, None, 0)
     assert "no sequence of its domains" in work.reason

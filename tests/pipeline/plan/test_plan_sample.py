@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus import source_sample
 from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.source_sample import about_sequences, sample_source
 from rekindle.data.errors import InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.plan import sample as plan_sample
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.sample import sample_source
+from rekindle.pipeline.progress import Progress
 from testlib.planned import WHOLE
 
 SENTENCE = "the old river runs under the new city and the light falls over a quick engine"
@@ -53,7 +54,7 @@ def write(path: Path, texts: list[str]) -> None:
     ],
 )
 def test_the_share_of_one_file(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 300)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 300)
     write(tmp_path / name, [" ".join(WORDS[: 5 + n % 9]) + f" {n}" for n in range(1000)])
     config = CorpusConfig(source=(str(tmp_path / name),), tokenizer="unused")
     sample = sample_source(config)
@@ -62,19 +63,19 @@ def test_the_share_of_one_file(tmp_path, name, monkeypatch):
 
 
 def test_the_share_of_many_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 250)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 250)
     for number in range(10):
         write(tmp_path / f"{number}.jsonl", [" ".join(WORDS)] * 100)
     config = CorpusConfig(source=(str(tmp_path / "*.jsonl"),), tokenizer="unused")
     sample = sample_source(config)
     assert len(sample.documents) == 250
     assert sample.share == pytest.approx(0.25, rel=0.02)
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 1000)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 1000)
     assert sample_source(config).share == 1  # that was everything, to the last document
 
 
 def test_the_sample_ends_at_so_much_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_sample, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(source_sample, "SAMPLE_BYTES", 1000)
     write(tmp_path / "a.jsonl", ["é" * 50] * 100)
     config = CorpusConfig(source=(str(tmp_path / "a.jsonl"),), tokenizer="unused")
     assert len(sample_source(config).documents) == 10
@@ -85,7 +86,7 @@ def test_a_corpus_that_is_not_built_is_estimated(tmp_path, configure, monkeypatc
     write(tmp_path / "a.jsonl", [" ".join(WORDS * (1 + n % 5)) for n in range(600)])
     corpus = {"source": str(tmp_path / "a.jsonl"), "domain_field": None, "limit_sequences": None}
     config = configure(tmp_path / "cache", [], corpus=corpus, cache={"sequences_per_shard": 64})
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 100)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
     found = plan_run(config).corpus
     cache_teachers(config)
     real = Cache.open(tmp_path / "cache").corpus
@@ -102,7 +103,7 @@ def test_a_limit_caps_the_corpus(tmp_path, configure, monkeypatch, packing, limi
     write(tmp_path / "a.jsonl", [" ".join(WORDS * (1 + n % 5)) for n in range(90)])
     corpus = {"source": str(tmp_path / "a.jsonl"), "domain_field": None, "packing": packing}
     config = configure(tmp_path / "cache", [], corpus=corpus | {"limit_sequences": limit})
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 30)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 30)
     found = plan_run(config).corpus
     cache_teachers(config)
     real = Cache.open(tmp_path / "cache").corpus
@@ -116,10 +117,10 @@ def test_a_source_of_unknown_size_needs_a_limit(tmp_path, configure, monkeypatch
     """What a datasets id holds is not known before it is read."""
     path = tmp_path / "a.jsonl"
     write(path, [" ".join(WORDS)] * 50)
-    read = plan_sample.read_documents
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 20)
-    monkeypatch.setattr(plan_sample, "source_files", lambda source: [])
-    monkeypatch.setattr(plan_sample, "read_documents", lambda source, *rest: read([path], *rest))
+    read = source_sample.read_documents
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 20)
+    monkeypatch.setattr(source_sample, "source_files", lambda source: [])
+    monkeypatch.setattr(source_sample, "read_documents", lambda source, *rest: read([path], *rest))
     corpus = {"source": "owner/name", "domain_field": None}
     with pytest.raises(InputError, match=r"owner/name.*corpus\.limit_sequences"):
         plan_run(configure(tmp_path / "cache", [], corpus=corpus | {"limit_sequences": None}))
@@ -130,7 +131,7 @@ def test_a_source_of_unknown_size_needs_a_limit(tmp_path, configure, monkeypatch
 
 def test_domains_of_the_estimate(tmp_path, configure, teachers, monkeypatch):
     """A teacher for half the sequences has about half the work."""
-    monkeypatch.setattr(plan_sample, "SAMPLE_DOCUMENTS", 20)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 20)
     both = [teachers[3], teachers[3] | {"name": "half", "domains": ["even"]}]
     found = plan_run(configure(tmp_path / "cache", both, corpus=WHOLE), probe=False)
     whole, half = found.teachers
@@ -138,3 +139,27 @@ def test_domains_of_the_estimate(tmp_path, configure, teachers, monkeypatch):
     assert whole.share == 1
     assert half.positions == pytest.approx(whole.positions * half.share, abs=1)
     assert 0.2 < half.share < 0.8
+
+
+@pytest.mark.parametrize("limit", [None, 50, 10_000])
+def test_the_bar_of_a_corpus_knows_about_how_many_sequences_there_will_be(
+    tmp_path, configure, monkeypatch, limit
+):
+    write(tmp_path / "a.jsonl", [" ".join(WORDS * (1 + n % 5)) for n in range(400)])
+    corpus = {"source": str(tmp_path / "a.jsonl"), "domain_field": None, "limit_sequences": limit}
+    config = configure(tmp_path / "cache", [], corpus=corpus)
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
+    totals = []  # of the corpus
+
+    class Noted(Progress):
+        def task(self, name, unit, total=None):
+            if name == "corpus":
+                totals.append(total)
+            return super().task(name, unit, total)
+
+    cache_teachers(config, progress=Noted(quiet=False))
+    count = len(Cache.open(tmp_path / "cache"))
+    cache_teachers(config, progress=Noted(quiet=False))
+    assert totals == [pytest.approx(count, rel=0.1), None]
+    source = {"source": ("owner/name",), "limit_sequences": None}
+    assert about_sequences(config.corpus.model_copy(update=source), None) is None

@@ -227,6 +227,22 @@ def test_a_sweep_may_get_more_students(run_file, tmp_path, alone, monkeypatch):
     assert [run["name"] for run in record["runs"]] == ["seed=2", "seed=1", "seed=0"]
 
 
+def test_a_sweep_goes_on_with_less_memory_and_with_a_student_that_has_moved(run_file, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    runs = plan_sweep(run_file, ["train.seed=0"])
+    assert not run_sweep(runs, out)
+    shutil.copytree(runs[0].config.student.model, moved)
+    less = ["train.micro_batch_sequences=2", f"student.model={moved}"]
+    assert not run_sweep(plan_sweep(run_file, ["train.seed=0,1"], less), out, resume=True)
+    other = tmp_path / "other"
+    shutil.copytree(moved, other)
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"hidden_act": "gelu"', '"hidden_act": "relu"'))
+    changed = plan_sweep(run_file, ["train.seed=0,1"], [*less[:1], f"student.model={other}"])
+    with pytest.raises(CheckpointError, match=r"student\.model"):
+        run_sweep(changed, out, resume=True)
+
+
 def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
     killed = []
 

@@ -171,3 +171,30 @@ def test_a_killed_run_goes_on_to_the_same_bits(masked_world, whole, tmp_path):
     run(masked_world, out, config, resume=True)
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_student_is_known_by_its_files(
+    masked_world, whole, tmp_path, monkeypatch, make_model, wordpiece, recorded
+):
+    """Not by how its path is written; what no file is known of, by its place."""
+    out, config = tmp_path / "run", train_config(ALL)
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, config, report=stop_at(9))
+    if not recorded:  # as runs of version 1
+        about = json.loads((out / "run.json").read_text())
+        del about["student_files"], about["version"]
+        (out / "run.json").write_text(json.dumps(about))
+    other = make_model("bert", "AutoModelForMaskedLM", wordpiece, seed=78)
+    refusal = "the config and the weights differ" if recorded else r"\(student\.model"
+    with pytest.raises(CheckpointError, match=refusal):
+        run(masked_world, out, config, model=other, resume=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(masked_world.student, moved)
+    if not recorded:
+        with pytest.raises(CheckpointError, match=refusal):
+            run(masked_world, out, config, model=moved, resume=True)
+        moved = masked_world.student
+    monkeypatch.chdir(moved.parent)
+    run(masked_world, out, config, model=f"./{moved.name}", resume=True)
+    assert same_weights(out, whole.directory)

@@ -288,3 +288,21 @@ def test_the_loss_never_asks_for_all_logits(masked_world):
     rows = len(setting.batch(0).masked.labels)
     assert seen == [(rows, 16)]
     assert math.prod(seen[0]) < rows * setting.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("weights", "taught"),
+    [
+        ((0, 0.5), {"wide"}),
+        ((FALL, RISE), {"big", "wide"}),
+        ((RISE | {"from": 0, "to": 0}, 1), {"wide"}),
+        ((FALL | {"from": 0.3, "to": 0, "over": 0.01}, 0), {"big"}),
+    ],
+)
+def test_who_teaches_at_some_step(masked_world, weights, taught):
+    """Its cost is the run's; that of the others, of weight 0 throughout, is not."""
+    names = ("big", "wide")
+    distill = [term(name, weight=w) for name, w in zip(names, weights, strict=True)]
+    objective = Setting(masked_world, {"distill": distill}).objective
+    assert objective.taught == taught
+    assert taught == {n for step in range(objective.steps) for n in objective.plan(step).teachers}

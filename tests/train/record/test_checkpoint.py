@@ -286,3 +286,20 @@ def test_checkpoints_may_be_copied_elsewhere(tmp_path, make_student):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "a")
     assert restore(tmp_path / "b", student, optimizer)["step"] == 4
+
+
+def test_a_student_whose_weights_are_in_shards_goes_on(tmp_path, make_student, monkeypatch):
+    """As transformers saves one that is too large for a file."""
+    student, optimizer = make_student()
+    train(student, optimizer, 0, 1)
+    save = type(student.model).save_pretrained
+
+    def in_shards(model, *arguments, **options):
+        save(model, *arguments, **options, max_shard_size="20KB")
+
+    monkeypatch.setattr(type(student.model), "save_pretrained", in_shards)
+    path = save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
+    assert len([*path.glob("model-*-of-*.safetensors")]) > 1
+    other, fresh = make_student(seed=9)
+    assert restore(tmp_path, other, fresh)["step"] == 1
+    assert same(state(other, fresh), state(student, optimizer))

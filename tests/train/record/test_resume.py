@@ -19,6 +19,7 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.seal import seal, unseal
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.train import loop
@@ -26,6 +27,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.record import checkpoint, run_log
 from rekindle.train.record.run_log import read_metrics
+from testlib.loop import stop_at
 from testlib.models import NARROW
 from testlib.students import metrics, same_weights
 
@@ -216,6 +218,21 @@ def test_a_killed_run_goes_on_to_replay_the_same(domains_world, tmp_path):
     assert_same(tmp_path / "run", whole)
     again = json.loads((tmp_path / f"run/checkpoints/step-{STEPS:08d}/trainer.json").read_text())
     assert again["order"] == last["order"]
+
+
+def test_a_run_that_replayed_by_the_former_rule_is_refused(domains_world, tmp_path):
+    """Its checkpoints hold the losses alone; refused before a step is taken."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        replaying(domains_world, out)(stop_at(7))
+    path = sorted(out.glob("checkpoints/step-*/trainer.json"))[-1]
+    state = unseal(json.loads(path.read_bytes()), "trainer.json")
+    path.write_bytes(seal(state | {"order": state["order"]["losses"]}))
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="begun by another version") as caught:
+        replaying(domains_world, out)()
+    assert caught.value.exit_code == 3
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_seconds_go_on_counting(domains_world, tmp_path):

@@ -115,6 +115,18 @@ def test_a_sequence_that_alone_does_not_fit_is_named(
         cache_teachers(configure(tmp_path, [teacher]))
 
 
+def test_a_teacher_that_does_not_fit_is_named(
+    tmp_path, configure, make_model, wordpiece, monkeypatch
+):
+    def no_room(*arguments: Any, **options: Any) -> None:
+        raise OUT_OF_MEMORY["cuda"]
+
+    monkeypatch.setattr(teachers_module, "load_model", no_room)
+    teacher = teachers_of_all_kinds(make_model, wordpiece)[0]
+    with pytest.raises(InputError, match=r"^out of memory .*'masked_lm' .*precision .*are kept$"):
+        cache_teachers(configure(tmp_path, [teacher]))
+
+
 def test_other_errors_of_a_model_are_not_taken_for_lack_of_memory(
     tmp_path, configure, make_model, wordpiece, small_memory
 ):
