@@ -57,9 +57,9 @@ def same_place(one: object, other: object) -> bool:
     if one == other or not isinstance(one, str) or not isinstance(other, str):
         return one == other
     try:
-        here, there = (Path(expanded(path)) for path in (one, other))
-        known = here == there or glob.has_magic(str(here)) or here.exists()
-        return known and here.resolve() == there.resolve()
+        here, there = map(expanded, (one, other))
+        known = here == there or glob.has_magic(here) or os.path.exists(here)
+        return known and Path(here).resolve() == Path(there).resolve()
     except (OSError, ValueError):  # no path at all, or of a variable that is not set here
         return False
 

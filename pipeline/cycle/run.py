@@ -22,7 +22,7 @@ from typing import Any
 
 from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.sources import source_files
-from rekindle.data.errors import CheckpointError
+from rekindle.data.errors import CheckpointError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
@@ -70,7 +70,10 @@ def run_cycle(
         config = config.model_copy(update={"cache": cache_here})
     if (begun := read_record(home / CYCLE_FILE, ELSEWHERE)) is not None:
         with reading(home / CYCLE_FILE, ELSEWHERE):
-            config = as_begun(config, begun["settings"])
+            was = as_begun(config, begun["settings"])
+        if was is not config:
+            with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
+                config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.errors import (
     CacheMismatchError,
     CacheVersionError,
@@ -19,6 +20,7 @@ from rekindle.data.errors import (
 )
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage import manifest
+from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import RunConfig
@@ -167,6 +169,26 @@ def test_what_was_begun_goes_on_as_it_was_begun(which, begun):
         made.begin(home, which)
 
 
+@pytest.mark.parametrize("which", ["cycle", "stages"])
+def test_other_words_for_the_same_source_and_model_go_on(which, begun, monkeypatch):
+    made, home = module_of("make_begun"), begun(which)
+    monkeypatch.setenv("HERE", str(home))
+    cache = home / "cycle" / "cache" if which == "cycle" else home / "cache"
+    config = parse_settings(CycleConfig, made.cycle(home)).corpus
+    build_corpus(LocalStore(cache), config, 16)
+    (home / "moved").mkdir()
+    (home / "text.jsonl").rename(home / "moved" / "words.jsonl")
+
+    def written(source):
+        return lambda values: values["corpus"].update(source=[source])
+
+    made.begin(home, which, written("$HERE/moved/*.jsonl"))
+    (home / "moved" / "words.jsonl").unlink()
+    made.begin(home, which, written("$HERE/moved/*.jsonl"))
+    with pytest.raises(CheckpointError, match=r"corpus\.source"):
+        made.begin(home, which, written(str(home / "train.jsonl")))
+
+
 @pytest.mark.parametrize(
     ("which", "change", "words"),
     [
@@ -189,6 +211,19 @@ def test_what_differs_from_what_was_begun_is_named(which, change, words, begun):
     error = InputError if words == "is no number" else CheckpointError
     with pytest.raises(error, match=words):
         made.begin(home, which, put)
+
+
+def test_a_warm_up_that_is_allowed_no_more_ends_with_what_can_be_done(begun):
+    """As long as the cycle's students train."""
+
+    def short(record):
+        record["settings"]["train"]["steps"] = 50
+
+    home = begun("cycle", settled=short)
+    with pytest.raises(InputError, match=r"cannot go on as an older.*another --out: .*steps 50"):
+        module_of("make_begun").begin(
+            home, "cycle", lambda values: values["train"].update(steps=50)
+        )
 
 
 @pytest.mark.parametrize("which", ["stages", "sweep"])

@@ -6,10 +6,11 @@ its record says nothing of them, what is there now is taken for what was there t
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rekindle.data.errors import CheckpointError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
@@ -84,7 +85,10 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         return False
     with reading(run / RUN_FILE, START_AGAIN):
         found = _read(run) or {}
-        now = {name: dict(section) for name, section in about.items()}
+        now = {
+            name: _with_defaults(name, section) if name in SECTIONS else dict(section)
+            for name, section in about.items()
+        }
         recorded = {name: _with_defaults(name, found[name]) for name in now if name in SECTIONS}
         recorded["cache"] = {key: now["cache"][key] for key in EXTENT if key in now["cache"]}
         recorded["cache"] |= found["cache"]
@@ -148,8 +152,9 @@ def _with_defaults(part: str, recorded: About) -> About:
     values = with_defaults(SECTIONS[part], recorded)
     if part == "train":
         terms = values["objective"]["methods"]
-        settings = [find_method(str(term["method"])).Settings for term in terms]
-        values["objective"]["methods"] = list(map(with_defaults, settings, terms))
+        with suppress(InputError):  # there is no such method here
+            settings = [find_method(str(term["method"])).Settings for term in terms]
+            values["objective"]["methods"] = list(map(with_defaults, settings, terms))
     return values
 
 
