@@ -12,17 +12,23 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
-from rekindle.train.loop import TrainResult, train_student
+from rekindle.train.loop import EVERYTHING, TrainResult, train_student
 from rekindle.train.record.identity import as_run_began
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
 
 def train_from_config(
-    config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = SILENT,
+    began: Extent = EVERYTHING,
 ) -> TrainResult:
     """Train the configured student from the configured cache into ``out``; save the configuration
-    there last.
+    there last. ``began``: how much of the cache others read that it is to be compared with, where
+    the file does not say.
     """
     config.check_single()
     student = config.needed_student()
@@ -51,7 +57,7 @@ def train_from_config(
             config.train,
             out,
             masked_view=student_view(cache, config),
-            asked=asked_extent(config),
+            asked=asked_extent(config).over(began),
             resume=resume,
             report=report,
             world=world,

@@ -41,6 +41,7 @@ from rekindle.train.record.checkpoint import (
 )
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.identity import (
+    RUN_FILE,
     STUDENT_FILES,
     SUMMARY_FILE,
     begin_record,
@@ -191,7 +192,15 @@ def _within(
         before = EVERYTHING if run is None else recorded_extent(run)
         masked = student.language_task == "masked_lm"
         view = cache.masked_view(masked_view) if masked else None
-        return settle_extent(asked, cache.teachers.values(), view, before)
+        found = settle_extent(asked, cache.teachers.values(), view, before)
+        if run is not None and before == EVERYTHING and (run / RUN_FILE).is_file():
+            read = {name: kept.k for name, kept in found.targets.items()}
+            log.info(
+                "%s was begun by an earlier version, which did not record how much of the cache it "
+                "read; taken for it: replicas %s, k %s",
+                *(run, found.replicas, read),
+            )
+        return found
 
     # The main process says it: the cache may grow while they look.
     return cache.within(world.decide(settled))

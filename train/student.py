@@ -22,7 +22,7 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_language_model, longest_input, new_language_model
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.folder import resolve_model, weight_files
 from rekindle.train.model.headers import check_student_files
 from rekindle.train.model.network import (
     HEADS_FILE,
@@ -133,15 +133,15 @@ class Student(StudentNetwork):
 def saved_weights(directory: Path) -> dict[str, Tensor]:
     """Read what ``save_pretrained`` wrote, by the names of the student's state dict.
 
-    Raises what safetensors raises for a damaged file.
+    Large models are in several files. Raises InputError where one is missing, and what safetensors
+    raises for a damaged one.
     """
+    files = [("model", file) for file in weight_files(directory)]
+    files += [(part, directory / file) for part, file in OWN_FILES.items()]
     found: dict[str, Tensor] = {}
-    shards = sorted(directory.glob("model-*-of-*.safetensors"))  # of a model too large for one file
-    body = [path.name for path in shards] or ["model.safetensors"]
-    files = [("model", file) for file in body] + [*OWN_FILES.items()]
     for part, file in files:
-        if file != PROMPTS_FILE or (directory / file).is_file():
-            found |= {f"{part}.{name}": v for name, v in load_file(directory / file).items()}
+        if file.name != PROMPTS_FILE or file.is_file():
+            found |= {f"{part}.{name}": v for name, v in load_file(file).items()}
     return found
 
 

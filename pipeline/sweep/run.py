@@ -15,11 +15,13 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
 from rekindle.data.former import as_begun
 from rekindle.data.storage.atomic import write_json
+from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import WorkerKilled, places_for, visible_devices
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.several_runs import (
+    RUN_FILE,
     SECTIONS,
     SWEEP_FILE,
     check_same_runs,
@@ -96,7 +98,7 @@ def run_sweep(
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
         runs = [replace(r, config=as_begun(r.config, begun.get(r.name, {}))) for r in runs]
-    corpus = _check_cache(runs)
+    corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
         return _train_missing(runs, out, workers, progress)
@@ -128,6 +130,16 @@ def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
     return train_one(run, out, StepReports(report))
 
 
+def extent_of_others(out: Path) -> Extent:
+    """How much of the cache the students of the sweep read that have begun: all read as much."""
+    from rekindle.train.record.identity import recorded_extent
+
+    read = Extent()
+    for path in sorted(out.glob(f"*/{RUN_FILE}")):
+        read = read.over(recorded_extent(path.parent))
+    return read
+
+
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
     """Train one student in this process, or go on with it. Returns what ended it, if it failed; a
     bug, which may not be picklable, as a RekindleError with its name.
@@ -135,7 +147,8 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
     from rekindle.pipeline.train_student import train_from_config
 
     try:
-        train_from_config(run.config, out / run.name, resume=True, progress=progress)
+        where, began = out / run.name, extent_of_others(out)
+        train_from_config(run.config, where, resume=True, progress=progress, began=began)
     except Exception as error:
         bug = not isinstance(error, RekindleError | OSError)
         log.warning("%s failed; its message comes at the end", out / run.name, exc_info=bug)
@@ -143,9 +156,9 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
     return None
 
 
-def _check_cache(runs: Sequence[SweepRun]) -> str:
+def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     """That the cache has what every student needs; returns its corpus's fingerprint."""
-    from rekindle.pipeline.train_student import student_view
+    from rekindle.pipeline.train_student import asked_extent, student_view
     from rekindle.train.prepare import check_tokenizer, prepare_objective
     from rekindle.train.student import check_student
 
@@ -154,7 +167,10 @@ def _check_cache(runs: Sequence[SweepRun]) -> str:
     for run in runs:
         with naming(f"student {run.name}"):
             view = student_view(cache, run.config)
-            prepare_objective(cache, students[run.name], run.config.train, view)
+            asked = asked_extent(run.config).over(extent_of_others(out))
+            masks = None if view is None else cache.masked_view(view)
+            read = cache.within(settle_extent(asked, cache.teachers.values(), masks, Extent()))
+            prepare_objective(read, students[run.name], run.config.train, view)
     make_missing(*students.values())
     # One of each: most share a tokenizer.
     for name in {student.model: name for name, student in reversed(students.items())}.values():

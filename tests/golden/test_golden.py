@@ -74,13 +74,15 @@ def test_there_is_a_run_of_the_version_before():
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
-def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_thread):
+def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_thread, caplog):
     made, out = module_of("make_run"), tmp_path / "run"
     student = made.make_student(tmp_path / "student")
     shutil.copytree(path, out)
     record = (out / "run.json").read_text().replace(made.STUDENT, str(student))
     (out / "run.json").write_text(record)
-    made.train(student, out, resume=True)
+    with caplog.at_level("INFO", logger="rekindle"):
+        made.train(student, out, resume=True)
+    assert "did not record how much of the cache it read; taken for it: replicas 2" in caplog.text
     expected = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     expected = [{k: v for k, v in record.items() if k not in TIMES} for record in expected]
     assert same(metrics(out), expected)

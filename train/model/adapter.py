@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
@@ -137,8 +135,6 @@ def merge_adapter(
             base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
         names = base.state_dict().keys()
         brought = {_name(key) for key in given} & names
-        if grown:
-            _check_new_rows(base, brought, directory)
         adapted = peft.PeftModel.from_pretrained(base, str(directory), torch_device="cpu")
         taken = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         unused = sorted(key for key in given.keys() - taken if _name(key) not in names)
@@ -152,22 +148,25 @@ def merge_adapter(
                 "Is the task right for it, and the base the one it was trained on?"
             )
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        if grown:
+            _check_new_rows(merged, brought, directory)
     merged.requires_grad_(True)  # peft froze the base
     merged.config._name_or_path = str(directory)
     return merged, brought
 
 
-def _check_new_rows(base: nn.Module, brought: set[str], directory: Path) -> None:
-    """Refuse rows of a longer vocabulary that nobody has trained."""
-    modules = {m: n for n, m in base.named_modules()}
-    tables = {base.get_input_embeddings(), base.get_output_embeddings()} - {None}  # type: ignore
-    weights = {id(table.weight): f"{modules[table]}.weight" for table in tables}
-    tied = {id(p): n for n, p in base.named_parameters()}
-    missing = [n for key, n in weights.items() if not {n, tied.get(key)} & brought]
-    indices = read_object(directory / ADAPTER_FILE).get("trainable_token_indices")
-    if missing and not indices:
-        raise InputError(
-            f"{directory}: it was trained with a longer vocabulary, and {missing[0]} is not in "
-            f"{ADAPTER_WEIGHTS}: its new rows would be random. Save it with its embeddings "
-            "(save_embedding_layers=True)"
-        )
+def _check_new_rows(model: "PreTrainedModel", brought: set[str], directory: Path) -> None:
+    """Refuse rows of a longer vocabulary, in or out, that the adapter did not bring."""
+    if read_object(directory / ADAPTER_FILE).get("trainable_token_indices"):
+        return
+    names = {module: name for name, module in model.named_modules()}
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    here = [(f"{names[table]}.weight", table.weight) for table in tables if table is not None]
+    known = [values for name, values in here if name in brought]
+    for name, values in here:
+        if not any(values is one for one in known):
+            raise InputError(
+                f"{directory}: it was trained with a longer vocabulary, and {name} is not in "
+                f"{ADAPTER_WEIGHTS}: its new rows would be random. Save it with its embeddings "
+                "(save_embedding_layers=True)"
+            )

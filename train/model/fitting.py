@@ -19,6 +19,12 @@ AUTO_CLASSES = {
     "token_classification": "AutoModelForTokenClassification",
 }
 LANGUAGE = ("masked_lm", "causal_lm")
+# Values with which a model's attention is two-sided.
+TWO_SIDED = {
+    "is_causal": (False,),
+    "use_bidirectional_attention": (True, "all"),
+    "causal": (False,),
+}
 # Of the names of classes: those of language models, and the task that other ones say.
 LANGUAGE_MODELS = r"CausalLM|LMHead|MaskedLM|ForPreTraining|ConditionalGeneration|DoubleHeads"
 SAID = {
@@ -46,11 +52,12 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
         raise InputError(
             f"{who}: transformers has no {AUTO_CLASSES[task]} of the family {kind}{instead}"
         )
-    two_sided = _has_class(config, "masked_lm") and not getattr(config, "causal", False)
-    if task == "causal_lm" and two_sided and getattr(config, "is_decoder", None) is False:
+    if task == "causal_lm" and (setting := _two_sided(config)) is not None:
+        masked = _has_class(config, "masked_lm")
+        other = "say `task: masked_lm`" if masked else "embedders are no language models"
         raise InputError(
-            f"{who}: {kind} with is_decoder: false sees both sides of a token, so it is no causal "
-            "LM; say `task: masked_lm`"
+            f"{who}: {kind} with {setting} sees both sides of a token, so it is no causal LM and "
+            f"would have seen what it predicts; {other}"
         )
     named = config.architectures or []
     if trained and task in LANGUAGE and named and not any(map(_is_language_model, named)):
@@ -68,6 +75,18 @@ def task_said(config: "PretrainedConfig") -> str | None:
             if re.search(form, name):
                 return task
     return None
+
+
+def _two_sided(config: "PretrainedConfig") -> str | None:
+    """The setting by which a model says itself that it sees later tokens."""
+    text = config.get_text_config()
+    for name, values in TWO_SIDED.items():
+        if (value := getattr(text, name, None)) in values and value is not None:
+            return f"{name}: {str(value).lower()}"
+    decides = _has_class(config, "masked_lm") and not getattr(text, "causal", False)
+    if decides and getattr(text, "is_decoder", None) is False:
+        return "is_decoder: false"
+    return "its permutations" if text.model_type == "xlnet" else None
 
 
 def _is_language_model(name: str) -> bool:

@@ -84,4 +84,10 @@ def _misfit(
         return None
     if not config.name_or_path:
         config.name_or_path = str(directory)
-    return misfit(shape_only(config, auto_class), tensors)
+    found = misfit(shape_only(config, auto_class), tensors)
+    if found is None or base is None:
+        return found
+    # What is as long as the base's vocabulary is made as long as the adapter's.
+    old, new = (c.get_text_config().vocab_size for c in (load_config(base), config))
+    grows = {((old, *rest), (new, *rest)) for (_, *rest), _ in found.shapes.values()}
+    return found._replace(shapes={n: s for n, s in found.shapes.items() if s not in grows})

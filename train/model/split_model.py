@@ -73,8 +73,14 @@ class SplitLanguageModel:
         self._softcap: float | None = None
         self._factor = 1.0
         self._output = _output_of(self.model)
-        if not causal:
-            self._install_hooks()
+        self._hooked = not causal
+        if causal:
+            try:
+                self._check()
+                return
+            except NotImplementedError:  # decoders that transform their states, as BERT's do
+                self._hooked = True
+        self._install_hooks()
         self._check()
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +97,7 @@ class SplitLanguageModel:
 
         ``select`` holds flat indices into [B·S].
         """
-        if self.causal:
+        if not self._hooked:
             states = self.states(inputs)
             return states.flatten(0, 1)[select], states
         self._select = select
@@ -109,7 +115,8 @@ class SplitLanguageModel:
         return OutputHead(weight, bias, self._softcap, self._factor)
 
     def _install_hooks(self) -> None:
-        """Masked LMs transform hidden states before the output matrix, each family in its own way.
+        """Masked LMs (and some causal ones) transform hidden states before the output matrix, each
+        family in its own way.
 
         While rows are selected, whatever stands after the body sees only those rows, and the output
         matrix passes its input through: the model then returns transformed hidden states as its

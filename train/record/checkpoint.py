@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rekindle.data.errors import CacheFormatError, CheckpointError
+from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, like, whole
@@ -140,7 +140,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     try:
         found = saved_weights(path)
         moments = load_file(path / OPTIMIZER_FILE)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     own = student.state_dict(keep_vars=True)
     tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}

@@ -31,6 +31,12 @@ class Extent(Settings):
     targets: dict[str, Kept] = Field({})  # by teacher
     refused: dict[str, str] = Field({}, exclude=True)  # teachers that have less than is asked for
 
+    def over(self, other: "Extent") -> "Extent":
+        """Return what is asked for here, and what ``other`` says where nothing is."""
+        theirs = {name: Kept(k=kept.k) for name, kept in other.targets.items()}
+        replicas = self.replicas or other.replicas
+        return Extent(replicas=replicas, targets={**theirs, **self.targets})
+
 
 def settle_extent(
     asked: Extent, teachers: Iterable[TeacherReader], view: ViewReader | None, before: Extent

@@ -162,6 +162,12 @@ def test_a_longer_vocabulary_comes_with_its_embeddings(tmp_path, configure, bert
     ids, positions, found = first_log_probs(tmp_path / "cache")
     assert found.shape[1] == size
     assert np.abs(found - direct(merged, ids, positions)).max() < 0.02
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: values for name, values in weights.items() if "decoder" not in name}
+    half = Path(shutil.copytree(folder, tmp_path / "half"))
+    save_file(kept, half / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"decoder\.weight is not in.*would be random"):
+        cache_teachers(configure(tmp_path / "h", [masked(half)], corpus={"tokenizer": str(half)}))
     _, bare = adapted(bert, tmp_path / "bare")
     tokenizer.save_pretrained(bare)
     with pytest.raises(InputError, match="embeddings for more than"):

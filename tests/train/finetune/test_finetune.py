@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from itertools import product
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -245,6 +247,33 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
     if existed:
         assert json.loads((out / "metrics.json").read_text())["best_seed"] == 7
         AutoModelForSequenceClassification.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "words"),
+    [
+        ("predict", MemoryError(), r"^out of memory .*batch_size \(now 32\) or max_length \(now "),
+        ("collate", torch.OutOfMemoryError("CUDA out of memory"), r"--set batch_size=16"),
+        ("predictions_of", OSError(errno.ENOSPC, "No space left on device"), r"No space left"),
+        ("predictions_of", SafetensorError("I/O error: … (os error 28)"), r"out cannot be written"),
+    ],
+)
+def test_what_runs_out_is_told_and_leaves_what_was_there(
+    tmp_path, bert, monkeypatch, where, error, words
+):
+    train, dev = task(tmp_path, single, (32, 20))
+    home = tmp_path / "home"
+    out, config = home / "out", FinetuneConfig(max_steps=1)
+    finetune(bert, train, dev, str(out), first_seed=7, config=config)
+
+    def fail(*given, **options):
+        raise error
+
+    monkeypatch.setattr(module, where, fail)
+    with pytest.raises(InputError, match=words):
+        finetune(bert, train, dev, str(out), config=config)
+    assert [entry.name for entry in home.iterdir()] == ["out"]
+    assert json.loads((out / "metrics.json").read_text())["best_seed"] == 7
 
 
 def test_the_tokenizer_is_saved_without_this_runs_cut(tmp_path, bert):

@@ -325,3 +325,9 @@ def test_a_folder_of_ones_own_may_be_called_as_the_built_in_ones(
     command = ["finetune", str(folder / "student"), "--train", own, "--dev", own, "--out", "s"]
     result = CliRunner().invoke(app, [*command, "--set", "epochs=0", "--set", "head=a+b"])
     assert result.exit_code == 0, result.output
+
+
+def test_the_table_has_the_metrics_that_all_ways_have():
+    """There is no F1 of two classes neither of which is positive, but one of three."""
+    found = {"expert": {"accuracy": 0.5, "f1": 0.25}, "oracle": {"accuracy": 1.0}}
+    assert baselines_table(found).split() == ["accuracy", "expert", "0.5000", "oracle", "1.0000"]

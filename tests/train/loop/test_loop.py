@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,27 @@ def test_the_directory_tells_what_it_is(masked_world, whole):
     assert summary["coverage"] == whole.coverage
     kept = sorted(p.name for p in (whole.directory / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000010"]
+
+
+def test_the_best_checkpoint_is_named(masked_world, whole, tmp_path, caplog):
+    """And which step's model the directory is."""
+    evaluations = {
+        r["step"]: r["loss"] for r in metrics(whole.directory) if r["kind"] == "evaluate"
+    }
+    step = min(evaluations, key=evaluations.__getitem__)
+    value = pytest.approx(evaluations[step], rel=1e-6)
+    assert whole.best == {"step": step, "name": "loss", "value": value}
+    assert json.loads((whole.directory / "summary.json").read_text())["best"] == whole.best
+    earlier = replace(whole, best={"step": 5, "name": "kl/big", "value": 0.25})
+    assert earlier.told_of_best() == (
+        f"the best held-out kl/big was 0.2500 at step 5 ({whole.directory}/checkpoints/"
+        "step-00000005); the model is that of step 10, the last"
+    )
+    with caplog.at_level("INFO", logger="rekindle"):
+        last = run(masked_world, tmp_path / "run", train_config(steps=1, keep_best=None))
+    assert last.best is None
+    told = "the model is that of step 1, the last; no best one was looked for"
+    assert f"{last.directory}: {told}" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])

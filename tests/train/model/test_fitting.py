@@ -18,6 +18,18 @@ WRONG = {
     "t5 as masked": (configured("T5"), "masked_lm", "encoder and a decoder.*can be sequence_class"),
     "bart as causal": (configured("Bart"), "causal_lm", "bart is an encoder and a decoder"),
     "bert as causal": (configured("Bert"), "causal_lm", "is_decoder: false .*`task: masked_lm`"),
+    "xlm": (configured("XLM"), "causal_lm", "causal: false sees both sides.*`task: masked_lm`"),
+    "xlnet": (configured("XLNet"), "causal_lm", "its permutations sees both sides"),
+    "an embedder": (
+        configured("Llama", is_causal=False),
+        "causal_lm",
+        "is_causal: false sees both",
+    ),
+    "gemma's embedder": (
+        configured("Gemma3Text", use_bidirectional_attention=True),
+        "causal_lm",
+        "use_bidirectional_attention: true .*embedders are no language models",
+    ),
     "llama as masked": (
         configured("Llama", "LlamaForCausalLM"),
         "masked_lm",

@@ -178,16 +178,25 @@ def test_the_softcap_bites():
     assert split_of("granite", build("granite")).head.logit_scale == pytest.approx(1 / 7)
 
 
-@pytest.mark.parametrize("name", ["SOFTCAPS", "MULTIPLIERS", "DIVISORS"])
-def test_what_is_done_to_logits_and_not_known_is_no_split(name, monkeypatch):
+def test_a_cap_that_is_not_known_is_no_split(monkeypatch):
     """Caps as they are in use leave small logits as they are: large states show them."""
-    family = {"SOFTCAPS": "gemma2", "MULTIPLIERS": "cohere", "DIVISORS": "granite"}[name]
-    model = build(family)
-    model.config.final_logit_softcapping = 30.0 if family == "gemma2" else None
+    model = build("gemma2")
+    model.config.final_logit_softcapping = 30.0
     SplitLanguageModel(model, causal=True)
-    monkeypatch.setattr(split_model, name, ())
+    monkeypatch.setattr(split_model, "SOFTCAPS", ())
     with pytest.raises(NotImplementedError, match="its logits are not"):
         SplitLanguageModel(model, causal=True)
+
+
+@pytest.mark.parametrize(("family", "name"), [("cohere", "MULTIPLIERS"), ("granite", "DIVISORS")])
+def test_a_factor_that_is_not_known_is_one_of_the_states(monkeypatch, family, name):
+    model = build(family)
+    monkeypatch.setattr(split_model, name, ())
+    split = SplitLanguageModel(model, causal=True)
+    inputs, select = padded_batch()
+    found = split.head.logits(split.hidden(inputs, select)[0])
+    plain = model(**inputs).logits.flatten(0, 1)[select]
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_is_shared_with_the_model_and_can_be_cut():
@@ -259,8 +268,14 @@ def test_unsupported_models_are_refused_with_a_reason(name):
         Student(model, "masked_lm")
 
 
-def test_a_masked_family_is_no_causal_model():
-    """BERT's transform stands between its body and its output matrix."""
+def test_a_causal_model_may_transform_its_states():
+    """As BERT's decoder does, and ModernBERT's: it is split behind the transform."""
     config = transformers.BertConfig(**SMALL, is_decoder=True)
-    with pytest.raises(NotImplementedError, match="its logits are not"):
-        SplitLanguageModel(transformers.BertLMHeadModel(config), causal=True)
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).eval()
+    split = SplitLanguageModel(model, causal=True)
+    inputs, select = padded_batch()
+    hidden, states = split.hidden(inputs, select)
+    plain = model(**inputs).logits.flatten(0, 1)[select]
+    torch.testing.assert_close(split.head.logits(hidden), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, split.states(inputs))

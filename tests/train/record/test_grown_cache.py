@@ -11,6 +11,8 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.sweep.grid import SweepRun
+from rekindle.pipeline.sweep.run import run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train import loop
 from testlib.loop import train_config
@@ -122,6 +124,25 @@ def test_a_run_is_not_resumed_at_another_k_or_more_replicas(
     for key, k, replicas in (("targets.lm.k: 4", 12, 2), ("replicas: 2", 4, 4)):
         with pytest.raises(CheckpointError, match=rf"cache\.{key} there"):
             train_from_config(run_file(base, grown, k, replicas), out, resume=True)
+
+
+def test_a_sweep_goes_on_as_it_began(base, small, grown, tmp_path):
+    """Also students that were not begun before the cache grew."""
+
+    def runs(path, seeds):
+        config = run_file(base, path)
+        trains = [config.train.model_copy(update={"seed": seed}) for seed in seeds]
+        return [
+            SweepRun(f"seed={one.seed}", {}, config.model_copy(update={"train": one}))
+            for one in trains
+        ]
+
+    out = tmp_path / "out"
+    assert not run_sweep(runs(small, [0]), out)
+    assert not run_sweep(runs(grown, [0, 1]), out, resume=True)
+    read = [json.loads((out / f"seed={n}/run.json").read_text())["cache"] for n in (0, 1)]
+    for key in ("replicas", "targets"):
+        assert read[0][key] == read[1][key]
 
 
 def test_compare_names_what_was_read(base, grown, whole, tmp_path):
