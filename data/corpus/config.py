@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.places import Place
-from rekindle.data.settings import Settings
+from rekindle.data.settings import Free, Settings
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 
@@ -42,7 +42,7 @@ class CorpusConfig(Settings):
         description="names of special tokens within a text (</s>, <|im_end|>): text is text like "
         "any other; token reads each as the token itself",
     )
-    on_bad_record: Literal["error", "skip"] = Field(
+    on_bad_record: Free[Literal["error", "skip"]] = Field(
         "error",
         description="a record that is no text (no JSON, no UTF-8, no text field, …): an error, or "
         "it is left out and counted",

@@ -105,7 +105,9 @@ def _documents(
                 if left_out is not None:
                     left_out.documents += 1
             elif left_out is None:
-                raise InputError(document.message)
+                raise InputError(
+                    f"{document.message}; or leave such records out (corpus.on_bad_record: skip)"
+                )
             else:
                 left_out.add(document)
         if not count:

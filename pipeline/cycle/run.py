@@ -156,7 +156,7 @@ def _look(
         rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
         places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
         described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
-    check_same(home, before, now, rule, free=("arms", "about", *described))
+    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     if start != about["start"]:
         raise CheckpointError(

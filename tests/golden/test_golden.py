@@ -197,7 +197,7 @@ def test_other_words_for_the_same_source_and_model_go_on(which, begun, monkeypat
         ("cycle", {"finetune": {"epochs": 2}}, r"finetune\.epochs: 1 there, 2 here"),
         ("cycle", {"finetune": {"max_length": None}}, r"max_length: 128 there, None here"),
         ("cycle", {"finetune": {"problem": "regression"}}, "is no number"),
-        ("cycle", {"corpus": {"on_bad_record": "skip"}}, r"on_bad_record: 'error' there"),
+        ("cycle", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
         ("stages", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
         ("stages", {"student": {"grow": {"layers": 3}}}, r"grow\.layers: 2 there, 3 here"),
         ("sweep", {"student": {"grow": {"layers": 2, "noise_std": 0.1}}}, r"noise_std: 0.0 there"),

@@ -210,10 +210,11 @@ def test_what_the_caller_has_put_there_is_not_something_else(config, tmp_path, n
 
 
 def test_a_cycle_of_an_older_version_goes_on(config, tmp_path, nothing_runs):
-    """It has recorded no chance level, and what it is about was no setting."""
+    """It has recorded no chance level, and what it is about was no setting; nor were others."""
     run_cycle(config, tmp_path)
     about = json.loads((tmp_path / "cycle.json").read_text())
-    del about["settings"]["about"]
+    del about["settings"]["about"], about["settings"]["corpus"]["on_bad_record"]
+    del about["settings"]["finetune"]["patience"], about["settings"]["train"]["schedule"]
     for task in about["settings"]["tasks"]:
         del task["about"], about["tasks"][task["name"]]["chance"]
     (tmp_path / "cycle.json").write_text(json.dumps(about))

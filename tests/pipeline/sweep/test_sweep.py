@@ -409,6 +409,14 @@ def test_another_sweep_in_the_directory_is_refused(run_file, swept, sweep, setti
     refused(CheckpointError, runs, swept, *words, "--out", resume=True)
 
 
+def test_a_sweep_of_an_older_version_which_had_not_every_key_goes_on(run_file, swept):
+    record = json.loads((swept / "sweep.json").read_text())
+    for run in record["runs"]:
+        del run["train"]["schedule"], run["student"]["attention"]
+    (swept / "sweep.json").write_text(json.dumps(record))
+    assert run_sweep(plan_sweep(run_file, ["train.seed=0,1"]), swept, resume=True) == {}
+
+
 def test_another_corpus_is_refused(run_file, swept):
     record = json.loads((swept / "sweep.json").read_text())
     (swept / "sweep.json").write_text(json.dumps(record | {"corpus": "other"}))
