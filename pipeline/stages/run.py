@@ -83,11 +83,8 @@ def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
     stages = []
     for stage in plan_stages(config, out):
         begun = recorded.get(stage.name, {}).get("config", {})
-        configs = {
-            "config": as_begun(stage.config, begun),
-            "written": as_begun(stage.written, begun, say=False),
-        }
-        stages.append(replace(stage, **configs))
+        written = as_begun(stage.written, begun, say=False)
+        stages.append(replace(stage, config=as_begun(stage.config, begun), written=written))
     return stages
 
 
