@@ -3,6 +3,7 @@ float64; and a short training run on each.
 """
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -474,7 +475,7 @@ def test_draws_that_all_fell_on_one_id_are_shown(world, cache):
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(world, out, *names, **values):
+def train(world, out, *names, resume=False, **values):
     path, task, student = world
     terms = [
         {"teachers": [name], "temperature": temperatures_of(name)[-1], "weight": 0.5}
@@ -493,8 +494,23 @@ def train(world, out, *names, **values):
     }
     config = parse_settings(TrainConfig, quick | values)
     return train_student(
-        Cache.open(path), StudentConfig(model=str(student), task=task), config, out
+        Cache.open(path), StudentConfig(model=str(student), task=task), config, out, resume=resume
     )
+
+
+def test_a_run_that_an_older_version_began_is_measured_as_it_was(world, tmp_path):
+    """By the sample itself, and everywhere; it is all that the last evaluation is made of."""
+    run = tmp_path / "run"
+    now = train(world, run, "random").evaluation
+    record = json.loads((run / "run.json").read_text())
+    assert record["cache"].pop("measured") == {"random": 2}
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "version"}))
+    for _ in range(2):  # the first leaves a record of this version
+        (run / "summary.json").unlink()
+        then = train(world, run, "random", resume=True).evaluation
+        assert then["kl/random"] > now["kl/random"] + 0.1
+        assert 0 <= then["agreement/random"] <= 1
+        assert then["loss"] == now["loss"]
 
 
 @pytest.mark.parametrize("name", KINDS)
