@@ -3,8 +3,10 @@
 A place is a path, or something that may stand for one: a glob, a hub id, an address such as s3://….
 """
 
+import glob
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -17,9 +19,12 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 def expanded(place: str) -> str:
     """Return ``place`` with a leading ``~`` and every ``$NAME`` or ``${NAME}`` filled in.
 
+    What is there by that very name is meant where it has a ``$``: older versions made such folders.
     Raises InputError for a variable that is not set, or empty, and for a user that is not there:
     a folder of that very name is never meant, unless it is there.
     """
+    if "$" in place and os.path.lexists(os.path.expanduser(place)):
+        return os.path.expanduser(place)
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
@@ -27,7 +32,8 @@ def expanded(place: str) -> str:
             return told
         state = "is not set" if told is None else "is empty"
         raise InputError(
-            f"the environment variable {name} of {place!r} {state}; set it, or write the path out"
+            f"the environment variable {name} of {place!r} {state}; set it, write the path out, "
+            "or, if that is its name, make that folder first"
         )
 
     try:
@@ -42,6 +48,20 @@ def expanded(place: str) -> str:
         if os.path.lexists(place):
             return place
         raise
+
+
+def same_place(one: object, other: object) -> bool:
+    """Whether two paths or globs, or lists of them, as they are written, are of the same files."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(map(same_place, one, other))
+    if one == other or not isinstance(one, str) or not isinstance(other, str):
+        return one == other
+    try:
+        here, there = map(expanded, (one, other))
+        known = here == there or glob.has_magic(here) or os.path.exists(here)
+        return known and Path(here).resolve() == Path(there).resolve()
+    except (OSError, ValueError):  # no path at all, or of a variable that is not set here
+        return False
 
 
 Place = Annotated[str, AfterValidator(expanded)]  # of a configuration

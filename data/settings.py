@@ -3,7 +3,7 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -136,16 +136,6 @@ def _shown(given: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section as an older version recorded them, with the defaults of keys that are
-    younger; as they are where they are no such section any more.
-    """
-    try:
-        return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
-    except InputError:
-        return dict(recorded)
-
-
 class _Problem(NamedTuple):
     keys: tuple[str, ...]
     message: str
@@ -179,14 +169,15 @@ def _walk(
         fields = [f for s in here for name, f in s.model_fields.items() if part in (name, f.alias)]
         if fields or isinstance(part, int):
             keys.append(str(part))
-            here = [s for f in fields for s in _sections_in(f.annotation)] if fields else here
+            here = [s for f in fields for s in sections_in(f.annotation)] if fields else here
         else:  # it names a branch of a union, which is no key
             here = [s for s in here if s.__name__ == part] or here
     return tuple(keys), here
 
 
-def _sections_in(annotation: object) -> list[type[BaseModel]]:
+def sections_in(annotation: object) -> list[type[Any]]:
+    """The sections that a value of such a type may be, or hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())
-    return [section for argument in arguments for section in _sections_in(argument)]
+    return [section for argument in arguments for section in sections_in(argument)]

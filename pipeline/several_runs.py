@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import Settings, free_keys
+from rekindle.data.former import with_defaults
+from rekindle.data.settings import free_keys
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
-# Of a run's configuration: they say which student it is.
-SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
+SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
 Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
 
 
@@ -54,20 +55,33 @@ def check_same_runs(
     for name, recorded in before.items():
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        free = _may_change(out / name, recorded.get("student") or {}, configs[name])
-        check_same(out / name, recorded, now[name], rule, free)
+        free = _may_change(out / name, recorded, configs[name])
+        begun = _known(with_defaults(RunConfig, recorded), now[name])
+        check_same(out / name, begun, now[name], rule, free)
+
+
+def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded sections without the keys that only an older version has."""
+    found = {key: recorded.get(key) for key in now}
+    for key, here in now.items():
+        if isinstance(here, Mapping) and isinstance(there := found[key], Mapping):
+            found[key] = {name: there.get(name) for name in here}
+    return found
 
 
 def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
     """The keys of a run that may differ from what is recorded: those that only say how it is made,
-    and the path of a student that has moved.
+    and the paths of a student and of a corpus source that have moved.
     """
-    keys = [*free_keys(config)]
-    if config.student is None or recorded.get("model") == config.student.model:
+    keys, student, corpus = [*free_keys(config)], config.student, recorded.get("corpus")
+    if isinstance(corpus, Mapping) and corpus.get("source") != [*config.corpus.source]:
+        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        keys += ["corpus.source"] * same
+    if student is None or (recorded.get("student") or {}).get("model") == student.model:
         return keys
     from rekindle.train.record.identity import began_with
 
-    return [*keys, "student.model"] if began_with(run, config.student) else keys
+    return [*keys, "student.model"] if began_with(run, student) else keys
 
 
 def begun_in(out: Path) -> str | None:

@@ -13,6 +13,7 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
+from rekindle.train.record.identity import as_run_began
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
@@ -47,9 +48,12 @@ def train_from_config(
             wait = f"wait {values['data_wait']:.1%}"
             task.note(" · ".join([f"loss {values['loss']:.3f}", task.rates(), wait, *terms]))
 
+        if resume:
+            begun = config
+            config = world.decide(lambda: as_run_began(begun, out))
         result = train_student(
             cache,
-            student,
+            config.needed_student(),
             config.train,
             out,
             masked_view=student_view(cache, config),

@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from rekindle.data.former import Formerly
 from rekindle.data.places import Place
 from rekindle.data.settings import Free, MayChange, Settings, parse_settings
 from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import (
+    USUAL_WARMUP,
     Amount,
     Count,
     Positive,
@@ -292,7 +294,7 @@ class TrainConfig(Settings):
         None, description="at most so many sequences per forward pass; null: the whole batch"
     )
     learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
-    warmup_steps: int = Field(
+    warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
         ge=0,
         default_factory=lambda given: usual_warmup(given.get("steps", 1)),
         description="steps of linear warm-up, fewer than steps; left out: a tenth of the steps, at "

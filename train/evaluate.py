@@ -22,6 +22,8 @@ from rekindle.train.objective.selection import at_masked_positions
 from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
 from rekindle.train.student import Student
 
+MEASURE = 2  # of kl and agreement: 1 took a sample for its teacher, and all that is kept, not k
+
 
 @dataclass(frozen=True)
 class EvaluationData:
@@ -36,6 +38,7 @@ class EvaluationData:
     methods: tuple[Method, ...] = ()
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
     k: Mapping[str, int | None] = field(default_factory=dict)  # of a teacher's candidates, trained
+    as_once: bool = False  # as runs that were begun before MEASURE 2 began
 
     def batches(self) -> Iterator[Batch]:
         """Read them, batch by batch."""
@@ -114,7 +117,7 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
     """Return every value, in the mean over what it counts."""
     totals: dict[str, NDArray[np.float64]] = {}
     for batch in data.batches():
-        values = run(_batch_sums, batch, device, data.k)
+        values = run(_batch_sums, batch, device, {} if data.as_once else data.k, data.as_once)
         for method in data.methods:
             own = run(method.evaluate, batch, device)
             values |= {f"{method.name}/{name}": value for name, value in own.items()}
@@ -124,7 +127,11 @@ def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, fl
 
 
 def _batch_sums(
-    student: Student, batch: Batch, device: torch.device, k: Mapping[str, int | None]
+    student: Student,
+    batch: Batch,
+    device: torch.device,
+    k: Mapping[str, int | None],
+    as_once: bool,
 ) -> Sums:
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     rows = language_rows(batch, student.task, device)
@@ -136,7 +143,7 @@ def _batch_sums(
             if target.info.task == student.task and len(target.rows):
                 places = rows.match(target, batch.input_ids.shape[1])
                 found = hidden[torch.from_numpy(places).to(device)]
-                sums |= _vocabulary_sums(name, student, found, target, k.get(name), device)
+                sums |= _vocabulary_sums(name, student, found, target, k.get(name), device, as_once)
         elif isinstance(target, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, target, device)
     return sums
@@ -149,17 +156,18 @@ def _vocabulary_sums(
     target: TokenTargetBatch,
     k: int | None,
     device: torch.device,
+    as_once: bool,
 ) -> Sums:
     head = student.output_head
     temperature = target.kind.read_at
     targets = kd_targets(target, temperature, k, device)
     kd = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
-    if target.kind.sampled and temperature == 1.0:
+    if target.kind.sampled and temperature == 1.0 and not as_once:
         kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     best = sparse.probs.max(dim=1)
-    sure = best.values > target.kind.sure_above
+    sure = best.values > (0.0 if as_once else target.kind.sure_above)
     top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
     agree = int(((torch.cat(blocks) == top) & sure).sum())
     return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}

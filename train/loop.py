@@ -48,6 +48,7 @@ from rekindle.train.record.identity import (
     check_run,
     is_finished,
     keys_that_may_change,
+    measures_as_once,
     read_summary,
     recorded_extent,
     student_files,
@@ -153,6 +154,8 @@ def _begin(
     prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
+    if world.decide(lambda: resume and measures_as_once(out)):
+        prepared = prepared.measured_as_once()
     free = keys_that_may_change(student_config, config)
 
     def look() -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
-from rekindle.train.evaluate import EvaluationData
+from rekindle.train.evaluate import MEASURE, EvaluationData
 from rekindle.train.growth.student import grow_student
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
@@ -48,6 +48,12 @@ class Prepared:
     held_out: EvaluationData
     tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
     ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
+
+    def measured_as_once(self) -> "Prepared":
+        """The same for a run that was begun before ``evaluate.MEASURE`` 2: one run, one measure."""
+        cache = {key: value for key, value in self.about["cache"].items() if key != "measured"}
+        held_out = replace(self.held_out, as_once=True)
+        return replace(self, about={**self.about, "cache": cache}, held_out=held_out)
 
 
 def prepare(
@@ -247,6 +253,16 @@ def _compile(student: Student) -> None:
         block.compile()
 
 
+def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:
+    """By which rule held-out values are measured of the teachers for which there are several."""
+    with_k = {name for term in config.objective.distill if term.k for name in term.teachers}
+    return {
+        name: MEASURE
+        for name, info in sorted(objective.teachers.items())
+        if info.is_vocabulary and (name in with_k or vocabulary_kind(info).sampled)
+    }
+
+
 def describe_run(
     cache: Cache,
     student: StudentConfig,
@@ -278,6 +294,7 @@ def describe_run(
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
             # Of those whose targets are used: the others' weights are 0 at every step.
             "teacher_seconds": {name: teachers[name].seconds for name in taught},
+            "measured": _measured(config, objective),
             **replicas,
             "targets": {name: one.model_dump() for name, one in sorted(kept.items())},
             **({"teacher_views": views} if views else {}),

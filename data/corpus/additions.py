@@ -11,7 +11,6 @@ A description has the size and a checksum of samples of every source file, by th
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from itertools import count, pairwise
 from typing import cast
 
 from rekindle.data.corpus.config import (
+    UNSTATED,
     CorpusConfig,
     CorpusInfo,
     PackingFacts,
@@ -37,6 +37,7 @@ from rekindle.data.corpus.source_states import (
 from rekindle.data.corpus.sources import Origin
 from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
+from rekindle.data.places import same_place
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.shards import Commit
 from rekindle.data.storage.store import Store
@@ -159,22 +160,30 @@ def claim_addition(
     new = as_begun(info["config"], last.config)
     if new != info["config"]:
         log.info("corpus: it was begun without end-of-text tokens, and goes on so")
-    present = _present_or_none(config, last)
-    read, added = ([], []) if present is None else found_again(last.order, last.sources, present)
+    present = _present_or_none(config.source, last)
+    unknown = sorted(last.sources.keys() - {*last.order})
+    order = (*last.order, *unknown)
+    read, added = ([], []) if present is None else found_again(order, last.sources, present)
     last = replace(last, origins=(*read, *added))
     # Where the files are is no part of what the corpus is made of: they were found by content.
     keys = (last.config.keys() | new.keys()) - {"source"}
     changed = sorted(k for k in keys if last.config.get(k) != new.get(k))
-    if not changed and not added:
+    if not changed and not added and not (unknown and last.shards is None):
         return last
     if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
-        shown = (f"{k}: {last.config.get(k)!r} there, {new.get(k)!r} here" for k in changed)
+        old, now = UNSTATED | last.config, UNSTATED | new
+        shown = (f"{k}: {old.get(k)!r} there, {now.get(k)!r} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
+    if unknown:
+        raise CacheMismatchError(
+            f"{store.location} does not say in which order its {len(order)} source files were read "
+            f"(it is of an older version; where {unknown[0]} stood in {last.config['source']} "
+            "cannot be known), so nothing can come after them. Use another cache.path"
+        )
     shards, sequences = grown()
     if present is None:
-        sources, order = last.sources, last.order
-    else:
-        sources, order = states_of(present), tuple(origin.place for origin in last.origins)
+        present = look_at(config.source)  # which says what is not there
+    sources, order = states_of(present), tuple(origin.place for origin in last.origins)
     return Addition(last.number + 1, new, sources, order, shards, sequences, origins=last.origins)
 
 
@@ -238,14 +247,34 @@ def _longer(old: PackingFacts, new: PackingFacts) -> bool:
     return before is not None and (after is None or after > before)
 
 
-def _present_or_none(config: CorpusConfig, last: Addition) -> list[Present] | None:
+def is_same_source(store: Store, source: Sequence[str]) -> bool:
+    """Whether ``source`` is what the corpus in ``store`` was read from, and no more, however it is
+    written.
+    """
+    additions = read_additions(store)[0]
+    if not additions:
+        return False
+    last = additions[-1]
+    try:
+        present = _present_or_none(source, last)
+        return present is None or not found_again(last.order, last.sources, present)[1]
+    except (InputError, CacheMismatchError):
+        return False
+
+
+def _present_or_none(source: Sequence[str], last: Addition) -> list[Present] | None:
     """What the source stands for; None where it is gone from its place, and no more needed."""
     try:
-        return look_at(config.source)
-    except InputError:
-        recorded = [os.path.expanduser(entry) for entry in last.config["source"]]
-        if last.shards is None or list(config.source) != recorded:
+        return look_at(source)
+    except InputError as error:
+        recorded = last.config["source"]
+        if last.shards is None:
             raise
+        if not same_place(list(source), recorded):
+            raise InputError(
+                f"{error}. Or, as the corpus in the cache is complete, corpus.source as it was: "
+                f"[{', '.join(recorded)}], whether that is there or not"
+            ) from None
         log.info("the corpus source is no longer there; going on with the corpus in the cache")
         return None
 

@@ -3,6 +3,7 @@ and among new ones they are the same files.
 """
 
 import fnmatch
+import glob
 import logging
 import os
 from collections import deque
@@ -53,21 +54,37 @@ def _state_of(path: str) -> State:
 
 def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
     """In which order a ``source`` was read whose files had these ``states``: what corpora that did
-    not record it are taken to have. A glob's files were sorted, sealed records have sorted keys.
+    not record it are taken to have. A glob's files were sorted. Files of no entry are left out:
+    where they were read cannot be known.
     """
     order: dict[str, None] = {}
     for entry in source:
-        path = os.path.expanduser(entry)
-        pattern = path.replace("**/", "*")  # ``*`` of fnmatch crosses folders
-        files = sorted(
-            known
-            for known in states
-            if known == path
-            or known.startswith(f"{path.rstrip('/')}/")
-            or fnmatch.fnmatchcase(known, pattern)
+        files = _files_of(os.path.expanduser(entry), states)
+        if not files and entry.startswith("~"):  # whose home it was is not known
+            files = _files_of(f"**/{entry.partition('/')[2]}", states)
+        no_path = not (
+            glob.has_magic(entry) or entry[:1] in "/~." or recorded_origin(entry).is_file
         )
-        order |= dict.fromkeys(files or [entry])
-    return (*order, *sorted(states.keys() - order.keys()))
+        order |= dict.fromkeys(files or [entry] * no_path)
+    return tuple(order)
+
+
+def _files_of(entry: str, states: States) -> list[str]:
+    below = f"{entry.rstrip('/')}/"
+    if named := sorted(known for known in states if known == entry or known.startswith(below)):
+        return named
+    pattern, folder = entry.rstrip("/").split("/"), not glob.has_magic(entry.removeprefix("**/"))
+    return sorted(known for known in states if _is_of(known.split("/"), pattern, folder))
+
+
+def _is_of(path: Sequence[str], pattern: Sequence[str], folder: bool) -> bool:
+    """Whether the parts of a path are those of a pattern; or lie below, if that is a folder's."""
+    if not pattern:
+        return folder or not path
+    if pattern[0] == "**":
+        return any(_is_of(path[count:], pattern[1:], folder) for count in range(len(path) + 1))
+    alike = bool(path) and fnmatch.fnmatchcase(path[0], pattern[0])
+    return alike and _is_of(path[1:], pattern[1:], folder)
 
 
 def found_again(

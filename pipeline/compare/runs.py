@@ -22,6 +22,10 @@ from rekindle.train.record.run_log import read_metrics
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
 SPEED = "tokens_per_second"
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+MEASURED_NOTE = (
+    "kl/… and agreement/… of {names} are measured otherwise in runs that older versions began: not "
+    "ranked"
+)
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
 # Where these differ, held-out values are of other positions, or of another loss.
@@ -111,6 +115,8 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         for number, (one, name) in enumerate(zip(found, names, strict=True))
     ]
     positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
+    otherwise = _measured_otherwise(found)
+    measured = [MEASURED_NOTE.format(names=", ".join(otherwise))] if otherwise else []
     curves = [] if positions else [run.curve for run in runs]
     by_domain = [
         (run.name, run.evaluation, one.settings["train"].get("domains") or [])
@@ -119,8 +125,8 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     return Comparison(
         corpus,
         runs,
-        _best(runs, evaluations=not positions + teachers),
-        positions + teachers,
+        _best(runs, not positions + teachers, otherwise),
+        positions + teachers + measured,
         match_steps(curves),
         match_cost(curves),
         matrix_of(by_domain),
@@ -282,6 +288,15 @@ def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
         yield f"not the same teacher in all runs: {changed}"
 
 
+def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
+    """The teachers whose held-out values are by another rule in some of the runs that have them."""
+    rules: dict[str, set[object]] = {}
+    for one in found:
+        for name in one.cache["teachers"]:
+            rules.setdefault(name, set()).add(one.cache.get("measured", {}).get(name))
+    return [name for name, known in rules.items() if len(known) > 1]
+
+
 def values_of(run: RunFacts) -> dict[str, float]:
     """What a run is judged by, under the names that ``Comparison.best`` has."""
     values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
@@ -290,12 +305,16 @@ def values_of(run: RunFacts) -> dict[str, float]:
     return values
 
 
-def _best(runs: Sequence[RunFacts], evaluations: bool) -> dict[str, list[str]]:
+def _best(
+    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str]
+) -> dict[str, list[str]]:
     """The best finished runs for each value that several have, and not all the same: the most of
-    speed, scores, agreement and what methods say of their own values, else the least.
+    speed, scores, agreement and what methods say of their own values, else the least. Not of
+    teachers that are measured ``otherwise`` in some.
     """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
+    left_out |= {f"{what}/{name}" for name in otherwise for what in ("kl", "agreement")}
     best = {}
     for name in dict.fromkeys(name for run in finished for name in values_of(run)):
         upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)

@@ -156,4 +156,13 @@ def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, objec
     # The setting may be "auto"; where it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
     own = {name: getattr(one, name) for name in names} | {"files": one.splits}
+    if one.metric == "f1":
+        own["positive"] = _positive(one)
     return own | precision | settings
+
+
+def _positive(one: FineTuned) -> str | None:
+    """The class whose F1 counts; to older versions it was the second of two, whatever its name."""
+    if "positive" in one.config or len(one.label_names) != 2:
+        return one.positive
+    return one.label_names[1]

@@ -20,10 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.sources import source_files
-from rekindle.data.errors import CheckpointError
-from rekindle.data.settings import parse_settings, with_defaults
+from rekindle.data.errors import CheckpointError, naming
+from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER, compare_runs
@@ -37,7 +40,11 @@ from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
+from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
+
+ELSEWHERE = "give another --out"
+_SAY = "say what they mean (finetune.problem, label_column, drop_labels, positive, …)"
 
 
 def run_cycle(
@@ -61,6 +68,12 @@ def run_cycle(
     if not config.cache.path:
         cache_here = config.cache.model_copy(update={"path": str(home / "cache")})
         config = config.model_copy(update={"cache": cache_here})
+    if (begun := read_record(home / CYCLE_FILE, ELSEWHERE)) is not None:
+        with reading(home / CYCLE_FILE, ELSEWHERE):
+            was = as_begun(config, begun["settings"])
+        if was is not config:
+            with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
+                config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
@@ -123,18 +136,27 @@ def _look(
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
         source_files(config.corpus.source)  # later on the text may be gone: it is in the cache
         return
-    found = read_record(home / CYCLE_FILE, "give another --out") or {}
-    with reading(home / CYCLE_FILE, "give another --out"):
+    found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
+    with reading(home / CYCLE_FILE, ELSEWHERE):
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it is not of a cycle")
-        before = with_defaults(CycleConfig, found["settings"]) | {"tasks": _tasks_of(found)}
-        now = {**about["settings"], "tasks": _tasks_of(about)}
+        older = "problem" not in found["settings"]["finetune"]
+        found["settings"] = with_defaults(CycleConfig, found["settings"])
+        before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
     # Arms may be added; the others only describe, and older versions did not record them.
     described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
-    free = ("arms", "about", "corpus.on_bad_record", *described)
-    check_same(home, before, now, rule, free)
+    if "start" in found:  # which says more than the place
+        described += ["student.model", "corpus.tokenizer"]
+    if before["corpus"] != now["corpus"]:
+        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        described += ["corpus.source"] * same
+    if older:  # What its files mean was no setting; what was made of them is held against them.
+        rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
+        places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
+        described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
+    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     if start != about["start"]:
         raise CheckpointError(

@@ -10,14 +10,14 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import with_defaults
+from rekindle.data.former import as_begun
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -46,7 +46,7 @@ def run_stages(
     """
     results = []
     with join_world() as world, ExitStack() as held:  # by the main process: the folder
-        stages = world.agree(lambda: plan_stages(config, out))
+        stages = world.agree(lambda: _planned(config, out, resume))
         folder = open_folder(out, lambda: _look(out, stages, resume))
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
@@ -77,6 +77,17 @@ def _write_text(stage: Stage) -> None:
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
 
 
+def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
+    """The stages, with the former defaults that they were begun with."""
+    recorded = (resume and read_runs(out, STAGES_FILE)) or {}
+    stages = []
+    for stage in plan_stages(config, out):
+        begun = recorded.get(stage.name, {}).get("config", {})
+        written = as_begun(stage.written, begun, say=False)
+        stages.append(replace(stage, config=as_begun(stage.config, begun), written=written))
+    return stages
+
+
 # --- the directory --------------------------------------------------------------------------------
 
 
@@ -103,8 +114,7 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's configuration with its prompts."""
-    config = with_defaults(RunConfig, record.get("config", {}))
-    return {**config, "stages": [], "write_prompts": record.get("write_prompts")}
+    return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:

@@ -8,11 +8,12 @@ Every student is held against the cache before the first one is trained.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
-from rekindle.data.settings import with_defaults
+from rekindle.data.former import as_begun
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.pipeline.builtin.missing import make_missing
@@ -68,18 +69,8 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
     sections = set(SECTIONS)
     now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
-    whole = {
-        name: {key: with_defaults(config, run[key]) for key, config in SECTIONS.items()}
-        for name, run in recorded.items()
-    }
-    # What only the record has is of an older version.
-    known = {key: now[runs[0].name][key].keys() for key in SECTIONS}
-    before = {
-        name: {key: {k: run[key].get(k) for k in known[key]} for key in SECTIONS}
-        for name, run in whole.items()
-    }
     stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
-    check_same_runs(out, before, now, stranger, rule, {run.name: run.config for run in runs})
+    check_same_runs(out, recorded, now, stranger, rule, {run.name: run.config for run in runs})
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -105,6 +96,8 @@ def run_sweep(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
         )
+    if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
+        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, {}))) for r in runs]
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})

@@ -8,15 +8,26 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.errors import CacheMismatchError, CacheVersionError
+from rekindle.data.corpus.corpus import build_corpus
+from rekindle.data.corpus.remarks import end_of_text, special_names
+from rekindle.data.errors import (
+    CacheMismatchError,
+    CacheVersionError,
+    CheckpointError,
+    InputError,
+)
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage import manifest
+from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.inputs import check_start
 from rekindle.train.record.identity import VERSION
 from testlib.extending import assert_kept, files_of
 from testlib.students import TIMES, metrics
@@ -46,7 +57,7 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2"]
+    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2", "cache-v3"]
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
@@ -80,6 +91,17 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     about = json.loads((out / "run.json").read_text())
     assert about["version"] == VERSION
     assert about["cache"]["targets"] == {"lm": {"k": 9, "part": "k9"}}
+
+
+def test_the_newest_holds_what_is_new_in_it():
+    corpus = Cache.open(HERE / "cache-v3").corpus
+    facts = corpus.info["tokenizer"]
+    ids = np.concatenate([corpus.shard(0).table()["input_ids"].combine_chunks().flatten()])
+    assert facts["holes"]
+    assert ids.max() > facts["holes"][0][1] - 1  # a token above the gap
+    assert end_of_text(corpus) == facts["eos_id"]
+    assert end_of_text(corpus) in ids
+    assert special_names(corpus) == 1
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)
@@ -119,3 +141,112 @@ def test_an_old_cache_is_extended_as_it_was_made_and_is_of_this_version_then(
     monkeypatch.setattr(manifest, "FORMAT_VERSION", 2)
     with pytest.raises(CacheVersionError, match=r"cache format 3; this version.*formats 1 to 2"):
         Cache.open(copy)
+
+
+# --- begun by an older version, and not finished --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun_home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("begun")
+    module_of("make_begun").make_home(home)
+    return home
+
+
+@pytest.fixture
+def begun(begun_home, tmp_path):
+    """begun(which, folder) -> the home of what that version began, as far as its record says it."""
+    made = module_of("make_begun")
+
+    def put(which, version="begun-1", settled=lambda record: None):
+        home = Path(shutil.copytree(begun_home, tmp_path / "home"))
+        text = (HERE / version / made.OUTS[which]).read_text()
+        record = json.loads(text.replace("HOME", str(home)).replace("GOLDEN", str(HERE)))
+        if which == "cycle":
+            record["start"] = check_start(parse_settings(CycleConfig, made.cycle(home)))
+        settled(record)
+        for name in ("first", "second"):
+            (home / which / name).mkdir(parents=True)
+        (home / which / made.OUTS[which]).write_text(json.dumps(record))
+        return home
+
+    return put
+
+
+@pytest.mark.parametrize("which", ["cycle", "stages", "sweep"])
+def test_what_was_begun_goes_on_as_it_was_begun(which, begun):
+    made, home = module_of("make_begun"), begun(which)
+    made.begin(home, which)
+    if which == "cycle":
+        about = json.loads((home / which / "cycle.json").read_text())
+        assert about["settings"]["finetune"]["max_length"] == 128  # the default that it had
+        assert about["settings"]["train"]["warmup_steps"] == 100
+        made.begin(home, which)
+
+
+@pytest.mark.parametrize("which", ["cycle", "stages"])
+def test_other_words_for_the_same_source_and_model_go_on(which, begun, monkeypatch):
+    made, home = module_of("make_begun"), begun(which)
+    monkeypatch.setenv("HERE", str(home))
+    cache = home / "cycle" / "cache" if which == "cycle" else home / "cache"
+    config = parse_settings(CycleConfig, made.cycle(home)).corpus
+    build_corpus(LocalStore(cache), config, 16)
+    (home / "moved").mkdir()
+    (home / "text.jsonl").rename(home / "moved" / "words.jsonl")
+
+    def written(source):
+        return lambda values: values["corpus"].update(source=[source])
+
+    made.begin(home, which, written("$HERE/moved/*.jsonl"))
+    (home / "moved" / "words.jsonl").unlink()
+    made.begin(home, which, written("$HERE/moved/*.jsonl"))
+    with pytest.raises(CheckpointError, match=r"corpus\.source"):
+        made.begin(home, which, written(str(home / "train.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "words"),
+    [
+        ("cycle", {"finetune": {"epochs": 2}}, r"finetune\.epochs: 1 there, 2 here"),
+        ("cycle", {"finetune": {"max_length": None}}, r"max_length: 128 there, None here"),
+        ("cycle", {"finetune": {"problem": "regression"}}, "is no number"),
+        ("cycle", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
+        ("stages", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
+        ("stages", {"student": {"grow": {"layers": 3}}}, r"grow\.layers: 2 there, 3 here"),
+        ("sweep", {"student": {"grow": {"layers": 2, "noise_std": 0.1}}}, r"noise_std: 0.0 there"),
+    ],
+)
+def test_what_differs_from_what_was_begun_is_named(which, change, words, begun):
+    made, home = module_of("make_begun"), begun(which)
+
+    def put(values):
+        for section, keys in change.items():
+            values[section] |= keys
+
+    error = InputError if words == "is no number" else CheckpointError
+    with pytest.raises(error, match=words):
+        made.begin(home, which, put)
+
+
+def test_a_warm_up_that_is_allowed_no_more_ends_with_what_can_be_done(begun):
+    """As long as the cycle's students train."""
+
+    def short(record):
+        record["settings"]["train"]["steps"] = 50
+
+    home = begun("cycle", settled=short)
+    with pytest.raises(InputError, match=r"cannot go on as an older.*another --out: .*steps 50"):
+        module_of("make_begun").begin(
+            home, "cycle", lambda values: values["train"].update(steps=50)
+        )
+
+
+@pytest.mark.parametrize("which", ["stages", "sweep"])
+def test_noise_as_it_was_once_asks_for_the_version_that_began_it(which, begun):
+    def noisy(record):
+        for one in record.get("runs", []) + [s["config"] for s in record.get("stages", [])]:
+            one["student"]["grow"]["noise"] = 0.05
+
+    home = begun(which, settled=noisy)
+    with pytest.raises(CheckpointError, match=r"older version.*grow\.noise: 0\.05 there.*another"):
+        module_of("make_begun").begin(home, which)

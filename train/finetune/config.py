@@ -1,9 +1,10 @@
 """What the configuration says of fine-tuning and scoring. Torch is not imported here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from rekindle.data.former import Formerly
 from rekindle.data.places import Place
 from rekindle.data.settings import Settings
 from rekindle.train.schedules import Seed
@@ -76,7 +77,7 @@ class FinetuneConfig(TaskSettings):
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
-    max_length: int | None = Field(
+    max_length: Annotated[int | None, Formerly(128)] = Field(
         None,
         ge=4,
         description="tokens per example; longer ones are cut, also to what the model takes; null: "

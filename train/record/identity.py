@@ -6,11 +6,13 @@ its record says nothing of them, what is there now is taken for what was there t
 
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import Settings, free_keys, parse_settings
+from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
 from rekindle.train.config import StudentConfig, TrainConfig
@@ -32,6 +34,7 @@ STUDENT_FILES = "student_files"
 START_AGAIN = "start a new run in another --out"
 
 About = Mapping[str, Any]
+S = TypeVar("S", bound=Settings)  # with the sections of a run
 
 
 def student_files(config: StudentConfig) -> dict[str, str]:
@@ -57,6 +60,20 @@ def recorded_extent(run: Path) -> Extent:
         return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
 
 
+def measures_as_once(run: Path) -> bool:
+    """Whether the run's record says nothing of the rule by which its values are measured."""
+    found = _read(run)
+    with reading(run / RUN_FILE, START_AGAIN):
+        return found is not None and "measured" not in found["cache"]
+
+
+def as_run_began(config: S, run: Path) -> S:
+    """``config`` with the former defaults that the run in ``run`` was begun with."""
+    found = _read(run) or {}
+    with reading(run / RUN_FILE, START_AGAIN):
+        return as_begun(config, found)
+
+
 def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:
     """Return whether ``run`` holds the run ``about`` to go on with; False where it is free.
 
@@ -68,7 +85,10 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         return False
     with reading(run / RUN_FILE, START_AGAIN):
         found = _read(run) or {}
-        now = {name: dict(section) for name, section in about.items()}
+        now = {
+            name: _with_defaults(name, section) if name in SECTIONS else dict(section)
+            for name, section in about.items()
+        }
         recorded = {name: _with_defaults(name, found[name]) for name in now if name in SECTIONS}
         recorded["cache"] = {key: now["cache"][key] for key in EXTENT if key in now["cache"]}
         recorded["cache"] |= found["cache"]
@@ -126,20 +146,16 @@ def _read(run: Path) -> dict[str, Any] | None:
 
 
 def _with_defaults(part: str, recorded: About) -> About:
-    """A recorded section with the defaults of keys that are younger than the run."""
-    try:
-        values = parse_settings(SECTIONS[part], recorded).model_dump(mode="json", by_alias=True)
-        if part == "train":
-            terms = values["objective"]["methods"]
-            values["objective"]["methods"] = [_method_with_defaults(term) for term in terms]
-        return values
-    except InputError:
-        return recorded
-
-
-def _method_with_defaults(term: About) -> dict[str, object]:
-    settings = find_method(str(term["method"])).Settings
-    return parse_settings(settings, term).model_dump(mode="json", by_alias=True)
+    """A recorded section with the defaults of keys that are younger than the run; methods have
+    some of their own.
+    """
+    values = with_defaults(SECTIONS[part], recorded)
+    if part == "train":
+        terms = values["objective"]["methods"]
+        with suppress(InputError):  # there is no such method here
+            settings = [find_method(str(term["method"])).Settings for term in terms]
+            values["objective"]["methods"] = list(map(with_defaults, settings, terms))
+    return values
 
 
 # --- finished -------------------------------------------------------------------------------------

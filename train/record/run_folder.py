@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.places import same_place
 from rekindle.data.storage.atomic import is_temporary, remove_leftovers
 
 log = logging.getLogger("rekindle")
@@ -96,24 +97,33 @@ def check_same(
     Of ``free`` keys, dotted, any may differ; a path may be written otherwise. ``rule`` says what to
     do.
     """
-    for key, (there, here) in differences([before, json.loads(json.dumps(now))]).items():
+    now = json.loads(json.dumps(now))
+    for key, (there, here) in differences([before, now]).items():
         may_differ = any(f"{key}.".startswith(f"{one}.") for one in free)
-        if not may_differ and not same_place(there, here):
-            found = f"{key}: {there!r} there, {here!r} here"
-            raise CheckpointError(f"{where} was begun with another configuration ({found}). {rule}")
+        if may_differ or same_place(there, here):
+            continue
+        found = f"{key}: {there!r} there, "
+        if here is None and not _has(now, key):
+            raise CheckpointError(
+                f"{where} was begun by an older version of Rekindle, with a setting that this one "
+                f"does not have ({found}none here). Finish it with the version that began it, or "
+                "begin again in another --out"
+            )
+        raise CheckpointError(
+            f"{where} was begun with another configuration ({found}{here!r} here). {rule}"
+        )
 
 
-def same_place(one: object, other: object) -> bool:
-    """Whether two paths, or lists of them, as they are written, are of the same files."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(same_place, one, other))
-    if one == other or not isinstance(one, str) or not isinstance(other, str):
-        return one == other
-    here, there = (Path(path).expanduser() for path in (one, other))
-    try:
-        return here.exists() and here.resolve() == there.resolve()
-    except (OSError, ValueError):  # no path at all
-        return False
+def _has(settings: object, key: str) -> bool:
+    """Whether nested settings have a dotted key."""
+    for part in key.split("."):
+        if isinstance(settings, list):
+            settings = dict(enumerate(settings)).get(int(part))
+        elif not isinstance(settings, Mapping) or part not in settings:
+            return False
+        else:
+            settings = settings[part]
+    return True
 
 
 def differences(

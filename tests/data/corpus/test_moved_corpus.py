@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.corpus import additions
+from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.source_states import usual_order
@@ -243,6 +245,64 @@ def test_the_usual_order_is_that_of_the_entries_and_sorted_within_a_glob():
         "owner/name",
         "z.jsonl",
     )
+
+
+def test_an_order_that_was_not_recorded_is_that_of_globs_and_of_whatever_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/new")
+    files = ("t/a.txt", "t/z.txt", "t/sub/m.txt", "/home/old/c/x.txt", "/home/old/b.txt", "q/o.txt")
+    states = {path: [1, "x"] for path in files}
+    source = ["t/*.txt", "~/c/*", "~/b.txt", "t/sub/*.txt", "~/none.txt"]
+    assert usual_order(source, states) == (
+        "t/a.txt",
+        "t/z.txt",
+        "/home/old/c/x.txt",
+        "/home/old/b.txt",
+        "t/sub/m.txt",
+    )
+    assert usual_order(["t/*"], states) == ("t/a.txt", "t/z.txt")
+    assert usual_order(["t/**"], states) == ("t/a.txt", "t/sub/m.txt", "t/z.txt")
+
+
+@pytest.mark.parametrize("stop", [1, None])
+def test_where_the_order_is_not_recorded_and_cannot_be_known_nothing_comes_after(
+    tmp_path, build, stop
+):
+    folder = write(tmp_path / "texts", (1, 2))
+    with suppress(KeyboardInterrupt):
+        build(folder / "*.jsonl", stop=stop)
+    path = tmp_path / "cache/corpus/corpus.json"
+    body = read_sealed(LocalStore(tmp_path / "cache"), "corpus/corpus.json")
+    older = {key: value for key, value in body.items() if key not in ("order", SEAL)}
+    older["config"] = {**older["config"], "source": [str(folder / "part-1.jsonl")]}
+    path.write_bytes(seal(older))
+    if stop is None:  # nothing is missing
+        assert build(folder / "*.jsonl")[1] == 0
+        write(folder, (3,))
+    before = path.read_bytes()
+    with pytest.raises(CacheMismatchError, match=r"in which order.*part-2\.jsonl stood"):
+        build(folder / "*.jsonl")
+    assert path.read_bytes() == before
+
+
+def test_a_finished_corpus_whose_source_is_gone_goes_on_however_that_is_written(
+    tmp_path, build, monkeypatch
+):
+    folder = write(tmp_path / "texts", (1,))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    begun = rows(build(folder / "*.jsonl", limit_sequences=8)[0])
+    store = LocalStore(tmp_path / "cache")
+    assert is_same_source(store, ["texts/*"])
+    write(folder, (2,))
+    assert not is_same_source(store, ["texts/*"])
+    folder.rename(tmp_path / "other")
+    for source in ("~/texts/*.jsonl", "texts/*.jsonl"):
+        assert rows(build(source, limit_sequences=8)[0]) == begun
+        assert is_same_source(store, [source])
+        with pytest.raises(InputError, match="neither a file"):
+            build(source)  # a longer one needs it
+    with pytest.raises(InputError, match=r"as it was: \[.*texts/\*\.jsonl\]"):
+        build("nowhere/*.jsonl", limit_sequences=8)
 
 
 def test_a_file_that_is_named_twice_is_read_once_and_that_is_said(tmp_path, build, caplog):

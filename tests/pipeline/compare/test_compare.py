@@ -476,6 +476,19 @@ def test_values_that_do_not_compare_have_a_note_and_no_best(write, values, words
     assert comparison.best == {"tokens_per_second": ["a"]}
 
 
+def test_values_of_another_measure_have_a_note_and_are_not_ranked(write):
+    runs = [write("a", loss=4.0), write("b", speed=50.0)]
+    record = json.loads((runs[0] / "run.json").read_text())
+    record["cache"]["measured"] = {"lm": 2}
+    (runs[0] / "run.json").write_text(json.dumps(record))
+    comparison = compare_runs(runs)
+    assert comparison.notes == [
+        "kl/… and agreement/… of lm are measured otherwise in runs that older versions began: not "
+        "ranked"
+    ]
+    assert comparison.best == {"loss": ["a"], "tokens_per_second": ["a"]}
+
+
 def test_a_task_with_the_same_language_loss_compares(write):
     student = {"task": "replaced_token_detection"}
     comparison = compare_runs([write("a", loss=4.0), write("b", student=student)])

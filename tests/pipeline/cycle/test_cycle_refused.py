@@ -26,6 +26,17 @@ def test_another_budget_is_refused_with_both_folders(out, key, value):
         read_results(out)
 
 
+@pytest.mark.parametrize(("positive", "same"), [("yes", True), ("no", False)])
+def test_f1_of_another_class_than_older_results_have_is_refused(out, positive, same):
+    path = out / "fine-tuned/kd/mrpc/metrics.json"
+    edit(path, lambda m: m.update(positive=positive, config=m["config"] | {"positive": None}))
+    if same:
+        assert read_results(out).differences
+        return
+    with pytest.raises(CheckpointError, match="cannot be compared: positive is 'yes' in the first"):
+        read_results(out)
+
+
 def test_longer_must_be_twice_as_long(out):
     path = out / "fine-tuned/longer/cola/metrics.json"
     for epochs in (3, 5, 12):

@@ -76,12 +76,23 @@ def test_a_folder_is_new_or_gone_on_with_or_refused(tmp_path):
                 found(name, resume)
 
 
+def test_a_setting_that_there_is_no_more_asks_for_the_version_that_had_it():
+    before = {"many": [{"x": 1, "old": 0}, {"x": 2, "old": None}]}
+    now = {"many": [{"x": 1, "old": 0}, {"x": 2}]}
+    check_same(Path("here"), before, now, "Do so")
+    before["many"][1]["old"] = 5
+    with pytest.raises(
+        CheckpointError, match=r"older version.*\(many\.1\.old: 5 there, none here\)"
+    ):
+        check_same(Path("here"), before, now, "Do so")
+
+
 @pytest.mark.parametrize(
     ("now", "words"),
     [
         ({"a": 2}, "a: 1 there, 2 here"),
         ({"b": {"c": [1, 2], "d": 1}}, r"b\.d: None there, 1 here"),
-        ({"b": {}}, r"b\.c: \[1, 2\] there, None here"),
+        ({"b": {"c": None}}, r"b\.c: \[1, 2\] there, None here"),
         ({"b": {"c": (1, 3)}}, r"b\.c: \[1, 2\] there, \[1, 3\] here"),
         ({"many": [{"x": 1}, {"x": 3}]}, r"many\.1\.x: 2 there, 3 here"),
         ({"many": [{"x": 1}]}, r"many: \[.*\] there, \[.*\] here"),
