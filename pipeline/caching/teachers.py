@@ -55,6 +55,7 @@ log = logging.getLogger("rekindle")
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
+UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,13 @@ def plan_teacher(
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
-    """The teacher's tokenizer, and how many tokens its model takes; ``settings`` are the model's
-    configuration, if that is loaded.
+    """The teacher's tokenizer, and how many tokens its model takes (UNLIMITED where neither says);
+    ``settings`` are the model's configuration, if that is loaded.
     """
     settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
     tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
     lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
-    return tokenizer, min(length for length in lengths if length is not None)
+    return tokenizer, min(length for length in (*lengths, UNLIMITED) if length is not None)
 
 
 def _count_shared(
