@@ -18,6 +18,7 @@ from itertools import count, pairwise
 from typing import cast
 
 from rekindle.data.corpus.config import (
+    UNSTATED,
     CorpusConfig,
     CorpusInfo,
     PackingFacts,
@@ -170,7 +171,8 @@ def claim_addition(
     if not changed and not added and not (unknown and last.shards is None):
         return last
     if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
-        shown = (f"{k}: {last.config.get(k)!r} there, {new.get(k)!r} here" for k in changed)
+        old, now = UNSTATED | last.config, UNSTATED | new
+        shown = (f"{k}: {old.get(k)!r} there, {now.get(k)!r} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
     if unknown:
         raise CacheMismatchError(

@@ -75,6 +75,9 @@ class PackingFacts(TypedDict):
     special_tokens: NotRequired[Literal["text", "token"]]
 
 
+UNSTATED: dict[str, object] = {"special_tokens": "text"}  # what is meant where nothing is said
+
+
 class TokenizerFacts(TypedDict):
     """What a cache records of the tokenizer beside its files.
 

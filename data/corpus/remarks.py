@@ -32,7 +32,7 @@ def remarks(corpus: Corpus) -> list[str]:
     if count := special_names(corpus):
         tokens = corpus.info["config"].get("special_tokens") == "token"
         lines.append(
-            f"{count:,} documents have names of special tokens in their text, which are read as "
+            f"documents with names of special tokens in their text: {count:,}; they are read as "
             f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
         )
     if bad := corpus.bad_records:

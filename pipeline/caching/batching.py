@@ -18,6 +18,7 @@ from rekindle.data.batch import pad
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.teachers import Teacher
+from rekindle.train.model.padding import set_padding
 from rekindle.train.running_out import is_out_of_memory
 
 log = logging.getLogger("rekindle")
@@ -64,9 +65,10 @@ def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
     if teacher.pad_id is not None:
         return teacher.pad_id
     last = {int(sequence[-1]) for sequence in sequences}
+    chosen = next(i for i in range(len(last) + 1) if i not in last)
     config: Any = teacher.model.config
-    config.pad_token_id = next(i for i in range(len(last) + 1) if i not in last)
-    return int(config.pad_token_id)
+    set_padding(config, chosen)
+    return chosen
 
 
 def run_batches(

@@ -27,6 +27,10 @@ from rekindle.train.model.split_model import OutputHead
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
+# The log-probability of an id that is no token, where all are stored: nothing in any sum, and yet a
+# reverse divergence, which multiplies it with what the student gives the id, stays one of tokens.
+NOTHING = -100.0
+
 # What some kinds need of each row besides its logits: the keys [N,2] that a sample is drawn with,
 # or the ids [N,K] that are stored already, for tails.
 Extra = Tensor | None
@@ -164,7 +168,7 @@ class DenseScorer(Scorer):
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return every log-probability [N,V]."""
-        whole = block.relative - block.normaliser
+        whole = (block.relative - block.normaliser).masked_fill_(block.relative <= LOWEST, NOTHING)
         return {"log_probs": whole[:, : self.info.vocabulary_size]}
 
 

@@ -44,6 +44,7 @@ from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.padding import padding_of
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
@@ -100,7 +101,7 @@ def plan_teacher(
     if config.vocabulary:
         _check_language_model(config, settings, corpus)
         text = settings.get_text_config()
-        width = getattr(settings, "embedding_size", None) or getattr(text, "hidden_size", None)
+        width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
         tokens = _count_shared(corpus, tokenizer, settings, config, views)
         info |= configured(config, views, size, width and int(width), tokens)
         if CODECS[config.targets.codec].compressed:
@@ -264,7 +265,7 @@ class Teacher:
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
-        pad_id = settings.get_text_config().pad_token_id
+        pad_id = padding_of(settings)
         self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
         given = plan.config.batch_tokens
         kind = "cpu" if self.placement.device == "cpu" else "cuda"

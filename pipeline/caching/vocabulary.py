@@ -26,7 +26,7 @@ from rekindle.train.model.split_model import OutputHead
 
 log = logging.getLogger("rekindle")
 
-NEVER = -1e5  # a logit whose exponential is 0 beside any other
+NEVER = -100.0  # a logit that leaves nothing beside a token's; see ``scoring.NOTHING``
 
 
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:

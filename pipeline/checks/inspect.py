@@ -15,6 +15,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
@@ -256,7 +257,7 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
     labels = [in_line(name) for name in info.label_names]
     if isinstance(target, TokenTargets):
-        return text_lines(_token_table(info.name, target, tokenizer), WIDTH)
+        return text_lines(_token_table(info, target, tokenizer), WIDTH)
     if isinstance(target, TokenLabelTargets):
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
@@ -272,7 +273,7 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
     return [f"{info.name}: {', '.join(likeliest)}"]
 
 
-def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table:
+def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", replica {target.replica}"
     texts = PieceTexts(tokenizer.hf)
     # Of a sample there is that of the temperature it was drawn at alone, and it is 0.
@@ -280,10 +281,12 @@ def _token_table(name: str, target: TokenTargets, tokenizer: Tokenizer) -> Table
     rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
         best = zip(target.ids[row, :5].tolist(), target.log_probs[row, :5], strict=True)
-        predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in best)
+        kept = ((id, log_prob) for id, log_prob in best if id >= 0)  # −1: fewer were drawn
+        predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in kept)
         tail = f"{np.exp(log_tail[row]):.3f}"
         gold, rank = texts[int(target.gold_ids[row])], str(target.gold_rank[row])
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
-    head = ("position", "true token", "rank", "top predictions", "tail")
-    title = f"{name}{where}: {len(target.positions)} positions"
+    shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
+    head = ("position", "true token", "rank", shown, "tail")
+    title = f"{info.name}{where}: {len(target.positions)} positions"
     return table_of(title, head, rows, words=len(head))

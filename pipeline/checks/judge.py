@@ -33,6 +33,7 @@ from rekindle.data.targets.codec import NO_TAIL, RANGE, STEP, Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.caching.scoring import NOTHING
 
 Values = NDArray[np.float64]
 # Of fp32: kernels and the order of sums. bf16 keeps 8 bits through all layers, fp16 keeps 11: of 16
@@ -40,7 +41,7 @@ Values = NDArray[np.float64]
 ROUNDING = {"fp32": 1e-3, "fp16": 0.08, "bf16": 0.3}
 DEVIATIONS = 6.0
 FEW = 8  # passes, of which a deviation cannot be measured
-LOWEST = -1e3
+LOWEST = NOTHING / 2
 FAR = RANGE - 1  # nats below the best: past RANGE candidates are stored as if they were there
 LARGEST_ODDS = (NO_TAIL - 2) / STEP
 
@@ -141,7 +142,7 @@ def judge_dense(
     if head is not None:
         reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
         stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
-    # An id that is no token has a logit of some −1e5, in whatever way it is stored.
+    # An id that is no token has a log-probability of about NOTHING, in whatever way it is stored.
     error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
     yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
 

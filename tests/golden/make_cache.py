@@ -1,8 +1,10 @@
 """Makes a golden cache and what it decodes to. Run once per format version; never for an old one.
 
-    python tests/golden/make_cache.py tests/golden/cache-v2
+    python tests/golden/make_cache.py tests/golden/cache-v3
 
-Tiny random models; the bytes need not be reproducible, they are frozen in the repository.
+From version 3 on with gaps in the ids, names of special tokens in a text, and the end-of-text token
+after each document of a tokenizer that only begins one. Tiny random models; the bytes need not be
+reproducible, they are frozen in the repository.
 """
 
 import json
@@ -13,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
@@ -27,7 +31,32 @@ TEXTS = [
     "Rivers rise in the mountains and fall to the sea.",
     "Numbers are small, and light, and they fit into a byte.",
     "The quick student learns from the slow teacher.",
+    "A text may hold [MASK] or [END] as it is written.",
 ]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LIFTED = ("the", "token", "##er", "[END]")  # their ids lie above a gap
+
+
+def train_tokenizer(folder: Path) -> Tokenizer:
+    """WordPiece that puts [CLS] before a text, [END] after none, and has a gap in its ids."""
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(TEXTS, vocab_size=90, min_frequency=1, show_progress=False)
+    found = trainer.get_vocab()
+    words = sorted((n, token) for token, n in found.items() if token not in SPECIAL)
+    chosen = [token for _, token in words if token not in LIFTED]
+    ids = {token: n for n, token in enumerate([*SPECIAL, *chosen])}
+    ids |= {token: len(ids) + 9 + n for n, token in enumerate(LIFTED)}
+    backend = Backend(models.WordPiece(ids, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens([*SPECIAL, "[END]"])
+    cls = ("[CLS]", ids["[CLS]"])
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A", "[CLS] $A $B:1", [cls])
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask", "eos"), [*SPECIAL, "[END]"], strict=True))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": token for name, token in names.items()}
+    ).save_pretrained(folder)
+    return load_tokenizer(str(folder))
 
 
 def main(out: Path) -> None:
@@ -40,11 +69,7 @@ def main(out: Path) -> None:
                 for i, t in enumerate(TEXTS)
             )
         )
-        trainer = BertWordPieceTokenizer(lowercase=True)
-        trainer.train_from_iterator(TEXTS, vocab_size=90, min_frequency=1, show_progress=False)
-        (work / "tokenizer").mkdir()
-        trainer.save_model(str(work / "tokenizer"))
-        tokenizer = load_tokenizer(str(work / "tokenizer"))
+        tokenizer = train_tokenizer(work / "tokenizer")
         shape = {
             "vocab_size": tokenizer.size,
             "hidden_size": 16,
@@ -54,7 +79,7 @@ def main(out: Path) -> None:
             "max_position_embeddings": 32,
             "initializer_range": 0.6,
         }
-        models = {
+        made = {
             "lm": transformers.BertForMaskedLM(transformers.BertConfig(**shape)),
             "expert": transformers.BertForSequenceClassification(
                 transformers.BertConfig(**shape, num_labels=3)
@@ -63,7 +88,7 @@ def main(out: Path) -> None:
                 transformers.BertConfig(**shape, num_labels=4)
             ),
         }
-        for name, model in models.items():
+        for name, model in made.items():
             model.save_pretrained(work / name)
             tokenizer.save(str(work / name))
         teachers = [
@@ -100,7 +125,8 @@ def main(out: Path) -> None:
             ),
         ]
         # Extended afterwards by a longer corpus, a larger k and a further temperature.
-        extended = [{"k": 6}, {"k": 9}, {"k": 9, "temperatures": [1.0, 3.0]}]
+        kept = [{"k": 6}, {"k": 9}, {"k": 9, "temperatures": [1.0, 3.0]}]
+        extended = [{"kind": "topk"} | targets for targets in kept]
         values = {
             "corpus": {
                 "source": [str(work / "docs.jsonl")],

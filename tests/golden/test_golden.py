@@ -8,10 +8,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import build_corpus
+from rekindle.data.corpus.remarks import end_of_text, special_names
 from rekindle.data.errors import (
     CacheMismatchError,
     CacheVersionError,
@@ -55,7 +57,7 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2"]
+    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2", "cache-v3"]
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
@@ -89,6 +91,17 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     about = json.loads((out / "run.json").read_text())
     assert about["version"] == VERSION
     assert about["cache"]["targets"] == {"lm": {"k": 9, "part": "k9"}}
+
+
+def test_the_newest_holds_what_is_new_in_it():
+    corpus = Cache.open(HERE / "cache-v3").corpus
+    facts = corpus.info["tokenizer"]
+    ids = np.concatenate([corpus.shard(0).table()["input_ids"].combine_chunks().flatten()])
+    assert facts["holes"]
+    assert ids.max() > facts["holes"][0][1] - 1  # a token above the gap
+    assert end_of_text(corpus) == facts["eos_id"]
+    assert end_of_text(corpus) in ids
+    assert special_names(corpus) == 1
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)

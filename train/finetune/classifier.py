@@ -27,6 +27,7 @@ from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import check_label_names
 from rekindle.train.model.meta import refuse_shapes
+from rekindle.train.model.padding import padding_of, set_padding
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 
@@ -94,8 +95,7 @@ def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFa
     can embed.
     """
     rows = model_config.get_text_config().vocab_size
-    own = getattr(model_config, "pad_token_id", None)
-    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((number for number in known if number is not None and number < rows), 0)
 
 
@@ -175,7 +175,7 @@ def _load_weights(
     model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
-    config.pad_token_id = _padding_id(config, tokenizer)
+    set_padding(config, _padding_id(config, tokenizer))
     what = f"{model!r} cannot be loaded for text classification"
     advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
     loaded = load_weights(resolve_model(model), CLASSIFIER, torch.float32, what, advice, config)

@@ -97,7 +97,8 @@ BERT = Family(
     },
     norms_after=("attention.output.LayerNorm", "output.LayerNorm"),
     eps="layer_norm_eps",
-    needs={"add_cross_attention": False},
+    # A decoder's transform stands between its body's last norm and its output matrix.
+    needs={"add_cross_attention": False, "is_decoder": False},
 )
 GPT2 = Family(
     types=("gpt2",),

@@ -42,7 +42,12 @@ from rekindle.train.model.folder import (
 from rekindle.train.model.heads import say_unused, use_own_head
 from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
-from rekindle.train.model.padding import COUNT_PAST_PADDING, drop_outside_padding, padding_of_new
+from rekindle.train.model.padding import (
+    COUNT_PAST_PADDING,
+    drop_outside_padding,
+    padding_of,
+    padding_of_new,
+)
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -295,7 +300,7 @@ def longest_input(config: "PretrainedConfig") -> int | None:
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if not limit or limit < 0:
         return None
-    offset = (text.pad_token_id or 0) + 1 if text.model_type in COUNT_PAST_PADDING else 0
+    offset = (padding_of(config) or 0) + 1 if text.model_type in COUNT_PAST_PADDING else 0
     return int(limit) - offset
 
 

@@ -23,6 +23,18 @@ COUNT_PAST_PADDING = (
 )
 
 
+def padding_of(config: "PretrainedConfig") -> int | None:
+    """The padding id; some families' configurations have no such key."""
+    return getattr(config.get_text_config(), "pad_token_id", None)
+
+
+def set_padding(config: "PretrainedConfig", number: int | None) -> None:
+    """Set it, in a text part too: heads read it there."""
+    text = config.get_text_config()
+    for part in {id(config): config, id(text): text}.values():
+        part.pad_token_id = number
+
+
 def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
     """Take a padding id outside the vocabulary out of the configuration that ``where`` holds: no
     weight belongs to it.
@@ -31,7 +43,7 @@ def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
     that numbers its positions from it.
     """
     text = config.get_text_config()
-    padding, rows = text.pad_token_id, getattr(text, "vocab_size", None)
+    padding, rows = padding_of(config), getattr(text, "vocab_size", None)
     if not isinstance(padding, int) or not isinstance(rows, int) or 0 <= padding < rows:
         return
     told = f"{where}: pad_token_id {padding:,} is outside the vocabulary of {rows:,} tokens"
@@ -42,8 +54,7 @@ def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
         )
     if padding != -1:
         _say_once(f"{told}; the model is used without one")
-    for part in {id(config): config, id(text): text}.values():
-        part.pad_token_id = None
+    set_padding(config, None)
 
 
 def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -> None:
@@ -54,7 +65,7 @@ def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -
     where there is no such token, or its positions would not suffice.
     """
     text = config.get_text_config()
-    own, right = text.pad_token_id, tokenizer.hf.pad_token_id
+    own, right = padding_of(config), tokenizer.hf.pad_token_id
     if own is None or own in _never_in_text(tokenizer):
         return
     right = right if right in _never_in_text(tokenizer) else None
@@ -71,8 +82,7 @@ def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -
         )
     instead = "none" if right is None else f"the tokenizer's, {right:,},"
     _say_once(f"{told}, which would never be embedded; {instead} is used instead")
-    for part in {id(config): config, id(text): text}.values():
-        part.pad_token_id = right
+    set_padding(config, right)
 
 
 def _never_in_text(tokenizer: Tokenizer) -> set[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
 from rekindle.train.model.files import longest_input
+from rekindle.train.model.padding import padding_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -119,7 +120,7 @@ def moved_by_padding(model: "PreTrainedModel") -> float:
     ids = sample_ids(model.config, max(1, min(LENGTHS[1], room)))[None].to(
         next(model.parameters()).device
     )
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    padding = padding_of(model.config) or 0
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     padded = {
         "input_ids": nn.functional.pad(ids, (0, PADDING), value=padding),

@@ -99,7 +99,7 @@ def test_names_in_the_text_are_counted_and_read_as_was_chosen(build, bytelevel, 
     assert special_names(corpus) == 5
     assert len(corpus.commits) > 3
     (line,) = [line for line in remarks(corpus) if "names of special tokens" in line]
-    assert line.startswith("5 documents")
+    assert "in their text: 5;" in line
     assert ("these tokens" if mode == "token" else "as text") in line
     end = end_of_text(corpus)
     inside = sum(row["input_ids"][:-1].count(end) for row in rows(corpus))
@@ -119,7 +119,7 @@ def test_the_count_is_that_of_a_corpus_made_in_one_go(build, bytelevel, named, t
 
 def test_a_corpus_keeps_how_it_reads_them(build, bytelevel, named, tmp_path):
     corpus = build(bytelevel, source=named, special_tokens="token")
-    with pytest.raises(CacheMismatchError, match="special_tokens"):
+    with pytest.raises(CacheMismatchError, match="special_tokens: 'token' there, 'text' here"):
         build(bytelevel, source=named)
     reopened = Corpus(LocalStore(tmp_path / "cache"))
     text = "a <|endoftext|> b"

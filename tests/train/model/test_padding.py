@@ -140,3 +140,11 @@ def test_roberta_counts_from_the_padding_id_that_it_is_given(
     made = make_model("roberta", AUTO["masked_lm"], bytelevel, 3, **NARROW)
     with pytest.raises(InputError, match=r"numbers its positions from it\. Write another there"):
         scratch(with_padding(made, tmp_path / "bytes", 60), bytelevel)  # it has no padding token
+
+
+def test_a_configuration_without_the_key_and_one_with_a_text_part():
+    """CodeGen has none; heads of composite models read that of the text part."""
+    assert padding.padding_of(transformers.CodeGenConfig()) is None
+    config = transformers.Gemma3Config()
+    padding.set_padding(config, 7)
+    assert config.pad_token_id == config.get_text_config().pad_token_id == 7

@@ -19,7 +19,7 @@ from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
 from rekindle.kernels.targets import DecodedTargets
-from rekindle.pipeline.checks.inspect import inspect_example
+from rekindle.pipeline.checks.inspect import _token_table, inspect_example
 from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import kd_targets, sparse_targets, split_batch
 from rekindle.train.evaluate import EvaluationData, evaluate
@@ -458,7 +458,18 @@ def test_agreement_is_over_the_positions_where_a_sample_tells_the_likeliest_id(w
 
 @pytest.mark.parametrize("name", ["random-2", "threshold-2"])
 def test_a_sample_of_another_temperature_is_shown(world, name):
-    assert "top predictions" in inspect_example(str(world[0]), 0, name)
+    assert "sampled predictions" in inspect_example(str(world[0]), 0, name)
+
+
+def test_draws_that_all_fell_on_one_id_are_shown(world, cache):
+    """The others' places are padding."""
+    (target, *_) = cache.example(0).targets["random"]
+    ids, log_probs = np.full_like(target.ids, -1), np.full_like(target.log_probs, -np.inf)
+    ids[:, 0], log_probs[:, 0] = 7, 0.0
+    one = replace(target, ids=ids, log_probs=log_probs)
+    shown = _token_table(cache.teacher("random").info, one, cache.corpus.tokenizer)
+    (column,) = (column for column in shown.columns if column.title == "sampled predictions")
+    assert all(cell.endswith(" 1.000") and "0.000" not in cell for cell in column.cells)
 
 
 # --- training -------------------------------------------------------------------------------------
