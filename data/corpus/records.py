@@ -7,6 +7,7 @@ that cannot be, is an InputError.
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
@@ -105,7 +106,10 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
             f"{_lines_out_of('.[]', place)}"
         )
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_each_once)
+    except _Twice as error:
+        told = f"the key {error.args[0]!r} stands twice in one object; keep one of the two"
+        return Bad("a key twice", f"{place}:{number}: {told}")
     except (ValueError, RecursionError) as error:
         told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -118,6 +122,17 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
         message = f"{place}:{number}: {shown(values)}; each line must be one JSON object"
         return Bad("no object", message)
     return Record(number, values)
+
+
+class _Twice(Exception):
+    """Of an object's key, of whose values json would take the last."""
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def _hint(text: str, error: Exception, place: str) -> str:
@@ -163,15 +178,15 @@ def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
 
 def _txt_lines(place: str) -> Iterator[tuple[int, str | Bad, int]]:
     """(line number, text with its line break, bytes); a line past 1 MiB comes in several pieces."""
-    number, rest = 1, b""
+    number, rest, alone = 1, b"", False
     with open_text(place) as stream:
         while piece := rest + stream.readline(TEXT_DOCUMENT_BYTES - len(rest)):
             ended = piece.endswith(b"\n")
-            if number == 1 and not ended and b"\r" in piece.strip():
-                raise InputError(
-                    f"{place}: its lines end in a carriage return alone, so that all of it would "
-                    f"be one line: {_line_ends(place)}"
-                )
+            # One within a line is a character, but not where there are more than other line ends.
+            returns = piece.strip().count(b"\r") if b"\r" in piece else 0
+            if returns > number:
+                raise _joined(place, number)
+            alone = returns == number
             rest = b""
             if not ended and len(piece) == TEXT_DOCUMENT_BYTES:
                 cut = _place_to_cut(piece)
@@ -180,6 +195,15 @@ def _txt_lines(place: str) -> Iterator[tuple[int, str | Bad, int]]:
             text = _decoded(marked, number, place)
             yield number, text if isinstance(text, Bad) else text.replace("\r\n", "\n"), len(piece)
             number += ended
+    if alone:  # in the file's last line
+        raise _joined(place, number)
+
+
+def _joined(place: str, number: int) -> InputError:
+    return InputError(
+        f"{place}: its lines end in a carriage return alone (line {number}), so that all of them "
+        f"would be one line: {_line_ends(place)}"
+    )
 
 
 def _place_to_cut(piece: bytes) -> int:

@@ -43,7 +43,7 @@ from rekindle.train.model.files import (
 from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
-from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.padding import padding_of
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
@@ -55,6 +55,7 @@ log = logging.getLogger("rekindle")
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
+UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,13 @@ def plan_teacher(
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
-    """The teacher's tokenizer, and how many tokens its model takes; ``settings`` are the model's
-    configuration, if that is loaded.
+    """The teacher's tokenizer, and how many tokens its model takes (UNLIMITED where neither says);
+    ``settings`` are the model's configuration, if that is loaded.
     """
     settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
     tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
     lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
-    return tokenizer, min(length for length in lengths if length is not None)
+    return tokenizer, min(length for length in (*lengths, UNLIMITED) if length is not None)
 
 
 def _count_shared(
@@ -195,12 +196,13 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     if labels > SMALL_HEAD:
         told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
         log.warning(told, config.name, labels, 4 * labels)
-    classifier = (settings.problem_type or "regression") != "regression"
-    if config.task == "regression" and classifier and labels != 1:
-        raise InputError(
-            f"teacher {config.name!r} is a classifier of {labels} classes (problem_type "
-            f"{settings.problem_type} in its config.json); say `task: sequence_classification`"
-        )
+    if config.task == "regression" and labels != 1 and not gives_scores(settings):
+        told = f"is a classifier of {labels} classes (problem_type {settings.problem_type} in its "
+        told += "config.json); say `task: sequence_classification`"
+        if settings.problem_type is None:
+            told = f"has {labels} outputs, which may be classes: {SAY_SCORES}; if they are "
+            told += "classes, say `task: sequence_classification`"
+        raise InputError(f"teacher {config.name!r} {told}")
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     check_label_names(names, f"teacher {config.name!r}")
     if config.task == "token_classification":

@@ -25,7 +25,7 @@ from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import load_config, load_weights, longest_input, place
 from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.labels import check_label_names
+from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.meta import refuse_shapes
 from rekindle.train.model.padding import padding_of, set_padding
 from rekindle.train.model.segments import knows_segments
@@ -85,7 +85,8 @@ def encode(
     longest = 0
     if cut:
         pairs = data.pairs and [data.pairs[row] for row in cut]
-        whole = tokenizer([data.texts[row] for row in cut], pairs, truncation=False, verbose=False)
+        texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
+        whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
         longest = max(map(len, whole["input_ids"]))
     return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
 
@@ -283,8 +284,13 @@ def evaluation(
     with quiet_transformers():
         known, labels, positive = classifier_config(model_dir), data.labels, None
         check_label_names([*known.id2label.values()], repr(model_dir))
-        scores = known.num_labels == data.outputs and known.problem_type in (None, "regression")
-        if data.label_names or not scores:
+        fits = not data.label_names and known.num_labels == data.outputs
+        if fits and known.num_labels > 1 and known.problem_type is None:
+            raise InputError(
+                f"the task has scores, and the {known.num_labels} outputs of {model_dir!r} may be "
+                f"classes: {SAY_SCORES}"
+            )
+        if not (fits and gives_scores(known)):
             data.check_known(
                 list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
             )
@@ -293,4 +299,4 @@ def evaluation(
         network, encoded = load_expert(model_dir, data, max_length)
         cut = tell_cut({"dev": encoded})["dev"]
         logits = predict(network, encoded, batch_size)
-    return all_scores(data.problem, logits, labels, positive), logits, cut
+    return all_scores(data.problem, logits, labels, positive, data.outputs), logits, cut

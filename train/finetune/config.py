@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from rekindle.data.former import Formerly
 from rekindle.data.places import Place
@@ -44,7 +44,7 @@ class TaskSettings(Settings):
     )
     label_column: str = Field("label", description="the column of the labels")
     drop_labels: tuple[Label, ...] = Field(
-        (), description="rows with these labels are left out; null is a missing label"
+        (), description="rows with these labels are left out; [null]: those without a label"
     )
     positive: Label = Field(
         None,
@@ -54,10 +54,10 @@ class TaskSettings(Settings):
 
     @field_validator("text_columns", "drop_labels", mode="before")
     @classmethod
-    def _one_or_several(cls, value: object, info: ValidationInfo) -> object:
+    def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list | tuple):
             return value
-        return () if value is None and info.field_name == "text_columns" else (value,)
+        return () if value is None else (value,)
 
 
 class FinetuneConfig(TaskSettings):

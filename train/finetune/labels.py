@@ -8,8 +8,9 @@ import decimal
 import json
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -26,6 +27,7 @@ _MISSING = (
     "<na>",
 )  # how files, and pandas, write that there is no label
 _DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
+_LARGEST = sys.float_info.max
 _FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
 _CLASSIFY = "problem=classification (every label is a class as it is written)"
 _SCORES = "problem=regression (labels are scores)"
@@ -68,8 +70,11 @@ class Rows(NamedTuple):
         raise InputError(f"{self.path}, row {self.numbers[place]}: {told}")
 
 
-def read_label(raw: Raw) -> Label:
-    """Read a label as it means the same in every file; ValueError, in words, for what is none."""
+def read_label(raw: Raw, as_written: bool = False) -> Label:
+    """Read a label as it means the same in every file; ValueError, in words, for what is none.
+
+    ``as_written``: text such as 1.10, 1E5 or +1 is no number, but a name of its own; 1.0 is 1.
+    """
     if isinstance(raw, bool):
         return Label(raw, raw, str(raw).lower())
     if isinstance(raw, int | float | decimal.Decimal):
@@ -86,8 +91,7 @@ def read_label(raw: Raw) -> Label:
     if text.casefold() in _MISSING:
         return Label(raw, None, "")
     if _NUMBER.fullmatch(text.casefold()):
-        whole = text.lstrip("+-").isdecimal()
-        return _number(raw, int(text) if whole else float(text), not whole)
+        return _read_number(raw, text, as_written)
     if text.startswith("[") and text.endswith("]"):  # a csv has no other way to write a list
         try:
             return _scores(raw, json.loads(text))
@@ -96,11 +100,23 @@ def read_label(raw: Raw) -> Label:
     return Label(raw, text, text)
 
 
+def _read_number(raw: Raw, text: str, as_written: bool) -> Label:
+    name, number = Label(raw, text, text), float(text)
+    if math.isinf(number) and as_written:
+        return name
+    whole = text.lstrip("+-").isdecimal() and math.isfinite(number)  # too many digits: infinite
+    label = _number(raw, int(text) if whole else number, not whole)
+    return label if not as_written or text in (label.name, f"{label.name}.0") else name
+
+
 def _number(raw: Raw, number: float, written_decimal: bool) -> Label:
+    if abs(number) > _LARGEST:
+        told = f"{str(raw)[:40]}{'…' if len(str(raw)) > 40 else ''}"
+        raise ValueError(
+            f"label is {told}; a number must be finite, and below 1.8e308: drop the row"
+        )
     if math.isnan(number):
         return Label(raw, None, "")
-    if math.isinf(number):
-        raise ValueError(f"label is {number}; a score must be finite: drop the row")
     if number == int(number):
         return Label(raw, float(number), str(int(number)), written_decimal)
     return Label(raw, number, repr(number))
@@ -108,7 +124,8 @@ def _number(raw: Raw, number: float, written_decimal: bool) -> Label:
 
 def _scores(raw: Raw, values: Sequence[object]) -> Label:
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) != len(values) or len(numbers) < 2 or not all(map(math.isfinite, numbers)):
+    finite = all(abs(number) <= _LARGEST for number in numbers)
+    if len(numbers) != len(values) or len(numbers) < 2 or not finite:
         raise ValueError(
             f"label is the list {raw!r}; a list is of at least two finite numbers, the scores of "
             "one text"
@@ -146,8 +163,8 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
             f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
             "least two classes in train"
         )
-    if all(isinstance(value, float) for value in by_name.values()):
-        return Meaning(tuple(sorted(by_name, key=decimal.Decimal)))
+    if all(_NUMBER.fullmatch(name.casefold()) for name in by_name):
+        return Meaning(tuple(sorted(by_name, key=lambda name: (decimal.Decimal(name), name))))
     return Meaning(tuple(sorted(by_name)))
 
 
@@ -198,12 +215,11 @@ def _refuse_doubtful(train: Rows) -> None:
             f"the labels with label_column, or say {_CLASSIFY} or {_SCORES}",
         )
     at_first = next((place for place, label in enumerate(train.labels) if label.decimal), None)
-    if at_first is not None and counts.keys() != {str(n) for n in range(len(counts))}:
+    if at_first is not None and not counts.keys() <= {"0", "1"}:
         train.refuse(
             at_first,
             f"label {train.labels[at_first].raw!r}: all are whole numbers, written as decimals, "
-            f"and not 0 to {len(counts) - 1}; they may be classes or scores: say {_CLASSIFY} or "
-            f"{_SCORES}",
+            f"and not 0 and 1; they may be classes or scores: say {_CLASSIFY} or {_SCORES}",
         )
 
 
@@ -247,26 +263,50 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
     return numbers
 
 
-def dropped_names(labels: Sequence[Raw]) -> frozenset[str]:
+def dropped_names(labels: Sequence[Raw], as_written: bool) -> frozenset[str]:
     """The names of labels whose rows are to be left out; "" of a missing one."""
     try:
-        return frozenset(read_label(label).name for label in labels)
+        return frozenset(_to_drop(read_label(label, as_written)) for label in labels)
     except ValueError as error:
         raise InputError(f"drop_labels: {error}") from None
 
 
-def kept_rows(path: str, raw: Sequence[Raw], dropped: frozenset[str]) -> tuple[Rows, Counter[str]]:
+def _to_drop(label: Label) -> str:
+    """Its name; true and false are the same in every case, as a csv writes them."""
+    return label.name.casefold() if label.name.casefold() in _TRUTH else label.name
+
+
+def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[str]]]) -> None:
+    """Raise InputError for a label to be left out that no file has; a missing one may be missing.
+
+    ``found``: the rows that were kept, and how many were not, of each file.
+    """
+    for name in sorted(dropped - {""}):
+        if not any(gone[name] for _, gone in found):
+            names = dict.fromkeys(label.name for rows, _ in found for label in rows.labels)
+            known = ", ".join([*names][:SHOWN]) + (" …" if len(names) > SHOWN else "")
+            quoted = ' (YAML reads 09 as the number 9; write "09")' if name.isdecimal() else ""
+            raise InputError(
+                f"drop_labels has {name!r}, which is no label of "
+                f"{', '.join(dict.fromkeys(rows.path for rows, _ in found))} (there are: {known})"
+                f"{did_you_mean(name, names)} Correct it, or take it out of drop_labels{quoted}"
+            )
+
+
+def kept_rows(
+    path: str, raw: Sequence[Raw], dropped: frozenset[str], as_written: bool
+) -> tuple[Rows, Counter[str]]:
     """Read the labels of a file but for those that are ``dropped``, by name ("" is a missing one),
     and count these. Raises InputError, naming the row, for a missing label or one that is none.
     """
     rows, gone = Rows(path, [], []), Counter[str]()
     for number, value in enumerate(raw, start=1):
         try:
-            label = read_label(value)
+            label = read_label(value, as_written)
         except ValueError as error:
             raise InputError(f"{path}, row {number}: {error}") from None
-        if label.name in dropped:
-            gone[label.name] += 1
+        if (name := _to_drop(label)) in dropped:
+            gone[name] += 1
         elif label.value is None:
             raise InputError(
                 f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
@@ -278,16 +318,16 @@ def kept_rows(path: str, raw: Sequence[Raw], dropped: frozenset[str]) -> tuple[R
     return rows, gone
 
 
-def read_alike(splits: Sequence[Rows]) -> list[Rows]:
+def read_alike(splits: Sequence[Rows], as_written: bool) -> list[Rows]:
     """Read words as all labels of the first file are: if these are true and false, whatever their
     case, as booleans (a csv has no others); if they are codes such as 09 and 10, none as a number.
+
+    ``as_written``: nor where 1.0 stands beside 1, 1.5 or a word, so that it is no number, either.
     """
     first = splits[0].labels
     if all(label.name.casefold() in _TRUTH for label in first):
         read = _boolean
-    elif all(label.kind == "a number" or label.name.isdecimal() for label in first) and any(
-        label.kind == "a word" for label in first
-    ):
+    elif _are_codes(first) or (as_written and not _are_counts(first)):
         read = _code
     else:
         return [*splits]
@@ -299,43 +339,21 @@ def _boolean(label: Label) -> Label:
     return Label(label.raw, name == "true", name) if name in _TRUTH else label
 
 
+def _are_codes(labels: Sequence[Label]) -> bool:
+    numerals = all(label.kind == "a number" or label.name.isdecimal() for label in labels)
+    return numerals and any(label.kind == "a word" for label in labels)
+
+
+def _are_counts(labels: Sequence[Label]) -> bool:
+    """Whether all are whole numbers, each of which is written in one way."""
+    written = {(label.name, label.decimal) for label in labels if isinstance(label.raw, str)}
+    whole = (isinstance(label.value, float) and label.value.is_integer() for label in labels)
+    return all(whole) and len(written) == len({name for name, _ in written})
+
+
 def _code(label: Label) -> Label:
-    name = str(label.raw).strip()
+    name = label.raw.strip() if isinstance(label.raw, str) else label.name
     return Label(label.raw, name, name)
-
-
-# ---- the positive class ------------------------------------------------------------------------
-
-_POSITIVE: Mapping[str, tuple[str, ...]] = {
-    "1": ("0", "-1"),
-    "true": ("false",),
-    "yes": ("no",),
-    "positive": ("negative",),
-    "pos": ("neg",),
-}
-
-
-def positive_class(names: Sequence[str], wanted: Raw | None) -> str | None:
-    """The class whose F1 counts: ``wanted``, or that of two which says yes.
-
-    1 beside 0 or −1, true, yes, positive and pos beside their opposites, x beside not_x; None where
-    neither does. InputError for one that is not of two classes.
-    """
-    if wanted is not None:
-        name = read_label(wanted).name
-        if len(names) != 2 or name not in names:
-            raise InputError(
-                f"positive is {name!r}, and the labels are {', '.join(names[:SHOWN]) or 'scores'}; "
-                "name one of two classes (the F1 of more classes is their mean)"
-            )
-        return name
-    if len(names) != 2:
-        return None
-    for name, other in (names, names[::-1]):
-        yes, no = name.casefold(), other.casefold()
-        if no in _POSITIVE.get(yes, ()) or re.sub("[ _-]", "", no) in (f"not{yes}", f"non{yes}"):
-            return name
-    return None
 
 
 def _quoted(name: str) -> str:

@@ -88,4 +88,4 @@ def scores_by_name(
     columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
     merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)
     positive = None if data.positive is None else classes.index(data.positive)
-    return all_scores(data.problem, merged, data.labels, positive)
+    return all_scores(data.problem, merged, data.labels, positive, data.outputs)

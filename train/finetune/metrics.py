@@ -20,9 +20,6 @@ METRICS = {
 }
 
 
-_MACRO = {"average": "macro"}
-
-
 def chosen_metric(metric: str | None, data: TaskData) -> str:
     """Return ``metric``, or accuracy for classes and Pearson's correlation for scores.
 
@@ -56,8 +53,8 @@ def score(
     ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations, whose mean is
     taken over the outputs of [N,C]. ``f1`` is that of the class ``positive`` where the task has two
     classes (GLUE: MRPC, QQP) and the unweighted mean over the occurring classes otherwise;
-    ``num_classes`` is the largest index + 1 where it is not given. Raises ValueError for arrays of
-    unequal or zero length.
+    ``num_classes``, those of the task (a model may know more), is the largest index + 1 where it is
+    not given. Raises ValueError for arrays of unequal or zero length.
     """
     if len(predictions) != len(labels) or not len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
@@ -70,8 +67,10 @@ def score(
             value = metrics.accuracy_score(labels, predictions)
         elif metric == "f1":
             classes = num_classes or int(max(np.max(predictions), np.max(labels))) + 1
-            how = {"average": "binary", "pos_label": positive} if classes <= 2 else _MACRO
-            value = metrics.f1_score(labels, predictions, zero_division=0.0, **how)
+            counted = [positive] if classes <= 2 else None
+            value = metrics.f1_score(
+                labels, predictions, labels=counted, average="macro", zero_division=0.0
+            )
         elif metric == "matthews":
             value = metrics.matthews_corrcoef(labels, predictions)
         else:
@@ -91,13 +90,18 @@ def predictions_of(problem: str, logits: np.ndarray) -> np.ndarray:
 
 
 def all_scores(
-    problem: str, logits: np.ndarray, labels: np.ndarray, positive: int | None = None
+    problem: str,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    positive: int | None = None,
+    task_classes: int | None = None,
 ) -> dict[str, float]:
     """Every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels [N]
     ([N,C] for a regression of several scores).
 
-    ``positive`` is the class of two whose F1 counts; without it there is no F1 of two. Raises
-    InputError for logits that are not finite: the model has diverged.
+    ``positive`` is the class whose F1 counts where the task has two; without it there is no F1 of
+    two. ``task_classes`` are those of the task, where the model may know more. Raises InputError
+    for logits that are not finite: the model has diverged.
     """
     if not np.isfinite(logits).all():
         raise InputError(
@@ -105,7 +109,7 @@ def all_scores(
             "lengthen the warmup"
         )
     predictions = predictions_of(problem, logits)
-    classes = logits.shape[1]
+    classes = task_classes or logits.shape[1]
     known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
     how = {"num_classes": classes, "positive": positive or 0}
     return {metric: score(metric, predictions, labels, **how) for metric in known}

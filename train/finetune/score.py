@@ -75,8 +75,7 @@ def score_model(
 
 def baselines_table(baselines: dict[str, Scores]) -> str:
     """One line for each way to merge, its scores in columns."""
-    first, *others = baselines.values()
-    metrics = [metric for metric in first if all(metric in scores for scores in others)]
+    metrics = [*next(iter(baselines.values()))]
     width = max(map(len, baselines))
     lines = [" " * width + "".join(f"  {metric:>9}" for metric in metrics)]
     for way, scores in baselines.items():

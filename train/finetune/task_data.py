@@ -15,14 +15,15 @@ from rekindle.train.finetune.labels import (
     SHOWN,
     Meaning,
     Rows,
+    check_dropped,
     check_scores,
     class_indices,
     dropped_names,
     kept_rows,
     meaning_of,
-    positive_class,
     read_alike,
 )
+from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_files import TaskFile, read_file
 
 
@@ -121,12 +122,14 @@ def read_task(
     """
     files = [read_file(path, settings) for path in (train_path, *others)]
     _check_pairs(files)
-    dropped = dropped_names(settings.drop_labels)
-    found = [kept_rows(file.path, file.labels, dropped) for file in files]
+    as_written = settings.problem == "classification"
+    dropped = dropped_names(settings.drop_labels, as_written)
+    found = [kept_rows(file.path, file.labels, dropped, as_written) for file in files]
     for rows, gone in found:
         if not rows.labels:
             raise InputError(f"{rows.path}: drop_labels leaves none of its {gone.total()} rows")
-    splits = read_alike([rows for rows, _ in found])
+    check_dropped(dropped, found)
+    splits = read_alike([rows for rows, _ in found], as_written)
     meaning = meaning_of(splits[0], settings.problem)
     positive = positive_class(meaning.names, settings.positive)
     return tuple(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rekindle")
 
+SAY_SCORES = 'if they are scores, write "problem_type": "regression" into its config.json'
 _A_COUNT = 1009  # of labels, for looking which of a model's tensors have a row for each
 
 
@@ -64,6 +65,12 @@ def outputs_in_file(
         if values.shape[:1] == (_A_COUNT,) and not name.startswith(body) and name in tensors
     }
     return rows.pop() if len(rows) == 1 else None
+
+
+def gives_scores(config: "PretrainedConfig") -> bool:
+    """Whether a head's outputs are scores: by ``problem_type``, or, unsaid, because it is one."""
+    unsaid = config.problem_type is None and config.num_labels == 1
+    return unsaid or config.problem_type == "regression"
 
 
 def check_label_names(names: Sequence[str], whose: str) -> None:

@@ -25,6 +25,8 @@ BAD = [
     (b'{"text": "a"', "not JSON", "not JSON"),
     (b"{" * 3, "not JSON", "not JSON"),
     (b'{"text": ' + b"[" * 100_000, "not JSON", "nested too deeply"),
+    (b'{"text": "a", "m": {"x": 1, "x\\n": 1, "x": 2}}', "a key twice", "the key 'x' stands twice"),
+    (b'{"text": "a", "text": "b"}', "a key twice", "the key 'text' stands twice"),
     (b"[1]", "no object", "each line must be one JSON object"),
     (b'{"text": "\xff", "domain": "d"}', "not UTF-8", "not UTF-8"),
     (b'{"domain": "d"}', "no text", "no field 'text'"),
@@ -175,9 +177,11 @@ def test_json_that_is_no_lines_says_how_to_make_some(tmp_path, content, told):
 
 def test_text_with_carriage_returns_alone_is_not_one_document(tmp_path):
     path = tmp_path / "d.txt"
-    path.write_bytes(b"one\r\rtwo\r\rthree\r")
-    with pytest.raises(InputError, match=r"d\.txt: its lines end in a carriage return alone"):
-        read(path, domain_field=None)
+    one_line = b"one\r\rtwo\r\rthree\r"
+    for content in (one_line, one_line + b"\n", b"header\n" + one_line, b"one\rtwo\n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"d\.txt: its lines end in a carriage return alone"):
+            read(path, domain_field=None)
     path.write_bytes(b"one\rmore\n\ntwo\n\r")  # within lines they are characters
     assert [d.text for d in read(path, domain_field=None)] == ["one\rmore", "two"]
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BloomConfig
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -66,3 +66,16 @@ def test_what_experts_do_not_see_is_planned_said_and_recorded(
     assert as_json["text"]["cut"] == vars(planned.teachers[0].cut)
     records = [commit.facts for commit in cache.teacher("whole").commits.values()]
     assert all("cut" not in record for record in records)
+
+
+def test_nothing_is_cut_where_neither_model_nor_tokenizer_has_a_limit(
+    tmp_path, configure, wordpiece
+):
+    config = BloomConfig(vocab_size=200, hidden_size=16, n_layer=1, n_head=2, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bloom")
+    AutoTokenizer.from_pretrained(wordpiece).save_pretrained(tmp_path / "bloom")
+    bloom = {"name": "b", "model": str(tmp_path / "bloom"), "task": "sequence_classification"}
+    config = configure(tmp_path / "c", [bloom])
+    assert plan_run(config, probe=False).teachers[0].cut is None
+    cache_teachers(config)
+    assert Cache.open(tmp_path / "c").teachers["b"].coverage == 1

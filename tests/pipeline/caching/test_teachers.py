@@ -179,6 +179,14 @@ def test_a_classifier_is_no_regression(tmp_path, configure, make_model, wordpiec
     refused(configure, tmp_path / "c", teacher, "'lm'", problem, "task: sequence_classification")
 
 
+def test_several_outputs_are_scores_only_where_the_model_says_so(
+    tmp_path, configure, make_model, wordpiece
+):
+    model = make_model("bert", CLASSES, wordpiece, num_labels=2)
+    told = ("2 outputs, which may be classes", '"problem_type": "regression" into its config.json')
+    refused(configure, tmp_path / "c", masked(model, task="regression"), *told)
+
+
 def test_a_regression_model_is_no_classifier(tmp_path, configure, make_model, wordpiece):
     for labels in (1, 3):
         model = make_model("bert", CLASSES, wordpiece, num_labels=labels, problem_type="regression")

@@ -15,6 +15,7 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
 from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import MergeConfig
+from rekindle.train.finetune.merge_baselines import scores_by_name
 from rekindle.train.finetune.run import FinetuneConfig, finetune
 from rekindle.train.finetune.score import (
     baselines_table,
@@ -327,7 +328,26 @@ def test_a_folder_of_ones_own_may_be_called_as_the_built_in_ones(
     assert result.exit_code == 0, result.output
 
 
-def test_the_table_has_the_metrics_that_all_ways_have():
-    """There is no F1 of two classes neither of which is positive, but one of three."""
-    found = {"expert": {"accuracy": 0.5, "f1": 0.25}, "oracle": {"accuracy": 1.0}}
-    assert baselines_table(found).split() == ["accuracy", "expert", "0.5000", "oracle", "1.0000"]
+def test_the_task_says_which_f1_there_is_whatever_labels_a_model_has(
+    folder, student, experts, task, make_model, wordpiece
+):
+    """The experts together have four labels, the oracle those two that the task has."""
+    rows = [json.loads(line) for line in Path(task).read_text().splitlines()]
+    path = folder / "two.jsonl"
+    two = [json.dumps(row) + "\n" for row in rows if row["label"] in ("cat", "dog")]
+    path.write_text("".join(two))
+    oracle = classifier(make_model, wordpiece, 9, "cat", "dog")
+    for positive in (None, "cat"):
+        merge = MergeConfig(experts=experts, oracle=oracle, passes=0)
+        config = FinetuneConfig(epochs=0, head="a+b", merge=merge, positive=positive)
+        given = (str(folder / "student"), str(path), str(path), str(folder / "two"))
+        found = score_model(*given, config=config).baselines
+        metrics = ["accuracy", *(["f1"] if positive else []), "matthews"]
+        assert {way: [*scores] for way, scores in found.items()} == dict.fromkeys(found, metrics)
+        assert baselines_table(found).split()[: len(metrics)] == metrics
+
+
+def test_f1_is_that_of_the_positive_class_beside_labels_the_task_has_not():
+    data = TaskData(["t"] * 4, None, np.array([0, 0, 1, 1]), ("a", "b"), positive="a")
+    values = np.eye(3)[[0, 2, 0, 1]]  # a, c, a, b
+    assert scores_by_name(values, ("a", "b", "c"), data)["f1"] == pytest.approx(1 / 2)

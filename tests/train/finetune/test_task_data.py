@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings
-from rekindle.train.finetune.labels import positive_class
+from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_data import read_task
 
 EVERY = ("a.jsonl", "a.csv", "a.tsv", "a.parquet")
@@ -172,6 +172,8 @@ def test_numbers_mean_the_same_as_values_and_as_words(tmp_path):
         (list(range(40)), ["40 labels in 40 rows", "ids", "label_column", "problem=regression"]),
         ([f"{n}x" for n in range(26)], ["26 labels in 26 rows"]),
         (["1.0", "2.0", "3.0"], ["row 1", "written as decimals", "problem=regression"]),
+        (["0.0", "1.0", "2.0"], ["row 1", "and not 0 and 1", "problem=classification"]),
+        (["1", "0", "7" * 309], ["row 3", "label is 7777", "finite", "drop the row"]),
         (["0.5", "1.5", "n/a"], ["row 3", "'n/a' is a word", 'drop_labels=["n/a"]']),
         (["[1, 0]", "[0, 1]"], ["row 1", "do not exclude each other", "problem=regression"]),
         (["[0.5, 1]", "[2]"], ["row 2", "'[2]' is a word"]),
@@ -209,6 +211,54 @@ def test_the_settings_decide_what_is_doubtful(tmp_path, labels, settings, names)
     kept = [row for row, text in enumerate(data.texts, start=1) if text == f"t {row - 1}"]
     assert [*data.rows] == kept or settings.get("drop_labels") is None
     assert len(data) + sum(data.dropped.values()) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["1.1", "1.10", "1.2", "1.20"], ("1.1", "1.10", "1.2", "1.20")),
+        (["1E5", "2B1"], ("1E5", "2B1")),
+        (["1.0", "1.1", "10"], ("1.0", "1.1", "10")),
+        (["1.0", "1"], ("1", "1.0")),
+        (["0.0", "10.0", "2.0"], ("0", "2", "10")),
+        (["10", "2", "+1"], ("+1", "2", "10")),
+        (["1" * 400, "x"], ("1" * 400, "x")),
+    ],
+)
+def test_a_class_is_called_as_it_is_written(tmp_path, labels, names):
+    rows = [{"text": "t", "label": label} for label in labels]
+    for name in EVERY:
+        path = write(tmp_path / name, rows)
+        (data,) = read_task(path, settings=TaskSettings(problem="classification"))
+        assert data.label_names == names
+        assert [names[label] for label in data.labels] == [
+            label if label in names else label.removesuffix(".0") for label in labels
+        ]
+
+
+def test_what_is_left_out_is_a_label_of_the_files(tmp_path):
+    def left(labels, drop, **settings):
+        rows = [{"text": "t", "label": label} for label in labels]
+        given = TaskSettings(drop_labels=drop, **settings)
+        each = [read_task(write(tmp_path / name, rows), settings=given)[0] for name in EVERY]
+        assert len({data.label_names for data in each}) == 1
+        return each[0].label_names, each[0].dropped
+
+    assert left(["True", "No", "Maybe"], [True]) == (("Maybe", "No"), {"true": 1})
+    sections = ["1.1", "1.10", "1.2"]
+    assert left(sections, ["1.10"], problem="classification") == (("1.1", "1.2"), {"1.10": 1})
+    assert left(["a", "b"], [None]) == (("a", "b"), {})
+    for labels, drop, told in (
+        (["a", "b", "unknown"], "unkown", r"no label of .*jsonl .*did you mean 'unknown'\?"),
+        (["09", "10", "11"], 9, 'write "09"'),
+        (sections, [1.2, "1.3"], "'1.3'"),
+    ):
+        with pytest.raises(InputError, match=told):
+            left(labels, drop)
+
+
+def test_nothing_said_of_what_is_left_out_leaves_nothing_out():
+    assert TaskSettings(drop_labels=None).drop_labels == ()
 
 
 def test_labels_that_are_left_out_are_so_in_every_split_and_counted(tmp_path):
@@ -268,6 +318,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         (("1", "2"), None, None),
         (("ham", "spam"), "ham", "ham"),
         (("0", "1"), 0, "0"),
+        (("+1", "-1"), None, "+1"),
+        (("1.1", "1.10"), "1.10", "1.10"),
         (("a", "b", "c"), None, None),
     ],
 )
@@ -323,6 +375,8 @@ def test_many_known_labels_are_not_all_listed(tmp_path):
             ["row 2", "nan"],
         ),
         ([{"text": "a", "label": float("inf")}], ["row 1", "finite"]),
+        ([{"text": "a", "label": 10**400}], ["row 1", "finite"]),
+        ([{"text": "a", "label": [0.5, 10**400]}], ["row 1", "finite"]),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, rows, parts):

@@ -104,3 +104,14 @@ def test_several_scores_are_learnt_scored_and_written(tmp_path, bert):
     one = write(tmp_path / "one.jsonl", [{"text": "light", "label": 0.5}] * 2)
     with pytest.raises(InputError, match="2 outputs"):
         evaluate(out, read_task(one)[0])
+    saved.problem_type = None  # as most classifiers from elsewhere have it
+    saved.save_pretrained(out)
+    with pytest.raises(InputError, match=r"may be classes.*\"problem_type\": \"regression\""):
+        evaluate(out, read_task(train, dev)[1])
+
+
+def test_the_longest_text_counts_a_special_tokens_name_as_text(tmp_path, bert, caplog):
+    rows = [{"text": "[MASK] " * 8, "label": n} for n in (0, 1)]
+    path, config = write(tmp_path / "t.jsonl", rows), FinetuneConfig(max_steps=1, max_length=12)
+    finetune(bert, path, path, str(tmp_path / "out"), config=config)
+    assert "(the longest has 42)" in caplog.text  # five each, and two around them
