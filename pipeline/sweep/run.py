@@ -97,7 +97,8 @@ def run_sweep(
             "--workers for several students at a time"
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
-        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, {}))) for r in runs]
+        others = next(iter(begun.values()), {})  # what is new is compared with them
+        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, others))) for r in runs]
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})

@@ -176,7 +176,12 @@ def begun(begun_home, tmp_path):
 @pytest.mark.parametrize("which", ["cycle", "stages", "sweep"])
 def test_what_was_begun_goes_on_as_it_was_begun(which, begun):
     made, home = module_of("make_begun"), begun(which)
+    if which == "sweep":
+        made.SWEPT[:] = ["train.seed=1,2,3"]  # another one is as those that were begun
     made.begin(home, which)
+    if which == "sweep":
+        runs = json.loads((home / which / "sweep.json").read_text())["runs"]
+        assert [run["train"]["warmup_steps"] for run in runs] == [100] * 3
     if which == "cycle":
         about = json.loads((home / which / "cycle.json").read_text())
         assert about["settings"]["finetune"]["max_length"] == 128  # the default that it had
