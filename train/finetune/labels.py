@@ -289,7 +289,7 @@ def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[s
             raise InputError(
                 f"drop_labels has {name!r}, which is no label of "
                 f"{', '.join(dict.fromkeys(rows.path for rows, _ in found))} (there are: {known})"
-                f"{did_you_mean(name, names)} Correct it, or take it out of drop_labels{quoted}"
+                f"{did_you_mean(name, names)} Correct it, or give it to a task that has it{quoted}"
             )
 
 
