@@ -13,7 +13,7 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
-from rekindle.train.record.identity import as_run_began
+from rekindle.train.record.identity import as_run_began, recorded_extent
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
@@ -63,8 +63,25 @@ def train_from_config(
             world=world,
         )
         if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
-            write_text(out / RUN_YAML, dump_config(config))
+            write_text(out / RUN_YAML, dump_config(_settled(config, recorded_extent(out))))
     return result
+
+
+def _settled(config: RunConfig, read: Extent) -> RunConfig:
+    """``config`` with what was read of the cache in place of defaults that ask for it: the file is
+    to read the same again.
+    """
+    masks = config.cache
+    if read.replicas is not None:
+        masks = masks.model_copy(update={"replicas": read.replicas})
+    teachers = []
+    for teacher in config.teachers:
+        kept = read.targets.get(teacher.name)
+        if kept is not None and kept.k is not None:
+            targets = teacher.targets.model_copy(update={"k": kept.k})
+            teacher = teacher.model_copy(update={"targets": targets})
+        teachers.append(teacher)
+    return config.model_copy(update={"cache": masks, "teachers": tuple(teachers)})
 
 
 def asked_extent(config: RunConfig) -> Extent:

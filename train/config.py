@@ -111,6 +111,11 @@ class StudentConfig(Settings):
         """Which kind of language model it is, whatever else it learns."""
         return "causal_lm" if self.task == "causal_lm" else "masked_lm"
 
+    @property
+    def chosen_attention(self) -> str | None:
+        """The implementation that is asked for; None: the model's own."""
+        return None if self.attention == "auto" else self.attention
+
 
 class HardConfig(Settings):
     """The cross-entropy on the text itself."""

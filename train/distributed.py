@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, RekindleError
-from rekindle.train.launch import launched
+from rekindle.train.launch import launched, local_rank
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -143,14 +143,19 @@ def _meeting() -> Iterator[None]:
 def join_world() -> Iterator[World]:
     """The world that torchrun's environment describes (gloo on CPUs, NCCL on GPUs), or one process.
 
-    A group that the caller has made already is used as it is.
+    A group that the caller has made already is used as it is, whatever else the environment says;
+    without LOCAL_RANK on the GPU that the caller has chosen.
     """
-    launch = launched()
-    if launch.world_size == 1 and not dist.is_initialized():
-        yield World.alone()
-        return
-    local = launch.local_rank
-    cuda = torch.cuda.is_available()
+    ours, cuda = not dist.is_initialized(), torch.cuda.is_available()
+    if ours:
+        launch = launched()
+        if launch.world_size == 1:
+            yield World.alone()
+            return
+        local = launch.local_rank
+    else:
+        given = local_rank()
+        local = given if given is not None else torch.cuda.current_device() if cuda else 0
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda and local >= torch.cuda.device_count():
         raise InputError(
@@ -160,7 +165,6 @@ def join_world() -> Iterator[World]:
         )
     if cuda:
         torch.cuda.set_device(device)
-    ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     gloo = "gloo" in str(dist.get_backend_config())

@@ -34,10 +34,15 @@ def launched() -> Launch:
             "started this process. For several processes: `torchrun --nproc-per-node "
             f"{size} --no-python pipeline …`; for one, `unset WORLD_SIZE`"
         )
-    rank, local = _number("RANK", "0", 0), _number("LOCAL_RANK", "0", 0)
+    rank, local = _number("RANK", "0", 0), local_rank() or 0
     if rank >= size:
         raise InputError(f"the environment has RANK={rank} and WORLD_SIZE={size}. {UNSET}")
     return Launch(rank, size, local)
+
+
+def local_rank() -> int | None:
+    """Which of its machine's processes this one is; None where the environment does not say."""
+    return _number("LOCAL_RANK", "0", 0) if "LOCAL_RANK" in os.environ else None
 
 
 def one_of_many() -> bool:

@@ -156,7 +156,8 @@ def _begin(
     prepared.about.update(files)
     if world.decide(lambda: resume and measures_as_once(out)):
         prepared = prepared.measured_as_once()
-    free = keys_that_may_change(student_config, config)
+    balanced = prepared.objective.balance > 0
+    free = keys_that_may_change(student_config, config, balanced)
 
     def look() -> bool:
         return check_run(out, prepared.about, resume, free)
@@ -164,6 +165,10 @@ def _begin(
     if world.decide(lambda: resume and is_finished(out) and look()):
         return world.decide(lambda: TrainResult.of(out))
     with ExitStack() as held:  # by the main process: the folder, until the run is finished
+        if balanced:  # what is said of others would lead to a refusal
+            precision = chosen_precision(config.precision, world.device.type)
+            advice, settings = less_memory(config, world.size, precision, balanced)
+            held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
         resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
         # Measured before sharding and training; again where an earlier process died before it.
         growth = world.decide(lambda: measure_growth(out, prepared, world.device))
@@ -174,7 +179,7 @@ def _begin(
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
         world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
-        state = restore(out, student, optimizer, config.checkpoint_every) if resuming else {}
+        state = restore(out, student, optimizer) if resuming else {}
         return _train(training, state, started, report)
 
 

@@ -178,7 +178,8 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
     if config.language_task == "masked_lm":  # what masks may put into it
         beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
     advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
-    load_config(model)  # transformers reads it for the tokenizer, and would blame that
+    # transformers reads it for the tokenizer, and would blame that.
+    load_config(model, attention=config.chosen_attention)
     own = load_tokenizer(str(directory))
     unshared_ids(corpus, own, beside, f"student {config.model!r}", advice)
     return corpus.tokenizer if own.digest == facts["digest"] else own

@@ -69,20 +69,33 @@ def running_out(
 
 
 def less_memory(
-    config: TrainConfig, world_size: int, precision: str
+    config: TrainConfig, world_size: int, precision: str, balanced: bool = False
 ) -> tuple[str, tuple[str, ...]]:
-    """What takes less memory in training, with the values as they are; and what to try first."""
+    """What takes less memory in training, with the values as they are; and what to try first.
+
+    ``balanced``: the student has a load-balancing loss, which micro_batch_sequences decides, too.
+    """
     own = config.batch_sequences // world_size
     size = min(config.micro_batch_sequences or own, own)
     again: tuple[str, ...] = ()
-    if size > 1:
+    if size > 1 and not balanced:
         again = (f"train.micro_batch_sequences={-(-size // 2)}",)
     elif not config.gradient_checkpointing:
         again = ("train.gradient_checkpointing=true",)
     written = config.micro_batch_sequences or f"null, the {own} of the batch"
+    fewer = f"train.micro_batch_sequences (now {written})"
+    again_computed = (
+        f"set train.gradient_checkpointing: true (now {str(config.gradient_checkpointing).lower()})"
+    )
+    others = (
+        f"a student in train.precision bf16 (now {precision}), or a shorter corpus.sequence_length"
+    )
+    if balanced:
+        return (
+            f"To go on with --resume, {again_computed}: it changes no batch. In another --out: a "
+            f"lower {fewer}, which changes the load-balancing loss of this student, {others}"
+        ), again
     return (
-        f"Lower train.micro_batch_sequences (now {written}), or set "
-        f"train.gradient_checkpointing: true (now {str(config.gradient_checkpointing).lower()}): "
-        "neither changes a batch, and both may change with --resume. In another --out: a student "
-        f"in train.precision bf16 (now {precision}), or a shorter corpus.sequence_length"
+        f"Lower {fewer}, or {again_computed}: neither changes a batch, and both may change with "
+        f"--resume. In another --out: {others}"
     ), again

@@ -149,7 +149,7 @@ def check_student(
     config: StudentConfig, vocabulary_size: int = 0, sequence_length: int = 0
 ) -> None:
     """Check the configured student without its weights; InputError as ``build_student`` raises."""
-    attention = None if config.attention == "auto" else config.attention
+    attention = config.chosen_attention
     directory, task = resolve_model(config.model), config.language_task
     who = f"student {config.model!r}"
     found = check_student_files(directory, task, who, config.from_scratch, attention)
@@ -176,7 +176,7 @@ def build_student(
     check_student(config, vocabulary_size, sequence_length)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
-    attention = None if config.attention == "auto" else config.attention
+    attention = config.chosen_attention
     if config.from_scratch:
         model = new_language_model(directory, config.language_task, attention, tokenizer)
     else:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError
+from rekindle.data.former import with_defaults
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
@@ -171,7 +173,9 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
     if about is None:
         return None
     with reading(directory / "run.json"):
-        settings = {section: dict(about[section]) for section in SECTIONS}
+        recorded = {section: dict(about[section]) for section in SECTIONS}
+        whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
+        settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
     return RunFolder(directory, settings, cache, read_metrics(directory))
 

@@ -173,8 +173,8 @@ def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
             read = cache.within(settle_extent(asked, cache.teachers.values(), masks, Extent()))
             prepare_objective(read, students[run.name], run.config.train, view)
     make_missing(*students.values())
-    # One of each: most share a tokenizer.
-    for name in {student.model: name for name, student in reversed(students.items())}.values():
+    sections = {s.model_dump_json(): name for name, s in reversed(students.items())}
+    for name in sections.values():  # one of each: most are the same
         with naming(f"student {name}"):
             check_student(students[name])
             check_tokenizer(cache.corpus, students[name])

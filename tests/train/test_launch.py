@@ -1,8 +1,11 @@
 """What the environment says of several processes: torchrun's word, or one clear message."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from rekindle.data.errors import InputError
+from rekindle.train.distributed import join_world
 from rekindle.train.launch import Launch, launched, one_of_many
 from testlib.command import pipeline
 
@@ -61,3 +64,25 @@ def test_anything_else_is_refused_before_work(environment, tmp_path, values, wor
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert pipeline("init", "--list").returncode == 0  # who trains nothing needs no torchrun
+
+
+@pytest.mark.parametrize(
+    ("values", "device"), [({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1), ({"LOCAL_RANK": "1"}, 1)]
+)
+def test_a_group_of_the_callers_own_is_used_with_its_local_rank(
+    environment, tmp_path, monkeypatch, values, device
+):
+    environment(**values)
+    chosen = []
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as patch:
+            for name, answer in {"is_available": True, "device_count": 2}.items():
+                patch.setattr(torch.cuda, name, lambda answer=answer: answer)
+            patch.setattr(torch.cuda, "set_device", chosen.append)
+            with join_world() as world:
+                assert (world.rank, world.size, world.talk.type) == (0, 1, "cpu")
+        assert chosen == [world.device] == [torch.device("cuda", device)]
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()

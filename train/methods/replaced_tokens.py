@@ -32,6 +32,7 @@ from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import MethodSettings, WeightField
 from rekindle.train.device_batch import model_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
+from rekindle.train.model.folder import own_files
 from rekindle.train.model.network import StudentNetwork, weights_below
 
 ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
@@ -91,7 +92,7 @@ class ReplacedTokens(Method):
         if config.model_type != "electra":
             return head
         if student.source is not None:
-            head.take(student.source.glob("*.safetensors"))
+            head.take(own_files(student.source))
         setattr(student.model, ELECTRA_HEAD, head)
         return None
 

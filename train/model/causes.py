@@ -31,13 +31,14 @@ QUANTISERS = {
     "hqq": "hqq",
     "quanto": "optimum.quanto",
     "aqlm": "aqlm",
-    "eetq": "eetq",
     "fbgemm_fp8": "fbgemm_gpu",
     "auto-round": "auto_round",
     "quark": "quark",
     "vptq": "vptq",
     "spqr": "spqr_quant",
 }
+# Where pip calls a package otherwise than Python does.
+_PIP_NAMES = {"quark": "amd-quark"}
 # Names that only quantised weights have beside them, and types that only they are stored in.
 _QUANTISED_NAMES = re.compile(
     r"(\.absmax|\.quant_map|\.qweight|\.qzeros|\.SCB|\.weight_packed|\.weight_scale(_inv)?"
@@ -145,7 +146,7 @@ def check_quantisation(
     strange = [
         name
         for name, tensor in tensors.items()
-        if _QUANTISED_NAMES.search(name) or tensor.dtype[:2] in ("F4", "F6", "F8")
+        if _QUANTISED_NAMES.search(name) or tensor.dtype.startswith(("F4_", "F6_", "F8_"))
     ]
     if method is None:
         if strange:
@@ -169,9 +170,10 @@ def check_quantisation(
     if package is None:
         raise InputError(f"{told}, which is not read here: {DEQUANTISE}")
     if not _installed(package):
+        pip = _PIP_NAMES.get(package, re.sub(r"[._]", "-", package))
         raise InputError(
-            f"{told}, and {package} is not installed. Install it (pip install "
-            f"{package.replace('.', '-').replace('_', '-')}), or {DEQUANTISE}"
+            f"{told}, and {package} is not installed. Install it (pip install {pip}), or "
+            f"{DEQUANTISE}"
         )
 
 

@@ -35,6 +35,7 @@ from rekindle.train.model.folder import (
     base_of,
     check_headers,
     is_adapter,
+    own_files,
     read_settings,
     settings_folder,
     stored_tensors,
@@ -47,6 +48,7 @@ from rekindle.train.model.padding import (
     drop_outside_padding,
     padding_of,
     padding_of_new,
+    set_padding,
 )
 from rekindle.train.precision import chosen_precision
 
@@ -67,14 +69,8 @@ def weights_fingerprint(directory: Path) -> str:
     """
     if prints := adapted_fingerprints(directory):
         return hashlib.sha256(f"{prints['base']}\0{prints['adapter']}".encode()).hexdigest()
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"{directory} has no *.safetensors weights. Pickled weights are not loaded; save the "
-            "model again with save_pretrained"
-        )
     digest = hashlib.sha256()
-    for file in files:
+    for file in own_files(directory):
         digest.update(f"{file.name}\0".encode())
         about = file.stat()
         digest.update(_digest(file.resolve(), about.st_size, about.st_mtime_ns))
@@ -202,9 +198,11 @@ def _load_adapted(
     """
     import transformers
 
-    own = load_config(directory, auto_class)
+    attention = config._attn_implementation  # student.attention, where that is set
+    own = load_config(directory, auto_class, attention)
     start = copy.deepcopy(own)
-    start.get_text_config().vocab_size = load_config(base).get_text_config().vocab_size
+    plain = load_config(base, attention=attention)
+    start.get_text_config().vocab_size = plain.get_text_config().vocab_size
     whole = f"{what}: its base"
     found = load_weights(base, auto_class, torch.float32, whole, config=start)
     size = own.get_text_config().vocab_size
@@ -223,8 +221,9 @@ def _load_adapted(
         model.load_state_dict({k: v for k, v in held.items() if k not in shapes}, strict=False)
         merged, head = model, sorted(shapes)
     else:
-        for key in ("id2label", "label2id", "problem_type", "pad_token_id"):  # what callers set
+        for key in ("id2label", "label2id", "problem_type"):  # what callers set
             setattr(merged.config, key, getattr(config, key))
+        set_padding(merged.config, padding_of(config))
     return Loaded(merged.to(dtype), body, head, shapes)
 
 

@@ -90,7 +90,11 @@ def _two_sided(config: "PretrainedConfig") -> str | None:
 
 
 def _is_language_model(name: str) -> bool:
-    return re.search(LANGUAGE_MODELS, name) is not None
+    from transformers.models.auto import modeling_auto as auto
+
+    known = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    listed = any(name in names.values() for names in known)  # BertGenerationDecoder
+    return listed or re.search(LANGUAGE_MODELS, name) is not None
 
 
 def _has_class(config: "PretrainedConfig", task: str) -> bool:

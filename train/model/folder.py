@@ -4,9 +4,11 @@ Only headers are read, and torch is not imported: a wrong folder is found before
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from rekindle.data.corpus.tokenizer_files import (
 )
 from rekindle.data.errors import InputError
 
+log = logging.getLogger("rekindle")
+
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHARDS = "model-*-of-*.safetensors"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -125,9 +130,16 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the model's weights, or the adapter's: one, or those that an index names.
 
+    Where both are there, transformers loads the one: it leaves the index of an older save behind.
+
     Raises InputError where there are none, or some are missing.
     """
     index = directory / INDEX_FILE
+    name = ADAPTER_WEIGHTS if is_adapter(directory) else WEIGHTS_FILE
+    if (directory / name).is_file():
+        if index.is_file():
+            _say_left_over(index, name)
+        return [directory / name]
     if index.is_file():
         places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
@@ -135,17 +147,14 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in sorted(set(places.values()))]
         if outside := [file.name for file in files if file.parent != directory]:
             raise InputError(f"{index} names {outside[0]!r}, which is not in its folder")
+    elif shards := sorted(path.name for path in directory.glob(SHARDS)):
+        raise InputError(f"{directory} holds {shards[0]}, but no {INDEX_FILE}: copy it too")
     else:
-        name = ADAPTER_WEIGHTS if is_adapter(directory) else WEIGHTS_FILE
-        files = [directory / name]
-        if not files[0].is_file():
-            if shards := sorted(path.name for path in directory.glob("model-*-of-*.safetensors")):
-                raise InputError(f"{directory} holds {shards[0]}, but no {INDEX_FILE}: copy it too")
-            raise InputError(
-                f"{directory} has no *.safetensors weights ({name}). Pickled weights are not "
-                "loaded; save the model again with save_pretrained (or let a student begin from "
-                "its configuration alone: set student.from_scratch)"
-            )
+        raise InputError(
+            f"{directory} has no *.safetensors weights ({name}). Pickled weights are not "
+            "loaded; save the model again with save_pretrained (or let a student begin from "
+            "its configuration alone: set student.from_scratch)"
+        )
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(
@@ -153,6 +162,20 @@ def weight_files(directory: Path) -> list[Path]:
             f"{INDEX_FILE} names. Copy or download the missing files"
         )
     return files
+
+
+@cache
+def _say_left_over(index: Path, name: str) -> None:
+    """A folder is looked at several times in a run."""
+    log.info("%s is left unused: beside it is %s, which is loaded", index, name)
+
+
+def own_files(directory: Path) -> list[Path]:
+    """The model's weights, and the safetensors files beside them (a student's heads), sorted; no
+    shards that an older save has left behind.
+    """
+    left_over = {*directory.glob(SHARDS)} - {*weight_files(directory)}
+    return sorted({*directory.glob("*.safetensors")} - left_over)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -164,8 +187,8 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def check_headers(directory: Path) -> None:
-    """Raise InputError for a damaged safetensors file in the folder, whatever it is for."""
-    for file in sorted(directory.glob("*.safetensors")):
+    """Raise InputError for a damaged safetensors file of the model, whatever it is for."""
+    for file in own_files(directory):
         read_header(file)
 
 

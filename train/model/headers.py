@@ -12,7 +12,14 @@ from rekindle.train.model.causes import check_quantisation, quantised_by
 from rekindle.train.model.files import load_config, refuse_body
 from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
 from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
-from rekindle.train.model.meta import Misfit, misfit, refuse_missing, refuse_shapes, shape_only
+from rekindle.train.model.meta import (
+    Misfit,
+    misfit,
+    refuse_missing,
+    refuse_shapes,
+    shape_only,
+    split_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,8 +71,10 @@ def check_expert_files(directory: Path) -> None:
     kind = "AutoModelForSequenceClassification"
     config = load_config(directory, kind)
     found = _misfit(directory, kind, config, trained=True)
-    body = {} if found is None else {n: s for n, s in found.shapes.items() if n in found.body}
-    refuse_shapes(f"{directory} cannot be loaded for text classification", body)
+    if found is not None:
+        body, _ = split_names(shape_only(config, kind), [*found.shapes])
+        what = f"{directory} cannot be loaded for text classification"
+        refuse_shapes(what, {name: found.shapes[name] for name in body})
 
 
 def _misfit(
@@ -88,6 +97,7 @@ def _misfit(
     if found is None or base is None:
         return found
     # What is as long as the base's vocabulary is made as long as the adapter's.
-    old, new = (c.get_text_config().vocab_size for c in (load_config(base), config))
+    plain = load_config(base, attention=config._attn_implementation)
+    old, new = (c.get_text_config().vocab_size for c in (plain, config))
     grows = {((old, *rest), (new, *rest)) for (_, *rest), _ in found.shapes.values()}
     return found._replace(shapes={n: s for n, s in found.shapes.items() if s not in grows})

@@ -5,6 +5,7 @@ checkpoint may have been trained another way than its class was written for. Kno
 teachers, students or caches.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -131,6 +132,8 @@ def moved_by_padding(model: "PreTrainedModel") -> float:
             one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
     except BROKEN:  # what the model cannot do is told where it is used
         return 0.0
+    if one.shape != other.shape:  # states of several tokens each, as Funnel's
+        return math.inf
     moved = _moved(one, other)
     return moved if moved > OF_SHAPES * _rounding(model) else 0.0
 

@@ -19,7 +19,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import language_rows
 from rekindle.train.method import Method
-from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.network import HeadConfig, StudentOutput
 from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
@@ -41,6 +41,18 @@ class StepLoss(NamedTuple):
 
 
 ROUTER = "router"  # what the load-balancing loss of mixture-of-experts students is shown as
+
+
+class _Passes(NamedTuple):
+    """The terms of a step with their weights, by the forward pass that they need."""
+
+    language: list[tuple[DistillTerm, float]]
+    joined: list[tuple[DistillTerm, float]]  # imitate in the very pass of the LM loss
+    by_view: dict[str, list[tuple[DistillTerm, float]]]
+
+    def reads_text(self, hard: float) -> bool:
+        """Whether there is a pass for the LM loss, of which ``hard`` is the weight."""
+        return hard > 0 or bool(self.language or self.joined)
 
 
 @dataclass
@@ -122,7 +134,8 @@ class Objective:
         rows = dict(counts.rows)
         for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
-        if self.balance:  # a share of it is each micro-batch's, by its tokens
+        # A share of it is each micro-batch's, by its tokens.
+        if self.balance and self._by_pass(plan).reads_text(plan.hard):
             rows[ROUTER] = int(batch.lengths.sum())
         return replace(counts, rows=rows)
 
@@ -148,25 +161,20 @@ class Objective:
             total = total if loss is None else total + loss
             terms[name] = terms.get(name, torch.zeros_like(shown)) + shown.detach()
 
-        language: list[tuple[DistillTerm, float]] = []
-        joined: list[tuple[DistillTerm, float]] = []  # imitate in the very pass of the LM loss
-        by_view: dict[str, list[tuple[DistillTerm, float]]] = {}
-        for term, weight in plan.terms:
-            teacher = self.teachers[term.teachers[0]]
-            paired = teacher.shown.paired
-            if teacher.is_vocabulary:
-                language.append((term, weight))
-            elif not paired and (term.view == "masked" or self.task == "causal_lm"):
-                joined.append((term, weight))
-            else:
-                by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
-        if plan.hard > 0 or language or joined:
+        passes = self._by_pass(plan)
+        if passes.reads_text(plan.hard):
             rows = language_rows(batch, self.task, device)
-            hidden = self._imitate(student, rows.inputs, batch, joined, counts, add, rows.select)
-            assert hidden is not None
-            language_loss = LanguageLoss(batch, rows, hidden, student.output_head, counts)
-            language_loss.add_all(plan.hard, language, add)
-        for view, own in sorted(by_view.items()):
+            output = self._imitate(
+                student, rows.inputs, batch, passes.joined, counts, add, rows.select
+            )
+            assert output.hidden is not None
+            language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
+            language_loss.add_all(plan.hard, passes.language, add)
+            if self.balance and output.balance is not None:  # once: of no other pass
+                tokens = int(batch.lengths.sum())
+                share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
+                add(ROUTER, share * self.balance, share)
+        for view, own in sorted(passes.by_view.items()):
             inputs = inputs_of(student, batch, view, device)
             self._imitate(student, inputs, batch, own, counts, add)
         for method, weight in plan.methods:
@@ -177,6 +185,19 @@ class Objective:
             total = total + 0.0 * student.model.get_input_embeddings().weight[0].sum()
         return StepLoss(total, terms)
 
+    def _by_pass(self, plan: StepPlan) -> "_Passes":
+        found = _Passes([], [], {})
+        for term, weight in plan.terms:
+            teacher = self.teachers[term.teachers[0]]
+            paired = teacher.shown.paired
+            if teacher.is_vocabulary:
+                found.language.append((term, weight))
+            elif not paired and (term.view == "masked" or self.task == "causal_lm"):
+                found.joined.append((term, weight))
+            else:
+                found.by_view.setdefault(teacher.view if paired else "", []).append((term, weight))
+        return found
+
     def _imitate(
         self,
         student: Student,
@@ -186,16 +207,13 @@ class Objective:
         counts: Counts,
         add: Add,
         select: Tensor | None = None,
-    ) -> Tensor | None:
-        """Run the student once, add its experts' losses, and return the hidden states selected."""
+    ) -> StudentOutput:
+        """Run the student once, add its experts' losses, and return what it gave."""
         names = [name for term, _ in terms for name in heads_of(term, self.teachers)]
         heads = {name: batch.targets.get(name) for name in names}  # None: over a union of labels
         output = run_heads(student, inputs, batch, heads, select)
         add_task_losses(output.logits, batch, terms, self.teachers, counts, add)
-        if self.balance and output.balance is not None:
-            share = output.balance * (int(batch.lengths.sum()) / max(counts.rows[ROUTER], 1))
-            add(ROUTER, share * self.balance, share)
-        return output.hidden
+        return output
 
 
 def _check_shared(

@@ -24,7 +24,7 @@ from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, like, whole
-from rekindle.train.record.identity import SUMMARY_FILE
+from rekindle.train.record.identity import SUMMARY_FILE, had_checkpoint, note_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, saved_weights
 
@@ -36,15 +36,15 @@ OWN = re.compile(r"step-\d{8,}")  # the names of checkpoints
 
 
 def restore(
-    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer, every: int
+    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Load the newest sound checkpoint in every process; returns its state, which is empty for a
     run that was interrupted before its first one.
 
-    ``every``: steps between checkpoints. Raises CheckpointError where there were some, and none is
-    left or sound: what they held would be trained again, without a word.
+    Raises CheckpointError where there were some, and none is left or sound: what they held would be
+    trained again, without a word.
     """
-    found = student.world.decide(lambda: _newest(run, every))
+    found = student.world.decide(lambda: _newest(run))
     if found is None:
         log.info("no sound checkpoint in %s; starting from the beginning", run)
         return {}
@@ -76,6 +76,7 @@ def save_checkpoint(
             digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
             content = dict(state) | {"step": step, "files": digests}
             (staged / TRAINER_FILE).write_bytes(seal(content))
+        note_checkpoint(run)
         remove_leftovers(target.parent)
         best = (state.get("best") or {}).get("step")
         # A newer one is damaged, or it would have been gone on with: it must not take a place.
@@ -88,14 +89,14 @@ def save_checkpoint(
     return student.world.decide(write)
 
 
-def _newest(run: Path, every: int) -> tuple[Path, dict[str, Any]] | None:
+def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     remove_leftovers(run / "checkpoints")
     found = latest_checkpoint(run)
     if found is not None:
         return found
     damaged = ", ".join(path.name for path in _checkpoints(run))
     steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
-    if not damaged and steps <= every and not (run / SUMMARY_FILE).exists():
+    if not damaged and not had_checkpoint(run, steps) and not (run / SUMMARY_FILE).exists():
         return None
     told = (
         f"none of its checkpoints is sound ({damaged})" if damaged else "its checkpoints are gone"

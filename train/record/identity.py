@@ -31,6 +31,7 @@ SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainC
 FREE_OF_CACHE = ("cache.path", "cache.teacher_seconds")
 EXTENT = ("replicas", "targets")  # of the record's cache: how much of it is read
 STUDENT_FILES = "student_files"
+CHECKPOINTED = "checkpointed"  # whether the run has ever written a checkpoint
 START_AGAIN = "start a new run in another --out"
 
 About = Mapping[str, Any]
@@ -49,7 +50,30 @@ def begin_record(run: Path, about: About) -> None:
     before = read_record(run / RUN_FILE) or {}
     if before.get("version") != VERSION:
         cache = {**about["cache"], **before.get("cache", {})}
-        write_json(run / RUN_FILE, {**about, **before, "cache": cache, "version": VERSION})
+        begun = {} if before else {CHECKPOINTED: False}  # of an older one it is not known
+        values = {**about, **before, **begun, "cache": cache, "version": VERSION}
+        write_json(run / RUN_FILE, values)
+
+
+def note_checkpoint(run: Path) -> None:
+    """Record, once, that the run in ``run`` has written a checkpoint."""
+    found = _read(run)
+    if found is not None and not found.get(CHECKPOINTED):
+        write_json(run / RUN_FILE, found | {CHECKPOINTED: True})
+
+
+def had_checkpoint(run: Path, steps: int) -> bool:
+    """Whether the run in ``run`` has ever written a checkpoint.
+
+    Where its record does not say it: whether it must have, by the ``steps`` it has taken and the
+    ``checkpoint_every`` it was begun with.
+    """
+    found = _read(run) or {}
+    with reading(run / RUN_FILE, START_AGAIN):
+        if CHECKPOINTED in found:
+            return bool(found[CHECKPOINTED])
+        every = found.get("train", {}).get("checkpoint_every", TrainConfig().checkpoint_every)
+        return steps > int(every)
 
 
 def recorded_extent(run: Path) -> Extent:
@@ -119,10 +143,17 @@ def began_with(run: Path, config: StudentConfig) -> bool:
     return bool(files) and files == student_files(config)
 
 
-def keys_that_may_change(student: StudentConfig, train: TrainConfig) -> list[str]:
-    """The dotted keys of a run's record that may differ when it goes on."""
+def keys_that_may_change(
+    student: StudentConfig, train: TrainConfig, balanced: bool = False
+) -> list[str]:
+    """The dotted keys of a run's record that may differ when it goes on.
+
+    ``balanced``: the student has a load-balancing loss, which is no sum over sequences: what is in
+    one forward pass decides its value.
+    """
     sections = {"student": student, "train": train}
-    return [f"{name}.{key}" for name, one in sections.items() for key in free_keys(one)]
+    keys = [f"{name}.{key}" for name, one in sections.items() for key in free_keys(one)]
+    return [key for key in keys if not (balanced and key == "train.micro_batch_sequences")]
 
 
 def _rule(run: Path, now: About) -> str:

@@ -63,6 +63,11 @@ def settle_extent(
 def _replicas(asked: Extent, view: ViewReader | None, before: Extent) -> int | None:
     if view is None:
         return None
+    if view.replicas == 0:
+        raise InputError(
+            "the cache has no replica of these masks that is finished. `pipeline cache-teachers` "
+            "makes them"
+        )
     replicas = asked.replicas or before.replicas or view.replicas
     if replicas > view.replicas:
         raise InputError(

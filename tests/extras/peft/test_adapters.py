@@ -18,6 +18,8 @@ from rekindle.train.finetune.classifier import evaluate
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.files import load_config, load_language_model, load_weights
+from rekindle.train.model.padding import set_padding
 from rekindle.train.student import build_student
 from testlib.models import AUTO
 
@@ -183,3 +185,41 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path, configure, bert):
     with pytest.raises(InputError, match="PROMPT_TUNING, which cannot be merged"):
         cache_teachers(configure(tmp_path / "c", [masked(tmp_path / "prompts")]))
     assert not (tmp_path / "c" / "targets").exists()
+
+
+def test_what_is_set_of_a_student_goes_before_its_base(tmp_path, bert):
+    _, folder = adapted(bert, tmp_path / "adapter")
+    file = bert / "config.json"
+    settings = json.loads(file.read_text()) | {"attn_implementation": "flash_attention_2"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="flash_attn is not installed"):
+        build_student(StudentConfig(model=str(folder)), {}, 100, 0)
+    student = build_student(StudentConfig(model=str(folder), attention="eager"), {}, 100, 0)
+    assert student.model.config._attn_implementation == "eager"
+
+
+def test_a_family_without_a_padding_id(tmp_path):
+    sizes = {"vocab_size": 90, "n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
+    config = transformers.CodeGenConfig(n_positions=32, **sizes)
+    transformers.CodeGenForCausalLM(config).save_pretrained(tmp_path / "base")
+    options = {"auto": AUTO["causal_lm"], "target_modules": ["qkv_proj"]}
+    merged, folder = adapted(tmp_path / "base", tmp_path / "adapter", **options)
+    found = load_language_model(folder, "causal_lm").state_dict()
+    assert all(torch.allclose(found[k], v, atol=1e-6) for k, v in merged.state_dict().items())
+
+
+def test_the_padding_id_is_set_in_a_text_part_too(tmp_path):
+    """A classifier's head reads it there."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24}
+    text = sizes | {"vocab_size": 90, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": None}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, num_labels=2, mm_tokens_per_image=4
+    )
+    transformers.Gemma3ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    _, folder = adapted(tmp_path / "base", tmp_path / "a", CLASSES, target_modules=["q_proj"])
+    given = load_config(folder, CLASSES)
+    set_padding(given, 7)
+    found = load_weights(folder, CLASSES, torch.float32, "it", config=given).model.config
+    assert found.get_text_config().pad_token_id == 7

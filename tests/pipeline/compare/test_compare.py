@@ -114,6 +114,15 @@ def test_json_has_everything(write):
     assert found["corpus"] == "c1"
 
 
+def test_a_run_of_an_older_version_differs_in_no_key_that_it_had_not(write):
+    runs = [write(name, student={"grow": {"layers": 4}}) for name in ("old", "new")]
+    recorded = json.loads((runs[0] / "run.json").read_text())
+    del recorded["student"]["grow"]["noise_std"], recorded["train"]["keep_best"]
+    recorded["student"]["grow"]["noise"] = 0.0
+    (runs[0] / "run.json").write_text(json.dumps(recorded))
+    assert [run.settings for run in compare_runs(runs).runs] == [{}, {}]
+
+
 def test_a_single_run_has_no_best_and_nothing_differs(write):
     text = as_text(compare_runs([write("a")]), 999)
     assert list(rows_of(text))[:2] == ["run", "steps"]

@@ -453,6 +453,16 @@ def test_what_the_cache_does_not_have_is_refused_before_anything_is_written(run_
     assert not out.exists()
 
 
+def test_each_of_the_students_sections_is_checked(run_file, tmp_path):
+    """The second has the model of the first, and would begin with weights that are not there."""
+    home = Path(yaml.safe_load(run_file.read_text())["student"]["model"])
+    model = shutil.copytree(home, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    runs = plan_sweep(run_file, ["student.from_scratch=true,false"], [f"student.model={model}"])
+    refused(InputError, runs, tmp_path / "out", "student from_scratch=false", "no *.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
 def test_torchrun_is_refused(run_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(InputError, plan_sweep(run_file, ["train.seed=0"]), tmp_path / "x", "torchrun")

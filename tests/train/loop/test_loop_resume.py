@@ -101,6 +101,23 @@ def test_a_finished_run_is_left_as_it_is(masked_world, whole, tmp_path):
     assert metrics(out) == metrics(whole.directory)
 
 
+@pytest.mark.parametrize(("began", "now"), [(1000, 2), (2, 1000)])
+def test_whether_there_were_checkpoints_is_recorded(masked_world, tmp_path, began, now):
+    """Whatever checkpoint_every is when the run goes on."""
+    out, kept = tmp_path / "run", tmp_path / "run/checkpoints"
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, train_config(checkpoint_every=began), report=stop_at(4))
+    assert kept.exists() == (began == 2)
+    shutil.rmtree(kept, ignore_errors=True)
+    config = train_config(checkpoint_every=now)
+    if began == 2:
+        with pytest.raises(CheckpointError, match="its checkpoints are gone"):
+            run(masked_world, out, config, resume=True)
+        assert max(r["step"] for r in metrics(out)) == 4
+    else:
+        assert run(masked_world, out, config, resume=True).steps == 10
+
+
 def test_resume_of_a_run_that_is_not_there_starts_it(masked_world, whole, tmp_path):
     run(masked_world, tmp_path / "run", train_config(ALL), resume=True)
     assert same_weights(tmp_path / "run", whole.directory)

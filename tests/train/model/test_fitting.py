@@ -73,6 +73,7 @@ def test_the_right_task_is_said(name):
         (configured("GPT2", "GPT2LMHeadModel"), "causal_lm"),
         (configured("Bert", "BertForPreTraining"), "masked_lm"),
         (configured("Bert", "BertLMHeadModel", is_decoder=True), "causal_lm"),
+        (configured("BertGeneration", "BertGenerationDecoder"), "causal_lm"),
         (configured("XLM", "XLMWithLMHeadModel", causal=True), "causal_lm"),
         (configured("Llama", "MyOwnLlamaForCausalLM"), "causal_lm"),
         (configured("T5", "T5ForSequenceClassification"), "sequence_classification"),

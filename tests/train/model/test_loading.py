@@ -17,9 +17,11 @@ from rekindle.train.model.files import (
     load_language_model,
     load_model,
     new_language_model,
+    weights_fingerprint,
 )
 from rekindle.train.model.folder import ADAPTER_WEIGHTS, resolve_model
-from rekindle.train.student import build_student
+from rekindle.train.model.headers import check_expert_files
+from rekindle.train.student import build_student, saved_weights
 from testlib.models import AUTO
 
 MASKED, CLASSES = AUTO["masked_lm"], AUTO["sequence_classification"]
@@ -95,9 +97,32 @@ def test_weights_that_are_cut_off(bert, cut):
 
 
 def test_shards_of_which_one_is_missing(bert):
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}
+    (bert / "model.safetensors").rename(bert / "model-2.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (bert / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(bert, "lacks model-1.safetensors", loaders=LOADERS)
+
+
+@pytest.mark.parametrize("shards", ["gone", "there", "cut off"])
+def test_one_file_goes_before_the_shards_of_an_older_save(bert, tmp_path, shards):
+    """transformers loads the one file; a save in place leaves the other's index behind."""
+    fresh = weights_fingerprint(bert)
+    kept = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    )
+    if shards != "gone":
+        save_file({"a": torch.ones(1)}, bert / "model-00001-of-00001.safetensors")
+    if shards == "cut off":
+        (bert / "model-00001-of-00001.safetensors").write_bytes(b"0123")
+    for load in LOADERS[:2]:
+        load(bert)
+    assert weights_fingerprint(bert) == fresh
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(load_language_model(bert, "masked_lm").state_dict()[name], kept[name])
+    save_file({}, bert / "heads.safetensors")
+    assert torch.equal(saved_weights(bert)[f"model.{name}"], kept[name])
+    assert weights_fingerprint(bert) != fresh  # the heads are the student's
 
 
 def test_a_gguf_file_and_an_adapter_without_its_settings(tmp_path):
@@ -170,6 +195,7 @@ def test_tensors_of_another_shape_are_named_with_both(bert):
         ("gptq", "gptqmodel"),
         ("awq", "gptqmodel"),
         ("compressed-tensors", "compressed_tensors"),
+        ("quark", "quark"),
         ("fp8", None),
     ],
 )
@@ -182,7 +208,9 @@ def test_quantised_weights_are_called_so(bert, method, package):
     change(bert, quantization_config={"quant_method": method, "load_in_8bit": True})
     refused(bert, f"quantised by {method}", "dequantise", loaders=LOADERS)
     if package:
-        refused(bert, f"{package} is not installed", "pip install", loaders=[as_teacher])
+        pip = {"quark": "amd-quark"}.get(package, package.replace("_", "-"))
+        told = f"{package} is not installed. Install it (pip install {pip})"
+        refused(bert, told, loaders=[as_teacher])
     new = new_language_model(bert, "masked_lm")  # new weights are none of these
     assert not hasattr(new.config, "quantization_config")
 
@@ -190,6 +218,15 @@ def test_quantised_weights_are_called_so(bert, method, package):
 def test_a_quantisation_that_is_left_over_is_called_so(bert):
     change(bert, quantization_config={"quant_method": "gptq", "bits": 4})
     refused(bert, "plain (F32)", "left over", "Remove quantization_config", loaders=LOADERS)
+
+
+def test_float64_is_no_quantisation(bert):
+    weights = {k: v.double() for k, v in load_file(bert / "model.safetensors").items()}
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    for load in LOADERS[:2]:
+        load(bert)
+    change(bert, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(bert, "plain (F64)", "left over", loaders=LOADERS)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +272,14 @@ def test_labels_that_contradict_the_head_are_a_shape_that_does_not_fit(expert):
     change(expert, id2label={str(i): f"l{i}" for i in range(4)}, label2id=None)
     with pytest.raises(InputError, match=r"classifier.weight is \[3, 32\] in the file and \[4, 32"):
         load_model(expert, CLASSES, torch.float32)
+
+
+def test_an_experts_body_is_checked_by_headers_and_its_head_is_not(expert):
+    change(expert, id2label={str(i): f"l{i}" for i in range(4)}, label2id=None)
+    check_expert_files(expert)
+    change(expert, intermediate_size=50)
+    with pytest.raises(InputError, match=r"intermediate.*is \[48, 32\] in the file and \[50, 32"):
+        check_expert_files(expert)
 
 
 # --- the forward pass -----------------------------------------------------------------------------

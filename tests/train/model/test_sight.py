@@ -104,6 +104,14 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+FUNNEL = {
+    "vocab_size": 90,
+    "d_model": 16,
+    "n_head": 2,
+    "d_head": 8,
+    "d_inner": 24,
+    "block_sizes": [1, 1],
+}
 CONV = {"embedding_size": 16, "conv_kernel_size": 3}
 PADDED = {
     "FNet": ("FNet", {}),
@@ -122,3 +130,9 @@ def test_padding_moves_nothing_elsewhere(family):
     head = "ForCausalLM" if family in ("Llama", "Mamba") else "ForMaskedLM"
     for dtype in (torch.float32, torch.bfloat16):
         assert moved_by_padding(made(family, head).to(dtype)) == 0.0
+
+
+def test_states_of_another_number_are_moved():
+    """Funnel's classifiers read states of several tokens each: padding makes them more."""
+    model = transformers.FunnelForSequenceClassification(transformers.FunnelConfig(**FUNNEL))
+    assert moved_by_padding(model) > 1

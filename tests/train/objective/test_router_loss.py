@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from rekindle.data.errors import CheckpointError, ResumableError
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
@@ -72,3 +73,48 @@ def test_it_is_logged_and_said(world, tmp_path, caplog):
     assert all(1.0 <= record["router"] < 4.0 for record in steps)
     for record in steps:
         assert record["loss"] == pytest.approx(record["ce"] + 0.5 * record["router"], rel=1e-5)
+
+
+def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch):
+    """Whatever other views the student's experts need: these are passes of their own."""
+    each = []
+    for hard, apart in ((1.0, False), (1.0, True), (0.0, True)):
+        setting = Setting(world, {"hard": {"weight": hard}, "distill": [{"teachers": ["sense"]}]})
+        setting.objective.balance = 0.5
+        setting.student.train()
+        split = setting.objective._by_pass
+
+        def moved(plan, split=split):  # an expert of pairs, as it were
+            found = split(plan)
+            return found._replace(joined=[], by_view={"": found.joined})
+
+        if apart:
+            monkeypatch.setattr(setting.objective, "_by_pass", moved)
+        plan = setting.objective.plan(0)
+        shown = setting.objective.shown(setting.objective.counts(setting.batch(0), plan), plan)
+        found = setting.run()[1]
+        assert ("router" in shown) == ("router" in found) == (hard > 0)
+        each += [float(found["router"])] if hard else []
+    assert each[1] == pytest.approx(each[0], rel=1e-5)
+
+
+def test_what_is_in_a_forward_pass_may_not_change_on_resume(world, tmp_path):
+    """It decides the loss, which is no sum over sequences; nor is it advice for want of memory."""
+    train = TrainConfig(steps=2, batch_sequences=4, warmup_steps=0, checkpoint_every=1)
+    student = StudentConfig(model=str(world.student), task="causal_lm")
+
+    def begin(micro, resume, report):
+        config = train.model_copy(update={"micro_batch_sequences": micro})
+        out = tmp_path / "run"
+        train_student(world.open(), student, config, out, resume=resume, report=report)
+
+    def short(step, values):
+        if step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ResumableError) as caught:
+        begin(4, False, short)
+    assert "--out: a lower train.micro_batch_sequences (now 4), which changes" in str(caught.value)
+    assert caught.value.settings == ("train.gradient_checkpointing=true",)
+    with pytest.raises(CheckpointError, match=r"train\.micro_batch_sequences: 4 there, 2 here"):
+        begin(2, True, short)

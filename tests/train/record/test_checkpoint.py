@@ -60,7 +60,7 @@ def save_checkpoint(run, step, student, *rest, **options):
 
 
 def restore(run, student, optimizer):
-    return module.restore(run, alone(student), optimizer, every=100)
+    return module.restore(run, alone(student), optimizer)
 
 
 def alone(student):
@@ -209,6 +209,8 @@ def test_without_a_sound_checkpoint_nothing_is_trained_again(tmp_path, make_stud
     with pytest.raises(CheckpointError, match=r"cannot go on: .*sound \(step-00000001\)"):
         restore(tmp_path, student, optimizer)
     shutil.rmtree(path)
+    begun = {"train": {"checkpoint_every": 100}}  # by a version that recorded no checkpoints
+    (tmp_path / "run.json").write_text(json.dumps(begun))
     for steps in (99, 100, 101):
         record = {"kind": "train", "step": steps}
         (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.compare.runs import compare_runs
-from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.sweep.grid import SweepRun
 from rekindle.pipeline.sweep.run import run_sweep
 from rekindle.pipeline.train_student import train_from_config
@@ -114,6 +116,22 @@ def test_a_run_goes_on_as_it_began(base, small, grown, whole, tmp_path, monkeypa
 def test_the_same_file_again_trains_the_same_student(base, grown, whole, tmp_path):
     train_from_config(run_file(base, grown, 4, 2), tmp_path / "run")
     assert_same(tmp_path / "run", whole)
+
+
+def test_its_run_yaml_reads_what_the_run_read(base, small, grown, whole, tmp_path):
+    """Of a file that says nothing of it, in the same cache and in one that has grown."""
+    train_from_config(run_file(base, small), tmp_path / "run")
+    for place in (small, grown):
+        config = load_config(tmp_path / "run/run.yaml", [f"cache.path={place}"])
+        out = tmp_path / f"again-{place.parent.name}"
+        train_from_config(config, out)
+        assert_same(out, whole)
+    train_from_config(load_config(tmp_path / "run/run.yaml"), tmp_path / "run", resume=True)
+
+
+def test_a_view_without_a_replica_has_advice_that_helps():
+    with pytest.raises(InputError, match=r"no replica .* `pipeline cache-teachers` makes them"):
+        settle_extent(Extent(replicas=4), [], SimpleNamespace(replicas=0), Extent())
 
 
 def test_a_run_is_not_resumed_at_another_k_or_more_replicas(

@@ -1,6 +1,9 @@
 """A model's tokenizer is another one only where an id of the corpus is another token to it."""
 
+import json
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +139,15 @@ def test_a_token_that_no_text_has_may_be_another(
     }
     with pytest.raises(InputError, match=r"'z' here, no token there"):  # masks may draw it
         cache_teachers(configure(tmp_path / "masked", [masked]))
+
+
+def test_a_students_attention_goes_before_its_folders(made, chat_model, tmp_path):
+    model = Path(shutil.copytree(chat_model, tmp_path / "m"))
+    settings = json.loads((model / "config.json").read_text())
+    settings["attn_implementation"] = "flash_attention_2"
+    (model / "config.json").write_text(json.dumps(settings))
+    config = StudentConfig(model=str(model), task="causal_lm", attention="sdpa")
+    assert check_tokenizer(Cache.open(made.cache.path).corpus, config).size
 
 
 def test_a_student_with_more_tokens_is_no_other(made, chat_model, tmp_path, make_model, wordpiece):
