@@ -198,7 +198,8 @@ def _tail(
 def _mean_rounding(info: TeacherInfo, log_probs: Values) -> Values:
     """What the sum of probabilities may move by, in nats: a mean over what it is made of."""
     finite = np.maximum(log_probs, -1e4)
-    weights = np.exp(log_probs - _log_sum(log_probs)[:, None])
+    with np.errstate(invalid="ignore"):  # of nothing there is no mean
+        weights = np.exp(log_probs - _log_sum(log_probs)[:, None])
     moved: Values = ROUNDING[info.precision] * (np.nan_to_num(weights) * (1 - finite)).sum(axis=1)
     return moved
 
