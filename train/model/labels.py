@@ -4,6 +4,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +39,20 @@ def complete_labels(
     names = {i: str(named.get(i, f"LABEL_{i}")) for i in range(count)}
     gaps = [names[i] for i in range(count) if i not in named]
     beyond = [f"{key} ({named[key]!r})" for key in sorted(named) if not 0 <= key < count]
-    log.warning(
-        "%s: its head has %d outputs, id2label in its config.json has the keys %s%s%s",
-        directory,
-        count,
-        _some([str(key) for key in sorted(named)]),
-        f"; outputs without a name are called {_some(gaps)}" if gaps else "",
-        f"; {_some(beyond)}: no output has that number" if beyond else "",
+    _warn_once(
+        f"{directory}: its head has {count} outputs, id2label in its config.json has the keys "
+        + _some([str(key) for key in sorted(named)])
+        + (f"; outputs without a name are called {_some(gaps)}" if gaps else "")
+        + (f"; {_some(beyond)}: no output has that number" if beyond else "")
     )
     config.id2label = names
     config.label2id = {name: number for number, name in names.items()}
+
+
+@cache
+def _warn_once(told: str) -> None:
+    """A folder is looked at several times in a run."""
+    log.warning("%s", told)
 
 
 def outputs_in_file(
