@@ -209,7 +209,8 @@ def _refuse_doubtful(train: Rows) -> None:
                 place,
                 f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
                 "differ in blanks or case alone; write both alike, or say --set "
-                "problem=classification (then case makes classes of their own, and blanks around a name do not count)",
+                "problem=classification (then case makes classes of their own, and blanks around a "
+                "name do not count)",
             )
     if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
         train.refuse(
