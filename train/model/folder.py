@@ -12,12 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.tokenizer_files import (
-    LFS_POINTER,
-    has_tokenizer_files,
-    refuse_pointer,
-)
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.text_files import refuse_pointer
 
 log = logging.getLogger("rekindle")
 
@@ -101,8 +98,8 @@ def is_adapter(directory: Path) -> bool:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError, naming the file, for anything else."""
+    refuse_pointer(path)
     content = path.read_bytes()
-    refuse_pointer(path, content)
     try:
         found = json.loads(content)
     except ValueError as error:  # also bytes that are no UTF-8
@@ -210,10 +207,9 @@ def check_headers(directory: Path) -> None:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file; InputError unless the file is whole by its length."""
+    refuse_pointer(file)
     with open(file, "rb") as stream:
         start = stream.read(8)
-        if start == LFS_POINTER[:8]:
-            refuse_pointer(file, start + stream.read(1000))
         length = int.from_bytes(start, "little")
         size = file.stat().st_size
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):

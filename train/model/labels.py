@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
+from rekindle.data.text_files import half_a_pair
 from rekindle.train.model.folder import StoredTensor
 from rekindle.train.model.meta import shape_only
 
@@ -79,7 +80,12 @@ def gives_scores(config: "PretrainedConfig") -> bool:
 
 
 def check_label_names(names: Sequence[str], whose: str) -> None:
-    """Raise InputError where two outputs have one name: labels are matched by name."""
+    """Raise InputError where two outputs have one name, for labels are matched by name, and for a
+    name that cannot be written.
+    """
+    for number, name in enumerate(names):
+        if told := half_a_pair(f"name of output {number}", name):
+            raise InputError(f"{whose}: {told} (id2label in its config.json)")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         places = [str(number) for number, name in enumerate(names) if name == twice[0]]

@@ -247,7 +247,7 @@ def test_80_10_10():
     ("given_shares", "expected"),
     [
         ({"mask_token": 1.0, "random_token": 0.0}, "mask"),
-        ({"mask_token": 0.0, "random_token": 0.0}, "kept"),
+        ({"mask_token": 0.0, "random_token": 0.001}, "kept"),
         ({"mask_token": 0.0, "random_token": 1.0}, "other"),
     ],
 )

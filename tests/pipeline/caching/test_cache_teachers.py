@@ -277,7 +277,8 @@ def test_a_teacher_with_domains_has_targets_exactly_for_their_sequences(
 def test_a_shard_without_a_sequence_of_the_domain(tmp_path, configure, stable):
     """Its unit is committed and empty: nothing is missing, and nothing is there."""
     teachers = [t | {"domains": ["odd"]} for t in stable]
-    cache = {"sequences_per_shard": 1, "replicas": 1}
+    mask = {"policy": "random", "probability": 0.5}
+    cache = {"sequences_per_shard": 1, "replicas": 1, "mask": mask}
     done = cache_teachers(configure(tmp_path, teachers, cache=cache, corpus={"limit_sequences": 4}))
     found = Cache.open(tmp_path)
     examples = [found.example(i) for i in range(4)]

@@ -181,7 +181,7 @@ def test_a_batchs_rounding_hardly_moves_a_draw(tmp_path, configure, make_model, 
 
 
 def test_the_audit_agrees_with_every_kind(world):
-    found = audit_cache(str(world.folders["default"]), world.config, 24)
+    found = audit_cache(str(world.folders["default"]), world.config, 24).values
     assert found.keys() == TARGETS.keys()
     for name, values in found.items():
         assert values["rows"] > 100
@@ -208,7 +208,7 @@ def test_the_audit_agrees_with_every_codec(world, configure, codec):
         corpus={"limit_sequences": 24},
         cache={"sequences_per_shard": 10},
     )
-    found = audit_cache(str(world.folders[codec]), config, 10)
+    found = audit_cache(str(world.folders[codec]), config, 10).values
     bound = {"precise": 1e-5, "compact": 5e-3}[codec]
     for name in ("topk", "every"):
         assert abs(found[name]["kl"]) < bound

@@ -44,11 +44,11 @@ def assert_left_at_once(
     assert until(lambda: not alive(children), 2), "a child outlives it"
 
 
-def assert_line_to_resume(errors: str, run: Path) -> None:
+def assert_line_to_resume(errors: str, run: Path, workers: int) -> None:
     assert "Traceback" not in errors
     assert "Error" not in errors
     (line,) = [line for line in errors.splitlines() if "interrupted" in line]
-    assert line.endswith(f"To go on: pipeline cache-teachers {run}")
+    assert line.endswith(f"To go on: pipeline cache-teachers {run} --workers {workers}")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -62,7 +62,7 @@ def test_ctrl_c_ends_at_once_with_the_line_to_go_on(tmp_path, long, workers):
     child = Child(work)
     assert until(lambda: units(cache) or child.ended()), child.errors
     assert_left_at_once(child, lambda: os.kill(child.pid, signal.SIGINT), run, 2)
-    assert_line_to_resume(child.errors, run)
+    assert_line_to_resume(child.errors, run, workers)
     there = units(cache)
     again = cache_teachers(long)
     assert again.units_present == len(there)
@@ -90,7 +90,7 @@ def test_ctrl_c_of_the_real_command(tmp_path, long, workers):
     assert until(lambda: units(cache) or process.poll() is not None)
     assert_left_at_once(process, lambda: process.send_signal(signal.SIGINT), run, 2)
     assert process.stderr is not None
-    assert_line_to_resume(process.stderr.read(), run)
+    assert_line_to_resume(process.stderr.read(), run, workers)
     again = start(run, workers)
     assert again.communicate()[1].count("Traceback") == 0
     assert again.returncode == 0

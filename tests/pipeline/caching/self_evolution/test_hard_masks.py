@@ -70,7 +70,7 @@ def test_every_kind_of_target_is_sound_and_audited(tmp_path, evolve, kind, packi
     config = evolve(tmp_path, corpus=corpus, targets=targets)
     cache_teachers(config)
     assert verify_cache(str(tmp_path)).problems == []
-    found = audit_cache(str(tmp_path), config, 6)["reference"]
+    found = audit_cache(str(tmp_path), config, 6).values["reference"]
     assert found["rows"] == sum(len(content_of(e.input_ids)) for e in examples(tmp_path))
     assert found.get("total_variation", found.get("kl")) < 1e-3
 
