@@ -40,6 +40,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
+def first_words(error: BaseException, limit: int = 300) -> str:
+    """Return what a library's error says first: its first line, and, where that only announces
+    the reason with a colon, what follows, as one line of at most ``limit`` characters.
+    """
+    text = str(error).strip()
+    first = text.partition("\n")[0].strip()
+    told = " ".join(text.split()) if first.endswith(":") else first
+    return told if len(told) <= limit else f"{told[: limit - 2]} …"
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Put ``what`` is wrong (a stage, a student, a key) before the message of an InputError."""

@@ -54,6 +54,7 @@ class Settings(BaseModel):
         return value
 
 
+_LARGEST = 2**63 - 1
 _EMPTY: tuple[tuple[type, object], ...] = ((BaseModel, {}), (dict, {}), (tuple, ()))
 
 
@@ -84,8 +85,8 @@ def _check_numbers(value: object, choices: set[Any]) -> None:
     elif isinstance(value, bool):
         if choices & {int, float} and not choices & {bool, object, Any}:
             raise ValueError("must be a number, not true or false")
-    elif isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError("must be a number of at most 64 bits")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"a number must lie between -{_LARGEST} and {_LARGEST} (2^63 - 1)")
 
 
 def free_keys(section: Settings) -> Iterator[str]:

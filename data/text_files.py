@@ -5,6 +5,7 @@ their names. What is no text is refused by what it is.
 import io
 import logging
 import re
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from rekindle.data.errors import InputError
 log = logging.getLogger("rekindle")
 
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
+_LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
 _UNPACKED = {  # what is unpacked while it is read
     "gzip": re.compile(rb"\x1f\x8b\x08"),
@@ -33,6 +35,31 @@ _NO_TEXT = {  # what is not, and what to do
 }
 
 
+def refuse_pointer(path: str | Path) -> None:
+    """Raise InputError where a file is a git-lfs pointer."""
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise InputError(
+            f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
+            f"its large files. Run `git lfs pull` in {Path(path).parent}"
+        )
+
+
+def half_a_pair(what: str, text: str) -> str | None:
+    """What is wrong with ``what`` where half of a surrogate pair is in it, as JSON may write one:
+    it can be neither tokenized nor written.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"character {error.start + 1} of the {what} is half of a surrogate pair, which is no "
+            f"Unicode character; repair the {what} where it was made"
+        )
+    return None
+
+
 def compression_of(path: str) -> str | None:
     """What a file is packed with: gzip, zstd, bz2, or None."""
     with open(path, "rb") as file:
@@ -44,6 +71,7 @@ def open_text(path: str) -> BinaryIO:
     """The bytes of a text file, unpacked. Raises InputError for what is no text, OSError for what
     cannot be read.
     """
+    refuse_pointer(path)
     compression = compression_of(path)
     if (suffix := _SUFFIX_OF.get(compression or "")) and not path.lower().endswith(suffix):
         log.info("%s is packed with %s, though its name does not say so", path, compression)

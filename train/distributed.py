@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.launch import launched, local_rank
 from rekindle.train.student import Student
 
@@ -135,7 +135,7 @@ def _meeting() -> Iterator[None]:
     except RuntimeError as error:
         raise RekindleError(
             "another process of this run has ended or cannot be reached; what it said before is "
-            f"the reason ({str(error).splitlines()[0][:200]})"
+            f"the reason ({first_words(error, 200)})"
         ) from error
 
 

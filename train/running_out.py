@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rekindle.data.errors import RekindleError, ResumableError
+from rekindle.data.errors import RekindleError, ResumableError, first_words
 from rekindle.train.config import TrainConfig
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +49,7 @@ def running_out(
     except Exception as error:
         if isinstance(error, RekindleError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_words(error, 200) or type(error).__name__
         if is_out_of_memory(error):
             raise ResumableError(
                 f"out of memory ({reason}). {advice}. {kept()}", settings

@@ -13,6 +13,7 @@ from rekindle.data.corpus.python_docs import python_docs
 from rekindle.data.corpus.records import Bad, Record, read_records, shown
 from rekindle.data.corpus.sources import PYTHON_DOCS, Origin, find_origins
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
@@ -161,22 +162,9 @@ def _document(
         return None
     identity = _identity(record, origin)
     for what, value in (("text", text), ("id", identity), ("domain", domain or "")):
-        if (at := _half_a_pair(value)) is not None:
-            return Bad(
-                "half a surrogate pair",
-                f"{where}: character {at} of the {what} is half of a surrogate pair, "
-                f"which is no Unicode character; repair the {what} where it was made",
-            )
+        if told := half_a_pair(what, value):
+            return Bad("half a surrogate pair", f"{where}: {told}")
     return Document(identity, text, domain)
-
-
-def _half_a_pair(text: str) -> int | None:
-    """Where half of a surrogate pair is, if anywhere."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
 
 
 def _reach(values: Mapping[str, object], field: str) -> object:

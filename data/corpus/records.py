@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from rekindle.data.corpus.sources import HUB, Origin, no_such_source
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import open_text
+from rekindle.data.text_files import open_text, refuse_pointer
 
 TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer
 LONGEST_LINE = 1 << 28  # bytes of a .jsonl file's line, which is held in memory
@@ -53,6 +53,7 @@ def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad
         elif origin.format == "jsonl":
             yield from _jsonl_records(origin.place)
         else:
+            refuse_pointer(origin.place)
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
             yield from _columnar_records(origin.place, batches(origin.place, fields))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # that of a column's name

@@ -39,14 +39,23 @@ def unshared_ids(
     those that stand ``beside`` it, in its masks: it would be read as what it is not. Reads the ids
     of the whole corpus if there are any.
     """
-    found = differing_ids(corpus.tokenizer, other, rows)
+    ours = corpus.tokenizer
+    found = differing_ids(ours, other, rows)
     if not len(found):
         return found
     used = _occurring(corpus)
     used[beside] = True
     wrong = found[used[found]]
+    if len(wrong) and rows is not None and not np.isin(wrong, differing_ids(ours, other)).any():
+        raise InputError(
+            f"{who} has {rows:,} rows in its embedding, fewer than its tokenizer has ids "
+            f"({other.size:,}): the corpus has id {wrong[0]} "
+            f"({ours.hf.convert_ids_to_tokens(int(wrong[0]))!r}), which has no row. Make the "
+            "embedding larger (transformers' resize_token_embeddings) and train it, or use a "
+            f"tokenizer without the tokens that were added. {advice}"
+        )
     if len(wrong):
-        told = described(corpus.tokenizer, other, wrong, rows)
+        told = described(ours, other, wrong, rows)
         raise InputError(
             f"{who} has another tokenizer than the corpus: {told}. It must have the same token "
             f"under every id that the corpus has (more tokens are no matter). {advice}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
+from rekindle.data.text_files import refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,7 +26,6 @@ _JSON_FILES = (
     "config.json",
 )
 _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LFS_POINTER = b"version https://git-lfs"
 
 
 def has_tokenizer_files(path: str | Path) -> bool:
@@ -52,20 +52,10 @@ def read_tokenizer_files(path_or_id: str) -> "PreTrainedTokenizerFast":
     return _load_auto(path_or_id)
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise InputError where a file that begins with ``start`` is a git-lfs pointer."""
-    if start.startswith(LFS_POINTER):
-        raise InputError(
-            f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
-            f"its large files. Run `git lfs pull` in {path.parent}"
-        )
-
-
 def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
     for path in directory.iterdir():
         if path.is_file() and path.suffix in (".json", ".model", ".txt", ".bpe"):
-            with path.open("rb") as file:
-                refuse_pointer(path, file.read(len(LFS_POINTER)))
+            refuse_pointer(path)
     if not has_tokenizer_files(directory):
         raise InputError(
             f"tokenizer directory {directory} has no tokenizer files; it must hold tokenizer.json "

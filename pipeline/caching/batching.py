@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import pad
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, first_words
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.model.padding import set_padding
@@ -116,9 +116,8 @@ def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows)
     try:
         return forward(rows)
     except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
-        told = str(error).strip()
         if not is_out_of_memory(error):
-            reason = told.splitlines()[0] if told else repr(error)
+            reason = first_words(error) or repr(error)
             raise InputError(
                 f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
                 f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "

@@ -8,6 +8,7 @@ import decimal
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.text_files import half_a_pair
 
 Raw = object  # as a file gives it
 Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; None: there is no label
@@ -29,8 +31,8 @@ _MISSING = (
 _DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
 _LARGEST = sys.float_info.max
 _FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
-_CLASSIFY = "problem=classification (every label is a class as it is written)"
-_SCORES = "problem=regression (labels are scores)"
+_CLASSIFY = "--set problem=classification (every label is a class as it is written)"
+_SCORES = "--set problem=regression (labels are scores)"
 _TRUTH = ("true", "false")
 _OF_NUMBERS = ("a number", "a list of numbers")
 
@@ -88,6 +90,8 @@ def read_label(raw: Raw, as_written: bool = False) -> Label:
             f"{type(raw).__name__})"
         )
     text = (raw or "").strip()
+    if told := half_a_pair("label", raw or ""):
+        raise ValueError(told)
     if text.casefold() in _MISSING:
         return Label(raw, None, "")
     if _NUMBER.fullmatch(text.casefold()):
@@ -180,7 +184,7 @@ def _refuse_mixed(train: Rows) -> None:
                 place,
                 f"label {label.raw!r} is {label.kind}, but row {train.numbers[0]} has "
                 f"{first.raw!r}, {first.kind}; use one type of label throughout, leave rows out "
-                f"with drop_labels=[{_quoted(label.name)}], or say {_CLASSIFY}",
+                f"with {_leave_out(label.name)}, or say {_CLASSIFY}",
             )
 
 
@@ -192,7 +196,7 @@ def _refuse_doubtful(train: Rows) -> None:
             train.refuse(
                 places[name],
                 f"label {name!r} ({counts[name]} rows) may be a class, or say that there is no "
-                f"label; leave these rows out with drop_labels=[{_quoted(name)}], or say "
+                f"label; leave these rows out with {_leave_out(name)}, or say "
                 f"{_CLASSIFY}",
             )
     spelled: dict[str, tuple[int, str]] = {}
@@ -204,8 +208,9 @@ def _refuse_doubtful(train: Rows) -> None:
             train.refuse(
                 place,
                 f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
-                "differ in blanks or case alone; write both alike, or say problem=classification "
-                "(then case makes classes of their own, and blanks around a name do not count)",
+                "differ in blanks or case alone; write both alike, or say --set "
+                "problem=classification (then case makes classes of their own, and blanks around a "
+                "name do not count)",
             )
     if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
         train.refuse(
@@ -258,7 +263,7 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
             place,
             f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
             f"({len(names)}: {known}){did_you_mean(label.name, names)} Correct the label, add such "
-            f"rows to train, or leave them out with drop_labels=[{_quoted(label.name)}]",
+            f"rows to train, or leave them out with {_leave_out(label.name)}",
         )
     return numbers
 
@@ -310,7 +315,7 @@ def kept_rows(
         elif label.value is None:
             raise InputError(
                 f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
-                "rows out with drop_labels=[null]"
+                f"rows out with {_leave_out('')}"
             )
         else:
             rows.labels.append(label)
@@ -354,6 +359,12 @@ def _are_counts(labels: Sequence[Label]) -> bool:
 def _code(label: Label) -> Label:
     name = label.raw.strip() if isinstance(label.raw, str) else label.name
     return Label(label.raw, name, name)
+
+
+def _leave_out(name: str) -> str:
+    """The setting that leaves rows of a label out ("": a missing one), wherever it is given."""
+    setting = f"drop_labels=[{_quoted(name) if name else 'null'}]"
+    return f"--set {shlex.quote(setting)} (in a cycle: finetune.drop_labels)"
 
 
 def _quoted(name: str) -> str:

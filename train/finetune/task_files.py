@@ -14,7 +14,7 @@ import pyarrow.csv
 from rekindle.data.corpus.records import Bad, read_records
 from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.text_files import PACKED_SUFFIXES, open_text
+from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, open_text
 from rekindle.train.finetune.config import TaskSettings
 
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
@@ -54,6 +54,8 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if not isinstance(value, str):
                 given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
                 raise InputError(f"{path}, row {row}: {name} must be a string (given: {given})")
+            if told := half_a_pair(name, value):
+                raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
     labels = columns[settings.label_column]
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
@@ -112,15 +114,15 @@ def _read_records(path: str, wanted: set[str]) -> _Columns:
 
 
 def _read_csv(path: str, wanted: set[str]) -> _Columns:
-    # Every field as a string: a text "12" stays a text. GLUE's tsv files hold lone quotation marks,
-    # so that a tsv has no quoting.
+    # Every field as it stands: a text "12" stays a text. GLUE's tsv files hold lone quotation
+    # marks, so that a tsv has no quoting.
     tabbed = ".tsv" in Path(path).name.lower()
     parse = pa.csv.ParseOptions(
         delimiter="\t" if tabbed else ",",
         quote_char=False if tabbed else '"',
         newlines_in_values=not tabbed,
     )
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.string()))
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.binary()))
     with open_text(path) as stream:
         if not Path(path).stat().st_size:
             return {}
@@ -138,4 +140,18 @@ def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
                 "is not clear: rename or remove the others"
             )
     nothing: list[object] = [None] * table.num_rows
-    return {n: table.column(n).to_pylist() if n in wanted else nothing for n in names}
+    return {n: _texts(path, n, table.column(n)) if n in wanted else nothing for n in names}
+
+
+def _texts(path: str, name: str, column: pa.ChunkedArray) -> list[object]:
+    """The texts of a column of bytes; InputError, naming the row, for bytes that are no UTF-8."""
+    found: list[object] = []
+    for row, value in enumerate(column.to_pylist(), start=1):
+        try:
+            found.append(value.decode())
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}, row {row}: {name} is not UTF-8 ({error.reason} at byte "
+                f"{error.start + 1}); convert the file to UTF-8"
+            ) from None
+    return found

@@ -94,6 +94,24 @@ def whole_tensors(directory: Path) -> dict[str, StoredTensor]:
     return {_name(key): tensor for key, tensor in stored_tensors(directory).items()}
 
 
+def refuse_other_base(model: "PreTrainedModel", directory: Path, base: Path) -> None:
+    """Raise InputError where low-rank changes are for matrices of another size than ``model``'s."""
+    here = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    given = whole_tensors(directory)
+    for key, low in given.items():
+        name, found, _ = key.partition(".lora_A.")
+        high, matrix = given.get(f"{name}.lora_B.weight"), here.get(f"{name}.weight", ())
+        if not found or high is None or not len(low.shape) == len(high.shape) == len(matrix) == 2:
+            continue
+        changed = (high.shape[0], low.shape[1])
+        if sorted(changed) != sorted(matrix):  # some families keep theirs transposed
+            raise InputError(
+                f"{directory}: the adapter changes {name}.weight by a matrix {list(changed)}, and "
+                f"that of its base {base} is {list(matrix)}: it was trained on another base. Put "
+                f"the right one's path into base_model_name_or_path in {directory / ADAPTER_FILE}"
+            )
+
+
 def _name(key: str) -> str:
     return _WRAPPED.sub("", key.removeprefix("base_model.model."))
 

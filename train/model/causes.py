@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.model.folder import SETTINGS_FILE, StoredTensor
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ FLASH_PACKAGES = {
 }
 PLAIN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+# Why weights have to be whole.
+TRAINED = "what is trained begins from whole weights"
+MERGED = "an adapter is merged into whole weights"
 DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pretrained"
 
 
@@ -110,7 +113,7 @@ def _reason(error: Exception) -> str:
         return "its code comes with the model (auto_map), and remote code is off"
     if isinstance(error, KeyError) and _raised_in(error, "activations"):
         return f"transformers knows no activation {text} (hidden_act in its config.json)"
-    first = text.splitlines()[0].rstrip(".") if text else ""
+    first = first_words(error).rstrip(".")
     if isinstance(error, OSError | ValueError | ImportError | RuntimeError) and first:
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -139,9 +142,11 @@ def check_quantisation(
     directory: Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
-    trained: bool,
+    whole: str = "",
 ) -> None:
-    """Raise InputError for quantised weights that cannot be loaded, or not ``trained``."""
+    """Raise InputError for quantised weights that cannot be loaded, or for any where ``whole``
+    says why they have to be whole.
+    """
     method = quantised_by(settings)
     strange = [
         name
@@ -164,8 +169,8 @@ def check_quantisation(
             f"quantization_config from {directory / SETTINGS_FILE}"
         )
     told = f"{directory}: its weights are quantised by {method} (quantization_config)"
-    if trained:
-        raise InputError(f"{told}; what is trained begins from whole weights: {DEQUANTISE}")
+    if whole:
+        raise InputError(f"{told}; {whole}: {DEQUANTISE}")
     package = QUANTISERS.get(method)
     if package is None:
         raise InputError(f"{told}, which is not read here: {DEQUANTISE}")

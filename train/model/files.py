@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +23,8 @@ from rekindle.train.model.adapter import (
     need_peft,
 )
 from rekindle.train.model.causes import (
+    MERGED,
+    TRAINED,
     check_implementations,
     check_quantisation,
     quantised_by,
@@ -131,19 +132,14 @@ def load_config(
     drop_outside_padding(config, f"{file}")
     asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
-    plain = quantised_by(settings) is None and not _names_labels(config, settings)
-    if auto_class is not None and auto_class.endswith("Classification") and plain:
+    classifies = auto_class is not None and auto_class.endswith("Classification")
+    if auto_class is not None and classifies and quantised_by(settings) is None:
         complete_labels(config, auto_class, stored_tensors(file.parent), file.parent)
     if is_adapter(directory):
         need_peft(directory)
         if auto_class is not None:
             complete_config(config, directory, auto_class)
     return config
-
-
-def _names_labels(config: "PretrainedConfig", settings: Mapping[str, object]) -> bool:
-    """Whether config.json itself names the outputs 0…C−1."""
-    return "id2label" in settings and set(config.id2label) == set(range(len(config.id2label)))
 
 
 def load_weights(
@@ -153,12 +149,12 @@ def load_weights(
     what: str,
     advice: str = "",
     config: "PretrainedConfig | None" = None,
-    trained: bool = True,
+    whole: str = TRAINED,
 ) -> Loaded:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
-    ``config``: the directory's, changed. ``trained``: the weights are to be trained. What is not
-    there, or in another shape than the configuration gives it, is random; the caller judges.
+    ``config``: the directory's, changed. ``whole``: why they must not be quantised, if so. What is
+    not there, or in another shape than the configuration gives it, is random; the caller judges.
     ``what`` and ``advice`` are as of ``refusing``. Raises InputError for all that cannot be loaded.
     """
     import transformers
@@ -167,7 +163,7 @@ def load_weights(
     if (base := base_of(directory)) is not None:
         return _load_adapted(directory, base, auto_class, dtype, what, config)
     check_headers(directory)
-    check_quantisation(directory, read_settings(directory), stored_tensors(directory), trained)
+    check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole)
     with refusing(what, advice):
         model, info = getattr(transformers, auto_class).from_pretrained(
             str(directory),
@@ -203,8 +199,8 @@ def _load_adapted(
     start = copy.deepcopy(own)
     plain = load_config(base, attention=attention)
     start.get_text_config().vocab_size = plain.get_text_config().vocab_size
-    whole = f"{what}: its base"
-    found = load_weights(base, auto_class, torch.float32, whole, config=start)
+    told = f"{what}: its base"
+    found = load_weights(base, auto_class, torch.float32, told, config=start, whole=MERGED)
     size = own.get_text_config().vocab_size
     merged, brought = merge_adapter(found.model, directory, size, what)
     body, head = (sorted({*names} - brought) for names in (found.body, found.head))
@@ -233,7 +229,7 @@ def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Modul
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
     what = f"{directory} cannot be loaded as {auto_class}"
-    loaded = load_weights(directory, auto_class, dtype, what, trained=False)
+    loaded = load_weights(directory, auto_class, dtype, what, whole="")
     refuse_shapes(what, loaded.shapes)
     refuse_missing(directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head))
     return loaded.model

@@ -27,6 +27,7 @@ TWO_SIDED = {
 }
 # Of the names of classes: those of language models, and the task that other ones say.
 LANGUAGE_MODELS = r"CausalLM|LMHead|MaskedLM|ForPreTraining|ConditionalGeneration|DoubleHeads"
+CLASSIFIERS = r"(Sequence|Token)Classification"
 SAID = {
     r"MaskedLM|ForPreTraining$": "masked_lm",
     r"CausalLM|LMHead": "causal_lm",
@@ -65,6 +66,14 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
             f"{who}: it was saved as {named[0]}, which has no output over the vocabulary: as a "
             f"{task} it would predict with a matrix that was never trained for it"
             f"{_instead(config, task, named[0])}"
+        )
+    wanted = AUTO_CLASSES[task].removeprefix("AutoModel")
+    heads = [name for name in named if re.search(CLASSIFIERS, name)]
+    if trained and task not in LANGUAGE and heads and not any(wanted in name for name in heads):
+        each = "a whole sequence" if "Sequence" in heads[0] else "each token"
+        raise InputError(
+            f"{who}: it was saved as {heads[0]}, whose head was trained to judge {each}: as "
+            f"{task} it would answer what it never learnt{_instead(config, task)}"
         )
 
 

@@ -12,12 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.tokenizer_files import (
-    LFS_POINTER,
-    has_tokenizer_files,
-    refuse_pointer,
-)
-from rekindle.data.errors import InputError
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
+from rekindle.data.errors import InputError, first_words
+from rekindle.data.text_files import refuse_pointer
 
 log = logging.getLogger("rekindle")
 
@@ -56,7 +53,7 @@ def resolve_model(path_or_id: str) -> Path:
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_words(error) or type(error).__name__
         raise InputError(
             f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
             f"({reason})"
@@ -101,8 +98,8 @@ def is_adapter(directory: Path) -> bool:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError, naming the file, for anything else."""
+    refuse_pointer(path)
     content = path.read_bytes()
-    refuse_pointer(path, content)
     try:
         found = json.loads(content)
     except ValueError as error:  # also bytes that are no UTF-8
@@ -121,7 +118,18 @@ def read_settings(directory: Path) -> dict[str, Any]:
             f"{path} has no model_type, so that the kind of model is not known. Save the model "
             'again with save_pretrained, or add it ("model_type": "bert")'
         )
+    _check_label_numbers(settings.get("id2label"), path)
     return settings
+
+
+def _check_label_numbers(names: object, path: Path) -> None:
+    if names is None:
+        return
+    rule = 'It gives each output\'s number its name: {"0": "no", "1": "yes"}'
+    if not isinstance(names, dict):
+        raise InputError(f"{path}: id2label is a {type(names).__name__}, not an object. {rule}")
+    if strange := [key for key in names if not re.fullmatch(r"-?[0-9]+", key)]:
+        raise InputError(f"{path}: id2label has the key {strange[0]!r}, which is no number. {rule}")
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -149,6 +157,11 @@ def weight_files(directory: Path) -> list[Path]:
             raise InputError(f"{index} names {outside[0]!r}, which is not in its folder")
     elif shards := sorted(path.name for path in directory.glob(SHARDS)):
         raise InputError(f"{directory} holds {shards[0]}, but no {INDEX_FILE}: copy it too")
+    elif name == ADAPTER_WEIGHTS:
+        raise InputError(
+            f"{directory} is an adapter ({ADAPTER_FILE}) without its weights, {name}. Copy them "
+            "too, or save the adapter again with save_pretrained"
+        )
     else:
         raise InputError(
             f"{directory} has no *.safetensors weights ({name}). Pickled weights are not "
@@ -194,10 +207,9 @@ def check_headers(directory: Path) -> None:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file; InputError unless the file is whole by its length."""
+    refuse_pointer(file)
     with open(file, "rb") as stream:
         start = stream.read(8)
-        if start == LFS_POINTER[:8]:
-            refuse_pointer(file, start + stream.read(1000))
         length = int.from_bytes(start, "little")
         size = file.stat().st_size
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):

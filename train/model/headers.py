@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import naming
-from rekindle.train.model.adapter import whole_tensors
-from rekindle.train.model.causes import check_quantisation, quantised_by
+from rekindle.train.model.adapter import refuse_other_base, whole_tensors
+from rekindle.train.model.causes import MERGED, TRAINED, check_quantisation, quantised_by
 from rekindle.train.model.files import load_config, refuse_body
-from rekindle.train.model.fitting import AUTO_CLASSES, check_fits
+from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, check_fits
 from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
 from rekindle.train.model.meta import (
     Misfit,
@@ -33,10 +33,11 @@ def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConf
     auto_class = AUTO_CLASSES[task]
     with naming(who):
         plain = load_config(directory)
-    check_fits(plain, task, who)
+    # An adapter brings a head of its own; what its base was saved as says nothing of that.
+    check_fits(plain, task, who, base_of(directory) is None or task in LANGUAGE)
     with naming(who):
         config = load_config(directory, auto_class)
-        found = _misfit(directory, auto_class, config, trained=False)
+        found = _misfit(directory, auto_class, config)
         if found is not None:
             refuse_shapes(f"{directory} cannot be loaded as {auto_class}", found.shapes)
             refuse_missing(directory, auto_class, config, sorted(found.body + found.head))
@@ -59,7 +60,7 @@ def check_student_files(
     if from_scratch:
         shape_only(config, kind)
         return config
-    found = _misfit(directory, kind, config, trained=True)
+    found = _misfit(directory, kind, config, TRAINED)
     if found is not None:
         refuse_shapes(f"student {directory} cannot be loaded as {kind}", found.shapes)
         refuse_body(directory, found.body)
@@ -70,7 +71,7 @@ def check_expert_files(directory: Path) -> None:
     """Check what a classifier is to be made of: a body; a head of other labels is no matter."""
     kind = "AutoModelForSequenceClassification"
     config = load_config(directory, kind)
-    found = _misfit(directory, kind, config, trained=True)
+    found = _misfit(directory, kind, config, TRAINED)
     if found is not None:
         body, _ = split_names(shape_only(config, kind), [*found.shapes])
         what = f"{directory} cannot be loaded for text classification"
@@ -78,14 +79,17 @@ def check_expert_files(directory: Path) -> None:
 
 
 def _misfit(
-    directory: Path, auto_class: str, config: "PretrainedConfig", trained: bool
+    directory: Path, auto_class: str, config: "PretrainedConfig", why: str = ""
 ) -> Misfit | None:
-    """How the weights differ from those that are needed; None where only the load can tell."""
+    """How the weights differ from those that are needed; None where only the load can tell.
+
+    ``why`` they must not be quantised, if so. Raises InputError for an adapter of another base.
+    """
     base = base_of(directory)
     whole = base or directory
     check_headers(whole)
     settings, tensors = read_settings(whole), stored_tensors(whole)
-    check_quantisation(whole, settings, tensors, trained or base is not None)
+    check_quantisation(whole, settings, tensors, why if base is None else MERGED)
     if base is not None:
         check_headers(directory)
         tensors = tensors | whole_tensors(directory)
@@ -93,7 +97,10 @@ def _misfit(
         return None
     if not config.name_or_path:
         config.name_or_path = str(directory)
-    found = misfit(shape_only(config, auto_class), tensors)
+    model = shape_only(config, auto_class)
+    if base is not None:
+        refuse_other_base(model, directory, base)
+    found = misfit(model, tensors)
     if found is None or base is None:
         return found
     # What is as long as the base's vocabulary is made as long as the adapter's.

@@ -4,10 +4,12 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
+from rekindle.data.text_files import half_a_pair
 from rekindle.train.model.folder import StoredTensor
 from rekindle.train.model.meta import shape_only
 
@@ -38,16 +40,20 @@ def complete_labels(
     names = {i: str(named.get(i, f"LABEL_{i}")) for i in range(count)}
     gaps = [names[i] for i in range(count) if i not in named]
     beyond = [f"{key} ({named[key]!r})" for key in sorted(named) if not 0 <= key < count]
-    log.warning(
-        "%s: its head has %d outputs, id2label in its config.json has the keys %s%s%s",
-        directory,
-        count,
-        _some([str(key) for key in sorted(named)]),
-        f"; outputs without a name are called {_some(gaps)}" if gaps else "",
-        f"; {_some(beyond)}: no output has that number" if beyond else "",
+    _warn_once(
+        f"{directory}: its head has {count} outputs, id2label in its config.json has the keys "
+        + _some([str(key) for key in sorted(named)])
+        + (f"; outputs without a name are called {_some(gaps)}" if gaps else "")
+        + (f"; {_some(beyond)}: no output has that number" if beyond else "")
     )
     config.id2label = names
     config.label2id = {name: number for number, name in names.items()}
+
+
+@cache
+def _warn_once(told: str) -> None:
+    """A folder is looked at several times in a run."""
+    log.warning("%s", told)
 
 
 def outputs_in_file(
@@ -74,7 +80,12 @@ def gives_scores(config: "PretrainedConfig") -> bool:
 
 
 def check_label_names(names: Sequence[str], whose: str) -> None:
-    """Raise InputError where two outputs have one name: labels are matched by name."""
+    """Raise InputError where two outputs have one name, for labels are matched by name, and for a
+    name that cannot be written.
+    """
+    for number, name in enumerate(names):
+        if told := half_a_pair(f"name of output {number}", name):
+            raise InputError(f"{whose}: {told} (id2label in its config.json)")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         places = [str(number) for number, name in enumerate(names) if name == twice[0]]

@@ -35,9 +35,9 @@ BAD = [
     (b'{"text": "a"}', "no domain", "no field 'domain'"),
     (b'{"text": "a", "domain": {"name": "x"}}', "domain is no name", "number: domain.name"),
     (b'{"text": "a", "domain": ["x"]}', "domain is no name", "holds ['x'] (a list)"),
-    (b'{"text": "\\ud83d", "domain": "d"}', "half a surrogate pair", "character 0 of the text"),
-    (b'{"text": "a", "domain": "x\\ud83d"}', "half a surrogate pair", "character 1 of the domain"),
-    (b'{"text": "a", "id": "\\ude00", "domain": "d"}', "half a surrogate pair", "0 of the id"),
+    (b'{"text": "\\ud83d", "domain": "d"}', "half a surrogate pair", "character 1 of the text"),
+    (b'{"text": "a", "domain": "x\\ud83d"}', "half a surrogate pair", "character 2 of the domain"),
+    (b'{"text": "a", "id": "\\ude00", "domain": "d"}', "half a surrogate pair", "1 of the id"),
 ]
 
 
@@ -61,6 +61,14 @@ def test_a_bad_line_is_told_with_its_place_or_left_out(tmp_path, line, kind, tol
     assert left_out.told() == f"bad records left out: 1 {kind}; the first: {left_out.first}"
     leave_out = "; or leave such records out (corpus.on_bad_record: skip)"
     assert str(caught.value) == left_out.first + leave_out
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet", "arrow"])
+def test_a_git_lfs_pointer_is_no_bad_record(tmp_path, suffix):
+    path = tmp_path / f"d.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=rf"d\.{suffix} is a git-lfs pointer.*`git lfs pull`"):
+        read(path, LeftOut(), domain_field=None)
 
 
 def test_of_a_txt_file_the_document_with_other_bytes_is_left_out(tmp_path):

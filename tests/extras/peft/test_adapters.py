@@ -19,6 +19,7 @@ from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import load_config, load_language_model, load_weights
+from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.padding import set_padding
 from rekindle.train.student import build_student
 from testlib.models import AUTO
@@ -185,6 +186,31 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path, configure, bert):
     with pytest.raises(InputError, match="PROMPT_TUNING, which cannot be merged"):
         cache_teachers(configure(tmp_path / "c", [masked(tmp_path / "prompts")]))
     assert not (tmp_path / "c" / "targets").exists()
+
+
+def test_a_base_of_another_size_or_a_quantised_one_is_told_before_the_corpus(
+    tmp_path, configure, bert, make_model, wordpiece
+):
+    _, folder = adapted(bert, tmp_path / "adapter")
+    larger = make_model("bert", MASKED, wordpiece, hidden_size=64)
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": str(larger)}))
+    told = (
+        r"query\.weight by a matrix \[32, 32\], and that of its base .* is \[64, 64\].*base_model"
+    )
+    with pytest.raises(InputError, match=told):
+        check_teacher_files(folder, "masked_lm", "teacher 'x'")
+    file.write_text(json.dumps(settings))
+    weights = load_file(bert / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weights |= {name: weights[name].to(torch.int8), f"{name}_scale": torch.ones(1)}
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    base = json.loads((bert / "config.json").read_text())
+    base["quantization_config"] = {"quant_method": "gptq", "bits": 8}
+    (bert / "config.json").write_text(json.dumps(base))
+    with pytest.raises(InputError, match="an adapter is merged into whole weights: dequantise"):
+        check_teacher_files(folder, "masked_lm", "teacher 'x'")
 
 
 def test_what_is_set_of_a_student_goes_before_its_base(tmp_path, bert):

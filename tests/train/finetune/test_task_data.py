@@ -15,6 +15,7 @@ from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_data import read_task
+from rekindle.train.model.labels import check_label_names
 
 EVERY = ("a.jsonl", "a.csv", "a.tsv", "a.parquet")
 ROWS = [
@@ -272,6 +273,46 @@ def test_labels_that_are_left_out_are_so_in_every_split_and_counted(tmp_path):
     )
     with pytest.raises(InputError, match="leaves none of its 2 rows"):
         read_task(labelled(tmp_path / "x.jsonl", [-1, -1]), settings=TaskSettings(drop_labels=-1))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("column", ["sentence1", "sentence2", "label"])
+def test_half_a_surrogate_pair_is_refused_with_its_row(tmp_path, suffix, column):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": n} for n in ("x", "y", "x")]
+    rows[1][column] += "\ud800"
+    content = Path(jsonl(tmp_path / "a.jsonl", rows)).read_bytes()
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    told = f"row 2: character 2 of the {column} is half of a surrogate pair"
+    assert f"{path}, {told}" in refused(str(path))
+
+
+def test_a_label_name_of_a_model_is_text():
+    with pytest.raises(InputError, match="m: character 2 of the name of output 1 is half"):
+        check_label_names(["a", "b\ud800"], "m")
+
+
+@pytest.mark.parametrize(("line", "column"), [(b"b\xff,0", "text"), (b"b,0\xff", "label")])
+def test_of_bytes_that_are_not_utf8_a_csv_names_the_row(tmp_path, line, column):
+    content = b"text,label\na,1\n\n" + line + b"\n"
+    told = f"row 2: {column} is not UTF-8 (invalid start byte at byte 2)"
+    for name, cut in (("a.csv", b","), ("a.tsv", b"\t")):
+        (tmp_path / name).write_bytes(content.replace(b",", cut))
+        assert f"{name}, {told}" in refused(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_git_lfs_pointer_is_called_so(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    told = f"{name} is a git-lfs pointer, not the file itself"
+    assert told in (message := refused(str(tmp_path / name)))
+    assert f"Run `git lfs pull` in {tmp_path}" in message
+
+
+def test_what_decides_is_told_as_a_command_and_a_cycle_take_it(tmp_path):
+    path = labelled(tmp_path / "a.jsonl", ["a", "b", "it's -", "-"])
+    told = "--set 'drop_labels=[\"-\"]' (in a cycle: finetune.drop_labels)"
+    assert f"{told}, or say --set problem=classification" in refused(path)
 
 
 def test_texts_that_are_empty_are_counted(tmp_path):

@@ -51,6 +51,16 @@ WRONG = {
         "masked_lm",
         "say `task: token_classification`",
     ),
+    "a classifier of texts as tagger": (
+        configured("Bert", "BertForSequenceClassification"),
+        "token_classification",
+        "to judge a whole sequence.*say `task: sequence_classification`",
+    ),
+    "a tagger of words as scorer": (
+        configured("Bert", "BertForTokenClassification"),
+        "regression",
+        "to judge each token.*say `task: token_classification`",
+    ),
     "mamba as classifier": (
         configured("Mamba", "MambaForCausalLM"),
         "sequence_classification",
@@ -78,6 +88,7 @@ def test_the_right_task_is_said(name):
         (configured("Llama", "MyOwnLlamaForCausalLM"), "causal_lm"),
         (configured("T5", "T5ForSequenceClassification"), "sequence_classification"),
         (configured("Bert", "BertModel"), "sequence_classification"),
+        (configured("Bert", "BertForSequenceClassification"), "regression"),
     ],
 )
 def test_what_fits_is_not_refused(config, task):

@@ -19,7 +19,7 @@ from rekindle.train.model.files import (
     new_language_model,
     weights_fingerprint,
 )
-from rekindle.train.model.folder import ADAPTER_WEIGHTS, resolve_model
+from rekindle.train.model.folder import ADAPTER_WEIGHTS, resolve_model, stored_tensors
 from rekindle.train.model.headers import check_expert_files
 from rekindle.train.student import build_student, saved_weights
 from testlib.models import AUTO
@@ -147,6 +147,9 @@ def test_an_adapter_needs_peft_and_says_so_once(bert, tmp_path, monkeypatch):
     refused(folder, "is an adapter", "pip install -e '.[peft]'", "Merge it")
     (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     refused(folder, "pickled")
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(InputError, match=r"adapter .* without its weights, adapter_model\.saf"):
+        stored_tensors(folder)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -180,6 +183,11 @@ def test_values_that_make_no_model(bert):
     refused(bert, str(bert))
     change(bert, num_attention_heads="two")
     refused(bert, str(bert))
+
+
+def test_a_value_of_a_wrong_type_is_told_with_what_it_is(bert):
+    change(bert, hidden_size="big")
+    refused(bert, "config.json cannot be used", "'hidden_size': ", "expected int", "'big'")
 
 
 def test_tensors_of_another_shape_are_named_with_both(bert):
@@ -252,6 +260,7 @@ def test_attention_that_is_not_there_or_would_be_downloaded(bert, attention, tol
         ({"1": "a", "2": "b"}, ["LABEL_0", "a", "b"]),
         ({"0": "a", "2": "c"}, ["a", "LABEL_1", "c"]),
         ({"1": "a", "2": "b", "3": "c"}, ["LABEL_0", "a", "b"]),
+        ({"0": "a", "1": "b"}, ["a", "b", "LABEL_2"]),
         (None, ["LABEL_0", "LABEL_1", "LABEL_2"]),
     ],
 )
@@ -268,10 +277,23 @@ def test_the_head_says_how_many_labels_there_are(expert, given, names, caplog):
     )
 
 
-def test_labels_that_contradict_the_head_are_a_shape_that_does_not_fit(expert):
-    change(expert, id2label={str(i): f"l{i}" for i in range(4)}, label2id=None)
-    with pytest.raises(InputError, match=r"classifier.weight is \[3, 32\] in the file and \[4, 32"):
-        load_model(expert, CLASSES, torch.float32)
+def test_names_without_an_output_name_nothing_and_that_is_said(expert, caplog):
+    change(expert, id2label={str(i): f"l{i}" for i in range(5)}, label2id=None)
+    assert load_model(expert, CLASSES, torch.float32).config.id2label == {0: "l0", 1: "l1", 2: "l2"}
+    assert "id2label" in caplog.text
+    assert "3 ('l3'), 4 ('l4'): no output has that number" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"x": "a", "y": "b", "z": "c"}, "id2label has the key 'x', which is no number"),
+        (["a", "b", "c"], "id2label is a list, not an object"),
+    ],
+)
+def test_labels_that_are_no_numbers_with_names(expert, given, told):
+    change(expert, id2label=given, label2id=None)
+    refused(expert, "config.json", told, '{"0": "no", "1": "yes"}', loaders=[as_expert])
 
 
 def test_an_experts_body_is_checked_by_headers_and_its_head_is_not(expert):

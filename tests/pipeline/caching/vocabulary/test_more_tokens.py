@@ -163,3 +163,15 @@ def test_a_student_with_more_tokens_is_no_other(made, chat_model, tmp_path, make
     model = make_model("gpt2", CAUSAL, other, 4, n_embd=16)
     with pytest.raises(InputError, match=r"student .* has another tokenizer.*'the' here, no token"):
         check_tokenizer(cache.corpus, student(model))
+
+
+def test_an_embedding_that_is_too_short_is_no_other_tokenizer(
+    tmp_path, configure, make_model, wordpiece, size
+):
+    short = make_model("bert", "AutoModelForMaskedLM", wordpiece, vocab_size=size - 3, **NARROW)
+    teacher = {"name": "lm", "model": str(short), "task": "masked_lm", "targets": {"kind": "dense"}}
+    told = (
+        rf"'lm' has {size - 3} rows in its embedding, fewer than its tokenizer has ids \({size}\)"
+    )
+    with pytest.raises(InputError, match=told + r".*id \d+ \('.*'\), which has no row.*resize_tok"):
+        cache_teachers(configure(tmp_path / "cache", [teacher]))
