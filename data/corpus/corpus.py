@@ -278,7 +278,8 @@ def build_corpus(
         if not count and not following:
             raise InputError(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
-                f"{config.text_field!r}); give a source with at least one non-blank document"
+                f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; "
+                "give a source with at least one non-blank document, or the model's own tokenizer"
                 f"{f'; {told}' if left_out and (told := left_out.told()) else ''}"
             )
         claim()

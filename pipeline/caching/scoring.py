@@ -209,9 +209,10 @@ def _largest(logits: Tensor) -> Tensor:
 
 def _relative(logits: Tensor, highest: Tensor, info: TeacherInfo) -> Tensor:
     if not bool(torch.isfinite(highest).all()) or bool(torch.isnan(logits).any()):
+        way = "Try `precision: fp32` for it, and check" if info.precision != "fp32" else "Check"
         raise InputError(
             f"teacher {info.name!r} produced logits that are NaN or infinite in {info.precision}; "
-            "its targets would be worthless. Try `precision: fp32` for it, and check the model"
+            f"its targets would be worthless. {way} the model: its weights may hold NaN"
         )
     return logits.sub_(highest).clamp_(min=LOWEST)
 

@@ -123,7 +123,7 @@ def test_tokens_of_logit_minus_infinity(k):
 def test_logits_that_are_no_numbers_are_refused_wherever_they_stand(bad, k, place):
     rows = np.zeros((3, 5))
     rows[1, place] = bad
-    with pytest.raises(InputError, match="'t' produced logits that are NaN or infinite"):
+    with pytest.raises(InputError, match=r"'t' produced .* in fp32; .* Check the model"):
         scores(rows, [0, 0, 0], info_of(5, k))
 
 
