@@ -179,7 +179,7 @@ def _begin(
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
         world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
-        state = restore(out, student, optimizer) if resuming else {}
+        state = restore(out, student, optimizer, config.keep_checkpoints) if resuming else {}
         return _train(training, state, started, report)
 
 

@@ -36,10 +36,11 @@ OWN = re.compile(r"step-\d{8,}")  # the names of checkpoints
 
 
 def restore(
-    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer
+    run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer, keep: int
 ) -> dict[str, Any]:
     """Load the newest sound checkpoint in every process; returns its state, which is empty for a
-    run that was interrupted before its first one.
+    run that was interrupted before its first one. Of the older ones the last ``keep`` stay, as
+    ``save_checkpoint`` leaves them: a kill may have come before it had removed the others.
 
     Raises CheckpointError where there were some, and none is left or sound: what they held would be
     trained again, without a word.
@@ -50,6 +51,7 @@ def restore(
         return {}
     path, state = found
     load_checkpoint(path, student.student, optimizer)
+    student.world.decide(lambda: _remove_older(path, state, keep))
     log.info("resuming %s at step %d", run, state["step"])
     return state
 
@@ -78,15 +80,20 @@ def save_checkpoint(
             (staged / TRAINER_FILE).write_bytes(seal(content))
         note_checkpoint(run)
         remove_leftovers(target.parent)
-        best = (state.get("best") or {}).get("step")
-        # A newer one is damaged, or it would have been gone on with: it must not take a place.
-        done = [path for path in _checkpoints(run) if path.name <= target.name]
-        for old in done[:-keep]:
-            if best is None or old != checkpoint_folder(run, best):
-                remove(old)
+        _remove_older(target, state, keep)
         return target
 
     return student.world.decide(write)
+
+
+def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
+    """Leave the last ``keep`` checkpoints, and the best."""
+    best, run = (state.get("best") or {}).get("step"), newest.parents[1]
+    # A newer one is damaged, or it would have been gone on with: it must not take a place.
+    done = [path for path in _checkpoints(run) if path.name <= newest.name]
+    for old in done[:-keep]:
+        if best is None or old != checkpoint_folder(run, best):
+            remove(old)
 
 
 def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:

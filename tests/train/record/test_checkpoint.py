@@ -60,7 +60,7 @@ def save_checkpoint(run, step, student, *rest, **options):
 
 
 def restore(run, student, optimizer):
-    return module.restore(run, alone(student), optimizer)
+    return module.restore(run, alone(student), optimizer, keep=9)
 
 
 def alone(student):

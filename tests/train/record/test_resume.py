@@ -220,6 +220,19 @@ def test_a_killed_run_goes_on_to_replay_the_same(domains_world, tmp_path):
     assert again["order"] == last["order"]
 
 
+def test_older_checkpoints_that_a_kill_left_are_removed_where_it_goes_on(masked_world, tmp_path):
+    """It may come between a checkpoint and the removal of those before it."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(masked_world, out)(stop_at(7))
+    *_, newest = before = sorted((out / "checkpoints").iterdir())
+    for step in (1, 2):
+        shutil.copytree(newest, newest.with_name(f"step-{step:08d}"))
+    with pytest.raises(KeyboardInterrupt):
+        train(masked_world, out)(stop_at(7))
+    assert sorted((out / "checkpoints").iterdir()) == before
+
+
 def test_a_run_that_replayed_by_the_former_rule_is_refused(domains_world, tmp_path):
     """Its checkpoints hold the losses alone; refused before a step is taken."""
     out = tmp_path / "run"
