@@ -553,14 +553,12 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "moments", [MOMENTS[2:3], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["one", "four"]
-)
-def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, tmp_path, moments):
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_scores(whole, config, tmp_path):
     """With two of the arms; scores of a cell depend on nothing of the other arms."""
     out, file = tmp_path / "broken", tmp_path / "two-arms.yaml"
     file.write_text(dump_config(config.model_copy(update={"arms": ("expert", "mixture")})))
-    for moment, how in moments:
+    for moment, how in MOMENTS:
         process = start(file, out)
         began = time.monotonic()
         while not (out / moment).exists():

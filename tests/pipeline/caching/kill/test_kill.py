@@ -43,6 +43,7 @@ def test_the_journal_knows_every_step(steps, whole):
     assert len(kinds_of(steps)) > 60
 
 
+@pytest.mark.slow
 def test_killed_while_masks_of_losses_are_made(tmp_path, configure, every):
     """They are made after their teacher, and before those that see them."""
     chosen = [every[0] | {"name": "reference", "view": "clean"}, every[0]]
