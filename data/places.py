@@ -1,15 +1,13 @@
 """Places as people write them, in files and on command lines: ``~`` and ``$VARIABLES`` filled in.
 
 A place is a path, or something that may stand for one: a glob, a hub id, an address such as s3://….
+Imports no pydantic: the command line needs it before anything is read.
 """
 
 import glob
 import os
 import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 from rekindle.data.errors import InputError
 
@@ -62,6 +60,3 @@ def same_place(one: object, other: object) -> bool:
         return known and Path(here).resolve() == Path(there).resolve()
     except (OSError, ValueError):  # no path at all, or of a variable that is not set here
         return False
-
-
-Place = Annotated[str, AfterValidator(expanded)]  # of a configuration

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.places import expanded
 
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
+Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
 
 
 @dataclass(frozen=True)

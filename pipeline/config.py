@@ -12,8 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.places import Place
-from rekindle.data.settings import Free, Settings, parse_settings
+from rekindle.data.settings import Free, Place, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.names import resolve_values

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rekindle.data.places import Place
-from rekindle.data.settings import Free, Settings
+from rekindle.data.settings import Free, Place, Settings
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (

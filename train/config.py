@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.former import Formerly
-from rekindle.data.places import Place
-from rekindle.data.settings import Free, MayChange, Settings, parse_settings
+from rekindle.data.settings import Free, MayChange, Place, Settings, parse_settings
 from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import (
     USUAL_WARMUP,

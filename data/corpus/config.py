@@ -8,8 +8,7 @@ from pydantic import Field, field_validator
 
 from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.places import Place
-from rekindle.data.settings import Free, Settings
+from rekindle.data.settings import Free, Place, Settings
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 

@@ -14,8 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
-from rekindle.data.places import Place
-from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.settings import Place, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values

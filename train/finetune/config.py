@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from rekindle.data.former import Formerly
-from rekindle.data.places import Place
-from rekindle.data.settings import Settings
+from rekindle.data.settings import Place, Settings
 from rekindle.train.schedules import Seed
 
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
