@@ -414,3 +414,10 @@ def _wait_for(url, server):
             assert server.poll() is None, "the moto server ended"
             time.sleep(0.05)
     raise AssertionError("the moto server did not answer")
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Name bytes by their argument: packed ones hold the time, and every worker is to collect the
+    same tests.
+    """
+    return argname if isinstance(val, bytes) else None
