@@ -1,6 +1,7 @@
 """The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
 
-The commands about a cache are in ``commands.caches``, the others here.
+The commands about a cache are in ``commands.caches``, those about a model in ``commands.models``,
+the others here.
 
 stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or
 mismatched cache or checkpoint; 130 interrupted; 1 our bug.
@@ -15,6 +16,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
+from rekindle.pipeline.commands.models import finetune
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
@@ -85,51 +87,6 @@ def init(
     say(f"{out} is the recipe {recipe}: read it, change it. Next:")
     for command in following:
         say(f"  {command}")
-
-
-def finetune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
-    # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
-    train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
-    dev: Annotated[str, typer.Option(help="the split that scores are taken on")],
-    out: Annotated[Path, typer.Option(help="the expert's directory")],
-    seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
-    metric: Annotated[
-        str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
-    ] = None,
-    set_: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
-    from rekindle.data.settings import parse_settings
-    from rekindle.pipeline.builtin.missing import make_missing
-    from rekindle.pipeline.builtin.names import resolve_name, resolve_values
-    from rekindle.pipeline.overrides import set_value
-    from rekindle.train.finetune.config import FinetuneConfig
-
-    values: dict[str, object] = {}
-    for override in set_ or []:
-        set_value(values, override)
-    model, train_file, dev_file = map(resolve_name, (model, train, dev))
-    config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
-    make_missing(model, train_file, dev_file, config)
-    from rekindle.train.finetune import run, score
-
-    given = (model, train_file, dev_file, str(out))
-    if config.epochs:
-        result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
-    elif seeds == 1:
-        result = score.score_model(*given, metric=metric, config=config)
-    else:
-        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
-    if as_json:
-        typer.echo(json.dumps(result.as_dict()))
-        return
-    if result.baselines is not None:
-        typer.echo(score.baselines_table(result.baselines))
-    spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
-    typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
 def train_student(
