@@ -12,6 +12,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
@@ -161,12 +162,12 @@ def _as_text(
     corpus = cache.corpus
     config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
     lines = [
-        f"{path}: {len(corpus):,} sequences, {corpus.tokens:,} tokens "
+        f"{path}: {counted(len(corpus), 'sequence')}, {counted(corpus.tokens, 'token')} "
         f"(length {config['sequence_length']}, {config['packing']} packing, "
         f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)"
     ]
     for view in cache.views.values():
-        shown = f", {view.replicas} replicas" if view.kind.masked else ""
+        shown = f", {counted(view.replicas, 'replica')}" if view.kind.masked else ""
         lines.append(f"view {view.name}{shown}")
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
@@ -218,7 +219,7 @@ def _kept(info: TeacherInfo) -> str:
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
     taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
     return (
-        f"{name} lineage {number + 1}: {run.student}, {run.steps:,} steps on corpus "
+        f"{name} lineage {number + 1}: {run.student}, {counted(run.steps, 'step')} on corpus "
         f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
     )
 
@@ -288,5 +289,5 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
     head = ("position", "true token", "rank", shown, "tail")
-    title = f"{info.name}{where}: {len(target.positions)} positions"
+    title = f"{info.name}{where}: {counted(len(target.positions), 'position')}"
     return table_of(title, head, rows, words=len(head))

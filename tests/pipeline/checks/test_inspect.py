@@ -194,7 +194,7 @@ def test_brackets_are_text(tmp_path, configure):
     path = tmp_path / "[i]cache"
     corpus = {"source": [str(source)], "sequence_length": 64}
     cache_teachers(configure(path, [], corpus=corpus))
-    assert inspect_cache(str(path)).startswith(f"{path}: 1 sequences")
+    assert inspect_cache(str(path)).startswith(f"{path}: 1 sequence, ")
     assert "domains: [red] 1" in inspect_cache(str(path))
     assert document["text"] in inspect_example(str(path), 0, None)
 
