@@ -43,9 +43,14 @@ def text_lines(table: Table, width: int) -> list[str]:
 
 def wrapped(sentence: str, width: int) -> list[str]:
     """A sentence in lines of ``width`` characters, broken between words."""
-    indents = {"initial_indent": " ", "subsequent_indent": "   "}
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(in_line(sentence), width, **indents, **whole)
+    return textwrap.wrap(
+        in_line(sentence),
+        width,
+        initial_indent=" ",
+        subsequent_indent="   ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def folded_lines(table: Table, width: int) -> list[str]:
