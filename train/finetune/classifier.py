@@ -204,7 +204,8 @@ def load_expert(
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
-    tokenizer, config = padded_tokenizer(model_dir), _expert_config(model_dir, data)
+    tokenizer = padded_tokenizer(model_dir)
+    config = classifier_config(model_dir, data.problem, trained=True)
     network, unset = _load_weights(model_dir, config, tokenizer, data.problem)
     if unset:
         raise InputError(
@@ -212,10 +213,6 @@ def load_expert(
             "fine-tune it first"
         )
     return network.to(place("fp32").device), encode(tokenizer, config, data, max_length)
-
-
-def _expert_config(model_dir: str, data: TaskData) -> PretrainedConfig:
-    return classifier_config(model_dir, data.problem, trained=data.problem == TAGS)
 
 
 def evaluate(
@@ -245,7 +242,7 @@ def _names_for(model_dir: str, data: TaskData) -> list[str]:
     """The labels of a model's outputs; empty for scores. InputError where it does not answer what
     the task asks.
     """
-    known = _expert_config(model_dir, data)
+    known = classifier_config(model_dir, data.problem, trained=True)
     names, who = [*known.id2label.values()], f"the {known.num_labels} outputs of {model_dir!r}"
     check_label_names(names, repr(model_dir))
     fits = not data.label_names and known.num_labels == data.outputs

@@ -72,8 +72,8 @@ def several_in(raw: Raw, separator: str | None) -> List | None:
 def words_in(raw: Raw) -> List | None:
     """The words, or the tags, of one text: a list of them, or the text cut at white space."""
     found = list_in(raw)
-    if isinstance(raw, str) and not (found and all(isinstance(one, str) for one in found)):
-        return tuple(raw.split())
+    if isinstance(raw, str) and (found is None or not all(isinstance(one, str) for one in found)):
+        return tuple(raw.split())  # "[1]" is a word
     return found
 
 
@@ -92,7 +92,7 @@ def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> boo
     if not values or settings.label_names or not all(map(_is_number, values)):
         return True
     row = next((row for row, found in lists if len(found) < 2), 0)
-    if row and all(float(str(value)).is_integer() for value in values):
+    if row and all(_is_whole(value) for value in values):
         raise InputError(
             f"{path}, row {row}: label {labels[row - 1]!r}: lists of whole numbers may be the "
             f"numbers of classes that do not exclude each other; say {SAY_SEVERAL}, or {_SAY_NAMES}"
@@ -102,10 +102,17 @@ def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> boo
 
 def _is_number(value: object) -> bool:
     """Also one that is written as text: what is written alike means the same."""
+    if not isinstance(value, str):
+        return isinstance(value, int | float) and not isinstance(value, bool)
     try:
-        return isinstance(read_label(value).value, float) and not isinstance(value, bool)
+        return isinstance(read_label(value).value, float)
     except ValueError:
         return False
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a number is whole; one that is too large is another reader's to refuse."""
+    return isinstance(value, int) or float(str(value)).is_integer()
 
 
 def read_lists(

@@ -131,7 +131,7 @@ class TaskData:
             return f"multi-label classification: {rows}, {len(each)} labels: {shown}; {self._mean}"
         if self.problem == TAGS:
             scored = "F1 is of whole entities" if tags_entities(self.label_names) else _ONE_EACH
-            words = counted(len(self.labels), "token")
+            words = counted(len(self.labels), "word")
             return f"token classification: {rows}, {words}, {len(each)} tags: {shown}; {scored}"
         told = f"classification: {rows}, {len(each)} classes: {shown}"
         if len(each) != 2:
