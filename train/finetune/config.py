@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
 from rekindle.train.schedules import Seed
 
+FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
 Problem = Literal[
     "classification", "multi_label_classification", "token_classification", "regression"
@@ -44,15 +45,17 @@ class TaskSettings(Settings):
         "multi_label_classification, token_classification: every label is a class as it is "
         "written; regression: labels are numbers, or lists of numbers",
     )
-    text_columns: tuple[str, ...] = Field(
+    text_field: tuple[str, ...] = Field(
         (),
         max_length=2,
-        description="the column of the text, or the two of a pair, or that of the tokens; empty: "
-        "text, or sentence1 and perhaps sentence2, or tokens",
+        validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
+        description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
+        "sentence1 and perhaps sentence2, or tokens",
     )
-    label_column: str = Field(
+    label_field: str = Field(
         "label",
-        description="the column of the labels; beside tokens also tags, where there is no label",
+        validation_alias=AliasChoices("label_field", FORMER_FIELDS[1]),
+        description="where the label stands; beside tokens also tags, where there is no label",
     )
     label_separator: str | None = Field(
         None,
@@ -87,7 +90,7 @@ class TaskSettings(Settings):
     def _by_other_names(cls, value: object) -> object:
         return _PROBLEMS.get(value, value) if isinstance(value, str) else value
 
-    @field_validator("text_columns", "label_names", "drop_labels", mode="before")
+    @field_validator("text_field", "label_names", "drop_labels", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list | tuple):

@@ -19,6 +19,7 @@ _FORMATS = ("jsonl", "csv", "tsv", "parquet")
 # Columns of texts, in this order, and of tokens with their tags.
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",), ("tokens",))
 _TAGS = "tags"
+_SAY_TEXT = "--text-field (in a cycle: finetune.text_field)"
 _Columns = dict[str, list[object]]
 
 
@@ -46,21 +47,27 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
             f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
         )
-    wanted = {*settings.text_columns, settings.label_column, _TAGS, *(n for u in _USUAL for n in u)}
+    wanted = {*settings.text_field, settings.label_field, _TAGS, *(n for u in _USUAL for n in u)}
     columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    label_column = settings.label_column
-    if label_column == "label" not in columns and {"tokens", _TAGS} <= columns.keys():
-        label_column = _TAGS
-    names = _text_columns(path, [*columns], settings, label_column)
-    if label_column not in columns:
+    label_field = settings.label_field
+    if label_field == "label" not in columns and {"tokens", _TAGS} <= columns.keys():
+        label_field = _TAGS
+    names = _text_fields(path, [*columns], settings, label_field)
+    if label_field not in columns:
         raise InputError(
-            f"{path} has no column {label_column!r} (it has: {', '.join(columns)}"
-            f"{did_you_mean(label_column, columns)}); name that of the labels with "
-            "label_column"
+            f"{path} has no column {label_field!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(label_field, columns)}); name that of the labels with "
+            "--label-field (in a cycle: finetune.label_field)"
         )
-    labels = columns[label_column]
+    labels = columns[label_field]
+    beside = "tokens" in columns and names != ("tokens",) and not settings.text_field
+    if beside and settings.problem is None and any(isinstance(one, list) for one in labels):
+        raise InputError(
+            f"{path} has {' and '.join(names)} and tokens, and {label_field} holds lists: the tags "
+            f"of the tokens, or labels of the text; say which is read with {_SAY_TEXT}"
+        )
     if _are_tokens(path, names, columns, settings):
         words = [_words(path, names[0], row, raw) for row, raw in enumerate(columns[names[0]], 1)]
         return TaskFile(path, [*map(" ".join, words)], None, labels, words)
@@ -75,29 +82,29 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def _text_columns(
-    path: str, columns: Sequence[str], settings: TaskSettings, label_column: str
+def _text_fields(
+    path: str, columns: Sequence[str], settings: TaskSettings, label_field: str
 ) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
     has = f"it has: {', '.join(columns)}"
-    if missing := [name for name in settings.text_columns if name not in columns]:
+    if missing := [name for name in settings.text_field if name not in columns]:
         raise InputError(
             f"{path} has no column {missing[0]!r} ({has}){did_you_mean(missing[0], columns)}; "
-            "text_columns names those of the texts"
+            f"{_SAY_TEXT} names those of the texts"
         )
-    if settings.text_columns:
-        return settings.text_columns
-    if "tokens" in columns and (label_column == _TAGS or settings.problem == TAGS):
+    if settings.text_field:
+        return settings.text_field
+    if "tokens" in columns and (label_field == _TAGS or settings.problem == TAGS):
         return ("tokens",)
     found = [usual for usual in _USUAL if all(name in columns for name in usual)]
     if not found:
         raise InputError(
             f"{path} has no column 'text', 'sentence1' or 'tokens' ({has}); name that of the "
-            "texts, or the two of pairs, with text_columns"
+            f"texts with {_SAY_TEXT}, given twice for pairs"
         )
     if "text" in columns and "sentence1" in columns:
         raise InputError(
-            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with text_columns"
+            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with {_SAY_TEXT}"
         )
     return found[0]
 
@@ -113,7 +120,7 @@ def _are_tokens(path: str, names: Sequence[str], columns: _Columns, settings: Ta
         return False
     if len(names) > 1:
         raise InputError(
-            f"{path}: text_columns are {' and '.join(names)}, and tokens with tags are no pairs of "
+            f"{path}: {' and '.join(names)} are two fields, and tokens with tags are no pairs of "
             "texts; name the one column of the tokens"
         )
     return True

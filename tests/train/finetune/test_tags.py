@@ -65,12 +65,16 @@ def test_tokens_and_tags_are_lists_or_stand_between_blanks(tmp_path, name):
 def test_columns_of_other_names_are_named(tmp_path):
     rows = [{"words": ["a", "b"], "ner_tags": ["X", "Y"], "text": "a b"}]
     path = write(tmp_path / "a.jsonl", rows)
-    data = read(path, text_columns="words", label_column="ner_tags")
+    data = read(path, text_field="words", label_field="ner_tags")
     assert (data.words, data.label_names) == ([["a", "b"]], ("X", "Y"))
     assert data.described().endswith("2 words, 2 tags: X 1, Y 1; one label a token")
     assert chosen_metric(None, data) == "accuracy"
     with pytest.raises(InputError, match=r"use one of: accuracy$"):
         chosen_metric("f1", data)
+    with pytest.raises(InputError, match="text and tokens, and ner_tags holds lists"):
+        read(
+            write(tmp_path / "c.jsonl", [rows[0] | {"tokens": ["a", "b"]}]), label_field="ner_tags"
+        )
     beside = [row | {"tokens": row["words"], "tags": row["ner_tags"]} for row in rows]
     assert read(write(tmp_path / "b.jsonl", beside)).words == [["a", "b"]]
 
@@ -100,8 +104,8 @@ def test_tags_that_are_numbers_have_names_or_are_said_to_be_labels(tmp_path):
         ({"tokens": ["a"], "tags": ["O"]}, {"positive": "O"}, ["positive is 'O'"]),
         (
             {"tokens": ["a"], "tags": ["O"]},
-            {"text_columns": ["tokens", "tags"]},
-            ["tokens and tags", "no pairs", "the one column"],
+            {"text_field": ["tokens", "tags"]},
+            ["tokens and tags are two fields", "no pairs", "the one column"],
         ),
     ],
 )
