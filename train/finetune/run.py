@@ -114,8 +114,9 @@ def finetune(
         seconds = time.perf_counter() - started
         about = (config, job.precision, seconds)
         unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
-        facts = {"cut": job.cut, "unread": unread}
-        result = FinetuneResult.of(model, files, data, metric, results, *about, **facts)
+        result = FinetuneResult.of(
+            model, files, data, metric, results, *about, cut=job.cut, unread=unread
+        )
         result.save(staging)
     return result
 
