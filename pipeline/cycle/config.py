@@ -186,6 +186,15 @@ class CycleConfig(Settings):
                 )
         return self
 
+    def without_twins(self) -> "CycleConfig":
+        """With one task the experts of all tasks are the task's: ``mixture`` would be ``both``
+        again, and ``both`` stands in its place.
+        """
+        if len(self.tasks) > 1 or "mixture" not in self.arms:
+            return self
+        arms = {"both" if arm == "mixture" else arm for arm in self.arms}
+        return self.model_copy(update={"arms": tuple(arm for arm in ARMS if arm in arms)})
+
     @property
     def seeds_of_search(self) -> range:
         """None of those that are compared: these have selected nothing."""
