@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.labels import (
@@ -70,7 +71,7 @@ class TaskData:
 
     def described(self) -> str:
         """What was understood of it, in a line."""
-        rows = f"{len(self):,} rows"
+        rows = counted(len(self), "row")
         if self.dropped:
             gone = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
             rows += f" ({', '.join(gone)} left out)"
@@ -162,6 +163,6 @@ def _check_pairs(files: Sequence[TaskFile]) -> None:
         if (train.pairs is None) != (other.pairs is None):
             has, lacks = (train, other) if other.pairs is None else (other, train)
             raise InputError(
-                f"{has.path} has sentence2 (or text_columns' second) and {lacks.path} has not; the "
+                f"{has.path} has sentence2 (or a second text field) and {lacks.path} has not; the "
                 "splits of one task are all pairs or all single texts: add it or take it away"
             )

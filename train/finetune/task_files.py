@@ -4,20 +4,19 @@ Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quot
 .zst or .bz2, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import pyarrow as pa
-import pyarrow.csv
-
 from rekindle.data.corpus.records import Bad, read_records
-from rekindle.data.corpus.sources import recorded_origin
+from rekindle.data.corpus.sources import Origin, recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, open_text
+from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair
 from rekindle.train.finetune.config import TaskSettings
 
+_FORMATS = ("jsonl", "csv", "tsv", "parquet")
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
+_SAY_TEXT = "--text-field (in a cycle: finetune.text_field)"
 _Columns = dict[str, list[object]]
 
 
@@ -34,20 +33,22 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     """Read the columns of a task; InputError, naming the row, for a text that is none."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
-    read = _reader_of(path)
-    wanted = {*settings.text_columns, settings.label_column, *(n for u in _USUAL for n in u)}
-    try:
-        columns = read(path, wanted)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    origin = recorded_origin(path)
+    if origin.format not in _FORMATS:
+        raise InputError(
+            f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
+            f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
+        )
+    wanted = {*settings.text_field, settings.label_field, *(n for u in _USUAL for n in u)}
+    columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    names = _text_columns(path, [*columns], settings)
-    if settings.label_column not in columns:
+    names = _text_fields(path, [*columns], settings)
+    if settings.label_field not in columns:
         raise InputError(
-            f"{path} has no column {settings.label_column!r} (it has: {', '.join(columns)}"
-            f"{did_you_mean(settings.label_column, columns)}); name that of the labels with "
-            "label_column"
+            f"{path} has no column {settings.label_field!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(settings.label_field, columns)}); name that of the labels with "
+            "--label-field (in a cycle: finetune.label_field)"
         )
     for name in names:
         for row, value in enumerate(columns[name], start=1):
@@ -57,101 +58,39 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if told := half_a_pair(name, value):
                 raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
-    labels = columns[settings.label_column]
+    labels = columns[settings.label_field]
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def _text_columns(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
+def _text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
     has = f"it has: {', '.join(columns)}"
-    if missing := [name for name in settings.text_columns if name not in columns]:
+    if missing := [name for name in settings.text_field if name not in columns]:
         raise InputError(
             f"{path} has no column {missing[0]!r} ({has}){did_you_mean(missing[0], columns)}; "
-            "text_columns names those of the texts"
+            f"{_SAY_TEXT} names those of the texts"
         )
-    if settings.text_columns:
-        return settings.text_columns
+    if settings.text_field:
+        return settings.text_field
     found = [usual for usual in _USUAL if all(name in columns for name in usual)]
     if not found:
         raise InputError(
-            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts, or the "
-            "two of pairs, with text_columns"
+            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts with "
+            f"{_SAY_TEXT}, given twice for pairs"
         )
     if "text" in columns and "sentence1" in columns:
         raise InputError(
-            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with text_columns"
+            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with {_SAY_TEXT}"
         )
     return found[0]
 
 
-# ---- the types of files ------------------------------------------------------------------------
-
-
-def _reader_of(path: str) -> Callable[[str, set[str]], _Columns]:
-    name = Path(path).name.lower()
-    if name.endswith(".parquet"):
-        return _read_records
-    for packed in PACKED_SUFFIXES:
-        name = name.removesuffix(packed)
-    readers = {".jsonl": _read_records, ".csv": _read_csv, ".tsv": _read_csv}
-    if Path(name).suffix in readers:
-        return readers[Path(name).suffix]
-    raise InputError(
-        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
-        f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
-    )
-
-
-def _read_records(path: str, wanted: set[str]) -> _Columns:
-    """The rows of a jsonl or parquet file; columns that are not ``wanted`` may be rows of None."""
+def _read_records(origin: Origin, wanted: set[str]) -> _Columns:
+    """The rows of a file by column; columns that are not ``wanted`` may be rows of None."""
     rows: list[Mapping[str, object]] = []
-    for record in read_records(recorded_origin(path), sorted(wanted)):
+    for record in read_records(origin, sorted(wanted)):
         if isinstance(record, Bad):
             raise InputError(record.message)
         rows.append(record.values)
     fields = dict.fromkeys(field for row in rows for field in row)
     return {field: [row.get(field) for row in rows] for field in fields}
-
-
-def _read_csv(path: str, wanted: set[str]) -> _Columns:
-    # Every field as it stands: a text "12" stays a text. GLUE's tsv files hold lone quotation
-    # marks, so that a tsv has no quoting.
-    tabbed = ".tsv" in Path(path).name.lower()
-    parse = pa.csv.ParseOptions(
-        delimiter="\t" if tabbed else ",",
-        quote_char=False if tabbed else '"',
-        newlines_in_values=not tabbed,
-    )
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.binary()))
-    with open_text(path) as stream:
-        if not Path(path).stat().st_size:
-            return {}
-        table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
-    return _listed(path, table, wanted)
-
-
-def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
-    """The columns that are ``wanted`` as Python values, the others as rows of None."""
-    names = table.column_names
-    for name in wanted:
-        if names.count(name) > 1:
-            raise InputError(
-                f"{path} has {names.count(name)} columns called {name!r}; which of them is meant "
-                "is not clear: rename or remove the others"
-            )
-    nothing: list[object] = [None] * table.num_rows
-    return {n: _texts(path, n, table.column(n)) if n in wanted else nothing for n in names}
-
-
-def _texts(path: str, name: str, column: pa.ChunkedArray) -> list[object]:
-    """The texts of a column of bytes; InputError, naming the row, for bytes that are no UTF-8."""
-    found: list[object] = []
-    for row, value in enumerate(column.to_pylist(), start=1):
-        try:
-            found.append(value.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}, row {row}: {name} is not UTF-8 ({error.reason} at byte "
-                f"{error.start + 1}); convert the file to UTF-8"
-            ) from None
-    return found
