@@ -235,7 +235,7 @@ def test_the_page_stands_alone_and_escapes(write):
 
 @pytest.fixture
 def curve(write):
-    """curve(name, {step: loss}, per_step=…, teacher=…, **about) -> a run's directory with these
+    """curve(name, {step: ce}, per_step=…, teacher=…, **about) -> a run's directory with these
     evaluations, ``per_step`` seconds a step (None: not recorded), its teacher's pass ``teacher``.
     """
 
@@ -254,7 +254,7 @@ def curve(write):
                 {"kind": "train", "step": step, "tokens": 1, "tokens_per_second": 1} | time
             )
             if step in losses:
-                lines.append({"kind": "evaluate", "step": step, "loss": losses[step]})
+                lines.append({"kind": "evaluate", "step": step, "ce": losses[step]})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run / "metrics.jsonl").write_text(text)
         return run
@@ -274,7 +274,7 @@ def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
     comparison = compare_runs(runs)
     assert matched(comparison.matched_steps) == {4: [4.0, 3.9], 6: [3.0, 3.5]}
     text = as_text(comparison, 999)
-    shown = text[text.index("at equal steps") : text.index(" held-out loss at equal total")]
+    shown = text[text.index("at equal steps") : text.index(" held-out ce at equal total")]
     assert rows_of(shown) == {
         "steps": ["4", "6"],
         "a": ["4.0000", "3.0000*"],
@@ -303,7 +303,7 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     assert table["taught"] == [NOTHING, NOTHING, "4.0000 (2)"]
     assert "nothing is interpolated" in text
     page = comparison_html(comparison)
-    assert "held-out loss at equal total cost" in page
+    assert "held-out ce at equal total cost" in page
     assert "4.0000 (2)" in page
 
 
