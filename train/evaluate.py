@@ -206,9 +206,9 @@ def _own_sums(
                 sums |= own
             if (term := known_term(data.terms, name, target)) is not None:
                 known[term] = (kd, len(target.rows))
-    for name, target in batch.targets.items():
-        if isinstance(target, SequenceTargetBatch | TokenLabelBatch):
-            sums |= _task_sums(name, student, batch, target, device)
+    for name, answers in batch.targets.items():
+        if isinstance(answers, SequenceTargetBatch | TokenLabelBatch):
+            sums |= _task_sums(name, student, batch, answers, device)
     return sums, known
 
 
