@@ -62,6 +62,17 @@ class Standing:
             f", not told apart from {_names(near)} (by {_by(near[0])} over {near[0].against})"
         )
 
+    def as_dict(self) -> dict[str, object]:
+        """As plain values for JSON."""
+        scores = self.scores
+        about = {"task": scores.task, "metric": scores.metric, "split": scores.split}
+        values = {"scores": dict(scores.scores), "best": self.best, "is_best": self.is_best}
+        differences = [
+            {"against": one.against, "difference": one.mean, "low": one.low, "high": one.high}
+            for one in self.differences
+        ]
+        return about | values | {"differences": differences, "verdict": self.verdict}
+
     def mean(self, run: str) -> float:
         """The run's score."""
         values = self.scores.of(run)

@@ -10,10 +10,10 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig
-from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
 from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names
-from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL
+from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, is_gain
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.tables import as_text, own_tables
@@ -63,10 +63,20 @@ def cycle_section(results: CycleResults) -> Section:
     """Scores on test by arm and task, differences, and what must be said beside them."""
     first = [note for note in results.notes if note.startswith(_FIRST)]
     tasks = [_task_scores(results, task) for task in results.tasks]
-    section = scores_section(results.arms, tasks, results.differences, [*map(_sentence, first)])
+    best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
+    warnings = [*map(_sentence, first)]
+    section = scores_section(results.arms, tasks, results.differences, warnings, best)
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
     return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])
+
+
+def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
+    """The arm with the highest mean, if it has more than the expert by more than chance."""
+    ones = [one for one in results.differences if (one.task, one.against) == (task.task, EXPERT)]
+    gained = [one for one in ones if is_gain(one)]
+    best = max(ones, key=lambda one: one.mean, default=None)
+    return best.arm if best is not None and best in gained else None
 
 
 def _sentence(note: str) -> str:

@@ -19,10 +19,20 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.record.run_folder import differences
 
 LM = {"teachers": ["lm"], "temperature": 2.0}
-KEYS = {"corpus", "runs", "best", "notes", "compared", "matched_steps", "matched_cost", "domains"}
+KEYS = {
+    "corpus",
+    "runs",
+    "best",
+    "notes",
+    "compared",
+    "matched_steps",
+    "matched_cost",
+    "domains",
+    "tasks",
+}
 RUN_KEYS = {
     *("name", "directory", "finished", "steps", "planned_steps", "seconds", "tokens_per_second"),
-    *("data_wait", "evaluation", "coverage", "scores", "settings", "curve"),
+    *("data_wait", "evaluation", "coverage", "scores", "settings", "heads", "curve"),
 }
 
 
@@ -82,7 +92,7 @@ def rows_of(text):
 # --- what is shown --------------------------------------------------------------------------------
 
 
-def test_the_table_shows_what_differs_and_marks_the_best(write):
+def test_the_table_shows_what_differs_and_marks_nothing_that_may_be_chance(write):
     runs = [write("a", loss=4.0), write("b", loss=5.0, seed=7, speed=200.0)]
     text = as_text(compare_runs(runs), 999)
     assert rows_of(text) == {
@@ -90,15 +100,15 @@ def test_the_table_shows_what_differs_and_marks_the_best(write):
         "seed": ["0", "7"],
         "steps": ["4", "4"],
         "seconds": ["12.3", "12.3"],
-        "tokens/s": ["120", "240*"],
+        "tokens/s": ["120", "240"],
         "data wait": ["4.0%", "4.0%"],
-        "loss": ["4.0000*", "5.0000"],
-        "kl/lm": ["2.0000*", "2.5000"],
-        "agreement/lm": ["0.2500*", "0.2000"],
+        "loss": ["4.0000", "5.0000"],
+        "kl/lm": ["2.0000", "2.5000"],
+        "agreement/lm": ["0.2500", "0.2000"],
         "KD sequences": ["75.0%", "75.0%"],
         "KD positions": ["90.0%", "90.0%"],
     }
-    assert "* the best" in text
+    assert "*" not in text
 
 
 def test_json_has_everything(write):
@@ -143,7 +153,7 @@ def test_an_unfinished_run_is_shown_but_is_never_the_best(write):
     table = rows_of(as_text(comparison, 999))
     assert table["steps"] == ["4", "unfinished at 2 of 4", "4"]
     assert table["seconds"][1] == NOTHING
-    assert table["loss"] == ["5.0000*", "1.0000", "6.0000"]
+    assert table["loss"] == ["5.0000", "1.0000", "6.0000"]
     assert not comparison.runs[1].finished
 
 
@@ -196,9 +206,44 @@ def test_scores_of_fine_tuning_below_a_run(write):
         metrics = {"metric": "matthews", "mean": score, "per_seed": []}
         (run / "cola" / "metrics.json").write_text(json.dumps(metrics))
     comparison = compare_runs([one, other])
-    assert rows_of(as_text(comparison, 999))["cola matthews"] == ["0.5000", "0.7500*"]
     assert comparison.runs[0].scores == {"cola matthews": 0.5}
-    assert comparison.best["scores/cola matthews"] == ["b"]
+    assert comparison.standings == []  # of no seed
+
+
+def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance(write):
+    """Of the folders below the runs; only the best by more than chance has a star."""
+
+    def scored(name, scores, seed):
+        run = write(name, seed=seed)
+        for task, more in (("trec", 0.0), ("mood", 0.2 * (name == "b"))):
+            per_seed = [{"scores": {}, "test_scores": {"accuracy": s + more}} for s in scores]
+            (run / task).mkdir()
+            metrics = {"metric": "accuracy", "mean": 0.5, "per_seed": per_seed}
+            (run / task / "metrics.json").write_text(json.dumps(metrics))
+        return run
+
+    runs = [scored("a", [0.7, 0.72, 0.71], 0), scored("b", [0.71, 0.7, 0.73], 1)]
+    comparison = compare_runs(runs)
+    text = as_text(comparison, 999)
+    first, second = text.splitlines()[:2]
+    assert first.strip().startswith("b is best on mood by 0.203 [0.165, 0.241] over a (accuracy ")
+    assert second.strip().startswith("no run is shown to be best on trec: b has the highest score")
+    mood, trec = (rows_of(text[text.index(f"\n {task} (test)") :]) for task in ("mood", "trec"))
+    assert (mood["run"], mood["accuracy"]) == (["b", "a"], ["0.9133*", "0.7100"])
+    assert trec["accuracy"] == ["0.7133", "0.7100"]
+    assert text.index("trec (test)") < text.index("tokens/s")
+    page = comparison_html(comparison)
+    assert page.index("b is best on mood") < page.index(">Scores<") < page.index(">Runs<")
+    assert [one["is_best"] for one in comparison.as_dict()["tasks"]] == [True, False]
+
+
+def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):
+    runs = [write("a"), write("b", seed=1)]
+    assert as_text(compare_runs(runs), 999).startswith("  ")
+    for run in runs:
+        (run / "rekindle_student.json").write_text('{"heads": {"trec": {}}}')
+    told = as_text(compare_runs(runs), 999).splitlines()[0]
+    assert "`--test trec=FILE` scores the runs' heads (trec)" in told
 
 
 def test_what_is_no_number_is_null_and_never_the_best(write):
@@ -227,7 +272,7 @@ def test_the_page_stands_alone_and_escapes(write):
     for column in columns_of(comparison):
         title = "student.model" if column.title == "model" else column.title
         assert f">{title}</div>" in page.replace("<wbr>", "")
-    assert page.count('class="best"') == 3
+    assert page.count('class="best"') == 0
 
 
 # --- equal steps, equal cost ---------------------------------------------------------------------
@@ -277,8 +322,8 @@ def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
     shown = text[text.index("at equal steps") : text.index(" held-out ce at equal total")]
     assert rows_of(shown) == {
         "steps": ["4", "6"],
-        "a": ["4.0000", "3.0000*"],
-        "b": ["3.9000*", "3.5000"],
+        "a": ["4.0000", "3.0000"],
+        "b": ["3.9000", "3.5000"],
     }
 
 
@@ -290,21 +335,34 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     ]
     comparison = compare_runs(runs)
     # alone: 2, 4, 6 seconds; taught: 5.5, 8.5, 11.5.
-    assert matched(comparison.matched_cost) == {
-        2.0: [5.0, None],
-        4.0: [4.0, None],
-        6.0: [3.8, 4.0],
-    }
+    # Before that there is nothing to compare.
+    assert matched(comparison.matched_cost) == {6.0: [3.8, 4.0]}
     assert matched(comparison.matched_cost, "step")[6.0] == [6, 2]
     text = as_text(comparison, 999)
     table = rows_of(text[text.index("at equal total cost") :])
-    assert table["seconds"] == ["2.0", "4.0", "6.0"]
-    assert table["alone"] == ["5.0000 (2)", "4.0000 (4)", "3.8000 (6)*"]
-    assert table["taught"] == [NOTHING, NOTHING, "4.0000 (2)"]
+    assert table["seconds"] == ["6.0"]
+    assert table["alone"] == ["3.8000 (6)"]
+    assert table["taught"] == ["4.0000 (2)"]
     assert "nothing is interpolated" in text
     page = comparison_html(comparison)
     assert "held-out ce at equal total cost" in page
     assert "4.0000 (2)" in page
+
+
+def test_where_no_two_runs_meet_at_a_cost_there_is_no_table_but_a_sentence(curve):
+    runs = [
+        curve("alone", {2: 5.0, 4: 4.0}, taught=False),
+        curve("taught", {2: 4.0, 4: 3.0}, teacher=99.0, seed=1),
+    ]
+    comparison = compare_runs(runs)
+    assert comparison.matched_cost == []
+    assert "no run was evaluated before another had cost more" in as_text(comparison, 999)
+    cheap = curve("third", {2: 4.1, 4: 3.5}, taught=False, seed=2)
+    table = rows_of(
+        (text := as_text(compare_runs([*runs, cheap]), 999))[text.index("at equal total") :]
+    )
+    assert list(table) == ["seconds", "alone", "third"]
+    assert "before they were first evaluated: taught" in text
 
 
 @given(
@@ -329,8 +387,10 @@ def test_matched_rows_hold_for_any_curves(drawn):
         for one, point in zip(curves, row.points, strict=True):
             within = [p for p in one.points if one.teacher_seconds + p.seconds <= row.at]
             assert point == (within[-1] if within else None)
-    ends = [one.teacher_seconds + one.points[-1].seconds for one in curves]
-    assert match_cost(curves)[-1].at == min(ends)
+        assert sum(point is not None for point in row.points) > 1
+    end = min(one.teacher_seconds + one.points[-1].seconds for one in curves)
+    begun = [one for one in curves if one.teacher_seconds + one.points[0].seconds <= end]
+    assert [row.at for row in match_cost(curves)[-1:]] == [end] * (len(begun) > 1)
     common = set.intersection(*({p.step for p in one.points} for one in curves))
     assert [row.at for row in match_steps(curves)] == sorted(common)
 
@@ -483,7 +543,7 @@ def test_values_that_do_not_compare_have_a_note_and_no_best(write, values, words
     (note,) = comparison.notes
     assert words in note
     assert f"note: {note}" in as_text(comparison, 999)
-    assert comparison.best == {"tokens_per_second": ["a"]}
+    assert comparison.best == {}
 
 
 def test_values_of_another_measure_have_a_note_and_are_not_ranked(write):
@@ -496,7 +556,7 @@ def test_values_of_another_measure_have_a_note_and_are_not_ranked(write):
         "kl/… and agreement/… of lm are measured otherwise in runs that older versions began: not "
         "ranked"
     ]
-    assert comparison.best == {"loss": ["a"], "tokens_per_second": ["a"]}
+    assert comparison.best == {"loss": ["a"]}
 
 
 def test_losses_of_different_objectives_are_not_ranked_but_what_they_share_is(write):
