@@ -8,6 +8,7 @@ share the units of one cache: ``make_unit``.
 import functools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from rekindle.pipeline.processes.jobs import run_units
 from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
 from rekindle.train.running_out import running_out
 
@@ -95,7 +97,8 @@ def cache_teachers(
     make_missing(config)
     store = open_store(config.cache.path)
     rehearse(config, chosen, store)
-    with store.working() as alone:
+    made: Counter[str] = Counter()  # units by teacher, and shards of the corpus
+    with telling(lambda: _kept(made, store)), store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
@@ -105,10 +108,13 @@ def cache_teachers(
         begin_manifest(store)
         total = _about_sequences(store, config.corpus) if progress.is_shown else None
         with progress.task("corpus", unit="sequences", total=total) as task:
+
+            def shard_done(rows: int, tokens: int) -> None:
+                made["corpus"] += 1
+                task.advance(rows, tokens=tokens)
+
             count = config.cache.sequences_per_shard
-            corpus = build_corpus(
-                store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
-            )
+            corpus = build_corpus(store, config.corpus, count, shard_done)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
@@ -135,7 +141,7 @@ def cache_teachers(
             }
             if missing or lacks_head:
                 with running_out(Path(store.location), lambda: UNITS_KEPT, _less_memory(part)):
-                    _run(part, corpus, missing, workers, progress)
+                    _run(part, corpus, missing, workers, progress, made)
             if not part.config.vocabulary:
                 _tell_cut(corpus, part.info)
             if part.info.part:
@@ -144,6 +150,16 @@ def cache_teachers(
             build_hard_masks(hard, False, progress)
         write_manifest(store)
     return StageOne(len(corpus), done, present, repaired)
+
+
+def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
+    """What an interrupt leaves of this call's work, and whether there is anything to go on with."""
+    if not made:
+        return "; no unit was finished", bool(store.names("corpus/commits"))
+    shards = made.pop("corpus", 0)
+    told = [f"{counted(shards, 'shard')} of the corpus"] if shards else []
+    told += [f"{counted(units, 'unit')} of {name}" for name, units in made.items()]
+    return f"; made and kept: {', '.join(told)}", True
 
 
 def _about_sequences(store: Store, config: CorpusConfig) -> int | None:
@@ -183,7 +199,12 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
 
 def _run(
-    plan: TeacherPlan, corpus: Corpus, units: list[Unit], workers: int, progress: Progress
+    plan: TeacherPlan,
+    corpus: Corpus,
+    units: list[Unit],
+    workers: int,
+    progress: Progress,
+    made: Counter[str],
 ) -> None:
     rows = sum(corpus.commits[unit.shard].rows for unit in units)
     name = f"{plan.info.name} {plan.info.part}".strip()
@@ -191,6 +212,7 @@ def _run(
 
         def report(commit: Commit | None) -> None:
             if commit is not None:
+                made[plan.info.name] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
         if workers == 1 or not units:
