@@ -23,12 +23,11 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import Table, table_of
-from rekindle.pipeline.report.text import text_lines
+from rekindle.pipeline.report.text import terminal_width, text_lines
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
-WIDTH = 110  # characters of a line of a table
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _as_text(
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
     lines += [in_line(line) for line in remarks(corpus)]
-    lines += text_lines(_summary(cache, readers), WIDTH)
+    lines += text_lines(_summary(cache, readers), terminal_width())
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
@@ -258,7 +257,7 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
     labels = [in_line(name) for name in info.label_names]
     if isinstance(target, TokenTargets):
-        return text_lines(_token_table(info, target, tokenizer), WIDTH)
+        return text_lines(_token_table(info, target, tokenizer), terminal_width())
     if isinstance(target, TokenLabelTargets):
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
