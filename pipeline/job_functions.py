@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.data.storage.atomic import new_files, new_folder, write_json
+from rekindle.data.storage.atomic import new_folder, remove, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.train.finetune.config import FinetuneConfig
@@ -73,9 +73,12 @@ class FineTuning:
 
 def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    with new_files(one.out) as folder:
-        _finetune(one, folder / "model", config)
-        (folder / "model" / "metrics.json").rename(folder / "metrics.json")
+    tuned = one.out / "model"  # beside it a search that was interrupted has its finished seeds
+    if not (tuned / "metrics.json").exists():
+        one.out.mkdir(parents=True, exist_ok=True)
+        _finetune(one, tuned, config)
+    (tuned / "metrics.json").rename(one.out / "metrics.json")
+    remove(tuned)
 
 
 def fine_tune(

@@ -41,7 +41,8 @@ def telling(kept: Callable[[], tuple[str, bool]]) -> Iterator[None]:
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(*kept()) from None
+        told, anything = kept()
+        raise Interrupted(f"; {told}", anything) from None
 
 
 def obey_sigterm() -> None:

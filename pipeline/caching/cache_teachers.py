@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rekindle.data.cache import write_manifest
+from rekindle.data.corpus.additions import recorded_shard_size
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
+from rekindle.data.corpus.shard_size import usual_shard_size
 from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
@@ -51,8 +53,6 @@ from rekindle.train.order.domains import check_domains
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
-
-UNITS_KEPT = "Finished shards are kept"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def cache_teachers(
     make_missing(config)
     store = open_store(config.cache.path)
     rehearse(config, chosen, store)
-    made: Counter[str] = Counter()  # units by teacher, and shards of the corpus
+    made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
     with telling(lambda: _kept(made, store)), store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
@@ -106,15 +106,7 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        total = _about_sequences(store, config.corpus) if progress.is_shown else None
-        with progress.task("corpus", unit="sequences", total=total) as task:
-
-            def shard_done(rows: int, tokens: int) -> None:
-                made["corpus"] += 1
-                task.advance(rows, tokens=tokens)
-
-            count = config.cache.sequences_per_shard
-            corpus = build_corpus(store, config.corpus, count, shard_done)
+        corpus = _build(store, config, progress, made)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
@@ -140,7 +132,12 @@ def cache_teachers(
                 *store.names(part.info.folder)
             }
             if missing or lacks_head:
-                with running_out(Path(store.location), lambda: UNITS_KEPT, _less_memory(part)):
+                enough = running_out(
+                    Path(store.location),
+                    lambda: f"This call: {_kept(made, store)[0]}",
+                    _less_memory(part),
+                )
+                with enough:
                     _run(part, corpus, missing, workers, progress, made)
             if not part.config.vocabulary:
                 _tell_cut(corpus, part.info)
@@ -155,17 +152,33 @@ def cache_teachers(
 def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
     """What an interrupt leaves of this call's work, and whether there is anything to go on with."""
     if not made:
-        return "; no unit was finished", bool(store.names("corpus/commits"))
-    shards = made.pop("corpus", 0)
-    told = [f"{counted(shards, 'shard')} of the corpus"] if shards else []
-    told += [f"{counted(units, 'unit')} of {name}" for name, units in made.items()]
-    return f"; made and kept: {', '.join(told)}", True
+        return "no unit was finished", bool(store.names("corpus/commits"))
+    told = [f"{counted(made['corpus'], 'shard')} of the corpus"] if made["corpus"] else []
+    told += [f"{counted(n, 'unit')} of {name}" for name, n in made.items() if name != "corpus"]
+    return f"made and kept: {', '.join(told)}", True
 
 
-def _about_sequences(store: Store, config: CorpusConfig) -> int | None:
-    """Of a corpus that is not begun; what is wrong with its source is said when it is read."""
-    if store.names("corpus"):
-        return None
+def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[str]) -> Corpus:
+    """The corpus, with shards as the configuration, or else the cache, has them; those of a new one
+    are as large as suits it.
+    """
+    asked = config.cache.sequences_per_shard or recorded_shard_size(store)
+    known = store.names("corpus") or (asked and not progress.is_shown)
+    total = None if known else _about_sequences(config.corpus)
+    with progress.task("corpus", unit="sequences", total=total) as task:
+
+        def shard_done(rows: int, tokens: int) -> None:
+            made["corpus"] += 1
+            task.advance(rows, tokens=tokens)
+
+        size = asked or usual_shard_size(total)
+        if not asked:
+            log.info("corpus: %s per shard (cache.sequences_per_shard)", counted(size, "sequence"))
+        return build_corpus(store, config.corpus, size, shard_done)
+
+
+def _about_sequences(config: CorpusConfig) -> int | None:
+    """What is wrong with the source is said when it is read."""
     with suppress(InputError):
         return about_sequences(config, load_tokenizer(config.tokenizer))
     return None

@@ -16,6 +16,7 @@ from rekindle.data.corpus.additions import (
     claim_addition,
     complete_addition,
     describe_addition,
+    recorded_shard_size,
 )
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus
 from rekindle.data.corpus.corpus import (
@@ -25,6 +26,7 @@ from rekindle.data.corpus.corpus import (
     build_corpus,
     unit_of,
 )
+from rekindle.data.corpus.shard_size import usual_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -57,6 +59,12 @@ class CorpusSurvey:
     def new_sequences(self) -> int:
         """Sequences that are not in the cache yet."""
         return self.sequences - (len(self.present) if self.present else 0)
+
+    @property
+    def shard_size(self) -> int:
+        """Sequences per shard, where the configuration does not say."""
+        found = None if self.present is None else recorded_shard_size(self.present.store)
+        return found or usual_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
@@ -98,9 +106,8 @@ def _present(store: Store) -> Corpus | None:
 
 def _is_whole(present: Corpus, config: RunConfig) -> bool:
     """Whether nothing is missing of the configured corpus; CacheMismatchError if it is another."""
-    info = describe_corpus(
-        config.corpus, load_tokenizer(config.corpus.tokenizer), config.cache.sequences_per_shard
-    )
+    size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
+    info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
     here = (len(present.commits), len(present))
     addition = claim_addition(present.store, info, config.corpus, lambda: here)
     return present.complete and addition.number < len(present.additions)

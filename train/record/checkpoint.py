@@ -147,8 +147,8 @@ def left_by_interrupt(run: Path) -> tuple[str, bool]:
     """What an interrupt that wrote no checkpoint of ``run`` leaves, and whether it is anything."""
     found = _checkpoints(run)
     if not found:
-        return "; there is no checkpoint yet", False
-    return f"; kept: {found[-1]}", True
+        return "there is no checkpoint yet", False
+    return f"kept: {found[-1]}", True
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
