@@ -76,7 +76,7 @@ def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     tuned = one.out / "model"  # beside it a search that was interrupted has its finished seeds
     if not (tuned / "metrics.json").exists():
         one.out.mkdir(parents=True, exist_ok=True)
-        _finetune(one, tuned, config)
+        _finetune(one, tuned, config, report)
     (tuned / "metrics.json").rename(one.out / "metrics.json")
     remove(tuned)
 
@@ -91,14 +91,21 @@ def fine_tune(
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         config = tried[means.index(max(means))][0]
-    _finetune(one, one.out, config, test=str(one.task / "test.jsonl"))
+    _finetune(one, one.out, config, report, test=str(one.task / "test.jsonl"))
 
 
-def _finetune(one: FineTuning, out: Path, config: FinetuneConfig, test: str | None = None) -> None:
+def _finetune(
+    one: FineTuning, out: Path, config: FinetuneConfig, report: Report, test: str | None = None
+) -> None:
     from rekindle.train.finetune.run import finetune
 
     train, dev = (str(one.task / f"{split}.jsonl") for split in ("train", "dev"))
-    seeds = {"seeds": len(one.seeds), "first_seed": one.seeds.start}
     finetune(
-        str(one.model), train, dev, str(out), **seeds, metric=one.metric, test=test, config=config
+        *(str(one.model), train, dev, str(out)),
+        seeds=len(one.seeds),
+        first_seed=one.seeds.start,
+        metric=one.metric,
+        test=test,
+        config=config,
+        report=report.note,
     )

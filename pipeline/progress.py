@@ -1,5 +1,5 @@
-"""Progress of long work, on stderr: bars on a terminal; elsewhere a line a minute of each task, also
-of one that says nothing, and one when it is finished.
+"""Progress of long work, on stderr: bars on a terminal; elsewhere a line a minute for each task,
+even one that says nothing, and one when it is finished.
 """
 
 import logging

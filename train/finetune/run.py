@@ -9,15 +9,12 @@ import functools
 import json
 import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,6 +34,7 @@ from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictio
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
@@ -76,6 +74,7 @@ def finetune(
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
+    report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
@@ -83,7 +82,8 @@ def finetune(
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
     not at all, and replaces only an empty directory or an earlier result of this function.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
-    Seeds that are finished when it is interrupted are kept beside ``out``: it goes on after them.
+    ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
+    beside ``out``: it goes on after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run.
     """
@@ -106,7 +106,7 @@ def finetune(
     seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
     about = what_is_tuned(model, files, {"metric": metric} | config.model_dump(mode="json"))
     enough = running_out(Path(out), seeds_done.kept, less_memory(config))
-    with enough, seeds_done.held(about), quiet_transformers(), _progress() as progress:
+    with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
         started = time.perf_counter()
         job = _prepare(model, data, metric, config)
         seconds = time.perf_counter() - started
@@ -138,7 +138,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 
 def _run_seed(
-    job: _Job, seed: int, progress: Progress
+    job: _Job, seed: int, progress: SeedProgress
 ) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
@@ -178,10 +178,10 @@ def _run_seed(
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
                     told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
-                    progress.update(bar, completed=step, description=told)
+                    progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
+            progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
             if config.patience and scores[job.metric] > best:
                 best, best_epoch = scores[job.metric], epoch
                 best_weights = copy.deepcopy(model.state_dict())
@@ -267,25 +267,3 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
             line = {"row": row, "label": name(label), "prediction": name(guess)}
             line |= {"logits": own.tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-# ---- what the user sees ------------------------------------------------------------------------
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _tell(progress: Progress, line: str) -> None:
-    """One line per epoch: above the bar on a terminal, else in the log."""
-    if progress.disable:
-        logger.info(line)
-    else:
-        progress.console.print(line)
