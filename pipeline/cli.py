@@ -169,6 +169,8 @@ def rekindle(
     target = out or Path("runs") / run.stem
     launched()
     with resumable() as progress:
+        if out is None and is_main():
+            say(f"without --out, what comes of it goes to {target}")
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)
