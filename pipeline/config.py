@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.shard_size import MOST
+from rekindle.data.corpus.config import MOST, CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings

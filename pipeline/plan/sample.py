@@ -18,7 +18,7 @@ from rekindle.data.corpus.additions import (
     describe_addition,
     recorded_shard_size,
 )
-from rekindle.data.corpus.config import CorpusConfig, describe_corpus
+from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
     FIELDS,
     Corpus,
@@ -26,7 +26,6 @@ from rekindle.data.corpus.corpus import (
     build_corpus,
     unit_of,
 )
-from rekindle.data.corpus.shard_size import usual_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer

@@ -233,6 +233,8 @@ def run_units(
             for worker in Worker.with_messages(workers):
                 try:
                     message = worker.receive()
+                except Interrupted:  # what was made is for the caller to tell
+                    raise KeyboardInterrupt from None
                 except WorkerKilled as error:
                     advice = f"{_GO_ON}, with fewer --workers if need be"
                     raise InputError(f"{name}: {error}. {advice}") from None
