@@ -2,11 +2,14 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from rekindle.data.errors import CheckpointError, InputError
+from rekindle.pipeline.job_functions import FineTuning, search
+from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
@@ -105,3 +108,19 @@ def test_what_is_kept_is_told(bert, files, tmp_path, monkeypatch, number, error,
     assert [path.name for path in home.iterdir()] == ([".out.seeds"] if kept else [])
     if isinstance(caught.value, Interrupted):
         assert not caught.value.kept
+
+
+def test_a_point_of_a_search_goes_on_too(bert, files, tmp_path, monkeypatch):
+    """Of its seeds the scores alone are left; it is finished only then."""
+    train, dev = files
+    point = FineTuning(Path(bert), Path(train).parent, tmp_path / "rate=0.01", range(SEEDS))
+    config = FinetuneConfig(epochs=1, batch_size=12, learning_rate=1e-2)
+    with monkeypatch.context() as patch:
+        ending_in_seed(patch, 2, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            search(point, config, Report())
+    assert not (point.out / "metrics.json").exists()
+    begun = ending_in_seed(monkeypatch, 9, KeyboardInterrupt())
+    search(point, config, Report())
+    assert begun == [1, 2]
+    assert [path.name for path in point.out.iterdir()] == ["metrics.json"]
