@@ -112,8 +112,8 @@ def test_what_is_kept_is_told(bert, files, tmp_path, monkeypatch, number, error,
 
 def test_a_point_of_a_search_goes_on_too(bert, files, tmp_path, monkeypatch):
     """Of its seeds the scores alone are left; it is finished only then."""
-    train, dev = files
-    point = FineTuning(Path(bert), Path(train).parent, tmp_path / "rate=0.01", range(SEEDS))
+    folder = Path(files[0]).parent
+    point = FineTuning(Path(bert), folder, tmp_path / "rate=0.01", range(SEEDS))
     config = FinetuneConfig(epochs=1, batch_size=12, learning_rate=1e-2)
     with monkeypatch.context() as patch:
         ending_in_seed(patch, 2, KeyboardInterrupt())
