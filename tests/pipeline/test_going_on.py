@@ -131,15 +131,14 @@ def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
     monkeypatch.setattr(Progress, "to_terminal", interrupt)
     monkeypatch.setattr(run, "finetune", interrupt)
     monkeypatch.setattr(exits, "leave", sys.exit)
+    known = {"set_": "epochs=1", "metric": "f1", "seeds": "2", "workers": "2"}
     typed = [name]
-    for option in typer.main.get_command(app).commands[name].params:
-        known = {"set_": "epochs=1", "metric": "f1", "integer": "2", "float": "0.5"}
-        value = known.get(option.name) or known.get(option.type.name, f"a {option.name}'s")
-        if option.param_type_name == "argument":
-            typed.append("my model")
-        elif option.opts != ["--help"]:
-            for _ in range(2 if option.multiple else 1):
-                typed += option.opts[:1] if option.is_flag else [option.opts[0], value]
+    for one in typer.main.get_command(app).commands[name].params:
+        value = known.get(one.name, f"the {one.name}'s")
+        if one.opts == [one.name]:  # an argument
+            typed.append(value)
+        elif one.name != "help":
+            typed += [one.opts[0], *([] if one.is_flag else [value])] * (1 + one.multiple)
     done = pipeline(*typed)
     assert done.returncode == 130, done.stderr
     (line,) = LINE.findall(done.stderr)
