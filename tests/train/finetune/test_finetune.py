@@ -333,7 +333,7 @@ def test_a_body_that_lacks_weights_is_refused_by_name(tmp_path, bert):
     gone = "bert.encoder.layer.1.output.dense.weight"
     del weights[gone]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"1 weights of the bert body: {gone}"):
+    with pytest.raises(InputError, match=f"1 weight of the bert body: {gone}"):
         finetune(str(broken), *files, str(tmp_path / "out"), config=QUICK)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
