@@ -2,22 +2,16 @@
 
 import json
 import math
-import re
 import shutil
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.matching import Curve, Point, match_cost, match_steps
 from rekindle.pipeline.compare.page import comparison_html
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import NOTHING, as_text, columns_of, domain_matrix
-from rekindle.train.config import StudentConfig, TrainConfig
+from testlib.compared.runs import LM, about, rows_of
 
-LM = {"teachers": ["lm"], "temperature": 2.0}
 KEYS = {
     "corpus",
     "runs",
@@ -33,59 +27,6 @@ RUN_KEYS = {
     *("name", "directory", "finished", "steps", "planned_steps", "seconds", "tokens_per_second"),
     *("data_wait", "evaluation", "coverage", "scores", "settings", "heads", "curve"),
 }
-
-
-def about(corpus="c1", view="masked-1", lm="f1", student=None, **train):
-    """What ``run.json`` says of a run."""
-    values = {"steps": 4, "objective": {"distill": [LM]}} | train
-    model = parse_settings(StudentConfig, {"model": "m"} | (student or {}))
-    return {
-        "student": model.model_dump(mode="json"),
-        "train": parse_settings(TrainConfig, values).model_dump(mode="json", by_alias=True),
-        "cache": {"path": "p", "corpus": corpus, "masked_view": view, "teachers": {"lm": lm}},
-        "evaluation": {"measure": 3},
-    }
-
-
-@pytest.fixture
-def write(tmp_path):
-    """write(name, loss=…, **about) -> a run's directory; ``done``: steps if it is unfinished."""
-
-    def make(name, loss=5.0, done=None, evaluation=None, speed=100.0, **values):
-        run = tmp_path / name
-        run.mkdir(parents=True)
-        content = about(**values)
-        (run / "run.json").write_text(json.dumps(content))
-        steps = content["train"]["steps"]
-        evaluation = evaluation or {"loss": loss, "kl/lm": loss / 2, "agreement/lm": 1 / loss}
-        lines = [
-            # The second step has as many tokens again as the first, at half the speed.
-            {"kind": "train", "step": step, "loss": 1.0, "tokens": tokens}
-            | {"tokens_per_second": 2 * speed if step == 1 else speed, "data_wait": step / 100}
-            for step, tokens in zip(range(1, 1 + (done or steps)), (200, 400, 0, 0), strict=False)
-        ]
-        lines.append({"kind": "evaluate", "step": len(lines)} | evaluation)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / "metrics.jsonl").write_text(text)
-        if done is None:
-            summary = {"steps": steps, "seconds": 12.34, "evaluation": evaluation}
-            coverage = {
-                **{"sequences_with_kd": 30, "sequences_ce_only": 10, "sequences_neither": 0},
-                **{"positions_with_kd": 90, "positions_ce_only": 0, "positions_neither": 10},
-            }
-            (run / "summary.json").write_text(json.dumps(summary | {"coverage": coverage}))
-        return run
-
-    return make
-
-
-def rows_of(text):
-    """The text's table: title -> cells, stars kept."""
-    lines = text.splitlines()
-    rule = next(i for i, line in enumerate(lines) if set(line.strip()) == {"─"})
-    table = [re.split(r"\s{2,}", line.strip()) for line in (lines[rule - 1], *lines[rule + 1 :])]
-    head, *rows = [cells for cells in table if len(cells) == len(table[0])]
-    return {title: [row[number] for row in rows] for number, title in enumerate(head)}
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -225,7 +166,7 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
     comparison = compare_runs(runs)
     text = as_text(comparison, 999)
     first, second = text.splitlines()[:2]
-    assert first.strip().startswith("b is best on mood by 0.203 [0.165, 0.241] over a (accuracy ")
+    assert first.strip().startswith("b is best on mood by 0.203 [0.152, 0.255] over a (accuracy ")
     assert second.strip().startswith("no run is shown to be best on trec: b has the highest score")
     mood, trec = (rows_of(text[text.index(f"\n {task} (test)") :]) for task in ("mood", "trec"))
     assert (mood["run"], mood["accuracy"]) == (["b", "a"], ["0.9133*", "0.7100"])
@@ -272,157 +213,6 @@ def test_the_page_stands_alone_and_escapes(write):
         title = "student.model" if column.title == "model" else column.title
         assert f">{title}</div>" in page.replace("<wbr>", "")
     assert page.count('class="best"') == 0
-
-
-# --- equal steps, equal cost ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def curve(write):
-    """curve(name, {step: ce}, per_step=…, teacher=…, **about) -> a run's directory with these
-    evaluations, ``per_step`` seconds a step (None: not recorded), its teacher's pass ``teacher``.
-    """
-
-    def make(name, losses, per_step=1.0, teacher=None, taught=True, **values):
-        values |= {} if taught else {"objective": {"distill": []}}
-        run = write(name, steps=max(losses), **values)
-        recorded = json.loads((run / "run.json").read_text())
-        if not taught:
-            recorded["cache"]["teachers"] = {}
-        recorded["cache"]["teacher_seconds"] = {"lm": teacher} if taught else {}
-        (run / "run.json").write_text(json.dumps(recorded))
-        lines = []
-        for step in range(1, max(losses) + 1):
-            time = {} if per_step is None else {"seconds": per_step * step}
-            lines.append(
-                {"kind": "train", "step": step, "tokens": 1, "tokens_per_second": 1} | time
-            )
-            if step in losses:
-                lines.append({"kind": "evaluate", "step": step, "ce": losses[step]})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (run / "metrics.jsonl").write_text(text)
-        return run
-
-    return make
-
-
-def matched(rows, what="loss"):
-    return {row.at: [p and getattr(p, what) for p in row.points] for row in rows}
-
-
-def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
-    runs = [
-        curve("a", {2: 5.0, 4: 4.0, 6: 3.0}, taught=False),
-        curve("b", {3: 4.5, 4: 3.9, 6: 3.5}, teacher=1.0, seed=1),
-    ]
-    comparison = compare_runs(runs)
-    assert matched(comparison.matched_steps) == {4: [4.0, 3.9], 6: [3.0, 3.5]}
-    text = as_text(comparison, 999)
-    shown = text[text.index("at equal steps") : text.index(" held-out ce at equal total")]
-    assert rows_of(shown) == {
-        "steps": ["4", "6"],
-        "a": ["4.0000", "3.0000"],
-        "b": ["3.9000", "3.5000"],
-    }
-
-
-def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
-    """It has the loss of its last evaluation that had cost no more; nothing in between."""
-    runs = [
-        curve("alone", {2: 5.0, 4: 4.0, 6: 3.8}, taught=False),
-        curve("taught", {2: 4.0, 4: 3.0, 6: 2.5}, per_step=1.5, teacher=2.5, seed=1),
-    ]
-    comparison = compare_runs(runs)
-    # alone: 2, 4, 6 seconds; taught: 5.5, 8.5, 11.5.
-    # Before that there is nothing to compare.
-    assert matched(comparison.matched_cost) == {6.0: [3.8, 4.0]}
-    assert matched(comparison.matched_cost, "step")[6.0] == [6, 2]
-    text = as_text(comparison, 999)
-    table = rows_of(text[text.index("at equal total cost") :])
-    assert table["seconds"] == ["6.0"]
-    assert table["alone"] == ["3.8000 (6)"]
-    assert table["taught"] == ["4.0000 (2)"]
-    assert "nothing is interpolated" in text
-    page = comparison_html(comparison)
-    assert "held-out ce at equal total cost" in page
-    assert "4.0000 (2)" in page
-
-
-def test_where_no_two_runs_meet_at_a_cost_there_is_no_table_but_a_sentence(curve):
-    runs = [
-        curve("alone", {2: 5.0, 4: 4.0}, taught=False),
-        curve("taught", {2: 4.0, 4: 3.0}, teacher=99.0, seed=1),
-    ]
-    comparison = compare_runs(runs)
-    assert comparison.matched_cost == []
-    assert "no run was evaluated before another had cost more" in as_text(comparison, 999)
-    cheap = curve("third", {2: 4.1, 4: 3.5}, taught=False, seed=2)
-    table = rows_of(
-        (text := as_text(compare_runs([*runs, cheap]), 999))[text.index("at equal total") :]
-    )
-    assert list(table) == ["seconds", "alone", "third"]
-    assert "before they were first evaluated: taught" in text
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.floats(0, 20), st.dictionaries(st.integers(1, 9), st.floats(0.1, 5), min_size=1)
-        ),
-        min_size=2,
-        max_size=4,
-    )
-)
-def test_matched_rows_hold_for_any_curves(drawn):
-    curves = []
-    for teacher, seconds in drawn:
-        steps, at = sorted(seconds), 0.0
-        points = []
-        for step in steps:
-            at += seconds[step]
-            points.append(Point(step, at, 1.0 / step))
-        curves.append(Curve(teacher, points))
-    for row in match_cost(curves):
-        for one, point in zip(curves, row.points, strict=True):
-            within = [p for p in one.points if one.teacher_seconds + p.seconds <= row.at]
-            assert point == (within[-1] if within else None)
-        assert sum(point is not None for point in row.points) > 1
-    end = min(one.teacher_seconds + one.points[-1].seconds for one in curves)
-    begun = [one for one in curves if one.teacher_seconds + one.points[0].seconds <= end]
-    assert [row.at for row in match_cost(curves)[-1:]] == [end] * (len(begun) > 1)
-    common = set.intersection(*({p.step for p in one.points} for one in curves))
-    assert [row.at for row in match_steps(curves)] == sorted(common)
-
-
-@pytest.mark.parametrize("unknown", [{"teacher": None}, {"teacher": 1.0, "per_step": None}])
-def test_a_cost_that_is_not_recorded_is_unknown_never_nothing(curve, unknown):
-    runs = [
-        curve("a", {2: 5.0, 4: 4.0}, taught=False),
-        curve("b", {2: 4.0, 4: 3.0}, seed=1, **unknown),
-    ]
-    assert compare_runs(runs).matched_cost == []
-    for shown in (as_text(compare_runs(runs), 999), comparison_html(compare_runs(runs))):
-        assert "not recorded (by older versions) for b" in shown
-    assert matched(compare_runs(runs).matched_steps) == {2: [5.0, 4.0], 4: [4.0, 3.0]}
-    comparison = compare_runs([*runs, curve("c", {2: 4.5, 4: 4.2}, taught=False, seed=2)])
-    assert matched(comparison.matched_cost) == {2.0: [5.0, None, 4.5], 4.0: [4.0, None, 4.2]}
-    assert "; unknown for b" in as_text(comparison, 999)
-
-
-def test_long_curves_are_thinned_out_and_end_with_the_last(curve):
-    losses = {step: 5.0 - step / 100 for step in range(1, 31)}
-    comparison = compare_runs([curve("a", losses), curve("b", losses, seed=1)])
-    assert len(comparison.matched_steps) == 30
-    text = as_text(comparison, 999)
-    steps = rows_of(text[text.index("at equal steps") :])["steps"]
-    assert len(steps) == 8
-    assert steps[-1] == "30"
-
-
-def test_losses_of_other_positions_are_not_matched(curve):
-    runs = [curve("a", {2: 5.0, 4: 4.0}), curve("b", {2: 4.0, 4: 3.0}, held_out=0.5)]
-    comparison = compare_runs(runs)
-    assert comparison.matched_steps == comparison.matched_cost == []
 
 
 # --- domains × stages -----------------------------------------------------------------------------
@@ -620,16 +410,3 @@ def test_of_lists_the_items_that_differ_are_named(write):
     runs = [write("a", domains=["x", "y"]), write("b", domains=["x", "z"])]
     settings = [run.settings for run in compare_runs(runs).runs]
     assert settings == [{"train.domains.1": "y"}, {"train.domains.1": "z"}]
-
-
-def test_a_teacher_of_weight_0_costs_nothing(curve):
-    """Its targets were never read; a cache that has not recorded the time is another matter."""
-    one = curve("one", {1: 3.0, 2: 2.0}, teacher=5.0)
-    about = json.loads((one / "run.json").read_text())
-    about["cache"]["teachers"] = {"lm": "1", "idle": "2"}
-    (one / "run.json").write_text(json.dumps(about))
-    (cost,) = [run.curve.teacher_seconds for run in compare_runs([one]).runs]
-    assert cost == 5.0
-    about["cache"]["teacher_seconds"]["idle"] = None
-    (one / "run.json").write_text(json.dumps(about))
-    assert compare_runs([one]).runs[0].curve.teacher_seconds is None
