@@ -37,7 +37,7 @@ def chosen_metric(metric: str | None, data: TaskData) -> str:
     fitting = METRICS[problem]
     if problem == TAGS and not tags_entities(data.label_names):
         fitting = tuple(m for m in fitting if m != "f1")
-    elif metric == "f1" and len(data.label_names) == 2 and data.positive is None:
+    elif metric == "f1" in fitting and len(data.label_names) == 2 and data.positive is None:
         raise InputError(
             f"metric f1 is that of one of the classes {' and '.join(data.label_names)}; say which "
             f"with positive, as in positive={data.label_names[1]}"
