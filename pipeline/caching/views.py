@@ -8,9 +8,19 @@ from rekindle.data.storage.store import open_store
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
 from rekindle.data.views.plain import Clean, Text
+from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
+
+_NO_PAIRS = {
+    "adjacent": "pairs: {}: no sequence has two sentences of one document (they end with . ! ? or "
+    "a blank line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
+    "same-document": "pairs: {}: no document has two sentences (they end with . ! ? or a blank "
+    "line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
+    "random": "pairs: {}: there is no second document to pair with, so there is nothing to teach: "
+    "use more texts",
+}
 
 
 @dataclass(frozen=True)
@@ -51,3 +61,9 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
         with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()
     return Views(masked, pairs)
+
+
+def told_of_pairs(corpus: Corpus, views: Views) -> list[str]:
+    """What is wrong with pairs that are to be made of ``corpus``, in a line for each kind."""
+    none = [k for k, v in sorted(views.pairs.items()) if not ViewReader(corpus, v.name).has_pairs()]
+    return [_NO_PAIRS[kind].format(kind) for kind in none]

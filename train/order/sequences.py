@@ -13,6 +13,7 @@ import numpy as np
 
 from rekindle.data.batch import Ints
 from rekindle.data.cache import Cache
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import stream_part
 from rekindle.train.config import CurriculumConfig, TrainConfig
@@ -162,13 +163,8 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
                 "steps is less than one",
                 *(where, weight.start, weight.end, weight.over, config.steps),
             )
-    if 0 < train < config.batch_sequences:
-        log.info(
-            "train.batch_sequences %d: only %d sequences are trained on, so each batch has some "
-            "of them more than once",
-            config.batch_sequences,
-            train,
-        )
+    for line in told_of_few(config, train + held_out, train):
+        log.warning("%s", line)
     if not held_out:
         log.info(
             "nothing is held out (train.held_out %g): nothing is evaluated, and no checkpoint is "
@@ -183,6 +179,21 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
             3 * config.evaluate_every,
             config.steps,
         )
+
+
+def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -> list[str]:
+    """Say, in a line, what happens where fewer of the ``sequences`` are trained on than a batch
+    has. ``train``: how many those are, where it is known; else by ``held_out``.
+    """
+    if train is None:
+        train = sequences - int(sequences * config.held_out)
+    if not 0 < train < config.batch_sequences:
+        return []
+    return [
+        f"train.batch_sequences is {config.batch_sequences}, and only {counted(train, 'sequence')} "
+        f"of {sequences:,} {'is' if train == 1 else 'are'} trained on (the others are held out for "
+        "evaluation): every batch repeats some. Use a smaller train.batch_sequences, or more text"
+    ]
 
 
 def _check_apart(config: TrainConfig) -> None:
