@@ -112,7 +112,7 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
     replay = _replay(config, split, where)
-    _tell(config, len(train), len(held_out))
+    _tell(config, len(cache), len(train), len(held_out))
     return Chosen(
         Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
@@ -148,8 +148,12 @@ def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
         )
 
 
-def _tell(config: TrainConfig, train: int, held_out: int) -> None:
+def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> None:
     """Say what follows silently from the sizes of a run and of its corpus."""
+    log.info(
+        "corpus: %s, of which %s trained on and %s held out for evaluation",
+        *(counted(sequences, "sequence"), f"{train:,} are", f"{held_out:,}"),
+    )
     if "warmup_steps" not in config.model_fields_set and config.steps < 10 * USUAL_WARMUP:
         log.info(
             "train.warmup_steps is not given: %d of %d steps, a tenth",
@@ -163,7 +167,7 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
                 "steps is less than one",
                 *(where, weight.start, weight.end, weight.over, config.steps),
             )
-    for line in told_of_few(config, train + held_out, train):
+    for line in told_of_few(config, sequences, train):
         log.warning("%s", line)
     if not held_out:
         log.info(
@@ -191,8 +195,8 @@ def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -
         return []
     return [
         f"train.batch_sequences is {config.batch_sequences}, and only {counted(train, 'sequence')} "
-        f"of {sequences:,} {'is' if train == 1 else 'are'} trained on (the others are held out for "
-        "evaluation): every batch repeats some. Use a smaller train.batch_sequences, or more text"
+        f"of {sequences:,} {'is' if train == 1 else 'are'} trained on: every batch repeats some. "
+        "Use a smaller train.batch_sequences, or more text"
     ]
 
 
