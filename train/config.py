@@ -12,6 +12,7 @@ from rekindle.train.schedules import (
     USUAL_WARMUP,
     Amount,
     Count,
+    Interval,
     Positive,
     Schedule,
     Seed,
@@ -22,6 +23,7 @@ from rekindle.train.schedules import (
 WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
+STEPS_ONCE = 200  # the default of checkpoint_every was so many steps
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
@@ -321,8 +323,10 @@ class TrainConfig(Settings):
     )
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="of weights, data order and dropout")
-    checkpoint_every: Free[Count] = Field(
-        200, description="steps between checkpoints; there is always one of the end"
+    checkpoint_every: Annotated[Free[Interval], Formerly(STEPS_ONCE)] = Field(
+        "5 min",
+        description="between two checkpoints: a time (90 s, 5 min, 1.5 h), or so many steps; there "
+        "is always one of the end, and of an interrupt",
     )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(

@@ -16,8 +16,9 @@ from rekindle.data.corpus.additions import (
     claim_addition,
     complete_addition,
     describe_addition,
+    recorded_shard_size,
 )
-from rekindle.data.corpus.config import CorpusConfig, describe_corpus
+from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
     FIELDS,
     Corpus,
@@ -60,6 +61,12 @@ class CorpusSurvey:
     def new_sequences(self) -> int:
         """Sequences that are not in the cache yet."""
         return self.sequences - (len(self.present) if self.present else 0)
+
+    @property
+    def shard_size(self) -> int:
+        """Sequences per shard, where the configuration does not say."""
+        found = None if self.present is None else recorded_shard_size(self.present.store)
+        return found or usual_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
@@ -120,9 +127,8 @@ def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[
     there = f"{where} has {there}; teachers: {names}"
     if scale is not None:
         return False, f"the figures are for a new cache; what is there is not counted: {there}"
-    info = describe_corpus(
-        config.corpus, load_tokenizer(config.corpus.tokenizer), config.cache.sequences_per_shard
-    )
+    size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
+    info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
     here = (len(present.commits), len(present))
     try:
         addition = claim_addition(present.store, info, config.corpus, lambda: here)

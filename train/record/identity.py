@@ -15,7 +15,7 @@ from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
-from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
@@ -72,7 +72,7 @@ def had_checkpoint(run: Path, steps: int) -> bool:
     with reading(run / RUN_FILE, START_AGAIN):
         if CHECKPOINTED in found:
             return bool(found[CHECKPOINTED])
-        every = found.get("train", {}).get("checkpoint_every", TrainConfig().checkpoint_every)
+        every = found.get("train", {}).get("checkpoint_every", STEPS_ONCE)
         return steps > int(every)
 
 
