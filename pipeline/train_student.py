@@ -117,10 +117,14 @@ def describe_result(result: TrainResult) -> str:
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
-    """Return the name of the masked view that the student sees: a cache may hold several."""
+    """Return the name of the masked view that the student sees: a cache may hold several. None for
+    a causal LM, and where nothing is masked.
+    """
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache
+    if cache.corpus.info["tokenizer"]["mask_id"] is None:
+        return None  # the objective is checked for what needs masks
     view: MaskedView
     if masks.mask.policy == "hard":
         teacher = cache.teacher(masks.mask.teacher or "").parts[0].info

@@ -45,12 +45,14 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     Masks of policy hard come later: from what a teacher says of the text.
     """
     masked = None
-    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
+    maskable = corpus.info["tokenizer"]["mask_id"] is not None
+    if not maskable and (who := config.needs_masks) is not None:
         raise InputError(
-            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
-            "teacher or student needs a tokenizer with one"
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked, as {who} "
+            "needs it. Use a tokenizer with one; a student that learns from classifiers alone "
+            "(train.objective.hard.weight: 0) needs none"
         )
-    if config.needs_masks and config.cache.mask.policy != "hard":
+    if maskable and config.uses_masks and config.cache.mask.policy != "hard":
         masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
         with progress.task("masks", unit="sequences"):
             masked.build()
