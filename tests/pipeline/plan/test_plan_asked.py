@@ -67,7 +67,7 @@ def test_beside_a_cache_of_another_corpus_a_new_one_is_planned(tmp_path, configu
         assert "has 12 sequences" in told
         assert "teachers: lm" in told
     config = configure(tmp_path / "cache", teachers[:1])
-    (told,) = plan_run(config, probe=False, scale=Scale(texts=10**7)).warnings
+    told = plan_run(config, probe=False, scale=Scale(texts=10**7)).warnings[0]
     assert "what is there is not counted" in told
     assert tree(tmp_path) == before
 
