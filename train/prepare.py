@@ -65,7 +65,7 @@ def prepare(
     ``measure``: the rule by which the run measures held-out values, that it was begun with.
     """
     masks = student_masks(cache, student_config, masked_view)
-    view = masks and masks.name
+    view = None if masks is None else masks.name
     objective = prepare_objective(cache, student_config, config, view)
     info = cache.corpus.info
     sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])

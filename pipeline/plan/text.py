@@ -22,8 +22,8 @@ def shown_plan(plan: RunPlan) -> str:
     lines = [f"corpus {', '.join(plan.corpus.source)}: {_of_corpus(plan.corpus)}"]
     for view in plan.views:
         left, bound = counted(view.units_to_make, "unit"), "at most " if view.at_most else ""
-        shown = SHOWN_AS[view.name.partition("-")[0]]
-        there = f"{shown} ({view.name}): {left} to make, {view.units_present:,} there"
+        kind = SHOWN_AS[view.name.partition("-")[0]]
+        there = f"{kind} ({view.name}): {left} to make, {view.units_present:,} there"
         lines.append(there + _to_write(view.bytes, bound))
     table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
     head = [*_wrapped(lines), *table, *(_wrapped([ABOUT]) if plan.teachers else [])]
