@@ -95,7 +95,12 @@ def _finetune(one: FineTuning, out: Path, config: FinetuneConfig, test: str | No
     from rekindle.train.finetune.run import finetune
 
     train, dev = (str(one.task / f"{split}.jsonl") for split in ("train", "dev"))
-    seeds = {"seeds": len(one.seeds), "first_seed": one.seeds.start}
     finetune(
-        str(one.model), train, dev, str(out), **seeds, metric=one.metric, test=test, config=config
+        *(str(one.model), train, dev, str(out)),
+        seeds=len(one.seeds),
+        first_seed=one.seeds.start,
+        metric=one.metric,
+        test=test,
+        config=config,
+        force=True,
     )

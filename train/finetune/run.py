@@ -1,27 +1,28 @@
 """Fine-tune a model on a labelled task into an expert directory. Knows no cache.
 
-What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
-Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
+What the dev split decides: which seed's model is written, and with ``patience``, the default, which
+epoch's. Then each seed's score is that of its best epoch on the very rows that chose it: ``mean``
+is somewhat too high, the more so the smaller dev is and the more epochs there are, and ``std`` too
+small. What is to be compared or published is scored on rows that choose nothing (``test``), or
+trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
 """
 
-import copy
 import json
 import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
+from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
     EncodedTexts,
     classifier_config,
@@ -33,6 +34,8 @@ from rekindle.train.finetune.classifier import (
     tell_cut,
 )
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.constant import weak_beside
+from rekindle.train.finetune.lines import SeedLines, seed_bars
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -75,15 +78,18 @@ def finetune(
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
+    force: bool = False,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
     ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
-    not at all, and replaces only an empty directory or an earlier result of this function.
-    ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
+    not at all, and replaces only an empty directory or, with ``force``, an earlier result of this
+    function. ``config`` is that of the command by default. ``test`` is scored per seed and selects
+    nothing. On the CPU a seed gives the same bits again.
 
-    Raises InputError for wrong files, models, metrics or a diverged run.
+    Raises InputError for wrong files, models, metrics or a diverged run; EarlierResult for an
+    ``out`` that ``force`` would replace.
     """
     started = time.perf_counter()
     if seeds < 1:
@@ -95,7 +101,7 @@ def finetune(
             "without training, with epochs: 0 (from Python: score_model of "
             "rekindle.train.finetune.score)"
         )
-    check_out(Path(out))
+    check_out(Path(out), force)
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
     metric = chosen_metric(metric, data["train"])
@@ -103,18 +109,21 @@ def finetune(
         logger.info("%s: %s", name, split.described())
     folder = new_folder(Path(out).resolve())
     enough = running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config))
-    with enough, folder as staging, quiet_transformers(), _progress() as progress:
+    with enough, folder as staging, quiet_transformers(), seed_bars() as bars:
         job = _prepare(model, data, metric, config)
         results: list[SeedResult] = []
+        warnings: list[str] = []
         for seed in range(first_seed, first_seed + seeds):
-            network, found, dev_logits = _run_seed(job, seed, progress)
+            network, found, dev_logits = _run_seed(job, seed, bars)
             results.append(found)
+            warnings += _warned(job, found, dev_logits)
             if found is best_of(results, metric):
                 _save_model(network, job, dev_logits, staging)
             del network
         seconds = time.perf_counter() - started
         about = (config, job.precision, seconds)
-        result = FinetuneResult.of(model, files, data, metric, results, *about, cut=job.cut)
+        found_of = (model, files, data, metric, results, *about)
+        result = FinetuneResult.of(*found_of, cut=job.cut, warnings=warnings)
         result.save(staging)
     return result
 
@@ -136,7 +145,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 
 def _run_seed(
-    job: _Job, seed: int, progress: Progress
+    job: _Job, seed: int, bars: Progress
 ) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
@@ -152,9 +161,10 @@ def _run_seed(
         model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
-        bar = progress.add_task(f"seed {seed}", total=total)
-        step, best, best_weights, epochs = 0, -math.inf, None, []
-        for epoch in range(config.epochs):
+        planned = config.epochs_of(len(data["train"]))
+        best, lines = BestEpoch(config.patience_of(planned)), SeedLines(bars, seed, planned, total)
+        step, stopped, epochs = 0, DONE, []
+        for epoch in range(planned):
             batches = epoch_batches(
                 encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
             )[: total - step]
@@ -175,28 +185,42 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
-                    progress.update(bar, completed=step, description=told)
+                    lines.step(epoch + 1, step, mean_loss)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
-            if config.patience and scores[job.metric] > best:
-                best, best_epoch = scores[job.metric], epoch
-                best_weights = copy.deepcopy(model.state_dict())
-            if step == total or (config.patience and epoch - best_epoch >= config.patience):
+            lines.epoch(epoch + 1, mean_loss, job.metric, scores[job.metric])
+            best.look(job.metric, scores, dev_logits, model)
+            if step == total or best.ran_out:
+                short = PATIENCE if best.ran_out and step < total else MAX_STEPS
+                stopped = DONE if epoch + 1 == planned else short
                 break
-        if best_weights is not None:
-            model.load_state_dict(best_weights)
-            scores, dev_logits = judged("dev")
+        best.restore(model)
         test_scores = judged("test")[0] if "test" in data else None
-        progress.remove_task(bar)
+        lines.end()
     seconds = time.perf_counter() - started
-    return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits
+    ended = (best.epoch, planned, stopped)
+    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ended), best.logits
+
+
+def _warned(job: _Job, found: SeedResult, logits: np.ndarray) -> list[str]:
+    """The line about a seed that has learned next to nothing, which is also logged; or none."""
+    dev, config, metric = job.data["dev"], job.config, job.metric
+    constant = weak_beside(metric, predictions_of(dev.problem, logits), dev)
+    if constant is None:
+        return []
+    longer = f"--set epochs={2 * config.epochs_of(len(job.data['train']))} --set patience=null"
+    line = (
+        f"warning: seed {found.seed}: {metric} {found.scores[metric]:.4f} on dev is near "
+        f"{constant}; next to nothing was learned. Train longer ({longer}), at another "
+        f"learning_rate (now {config.learning_rate:g}), or see whether the labels fit the texts"
+    )
+    logger.warning(line)
+    return [line]
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
     """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
-    total = config.epochs * math.ceil(examples / config.batch_size)
+    total = config.epochs_of(examples) * math.ceil(examples / config.batch_size)
     total = min(total, config.max_steps or total)
     return total, math.ceil(config.warmup * total)
 
@@ -265,25 +289,3 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
             line = {"row": row, "label": name(label), "prediction": name(guess)}
             line |= {"logits": own.tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-# ---- what the user sees ------------------------------------------------------------------------
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _tell(progress: Progress, line: str) -> None:
-    """One line per epoch: above the bar on a terminal, else in the log."""
-    if progress.disable:
-        logger.info(line)
-    else:
-        progress.console.print(line)
