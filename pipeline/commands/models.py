@@ -8,7 +8,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.options import Json, Overrides
-from rekindle.pipeline.exits import line_with
+from rekindle.pipeline.exits import interruptible, line_with
 
 
 def finetune(
@@ -19,7 +19,11 @@ def finetune(
     out: Annotated[Path, typer.Option(help="the expert's directory")],
     seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
     metric: Annotated[
-        str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
+        str | None,
+        typer.Option(
+            help="accuracy, f1, matthews; of lists of labels f1_micro, f1_macro, subset_accuracy; "
+            "of scores pearson, spearman"
+        ),
     ] = None,
     text_field: Annotated[
         list[str] | None,
@@ -56,7 +60,10 @@ def finetune(
     given = (model, train_file, dev_file, str(out))
     try:
         if config.epochs:
-            result = run.finetune(*given, seeds=seeds, metric=metric, config=config, force=force)
+            with interruptible():
+                result = run.finetune(
+                    *given, seeds=seeds, metric=metric, config=config, force=force
+                )
         elif seeds == 1:
             result = score.score_model(*given, metric=metric, config=config, force=force)
         else:

@@ -29,6 +29,7 @@ class SeedResult:
     kept_epoch: int | None = None  # from 1; None: nothing was trained, or by an older version
     planned_epochs: int | None = None
     stopped: str | None = None  # best_epoch.DONE, MAX_STEPS or PATIENCE
+    warning: str | None = None  # where next to nothing was learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,14 @@ class FinetuneResult:
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None  # scores by way of merging
     # What was understood of the files: rows by class and split, the class whose F1 counts, rows
-    # left out by label and split, the share of texts cut by split.
+    # left out by label and split, the share of texts cut by split, and of lists of words how many
+    # are not read, by split and reason.
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     positive: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
     kept_epoch: int | None = None  # of best_seed
-    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -72,7 +74,7 @@ class FinetuneResult:
         seconds: float,
         baselines: dict[str, dict[str, float]] | None = None,
         cut: Mapping[str, float] | None = None,
-        warnings: Sequence[str] = (),
+        unread: Mapping[str, dict[str, int]] | None = None,
     ) -> "FinetuneResult":
         """Sum up what every seed scored by ``metric``; the first of ``splits`` has the labels."""
         data = next(iter(splits.values()))
@@ -99,7 +101,7 @@ class FinetuneResult:
             positive=data.positive,
             dropped={name: split.dropped for name, split in splits.items()},
             cut=dict(cut or {}),
-            warnings=tuple(warnings),
+            unread=dict(unread or {}),
         )
 
     @property

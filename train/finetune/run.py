@@ -7,6 +7,7 @@ small. What is to be compared or published is scored on rows that choose nothing
 trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
 """
 
+import functools
 import json
 import logging
 import math
@@ -16,30 +17,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
-    EncodedTexts,
+    answers,
     classifier_config,
-    collate,
-    encode,
     load_classifier,
     padded_tokenizer,
+    places_of,
     predict,
-    tell_cut,
 )
-from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
-from rekindle.train.finetune.lines import SeedLines, seed_bars
-from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
+from rekindle.train.finetune.loss import loss_of
+from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, scores_of
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
+from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.finetune.told import Report, SeedProgress
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
@@ -79,19 +78,19 @@ def finetune(
     config: FinetuneConfig | None = None,
     test: str | None = None,
     force: bool = False,
+    report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
     ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
-    not at all, and replaces only an empty directory or, with ``force``, an earlier result of this
-    function. ``config`` is that of the command by default. ``test`` is scored per seed and selects
-    nothing. On the CPU a seed gives the same bits again.
+    not at all, and replaces only an empty directory or, with ``force``, an earlier result.
+    ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
+    ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
+    beside ``out``: it goes on after them.
 
-    Raises InputError for wrong files, models, metrics or a diverged run; EarlierResult for an
-    ``out`` that ``force`` would replace.
+    Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
-    started = time.perf_counter()
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
     config = config or FinetuneConfig()
@@ -107,24 +106,25 @@ def finetune(
     metric = chosen_metric(metric, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
-    folder = new_folder(Path(out).resolve())
-    enough = running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config))
-    with enough, folder as staging, quiet_transformers(), seed_bars() as bars:
+    home = Path(out).resolve()
+    seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
+    about = what_is_tuned(model, files, {"metric": metric} | config.model_dump(mode="json"))
+    enough = running_out(Path(out), seeds_done.kept, less_memory(config))
+    with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
+        started = time.perf_counter()
         job = _prepare(model, data, metric, config)
-        results: list[SeedResult] = []
-        warnings: list[str] = []
-        for seed in range(first_seed, first_seed + seeds):
-            network, found, dev_logits = _run_seed(job, seed, bars)
-            results.append(found)
-            warnings += _warned(job, found, dev_logits)
-            if found is best_of(results, metric):
-                _save_model(network, job, dev_logits, staging)
-            del network
         seconds = time.perf_counter() - started
-        about = (config, job.precision, seconds)
-        found_of = (model, files, data, metric, results, *about)
-        result = FinetuneResult.of(*found_of, cut=job.cut, warnings=warnings)
-        result.save(staging)
+        for seed in seeds_done.missing():
+            network, found, dev_logits = _run_seed(job, seed, progress)
+            seeds_done.add(found, functools.partial(_save_model, network, job, dev_logits))
+            del network
+        results = seeds_done.results
+        took = (config, job.precision, seconds + sum(one.seconds for one in results))
+        unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
+        result = FinetuneResult.of(
+            model, files, data, metric, results, *took, cut=job.cut, unread=unread
+        )
+        seeds_done.publish(home, result.save)
     return result
 
 
@@ -132,7 +132,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
     tokenizer = padded_tokenizer(model)
-    limits = classifier_config(model)
+    limits = classifier_config(model, data["train"].problem)
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
@@ -145,16 +145,15 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 
 def _run_seed(
-    job: _Job, seed: int, bars: Progress
+    job: _Job, seed: int, progress: SeedProgress
 ) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
-    problem, positive = data["train"].problem, data["train"].positive_index
 
     def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(model, encoded[split], config.batch_size)
-        return all_scores(problem, logits, data[split].labels, positive), logits
+        return scores_of(data[split], logits), logits
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -162,7 +161,8 @@ def _run_seed(
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
         planned = config.epochs_of(len(data["train"]))
-        best, lines = BestEpoch(config.patience_of(planned)), SeedLines(bars, seed, planned, total)
+        best = BestEpoch(config.patience_of(planned))
+        bar = progress.add_task(f"seed {seed}", total=total)
         step, stopped, epochs = 0, DONE, []
         for epoch in range(planned):
             batches = epoch_batches(
@@ -174,9 +174,11 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with autocast(job.precision, job.device), running(job.model):
-                    logits = model(**collate(encoded["train"], rows, job.device)).logits
-                loss = _loss(problem, logits.float(), data["train"].labels[rows])
+                inputs = collate(encoded["train"], rows, job.device)
+                places = places_of(encoded["train"], rows, inputs)
+                with autocast(job.precision, job.device):
+                    logits = answers(model, inputs, places)
+                loss = loss_of(logits.float(), data["train"], encoded["train"], rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -185,10 +187,11 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    lines.step(epoch + 1, step, mean_loss)
+                    told = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
+                    progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            lines.epoch(epoch + 1, mean_loss, job.metric, scores[job.metric])
+            progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
             best.look(job.metric, scores, dev_logits, model)
             if step == total or best.ran_out:
                 short = PATIENCE if best.ran_out and step < total else MAX_STEPS
@@ -196,26 +199,26 @@ def _run_seed(
                 break
         best.restore(model)
         test_scores = judged("test")[0] if "test" in data else None
-        lines.end()
+        progress.remove_task(bar)
     seconds = time.perf_counter() - started
-    ended = (best.epoch, planned, stopped)
+    ended = (best.epoch, planned, stopped, _warning(job, seed, best))
     return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ended), best.logits
 
 
-def _warned(job: _Job, found: SeedResult, logits: np.ndarray) -> list[str]:
-    """The line about a seed that has learned next to nothing, which is also logged; or none."""
-    dev, config, metric = job.data["dev"], job.config, job.metric
-    constant = weak_beside(metric, predictions_of(dev.problem, logits), dev)
+def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
+    """The line about a seed that has learned next to nothing, which is also logged."""
+    constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if constant is None:
-        return []
-    longer = f"--set epochs={2 * config.epochs_of(len(job.data['train']))} --set patience=null"
+        return None
+    epochs = job.config.epochs_of(len(job.data["train"]))
     line = (
-        f"warning: seed {found.seed}: {metric} {found.scores[metric]:.4f} on dev is near "
-        f"{constant}; next to nothing was learned. Train longer ({longer}), at another "
-        f"learning_rate (now {config.learning_rate:g}), or see whether the labels fit the texts"
+        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
+        f"{constant}; next to nothing was learned. Train longer (--set epochs={2 * epochs} --set "
+        f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
+        "whether the labels fit the texts"
     )
     logger.warning(line)
-    return [line]
+    return line
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
@@ -251,13 +254,6 @@ def epoch_batches(
     return [batches[number] for number in generator.permutation(len(batches))]
 
 
-def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    target = torch.from_numpy(labels).to(logits.device)
-    if problem == "regression":
-        return functional.mse_loss(logits.reshape(target.shape), target)
-    return functional.cross_entropy(logits, target)
-
-
 def _finite(loss: float, seed: int, step: int) -> float:
     if not math.isfinite(loss):
         raise InputError(
@@ -278,14 +274,11 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
     dev = job.data["dev"]
-    predictions = predictions_of(dev.problem, logits)
-
-    def name(value: np.generic) -> object:
-        return dev.label_names[int(value)] if dev.label_names else value.tolist()
-
-    rows = dev.rows or range(1, len(dev) + 1)
+    guesses = predictions_of(dev.problem, logits, dev.threshold)
+    rows, labels = dev.rows or range(1, len(dev) + 1), named(dev, dev.labels)
+    each = zip(rows, labels, named(dev, guesses), strict=True)
     with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row, label, guess, own in zip(rows, dev.labels, predictions, logits, strict=True):
-            line = {"row": row, "label": name(label), "prediction": name(guess)}
-            line |= {"logits": own.tolist()}
+        for number, (row, label, guess) in enumerate(each):
+            line: dict[str, object] = {"row": row, "label": label, "prediction": guess}
+            line |= {} if dev.words is not None else {"logits": logits[number].tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

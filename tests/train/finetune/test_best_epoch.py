@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.progress import Progress
 
-from rekindle.train.finetune import lines as module
 from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch, told_end
 from rekindle.train.finetune.config import (
     LEAST_EPOCHS,
@@ -18,7 +16,6 @@ from rekindle.train.finetune.config import (
     FinetuneConfig,
     FixedBudget,
 )
-from rekindle.train.finetune.lines import SeedLines
 from rekindle.train.finetune.run import finetune, plan_steps
 
 
@@ -72,22 +69,6 @@ def test_what_is_kept_is_told_in_a_line(ended, told):
     assert told_end(*ended) == told
 
 
-def test_a_long_epoch_says_a_line_a_minute_where_there_is_no_terminal(monkeypatch, caplog):
-    now = 0.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    with caplog.at_level(logging.INFO, logger="rekindle"), Progress(disable=True) as bars:
-        lines = SeedLines(bars, seed=1, epochs=3, steps=900)
-        for step in range(0, 300, 10):
-            now += 7
-            lines.step(1, step, 0.5)
-        lines.epoch(1, 0.5, "accuracy", 0.25)
-        lines.end()
-    told = [record.getMessage() for record in caplog.records]
-    assert told[0] == "seed 1  epoch 1/3  loss 0.5000  step 80 of 900"
-    assert told[-1] == "seed 1  epoch 1/3  loss 0.5000  dev accuracy 0.2500"
-    assert len(told) == 1 + 30 * 7 // 63
-
-
 def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(
     tmp_path, make_model, wordpiece, caplog
 ):
@@ -99,12 +80,12 @@ def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(
     frozen = FinetuneConfig(max_steps=1, learning_rate=1e-12)
     with caplog.at_level(logging.WARNING, logger="rekindle"):
         result = finetune(*files, str(tmp_path / "weak"), config=frozen)
-    (line,) = result.warnings
+    line = result.per_seed[0].warning
     assert [r.getMessage() for r in caplog.records if "warning" in r.getMessage()] == [line]
     assert "\n" not in line
     assert "that of always saying 'x'; next to nothing was learned" in line
     assert "--set epochs=" in line
     written = json.loads((tmp_path / "weak" / "metrics.json").read_text())
-    assert written["warnings"] == [line]
+    assert written["per_seed"][0]["warning"] == line
     quick = FinetuneConfig(epochs=6, learning_rate=1e-2)
-    assert finetune(*files, str(tmp_path / "good"), config=quick).warnings == ()
+    assert finetune(*files, str(tmp_path / "good"), config=quick).per_seed[0].warning is None
