@@ -332,7 +332,8 @@ class TrainConfig(Settings):
     keep_best: Free[str | None] = Field(
         "loss",
         description="also keep the checkpoint with the best held-out value of this name "
-        "(loss, kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
+        "(loss: the objective, at the weights of the last step; ce: the cross-entropy on the "
+        "text; kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
         "0); null for none",
     )
     explosion_factor: Free[float | None] = Field(
@@ -361,7 +362,9 @@ class TrainConfig(Settings):
     )
     replay: ReplayConfig | None = Field(None, description="memory of earlier domains")
     evaluate_domains: bool = Field(
-        False, description="also report the held-out loss/DOMAIN of every domain of the corpus"
+        False,
+        description="also report the held-out ce/DOMAIN of every domain of the corpus (loss/DOMAIN "
+        "where nothing trains the language model's head)",
     )
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
+from rekindle.train.measures import MEASURE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
@@ -50,7 +51,7 @@ from rekindle.train.record.identity import (
     check_run,
     is_finished,
     keys_that_may_change,
-    measures_as_once,
+    measure_of_run,
     read_summary,
     recorded_extent,
     student_files,
@@ -158,11 +159,12 @@ def _begin(
 ) -> TrainResult:
     """Prepare a run and do it, or what is left of it."""
     started = time.monotonic()
-    prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
+    measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
+    prepared = world.agree(
+        lambda: prepare(cache, student_config, config, masked_view, world, measure)
+    )
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
-    if world.decide(lambda: resume and measures_as_once(out)):
-        prepared = prepared.measured_as_once()
     balanced = prepared.objective.balance > 0
     free = keys_that_may_change(student_config, config, balanced)
 
@@ -296,13 +298,12 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
-    """Evaluate against the teachers of the step alone: one of weight 0 is not read any more.
+    """Evaluate after the step of ``plan``.
 
     The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
     them save a checkpoint that the others do not.
     """
-    methods = tuple(method for method, _ in plan.methods)
-    data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
+    data = training.prepared.held_out.at(plan)
     student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)
