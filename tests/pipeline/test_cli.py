@@ -264,7 +264,7 @@ def test_the_command_line_is_frozen():
         "init": ["--list", "--out"],
         "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
-        "plan": ["--json", "--probe", "--set"],
+        "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
