@@ -23,6 +23,9 @@ def finetune(
     metric: Annotated[
         str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
     ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="go on from this task head of a student")
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +36,7 @@ def finetune(
     from rekindle.pipeline.overrides import set_value
     from rekindle.train.finetune.config import FinetuneConfig
 
-    values: dict[str, object] = {}
+    values: dict[str, object] = {} if head is None else {"head": head}
     for override in set_ or []:
         set_value(values, override)
     model, train_file, dev_file = map(resolve_name, (model, train, dev))

@@ -27,12 +27,12 @@ from rekindle.train.finetune.classifier import (
     classifier_config,
     collate,
     encode,
-    load_classifier,
     padded_tokenizer,
     predict,
     tell_cut,
 )
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.distilled import check_head, starting_model
 from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -89,16 +89,16 @@ def finetune(
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
     config = config or FinetuneConfig()
-    if config.epochs == 0 or config.head is not None or config.merge is not None:
+    if config.epochs == 0 or config.merge is not None:
         raise InputError(
-            f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
-            "without training, with epochs: 0 (from Python: score_model of "
-            "rekindle.train.finetune.score)"
+            f"epochs is {config.epochs}: merge is for scoring without training, with epochs: 0 "
+            "(from Python: score_model of rekindle.train.finetune.score)"
         )
     check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
     metric = chosen_metric(metric, data["train"])
+    check_head(model, config.head, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
     folder = new_folder(Path(out).resolve())
@@ -149,7 +149,8 @@ def _run_seed(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
+        start = starting_model(job.model, config.head, job.tokenizer, data["train"])
+        model = start.to(job.device)
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
         bar = progress.add_task(f"seed {seed}", total=total)
