@@ -74,7 +74,7 @@ def test_heads_of_the_family_go_on_to_the_same_bits(masked_world, tmp_path):
     first, second = (weights(tmp_path / name) for name in ("run", "later"))
     assert any(".frame." in name for name in first)
     assert all(torch.allclose(values, second[name]) for name, values in first.items())
-    with pytest.raises(CheckpointError, match="student.head"):
+    with pytest.raises(CheckpointError, match=r"student\.head"):
         run(masked_world, tmp_path / "run", config, resume=True)
 
 
