@@ -11,6 +11,7 @@ import typer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.options import Json, Overrides
 from rekindle.pipeline.console import say
+from rekindle.pipeline.exits import interruptible
 
 
 def finetune(
@@ -46,7 +47,8 @@ def finetune(
 
     given = (model, train_file, dev_file, str(out))
     if config.epochs:
-        result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
+        with interruptible():
+            result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
     elif seeds == 1:
         result = score.score_model(*given, metric=metric, config=config)
     else:

@@ -76,7 +76,7 @@ def comparison_page(
         sections=[
             Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
             settings_section(names, differing),
-            losses_section(curves, more, warnings),
+            losses_section(curves, more, warnings, comparison.compared),
             scores or own_scores,
             cost_section(once, students, cost, notes, cost_tables(comparison), samples),
             cache_section(list(caches.values())),

@@ -17,13 +17,18 @@ from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
 from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.measures import MEASURE, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
-SPEED = "tokens_per_second"
+SPEED, LOSS = "tokens_per_second", "loss"
 SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+OWN_NOTE = (
+    "loss is what each run trains, and they train different things: not ranked; {instead} can be "
+    "compared"
+)
 MEASURED_NOTE = (
     "kl/… and agreement/… of {names} are measured otherwise in runs that older versions began: not "
     "ranked"
@@ -52,19 +57,20 @@ class RunFacts:
     coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)  # only those that differ
-    curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
+    curve: Curve = field(default_factory=Curve)  # what is compared, over steps and seconds
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """A run's directory, and what it is: its student and train sections, the cache it reads, and
-    the records of its steps.
+    the records of its steps. Held-out values have the names of today (``train.measures``).
     """
 
     directory: Path
     settings: dict[str, Facts]
     cache: Facts
     records: list[Facts] = field(default_factory=list)
+    measure: int = MEASURE  # the rule by which its held-out values are measured
 
     @property
     def taught_by(self) -> list[str]:
@@ -77,15 +83,18 @@ class RunFolder:
 class Comparison:
     """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
 
-    ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
-    losses in the order of ``runs`` (``compare.matching``); both are empty where held-out losses may
-    not be compared. ``folders``: what the runs were read from, in their order.
+    ``notes`` say what may not be compared. ``compared`` is the held-out value that means the same
+    in all runs: ``loss`` where they train the same objective, or else ``ce``, or what else they
+    share; None where there is none. ``matched_steps`` and ``matched_cost`` have it in the order of
+    ``runs`` (``compare.matching``); both are empty where held-out values may not be compared.
+    ``folders``: what the runs were read from, in their order.
     """
 
     corpus: str
     runs: list[RunFacts]
     best: dict[str, list[str]]
     notes: list[str]
+    compared: str | None
     matched_steps: list[Match]
     matched_cost: list[Match]
     domains: DomainMatrix
@@ -112,14 +121,16 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
     differing = differences([one.settings for one in found], items=True) | _read_otherwise(found)
+    compared = _compared(found)
     runs = [
-        _read_run(one, name, {key: values[number] for key, values in differing.items()})
+        _read_run(one, name, {key: values[number] for key, values in differing.items()}, compared)
         for number, (one, name) in enumerate(zip(found, names, strict=True))
     ]
     positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
     otherwise = _measured_otherwise(found)
     measured = [MEASURED_NOTE.format(names=", ".join(otherwise))] if otherwise else []
-    curves = [] if positions else [run.curve for run in runs]
+    own = [] if compared == LOSS or not _have(found, LOSS) else [own_note(compared)]
+    curves = [] if positions or compared is None else [run.curve for run in runs]
     by_domain = [
         (run.name, run.evaluation, one.settings["train"].get("domains") or [])
         for run, one in zip(runs, found, strict=True)
@@ -127,8 +138,9 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     return Comparison(
         corpus,
         runs,
-        _best(runs, not positions + teachers, otherwise),
-        positions + teachers + measured,
+        _best(runs, not positions + teachers, otherwise, own != []),
+        positions + teachers + measured + own,
+        compared,
         match_steps(curves),
         match_cost(curves),
         matrix_of(by_domain),
@@ -177,7 +189,12 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return RunFolder(directory, settings, cache, read_metrics(directory))
+        measure = measure_of(about)
+    records = [
+        true_names(one, measure) if one["kind"] == "evaluate" else one
+        for one in read_metrics(directory)
+    ]
+    return RunFolder(directory, settings, cache, records, measure)
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -206,7 +223,9 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFacts:
+def _read_run(
+    one: RunFolder, name: str, settings: dict[str, object], compared: str | None
+) -> RunFacts:
     summary = read_record(one.directory / "summary.json") or {}
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
@@ -221,21 +240,47 @@ def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFact
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
         data_wait=steps[-1].get("data_wait") if steps else None,
-        evaluation=summary.get("evaluation", last),
+        evaluation=true_names(summary["evaluation"], one.measure) if summary else last,
         coverage=summary.get("coverage", {}),
         scores=_task_scores(one.directory),
         settings=settings,
-        curve=_curve(one, steps, evaluations),
+        curve=_curve(one, steps, evaluations, compared),
     )
 
 
-def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
-    """The held-out loss over steps and seconds, without what is not recorded."""
+def _compared(found: Sequence[RunFolder]) -> str | None:
+    """The held-out value that means the same in all runs that have evaluated."""
+    each = [_evaluated(one) for one in found]
+    shared = set.intersection(*[names for names in each if names] or [set()])
+    objectives = differences([one.settings["train"]["objective"] for one in found], items=True)
+    known = ([] if objectives else [LOSS]) + ["ce", *sorted(shared - {LOSS})]
+    return next((name for name in known if name in shared and not is_better_upwards(name)), None)
+
+
+def _evaluated(one: RunFolder) -> set[str]:
+    """The names of what a run has evaluated."""
+    return {name for r in one.records if r["kind"] == "evaluate" for name in r} - {"kind", "step"}
+
+
+def _have(found: Sequence[RunFolder], name: str) -> bool:
+    """Whether several runs have evaluated a value."""
+    return sum(name in _evaluated(one) for one in found) > 1
+
+
+def own_note(compared: str | None) -> str:
+    """Say that the runs' losses are of different objectives, and what is not."""
+    return OWN_NOTE.format(instead=compared or "task scores")
+
+
+def _curve(
+    one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts], compared: str | None
+) -> Curve:
+    """What is compared over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
-        Point(record["step"], seconds.get(record["step"]), record["loss"])
+        Point(record["step"], seconds.get(record["step"]), record[compared])
         for record in evaluations
-        if "loss" in record
+        if compared in record
     ]
     costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.taught_by]
     known = [cost for cost in costs if cost is not None]
@@ -310,15 +355,16 @@ def values_of(run: RunFacts) -> dict[str, float]:
 
 
 def _best(
-    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str]
+    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str], own: bool
 ) -> dict[str, list[str]]:
     """The best finished runs for each value that several have, and not all the same: the most of
     speed, scores, agreement and what methods say of their own values, else the least. Not of
-    teachers that are measured ``otherwise`` in some.
+    teachers that are measured ``otherwise`` in some, nor of losses that are each run's ``own``.
     """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     left_out |= {f"{what}/{name}" for name in otherwise for what in ("kl", "agreement")}
+    left_out |= {LOSS} if own else set()
     best = {}
     for name in dict.fromkeys(name for run in finished for name in values_of(run)):
         upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)

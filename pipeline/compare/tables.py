@@ -62,16 +62,16 @@ def result_columns(comparison: Comparison, scores: bool = True) -> Iterator[Colu
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
-    """Losses at equal steps, where the last evaluations are not all there is to compare."""
+    """What is compared, at equal steps, where the last evaluations are not all there is."""
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
         columns = _matched(comparison.runs, comparison.matched_steps, "steps", "{:,.0f}")
-        yield Table("held-out loss at equal steps", columns)
+        yield Table(f"held-out {comparison.compared} at equal steps", columns)
 
 
 def cost_tables(comparison: Comparison) -> Iterator[Table]:
     """Nothing where no cost is known; where one run's alone is, whose are not."""
-    title = "held-out loss at equal total cost"
+    title = f"held-out {comparison.compared} at equal total cost"
     evaluated = [run for run in comparison.runs if run.curve.points]
     unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
     if comparison.matched_cost:

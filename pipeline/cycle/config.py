@@ -164,7 +164,7 @@ class CycleConfig(Settings):
         _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
-        if not (self.train.keep_best or "loss").startswith("loss"):
+        if self.train.keep_best not in ("loss", None):
             raise ValueError(
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
                 "loss, or null for none"

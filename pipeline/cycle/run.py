@@ -37,7 +37,7 @@ from rekindle.pipeline.cycle.jobs import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_counted
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.finetune.config import TaskSettings
@@ -94,7 +94,7 @@ def run_cycle(
         if places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
         jobs = list(plan_jobs(home, config, tasks))
-        run_jobs(jobs, home / "cycle.log", progress, places)
+        run_counted(jobs, home / "cycle.log", progress, places)
         return _write_results(home)
 
 

@@ -16,10 +16,9 @@ from rekindle.pipeline.compare.page import comparison_html
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import NOTHING, as_text, columns_of, domain_matrix
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.record.run_folder import differences
 
 LM = {"teachers": ["lm"], "temperature": 2.0}
-KEYS = {"corpus", "runs", "best", "notes", "matched_steps", "matched_cost", "domains"}
+KEYS = {"corpus", "runs", "best", "notes", "compared", "matched_steps", "matched_cost", "domains"}
 RUN_KEYS = {
     *("name", "directory", "finished", "steps", "planned_steps", "seconds", "tokens_per_second"),
     *("data_wait", "evaluation", "coverage", "scores", "settings", "curve"),
@@ -34,6 +33,7 @@ def about(corpus="c1", view="masked-1", lm="f1", student=None, **train):
         "student": model.model_dump(mode="json"),
         "train": parse_settings(TrainConfig, values).model_dump(mode="json", by_alias=True),
         "cache": {"path": "p", "corpus": corpus, "masked_view": view, "teachers": {"lm": lm}},
+        "evaluation": {"measure": 3},
     }
 
 
@@ -234,7 +234,7 @@ def test_the_page_stands_alone_and_escapes(write):
 
 @pytest.fixture
 def curve(write):
-    """curve(name, {step: loss}, per_step=…, teacher=…, **about) -> a run's directory with these
+    """curve(name, {step: ce}, per_step=…, teacher=…, **about) -> a run's directory with these
     evaluations, ``per_step`` seconds a step (None: not recorded), its teacher's pass ``teacher``.
     """
 
@@ -253,7 +253,7 @@ def curve(write):
                 {"kind": "train", "step": step, "tokens": 1, "tokens_per_second": 1} | time
             )
             if step in losses:
-                lines.append({"kind": "evaluate", "step": step, "loss": losses[step]})
+                lines.append({"kind": "evaluate", "step": step, "ce": losses[step]})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run / "metrics.jsonl").write_text(text)
         return run
@@ -273,7 +273,7 @@ def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
     comparison = compare_runs(runs)
     assert matched(comparison.matched_steps) == {4: [4.0, 3.9], 6: [3.0, 3.5]}
     text = as_text(comparison, 999)
-    shown = text[text.index("at equal steps") : text.index(" held-out loss at equal total")]
+    shown = text[text.index("at equal steps") : text.index(" held-out ce at equal total")]
     assert rows_of(shown) == {
         "steps": ["4", "6"],
         "a": ["4.0000", "3.0000*"],
@@ -302,7 +302,7 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     assert table["taught"] == [NOTHING, NOTHING, "4.0000 (2)"]
     assert "nothing is interpolated" in text
     page = comparison_html(comparison)
-    assert "held-out loss at equal total cost" in page
+    assert "held-out ce at equal total cost" in page
     assert "4.0000 (2)" in page
 
 
@@ -369,8 +369,8 @@ def test_losses_of_other_positions_are_not_matched(curve):
 
 
 def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
-    first = {"loss": 3.0, "loss/old": 3.0, "loss/new": 5.0}
-    second = {"loss": 3.5, "loss/old": 3.25, "loss/new": 3.5}
+    first = {"loss": 3.0, "ce/old": 3.0, "ce/new": 5.0}
+    second = {"loss": 3.5, "ce/old": 3.25, "ce/new": 3.5}
     runs = [
         write("elle/1-old", domains=["old"], evaluation=first),
         write("elle/2-grow", domains=["old"], evaluation={"loss": 3.1}),
@@ -380,7 +380,7 @@ def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
     assert comparison.domains.runs == ["1-old", "3-new"]
     assert comparison.domains.domains == ["old", "new"]
     for found, losses in zip(comparison.domains.perplexity, (first, second), strict=True):
-        assert found == pytest.approx([math.exp(losses["loss/old"]), math.exp(losses["loss/new"])])
+        assert found == pytest.approx([math.exp(losses["ce/old"]), math.exp(losses["ce/new"])])
     text = domain_matrix(runs)
     assert rows_of(text) == {
         "run": ["1-old", "3-new"],
@@ -392,15 +392,15 @@ def test_the_domain_matrix_has_stages_as_rows_in_their_order(write):
     assert "prompted" in domain_matrix([*runs, other])
     whole = as_text(comparison, 999)
     assert text in whole
-    assert "loss/old" not in whole
+    assert "ce/old" not in whole
     assert "148.41" in comparison_html(comparison)
     assert comparison.as_dict()["domains"]["runs"] == ["1-old", "3-new"]
 
 
 def test_a_domain_that_a_stage_did_not_evaluate_is_a_hole(write):
     runs = [
-        write("a", evaluation={"loss": 1.0, "loss/x": 1.0}),
-        write("b", evaluation={"loss": 1.0, "loss/x": math.nan, "loss/y": 800.0}, seed=1),
+        write("a", evaluation={"loss": 1.0, "ce/x": 1.0}),
+        write("b", evaluation={"loss": 1.0, "ce/x": math.nan, "ce/y": 800.0}, seed=1),
     ]
     found = compare_runs(runs).as_dict()["domains"]
     assert found["domains"] == ["x", "y"]
@@ -498,6 +498,47 @@ def test_values_of_another_measure_have_a_note_and_are_not_ranked(write):
     assert comparison.best == {"loss": ["a"], "tokens_per_second": ["a"]}
 
 
+def test_losses_of_different_objectives_are_not_ranked_but_what_they_share_is(write):
+    """Each is what its run trains: the cross-entropy is the same thing in all."""
+    seen = [{"loss": 1.0, "ce": 5.0}, {"loss": 4.0, "ce": 4.0, "kl/lm": 2.0}]
+    runs = [
+        write("kd", evaluation=seen[0], objective={"distill": [LM]}),
+        write("mlm", evaluation=seen[1], objective={"distill": []}),
+    ]
+    comparison = compare_runs(runs)
+    assert comparison.compared == "ce"
+    assert comparison.notes == [
+        "loss is what each run trains, and they train different things: not ranked; ce can be "
+        "compared"
+    ]
+    assert comparison.best == {"ce": ["mlm"]}
+    assert [point.loss for point in comparison.matched_steps[0].points] == [5.0, 4.0]
+    alike = compare_runs([runs[0], write("kd 2", evaluation=seen[1], seed=1)])
+    assert (alike.compared, alike.notes) == ("loss", [])
+    assert alike.best["loss"] == ["kd"]
+    alone = write("experts", evaluation={"loss": 0.5, "agreement/lm": 1.0}, seed=2)
+    assert compare_runs([runs[1], alone]).compared is None
+    assert "task scores can be compared" in as_text(compare_runs([runs[1], alone]))
+
+
+def test_what_older_versions_called_loss_is_shown_as_what_it_was(write):
+    """The cross-entropy, beside runs that measure it too: by that they compare."""
+    runs = [
+        write("old", evaluation={"loss": 3.0, "loss/law": 2.0}),
+        write("new", evaluation={"loss": 5.0, "ce": 2.5, "ce/law": 1.0}, seed=1),
+    ]
+    record = json.loads((runs[0] / "run.json").read_text())
+    del record["evaluation"]
+    (runs[0] / "run.json").write_text(json.dumps(record))
+    comparison = compare_runs(runs)
+    assert comparison.runs[0].evaluation == {"ce": 3.0, "ce/law": 2.0}
+    assert comparison.folders[0].records[-1]["ce"] == 3.0
+    assert comparison.folders[0].records[0]["loss"] == 1.0  # in training it was the objective
+    assert comparison.compared == "ce"
+    assert comparison.best == {"ce": ["new"], "ce/law": ["new"]}
+    assert comparison.domains.perplexity == [[pytest.approx(math.e**2)], [pytest.approx(math.e)]]
+
+
 def test_a_task_with_the_same_language_loss_compares(write):
     student = {"task": "replaced_token_detection"}
     comparison = compare_runs([write("a", loss=4.0), write("b", student=student)])
@@ -506,8 +547,8 @@ def test_a_task_with_the_same_language_loss_compares(write):
 
 
 def test_what_methods_say_of_their_values_counts(write):
-    better = {"replaced_tokens/f1": 0.5, "replaced_tokens/loss": 1.0, "loss/f1": 1.0}
-    worse = {"replaced_tokens/f1": 0.25, "replaced_tokens/loss": 2.0, "loss/f1": 2.0}
+    better = {"replaced_tokens/f1": 0.5, "replaced_tokens/loss": 1.0, "ce/f1": 1.0}
+    worse = {"replaced_tokens/f1": 0.25, "replaced_tokens/loss": 2.0, "ce/f1": 2.0}
     best = compare_runs([write("a", evaluation=better), write("b", evaluation=worse)]).best
     assert {best[name] == ["a"] for name in better} == {True}
 
@@ -519,42 +560,6 @@ def test_of_lists_the_items_that_differ_are_named(write):
     runs = [write("a", domains=["x", "y"]), write("b", domains=["x", "z"])]
     settings = [run.settings for run in compare_runs(runs).runs]
     assert settings == [{"train.domains.1": "y"}, {"train.domains.1": "z"}]
-
-
-trees = st.recursive(
-    st.integers(0, 2) | st.none(),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), trees), min_size=1, max_size=4))
-def test_differences_are_where_values_differ_and_nowhere_else(settings):
-    def at(tree, key):
-        for part in key.split("."):
-            tree = (
-                tree[int(part)]
-                if isinstance(tree, list)
-                else None
-                if tree is None
-                else tree.get(part)
-            )
-        return tree
-
-    found = differences(settings, items=True)
-    for key, values in found.items():
-        assert values == [at(one, key) for one in settings]
-        assert any(value != values[0] for value in values)
-    if not found:  # a key that is missing is one that is null
-        assert all(_without_nulls(one) == _without_nulls(settings[0]) for one in settings)
-
-
-def _without_nulls(tree):
-    if isinstance(tree, dict):
-        return {k: _without_nulls(v) for k, v in tree.items() if v is not None}
-    return [_without_nulls(v) for v in tree] if isinstance(tree, list) else tree
 
 
 def test_a_teacher_of_weight_0_costs_nothing(curve):

@@ -21,7 +21,7 @@ def write_run(run: Path, cache: dict, distill: list, **train) -> Path:
     values = {"steps": 4, "batch_sequences": 3, "objective": {"distill": distill}} | train
     settings = parse_settings(TrainConfig, values).model_dump(mode="json", by_alias=True)
     student = parse_settings(StudentConfig, {"model": "m"}).model_dump(mode="json")
-    about = {"student": student, "train": settings, "cache": cache}
+    about = {"student": student, "train": settings, "cache": cache, "evaluation": {"measure": 3}}
     (run / "run.json").write_text(json.dumps(about))
     lines = []
     for step in range(1, 5):
