@@ -78,7 +78,8 @@ def export(
     from rekindle.pipeline.builtin.names import resolve_name
     from rekindle.train.export.folder import export_head
 
-    found = export_head(resolve_name(model), str(out), head, force=force)
+    with interruptible():
+        found = export_head(resolve_name(model), str(out), head, force=force)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return

@@ -19,7 +19,6 @@ from rekindle.data.storage.atomic import new_folder
 from rekindle.train.export.card import CARD_FILE, export_card
 from rekindle.train.export.plain import distance, plain_labels, plain_model, problem_of
 from rekindle.train.export.result import Exported
-from rekindle.train.finetune.classifier import MOST_TOKENS
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.family_head import SAME, auto_class
 from rekindle.train.model.files import longest_input
@@ -33,6 +32,7 @@ from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 log = logging.getLogger("rekindle")
 
+UNRECORDED = 512  # tokens, of students that do not say what they were trained with
 WRITER = "rekindle export"  # marks a folder that --force may replace
 
 
@@ -142,7 +142,7 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
 def longest_text(student: Student) -> int:
     """The tokens of a text that the student was trained with, as far as that is recorded."""
     takes = longest_input(student.model.config) or math.inf
-    return int(min(student.sequence_length or MOST_TOKENS, takes))
+    return int(min(student.sequence_length or UNRECORDED, takes))
 
 
 def plain_tokenizer(
