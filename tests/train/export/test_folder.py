@@ -189,7 +189,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     for file in (place / "bare").glob("*token*"):
         file.unlink()
     for name, wanted, told in (
-        ("student", None, r"the task heads trec, a\+b, several.labels, score; say which with"),
+        ("student", None, r"the task heads a\+b, score, several.labels, trec; say which with"),
         ("student", "b", "not 'b'"),
         ("prompted", "trec", "has domain prompts"),
         ("plain", None, "has no task heads: it is a language model, which needs no export"),

@@ -100,6 +100,7 @@ def test_students_keep_them_and_hand_them_on(directory, tmp_path, caplog):
     student = of(directory)
     assert all(torch.equal(v, weights(of(directory))[k]) for k, v in weights(student).items())
     student.save_pretrained(tmp_path)
+    load_tokenizer(str(directory)).save(str(tmp_path))
     again, later = Student.from_pretrained(tmp_path), of(tmp_path, seed=9)
     assert again.sequence_length == 40
     for other in (again, later):
@@ -132,5 +133,6 @@ def test_they_do_not_grow_once_trained(directory, tmp_path):
     grown = grow_student(of(directory), grow)
     assert isinstance(grown.heads["sense"], FamilyHead)
     of(directory).save_pretrained(tmp_path)
+    load_tokenizer(str(directory)).save(str(tmp_path))
     with pytest.raises(InputError, match=r"the head 'sense' of .* does not grow with it"):
         grow_student(of(tmp_path), grow)
