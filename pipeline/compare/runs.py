@@ -12,6 +12,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.former import with_defaults
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.compare.scores import heads_of, mean_scores, read_scores
+from rekindle.pipeline.compare.standing import Standing, standing_of
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
@@ -23,8 +25,7 @@ from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
-SPEED, LOSS = "tokens_per_second", "loss"
-SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+LOSS = "loss"
 OWN_NOTE = (
     "loss is what each run trains, and they train different things: not ranked; {instead} can be "
     "compared"
@@ -42,7 +43,7 @@ EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains"
 @dataclass(frozen=True)
 class RunFacts:
     """One run. Times are in seconds; ``scores`` are those of ``pipeline finetune`` below its
-    directory: the mean over seeds on dev.
+    directory: the mean over seeds on dev. ``heads``: the task heads of its student.
     """
 
     name: str
@@ -57,6 +58,7 @@ class RunFacts:
     coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)  # only those that differ
+    heads: list[str] = field(default_factory=list)
     curve: Curve = field(default_factory=Curve)  # what is compared, over steps and seconds
 
 
@@ -81,7 +83,9 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
+    """Runs from one corpus. ``standings`` say which is best at a task, and whether that is chance;
+    ``best`` names, for each held-out value, the finished runs that have the best: one run each, so
+    that nothing is known of chance.
 
     ``notes`` say what may not be compared. ``compared`` is the held-out value that means the same
     in all runs: ``loss`` where they train the same objective, or else ``ce``, or what else they
@@ -92,6 +96,7 @@ class Comparison:
 
     corpus: str
     runs: list[RunFacts]
+    standings: list[Standing]
     best: dict[str, list[str]]
     notes: list[str]
     compared: str | None
@@ -102,9 +107,9 @@ class Comparison:
 
     def as_dict(self) -> object:
         """Everything but the folders as plain values for JSON; what is no number is null."""
-        values = asdict(replace(self, folders=[]))
-        del values["folders"]
-        return for_json(values)
+        values = asdict(replace(self, folders=[], standings=[]))
+        del values["folders"], values["standings"]
+        return for_json(values | {"tasks": [one.as_dict() for one in self.standings]})
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -135,9 +140,11 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         (run.name, run.evaluation, one.settings["train"].get("domains") or [])
         for run, one in zip(runs, found, strict=True)
     ]
+    where = {name: one.directory for name, one in zip(names, found, strict=True)}
     return Comparison(
         corpus,
         runs,
+        [one for task in read_scores(where) if (one := standing_of(task)) is not None],
         _best(runs, not positions + teachers, otherwise, own != []),
         positions + teachers + measured + own,
         compared,
@@ -242,8 +249,9 @@ def _read_run(
         data_wait=steps[-1].get("data_wait") if steps else None,
         evaluation=true_names(summary["evaluation"], one.measure) if summary else last,
         coverage=summary.get("coverage", {}),
-        scores=_task_scores(one.directory),
+        scores=mean_scores(one.directory),
         settings=settings,
+        heads=heads_of(one.directory),
         curve=_curve(one, steps, evaluations, compared),
     )
 
@@ -285,21 +293,6 @@ def _curve(
     costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.taught_by]
     known = [cost for cost in costs if cost is not None]
     return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
-
-
-def _task_scores(directory: Path) -> dict[str, float]:
-    """The scores of what was fine-tuned into folders below the run, by folder and metric."""
-    return {
-        f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
-        for folder, found in fine_tuned(directory)
-        if isinstance(found.get("mean"), float) and "metric" in found
-    }
-
-
-def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
-    """The folders below a run that something was fine-tuned into, and what it came to."""
-    for path in sorted(directory.glob("**/metrics.json")):
-        yield path.parent.relative_to(directory).parts, read_record(path) or {}
 
 
 def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
@@ -346,19 +339,11 @@ def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
     return [name for name, known in rules.items() if len(known) > 1]
 
 
-def values_of(run: RunFacts) -> dict[str, float]:
-    """What a run is judged by, under the names that ``Comparison.best`` has."""
-    values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
-    if run.tokens_per_second is not None:
-        values[SPEED] = run.tokens_per_second
-    return values
-
-
 def _best(
     runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str], own: bool
 ) -> dict[str, list[str]]:
-    """The best finished runs for each value that several have, and not all the same: the most of
-    speed, scores, agreement and what methods say of their own values, else the least. Not of
+    """The finished runs with the best of each held-out value that several have, and not all the
+    same: the most of agreement and what methods say of their own values, else the least. Not of
     teachers that are measured ``otherwise`` in some, nor of losses that are each run's ``own``.
     """
     finished = [run for run in runs if run.finished]
@@ -366,10 +351,9 @@ def _best(
     left_out |= {f"{what}/{name}" for name in otherwise for what in ("kl", "agreement")}
     left_out |= {LOSS} if own else set()
     best = {}
-    for name in dict.fromkeys(name for run in finished for name in values_of(run)):
-        upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)
-        values = [values_of(run).get(name) for run in finished]
-        rows = best_rows(values, max if upwards else min)
+    for name in dict.fromkeys(name for run in finished for name in run.evaluation):
+        values = [run.evaluation.get(name) for run in finished]
+        rows = best_rows(values, max if is_better_upwards(name) else min)
         if rows and name not in left_out:
             best[name] = [finished[row].name for row in sorted(rows)]
     return best

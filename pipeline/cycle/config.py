@@ -25,7 +25,16 @@ from rekindle.train.schedules import Seed
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
 Search = dict[str, tuple[Setting, ...]]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
+    "pearson",
+    "spearman",
+]
 Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
 ARMS: dict[Arm, str] = {
     "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
@@ -80,7 +89,9 @@ class CycleTask(Settings):
         None, gt=0, description="at most so many, chosen at random after dev; null: all"
     )
     metric: Metric | None = Field(
-        None, description="accuracy, f1, matthews, pearson, spearman; null: accuracy, or pearson"
+        None,
+        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
+        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,
@@ -188,6 +199,15 @@ class CycleConfig(Settings):
                     "the arm mlm is without experts"
                 )
         return self
+
+    def without_twins(self) -> "CycleConfig":
+        """With one task the experts of all tasks are the task's: ``mixture`` would be ``both``
+        again, and ``both`` stands in its place.
+        """
+        if len(self.tasks) > 1 or "mixture" not in self.arms:
+            return self
+        arms = {"both" if arm == "mixture" else arm for arm in self.arms}
+        return self.model_copy(update={"arms": tuple(arm for arm in ARMS if arm in arms)})
 
     @property
     def seeds_of_search(self) -> range:

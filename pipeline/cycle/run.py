@@ -14,6 +14,7 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ from rekindle.pipeline.processes.worker import Place, cores, places_for, visible
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
+
+log = logging.getLogger("rekindle")
 
 ELSEWHERE = "give another --out"
 _SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
@@ -74,6 +77,10 @@ def run_cycle(
         if was is not config:
             with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
                 config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
+    arms = (begun or {}).get("arms")
+    if config.without_twins() != config and not (isinstance(arms, list) and "mixture" in arms):
+        log.info("arm mixture: left out, for with one task it is the same student as both")
+        config = config.without_twins()
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)

@@ -7,7 +7,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.page import comparison_html, comparison_page, read_scores
+from rekindle.pipeline.compare.page import comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.page import Facts, Note
@@ -151,7 +151,7 @@ def test_scores_are_those_on_test_where_there_are_such(cache, tmp_path):
     scored(runs[0] / "fine-tuned" / "sst2", [0.9, 0.8], None)
     (runs[1] / "metrics.json").write_text(json.dumps({"metric": 3}))  # of something else
     comparison = compare_runs(runs)
-    cola, sst2 = read_scores(comparison.runs)
+    cola, sst2 = (one.scores for one in comparison.standings)
     assert (cola.title, cola.scores) == (
         "cola matthews (test)",
         {"a": [0.4, 0.3], "b": [0.4, 0.3]},
