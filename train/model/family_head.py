@@ -79,7 +79,7 @@ class FamilyHead(nn.Module):
             frame._init_weights(module)
         made = cls(frame)
         if causal and kind == "sequence":
-            made._check_reads_on(own)
+            made._check_reads_on(model.config.get_text_config().hidden_size)
         return made
 
     def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -118,10 +118,9 @@ class FamilyHead(nn.Module):
         if difference(found, expected) > SAME:
             raise InputError(f"{name} runs its body otherwise than the language model does")
 
-    def _check_reads_on(self, body: nn.Module) -> None:
-        """Raise InputError where it reads the first token alone."""
+    def _check_reads_on(self, width: int) -> None:
+        """Raise InputError where it reads the first token's states [``width``] alone."""
         inputs = sample_inputs(self.frame.config)
-        width = body.config.get_text_config().hidden_size
         draw = torch.Generator().manual_seed(0)
         states = torch.randn(*inputs["input_ids"].shape, width, generator=draw)
         other = states.clone()
@@ -177,6 +176,9 @@ class _Given(nn.Module):
 
 class _Output(tuple[Tensor, ...]):
     """A body's output, in the forms in which classes take it; what else they look for is None."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
 
     def __new__(cls, states: Tensor, pooled: Tensor | None) -> "_Output":
         made = super().__new__(cls, (states,) if pooled is None else (states, pooled))

@@ -10,11 +10,12 @@ import torch
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig
+from rekindle.train.export.folder import export_head
 from rekindle.train.finetune.classifier import evaluation, padded_tokenizer
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.distilled import starting_model
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.score import student_logits, student_texts
+from rekindle.train.finetune.score import score_model, student_logits, student_texts
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
@@ -28,6 +29,7 @@ HEAD = HeadConfig(
 )
 SCORE = HeadConfig(kind="sequence", num_labels=1, problem="regression")
 TAGS = HeadConfig(kind="token", num_labels=3, label_names=("sun", "dog", "cat"))
+SEVERAL = "multi_label_classification"
 STILL = FinetuneConfig(epochs=1, learning_rate=1e-30, weight_decay=0.0)
 
 
@@ -59,6 +61,43 @@ def write(path, labels, rows=24):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     return write(tmp_path_factory.mktemp("task") / "t.jsonl", ("cat", "dog", "sun"))
+
+
+@pytest.mark.parametrize("name", ["tags", "several"])
+def test_heads_of_the_family_go_on_with_tags_and_several_labels(student, tmp_path, name):
+    """Equal scores before and after a step that is none."""
+    base = student[1]
+    kind, problem = {"tags": ("token", None), "several": ("sequence", SEVERAL)}[name]
+    head = TAGS.model_copy(update={"kind": kind, "problem": problem})
+    tokenizer = load_tokenizer(base)
+    config = StudentConfig(model=base, head="family")
+    made = build_student(config, {name: head}, tokenizer.size, 0, tokenizer=tokenizer)
+    torch.manual_seed(2)
+    for parameter in made.heads.parameters():
+        torch.nn.init.normal_(parameter)
+    made.save_pretrained(tmp_path / "student")
+    tokenizer.save(str(tmp_path / "student"))
+    export_head(str(tmp_path / "student"), str(tmp_path / "out"), name)
+    words = ["river", "city", "light", "water"]
+    rows = [
+        {
+            "tokens": words[n % 3 :],
+            "tags": [HEAD.label_names[(n + m) % 3] for m in range(4 - n % 3)],
+        }
+        if name == "tags"
+        else {"text": " ".join(words[n % 3 :]), "label": list(HEAD.label_names[: n % 4])}
+        for n in range(12)
+    ]
+    task = tmp_path / "t.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = str(task), str(task)
+    config = STILL.model_copy(update={"head": name})
+    result = finetune(str(tmp_path / "student"), *given, str(tmp_path / "e"), config=config)
+    scored = score_model(
+        str(tmp_path / "out"), *given, str(tmp_path / "s"), config=FinetuneConfig(epochs=0)
+    )
+    assert scored.per_seed[0].scores == pytest.approx(result.per_seed[0].scores)
+    assert 0 < result.mean < 1
 
 
 def test_it_starts_with_the_heads_logits(student, task):
