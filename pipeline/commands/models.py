@@ -11,7 +11,7 @@ import typer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.options import Json, Overrides
 from rekindle.pipeline.console import say
-from rekindle.pipeline.exits import interruptible
+from rekindle.pipeline.exits import interruptible, line_with
 
 
 def finetune(
@@ -31,6 +31,14 @@ def finetune(
     head: Annotated[
         str | None, typer.Option(metavar="NAME", help="go on from this task head of a student")
     ] = None,
+    text_field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="where the text stands; twice for pairs of texts"),
+    ] = None,
+    label_field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="where the label stands")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier result")] = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -41,29 +49,44 @@ def finetune(
     from rekindle.pipeline.overrides import set_value
     from rekindle.train.finetune.config import FinetuneConfig
 
-    values: dict[str, object] = {} if head is None else {"head": head}
+    values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
+    options = {"text_field": text_field, "label_field": label_field, "head": head}
+    for key, named in options.items():
+        if named and key in values:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(f"{option} and --set {key}=… say the same; give one of them")
+        values |= {key: named} if named else {}
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
     from rekindle.train.finetune import run, score
+    from rekindle.train.finetune.result import EarlierResult
 
     given = (model, train_file, dev_file, str(out))
-    if config.epochs:
-        with interruptible():
-            result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
-    elif seeds == 1:
-        result = score.score_model(*given, metric=metric, config=config)
-    else:
-        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
+    try:
+        if config.epochs:
+            with interruptible():
+                result = run.finetune(
+                    *given, seeds=seeds, metric=metric, config=config, force=force
+                )
+        elif seeds == 1:
+            result = score.score_model(*given, metric=metric, config=config, force=force)
+        else:
+            raise InputError("with epochs=0 nothing is trained: leave --seeds out")
+    except EarlierResult as error:
+        raise InputError(f"{error}: {line_with('--force')}") from None
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
+    chosen = ", each at its best epoch on dev" if spread and config.patience else ""
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
+    if result.kept is not None:
+        typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 

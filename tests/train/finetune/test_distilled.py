@@ -11,9 +11,9 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig
 from rekindle.train.export.folder import export_head
+from rekindle.train.export.start import distilled_model
 from rekindle.train.finetune.classifier import evaluation, padded_tokenizer
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.distilled import starting_model
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.score import score_model, student_logits, student_texts
 from rekindle.train.finetune.task_data import read_task
@@ -103,7 +103,7 @@ def test_heads_of_the_family_go_on_with_tags_and_several_labels(student, tmp_pat
 def test_it_starts_with_the_heads_logits(student, task):
     made, folder = student
     data = read_task(task)[0]
-    model = starting_model(folder, "sense", padded_tokenizer(folder), data)
+    model = distilled_model(folder, "sense", data)
     own = student_logits(made, "sense", student_texts(made, folder, data, None), 5)
     assert list(model.config.id2label.values()) == list(data.label_names) == ["cat", "dog", "sun"]
     inputs = padded_tokenizer(folder)(data.texts, padding=True, return_tensors="pt")

@@ -1,15 +1,14 @@
-"""What a fine-tuning begins with: a model with a fresh head, or a student's distilled one."""
+"""A student's distilled head as what a fine-tuning begins with: whether it fits, and the model."""
 
 import logging
 import shlex
+from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from rekindle.data.errors import InputError
 from rekindle.train.export.plain import plain_labels, plain_model, problem_of
-from rekindle.train.finetune.classifier import load_classifier
-from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.family_head import auto_class
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import output_tensors
@@ -19,14 +18,26 @@ from rekindle.train.student import Student, saved_heads
 log = logging.getLogger("rekindle")
 
 
-def starting_model(
-    model: str, head: str | None, tokenizer: PreTrainedTokenizerFast, data: TaskData
-) -> PreTrainedModel:
-    """Load ``model`` for ``data``: with its distilled ``head``, classes in the data's order, or
-    with a fresh one.
+class Labelled(Protocol):
+    """What is asked of a labelled task."""
+
+    @property
+    def problem(self) -> str:
+        """As transformers names it."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Empty for scores."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model gives for a text."""
+
+
+def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
+    """Load the student in ``model`` as its family's class with the distilled ``head``, the outputs
+    in the order of the data's labels.
     """
-    if head is None:
-        return load_classifier(model, tokenizer, data)
     student = Student.from_pretrained(resolve_model(model))
     made = plain_model(student, head)
     if not data.label_names:
@@ -43,7 +54,7 @@ def starting_model(
     return made
 
 
-def check_head(model: str, head: str | None, data: TaskData) -> None:
+def check_head(model: str, head: str | None, data: Labelled) -> None:
     """Raise InputError unless the student in ``model`` has ``head``, and it is for just the labels
     of ``data``. Without one say whether there is such a head.
     """
@@ -70,7 +81,7 @@ def check_head(model: str, head: str | None, data: TaskData) -> None:
         )
 
 
-def _misfit(name: str, head: HeadConfig, data: TaskData) -> str | None:
+def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
     """Say how a head differs from what a task needs; None where it fits."""
     problem = problem_of(head)
     if problem != data.problem:
