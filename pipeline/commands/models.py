@@ -8,7 +8,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.options import Json, Overrides
-from rekindle.pipeline.exits import interruptible
+from rekindle.pipeline.exits import interruptible, line_with
 
 
 def finetune(
@@ -19,8 +19,20 @@ def finetune(
     out: Annotated[Path, typer.Option(help="the expert's directory")],
     seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
     metric: Annotated[
-        str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
+        str | None,
+        typer.Option(
+            help="accuracy, f1, matthews; of lists of labels f1_micro, f1_macro, subset_accuracy; "
+            "of scores pearson, spearman"
+        ),
     ] = None,
+    text_field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="where the text stands; twice for pairs of texts"),
+    ] = None,
+    label_field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="where the label stands")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier result")] = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -34,24 +46,38 @@ def finetune(
     values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
+    for key, named in (("text_field", text_field), ("label_field", label_field)):
+        if named and key in values:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(f"{option} and --set {key}=… say the same; give one of them")
+        values |= {key: named} if named else {}
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
     from rekindle.train.finetune import run, score
+    from rekindle.train.finetune.result import EarlierResult
 
     given = (model, train_file, dev_file, str(out))
-    if config.epochs:
-        with interruptible():
-            result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
-    elif seeds == 1:
-        result = score.score_model(*given, metric=metric, config=config)
-    else:
-        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
+    try:
+        if config.epochs:
+            with interruptible():
+                result = run.finetune(
+                    *given, seeds=seeds, metric=metric, config=config, force=force
+                )
+        elif seeds == 1:
+            result = score.score_model(*given, metric=metric, config=config, force=force)
+        else:
+            raise InputError("with epochs=0 nothing is trained: leave --seeds out")
+    except EarlierResult as error:
+        raise InputError(f"{error}: {line_with('--force')}") from None
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
+    chosen = ", each at its best epoch on dev" if spread and config.patience else ""
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
+    if result.kept is not None:
+        typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")

@@ -19,13 +19,22 @@ from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
-from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 from rekindle.train.schedules import Seed
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
 Search = dict[str, tuple[Setting, ...]]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
+    "pearson",
+    "spearman",
+]
 Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
 ARMS: dict[Arm, str] = {
     "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
@@ -77,7 +86,9 @@ class CycleTask(Settings):
         None, gt=0, description="at most so many, chosen at random after dev; null: all"
     )
     metric: Metric | None = Field(
-        None, description="accuracy, f1, matthews, pearson, spearman; null: accuracy, or pearson"
+        None,
+        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
+        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,
@@ -116,8 +127,8 @@ class CycleConfig(Settings):
     arms: tuple[Arm, ...] = Field(
         tuple(ARMS), description="what is compared; expert is always among them"
     )
-    finetune: FinetuneConfig = Field(
-        default_factory=FinetuneConfig, description="how every model is fine-tuned"
+    finetune: FixedBudget = Field(
+        default_factory=FixedBudget, description="how every model is fine-tuned"
     )
     search: Search = Field(
         default_factory=dict,
@@ -139,12 +150,12 @@ class CycleConfig(Settings):
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
-            if key in TaskSettings.model_fields:
+            if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
                 raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
             # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
-            read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
+            read = [parse_settings(FixedBudget, {key: one}) for one in values]
             found[key] = tuple(getattr(one, key) for one in read)
             if len(set(found[key])) < len(values):
                 raise ValueError(f"{key} has a value twice; every arm tries each of them once")
@@ -205,13 +216,16 @@ class CycleConfig(Settings):
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
-    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FinetuneConfig:
+    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FixedBudget:
         """How a model is fine-tuned on ``task``; ``longer``: for twice the epochs and steps."""
-        values = self.finetune.model_dump() | task.finetune | point
-        if longer:
-            values["epochs"] *= 2
-            values["max_steps"] = values["max_steps"] and 2 * values["max_steps"]
-        return parse_settings(FinetuneConfig, values, f"finetune of task {task.name!r}")
+        given = task.finetune | point
+        own = parse_settings(FixedBudget, given, f"finetune of task {task.name!r}")
+        changed: dict[str, object] = {key: getattr(own, key) for key in own.model_fields_set}
+        config = self.finetune.model_copy(update=changed)
+        if not longer:
+            return config
+        steps = config.max_steps and 2 * config.max_steps
+        return config.model_copy(update={"epochs": 2 * config.epochs, "max_steps": steps})
 
     def term_of(self, task: CycleTask, regression: bool) -> DistillTerm:
         """The distillation term of the expert on ``task``."""

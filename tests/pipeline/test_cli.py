@@ -262,9 +262,12 @@ def test_the_command_line_is_frozen():
     assert options == {
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
-        "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
+        "finetune": [
+            *("--dev", "--force", "--json", "--label-field", "--metric", "--out", "--seeds"),
+            *("--set", "--text-field", "--train"),
+        ],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
-        "plan": ["--json", "--probe", "--set"],
+        "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],

@@ -1,133 +1,39 @@
-"""Text classifiers and regressors: their tokens, their loading, their scoring. Trains nothing.
+"""Classifiers of texts and of words, and regressors: their loading, their scoring. Trains nothing.
 
 One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.metrics import all_scores
+from rekindle.train.finetune.encoded import (
+    EncodedTexts,
+    collate,
+    encode,
+    padding_id_of,
+    tell_cut,
+)
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
+from rekindle.train.finetune.metrics import check_finite, scores_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.causes import quiet_transformers, running
-from rekindle.train.model.files import load_config, load_weights, longest_input, place
-from rekindle.train.model.fitting import check_fits
+from rekindle.train.model.files import load_config, load_weights, place
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.meta import refuse_shapes
-from rekindle.train.model.padding import padding_of, set_padding
-from rekindle.train.model.segments import knows_segments
+from rekindle.train.model.padding import set_padding
 from rekindle.train.model.sight import moved_by_padding
 
 logger = logging.getLogger("rekindle")
-
-MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
-CLASSIFIER = "AutoModelForSequenceClassification"
-
-Row = list[int] | NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
-
-    input_ids: Sequence[Row]
-    token_type_ids: Sequence[Row] | None
-    padding_id: int
-    limit: int = 0  # tokens, from which on texts are cut
-    takes: float = math.inf  # tokens that the model takes
-    cut: int = 0  # texts that were
-    longest: int = 0  # tokens of the longest of these before
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens per example: int64 [N]."""
-        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
-
-
-# ---- tokens ------------------------------------------------------------------------------------
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast,
-    model_config: PretrainedConfig,
-    data: TaskData,
-    max_length: int | None,
-) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
-
-    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
-    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
-    empty text is one padding token, so that no row is empty.
-    """
-    padding_id = _padding_id(model_config, tokenizer)
-    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
-    most = int(min(max_length or MOST_TOKENS, takes))
-    found = tokenizer(
-        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
-    )
-    ids = [row or [padding_id] for row in found["input_ids"]]
-    # A generic tokenizer also gives segments to models that would read them as something else.
-    types = found.get("token_type_ids") if knows_segments(model_config) else None
-    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
-    longest = 0
-    if cut:
-        pairs = data.pairs and [data.pairs[row] for row in cut]
-        texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
-        longest = max(map(len, whole["input_ids"]))
-    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
-
-
-def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The model's own padding id; without one the tokenizer's, the end of text, or 0: one that it
-    can embed.
-    """
-    rows = model_config.get_text_config().vocab_size
-    known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((number for number in known if number is not None and number < rows), 0)
-
-
-def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
-    lengths, types = encoded.lengths[rows], encoded.token_type_ids
-    ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
-    segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
-    return model_inputs(ids, lengths, device, segments)
-
-
-def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
-    """Say which share of each split's texts was cut, loudly where one was, and return it."""
-    shares = {name: texts.cut / max(len(texts.input_ids), 1) for name, texts in splits.items()}
-    limit = max((texts.limit for texts in splits.values()), default=0)
-    if not any(shares.values()):
-        logger.info("no text is cut (at most %d tokens)", limit)
-        return shares
-    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
-    longest = max(texts.longest for texts in splits.values())
-    takes = min(texts.takes for texts in splits.values())
-    advice = "the model takes no more"
-    if limit < takes:
-        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
-    logger.warning(
-        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
-        *(limit, told, longest, advice),
-    )
-    return shares
-
 
 # ---- models ------------------------------------------------------------------------------------
 
@@ -143,12 +49,19 @@ def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def classifier_config(model: str) -> PretrainedConfig:
-    """Load the model's configuration, with a label for each output that its head has."""
-    directory = resolve_model(model)
-    # A tagger's body is as good as any: its head starts fresh.
-    check_fits(load_config(directory), "sequence_classification", repr(model), trained=False)
-    return load_config(directory, CLASSIFIER)
+def classifier_config(model: str, problem: str = "", trained: bool = False) -> PretrainedConfig:
+    """Load the model's configuration, with a label for each output that its head has.
+
+    ``trained``: its head is used as it is; else a tagger's body is as good as any for a classifier.
+    """
+    directory, task = resolve_model(model), task_of(problem)
+    check_fits(load_config(directory), task, repr(model), trained)
+    return load_config(directory, AUTO_CLASSES[task])
+
+
+def task_of(problem: str) -> str:
+    """A teacher's task of that name, that answers what the ``problem`` of a labelled task asks."""
+    return "token_classification" if problem == TAGS else "sequence_classification"
 
 
 def load_classifier(
@@ -158,30 +71,38 @@ def load_classifier(
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
     """
-    config = classifier_config(model)
+    config = classifier_config(model, data.problem)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        same = config.id2label == names
+        same = config.id2label == names and _same_problem(config, data.problem)
         config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
         same = config.num_labels == data.outputs and config.problem_type == "regression"
         config.num_labels = data.outputs
-    config.problem_type = data.problem
-    network, unset = _load_weights(model, config, tokenizer)
+    config.problem_type = None if data.problem == TAGS else data.problem
+    network, unset = _load_weights(model, config, tokenizer, data.problem)
     if not same and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)
         _renew_output_layer(network)
     return network
 
 
+def _same_problem(config: PretrainedConfig, problem: str) -> bool:
+    """Whether the head of a model, if it has one, was trained for ``problem``."""
+    if problem == TAGS or task_said(config) == task_of(TAGS):
+        return task_said(config) == task_of(problem)
+    return config.problem_type in (None, problem)
+
+
 def _load_weights(
-    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, problem: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
-    set_padding(config, _padding_id(config, tokenizer))
-    what = f"{model!r} cannot be loaded for text classification"
+    set_padding(config, padding_id_of(config, tokenizer))
+    auto_class = AUTO_CLASSES[task_of(problem)]
+    what = f"{model!r} cannot be loaded for {task_of(problem).replace('_', ' ')}"
     advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
-    loaded = load_weights(resolve_model(model), CLASSIFIER, torch.float32, what, advice, config)
+    loaded = load_weights(resolve_model(model), auto_class, torch.float32, what, advice, config)
     refuse_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler sits in the body but belongs to the head: a masked LM has none.
     missing = [key for key in loaded.body if ".pooler." not in key]
@@ -214,16 +135,31 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
 def predict(
     model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
-    """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
+    """fp32 logits as ``by_length`` returns them; never autocast: the scores are the weights'."""
     model.train(dropout)
 
-    def logits(inputs: dict[str, Tensor]) -> Tensor:
-        with running(str(model.name_or_path)):
-            found: Tensor = model(**inputs).logits
-        return found
+    def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
+        return answers(model, inputs, places)
 
     equal = moved_by_padding(model) > 0
     return by_length(encoded, batch_size, model.device, logits, equal)
+
+
+def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
+    """A classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. InputError,
+    naming the model, where its own code fails.
+    """
+    with running(str(model.name_or_path)):
+        logits: Tensor = model(**inputs).logits
+    return logits if places is None else logits.flatten(0, 1)[places]
+
+
+def places_of(encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Where the words of some rows that are read are in a batch of them; None: whole texts."""
+    if encoded.words is None:
+        return None
+    ids = inputs["input_ids"]
+    return torch.from_numpy(encoded.places(rows, ids.shape[1])).to(ids.device)
 
 
 @torch.inference_mode()
@@ -231,12 +167,14 @@ def by_length(
     encoded: EncodedTexts,
     batch_size: int,
     device: torch.device,
-    run: Callable[[dict[str, Tensor]], Tensor],
+    run: Callable[[dict[str, Tensor], Tensor | None], Tensor],
     equal: bool = False,
 ) -> np.ndarray:
-    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order.
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order; of lists of
+    words [W,C], in the order of all words, with NaN for those that are not read.
 
-    ``equal``: of one length, for models that padding changes.
+    ``equal``: of one length, for models that padding changes. Raises InputError for words' logits
+    that are not finite.
     """
     order = np.argsort(encoded.lengths, kind="stable")
     ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
@@ -245,10 +183,18 @@ def by_length(
         for rows in np.split(order, ends)
         for start in range(0, len(rows), batch_size)
     ]
-    each = [run(collate(encoded, rows, device)).float().cpu().numpy() for rows in batches]
+    each = []
+    for rows in batches:
+        inputs = collate(encoded, rows, device)
+        each.append(run(inputs, places_of(encoded, rows, inputs)).float().cpu().numpy())
     found = np.concatenate(each)
-    logits = np.empty_like(found)
-    logits[order] = found
+    if encoded.words is None:
+        logits = np.empty_like(found)
+        logits[order] = found
+        return logits
+    check_finite(found)
+    logits = np.full((sum(map(len, encoded.words)), found.shape[1]), np.nan, np.float32)
+    logits[encoded.read_words(order)] = found
     return logits
 
 
@@ -258,8 +204,9 @@ def load_expert(
     """Load a classifier with all its weights onto its device, and the texts as it reads them;
     InputError for one without a trained head.
     """
-    tokenizer, config = padded_tokenizer(model_dir), classifier_config(model_dir)
-    network, unset = _load_weights(model_dir, config, tokenizer)
+    tokenizer = padded_tokenizer(model_dir)
+    config = classifier_config(model_dir, data.problem, trained=True)
+    network, unset = _load_weights(model_dir, config, tokenizer, data.problem)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
@@ -274,7 +221,7 @@ def evaluate(
     """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
 
     Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
-    InputError for a model without a trained head, of the other problem or with other classes.
+    InputError for a model without a trained head, of another problem or with other classes.
     """
     return evaluation(model_dir, data, max_length, batch_size)[:2]
 
@@ -284,21 +231,44 @@ def evaluation(
 ) -> tuple[dict[str, float], np.ndarray, float]:
     """``evaluate``, and which share of the texts was cut."""
     with quiet_transformers():
-        known, labels, positive = classifier_config(model_dir), data.labels, None
-        check_label_names([*known.id2label.values()], repr(model_dir))
-        fits = not data.label_names and known.num_labels == data.outputs
-        if fits and known.num_labels > 1 and known.problem_type is None:
-            raise InputError(
-                f"the task has scores, and the {known.num_labels} outputs of {model_dir!r} may be "
-                f"classes: {SAY_SCORES}"
-            )
-        if not (fits and gives_scores(known)):
-            data.check_known(
-                list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
-            )
-            labels = np.array([known.label2id[name] for name in data.label_names])[labels]
-            positive = None if data.positive is None else known.label2id[data.positive]
+        names = _names_for(model_dir, data)
         network, encoded = load_expert(model_dir, data, max_length)
         cut = tell_cut({"dev": encoded})["dev"]
         logits = predict(network, encoded, batch_size)
-    return all_scores(data.problem, logits, labels, positive, data.outputs), logits, cut
+    return scores_of(data, logits, names), logits, cut
+
+
+def _names_for(model_dir: str, data: TaskData) -> list[str]:
+    """The labels of a model's outputs; empty for scores. InputError where it does not answer what
+    the task asks.
+    """
+    known = classifier_config(model_dir, data.problem, trained=True)
+    names, who = [*known.id2label.values()], f"the {known.num_labels} outputs of {model_dir!r}"
+    check_label_names(names, repr(model_dir))
+    fits = not data.label_names and known.num_labels == data.outputs
+    if fits and known.num_labels > 1 and known.problem_type is None:
+        raise InputError(
+            f"the task has scores, and the {known.num_labels} outputs of {model_dir!r} may be "
+            f"classes: {SAY_SCORES}"
+        )
+    if fits and gives_scores(known):
+        return []
+    check_several_alike(data, known.problem_type, who)
+    data.check_known(names, who)
+    return names
+
+
+def check_several_alike(data: TaskData, problem: str | None, who: str) -> None:
+    """Raise InputError where labels exclude each other in the task, and not to ``who`` that answers
+    by ``problem``, or the other way round.
+    """
+    if data.problem == SEVERAL and problem != SEVERAL:
+        said = "may exclude each other" if problem is None else f"are a {problem}"
+        wrong = '"problem_type": "multi_label_classification"'
+        unsaid = f": if they do not, write {wrong} into its config.json" if problem is None else ""
+        raise InputError(f"the task has labels of which several may hold, and {who} {said}{unsaid}")
+    if data.problem != SEVERAL and problem == SEVERAL:
+        raise InputError(
+            f"{who} are labels of which several may hold, and the task is a {data.problem}: the "
+            "largest would be taken for the only one. Give a task with lists of labels"
+        )

@@ -1,5 +1,6 @@
 """What the configuration says of fine-tuning and scoring. Torch is not imported here."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, field_validator
@@ -10,6 +11,13 @@ from rekindle.train.schedules import Seed
 
 FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
+Problem = Literal[
+    "classification", "multi_label_classification", "token_classification", "regression"
+]
+_PROBLEMS = {  # what else they are called
+    "single_label_classification": "classification",
+    "multi_label": "multi_label_classification",
+}
 
 
 class MergeConfig(Settings):
@@ -30,26 +38,47 @@ class MergeConfig(Settings):
 class TaskSettings(Settings):
     """What the files of a labelled task mean, where they do not say it themselves."""
 
-    problem: Literal["classification", "regression"] | None = Field(
+    problem: Problem | None = Field(
         None,
         description="null: words, booleans and whole numbers are classes, other numbers (also "
-        "lists of them) are scores, and what may be either is refused; classification: every label "
-        "is a class as it is written; regression: labels are numbers, or lists of numbers",
+        "lists of them) are scores, lists of names are labels of which several may hold, tokens "
+        "with tags are tagged, and what may be either is refused; classification, "
+        "multi_label_classification, token_classification: every label is a class as it is "
+        "written; regression: labels are numbers, or lists of numbers",
     )
     text_field: tuple[str, ...] = Field(
         (),
         max_length=2,
         validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
-        description="where the text stands, or the two of a pair; empty: text, or sentence1 and "
-        "perhaps sentence2",
+        description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
+        "sentence1 and perhaps sentence2, or tokens",
     )
     label_field: str = Field(
         "label",
         validation_alias=AliasChoices("label_field", FORMER_FIELDS[1]),
-        description="where the label stands",
+        description="where the label stands; beside tokens also tags, where there is no label",
+    )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="what stands between the labels of a row where several are written as one "
+        'text, as in "a;b"; null: they are a list, in csv and tsv one as JSON writes it',
+    )
+    label_names: tuple[str, ...] = Field(
+        (),
+        description="names of the labels 0, 1, … where tags, or lists of labels, are numbers",
+    )
+    threshold: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="of labels of which several may hold: the probability of one "
+        "that is said to hold",
     )
     drop_labels: tuple[Label, ...] = Field(
-        (), description="rows with these labels are left out; [null]: those without a label"
+        (),
+        description="rows with these labels are left out, of several labels those that have one "
+        "of them; [null]: those without a label",
     )
     positive: Label = Field(
         None,
@@ -57,7 +86,12 @@ class TaskSettings(Settings):
         "beside not_x",
     )
 
-    @field_validator("text_field", "drop_labels", mode="before")
+    @field_validator("problem", mode="before")
+    @classmethod
+    def _by_other_names(cls, value: object) -> object:
+        return _PROBLEMS.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("text_field", "label_names", "drop_labels", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list | tuple):
@@ -65,17 +99,24 @@ class TaskSettings(Settings):
         return () if value is None else (value,)
 
 
-class FinetuneConfig(TaskSettings):
-    """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
+LEAST_STEPS, LEAST_EPOCHS = 300, 3  # of epochs: auto; what 300 labels need, and what large data do
+_PATIENCE = 3  # of patience: auto; one of so many parts of the epochs, and at least so many epochs
 
-    epochs: int = Field(
-        3,
-        ge=0,
-        description="passes over the train split; 0: nothing is trained, the head that the model "
-        "has is scored on dev (train only says what the labels mean)",
+
+class FinetuneConfig(TaskSettings):
+    """How a model is fine-tuned. The defaults, the same from Python and on the command line, serve
+    a BERT-sized encoder on some hundred labels and on many thousand. ``FixedBudget`` has those of
+    what is compared.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description=f"passes over the train split; auto: as many as make {LEAST_STEPS} steps, at "
+        f"least {LEAST_EPOCHS}; 0: nothing is trained, the head that the model has is scored on "
+        "dev (train only says what the labels mean)",
     )
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
-    batch_size: int = Field(32, ge=1, description="examples per step")
+    batch_size: int = Field(16, ge=1, description="examples per step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="after the warm-up: falls to 0 (linear), or stays (constant)"
@@ -91,16 +132,41 @@ class FinetuneConfig(TaskSettings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
     )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="stop after so many epochs without a better dev score, keep the best",
+    patience: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="stop after so many epochs without a better dev score, keep the best epoch; "
+        f"auto: a third of the epochs, at least {_PATIENCE}; null: never, and the last epoch is "
+        "kept",
     )
     head: str | None = Field(
         None, description="epochs: 0, of a student with several task heads: the one to score"
     )
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"
+    )
+
+    def epochs_of(self, rows: int) -> int:
+        """Passes over ``rows`` examples, if nothing ends them sooner."""
+        if self.epochs != "auto":
+            return self.epochs
+        return max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(rows / self.batch_size)))
+
+    def patience_of(self, epochs: int) -> int | None:
+        """Epochs without a better dev score that end a run of ``epochs``; None: none do."""
+        if self.patience != "auto":
+            return self.patience
+        return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
+
+
+class FixedBudget(FinetuneConfig):
+    """Fine-tuning of what is compared, as a cycle does it: the same number of epochs for every
+    model, of which the last is kept, so that no score is selected.
+    """
+
+    epochs: int = Field(3, ge=0, description="passes over the train split")
+    batch_size: int = Field(32, ge=1, description="examples per step")
+    patience: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description=FinetuneConfig.model_fields["patience"].description
     )
 
 

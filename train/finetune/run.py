@@ -1,10 +1,12 @@
 """Fine-tune a model on a labelled task into an expert directory. Knows no cache.
 
-What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
-Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
+What the dev split decides: which seed's model is written, and with ``patience``, the default, which
+epoch's. Then each seed's score is that of its best epoch on the very rows that chose it: ``mean``
+is somewhat too high, the more so the smaller dev is and the more epochs there are, and ``std`` too
+small. What is to be compared or published is scored on rows that choose nothing (``test``), or
+trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
 """
 
-import copy
 import functools
 import json
 import logging
@@ -15,27 +17,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
-    EncodedTexts,
+    answers,
     classifier_config,
-    collate,
-    encode,
     load_classifier,
     padded_tokenizer,
+    places_of,
     predict,
-    tell_cut,
 )
 from rekindle.train.finetune.config import FinetuneConfig, less_memory
-from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
+from rekindle.train.finetune.constant import weak_beside
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
+from rekindle.train.finetune.loss import loss_of
+from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
@@ -74,18 +77,19 @@ def finetune(
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
+    force: bool = False,
     report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
     ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
-    not at all, and replaces only an empty directory or an earlier result of this function.
+    not at all, and replaces only an empty directory or, with ``force``, an earlier result.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
     ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
     beside ``out``: it goes on after them.
 
-    Raises InputError for wrong files, models, metrics or a diverged run.
+    Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
@@ -96,7 +100,7 @@ def finetune(
             "without training, with epochs: 0 (from Python: score_model of "
             "rekindle.train.finetune.score)"
         )
-    check_out(Path(out))
+    check_out(Path(out), force)
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
     metric = chosen_metric(metric, data["train"])
@@ -116,7 +120,10 @@ def finetune(
             del network
         results = seeds_done.results
         took = (config, job.precision, seconds + sum(one.seconds for one in results))
-        result = FinetuneResult.of(model, files, data, metric, results, *took, cut=job.cut)
+        unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
+        result = FinetuneResult.of(
+            model, files, data, metric, results, *took, cut=job.cut, unread=unread
+        )
         seeds_done.publish(home, result.save)
     return result
 
@@ -125,7 +132,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
     tokenizer = padded_tokenizer(model)
-    limits = classifier_config(model)
+    limits = classifier_config(model, data["train"].problem)
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
@@ -143,20 +150,21 @@ def _run_seed(
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
-    problem, positive = data["train"].problem, data["train"].positive_index
 
     def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(model, encoded[split], config.batch_size)
-        return all_scores(problem, logits, data[split].labels, positive), logits
+        return scores_of(data[split], logits), logits
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
+        planned = config.epochs_of(len(data["train"]))
+        best = BestEpoch(config.patience_of(planned))
         bar = progress.add_task(f"seed {seed}", total=total)
-        step, best, best_weights, epochs = 0, -math.inf, None, []
-        for epoch in range(config.epochs):
+        step, stopped, epochs = 0, DONE, []
+        for epoch in range(planned):
             batches = epoch_batches(
                 encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
             )[: total - step]
@@ -166,9 +174,11 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with autocast(job.precision, job.device), running(job.model):
-                    logits = model(**collate(encoded["train"], rows, job.device)).logits
-                loss = _loss(problem, logits.float(), data["train"].labels[rows])
+                inputs = collate(encoded["train"], rows, job.device)
+                places = places_of(encoded["train"], rows, inputs)
+                with autocast(job.precision, job.device):
+                    logits = answers(model, inputs, places)
+                loss = loss_of(logits.float(), data["train"], encoded["train"], rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -177,28 +187,43 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
+                    told = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
                     progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
             progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
-            if config.patience and scores[job.metric] > best:
-                best, best_epoch = scores[job.metric], epoch
-                best_weights = copy.deepcopy(model.state_dict())
-            if step == total or (config.patience and epoch - best_epoch >= config.patience):
+            best.look(job.metric, scores, dev_logits, model)
+            if step == total or best.ran_out:
+                short = PATIENCE if best.ran_out and step < total else MAX_STEPS
+                stopped = DONE if epoch + 1 == planned else short
                 break
-        if best_weights is not None:
-            model.load_state_dict(best_weights)
-            scores, dev_logits = judged("dev")
+        best.restore(model)
         test_scores = judged("test")[0] if "test" in data else None
         progress.remove_task(bar)
     seconds = time.perf_counter() - started
-    return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits
+    ended = (best.epoch, planned, stopped, _warning(job, seed, best))
+    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ended), best.logits
+
+
+def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
+    """The line about a seed that has learned next to nothing, which is also logged."""
+    constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
+    if constant is None:
+        return None
+    epochs = job.config.epochs_of(len(job.data["train"]))
+    line = (
+        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
+        f"{constant}; next to nothing was learned. Train longer (--set epochs={2 * epochs} --set "
+        f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
+        "whether the labels fit the texts"
+    )
+    logger.warning(line)
+    return line
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
     """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
-    total = config.epochs * math.ceil(examples / config.batch_size)
+    total = config.epochs_of(examples) * math.ceil(examples / config.batch_size)
     total = min(total, config.max_steps or total)
     return total, math.ceil(config.warmup * total)
 
@@ -229,13 +254,6 @@ def epoch_batches(
     return [batches[number] for number in generator.permutation(len(batches))]
 
 
-def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    target = torch.from_numpy(labels).to(logits.device)
-    if problem == "regression":
-        return functional.mse_loss(logits.reshape(target.shape), target)
-    return functional.cross_entropy(logits, target)
-
-
 def _finite(loss: float, seed: int, step: int) -> float:
     if not math.isfinite(loss):
         raise InputError(
@@ -256,14 +274,11 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
     dev = job.data["dev"]
-    predictions = predictions_of(dev.problem, logits)
-
-    def name(value: np.generic) -> object:
-        return dev.label_names[int(value)] if dev.label_names else value.tolist()
-
-    rows = dev.rows or range(1, len(dev) + 1)
+    guesses = predictions_of(dev.problem, logits, dev.threshold)
+    rows, labels = dev.rows or range(1, len(dev) + 1), named(dev, dev.labels)
+    each = zip(rows, labels, named(dev, guesses), strict=True)
     with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row, label, guess, own in zip(rows, dev.labels, predictions, logits, strict=True):
-            line = {"row": row, "label": name(label), "prediction": name(guess)}
-            line |= {"logits": own.tolist()}
+        for number, (row, label, guess) in enumerate(each):
+            line: dict[str, object] = {"row": row, "label": label, "prediction": guess}
+            line |= {} if dev.words is not None else {"logits": logits[number].tolist()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -16,20 +16,22 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.finetune.classifier import (
-    MOST_TOKENS,
-    EncodedTexts,
     by_length,
+    check_several_alike,
+    classifier_config,
     evaluate,
     evaluation,
     load_expert,
     predict,
-    tell_cut,
 )
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.encoded import MOST_TOKENS, EncodedTexts, of_words, tell_cut
+from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import all_scores, chosen_metric
+from rekindle.train.finetune.metrics import chosen_metric, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.finetune.words import encode_words
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.folder import resolve_model
@@ -45,7 +47,14 @@ Scores = dict[str, float]
 
 
 def score_model(
-    model: str, train: str, dev: str, out: str, *, metric: str | None = None, config: FinetuneConfig
+    model: str,
+    train: str,
+    dev: str,
+    out: str,
+    *,
+    metric: str | None = None,
+    config: FinetuneConfig,
+    force: bool = False,
 ) -> FinetuneResult:
     """Score ``model`` on the file ``dev``; ``out`` receives ``metrics.json`` and no model.
 
@@ -57,7 +66,7 @@ def score_model(
     Raises InputError for wrong files, models, metrics, or an ``out`` that holds a model.
     """
     started = time.perf_counter()
-    _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
+    _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())], force)
     data = read_task(train, dev, settings=config)[1]
     metric = chosen_metric(metric, data)
     logger.info("%s: %s", dev, data.described())
@@ -83,14 +92,14 @@ def baselines_table(baselines: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def _check_target(out: Path, models: list[str]) -> None:
-    check_out(out)
+def _check_target(out: Path, models: list[str], force: bool) -> None:
     if (out / "config.json").exists():
         raise InputError(
             f"{str(out)!r} holds a model, which the scores alone would replace; give another --out"
         )
     if any(Path(model).resolve() == out.resolve() for model in models):
         raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
+    check_out(out, force)
 
 
 def _student_scores(
@@ -100,19 +109,20 @@ def _student_scores(
     path = str(resolve_model(directory))
     with quiet_transformers():
         student = Student.from_pretrained(path)
-    name, head = head_of(student, config.head, directory)
+    name, head = head_of(student, config.head, directory, data.problem)
     encoded = student_texts(student, path, data, config.max_length)
     cut = tell_cut({"dev": encoded})["dev"]
     logits = student_logits(student, name, encoded, config.batch_size)
     if head.problem == "regression" and not data.label_names and head.num_labels == data.outputs:
-        return name, all_scores("regression", logits, data.labels), cut
-    if head.problem in ("regression", "multi_label_classification"):
+        return name, scores_of(data, logits), cut
+    if head.problem == "regression":
         raise InputError(
             f"the head {name!r} of {directory!r} is a {head.problem}; the task has labels of "
             "another kind: give the task it was taught"
         )
     names = bare_names(head.label_names, name.split("+"))
     who = f"the head {name!r} of {directory!r}"
+    check_several_alike(data, head.problem, f"the labels of {who}")
     return name, scores_by_name(logits, names, data, who), cut
 
 
@@ -126,6 +136,11 @@ def _scores_by_way(
     cut: dict[str, float] = {}
     sizes = config.max_length, config.batch_size
     models, merge = [model], config.merge
+    if merge is not None and data.problem != "single_label_classification":
+        raise InputError(
+            f"merge is of classes that exclude each other, and the task is a {data.problem}: leave "
+            "merge out, and score each model by itself"
+        )
     if (resolve_model(model) / ABOUT_FILE).is_file():
         head, scores, cut["dev"] = _student_scores(model, data, config)
         found[f"student, head {head}"], models = scores, []
@@ -181,8 +196,15 @@ def expert_output(
 ) -> ExpertOutput:
     """Run a classifier on the texts of a task; ``passes`` times more with dropout.
 
-    Raises InputError for a model without a trained head, or without dropout where passes are asked.
+    Raises InputError for a model without a trained head, of scores or of labels of which several
+    may hold, or without dropout where passes are asked.
     """
+    problem = classifier_config(model).problem_type
+    if problem not in (None, "single_label_classification"):
+        raise InputError(
+            f"{model!r} is a {problem}: only classifiers whose classes exclude each other can be "
+            "merged; leave it out"
+        )
     with quiet_transformers():
         network, encoded = load_expert(model, data, max_length)
         cut = tell_cut({name: encoded})[name]
@@ -215,13 +237,18 @@ def names_for(models: list[str]) -> list[str]:
     return names
 
 
-def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, HeadConfig]:
-    """The head of a student that is scored; InputError when it is not clear which."""
-    heads = {n: h for n, h in student.head_configs.items() if h.kind == "sequence"}
+def head_of(
+    student: Student, wanted: str | None, directory: str, problem: str = ""
+) -> tuple[str, HeadConfig]:
+    """The head of a student that is scored, one that tags words where that is the ``problem``;
+    InputError when it is not clear which.
+    """
+    kind, does = ("token", "tags words") if problem == TAGS else ("sequence", "judges whole texts")
+    heads = {n: h for n, h in student.head_configs.items() if h.kind == kind}
     if wanted is None and len(heads) == 1:
         wanted = next(iter(heads))
     if wanted is None or wanted not in heads:
-        has = ", ".join(heads) or "none that judges whole texts"
+        has = ", ".join(heads) or f"none that {does}"
         raise InputError(
             f"student {directory!r} has the task heads {has}"
             + (f", not {wanted!r}" if wanted else "; say which with head")
@@ -231,12 +258,13 @@ def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, 
 
 
 def student_logits(student: Student, head: str, encoded: EncodedTexts, batch: int) -> np.ndarray:
-    """Logits [N,C] of one task head, on ``student_texts``."""
+    """Logits of one task head, on ``student_texts``, as ``by_length`` returns them."""
     device = torch.device(place("fp32").device)
     student = student.to(device).eval()
 
-    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = student(inputs, sequence_heads=[head]).logits[head]
+    def run(inputs: dict[str, torch.Tensor], places: torch.Tensor | None) -> torch.Tensor:
+        which = {"sequence_heads": [head]} if places is None else {"token_heads": {head: places}}
+        logits: torch.Tensor = student(inputs, **which).logits[head]
         return logits
 
     return by_length(encoded, batch, device, run)
@@ -250,6 +278,8 @@ def student_texts(
     prompted = student.prompts is not None  # that of no domain takes a place, too
     takes = (longest_input(student.model.config) or math.inf) - prompted
     most = int(min(wanted, takes))
+    if data.words is not None:
+        return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
     whole = tokenizer.whole_lengths(data.texts, data.pairs)
     limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
     if data.pairs is not None:

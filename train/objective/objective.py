@@ -114,10 +114,20 @@ class Objective:
     def taught(self) -> set[str]:
         """Return the teachers whose weight is above 0 at some step."""
         # Every schedule rises or falls all the way: it is 0 at both ends only if it is throughout.
-        ends = [self.plan(0), self.plan(self.head_steps), self.last]
+        ends = self._ends
         methods = {method.name: method for plan in ends for method, _ in plan.methods}
         read = {name for method in methods.values() for name in method.teachers}
         return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
+
+    @property
+    def reads_masks(self) -> bool:
+        """Tell whether any of its losses is one of masked text, if the student is a masked LM."""
+        return any(
+            plan.methods
+            or self._by_pass(plan).reads_text(plan.hard)
+            or any(term.positions == "masked" for term in plan.distilled)
+            for plan in self._ends
+        )
 
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""
@@ -147,6 +157,11 @@ class Objective:
         return replace(plan, terms=terms, methods=(), weights=(plan.hard, *weights))
 
     @property
+    def _ends(self) -> list[StepPlan]:
+        """Return plans of which one weighs whatever has a weight at some step."""
+        return [self.plan(0), self.plan(self.head_steps), self.last]
+
+    @property
     def last(self) -> StepPlan:
         """Return the plan of the last step: what the run ends on, and is judged by."""
         return self.plan(self.steps - 1)
@@ -156,10 +171,7 @@ class Objective:
         """Whether the language model's own head is trained at some step: by the cross-entropy, or
         by a teacher's words. Without it the cross-entropy would be that of an untrained one.
         """
-        return any(
-            plan.hard > 0 or self._by_pass(plan).language
-            for plan in (self.plan(0), self.plan(self.head_steps), self.last)
-        )
+        return any(plan.hard > 0 or self._by_pass(plan).language for plan in self._ends)
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only those targets that the step's terms use."""

@@ -111,7 +111,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("train.objective.distill=[{teachers: [a]}]", "what the arms set"),
         ("distill.temprature=2", "did you mean 'temperature'"),
         ("tasks.a.distill={wieght: 2}", "did you mean 'weight'"),
-        ("tasks.a.finetune={epoch: 2}", "did you mean 'epochs'"),
+        ("tasks.a.finetune={epoch: 2}", "it is called 'epochs' here"),
         ("seeds=0", "seeds"),
         ("tasks.a.name=mean", "the mean over the tasks"),
         ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),
