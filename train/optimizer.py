@@ -34,9 +34,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
     then a schedule over the steps that are left.
     """
     head = config.warm_head_steps
-    left, steps = step - head, config.steps - head
-    factor = learning_rate_factor(config.schedule, left, steps, config.warmup_steps)
-    factor = 1.0 if step < head else factor
+    factor, left = 1.0, config.steps - head
+    if step >= head:
+        factor = learning_rate_factor(config.schedule, step - head, left, config.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     return config.learning_rate * factor

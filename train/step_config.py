@@ -29,7 +29,7 @@ LENGTH = "length"  # the section of a run's record that says how many steps anot
 def _written(value: object) -> object:
     """Read null as 0, the steps that are not known yet; nobody asks for none."""
     if value == 0 and value is not False:
-        raise ValueError("no step at all would train nothing; give 1 or more")
+        raise ValueError("must be greater than 0: no step at all would train nothing")
     return 0 if value is None else value
 
 
@@ -141,7 +141,7 @@ class StepConfig(Settings):
         found.model_fields_set.clear()
         found.model_fields_set.update(given)
         if problem := found.length_problem():
-            raise InputError(f"train: {self.length} are {steps:,} steps here; {problem}")
+            raise InputError(f"train: {self.length} = {steps:,} steps here; {problem}")
         return found
 
 

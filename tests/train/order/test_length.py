@@ -48,7 +48,7 @@ def test_what_follows_from_the_steps_follows(masked_world):
     assert config.warmup_steps == config.steps // 10 > 0
     assert "warmup_steps" not in config.model_fields_set
     assert in_steps(cache, config) is config
-    with pytest.raises(InputError, match=r"1 epoch are \d+ steps here; warmup_steps 90"):
+    with pytest.raises(InputError, match=r"1 epoch = \d+ steps here; warmup_steps 90"):
         in_steps(cache, of(epochs=1, warmup_steps=90))
     assert of().steps == 1000
     assert of(epochs=2).model_dump(mode="json")["steps"] is None
@@ -66,8 +66,9 @@ def test_what_follows_from_the_steps_follows(masked_world):
     ],
 )
 def test_a_length_is_given_once(given, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as refused:
         of(**given)
+    assert "factory" not in str(refused.value)  # of what would have followed
 
 
 @pytest.mark.parametrize("name", ["epochs", "tokens", "steps"])
