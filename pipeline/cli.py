@@ -200,7 +200,9 @@ def compare(
         from rekindle.pipeline.cycle.page import report_html
 
         write_text(out, report_html(runs, found))
-    typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
+    from rekindle.pipeline.cycle.page import verdict_above
+
+    typer.echo(json.dumps(found.as_dict()) if as_json else verdict_above(runs) + as_text(found))
 
 
 def doctor() -> None:

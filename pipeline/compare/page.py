@@ -21,6 +21,7 @@ from rekindle.pipeline.compare.tables import (
     setting_words,
     step_tables,
     verdicts,
+    way_to_scores,
 )
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, cache_section, find_cache
@@ -73,10 +74,13 @@ def comparison_page(
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     finished = sum(run.finished for run in comparison.runs)
     done = "finished" if finished == len(names) else f"of which {finished} finished"
-    count = f"{counted(len(names), 'run')}, {done}"
+    lead = f"{counted(len(names), 'run')}, {done}. The corpus has the fingerprint "
+    lead += f"{comparison.corpus[:12]}."
+    unknown = way_to_scores(comparison)
+    lead += f" {unknown[:1].upper()}{unknown[1:]}." * bool(unknown)
     return Page(
         title="Students of one corpus",
-        lead=f"{count}. The corpus has the fingerprint {comparison.corpus[:12]}.",
+        lead=lead,
         verdict=" ".join(verdicts(comparison)),
         sections=[
             scores,

@@ -14,6 +14,7 @@ from rekindle.pipeline.compare.runs import (
     RunFacts,
     by_corpus,
     compare_runs,
+    is_cycle,
 )
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
@@ -139,21 +140,24 @@ def _interval(one: Difference | None) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Which run is best at each task, a sentence each; where nothing is known of that, how it can
-    be.
-    """
-    if comparison.standings:
-        return [f"{one.verdict}." for one in comparison.standings]
+    """Which run is best at each task, a sentence each; nothing where none has a score."""
+    return [f"{one.verdict}." for one in comparison.standings]
+
+
+def way_to_scores(comparison: Comparison) -> str:
+    """How one learns which run is best at a task, where that is not known; empty where it is."""
     heads = [run for run in comparison.runs if run.heads]
+    cycle = any(is_cycle(one.directory.parent.parent) for one in comparison.folders)
+    if comparison.standings or cycle or len(comparison.runs) < 2:
+        return ""
     if len(heads) < 2:
-        return []
-    shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
-    which = f"{shared[0]}=" if shared else ""
-    return [
-        f"Which is best at a task is not known yet: `--test {which}FILE` scores the runs' heads "
-        f"({', '.join(dict.fromkeys(name for run in heads for name in run.heads))}) on a labelled "
-        "file, with intervals."
-    ]
+        how = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
+    else:
+        shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
+        names = ", ".join(dict.fromkeys(name for run in heads for name in run.heads))
+        which = f"{shared[0]}=" if shared else ""
+        how = f"`--test {which}FILE` scores the runs' heads ({names}) on a labelled file"
+    return f"which run is best at a task is not known: {how}"
 
 
 def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
@@ -236,6 +240,7 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     if scores:
         lines += wrapped(INTERVALS, width)
     lines += [""] * bool(lines) + text_lines(Table("", columns_of(comparison)), width)
-    lines += [line for note in comparison.notes for line in wrapped(f"note: {note}", width)]
+    notes = [*comparison.notes, *filter(None, [way_to_scores(comparison)])]
+    lines += [line for note in notes for line in wrapped(f"note: {note}", width)]
     more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]
     return "\n".join([*lines, *(line for one in more for line in ("", *text_lines(one, width)))])

@@ -127,7 +127,7 @@ def test_a_table_that_is_too_wide_lies_down(write):
     upright, lying = (as_text(comparison, width) for width in (999, 60))
     assert max(map(len, lying.splitlines())) < 60 < max(map(len, upright.splitlines()))
     standing = rows_of(upright)
-    lines = [line for line in lying.splitlines()[2:] if line.startswith("  ")]
+    lines = lying.split(" note:")[0].splitlines()[2:]
     found = {line[2:].split("  ")[0]: line.split()[-2:] for line in lines}
     assert found == {name: cells for name, cells in standing.items() if name != "run"}
     assert lying.splitlines()[0].split()[1:] == ["a", "b"]
@@ -180,10 +180,11 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
 
 def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):
     runs = [write("a"), write("b", seed=1)]
-    assert as_text(compare_runs(runs), 999).startswith("  ")
+    assert "`pipeline finetune RUN … --out RUN/TASK`" in as_text(compare_runs(runs), 999)
+    assert "finetune" not in as_text(compare_runs(runs[:1]), 999)
     for run in runs:
         (run / "rekindle_student.json").write_text('{"heads": {"trec": {}}}')
-    told = as_text(compare_runs(runs), 999).splitlines()[0]
+    told = as_text(compare_runs(runs), 999)
     assert "`--test trec=FILE` scores the runs' heads (trec)" in told
 
 

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.config import (
     ARMS,
@@ -15,6 +17,7 @@ from rekindle.pipeline.cycle.config import (
     load_cycle,
     point_name,
 )
+from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.overrides import set_value
 
 VALUES = {
@@ -43,6 +46,14 @@ def test_without_more_everything_is_compared_over_five_seeds():
 
 def test_the_arms_are_in_one_order_and_experts_among_them():
     assert config_of("arms=[mixture,longer]").arms == ("expert", "longer", "mixture")
+
+
+def test_what_is_told_to_be_done_by_hand_has_only_options_that_there_are(tmp_path):
+    known = typer.main.get_command(app).commands
+    for _, line in commands_of(tmp_path, config_of()):
+        _, name, *arguments = line.split()
+        if name != "evaluate":
+            known[name].make_context(name, arguments)
 
 
 def test_of_one_task_both_stands_in_the_place_of_the_mixture():
