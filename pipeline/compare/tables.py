@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
@@ -125,8 +126,9 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
             Column("interval", [_interval(against.get(name)) for name in names]),
         ]
         columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
-        columns = [c for c in columns if c.title != "interval" or {*c.cells} != {NOTHING}]
-        yield Table(f"{one.scores.task} ({one.scores.split})", columns)
+        columns = [c for c in columns if {*c.cells} != {NOTHING}]  # one run, or no interval
+        rows = "" if one.rows is None else f", {counted(one.rows, 'row')}"
+        yield Table(f"{one.scores.task} ({one.scores.split}{rows})", columns)
 
 
 def _difference(one: Difference | None) -> str:

@@ -167,7 +167,7 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
     text = as_text(comparison, 999)
     first, second = text.splitlines()[:2]
     assert first.strip().startswith("b is best on mood by 0.203 [0.152, 0.255] over a (accuracy ")
-    assert second.strip().startswith("no run is shown to be best on trec: b has the highest score")
+    assert second.strip().startswith("No run is shown to be best on trec: b has the highest score")
     parts = text.split("\n\n")
     mood, trec = (rows_of(next(p for p in parts if f" {t} (test)" in p)) for t in ("mood", "trec"))
     assert (mood["run"], mood["accuracy"]) == (["b", "a"], ["0.9133*", "0.7100"])
