@@ -75,7 +75,8 @@ class SplitLanguageModel:
         self._softcap: float | None = None
         self._factor = 1.0
         self._output = _output_of(self.model)
-        self._tied = self._output.weight is self.model.get_input_embeddings().weight
+        words = getattr(model, "get_input_embeddings", lambda: None)()
+        self._tied = words is not None and self._output.weight is words.weight
         body = self.model.base_model
         run_body = body.forward
 
