@@ -53,9 +53,9 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         if not name.startswith(PREFIX):  # domains have their own table
             yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
-    for what in ("sequences", "positions"):
+    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
         cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
-        yield Column(f"KD {what}", cells)
+        yield Column(f"KD {shown}", cells)
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:

@@ -46,7 +46,7 @@ def test_the_table_shows_what_differs_and_marks_nothing_that_may_be_chance(write
         "kl/lm": ["2.0000", "2.5000"],
         "agreement/lm": ["0.2500", "0.2000"],
         "KD sequences": ["75.0%", "75.0%"],
-        "KD positions": ["90.0%", "90.0%"],
+        "KD tokens": ["90.0%", "90.0%"],
     }
     assert "*" not in text
 
