@@ -32,7 +32,7 @@ from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
-from rekindle.train.optimizer import adamw, set_learning_rate
+from rekindle.train.optimizer import configured_adamw, set_learning_rate
 from rekindle.train.order.length import in_steps
 from rekindle.train.precision import autocast, chosen_precision
 from rekindle.train.prepare import Prepared, prepare, student_masks
@@ -194,13 +194,7 @@ def _begin(
         # Measured before sharding and training; again where an earlier process died before it.
         growth = world.decide(lambda: measure_growth(out, prepared, world.device))
         student = ParallelStudent(prepared.student, world, config.parallel)
-        optimizer = adamw(
-            student.student.parameters(),
-            config.learning_rate,
-            config.weight_decay,
-            config.betas,
-            config.eps,
-        )
+        optimizer = configured_adamw(student.student.parameters(), config)
         made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
         lineage = [run.model_dump(mode="json") for run in made_by]
         training = Training(out, cache, config, student, optimizer, prepared, lineage)

@@ -29,6 +29,12 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
+def configured_adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Return the optimiser of a student's run."""
+    rate, decay = config.learning_rate, config.weight_decay
+    return adamw(parameters, rate, decay, config.betas, config.eps)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
     """Set the rate of ``step`` (0-based) and return it: the peak while the head alone is trained,
     then a schedule over the steps that are left.
