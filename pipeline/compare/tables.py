@@ -157,8 +157,8 @@ def way_to_scores(comparison: Comparison) -> str:
     else:
         head = heads[0].heads[0]
         how = (
-            f"`pipeline finetune RUN --train FILE --dev FILE --set epochs=0 --set head={head} --out "
-            f"RUN/{head}` for each run leaves its head's score here"
+            f"`pipeline finetune RUN --train FILE --dev FILE --set epochs=0 --set head={head} "
+            f"--out RUN/{head}` for each run leaves its head's score here"
         )
     return f"which run is best at a task is not known: {how}"
 
