@@ -132,7 +132,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),
         ("search.learning_rate=[1e-5, 0.00001]", "a value twice"),
         ("tasks.a.finetune={epochs: 0}", "nothing would be fine-tuned"),
-        ("finetune.head=a", "scoring without training"),
+        ("finetune.head=a", "begin with fresh heads"),
         ("train.curriculum={teacher: a}", "the arms that see none"),
         ("train.keep_best=kl/a", "not all students have"),
         ("train.objective.hard.weight=0", "mlm would learn nothing"),

@@ -259,7 +259,7 @@ def test_a_model_is_never_replaced_by_its_scores(experts, task, tmp_path):
 
 
 def test_settings_of_scoring_are_refused_where_something_is_trained(experts, task, tmp_path):
-    for config in (QUICK, FinetuneConfig(head="a"), FinetuneConfig(merge={"experts": ["a"]})):
+    for config in (QUICK, FinetuneConfig(merge={"experts": ["a"]})):
         with pytest.raises(InputError, match="without training, with epochs: 0"):
             finetune(experts[0], task, task, str(tmp_path / "s"), config=config)
 
