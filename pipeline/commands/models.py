@@ -1,4 +1,6 @@
-"""Commands about one model: what makes an expert of it, and what an expert says."""
+"""Commands about one model: what makes an expert of it, what an expert says, and what takes a
+student's head out of our hands.
+"""
 
 import json
 from pathlib import Path
@@ -8,6 +10,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.options import Json, Overrides
+from rekindle.pipeline.console import say
 from rekindle.pipeline.exits import interruptible, line_with
 
 
@@ -24,6 +27,9 @@ def finetune(
             help="accuracy, f1, matthews; of lists of labels f1_micro, f1_macro, subset_accuracy; "
             "of scores pearson, spearman"
         ),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="go on from this task head of a student")
     ] = None,
     text_field: Annotated[
         list[str] | None,
@@ -46,7 +52,8 @@ def finetune(
     values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
-    for key, named in (("text_field", text_field), ("label_field", label_field)):
+    options = {"text_field": text_field, "label_field": label_field, "head": head}
+    for key, named in options.items():
         if named and key in values:
             option = f"--{key.replace('_', '-')}"
             raise InputError(f"{option} and --set {key}=… say the same; give one of them")
@@ -76,8 +83,33 @@ def finetune(
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    chosen = ", each at its best epoch on dev" if spread and config.patience else ""
+    chosen = ", at their best epochs" if spread and config.patience else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="a student's directory, or a checkpoint of one")
+    ],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="of its task heads; default: its only one")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a student's task head, with its body, as a folder that transformers alone loads."""
+    from rekindle.pipeline.builtin.names import resolve_name
+    from rekindle.train.export.folder import export_head
+
+    with interruptible():
+        found = export_head(resolve_name(model), str(out), head, force=force)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    typer.echo(f"exported: {out}")
+    say(f"{found.told()}. With transformers alone:")
+    say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(found.out)})")

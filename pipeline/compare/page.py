@@ -97,10 +97,18 @@ def _own_scores(comparison: Comparison) -> Section:
     """The runs' standings at their tasks; nothing where none has a score."""
     ones, names = comparison.standings, [run.name for run in comparison.runs]
     best = {one.scores.title: one.best for one in ones if one.is_best}
-    found = scores_section(names, [one.scores for one in ones], best=best)
+    of_seeds = [one.scores for one in ones if one.rows is None]
+    found = scores_section(names, of_seeds, best=best)
     if not ones:
         return found
-    return Section(found.title, [*score_tables(comparison), Note(f"{INTERVALS}."), *found.blocks])
+    return Section(
+        found.title,
+        [
+            *score_tables(comparison),
+            Note(f"{INTERVALS[:1].upper()}{INTERVALS[1:]}."),
+            *found.blocks,
+        ],
+    )
 
 
 def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
@@ -52,9 +53,9 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         if not name.startswith(PREFIX):  # domains have their own table
             yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
-    for what in ("sequences", "positions"):
+    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
         cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
-        yield Column(f"KD {what}", cells)
+        yield Column(f"KD {shown}", cells)
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
@@ -125,8 +126,9 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
             Column("interval", [_interval(against.get(name)) for name in names]),
         ]
         columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
-        columns = [c for c in columns if c.title != "interval" or {*c.cells} != {NOTHING}]
-        yield Table(f"{one.scores.task} ({one.scores.split})", columns)
+        columns = [c for c in columns if {*c.cells} != {NOTHING}]  # one run, or no interval
+        rows = "" if one.rows is None else f", {counted(one.rows, 'row')}"
+        yield Table(f"{one.scores.task} ({one.scores.split}{rows})", columns)
 
 
 def _difference(one: Difference | None) -> str:
@@ -153,10 +155,11 @@ def way_to_scores(comparison: Comparison) -> str:
     if len(heads) < 2:
         how = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
     else:
-        shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
-        names = ", ".join(dict.fromkeys(name for run in heads for name in run.heads))
-        which = f"{shared[0]}=" if shared else ""
-        how = f"`--test {which}FILE` scores the runs' heads ({names}) on a labelled file"
+        head = heads[0].heads[0]
+        how = (
+            f"`pipeline finetune RUN --train FILE --dev FILE --set epochs=0 --set head={head} "
+            f"--out RUN/{head}` for each run leaves its head's score here"
+        )
     return f"which run is best at a task is not known: {how}"
 
 
@@ -214,7 +217,8 @@ def _without_defaults(term: object) -> object:
 def _steps(run: RunFacts) -> str:
     if run.finished:
         return f"{run.steps:,}"
-    return f"unfinished at {run.steps:,} of {run.planned_steps:,}"
+    of = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
+    return f"unfinished at {run.steps:,}{of}"
 
 
 def _share_with_kd(run: RunFacts, what: str) -> float | None:

@@ -60,7 +60,10 @@ _NOT_OF_A_CYCLE = {
     "train.objective.methods": _ARMS_SET,
     "train.curriculum": "chooses the text by a teacher, also for the arms that see none",
 }
-_NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring without training")
+_NOT_OF_ITS_FINE_TUNING = {
+    "head": "names a student's head to go on from; a cycle's fine-tunings begin with fresh heads",
+    "merge": "is for scoring without training",
+}
 
 
 class CycleCacheConfig(CacheConfig):

@@ -14,6 +14,7 @@ from rekindle.pipeline.plain_values import strings_in
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, TeacherWork
 from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at
+from rekindle.train.step_config import steps_of
 
 
 def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[TeacherWork]) -> BreakEven:
@@ -27,10 +28,11 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         return BreakEven(None, unused, f"Break-even: not known; {corpus.basis}.")
     if config.student is None:
         return BreakEven(None, unused, "Break-even: there is no student section to compare with.")
+    train = _in_steps(config.train, corpus)
     cached: dict[str, float] = {}  # sequences that each teacher is run on once
     live: dict[str, float] = {}  # and in every student run
     for work in teachers:
-        active = active_steps(config.train, work.name, _methods_reading(config, work))
+        active = active_steps(train, work.name, _methods_reading(config, work))
         if active:
             share = work.share or 1.0  # of domains not in the sample: the ratio is the same
             cached[work.name] = corpus.sequences * work.replicas * share
@@ -50,22 +52,43 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         f"one. It takes {round(sum(cached.values())):,} teacher forward passes, each of one "
         f"sequence; a run with live teachers takes {round(sum(live.values())):,}."
     )
-    return BreakEven(runs, unused | own, sentence, _assumed(config.train, corpus, [*live], timed))
+    whole = sum(
+        corpus.sequences * rates[w.name] * (w.share or 1.0) for w in teachers if w.name in live
+    )
+    passes_over = math.ceil(once / whole)
+    assumes = _assumed(config.train, corpus, [*live], timed, passes_over)
+    return BreakEven(runs, unused | own, sentence, assumes)
 
 
-def _assumed(train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool) -> str:
-    """Say what runs without a cache are taken to be."""
+def _assumed(
+    train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool, whole_runs: int
+) -> str:
+    """Say what runs without a cache are taken to be; ``whole_runs``: the break-even of those that
+    read all of the corpus once, which is said where these do not.
+    """
     assert corpus.sequences is not None
-    read = train.steps * train.batch_sequences
-    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: none was timed"
+    share = train.steps * train.batch_sequences / corpus.sequences
+    times = f"{share:,.0f}" if share >= 10 else f"{share:.2g}"
+    read = f"{times} times" if share >= 1 else f"{100 * share:.2g} % of"
+    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
     if timed and weighed:
         weighed = "; teachers are weighed by the time measured here"
+    longer = f" Runs that read all of it once: after {whole_runs:,}." if share < 1 else ""
     return (
         f"It assumes runs of {counted(train.steps, 'step')} with {train.batch_sequences:,} "
-        f"sequences each (train.steps, batch_sequences: {read / corpus.sequences:.2g} times the "
-        f"corpus), with {', '.join(teachers)} run beside the student at each step that learns "
-        f"from {'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}."
+        f"sequences each (train.steps, batch_sequences: {read} the corpus), with "
+        f"{', '.join(teachers)} run beside the student at each step that learns from "
+        f"{'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}.{longer}"
     )
+
+
+def _in_steps(train: TrainConfig, corpus: CorpusPlan) -> TrainConfig:
+    """Return ``train`` with about as many steps as it will have."""
+    assert corpus.sequences is not None
+    sequences = max(1.0, corpus.sequences * (1 - train.held_out))
+    each = (corpus.tokens or corpus.sequences) / max(corpus.sequences, 1)
+    replayed = 0.0 if train.replay is None else train.replay.fraction
+    return train.of_steps(steps_of(train, sequences, each, replayed))
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:

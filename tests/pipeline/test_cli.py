@@ -264,9 +264,10 @@ def test_the_command_line_is_frozen():
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
         "finetune": [
-            *("--dev", "--force", "--json", "--label-field", "--metric", "--out", "--seeds"),
-            *("--set", "--text-field", "--train"),
+            *("--dev", "--force", "--head", "--json", "--label-field", "--metric", "--out"),
+            *("--seeds", "--set", "--text-field", "--train"),
         ],
+        "export": ["--force", "--head", "--json", "--out"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
         "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],

@@ -64,6 +64,7 @@ TOGETHER = {
         "methods": [{"method": "replaced_tokens", "teacher": "big"}],
     },
 }
+FAMILY = {"head": "family"}
 RTD = {"task": "replaced_token_detection"}
 GROWN = {
     "task": "replaced_token_detection",
@@ -131,9 +132,12 @@ TRAINS = {name: (None, values) for name, values in JOBS.items()}
 TRAINS |= {f"sparse-{p}": (None, SPARSE | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {f"rtd-{p}": (RTD, REPLACED | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {f"all-{p}": (GROWN, TOGETHER | {"parallel": p}) for p in ("ddp", "fsdp")}
+WARM = SHORT | {"warm_head_steps": 2, "warmup_steps": 1, "keep_checkpoints": 4}
+TRAINS |= {f"warm-{p}": (None, WARM | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
+TRAINS |= {f"family-{p}": (FAMILY, JOBS["ddp-micro"] | {"parallel": p}) for p in ("ddp", "fsdp")}
 # What another job shows with the other way of sharing a student.
-SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp"}
+SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "family-ddp", "family-fsdp"}
 
 
 def named(*names):
@@ -154,7 +158,7 @@ def quick_runs(masked_world, student, tmp_path_factory):
     """Most jobs in two processes, and each kind in one."""
     folder = tmp_path_factory.mktemp("torchrun")
     in_two_processes(masked_world, student, folder, [n for n in TRAINS if n not in SLOW])
-    for name in ("ddp", "sparse-ddp", "rtd-ddp", "all-ddp", "replay-ddp"):
+    for name in ("ddp", "sparse-ddp", "rtd-ddp", "all-ddp", "warm-ddp", "replay-ddp"):
         more, values = TRAINS[name]
         alone(
             masked_world,
@@ -168,6 +172,8 @@ def quick_runs(masked_world, student, tmp_path_factory):
 @pytest.fixture(scope="module")
 def slow_runs(masked_world, student, quick_runs):
     in_two_processes(masked_world, student, quick_runs, SLOW)
+    one = train_config(**TRAINS["family-ddp"][1])
+    alone(masked_world, student | FAMILY, one, quick_runs / "family-alone")
     return quick_runs
 
 
@@ -207,6 +213,16 @@ def test_two_processes_train_the_student_of_one(runs, name):
     assert_same_run(runs / name, runs / "alone")
 
 
+@pytest.mark.parametrize("name", named("warm-ddp", "warm-fsdp"))
+def test_a_head_is_trained_alone_in_every_process(runs, student, name):
+    assert_same_run(runs / name, runs / "warm-alone")
+    begun = load_file(f"{student['model']}/model.safetensors")
+    warm = load_file(runs / name / "checkpoints/step-00000002/model.safetensors")
+    moved = {key for key in begun if not torch.equal(begun[key], warm[key])}
+    assert moved
+    assert all(key.startswith("cls.") for key in moved)
+
+
 @pytest.mark.parametrize("name", named("rtd-ddp", "rtd-fsdp"))
 def test_a_method_does_not_see_the_processes(runs, name):
     """The same replacements, rows and head; in some steps a process has no row of its own."""
@@ -232,6 +248,12 @@ def test_processes_without_any_row_take_part(runs, name):
 
 def test_processes_replay_what_one_does(runs):
     assert_same_run(runs / "replay-ddp", runs / "replay-alone")
+
+
+@pytest.mark.parametrize("name", named("family-ddp", "family-fsdp"))
+def test_a_familys_heads_do_not_see_the_processes(runs, name):
+    assert any(".frame.classifier." in key for key in weights(runs / name))
+    assert_same_run(runs / name, runs / "family-alone")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -139,7 +139,9 @@ class FinetuneConfig(TaskSettings):
         "kept",
     )
     head: str | None = Field(
-        None, description="epochs: 0, of a student with several task heads: the one to score"
+        None,
+        description="of a student: the task head that training goes on from, which is for the same "
+        "labels (null: a fresh one); with epochs: 0 the one to score",
     )
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
+from rekindle.train.export.start import check_head, distilled_model
 from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
     answers,
@@ -94,16 +95,16 @@ def finetune(
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
     config = config or FinetuneConfig()
-    if config.epochs == 0 or config.head is not None or config.merge is not None:
+    if config.epochs == 0 or config.merge is not None:
         raise InputError(
-            f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
-            "without training, with epochs: 0 (from Python: score_model of "
-            "rekindle.train.finetune.score)"
+            f"epochs is {config.epochs}: merge is for scoring without training, with epochs: 0 "
+            "(from Python: score_model of rekindle.train.finetune.score)"
         )
     check_out(Path(out), force)
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
     metric = chosen_metric(metric, data["train"])
+    check_head(model, config.head, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
     home = Path(out).resolve()
@@ -157,7 +158,7 @@ def _run_seed(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
+        model = _start(job).to(job.device)
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
         planned = config.epochs_of(len(data["train"]))
@@ -210,15 +211,23 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
     constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if constant is None:
         return None
-    epochs = job.config.epochs_of(len(job.data["train"]))
+    rows, usual = len(job.data["train"]), job.config.model_copy(update={"epochs": "auto"})
+    epochs = max(2 * job.config.epochs_of(rows), usual.epochs_of(rows))
     line = (
         f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
-        f"{constant}; next to nothing was learned. Train longer (--set epochs={2 * epochs} --set "
+        f"{constant}; next to nothing was learned. Train longer (--set epochs={epochs} --set "
         f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
         "whether the labels fit the texts"
     )
     logger.warning(line)
     return line
+
+
+def _start(job: _Job) -> PreTrainedModel:
+    """What training begins with: a fresh head, or a student's distilled one."""
+    if job.config.head is not None:
+        return distilled_model(job.model, job.config.head, job.data["train"])
+    return load_classifier(job.model, job.tokenizer, job.data["train"])
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
