@@ -36,7 +36,8 @@ def finetune(
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
-    from rekindle.train.finetune import run, score
+    from rekindle.train.answers import score
+    from rekindle.train.finetune import run
 
     given = (model, train_file, dev_file, str(out))
     if config.epochs:

@@ -19,13 +19,11 @@ from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.device_batch import model_inputs
-from rekindle.train.finetune.metrics import all_scores
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.causes import running
 from rekindle.train.model.files import load_config, load_weights, longest_input, place
 from rekindle.train.model.fitting import check_fits
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.meta import refuse_shapes
 from rekindle.train.model.padding import padding_of, set_padding
 from rekindle.train.model.segments import knows_segments
@@ -251,53 +249,16 @@ def by_length(
     return logits
 
 
-def load_expert(
-    model_dir: str, data: TaskData, max_length: int | None
-) -> tuple[PreTrainedModel, EncodedTexts]:
-    """Load a classifier with all its weights onto its device, and the texts as it reads them;
-    InputError for one without a trained head.
+def load_trained(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a classifier with all its weights onto its device, and its tokenizer; InputError for one
+    without a trained head.
     """
     tokenizer, config = padded_tokenizer(model_dir), classifier_config(model_dir)
     network, unset = _load_weights(model_dir, config, tokenizer)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
-            "fine-tune it first"
+            f"fine-tune it first: `pipeline finetune {model_dir} --train train.jsonl --dev "
+            "dev.jsonl --out EXPERT`"
         )
-    return network.to(place("fp32").device), encode(tokenizer, config, data, max_length)
-
-
-def evaluate(
-    model_dir: str, data: TaskData, *, max_length: int | None = None, batch_size: int = 64
-) -> tuple[dict[str, float], np.ndarray]:
-    """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
-
-    Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
-    InputError for a model without a trained head, of the other problem or with other classes.
-    """
-    return evaluation(model_dir, data, max_length, batch_size)[:2]
-
-
-def evaluation(
-    model_dir: str, data: TaskData, max_length: int | None, batch_size: int
-) -> tuple[dict[str, float], np.ndarray, float]:
-    """``evaluate``, and which share of the texts was cut."""
-    with quiet_transformers():
-        known, labels, positive = classifier_config(model_dir), data.labels, None
-        check_label_names([*known.id2label.values()], repr(model_dir))
-        fits = not data.label_names and known.num_labels == data.outputs
-        if fits and known.num_labels > 1 and known.problem_type is None:
-            raise InputError(
-                f"the task has scores, and the {known.num_labels} outputs of {model_dir!r} may be "
-                f"classes: {SAY_SCORES}"
-            )
-        if not (fits and gives_scores(known)):
-            data.check_known(
-                list(known.label2id), f"the {known.num_labels} outputs of {model_dir!r}"
-            )
-            labels = np.array([known.label2id[name] for name in data.label_names])[labels]
-            positive = None if data.positive is None else known.label2id[data.positive]
-        network, encoded = load_expert(model_dir, data, max_length)
-        cut = tell_cut({"dev": encoded})["dev"]
-        logits = predict(network, encoded, batch_size)
-    return all_scores(data.problem, logits, labels, positive, data.outputs), logits, cut
+    return network.to(place("fp32").device), tokenizer

@@ -93,7 +93,7 @@ def finetune(
         raise InputError(
             f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
             "without training, with epochs: 0 (from Python: score_model of "
-            "rekindle.train.finetune.score)"
+            "rekindle.train.answers.score)"
         )
     check_out(Path(out))
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
-from rekindle.train.finetune.classifier import EncodedTexts, collate, encode, evaluate
+from rekindle.train.finetune.classifier import EncodedTexts, collate, encode
 from rekindle.train.finetune.run import (
     FinetuneConfig,
     epoch_batches,

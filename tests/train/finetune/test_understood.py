@@ -7,9 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.classifier import evaluate
+from rekindle.train.answers.score import evaluate, score_model
 from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import score_model
 from rekindle.train.finetune.task_data import read_task
 
 

@@ -13,18 +13,17 @@ from typer.testing import CliRunner
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
-from rekindle.train.config import StudentConfig
-from rekindle.train.finetune.config import MergeConfig
-from rekindle.train.finetune.merge_baselines import scores_by_name
-from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import (
+from rekindle.train.answers.judge import StudentHead
+from rekindle.train.answers.score import (
     baselines_table,
     expert_output,
     names_for,
     score_model,
-    student_logits,
-    student_texts,
 )
+from rekindle.train.config import StudentConfig
+from rekindle.train.finetune.config import MergeConfig
+from rekindle.train.finetune.merge_baselines import scores_by_name
+from rekindle.train.finetune.run import FinetuneConfig, finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
@@ -305,7 +304,8 @@ def test_segments_are_for_models_that_know_them(make_model, bytelevel, wordpiece
     config = StudentConfig(model=str(model), task="causal_lm" if causal else "masked_lm")
     student = build_student(config, {"all": head(*LABELS)}, 100, 0).eval()
     data = TaskData(["the river", "a city"], ["light falls", "old"], np.zeros(2, np.int64), LABELS)
-    found = student_logits(student, "all", student_texts(student, str(model), data, 32), 2)
+    judge = StudentHead(student, str(model), "all")
+    found = judge.logits(judge.read(data, 32), 2)
     for row, pair in enumerate(zip(data.texts, data.pairs, strict=True)):
         ids, types = load_tokenizer(str(model)).encode_pair(*pair, max_length=32)
         inputs = {"input_ids": torch.tensor(ids)[None].long()}

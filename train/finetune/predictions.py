@@ -1,0 +1,122 @@
+"""What a model says of rows, in the one form in which it is written: a JSON line for each row.
+
+A line has the row's own columns, and then, by the problem:
+    classes  label: the class's name; probabilities: {name: p} of all
+    labels that do not exclude each other  labels: the names above the threshold; probabilities
+    scores   score: a number, or scores: a list of several
+    tokens   tags: a name for each token; probabilities: that of each of these tags
+An own column that is called like one of these is kept as ``given_NAME``.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from scipy.special import expit, softmax
+
+from rekindle.data.errors import InputError
+from rekindle.train.finetune.rows import Row
+
+GIVEN = "given_"  # stands before the name of an own column that an answer takes
+THRESHOLD = 0.5  # a label of several is said above it
+_COLUMNS = {
+    "single_label_classification": ("label", "probabilities"),
+    "multi_label_classification": ("labels", "probabilities"),
+    "token_classification": ("tags", "probabilities"),
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the C outputs of a model are read: its problem, as transformers names it, and names."""
+
+    problem: str
+    names: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a line that it fills."""
+        return _COLUMNS.get(self.problem, ("score" if len(self.names) == 1 else "scores",))
+
+    def of(self, logits: np.ndarray) -> dict[str, object]:
+        """One row's answer, from fp32 logits [C], or [T,C] of its T tokens."""
+        if self.problem == "regression":
+            values = _numbers(logits)
+            return {self.columns[0]: values[0] if len(self.names) == 1 else values}
+        wide = logits.astype(np.float64)
+        if self.problem == "multi_label_classification":
+            probs = expit(wide)
+            said: object = [n for n, p in zip(self.names, probs, strict=True) if p > THRESHOLD]
+        elif self.problem == "token_classification":
+            best = logits.argmax(axis=1)
+            likely = softmax(wide, axis=1)[np.arange(len(best)), best]
+            return {"tags": [self.names[i] for i in best], "probabilities": _numbers(likely)}
+        else:
+            probs, said = softmax(wide), self.names[int(logits.argmax())]
+        each = dict(zip(self.names, _numbers(probs), strict=True))
+        return dict(zip(self.columns, (said, each), strict=True))
+
+
+def _numbers(values: np.ndarray) -> list[float]:
+    """The fewest digits that say a float32."""
+    return [float(str(value)) for value in values.astype(np.float32)]
+
+
+def answered(rows: Iterable[Row], answers: Iterable[dict[str, object]], path: str) -> Iterator[Row]:
+    """Each row of ``path`` with its answer; InputError where a name is taken twice."""
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=1):
+        own = {f"{GIVEN}{name}" if name in answer else name: value for name, value in row.items()}
+        if len(own) < len(row):
+            twice = next(name for name in row if name in answer and f"{GIVEN}{name}" in row)
+            raise InputError(
+                f"{path}, row {number}: it has the columns {twice!r} and {GIVEN + twice!r}, and "
+                f"the first would be kept under the name of the second, for {twice} is what the "
+                "model says; rename or remove one of them"
+            )
+        yield own | answer
+
+
+def kept_names(row: Row, answers: Answers) -> list[str]:
+    """Which of a row's own columns are kept under another name."""
+    return [name for name in answers.columns if name in row]
+
+
+def write_rows(rows: Iterable[Row], file: BinaryIO, ascii_only: bool = False) -> None:
+    """Write JSON lines; ``ascii_only``: for a terminal, with all else escaped.
+
+    Raises InputError, naming the row, for a value that JSON has no form for.
+    """
+    for number, row in enumerate(rows, start=1):
+        file.write(_line(row, number, ascii_only).encode() + b"\n")
+
+
+def _line(row: Row, number: int, ascii_only: bool) -> str:
+    try:
+        line = json.dumps(row, ensure_ascii=ascii_only, allow_nan=False, default=_as_text)
+    except ValueError:  # NaN, as Parquet may hold it
+        line = json.dumps(_finite(row), ensure_ascii=ascii_only, default=_as_text)
+    except TypeError as error:
+        raise InputError(f"row {number}: {error}; leave that column out") from None
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in an own column
+        return json.dumps(row, default=_as_text)
+    return line
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, bytes):
+        raise TypeError("a column holds bytes, which JSON has no form for")
+    return str(value)  # dates and decimal numbers
+
+
+def _finite(value: object) -> object:
+    """The same, with null in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
