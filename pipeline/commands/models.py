@@ -7,11 +7,20 @@ from typing import Annotated
 import typer
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.commands.options import Json, Overrides
+from rekindle.pipeline.commands.options import (
+    Force,
+    HeadName,
+    Json,
+    LabelField,
+    Metric,
+    ModelPlace,
+    Overrides,
+    TextField,
+)
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
+    model: ModelPlace,
     # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
     train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
     dev: Annotated[str, typer.Option(help="the split that scores are taken on")],
@@ -54,3 +63,66 @@ def finetune(
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+
+
+def evaluate(
+    model: ModelPlace,
+    test: Annotated[
+        str | None, typer.Option(help="labelled rows: scores (jsonl, csv, tsv or parquet)")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="plain text: perplexity (txt, jsonl, csv, tsv or parquet)"),
+    ] = None,
+    head: HeadName = None,
+    metric: Metric = None,
+    text_field: TextField = None,
+    label_field: LabelField = None,
+    out: Annotated[
+        Path | None, typer.Option(help="of --test: a file for what is said of each row (jsonl)")
+    ] = None,
+    force: Force = False,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score an expert, or a student's head, on labelled rows; a language model on plain text."""
+    from rekindle.pipeline.commands import asking
+
+    if (test is None) == (text is None):
+        raise InputError(
+            "give either --test (labelled rows: the scores of an expert, or of a student's head) "
+            "or --text (plain text: the perplexity of a language model)"
+        )
+    if text is not None:
+        of_labels = {"--head": head, "--metric": metric, "--label-field": label_field, "--out": out}
+        for option, value in of_labels.items():
+            if value is not None:
+                raise InputError(f"{option} is for labelled rows (--test), not for --text")
+        found = asking.perplexity(model, text, text_field, set_)
+    else:
+        where = None if out is None else str(out)
+        fields = (text_field, label_field)
+        found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+
+
+def predict(
+    model: ModelPlace,
+    text: Annotated[
+        str, typer.Option(help="rows: jsonl, csv, tsv, txt, parquet, arrow; - is jsonl from stdin")
+    ],
+    out: Annotated[str, typer.Option(help="the file of what is said (jsonl); - is stdout")],
+    head: HeadName = None,
+    text_field: TextField = None,
+    force: Force = False,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write what an expert, or a student's head, says of each row: labels and probabilities."""
+    from rekindle.pipeline.commands import asking
+
+    if as_json and out == "-":
+        raise InputError("--json and --out - would both write to stdout; give a file with --out")
+    found = asking.predictions(model, text, out, head, force, text_field, set_)
+    if out != "-":
+        typer.echo(json.dumps(found.as_dict()) if as_json else found.told())

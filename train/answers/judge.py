@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.train.answers.config import AskConfig
 from rekindle.train.finetune.classifier import (
     MOST_TOKENS,
+    Cuts,
     EncodedTexts,
     by_length,
     encode,
@@ -28,6 +31,8 @@ from rekindle.train.model.labels import SAY_SCORES, check_label_names
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.student import ABOUT_FILE, Student
+
+ROWS_AT_A_TIME = 2048  # in memory; the more, the better texts of like length come together
 
 Inputs = dict[str, Tensor]
 
@@ -67,6 +72,23 @@ class Judge(ABC):
                 "give the task it was taught"
             )
         data.check_known(self.labels, f"the {outputs} outputs of {self.who}")
+
+
+def judged(
+    judge: Judge,
+    data: TaskData,
+    settings: AskConfig,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[np.ndarray, Cuts]:
+    """fp32 logits [N,C] of all of ``data``, a block of rows at a time, and what was cut of them."""
+    found, cuts = [], Cuts()
+    for first in range(0, len(data), ROWS_AT_A_TIME):
+        block = data.part(first, first + ROWS_AT_A_TIME)
+        encoded = judge.read(block, settings.max_length)
+        found.append(judge.logits(encoded, settings.batch_size))
+        cuts = cuts.and_of(encoded)
+        advance(len(block))
+    return np.concatenate(found), cuts
 
 
 def open_judge(model: str, head: str | None = None) -> Judge:

@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from scipy.special import softmax
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.answers.judge import Expert, Judge, open_judge
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
 from rekindle.train.finetune.classifier import predict, tell_cut
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
@@ -93,7 +95,8 @@ def _scores_by_way(
     if alone:
         judge = open_judge(model, config.head)
         way = "expert" if judge.head is None else f"student, head {judge.head}"
-        found[way], _, cut["dev"] = scores_of(judge, data, *sizes)
+        asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
+        found[way], _, cut["dev"] = judged_scores(judge, data, asked)
         models = []
     if merge is None:
         return found, cut
@@ -131,17 +134,20 @@ def evaluate(
     Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
     InputError for a model without a trained head, of the other problem or with other classes.
     """
-    return scores_of(open_judge(model, head), data, max_length, batch_size)[:2]
+    settings = AskConfig(max_length=max_length, batch_size=batch_size)
+    return judged_scores(open_judge(model, head), data, settings)[:2]
 
 
-def scores_of(
-    judge: Judge, data: TaskData, max_length: int | None, batch_size: int
+def judged_scores(
+    judge: Judge,
+    data: TaskData,
+    settings: AskConfig,
+    advance: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Scores, np.ndarray, float]:
     """All fitting scores, fp32 logits [N,C], and which share of the texts was cut."""
     judge.check_task(data)
-    encoded = judge.read(data, max_length)
-    cut = tell_cut({"dev": encoded})["dev"]
-    logits = judge.logits(encoded, batch_size)
+    logits, cuts = judged(judge, data, settings, advance)
+    cut = tell_cut({"dev": cuts})["dev"]
     if not data.label_names:
         return all_scores(data.problem, logits, data.labels), logits, cut
     return scores_by_name(logits, judge.labels, data, judge.who), logits, cut

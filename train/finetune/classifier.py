@@ -49,10 +49,31 @@ class EncodedTexts:
     cut: int = 0  # texts that were
     longest: int = 0  # tokens of the longest of these before
 
+    @property
+    def count(self) -> int:
+        """How many texts there are."""
+        return len(self.input_ids)
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is cut of texts that come in blocks: the last fields of EncodedTexts, summed up."""
+
+    limit: int = 0
+    takes: float = math.inf
+    cut: int = 0
+    longest: int = 0
+    count: int = 0
+
+    def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
+        """Return these and those of one more block."""
+        cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
+        return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -106,9 +127,9 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
-def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
+def tell_cut(splits: Mapping[str, EncodedTexts | Cuts]) -> dict[str, float]:
     """Say which share of each split's texts was cut, loudly where one was, and return it."""
-    shares = {name: texts.cut / max(len(texts.input_ids), 1) for name, texts in splits.items()}
+    shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):
         logger.info("no text is cut (at most %d tokens)", limit)

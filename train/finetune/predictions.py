@@ -12,16 +12,19 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from itertools import compress
+from typing import Any, BinaryIO
 
 import numpy as np
 from scipy.special import expit, softmax
 
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.rows import Row
+from rekindle.train.finetune.rows import Row, read_rows
+from rekindle.train.finetune.task_data import TaskData
 
 GIVEN = "given_"  # stands before the name of an own column that an answer takes
 THRESHOLD = 0.5  # a label of several is said above it
+Answer = dict[str, Any]  # the columns that are added to a row
 _COLUMNS = {
     "single_label_classification": ("label", "probabilities"),
     "multi_label_classification": ("labels", "probabilities"),
@@ -41,7 +44,7 @@ class Answers:
         """The columns of a line that it fills."""
         return _COLUMNS.get(self.problem, ("score" if len(self.names) == 1 else "scores",))
 
-    def of(self, logits: np.ndarray) -> dict[str, object]:
+    def of(self, logits: np.ndarray) -> Answer:
         """One row's answer, from fp32 logits [C], or [T,C] of its T tokens."""
         if self.problem == "regression":
             values = _numbers(logits)
@@ -65,9 +68,22 @@ def _numbers(values: np.ndarray) -> list[float]:
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
-def answered(rows: Iterable[Row], answers: Iterable[dict[str, object]], path: str) -> Iterator[Row]:
-    """Each row of ``path`` with its answer; InputError where a name is taken twice."""
-    for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=1):
+def labels_in(answer: Answer) -> list[str]:
+    """The labels or tags that an answer says; none of scores."""
+    for name in ("label", "labels", "tags"):
+        if name in answer:
+            said = answer[name]
+            return [said] if isinstance(said, str) else [*map(str, said)]
+    return []
+
+
+def answered(
+    rows: Iterable[Row], answers: Iterable[Answer], path: str, first: int = 1
+) -> Iterator[Row]:
+    """Each row of ``path``, from number ``first`` on, with its answer; InputError where a name is
+    taken twice.
+    """
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=first):
         own = {f"{GIVEN}{name}" if name in answer else name: value for name, value in row.items()}
         if len(own) < len(row):
             twice = next(name for name in row if name in answer and f"{GIVEN}{name}" in row)
@@ -77,11 +93,6 @@ def answered(rows: Iterable[Row], answers: Iterable[dict[str, object]], path: st
                 "model says; rename or remove one of them"
             )
         yield own | answer
-
-
-def kept_names(row: Row, answers: Answers) -> list[str]:
-    """Which of a row's own columns are kept under another name."""
-    return [name for name in answers.columns if name in row]
 
 
 def write_rows(rows: Iterable[Row], file: BinaryIO, ascii_only: bool = False) -> None:
@@ -120,3 +131,20 @@ def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(inside) for inside in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_predictions(
+    file: BinaryIO, data: TaskData, answers: Answers, logits: Iterable[np.ndarray]
+) -> None:
+    """Write what a model says of the rows that ``data`` was read from, in their order; rows that
+    were left out for their labels have no line.
+
+    Raises InputError where the file has changed since.
+    """
+    last = data.rows[-1] if data.rows is not None else len(data)
+    taken = np.zeros(last, bool)
+    taken[np.array(data.rows) - 1 if data.rows is not None else slice(None)] = True
+    rows = [*compress(read_rows(data.path), taken)]
+    if len(rows) != len(data):
+        raise InputError(f"{data.path} has fewer rows than when it was read")
+    write_rows(answered(rows, map(answers.of, logits), data.path), file)

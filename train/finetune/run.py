@@ -5,7 +5,6 @@ Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry 
 """
 
 import copy
-import json
 import logging
 import math
 import sys
@@ -33,7 +32,8 @@ from rekindle.train.finetune.classifier import (
     tell_cut,
 )
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
-from rekindle.train.finetune.metrics import all_scores, chosen_metric, predictions_of
+from rekindle.train.finetune.metrics import all_scores, chosen_metric
+from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers, running
@@ -44,6 +44,7 @@ from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
+PREDICTIONS_FILE = "predictions.jsonl"  # of dev, in an expert's folder
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
@@ -253,18 +254,10 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
-    dev = job.data["dev"]
-    predictions = predictions_of(dev.problem, logits)
-
-    def name(value: np.generic) -> object:
-        return dev.label_names[int(value)] if dev.label_names else value.tolist()
-
-    rows = dev.rows or range(1, len(dev) + 1)
-    with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for row, label, guess, own in zip(rows, dev.labels, predictions, logits, strict=True):
-            line = {"row": row, "label": name(label), "prediction": name(guess)}
-            line |= {"logits": own.tolist()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    names = job.data["train"].label_names or tuple(f"LABEL_{i}" for i in range(logits.shape[1]))
+    answers = Answers(job.data["train"].problem, names)
+    with (staging / PREDICTIONS_FILE).open("wb") as file:
+        write_predictions(file, job.data["dev"], answers, logits)
 
 
 # ---- what the user sees ------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class TaskData:
     positive: str | None = None
     rows: Sequence[int] | None = None  # None: all
     dropped: dict[str, int] = field(default_factory=dict)
+    path: str = ""  # of the file
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -67,6 +68,11 @@ class TaskData:
     def positive_index(self) -> int | None:
         """The number of the class whose F1 counts."""
         return None if self.positive is None else self.label_names.index(self.positive)
+
+    def part(self, begin: int, end: int) -> "TaskData":
+        """The texts of some rows, without labels."""
+        pairs = self.pairs and self.pairs[begin:end]
+        return TaskData(self.texts[begin:end], pairs, self.labels[:0], self.label_names)
 
     def described(self) -> str:
         """What was understood of it, in a line."""
@@ -153,7 +159,8 @@ def _split(
         labels = np.array([label.value for label in rows.labels], dtype=np.float32)
     texts = [file.texts[number - 1] for number in rows.numbers]
     pairs = file.pairs and [file.pairs[number - 1] for number in rows.numbers]
-    return TaskData(texts, pairs, labels, meaning.names, positive, rows.numbers, dict(gone))
+    about = (rows.numbers, dict(gone), file.path)
+    return TaskData(texts, pairs, labels, meaning.names, positive, *about)
 
 
 def _check_pairs(files: Sequence[TaskFile]) -> None:

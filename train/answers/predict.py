@@ -1,0 +1,190 @@
+"""Writes what an expert, or a student's head, says of every row of a file.
+
+The rows are read, judged and written a block at a time: memory does not grow with the file.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_file
+from rekindle.data.text_files import STDIN
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.evaluate import check_pairs, less_memory
+from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
+from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.finetune.classifier import Cuts, tell_cut
+from rekindle.train.finetune.labels import SHOWN
+from rekindle.train.finetune.predictions import GIVEN, Answers, answered, labels_in, write_rows
+from rekindle.train.finetune.rows import Row, read_rows, texts_of
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.finetune.task_files import _text_columns
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.running_out import running_out
+
+_UNLABELLED = np.zeros(0, np.float32)
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What was written, and how often each label was said."""
+
+    model: str
+    head: str | None  # of a student
+    text: str
+    out: str
+    problem: str
+    label_names: tuple[str, ...]
+    rows: int
+    said: dict[str, int]  # by label (or tag), the most frequent first; empty of scores
+    cut: float  # share of the texts
+    renamed: dict[str, str] = field(default_factory=dict)  # own columns that an answer's name took
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """What was said, in lines."""
+        each = [f"{name} {count:,}" for name, count in self.said.items()]
+        said = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
+        kept = [f"{name} of {self.text} is kept as {to}" for name, to in self.renamed.items()]
+        return "\n".join([f"{counted(self.rows, 'row')}{said}", *kept, f"predictions: {self.out}"])
+
+
+def predict_file(
+    model: str,
+    text: str,
+    out: str,
+    *,
+    head: str | None = None,
+    config: AskConfig | None = None,
+    force: bool = False,
+    begun: Callable[[int | None], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Predicted:
+    """Write a JSON line for every row of ``text`` into ``out``, which is there whole or not at all.
+
+    Both may be ``-``: jsonl from stdin, lines to stdout. A file is read once before anything is
+    judged, so that a row that is none is found at once; ``begun`` is then called with the number of
+    rows (None: piped in), and ``advance`` as they are judged.
+
+    Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless by
+    ``force``.
+    """
+    started = time.perf_counter()
+    check_new_file(out, force)
+    rows = read_rows(text)
+    if (first := next(rows, None)) is None:
+        raise InputError(f"{text} has no rows; give at least one text")
+    judge = open_judge(model, head)
+    before = recorded(resolve_model(model)) if judge.head is None else Recorded()
+    settings = as_recorded(config or AskConfig(), before, first.keys())
+    columns = _text_columns(text, [*first], settings)
+    check_pairs(before, len(columns) > 1, model, text)
+    total = None if _is_piped(text) else _check(read_rows(text), columns, judge.answers, text)
+    begun(total)
+    work = _Work(judge, settings, columns, text)
+    enough = running_out(Path(out), lambda: "Nothing is written", less_memory(settings))
+    with enough, _opened(out) as (file, ascii_only):
+        for block in blocks(chain([first], rows)):
+            write_rows(work.answered(block), file, ascii_only)
+            advance(len(block))
+    return Predicted(
+        model=model,
+        head=judge.head,
+        text=text,
+        out=out,
+        problem=judge.answers.problem,
+        label_names=judge.answers.names,
+        rows=work.rows,
+        said=dict(work.said.most_common()),
+        cut=tell_cut({text: work.cuts})[text],
+        renamed={name: GIVEN + name for name in judge.answers.columns if name in first},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, ROWS_AT_A_TIME of them at a time."""
+    each = iter(rows)
+    while block := [*islice(each, ROWS_AT_A_TIME)]:
+        yield block
+
+
+def check_new_file(out: str, force: bool) -> None:
+    """Raise InputError for a file that is there and must not be replaced, and for a folder."""
+    if out == STDIN:
+        return
+    if Path(out).is_dir():
+        raise InputError(
+            f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
+        )
+    if Path(out).exists() and not force:
+        raise InputError(f"{out!r} is there already; give another --out, or --force to replace it")
+
+
+def _is_piped(path: str) -> bool:
+    return path == STDIN or not Path(path).is_file()
+
+
+def _check(rows: Iterator[Row], columns: Sequence[str], answers: Answers, path: str) -> int:
+    """Check every row, and count them."""
+    count = 0
+    for block in blocks(rows):
+        texts_of(block, count + 1, columns, path)
+        nothing: dict[str, object] = dict.fromkeys(answers.columns)
+        for _ in answered(block, [nothing] * len(block), path, count + 1):
+            pass
+        count += len(block)
+    return count
+
+
+@contextmanager
+def _opened(out: str) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file that is written, and whether all but ASCII is escaped, as for a terminal."""
+    if out != STDIN:
+        with new_file(Path(out)) as file:
+            yield file, False
+        return
+    raw = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # JSON escapes all by itself
+    try:
+        yield raw.buffer, True
+        raw.flush()
+    except BrokenPipeError:  # who reads has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())
+
+
+class _Work:
+    """The rows that are judged, and what was said of them so far."""
+
+    def __init__(self, judge: Judge, settings: AskConfig, columns: Sequence[str], path: str):
+        self.judge, self.settings, self.columns, self.path = judge, settings, columns, path
+        self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
+
+    def answered(self, block: Sequence[Row]) -> Iterator[Row]:
+        """Each row with what is said of it."""
+        judge, first = self.judge, self.rows + 1
+        data = TaskData(*texts_of(block, first, self.columns, self.path), _UNLABELLED, ())
+        logits, cuts = judged(judge, data, self.settings)
+        found = [judge.answers.of(one) for one in logits]
+        self.rows += len(block)
+        self.cuts = self.cuts.and_of(cuts)
+        for answer in found:
+            self.said.update(labels_in(answer))
+        return answered(block, found, self.path, first)
