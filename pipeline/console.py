@@ -5,6 +5,7 @@ All that goes to stdout passes ``EscapedStream``; stderr, on which rich and tqdm
 what ``say``, the log and ``progress`` send there. Files and JSON have every text as it is.
 """
 
+import codecs
 import io
 import logging
 import re
@@ -14,6 +15,12 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 # C0 but tab and line feed, DEL and C1; marks that turn the direction, separators of lines.
+# What an older console has instead of a letter of print that its encoding lacks.
+_PLAIN = str.maketrans(
+    {"─": "-", "–": "-", "−": "-", "—": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "≠": "!="}
+    | {"≤": "<=", "≥": ">=", "→": "->", "Δ": "d", "τ": "tau", "μ": "mu", "λ": "lambda"}
+    | dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True))
+)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -27,6 +34,24 @@ def in_line(text: str) -> str:
     return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """What is written for letters that the encoding of a stream lacks: others, or their numbers."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_PLAIN)
+    return lacking.encode("ascii", "backslashreplace").decode(), error.end
+
+
+PLAINLY = "rekindle-plainly"
+codecs.register_error(PLAINLY, _plainly)
+
+
+def as_written(text: str) -> str:
+    """The text as stdout will have it: with other letters where its encoding lacks some."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, PLAINLY).decode(encoding)
+
+
 def say(text: str) -> None:
     """One message on stderr."""
     print(escaped(text), file=sys.stderr)
@@ -37,7 +62,7 @@ def terminal() -> Iterator[None]:
     """Escape what is printed within the block; what an encoding lacks is escaped, too."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=PLAINLY)
     before = sys.stdout
     sys.stdout = cast("TextIO", EscapedStream(before))
     log_to_stderr(logging.INFO)

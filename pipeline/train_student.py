@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
+from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
@@ -98,7 +99,7 @@ def describe_result(result: TrainResult) -> str:
     """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     before = "was finished, and is left as it is: " if result.was_finished else ""
-    done = f"{result.steps} steps in {result.seconds:.0f} s; {values}"
+    done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s; {values}"
     lines = [f"{result.directory}: {before}{done}"]
     for what in ("sequences", "positions"):
         kd, ce_only, neither = (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rekindle.data.batch import Batch
+from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import GrowConfig
 from rekindle.train.device_batch import language_rows
@@ -123,7 +124,7 @@ def _tell(report: Report) -> None:
         f"student grown: {', '.join(grown) or 'nothing'}; |Δlogit| max "
         f"{report['max_logit_change']:.2g}, mean {report['mean_logit_change']:.2g}; perplexity "
         f"{report['before']['perplexity']:.2f} before, {report['after']['perplexity']:.2f} after "
-        f"({report['sequences']} held-out sequences)"
+        f"({counted(report['sequences'], 'held-out sequence')})"
     )
 
 

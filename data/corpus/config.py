@@ -18,10 +18,12 @@ class CorpusConfig(Settings):
 
     source: tuple[Place, ...] = Field(
         min_length=1,
-        description="files or globs (txt, jsonl, parquet, arrow), a datasets id, or python-docs",
+        description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), a datasets id, or "
+        "python-docs",
     )
     text_field: str = Field(
-        "text", description="the field of a record that holds its text; inside a field: meta.text"
+        "text",
+        description="the field (column) of a record that holds its text; inside a field: meta.text",
     )
     domain_field: str | None = Field(
         None, description="the field that names a record's domain: text or a number"

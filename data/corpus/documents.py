@@ -1,4 +1,5 @@
-"""Real text as a stream of documents: txt, jsonl, parquet, arrow, a datasets id, the Python docs.
+"""Real text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
+Python docs.
 
 What of a record is its text, its domain and its id, and which records are bad. It knows nothing of
 tokens. Every mistake in the source is an InputError that names the place.
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from rekindle.data.corpus.python_docs import python_docs
 from rekindle.data.corpus.records import Bad, Record, read_records, shown
-from rekindle.data.corpus.sources import PYTHON_DOCS, Origin, find_origins
+from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, Origin, find_origins
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.text_files import half_a_pair
 
@@ -25,7 +26,7 @@ class Document(NamedTuple):
     """One text of the corpus.
 
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
-    from 1: records of parquet, arrow and datasets, lines of jsonl and txt.
+    from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
     """
 
     id: str
@@ -78,10 +79,10 @@ def read_documents(
     or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
     ``domain_field`` says.
 
-    Bad are: a line that is no JSON object, bytes that are not UTF-8 (of a .txt file the document
-    that has them), a text or domain that is missing or null, a text that is not a string, a domain
-    that is a mapping or a list, half a surrogate pair in text, domain or id. With ``left_out`` they
-    are put there, and what is left is read.
+    Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
+    are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
+    null, a text that is not a string, a domain that is a mapping or a list, half a surrogate pair
+    in text, domain or id. With ``left_out`` they are put there, and what is left is read.
 
     Raises InputError: at the call for a source that does not exist or is of no known kind; while
     reading for a damaged file, and without ``left_out`` for a bad record.
@@ -137,10 +138,12 @@ def _document(
     record: Record, origin: Origin, text_field: str, domain_field: str | None
 ) -> Document | Bad | None:
     """The document of a record; None where its text is blank."""
-    where = f"{origin.place}, record {record.row}"
+    table = origin.format in TABLES
+    where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
+    named = "the first line names its columns" if table else "it has"
     text = _reach(record.values, text_field)
     if text is None or text is _ABSENT:
-        return _missing(record, text_field, "corpus.text_field", where)
+        return _missing(record, text_field, "corpus.text_field", where, named)
     if not isinstance(text, str):
         return Bad(
             "text is no string",
@@ -150,7 +153,7 @@ def _document(
     if domain_field is not None:
         value = _reach(record.values, domain_field)
         if value is None or value is _ABSENT:
-            return _missing(record, domain_field, "corpus.domain_field", where)
+            return _missing(record, domain_field, "corpus.domain_field", where, named)
         if isinstance(value, _NO_NAME):
             return Bad(
                 "domain is no name",
@@ -180,14 +183,14 @@ def _reach(values: Mapping[str, object], field: str) -> object:
     return _ABSENT
 
 
-def _missing(record: Record, field: str, setting: str, where: str) -> Bad:
+def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
     kind = "no text" if setting.endswith("text_field") else "no domain"
     if _reach(record.values, field) is None:
         return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
     fields = list(record.values)
     has = ", ".join(map(str, fields)) or "no fields"
     near = did_you_mean(field, map(str, fields))
-    return Bad(kind, f"{where}: no field {field!r} ({setting}); it has: {has}{near}")
+    return Bad(kind, f"{where}: no field {field!r} ({setting}); {named}: {has}{near}")
 
 
 def _inside(field: str, value: object) -> str:

@@ -1,4 +1,5 @@
-"""The records of a source, format by format: lines, rows of record batches, examples of a stream.
+"""The records of a source, format by format: lines, rows of tables and of record batches, examples
+of a stream.
 
 Never holds a whole file. A record that cannot be read is a ``Bad`` one among the others; a file
 that cannot be, is an InputError.
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rekindle.data.corpus.sources import HUB, Origin, no_such_source
+from rekindle.data.corpus.sources import HUB, TABLES, Origin, no_such_source
+from rekindle.data.corpus.tables import table_rows
 from rekindle.data.errors import InputError
 from rekindle.data.text_files import open_text, refuse_pointer
 
@@ -25,7 +27,9 @@ ROWS_AT_A_TIME = 256  # bounds what becomes Python objects when record batches a
 
 
 class Record(NamedTuple):
-    """``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and txt."""
+    """``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and txt; of csv
+    and tsv, rows without blank ones and without the names of the columns.
+    """
 
     row: int
     values: Mapping[str, object]  # every field it has; None for those that were not read
@@ -52,6 +56,8 @@ def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Recor
             yield from _txt_documents(origin.place, fields[0] if fields else "text")
         elif origin.format == "jsonl":
             yield from _jsonl_records(origin.place)
+        elif origin.format in TABLES:
+            yield from _table_records(origin.place, fields, tabbed=origin.format == "tsv")
         else:
             refuse_pointer(origin.place)
             batches = _parquet_batches if origin.format == "parquet" else _arrow_batches
@@ -150,6 +156,50 @@ def _lines_out_of(expression: str, place: str) -> str:
 
 def _line_ends(place: str) -> str:
     return f"tr '\\r' '\\n' < {shlex.quote(place)} > lines{os.path.splitext(place)[1]}"
+
+
+# --- csv and tsv ----------------------------------------------------------------------------------
+
+
+def _table_records(place: str, fields: Sequence[str], tabbed: bool) -> Iterator[Record | Bad]:
+    rows = table_rows(place, tabbed)
+    names = next(rows, [])
+    if isinstance(names, str):
+        raise InputError(f"{place}, first line: {names}; it must name the columns")
+    columns = {name: names.index(name) for name in _columns_for(fields, names, place)}
+    unread = dict.fromkeys(names)
+    for number, row in enumerate(rows, start=1):
+        where = f"{place}, row {number}"
+        if isinstance(row, str):
+            yield Bad("not CSV", f"{where}: {row}")
+        elif len(row) != len(names):
+            yield Bad("no row of the table", f"{where}: {_not_so_many(row, names, tabbed)}")
+        else:
+            found = {name: row[at] for name, at in columns.items()}
+            yield _not_utf8(found, where) or Record(number, unread | found)
+
+
+def _not_so_many(row: Sequence[str], names: Sequence[str], tabbed: bool) -> str:
+    between = "tab" if tabbed else "comma"
+    quoted = "" if tabbed else ", or quote the text that holds one"
+    several = "s" * (len(row) > 1)
+    return (
+        f"has {len(row)} field{several}, and the first line names {len(names)} (split at each "
+        f"{between}); give it as many{quoted}"
+    )
+
+
+def _not_utf8(values: Mapping[str, str], where: str) -> Bad | None:
+    for name, value in values.items():
+        try:
+            value.encode(errors="surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            return Bad(
+                "not UTF-8",
+                f"{where}: {name} is not UTF-8 ({error.reason} at byte {error.start + 1}); convert "
+                "the file to UTF-8",
+            )
+    return None
 
 
 # --- plain text -----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.records import arrow_batches
-from rekindle.data.corpus.sources import PYTHON_DOCS, source_files
+from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
+from rekindle.data.corpus.tables import bytes_of_rows
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.text_files import compression_of, open_text
@@ -100,9 +101,11 @@ def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
         return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
     if suffixes[-1] == ".arrow":
         return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
-    compression = compression_of(path)
+    compression, table = compression_of(path), recorded_origin(path).format
     if ".txt" in suffixes:
         plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
+    elif table in TABLES:
+        plain = bytes_of_rows(path, table == "tsv", len(taken))
     else:
         plain = _bytes_of_lines(path, len(taken))
     return min(size, plain / (_density(path, compression) if compression else 1.0))

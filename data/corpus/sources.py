@@ -18,9 +18,12 @@ from rekindle.data.text_files import PACKED_SUFFIXES
 
 PYTHON_DOCS = "python-docs"
 HUB = "hub"
-_SUFFIXES = {f".{name}": name for name in ("txt", "jsonl", "parquet", "arrow")} | {".json": "jsonl"}
-_PACKABLE = ("txt", "jsonl")
-_KNOWN_SUFFIXES = f".txt, .jsonl, .json (each also {', '.join(PACKED_SUFFIXES)}), .parquet, .arrow"
+TABLES = ("csv", "tsv")
+_PACKABLE = ("txt", "jsonl", *TABLES)
+_SUFFIXES = {f".{name}": name for name in (*_PACKABLE, "parquet", "arrow")} | {".json": "jsonl"}
+_KNOWN_SUFFIXES = (
+    f".txt, .jsonl, .json, .csv, .tsv (each also {', '.join(PACKED_SUFFIXES)}), .parquet, .arrow"
+)
 # owner/name or name, then optionally :config and :split
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
 _LOOKED_AT = 10_000  # files of a directory that was given, to say what it holds
@@ -33,7 +36,7 @@ class Origin(NamedTuple):
     since keeps the name that it was first read under.
     """
 
-    format: str  # txt | jsonl | parquet | arrow | hub | python-docs
+    format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
     place: str  # a path, or a datasets id
     name: str
 
@@ -48,9 +51,9 @@ def find_origins(source: Sequence[str]) -> list[Origin]:
 
     An entry is one of
       - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt, .jsonl or
-        .json with one object per line, each of these also .gz, .zst or .bz2; .parquet; .arrow (the
-        IPC file format and the stream format). Where a file or a directory has glob characters in
-        its name, it is meant as it stands;
+        .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
+        .arrow (the IPC file format and the stream format). Where a file or a directory has glob
+        characters in its name, it is meant as it stands;
       - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
       - a datasets id, ``name``, ``name:config`` or ``name:config:split``, an empty config being the
         default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import length_buckets, pad
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, first_words
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.teachers import Teacher
@@ -96,7 +97,8 @@ def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows)
         if not is_out_of_memory(error):
             reason = first_words(error) or repr(error)
             raise InputError(
-                f"teacher {teacher.info.name!r} failed on a batch of {len(rows)} sequences (rows "
+                f"teacher {teacher.info.name!r} failed on a batch of "
+                f"{counted(len(rows), 'sequence')} (rows "
                 f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
                 "Finished shards are kept; when the model is mended, the same command goes on"
             ) from error

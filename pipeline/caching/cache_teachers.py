@@ -19,6 +19,7 @@ from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
@@ -64,12 +65,13 @@ class StageOne:
     def as_text(self) -> str:
         """What was done, in a line."""
         told = (
-            f"{self.corpus_sequences:,} sequences; {self.units_done} units made, "
-            f"{self.units_present} were there"
+            f"{counted(self.corpus_sequences, 'sequence')}; "
+            f"{counted(self.units_done, 'unit')} made, {self.units_present} were there"
         )
         if not self.repaired:
             return told
-        return f"{told}, {self.repaired} damaged files removed, and made anew where they are in use"
+        removed = f"{counted(self.repaired, 'damaged file')} removed"
+        return f"{told}, {removed}, and made anew where in use"
 
 
 def cache_teachers(

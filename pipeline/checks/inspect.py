@@ -12,6 +12,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
@@ -22,12 +23,11 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import Table, table_of
-from rekindle.pipeline.report.text import text_lines
+from rekindle.pipeline.report.text import terminal_width, text_lines
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
-WIDTH = 110  # characters of a line of a table
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,18 @@ def _as_text(
     corpus = cache.corpus
     config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
     lines = [
-        f"{path}: {len(corpus):,} sequences, {corpus.tokens:,} tokens "
+        f"{path}: {counted(len(corpus), 'sequence')}, {counted(corpus.tokens, 'token')} "
         f"(length {config['sequence_length']}, {config['packing']} packing, "
         f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)"
     ]
     for view in cache.views.values():
-        shown = f", {view.replicas} replicas" if view.kind.masked else ""
+        shown = f", {counted(view.replicas, 'replica')}" if view.kind.masked else ""
         lines.append(f"view {view.name}{shown}")
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
     lines += [in_line(line) for line in remarks(corpus)]
-    lines += text_lines(_summary(cache, readers), WIDTH)
+    lines += text_lines(_summary(cache, readers), terminal_width())
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
@@ -218,7 +218,7 @@ def _kept(info: TeacherInfo) -> str:
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
     taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
     return (
-        f"{name} lineage {number + 1}: {run.student}, {run.steps:,} steps on corpus "
+        f"{name} lineage {number + 1}: {run.student}, {counted(run.steps, 'step')} on corpus "
         f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
     )
 
@@ -257,7 +257,7 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
     labels = [in_line(name) for name in info.label_names]
     if isinstance(target, TokenTargets):
-        return text_lines(_token_table(info, target, tokenizer), WIDTH)
+        return text_lines(_token_table(info, target, tokenizer), terminal_width())
     if isinstance(target, TokenLabelTargets):
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
@@ -288,5 +288,5 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
     head = ("position", "true token", "rank", shown, "tail")
-    title = f"{info.name}{where}: {len(target.positions)} positions"
+    title = f"{info.name}{where}: {counted(len(target.positions), 'position')}"
     return table_of(title, head, rows, words=len(head))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import unit_of
+from rekindle.data.counted import counted
 from rekindle.data.errors import CacheError, CacheFormatError
 from rekindle.data.inventory import (
     damaged_descriptions,
@@ -51,12 +52,12 @@ class VerifyReport:
 
     def as_text(self, name: str) -> str:
         """For people."""
-        lines = [f"{name}: {self.shards} shards, {self.bytes:,} bytes checked"]
+        lines = [f"{name}: {counted(self.shards, 'shard')}, {counted(self.bytes, 'byte')} checked"]
         lines += [f"  {teacher}: coverage {share:.1%}" for teacher, share in self.coverage.items()]
         if self.orphans:
             lines.append(
-                f"  {self.orphans} data files of attempts that were never committed (`pipeline gc` "
-                "removes them)"
+                f"  {counted(self.orphans, 'data file')} of attempts that were never committed "
+                "(`pipeline gc` removes what they left)"
             )
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         return "\n".join(lines if self.problems else [*lines, "sound"])
@@ -186,4 +187,4 @@ def _doubled_ids(ids: NDArray[np.int64] | None) -> Iterator[str]:
     ordered = np.sort(ids, axis=1)
     doubled = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if doubled.any():
-        yield f"{int(doubled.any(axis=1).sum())} positions have a candidate twice"
+        yield f"{counted(int(doubled.any(axis=1).sum()), 'position')} with a candidate twice"

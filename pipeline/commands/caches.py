@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.pipeline.commands.options import CachePath, Json, Overrides, RunFile
 from rekindle.pipeline.exits import resumable
@@ -89,9 +90,11 @@ def gc(
         typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))
         return
     for name, size in removed.items():
-        typer.echo(f"{name}  {size:,} bytes")
+        typer.echo(f"{name}  {counted(size, 'byte')}")
     done = "would be removed" if dry_run else "removed"
-    typer.echo(f"{cache}: {len(removed)} files, {sum(removed.values()):,} bytes {done}")
+    typer.echo(
+        f"{cache}: {counted(len(removed), 'file')}, {counted(sum(removed.values()), 'byte')} {done}"
+    )
 
 
 def verify(
@@ -135,8 +138,8 @@ def verify(
             typer.echo(f"audit of {name}: {shown}")
     if report.problems:
         raise CacheFormatError(
-            f"{len(report.problems)} problem(s) in {cache}. `pipeline cache-teachers` with the "
-            "configuration it was made with makes exactly the damaged parts again"
+            f"{counted(len(report.problems), 'problem')} in {cache}. `pipeline cache-teachers` "
+            "with the configuration it was made with makes exactly the damaged parts again"
         )
     if beyond:
         raise CacheMismatchError(

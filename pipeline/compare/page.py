@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, fine_tuned
@@ -68,7 +69,7 @@ def comparison_page(
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     finished = sum(run.finished for run in comparison.runs)
     done = "finished" if finished == len(names) else f"of which {finished} finished"
-    count = f"{len(names)} run{'s' if len(names) > 1 else ''}, {done}"
+    count = f"{counted(len(names), 'run')}, {done}"
     return Page(
         title="Students of one corpus",
         lead=f"{count}. The corpus has the fingerprint {comparison.corpus[:12]}.",

@@ -166,7 +166,7 @@ def _share_with_kd(run: RunFacts, what: str) -> float | None:
 def as_text(comparison: Comparison, width: int | None = None) -> str:
     """The tables in plain text; the best of the runs has a star.
 
-    A run is a line; where that does not fit ``width`` characters (the terminal's; 160 without one),
+    A run is a line; where that does not fit ``width`` characters (the terminal's; 80 without one),
     a run is a column, if that is narrower. Nothing is ever cut.
     """
     columns = columns_of(comparison)

@@ -16,6 +16,7 @@ import numpy as np
 
 from rekindle.data.corpus.shared_ids import described, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
@@ -93,8 +94,8 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
         count = min(task.dev_examples, len(train) // _MOST_DEV)
         if count == 0:
             raise InputError(
-                f"task {task.name!r}: {task.train} has {len(train)} examples, too few to take any "
-                "for dev; give a dev file"
+                f"task {task.name!r}: {task.train} has {counted(len(train), 'example')}, too "
+                "few to take any for dev; give a dev file"
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
     rows["train"] = np.sort(order[: task.train_examples])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import comparison_html, comparison_page
@@ -39,7 +40,7 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
         "Experts are fine-tuned from one model and run once over unlabelled text; students begin "
         "as that model, are guided on that text, and are fine-tuned again with the same budget."
     )
-    lead = f"{about} {len(results.tasks)} tasks, {len(results.arms)} arms"
+    lead = f"{about} {counted(len(results.tasks), 'task')}, {counted(len(results.arms), 'arm')}"
     sections = [scores]
     if comparison is None:
         lead += "."
@@ -69,7 +70,7 @@ def _sentence(note: str) -> str:
 
 def _task_scores(results: CycleResults, task: TaskFacts) -> TaskScores:
     scores = {arm: one.scores for (arm, name), one in results.main.items() if name == task.name}
-    sizes = f"{task.train:,} examples to train on, {task.test:,} to test"
+    sizes = f"{counted(task.train, 'example')} to train on, {task.test:,} to test"
     about = f"{task.about} {sizes}" if task.about else ""
     return TaskScores(task.name, task.metric, "test", scores, task.chance, about)
 
@@ -102,12 +103,12 @@ def facts_of(config: CycleConfig) -> list[tuple[str, str]]:
         ("start model", shown(config.student.model)),
         (
             "students",
-            f"{train.steps:,} steps of {train.batch_sequences} sequences, all in the same order of "
-            f"the same masks; learning rate {train.learning_rate:g}",
+            f"{counted(train.steps, 'step')} of {counted(train.batch_sequences, 'sequence')}, all "
+            f"in the same order of the same masks; learning rate {train.learning_rate:g}",
         ),
         (
             "fine-tuning",
-            f"{tuning.epochs} epochs, learning rate {tuning.learning_rate:g}, seeds: "
+            f"{counted(tuning.epochs, 'epoch')}, learning rate {tuning.learning_rate:g}, seeds: "
             f"{config.seeds}; the experts that teach are the best on dev",
         ),
     ]

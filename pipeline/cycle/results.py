@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
@@ -88,7 +89,7 @@ def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried
         if not one.test:
             wrong = "no test scores"
         elif isinstance(seeds, int) and len(one.seeds) != seeds:
-            wrong = f"{len(one.seeds)} seeds, and {CYCLE_FILE} says {seeds}"
+            wrong = f"{counted(len(one.seeds), 'seed')}, and {CYCLE_FILE} says {seeds}"
         elif one.metric != metric:
             wrong = f"the metric {one.metric}, and {CYCLE_FILE} says {metric}"
         else:

@@ -6,6 +6,7 @@ Every cell comes from ``CycleResults`` alone, so that results.json gives the sam
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.searched import Searched, Tried
 from rekindle.pipeline.report.cache import teacher_table
@@ -30,7 +31,9 @@ def own_tables(results: CycleResults) -> list[Table]:
 def saved_tables(results: CycleResults) -> Iterator[Table]:
     """What is in the cache, and what it has saved; nothing where that is not known."""
     if (cache := results.cache) is not None:
-        title = f"the cache: {cache.sequences:,} sequences, {cache.tokens:,} tokens"
+        title = (
+            f"the cache: {counted(cache.sequences, 'sequence')}, {counted(cache.tokens, 'token')}"
+        )
         yield teacher_table(cache.teachers, title)
     if results.cost is not None:
         yield table_of("what it costs", ["", ""], cost_lines(results.cost), words=1)

@@ -28,6 +28,7 @@ from rekindle.data.corpus.corpus import (
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
 from rekindle.data.storage.atomic import write_lines
@@ -35,7 +36,6 @@ from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.storage.store import Store, open_store
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.plan.text import counted
 
 PLACES = 8  # record batches of the corpus, spread over it, that the steps are taken from
 STEPS = (1, 4, 16, 64, 256)  # sequences; the last step is what is left

@@ -2,6 +2,7 @@
 
 from textwrap import fill
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import folded_lines
@@ -88,11 +89,6 @@ def _total(plan: RunPlan) -> str:
     if totals.disk_free is not None:
         line += f"; {shown_bytes(totals.disk_free)} free"
     return line
-
-
-def counted(number: int, unit: str) -> str:
-    """``1 unit``, ``2 units``, with thousands set apart."""
-    return f"{number:,} {unit}{'' if number == 1 else 's'}"
 
 
 def shown_bytes(size: int) -> str:

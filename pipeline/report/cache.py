@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.cache import Cache
+from rekindle.data.counted import counted
 from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
 
@@ -43,7 +44,9 @@ def _facts_of(cache: Cache) -> CacheFacts:
     tokens, teachers = cache.corpus.tokens, []
     for name, reader in sorted(cache.teachers.items()):
         masked = reader.masked and reader.kind.has_tail
-        kept = reader.kind.sentence + (f", {reader.replicas} masked replicas" if masked else "")
+        kept = reader.kind.sentence + (
+            f", {counted(reader.replicas, 'masked replica')}" if masked else ""
+        )
         rows = sum(commit.rows for commit in reader.commits.values())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
         facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)
@@ -99,9 +102,9 @@ def _blocks(cache: KnownCache) -> Iterator[Block]:
         return
     about = {
         "at": cache.path,
-        "text": f"{facts.sequences:,} sequences, {facts.tokens:,} tokens",
-        "vocabulary": f"{facts.vocabulary:,} tokens",
-        "targets": f"{sum(teacher.bytes for teacher in facts.teachers):,} bytes",
+        "text": f"{counted(facts.sequences, 'sequence')}, {counted(facts.tokens, 'token')}",
+        "vocabulary": counted(facts.vocabulary, "token"),
+        "targets": counted(sum(teacher.bytes for teacher in facts.teachers), "byte"),
     }
     yield Facts(list(about.items()))
     if changed := ", ".join(cache.changed):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
 from rekindle.pipeline.report.table import formatted, table_of
@@ -137,7 +138,7 @@ def cost_section(
 def cost_lines(cost: Cost) -> list[tuple[str, str]]:
     """The cost in words, for both text and page."""
     runs = cost.pays_after
-    paid = "never" if runs is None else f"after {runs:,} student run{'s' if runs > 1 else ''}"
+    paid = "never" if runs is None else f"after {counted(runs, 'student run')}"
     return [
         (f"{', '.join(cost.used)} once, into the cache", f"{cost.once:.1f} s"),
         ("the same live, beside each student", f"{cost.live:.1f} s a run"),

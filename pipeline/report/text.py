@@ -1,84 +1,146 @@
-"""Tables in plain text, in which no cell is ever cut."""
+"""Tables and notes in plain text, within a line's width. No number is ever broken, no cell cut.
+
+A table is drawn as it is where that fits. Else its words and headings are folded at their joints,
+each within its own cell; and where that is not enough, what is one table becomes several below each
+other, each with the first column again, or its rows become columns: whichever needs fewer parts,
+then fewer lines.
+"""
 
 import io
+import re
 import shutil
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import rich.table
 from rich import box
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from rekindle.pipeline.console import in_line
+from rekindle.pipeline.console import as_written, in_line
 from rekindle.pipeline.report.table import Column, Table
 
 WIDEST = 10_000  # characters: more than any table has
-_WIDEST_CELL = 28  # of a row that is shown as a column: longer ones are folded
+_WIDEST_CELL = 28  # characters, where a table does not fit as it is; no number has as many
+_WIDEST_HEAD = 14  # and of a heading above narrower cells
+_JOINT = re.compile(r"(?<=[ =/_;])|(?<=,)(?!\d)|(?<=[A-Za-z][.:-])(?=[A-Za-z])")
 
 
 def terminal_width() -> int:
-    """Characters of the terminal's line; 160 where there is no terminal."""
-    return shutil.get_terminal_size((160, 24)).columns
+    """Characters of the terminal's line; 80 where there is no terminal."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def text_lines(table: Table, width: int) -> list[str]:
-    """The title, the table and its note. Where it does not fit ``width`` characters, a row of the
-    table is a column, if that is narrower.
-    """
-    lines = [f" {in_line(table.title)}"] if table.title else []
-    if table.columns:
-        drawn = _drawn(_upright(table.columns))
-        if _width(drawn) > width:
-            drawn = min(drawn, _drawn(_lying(table.columns)), key=_width)
-        lines += drawn
-    return [*lines, *([f" {in_line(table.note)}"] if table.note else [])]
+    """The title, the table and its note, none wider than ``width`` characters."""
+    lines = wrapped(table.title, width) if table.title else []
+    lines += _fitting([*map(_written, table.columns)], width) if table.columns else []
+    return lines + (wrapped(table.note, width) if table.note else [])
+
+
+def wrapped(sentence: str, width: int) -> list[str]:
+    """A sentence in lines of ``width`` characters, broken between words."""
+    return textwrap.wrap(
+        in_line(sentence),
+        width,
+        initial_indent=" ",
+        subsequent_indent="   ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def folded_lines(table: Table, width: int) -> list[str]:
     """The columns in ``width`` characters: what is too long goes on below, within its cell."""
-    return _drawn(_upright(table.columns, fold=True), width)
+    return _drawn(_rich([*map(_written, table.columns)], fold=True), width)
 
 
-def _upright(columns: Sequence[Column], fold: bool = False) -> rich.table.Table:
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def _written(column: Column) -> Column:
+    """Its words as the console will show them: what is below each other has to stay so."""
+    title, *cells = (as_written(in_line(text)) for text in (column.title, *column.cells))
+    return replace(column, title=title, cells=cells)
+
+
+def _fitting(columns: Sequence[Column], width: int) -> list[str]:
+    whole = _drawn(_rich(columns))
+    if _width(whole) <= width:
+        return whole
+    both = [_parts([*map(_narrow, one)], width) for one in (columns, _laid_down(columns))]
+    parts = min(both, key=lambda parts: (len(parts), sum(map(len, parts))))
+    return [line for number, part in enumerate(parts) for line in ([""] * (number > 0) + part)]
+
+
+def _parts(columns: Sequence[Column], width: int) -> list[list[str]]:
+    """Tables of the first column and as many of the others as fit, at least one."""
+    first, parts, taken = columns[0], [], [columns[0]]
+    for column in columns[1:]:
+        if len(taken) > 1 and _width(_drawn(_rich([*taken, column]))) > width:
+            parts.append(_drawn(_rich(taken)))
+            taken = [first]
+        taken.append(column)
+    return [*parts, _drawn(_rich(taken))]
+
+
+def _laid_down(columns: Sequence[Column]) -> list[Column]:
+    """The table with its rows as columns: the headings stand in the first."""
+    names, *others = columns
+    found = [Column(names.title, [column.title for column in others], words=True)]
+    for row, name in enumerate(names.cells):
+        best = frozenset(n for n, column in enumerate(others) if row in column.best)
+        found.append(Column(name, [column.cells[row] for column in others], best))
+    return found
+
+
+def _narrow(column: Column) -> Column:
+    cells = [_folded(cell, _WIDEST_CELL) for cell in column.cells]
+    widest = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
+    title = _folded(column.title, max(widest, _WIDEST_HEAD))
+    return replace(column, title=title, cells=cells)
+
+
+def _folded(text: str, most: int) -> str:
+    """The text in lines of ``most`` characters, broken at its joints where it has some."""
+    lines = [""]
+    for piece in _JOINT.split(text):
+        if cell_len(lines[-1] + piece.rstrip()) <= most:
+            lines[-1] += piece
+        else:
+            lines += chop_cells(piece, most)
+    lines = lines if lines[0] else lines[1:]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _rich(columns: Sequence[Column], fold: bool = False) -> rich.table.Table:
     table = rich.table.Table(box=box.SIMPLE_HEAD)
     for column in columns:
         side: Literal["left", "right"] = "left" if column.words else "right"
-        table.add_column(
-            Text(in_line(column.title)), justify=side, no_wrap=not fold, overflow="fold"
-        )
+        table.add_column(Text(column.title), justify=side, no_wrap=not fold, overflow="fold")
     for row in range(len(columns[0].cells)):
         table.add_row(*(_cell(column, row) for column in columns))
-    return table
-
-
-def _lying(columns: Sequence[Column]) -> rich.table.Table:
-    names, *others = columns
-    table = rich.table.Table(box=box.SIMPLE_HEAD)
-    table.add_column(Text(in_line(names.title)), no_wrap=True)
-    for name in names.cells:
-        table.add_column(
-            Text(in_line(name)), justify="right", overflow="fold", max_width=_WIDEST_CELL
-        )
-    for column in others:
-        table.add_row(
-            Text(in_line(column.title)), *(_cell(column, row) for row in range(len(column.cells)))
-        )
     return table
 
 
 def _cell(column: Column, row: int) -> Text:
     # The others get a blank for the star, so that digits stand below digits.
     star = ("*" if row in column.best else " ") if column.best else ""
-    return Text(in_line(column.cells[row]) + star)
+    return Text(column.cells[row] + star)
 
 
 def _drawn(table: rich.table.Table, width: int = WIDEST) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return [line for line in lines if line]
+    return [as_written(line) for line in lines if line]
 
 
 def _width(lines: Sequence[str]) -> int:
-    return max(map(len, lines))
+    return max(map(cell_len, lines))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rekindle.data.batch import SequenceTargetBatch, read_targets
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import remove_leftovers, write_lines
 from rekindle.data.storage.shards import ROWS_PER_BATCH
@@ -37,7 +38,8 @@ class PromptCounts:
         """The counts in a line."""
         shares = ", ".join(f"{name} {count:,}" for name, count in sorted(self.labels.items()))
         return (
-            f"{self.written:,} lines ({shares}); {self.below_confidence:,} sequences below the "
+            f"{counted(self.written, 'line')} ({shares}); "
+            f"{counted(self.below_confidence, 'sequence')} below the "
             f"confidence, {self.not_judged:,} that the expert did not judge"
         )
 

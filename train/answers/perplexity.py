@@ -267,8 +267,8 @@ class _Shown:
         which = "every token"
         if self.most is not None:
             which = (
-                f"at most {self.most:,} tokens, drawn evenly with seed {self.seed} (--set tokens=all "
-                "for every one), each"
+                f"at most {self.most:,} tokens, drawn evenly with seed {self.seed} (every one: "
+                "--set tokens=all), each"
             )
         return (
             f"pseudo-perplexity: {which} masked alone, in a pass of its own, within its text or "

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.task_data import TaskData
@@ -206,8 +207,8 @@ def _load_weights(
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise InputError(
-            f"the checkpoint {model!r} lacks {len(missing)} weights of the {config.model_type} "
-            f"body: {shown}; give a checkpoint that fits its config.json"
+            f"the checkpoint {model!r} lacks {counted(len(missing), 'weight')} of the "
+            f"{config.model_type} body: {shown}; give a checkpoint that fits its config.json"
         )
     return loaded.model, loaded.head
 

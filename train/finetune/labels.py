@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.text_files import half_a_pair
 
@@ -195,8 +196,8 @@ def _refuse_doubtful(train: Rows) -> None:
         if name in counts and len(counts) > 2:
             train.refuse(
                 places[name],
-                f"label {name!r} ({counts[name]} rows) may be a class, or say that there is no "
-                f"label; leave these rows out with {_leave_out(name)}, or say "
+                f"label {name!r} ({counted(counts[name], 'row')}) may be a class, or say that "
+                f"there is no label; leave these rows out with {_leave_out(name)}, or say "
                 f"{_CLASSIFY}",
             )
     spelled: dict[str, tuple[int, str]] = {}

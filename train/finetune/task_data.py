@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.labels import (
@@ -76,7 +77,7 @@ class TaskData:
 
     def described(self) -> str:
         """What was understood of it, in a line."""
-        rows = f"{len(self):,} rows"
+        rows = counted(len(self), "row")
         if self.dropped:
             gone = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
             rows += f" ({', '.join(gone)} left out)"

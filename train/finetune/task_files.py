@@ -4,19 +4,17 @@ Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quot
 .zst or .bz2, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import pyarrow as pa
-import pyarrow.csv
-
 from rekindle.data.corpus.records import Bad, read_records
-from rekindle.data.corpus.sources import recorded_origin
+from rekindle.data.corpus.sources import Origin, recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, open_text
+from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair
 from rekindle.train.finetune.config import TaskSettings
 
+_FORMATS = ("jsonl", "csv", "tsv", "parquet")
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
 _Columns = dict[str, list[object]]
 
@@ -34,12 +32,14 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     """Read the columns of a task; InputError, naming the row, for a text that is none."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
-    read = _reader_of(path)
+    origin = recorded_origin(path)
+    if origin.format not in _FORMATS:
+        raise InputError(
+            f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
+            f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
+        )
     wanted = {*settings.text_columns, settings.label_column, *(n for u in _USUAL for n in u)}
-    try:
-        columns = read(path, wanted)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
     names = _text_columns(path, [*columns], settings)
@@ -84,74 +84,12 @@ def _text_columns(path: str, columns: Sequence[str], settings: TaskSettings) -> 
     return found[0]
 
 
-# ---- the types of files ------------------------------------------------------------------------
-
-
-def _reader_of(path: str) -> Callable[[str, set[str]], _Columns]:
-    name = Path(path).name.lower()
-    if name.endswith(".parquet"):
-        return _read_records
-    for packed in PACKED_SUFFIXES:
-        name = name.removesuffix(packed)
-    readers = {".jsonl": _read_records, ".csv": _read_csv, ".tsv": _read_csv}
-    if Path(name).suffix in readers:
-        return readers[Path(name).suffix]
-    raise InputError(
-        f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
-        f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
-    )
-
-
-def _read_records(path: str, wanted: set[str]) -> _Columns:
-    """The rows of a jsonl or parquet file; columns that are not ``wanted`` may be rows of None."""
+def _read_records(origin: Origin, wanted: set[str]) -> _Columns:
+    """The rows of a file by column; columns that are not ``wanted`` may be rows of None."""
     rows: list[Mapping[str, object]] = []
-    for record in read_records(recorded_origin(path), sorted(wanted)):
+    for record in read_records(origin, sorted(wanted)):
         if isinstance(record, Bad):
             raise InputError(record.message)
         rows.append(record.values)
     fields = dict.fromkeys(field for row in rows for field in row)
     return {field: [row.get(field) for row in rows] for field in fields}
-
-
-def _read_csv(path: str, wanted: set[str]) -> _Columns:
-    # Every field as it stands: a text "12" stays a text. GLUE's tsv files hold lone quotation
-    # marks, so that a tsv has no quoting.
-    tabbed = ".tsv" in Path(path).name.lower()
-    parse = pa.csv.ParseOptions(
-        delimiter="\t" if tabbed else ",",
-        quote_char=False if tabbed else '"',
-        newlines_in_values=not tabbed,
-    )
-    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(wanted, pa.binary()))
-    with open_text(path) as stream:
-        if not Path(path).stat().st_size:
-            return {}
-        table = pa.csv.read_csv(stream, parse_options=parse, convert_options=convert)
-    return _listed(path, table, wanted)
-
-
-def _listed(path: str, table: pa.Table, wanted: Iterable[str]) -> _Columns:
-    """The columns that are ``wanted`` as Python values, the others as rows of None."""
-    names = table.column_names
-    for name in wanted:
-        if names.count(name) > 1:
-            raise InputError(
-                f"{path} has {names.count(name)} columns called {name!r}; which of them is meant "
-                "is not clear: rename or remove the others"
-            )
-    nothing: list[object] = [None] * table.num_rows
-    return {n: _texts(path, n, table.column(n)) if n in wanted else nothing for n in names}
-
-
-def _texts(path: str, name: str, column: pa.ChunkedArray) -> list[object]:
-    """The texts of a column of bytes; InputError, naming the row, for bytes that are no UTF-8."""
-    found: list[object] = []
-    for row, value in enumerate(column.to_pylist(), start=1):
-        try:
-            found.append(value.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}, row {row}: {name} is not UTF-8 ({error.reason} at byte "
-                f"{error.start + 1}); convert the file to UTF-8"
-            ) from None
-    return found

@@ -246,7 +246,7 @@ def test_no_source_at_all():
         read_documents([])
 
 
-@pytest.mark.parametrize("name", ["d.csv", "README", "d.parquet.gz", "d.gz"])
+@pytest.mark.parametrize("name", ["d.rtf", "README", "d.parquet.gz", "d.gz"])
 def test_an_unknown_extension_lists_the_known_ones(tmp_path, name):
     message = message_of([put(tmp_path / name, b"x")])
     assert name in message

@@ -32,6 +32,8 @@ def write(path: Path, texts: list[str]) -> None:
         opened = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
         with opened(str(path), table.schema) as file:
             file.write_table(table, max_chunksize=100)
+    elif path.suffix == ".csv":
+        path.write_text("n,text\n" + "".join(f'7,"{t}\n"\n' for t in texts))
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines.encode()))
     elif path.name.endswith(".jsonl.zst"):
@@ -46,6 +48,7 @@ def write(path: Path, texts: list[str]) -> None:
     [
         "a.jsonl",
         "a.txt",
+        "a.csv",
         "a.jsonl.gz",
         "a.jsonl.zst",
         "a.parquet",

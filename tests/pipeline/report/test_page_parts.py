@@ -54,7 +54,10 @@ def svg_of(figure):
 numbers = st.floats(-1e6, 1e6)
 
 
-@given(st.lists(st.floats(), max_size=50), st.integers(1, 20))
+LOSSES = st.floats(-1e300, 1e300) | st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@given(st.lists(LOSSES, max_size=50), st.integers(1, 20))
 def test_thinned_curves_are_means_of_all_that_are_numbers(values, most):
     points = list(enumerate(values, 1))
     found = thinned(points, most)

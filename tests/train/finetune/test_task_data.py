@@ -164,7 +164,7 @@ def test_numbers_mean_the_same_as_values_and_as_words(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "parts"),
     [
-        ([0, 1, -1, 0], ["row 3", "'-1' (1 rows)", "drop_labels=[-1]", "problem=class"]),
+        ([0, 1, -1, 0], ["row 3", "'-1' (1 row)", "drop_labels=[-1]", "problem=class"]),
         (["a", "b", "-"], ["row 3", 'drop_labels=["-"]', "problem=classification"]),
         (["a", "b", ""], ["row 3", "label is missing", "drop_labels=[null]"]),
         (["a", "b", "nan"], ["row 3", "label is missing"]),
