@@ -161,7 +161,9 @@ def _line_ends(place: str) -> str:
 # --- csv and tsv ----------------------------------------------------------------------------------
 
 
-def _table_records(place: str, fields: Sequence[str], tabbed: bool) -> Iterator[Record | Bad]:
+def _table_records(
+    place: str, fields: Sequence[str] | None, tabbed: bool
+) -> Iterator[Record | Bad]:
     rows = table_rows(place, tabbed)
     names = next(rows, [])
     if isinstance(names, str):
@@ -349,8 +351,9 @@ def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
 
 def _columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
     """Those columns that are wanted, or may hold what is wanted by a dotted name."""
-    every = wanted is None
-    columns = [f for f in fields if every or any(f == w or w.startswith(f"{f}.") for w in wanted)]
+    columns = [
+        f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
+    ]
     doubled = next((name for name in columns if columns.count(name) > 1), None)
     if doubled:
         raise InputError(

@@ -33,8 +33,7 @@ def scores(
     config = _config(AskConfig, sets, *fields)
     places = _places(model, test)
     with Progress.to_terminal() as progress, progress.task("evaluate", "rows") as task:
-        how = {"head": head, "metric": metric, "out": out}
-        return evaluate_file(*places, config=config, begun=task.expect, advance=task.advance, **how)
+        return evaluate_file(*places, head=head, metric=metric, out=out, config=config, watch=task)
 
 
 def perplexity(
@@ -45,8 +44,8 @@ def perplexity(
         raise InputError("--text-field is given twice, and --text takes one text of a record")
     config, places = _config(PerplexityConfig, sets), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("evaluate", "tokens") as task:
-        how = {"begun": task.expect, "advance": task.advance}
-        return text_perplexity(*places, text_field=(fields or ["text"])[0], config=config, **how)
+        field = (fields or ["text"])[0]
+        return text_perplexity(*places, text_field=field, config=config, watch=task)
 
 
 def predictions(
@@ -62,8 +61,7 @@ def predictions(
     check_new_file(out, force)
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
-        how = {"begun": task.expect, "advance": task.advance}
-        return predict_file(*places, out, head=head, config=config, force=force, **how)
+        return predict_file(*places, out, head=head, config=config, force=force, watch=task)
 
 
 def _places(model: str, file: str) -> tuple[str, str]:

@@ -98,11 +98,12 @@ def evaluate(
         for option, value in of_labels.items():
             if value is not None:
                 raise InputError(f"{option} is for labelled rows (--test), not for --text")
-        found = asking.perplexity(model, text, text_field, set_)
-    else:
-        where = None if out is None else str(out)
-        fields = (text_field, label_field)
-        found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
+        measured = asking.perplexity(model, text, text_field, set_)
+        typer.echo(json.dumps(measured.as_dict()) if as_json else measured.told())
+        return
+    where = None if out is None else str(out)
+    fields = (text_field, label_field)
+    found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
     typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
+from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.metrics import METRICS, chosen_metric
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.rows import read_rows
@@ -66,12 +66,10 @@ def evaluate_file(
     metric: str | None = None,
     out: str | None = None,
     config: AskConfig | None = None,
-    begun: Callable[[int | None], None] = lambda total: None,
-    advance: Callable[[int], None] = lambda rows: None,
+    watch: Watch = NOBODY,
 ) -> Evaluation:
     """Score an expert, or a student's ``head``, on the labelled file ``test``; the labels are the
-    model's own, by name. ``out`` receives the predictions, whole or not at all. ``begun`` is called
-    with the number of rows, ``advance`` as they are judged.
+    model's own, by name. ``out`` receives the predictions, whole or not at all.
 
     Raises InputError for wrong files, models, heads or metrics, and for labels that the model does
     not know, naming their rows.
@@ -85,9 +83,9 @@ def evaluate_file(
     check_pairs(before, data.pairs is not None, model, test)
     metric = _metric(metric, before, data)
     log.info("%s: %s", test, data.described())
-    begun(len(data))
+    watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
-        scores, logits, cut = judged_scores(judge, data, settings, advance)
+        scores, logits, cut = judged_scores(judge, data, settings, watch)
         if out is not None:
             with new_file(Path(out)) as file:
                 write_predictions(file, data, judge.answers, logits)

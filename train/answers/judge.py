@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.classifier import (
     MOST_TOKENS,
     Cuts,
@@ -78,7 +78,7 @@ def judged(
     judge: Judge,
     data: TaskData,
     settings: AskConfig,
-    advance: Callable[[int], None] = lambda rows: None,
+    watch: Watch = NOBODY,
 ) -> tuple[np.ndarray, Cuts]:
     """fp32 logits [N,C] of all of ``data``, a block of rows at a time, and what was cut of them."""
     found, cuts = [], Cuts()
@@ -87,7 +87,7 @@ def judged(
         encoded = judge.read(block, settings.max_length)
         found.append(judge.logits(encoded, settings.batch_size))
         cuts = cuts.and_of(encoded)
-        advance(len(block))
+        watch.advance(len(block))
     return np.concatenate(found), cuts
 
 

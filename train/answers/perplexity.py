@@ -15,7 +15,7 @@ tokenizer (rows that pad the output matrix to a round size are none).
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import PerplexityConfig
+from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.answers.windows import (
     Ids,
     Piece,
@@ -102,13 +103,11 @@ def text_perplexity(
     *,
     text_field: str = "text",
     config: PerplexityConfig | None = None,
-    begun: Callable[[int | None], None] = lambda total: None,
-    advance: Callable[[int], None] = lambda tokens: None,
+    watch: Watch = NOBODY,
 ) -> Perplexity:
     """Measure a language model, or a student as one, on plain text that is read as a corpus is.
 
-    ``begun`` is called with the number of tokens to predict (None: not known), ``advance`` as they
-    are. Raises InputError for a model without output over the vocabulary, and for bad text.
+    Raises InputError for a model without output over the vocabulary, and for bad text.
     """
     started, config = time.perf_counter(), config or PerplexityConfig()
     read = _Texts(text, text_field)
@@ -119,10 +118,10 @@ def text_perplexity(
     advice = f"Lower batch_tokens: `--set batch_tokens={max(1, config.batch_tokens // 2)}`"
     with running_out(Path(text), lambda: "Nothing is written", advice), torch.inference_mode():
         total, windows = shown.windows(read.encoded(tokenizer))
-        begun(total)
+        watch.expect(total)
         for found in _run(network, windows, tokenizer.pad_id, config.batch_tokens):
             losses.add(found)
-            advance(len(found))
+            watch.advance(len(found))
     ce = losses.mean(model, text)
     causal = network.task == "causal_lm"
     return Perplexity(
@@ -181,8 +180,10 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
 def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm", "causal_lm"]:
     config = load_config(directory)
     said, saved_as = task_said(config), (config.architectures or ["nothing that it says"])[0]
-    if said == "masked_lm" or said == "causal_lm":
-        return said
+    if said == "masked_lm":
+        return "masked_lm"
+    if said == "causal_lm":
+        return "causal_lm"
     if said is not None:
         raise InputError(
             f"{model!r} is an expert ({saved_as}): it has no output over the vocabulary, so no "

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import check_pairs, less_memory
 from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.classifier import Cuts, tell_cut
 from rekindle.train.finetune.labels import SHOWN
 from rekindle.train.finetune.predictions import GIVEN, Answers, answered, labels_in, write_rows
@@ -75,14 +76,12 @@ def predict_file(
     head: str | None = None,
     config: AskConfig | None = None,
     force: bool = False,
-    begun: Callable[[int | None], None] = lambda total: None,
-    advance: Callable[[int], None] = lambda rows: None,
+    watch: Watch = NOBODY,
 ) -> Predicted:
     """Write a JSON line for every row of ``text`` into ``out``, which is there whole or not at all.
 
     Both may be ``-``: jsonl from stdin, lines to stdout. A file is read once before anything is
-    judged, so that a row that is none is found at once; ``begun`` is then called with the number of
-    rows (None: piped in), and ``advance`` as they are judged.
+    judged, so that a row that is none is found at once;
 
     Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless by
     ``force``.
@@ -98,13 +97,13 @@ def predict_file(
     columns = _text_columns(text, [*first], settings)
     check_pairs(before, len(columns) > 1, model, text)
     total = None if _is_piped(text) else _check(read_rows(text), columns, judge.answers, text)
-    begun(total)
+    watch.expect(total)
     work = _Work(judge, settings, columns, text)
     enough = running_out(Path(out), lambda: "Nothing is written", less_memory(settings))
     with enough, _opened(out) as (file, ascii_only):
         for block in blocks(chain([first], rows)):
             write_rows(work.answered(block), file, ascii_only)
-            advance(len(block))
+            watch.advance(len(block))
     return Predicted(
         model=model,
         head=judge.head,

@@ -3,7 +3,6 @@
 import logging
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
+from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.classifier import predict, tell_cut
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
@@ -142,11 +142,11 @@ def judged_scores(
     judge: Judge,
     data: TaskData,
     settings: AskConfig,
-    advance: Callable[[int], None] = lambda rows: None,
+    watch: Watch = NOBODY,
 ) -> tuple[Scores, np.ndarray, float]:
     """All fitting scores, fp32 logits [N,C], and which share of the texts was cut."""
     judge.check_task(data)
-    logits, cuts = judged(judge, data, settings, advance)
+    logits, cuts = judged(judge, data, settings, watch)
     cut = tell_cut({"dev": cuts})["dev"]
     if not data.label_names:
         return all_scores(data.problem, logits, data.labels), logits, cut
