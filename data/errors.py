@@ -8,6 +8,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_NEAR = 0.6  # of two names: letters that they share, in order, as a part of all they have
+
 
 class RekindleError(Exception):
     """Anything Rekindle reports without a traceback."""
@@ -32,12 +34,14 @@ class ResumableError(InputError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones.
-
-    None is too far, for the message lists them anyway; nothing is said where none is known.
+    """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones, in
+    whatever case, or one that begins with it; nothing where none is near.
     """
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    plain = {one.casefold(): one for one in known}
+    given = name.casefold()
+    nearest = difflib.get_close_matches(given, plain, n=1, cutoff=_NEAR)
+    nearest = nearest or [one for one in plain if len(given) > 2 and one.startswith(given)]
+    return f"; did you mean {plain[nearest[0]]!r}?" if nearest else ""
 
 
 def first_words(error: BaseException, limit: int = 300) -> str:

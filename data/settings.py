@@ -3,8 +3,9 @@
 Each section lives beside the code that owns it; this module knows none of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -16,9 +17,11 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.key_names import called_otherwise
 from rekindle.data.places import expanded
 
 S = TypeVar("S", bound="Settings")
@@ -160,9 +163,53 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: {rule}{shown}")
     keys += (str(found["loc"][-1]),)
-    known = sorted({f.alias or name for s in sections for name, f in s.model_fields.items()})
-    told = f"unknown key {'.'.join(keys)!r}{did_you_mean(keys[-1], known)}"
+    known = sorted({key for section in sections for key in _fields(section)})
+    told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
     return _Problem(keys, f"{told} (known here: {', '.join(known)})")
+
+
+def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:
+    """The end of a message about an unknown key: what it is called here, where it stands, or which
+    one is near.
+    """
+    if here := called_otherwise(name, known):
+        return f"; it is called {' or '.join(map(repr, here))} here"
+    if below := [key for section in sections for key in keys_called(section, name)]:
+        return f"; did you mean {' or '.join(map(repr, below))}?"
+    return did_you_mean(name, known)
+
+
+def keys_called(section: type[BaseModel], name: str) -> list[str]:
+    """The dotted keys of ``section`` that are called ``name``, or else so by other libraries:
+    those that lie least deep. Of a list that of its first item.
+    """
+    plain = name.replace("-", "_")
+    exact, others = ({plain}.intersection, partial(called_otherwise, plain))
+    return _shallowest(section, exact) or _shallowest(section, others)
+
+
+def _shallowest(
+    section: type[BaseModel], choose: Callable[[Collection[str]], Iterable[str]]
+) -> list[str]:
+    level: list[tuple[str, type[BaseModel]]] = [("", section)]
+    seen: set[type[BaseModel]] = set()
+    while level:
+        if found := [path + key for path, one in level for key in choose(_fields(one))]:
+            return list(dict.fromkeys(found))
+        seen |= {one for _, one in level}
+        level = [
+            (f"{path}{key}." + "0." * (tuple in _kinds(_choices(field.annotation))), inner)
+            for path, one in level
+            for key, field in _fields(one).items()
+            for inner in sections_in(field.annotation)
+            if inner not in seen
+        ]
+    return []
+
+
+def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by the keys that are written."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _is_inside(keys: tuple[str, ...], outer: tuple[str, ...]) -> bool:

@@ -71,7 +71,7 @@ def resolve_name(name: str) -> str:
     if name in known:
         return str(known[name])
     raise InputError(
-        f"there is no built-in {name!r}{did_you_mean(name, known)} (The models are "
+        f"there is no built-in {name!r}{did_you_mean(name, known) or '.'} (The models are "
         f"{', '.join(MODELS)}. A folder of your own is written ./{name})"
     )
 

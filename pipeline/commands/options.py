@@ -12,13 +12,45 @@ from rekindle.data.places import expanded
 PLACES = ("cache", "model", "train", "dev", "test", "text")
 
 
+# Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
+KEYS_LISTED = ("finetune",)
+
+
 class Command(TyperCommand):
-    """Fills in ``~`` and ``$VARIABLES`` of every place it is given.
+    """Fills in ``~`` and ``$VARIABLES`` of every place it is given, and says of a key of the
+    configuration that is given as an option how it is set.
 
     A shell leaves both alone in ``--out=~/x`` and within single quotes, and a job may have none.
     """
 
-    def invoke(self, ctx: Any) -> Any:  # of click, which typer carries with it or not
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # of click, here and below,
+        """Read the command line."""  # which typer carries with it or not
+        typed = [*args]
+        try:
+            found: list[str] = super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":
+                self._refuse_key(str(getattr(error, "option_name", "")), typed)
+            raise
+        return found
+
+    def _refuse_key(self, option: str, typed: list[str]) -> None:
+        """Raise InputError where ``option`` is a key of --set, and no beginning of an option."""
+        known = [name for one in self.params for name in one.opts]
+        if "--set" in known and not any(name.startswith(option) for name in known):
+            from rekindle.pipeline.commands.keys import refuse_option
+
+            refuse_option(str(self.name), option, typed)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, and after it the keys of --set."""
+        super().format_help(ctx, formatter)
+        if self.name in KEYS_LISTED:
+            from rekindle.pipeline.commands.keys import print_keys
+
+            print_keys(str(self.name))
+
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         for name, value in ctx.params.items():
             if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings
 from rekindle.train.finetune.result import WRITER, FinetuneResult
 from rekindle.train.record.run_folder import read_record
 
@@ -151,7 +151,7 @@ def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, objec
     """Everything that must be the same in all arms of a task, but for what was ``searched``."""
     names = ("problem", "label_names", "metric", "seeds")
     # What the files mean is compared by what was made of them; older results do not set it.
-    left_out = {*searched, *TaskSettings.model_fields}
+    left_out = {*searched, *TaskSettings.model_fields, *FORMER_FIELDS}
     settings = {key: value for key, value in one.budget.items() if key not in left_out}
     # The setting may be "auto"; where it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}

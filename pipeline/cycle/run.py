@@ -44,7 +44,7 @@ from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
 
 ELSEWHERE = "give another --out"
-_SAY = "say what they mean (finetune.problem, label_column, drop_labels, positive, …)"
+_SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
 
 
 def run_cycle(

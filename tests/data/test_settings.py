@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import Settings, parse_settings
 
 
@@ -89,6 +89,20 @@ def test_an_unknown_key_has_its_full_path_and_names_the_nearest(values, path, ne
     text = message(values)
     assert f"unknown key {path}" in text
     assert f"did you mean {nearest}?" in text
+
+
+def test_a_key_that_lies_elsewhere_or_has_another_name_is_named():
+    assert "unknown key 'second'; did you mean 'shares.second'?" in message({"second": 1})
+    assert "; did you mean 'terms.0.temperature'?" in message({"name": "r", "temp": 2})
+    where = {"name": "r", "terms": [{"teachers": [], "tau": 2}]}
+    assert "unknown key 'terms.0.tau'; it is called 'temperature' here (" in message(where)
+
+
+def test_nothing_is_meant_where_nothing_is_near():
+    assert "unknown key 'qqq' (known here: " in message({"name": "r", "qqq": 1})
+    assert did_you_mean("label", ["text", "gold"]) == ""
+    assert did_you_mean("Label", ["text", "label"]) == "; did you mean 'label'?"
+    assert did_you_mean("prob", ["policy", "probability"]) == "; did you mean 'probability'?"
 
 
 def test_the_known_keys_are_listed_by_the_names_that_are_written():

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
 from rekindle.train.schedules import Seed
 
+FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
 
 
@@ -35,13 +36,18 @@ class TaskSettings(Settings):
         "lists of them) are scores, and what may be either is refused; classification: every label "
         "is a class as it is written; regression: labels are numbers, or lists of numbers",
     )
-    text_columns: tuple[str, ...] = Field(
+    text_field: tuple[str, ...] = Field(
         (),
         max_length=2,
-        description="the column of the text, or the two of a pair; empty: text, or sentence1 and "
+        validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
+        description="where the text stands, or the two of a pair; empty: text, or sentence1 and "
         "perhaps sentence2",
     )
-    label_column: str = Field("label", description="the column of the labels")
+    label_field: str = Field(
+        "label",
+        validation_alias=AliasChoices("label_field", FORMER_FIELDS[1]),
+        description="where the label stands",
+    )
     drop_labels: tuple[Label, ...] = Field(
         (), description="rows with these labels are left out; [null]: those without a label"
     )
@@ -51,7 +57,7 @@ class TaskSettings(Settings):
         "beside not_x",
     )
 
-    @field_validator("text_columns", "drop_labels", mode="before")
+    @field_validator("text_field", "drop_labels", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list | tuple):

@@ -217,8 +217,8 @@ def _refuse_doubtful(train: Rows) -> None:
         train.refuse(
             0,
             f"label {train.labels[0].raw!r}: there are {len(counts)} labels in "
-            f"{len(train.labels)} rows, more like ids or scores than classes; name the column of "
-            f"the labels with label_column, or say {_CLASSIFY} or {_SCORES}",
+            f"{len(train.labels)} rows, more like ids or scores than classes; name the field of "
+            f"the labels with --label-field, or say {_CLASSIFY} or {_SCORES}",
         )
     at_first = next((place for place, label in enumerate(train.labels) if label.decimal), None)
     if at_first is not None and not counts.keys() <= {"0", "1"}:
@@ -263,8 +263,8 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
         split.refuse(
             place,
             f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
-            f"({len(names)}: {known}){did_you_mean(label.name, names)} Correct the label, add such "
-            f"rows to train, or leave them out with {_leave_out(label.name)}",
+            f"({len(names)}: {known}){did_you_mean(label.name, names) or '.'} Correct the label, "
+            f"add such rows to train, or leave them out with {_leave_out(label.name)}",
         )
     return numbers
 
@@ -295,7 +295,8 @@ def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[s
             raise InputError(
                 f"drop_labels has {name!r}, which is no label of "
                 f"{', '.join(dict.fromkeys(rows.path for rows, _ in found))} (there are: {known})"
-                f"{did_you_mean(name, names)} Correct it, or give it to a task that has it{quoted}"
+                f"{did_you_mean(name, names) or '.'} Correct it, or give it to a task that has "
+                f"it{quoted}"
             )
 
 

@@ -170,6 +170,6 @@ def _check_pairs(files: Sequence[TaskFile]) -> None:
         if (train.pairs is None) != (other.pairs is None):
             has, lacks = (train, other) if other.pairs is None else (other, train)
             raise InputError(
-                f"{has.path} has sentence2 (or text_columns' second) and {lacks.path} has not; the "
+                f"{has.path} has sentence2 (or a second text field) and {lacks.path} has not; the "
                 "splits of one task are all pairs or all single texts: add it or take it away"
             )

@@ -16,6 +16,7 @@ from rekindle.train.finetune.config import TaskSettings
 
 _FORMATS = ("jsonl", "csv", "tsv", "parquet")
 _USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
+_SAY_TEXT = "--text-field (in a cycle: finetune.text_field)"
 _Columns = dict[str, list[object]]
 
 
@@ -38,16 +39,16 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
             f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
         )
-    wanted = {*settings.text_columns, settings.label_column, *(n for u in _USUAL for n in u)}
+    wanted = {*settings.text_field, settings.label_field, *(n for u in _USUAL for n in u)}
     columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    names = _text_columns(path, [*columns], settings)
-    if settings.label_column not in columns:
+    names = _text_fields(path, [*columns], settings)
+    if settings.label_field not in columns:
         raise InputError(
-            f"{path} has no column {settings.label_column!r} (it has: {', '.join(columns)}"
-            f"{did_you_mean(settings.label_column, columns)}); name that of the labels with "
-            "label_column"
+            f"{path} has no column {settings.label_field!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(settings.label_field, columns)}); name that of the labels with "
+            "--label-field (in a cycle: finetune.label_field)"
         )
     for name in names:
         for row, value in enumerate(columns[name], start=1):
@@ -57,29 +58,29 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if told := half_a_pair(name, value):
                 raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
-    labels = columns[settings.label_column]
+    labels = columns[settings.label_field]
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def _text_columns(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
+def _text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
     has = f"it has: {', '.join(columns)}"
-    if missing := [name for name in settings.text_columns if name not in columns]:
+    if missing := [name for name in settings.text_field if name not in columns]:
         raise InputError(
             f"{path} has no column {missing[0]!r} ({has}){did_you_mean(missing[0], columns)}; "
-            "text_columns names those of the texts"
+            f"{_SAY_TEXT} names those of the texts"
         )
-    if settings.text_columns:
-        return settings.text_columns
+    if settings.text_field:
+        return settings.text_field
     found = [usual for usual in _USUAL if all(name in columns for name in usual)]
     if not found:
         raise InputError(
-            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts, or the "
-            "two of pairs, with text_columns"
+            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts with "
+            f"{_SAY_TEXT}, given twice for pairs"
         )
     if "text" in columns and "sentence1" in columns:
         raise InputError(
-            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with text_columns"
+            f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with {_SAY_TEXT}"
         )
     return found[0]
 

@@ -110,7 +110,7 @@ def test_what_is_written_reads_as_the_same_examples(tmp_path, labels, pairs):
     written = tmp_path / "tasks" / "t"
     names = ("train", "dev", "test")
     files = (str(written / f"{n}.jsonl") for n in names)
-    own = found.own_settings(FinetuneConfig(text_columns=["of the original files"]))
+    own = found.own_settings(FinetuneConfig(text_field=["of the original files"]))
     for name, data in zip(names, read_task(*files, settings=own), strict=True):
         original, rows = found.splits[name], found.rows[name]
         assert data.texts == [original.texts[r] for r in rows]

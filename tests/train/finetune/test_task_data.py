@@ -170,7 +170,7 @@ def test_numbers_mean_the_same_as_values_and_as_words(tmp_path):
         (["a", "b", "nan"], ["row 3", "label is missing"]),
         (["a", "b", "b "], ["row 3", "'b '", "row 2 has 'b'", "blanks or case", "problem=class"]),
         (["a", "b", "B"], ["row 3", "'B'", "row 2 has 'b'"]),
-        (list(range(40)), ["40 labels in 40 rows", "ids", "label_column", "problem=regression"]),
+        (list(range(40)), ["40 labels in 40 rows", "ids", "--label-field", "problem=regression"]),
         ([f"{n}x" for n in range(26)], ["26 labels in 26 rows"]),
         (["1.0", "2.0", "3.0"], ["row 1", "written as decimals", "problem=regression"]),
         (["0.0", "1.0", "2.0"], ["row 1", "and not 0 and 1", "problem=classification"]),
@@ -323,16 +323,19 @@ def test_texts_that_are_empty_are_counted(tmp_path):
 
 def test_columns_are_chosen(tmp_path):
     rows = [{"premise": "a", "claim": "b", "gold": 0}, {"premise": "c", "claim": "d", "gold": 1}]
-    chosen = TaskSettings(text_columns=["premise", "claim"], label_column="gold")
+    chosen = TaskSettings(text_field=["premise", "claim"], label_field="gold")
     for name in EVERY:
         path = write(tmp_path / name, rows)
         (data,) = read_task(path, settings=chosen)
         assert (data.texts, data.pairs) == (["a", "c"], ["b", "d"])
-        assert "text_columns" in refused(path)
-        with pytest.raises(InputError, match=r"did you mean 'premise'.*text_columns"):
-            read_task(path, settings=TaskSettings(text_columns="premises", label_column="gold"))
-        with pytest.raises(InputError, match=r"no column 'label'.*label_column"):
-            read_task(path, settings=TaskSettings(text_columns="claim"))
+        assert "--text-field" in refused(path)
+        with pytest.raises(InputError, match=r"did you mean 'premise'.*--text-field"):
+            read_task(path, settings=TaskSettings(text_field="premises", label_field="gold"))
+        with pytest.raises(InputError, match=r"no column 'label'.*--label-field") as caught:
+            read_task(path, settings=TaskSettings(text_field="claim"))
+        assert "did you mean" not in str(caught.value)  # none of its columns is near
+    former = TaskSettings(text_columns=["premise", "claim"], label_column="gold")
+    assert former == chosen
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

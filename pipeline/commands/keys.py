@@ -1,0 +1,102 @@
+"""The keys of a configuration beside a command's options: listed by --help, and told to whoever
+gives one as an option. Reads the settings, so it is imported only where one of both happens.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import keys_called, sections_in
+
+
+def settings_of(command: str) -> type[BaseModel]:
+    """What ``--set`` of a command changes."""
+    if command == "finetune":
+        from rekindle.train.finetune.config import FinetuneConfig
+
+        return FinetuneConfig
+    if command == "rekindle":
+        from rekindle.pipeline.cycle.config import CycleConfig
+
+        return CycleConfig
+    from rekindle.pipeline.config import RunConfig
+
+    return RunConfig
+
+
+def print_keys(command: str) -> None:
+    """Print each key with its default and what it means, as --help prints options."""
+    table = Table.grid(padding=(0, 2))
+    for key, meaning in listed(command):
+        table.add_row(Text(key, style="bold cyan", overflow="fold"), Text(meaning))
+    title = "Keys of --set KEY=VALUE, with their defaults"
+    Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
+
+
+def listed(command: str) -> list[tuple[str, str]]:
+    """Each key with its default as ``--set`` takes it, and what it means."""
+    found = []
+    for key, field in settings_of(command).model_fields.items():
+        choices = _words(field.annotation)
+        told = f" [{' | '.join(choices)}]" if len(choices) > 1 else ""
+        found.append((f"{key}={_written(field.default)}", f"{field.description}{told}"))
+    return found
+
+
+def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
+    """Raise InputError with the line to type where an unknown ``option`` is a key of the
+    configuration, or what another library calls one; do nothing where it is none.
+    """
+    settings = settings_of(command)
+    keys = keys_called(settings, option.lstrip("-"))[:3]
+    if not keys:
+        return
+    value = _value_of(option, arguments)
+    typed = [f"{key}={value or ('true' if _is_switch(settings, key) else 'VALUE')}" for key in keys]
+    raise InputError(
+        f"{option} is no option of `pipeline {command}`: it is a key of the configuration, which "
+        f"is set with --set. Type: {' or '.join(f'--set {shlex.quote(one)}' for one in typed)}"
+    )
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str:
+    """What stands behind an option; empty where nothing does."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            after = [value] if equals else arguments[place + 1 : place + 2]
+            return "".join(one for one in after if equals or not one.startswith("--"))
+    return ""
+
+
+def _is_switch(settings: type[BaseModel], key: str) -> bool:
+    """Whether the value at a dotted key is true or false."""
+    here, annotation = [settings], None
+    for part in key.split("."):
+        if not part.isdecimal():
+            fields = [one.model_fields[part] for one in here if part in one.model_fields]
+            annotation = fields[0].annotation if fields else None
+            here = sections_in(annotation)
+    return annotation is bool
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a value may be."""
+    if get_origin(annotation) is not None and not isinstance(annotation, type):
+        return [word for one in get_args(annotation) for word in _words(one)]
+    return [annotation] if isinstance(annotation, str) else []
+
+
+def _written(value: object) -> str:
+    """A default as YAML."""
+    if isinstance(value, tuple):
+        return "[]"
+    return value if isinstance(value, str) else json.dumps(value)
