@@ -82,7 +82,7 @@ def _config(
     for setting in sets or ():
         set_value(values, setting)
     if text_field:
-        values["text_columns"] = [*text_field]
+        values["text_field"] = [*text_field]
     if label_field is not None:
-        values["label_column"] = label_field
+        values["label_field"] = label_field
     return parse_settings(kind, resolve_values(values), "--set")

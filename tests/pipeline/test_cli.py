@@ -263,6 +263,11 @@ def test_the_command_line_is_frozen():
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
         "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
+        "evaluate": [
+            *("--force", "--head", "--json", "--label-field", "--metric", "--out", "--set"),
+            *("--test", "--text", "--text-field"),
+        ],
+        "predict": ["--force", "--head", "--json", "--out", "--set", "--text", "--text-field"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
         "plan": ["--json", "--probe", "--set"],
         "gc": ["--dry-run", "--json", "--older-than"],

@@ -88,9 +88,12 @@ def _unknown(rows: Rows, wrong: Sequence[int], names: Sequence[str], who: str) -
     told = ", ".join(map(repr, labels[:_ROWS_SHOWN])) + (" …" if len(labels) > _ROWS_SHOWN else "")
     known = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
     near = did_you_mean(labels[0], names)
-    leave = shlex.quote(f"drop_labels={json.dumps(labels, ensure_ascii=False)}")
+    if len(wrong) == len(rows.labels):
+        advice = "It knows no label of the file: check the model, the file and --label-field"
+    else:
+        leave = shlex.quote(f"drop_labels={json.dumps(labels, ensure_ascii=False)}")
+        advice = f"Correct them, or leave such rows out with --set {leave}"
     return (
         f"{rows.path}, row {numbers}{more}: {who} does not know the label{'s' * (len(labels) > 1)} "
-        f"{told}; it knows {len(names)}: {known}{near}. Correct them, or leave such rows out with "
-        f"--set {leave}"
+        f"{told}; it knows {len(names)}: {known}{near or '.'} {advice}"
     )

@@ -31,7 +31,7 @@ from rekindle.train.finetune.labels import SHOWN
 from rekindle.train.finetune.predictions import GIVEN, Answers, answered, labels_in, write_rows
 from rekindle.train.finetune.rows import Row, read_rows, texts_of
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.finetune.task_files import _text_columns
+from rekindle.train.finetune.task_files import text_fields
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.running_out import running_out
 
@@ -94,7 +94,7 @@ def predict_file(
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
     settings = as_recorded(config or AskConfig(), before, first.keys())
-    columns = _text_columns(text, [*first], settings)
+    columns = text_fields(text, [*first], settings)
     check_pairs(before, len(columns) > 1, model, text)
     total = None if _is_piped(text) else _check(read_rows(text), columns, judge.answers, text)
     watch.expect(total)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rekindle.data.settings import parse_settings
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.finetune.config import FORMER_FIELDS
 from rekindle.train.finetune.result import RESULT_FILE, WRITER
 
 log = logging.getLogger("rekindle")
@@ -32,7 +33,10 @@ def recorded(directory: Path) -> Recorded:
         found = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
         if found["written_by"] != WRITER:
             return Recorded()
-        return Recorded(found["metric"], dict(found["config"]), found.get("pairs"))
+        config = dict(found["config"])
+        for former, name in zip(FORMER_FIELDS, ("text_field", "label_field"), strict=True):
+            config.setdefault(name, config.pop(former, None))
+        return Recorded(found["metric"], config, found.get("pairs"))
     except (OSError, ValueError, KeyError, TypeError):
         return Recorded()
 
@@ -45,10 +49,9 @@ def as_recorded(given: AskConfig, before: Recorded, columns: Collection[str]) ->
     values = given.model_dump(exclude_unset=True)
     old, fields = before.settings, AskConfig.model_fields
     names = [name for name in _READING if name in fields and old.get(name) != fields[name].default]
-    texts = old.get("text_columns") or ()
-    names += ["text_columns"] if texts and all(name in columns for name in texts) else []
-    label = old.get("label_column")
-    names += ["label_column"] if label not in (None, "label") and label in columns else []
+    texts, label = old.get("text_field") or (), old.get("label_field")
+    names += ["text_field"] if texts and all(name in columns for name in texts) else []
+    names += ["label_field"] if label not in (None, "label") and label in columns else []
     taken = {name: old[name] for name in names if name in old and name not in values}
     if not taken:
         return given

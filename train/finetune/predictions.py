@@ -106,15 +106,16 @@ def write_rows(rows: Iterable[Row], file: BinaryIO, ascii_only: bool = False) ->
 
 def _line(row: Row, number: int, ascii_only: bool) -> str:
     try:
-        line = json.dumps(row, ensure_ascii=ascii_only, allow_nan=False, default=_as_text)
-    except ValueError:  # NaN, as Parquet may hold it
-        line = json.dumps(_finite(row), ensure_ascii=ascii_only, default=_as_text)
-    except TypeError as error:
-        raise InputError(f"row {number}: {error}; leave that column out") from None
-    try:
+        try:
+            line = json.dumps(row, ensure_ascii=ascii_only, allow_nan=False, default=_as_text)
+        except ValueError:  # NaN, as Parquet may hold it
+            row = {name: _finite(value) for name, value in row.items()}
+            line = json.dumps(row, ensure_ascii=ascii_only, default=_as_text)
         line.encode()
     except UnicodeEncodeError:  # half a surrogate pair in an own column
         return json.dumps(row, default=_as_text)
+    except TypeError as error:
+        raise InputError(f"row {number}: {error}; leave that column out") from None
     return line
 
 

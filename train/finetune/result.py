@@ -52,6 +52,7 @@ class FinetuneResult:
     positive: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
+    pairs: bool | None = None  # whether texts come in pairs; older results do not say
 
     @classmethod
     def of(
@@ -91,6 +92,7 @@ class FinetuneResult:
             positive=data.positive,
             dropped={name: split.dropped for name, split in splits.items()},
             cut=dict(cut or {}),
+            pairs=data.pairs is not None,
         )
 
     def as_dict(self) -> dict[str, object]:

@@ -43,7 +43,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    names = _text_fields(path, [*columns], settings)
+    names = text_fields(path, [*columns], settings)
     if settings.label_field not in columns:
         raise InputError(
             f"{path} has no column {settings.label_field!r} (it has: {', '.join(columns)}"
@@ -62,7 +62,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def _text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
+def text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
     has = f"it has: {', '.join(columns)}"
     if missing := [name for name in settings.text_field if name not in columns]:
