@@ -9,6 +9,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +107,8 @@ def _all_docs() -> Iterator[PythonDoc]:
         yield from _docs_in(module, path)
 
 
+# What one Python carries stays as it is, and a run reads it more than once: to sample it, to build.
+@cache
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     files = []
     for path in root.rglob("*.py"):
@@ -117,21 +120,24 @@ def _library_files(root: Path) -> list[tuple[str, Path]]:
     return sorted(files)
 
 
-def _docs_in(module: str, path: Path) -> Iterator[PythonDoc]:
+@cache
+def _docs_in(module: str, path: Path) -> tuple[PythonDoc, ...]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old modules have invalid escapes; not our concern
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return
+        return ()
     part = part_of(module)
     used: dict[str, int] = {}
+    found = []
     for name, kind, text in _docstrings(tree):
         full = f"{module}:{name}" if name else module
         used[full] = used.get(full, 0) + 1
         if used[full] > 1:  # defined again, under an ``if`` say
             full = f"{full}#{used[full]}"
-        yield PythonDoc(full, text, kind, module, part)
+        found.append(PythonDoc(full, text, kind, module, part))
+    return tuple(found)
 
 
 def _docstrings(

@@ -1,5 +1,7 @@
 """Ways to run the same student: compiled, with less memory, with another attention."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -66,8 +68,13 @@ def test_an_attention_that_a_model_has_not_is_refused(masked_world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_compiled_blocks_train_the_same_student(masked_world, make_model, wordpiece, tmp_path):
-    """Dropout is drawn otherwise, so it is off."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_the_same_student(
+    masked_world, make_model, wordpiece, tmp_path, monkeypatch, backend
+):
+    """Dropout is drawn otherwise, so it is off. The quick backend writes and builds no C++."""
+    compiled_by = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled_by)
     off = STILL | {"hidden_size": 16}
     path = make_model("bert", "AutoModelForMaskedLM", wordpiece, 10, **off)
     student = StudentConfig(model=str(path))

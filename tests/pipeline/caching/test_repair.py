@@ -223,13 +223,13 @@ def test_a_flipped_byte_of_any_file_is_named(whole, tmp_path):
 
 
 def test_every_part_of_a_small_file_is_covered(whole, tmp_path):
-    """Every 23rd byte, in each of its bits in turn."""
+    """Every 47th byte, in each of its bits in turn."""
     cache = copied(whole, tmp_path / "cache")
     patterns = ["cache.json", "corpus/corpus.json", "corpus/complete.json", "corpus/tokenizer.json"]
     patterns += ["views/*/view.json", "targets/lm/teacher.json", "targets/hidden/head.json"]
     for pattern in [*patterns, "targets/lm/commits/00001-r001.json"]:
         for path in sorted(whole.glob(pattern)):
-            check_bytes(whole, cache, str(path.relative_to(whole)), 23)
+            check_bytes(whole, cache, str(path.relative_to(whole)), 47)
 
 
 @pytest.mark.slow
