@@ -1,6 +1,7 @@
 """Commands about one model: what makes an expert of it, and what an expert says."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from rekindle.pipeline.commands.options import (
     Overrides,
     TextField,
 )
+from rekindle.pipeline.console import say
 
 
 def finetune(
@@ -52,6 +54,8 @@ def finetune(
     if config.epochs:
         result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
     elif seeds == 1:
+        if config.merge is None:
+            say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")
         result = score.score_model(*given, metric=metric, config=config)
     else:
         raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
@@ -63,6 +67,12 @@ def finetune(
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+
+
+def _as_evaluate(model: str, dev: str, head: str | None) -> str:
+    """The command that scores a model, as it is typed."""
+    named = [] if head is None else ["--head", head]
+    return shlex.join(["pipeline", "evaluate", model, "--test", dev, *named])
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """Finished models that judge texts: an expert, or a student with one of its heads."""
 
 import math
+import shlex
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -19,6 +20,7 @@ from rekindle.train.finetune.classifier import (
     encode,
     load_trained,
     predict,
+    to_fine_tune,
 )
 from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.predictions import Answers
@@ -115,8 +117,8 @@ def no_head(model: str, kind: str) -> str:
     """What is told of a language model that is asked for labels."""
     return (
         f"{model!r} is a {kind} language model without a trained head: it knows no labels. Make an "
-        f"expert of it first: `pipeline finetune {model} --train train.jsonl --dev dev.jsonl "
-        f"--out EXPERT`. How well it knows plain text: `pipeline evaluate {model} --text FILE`"
+        f"expert of it first: {to_fine_tune(model)}. How well it knows plain text: `pipeline "
+        f"evaluate {shlex.quote(model)} --text FILE`"
     )
 
 
@@ -203,8 +205,7 @@ def head_of(student: Student, wanted: str | None, directory: str) -> tuple[str, 
             told = f"has the task heads {', '.join(heads)}{which}"
         raise InputError(
             f"student {directory!r} {told}. A distill term of a task expert gives a student a "
-            f"head; or fine-tune it: `pipeline finetune {directory} --train train.jsonl --dev "
-            "dev.jsonl --out EXPERT`"
+            f"head; or fine-tune it: {to_fine_tune(directory)}"
         )
     return wanted, heads[wanted]
 

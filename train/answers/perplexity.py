@@ -14,6 +14,7 @@ tokenizer (rows that pad the output matrix to a round size are none).
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -185,11 +186,12 @@ def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm
     if said == "causal_lm":
         return "causal_lm"
     if said is not None:
+        asked = ["pipeline", "predict", model, "--text", text]
+        scored = ["pipeline", "evaluate", model, "--test", "FILE"]
         raise InputError(
             f"{model!r} is an expert ({saved_as}): it has no output over the vocabulary, so no "
-            f"perplexity. What it says of texts: `pipeline predict {model} --text {text} --out "
-            f"predictions.jsonl`; its scores on labelled rows: `pipeline evaluate {model} "
-            "--test FILE`"
+            f"perplexity. What it says of texts: `{shlex.join(asked)} --out "
+            f"predictions.jsonl`; its scores on labelled rows: `{shlex.join(scored)}`"
         )
     raise InputError(
         f"{model!r} was saved as {saved_as}, which has no output over the vocabulary, so no "

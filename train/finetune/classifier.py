@@ -5,6 +5,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 
 import logging
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -271,6 +272,12 @@ def by_length(
     return logits
 
 
+def to_fine_tune(model: str) -> str:
+    """The command that makes an expert of a model, in a message."""
+    where = "--train train.jsonl --dev dev.jsonl --out EXPERT"
+    return f"`pipeline finetune {shlex.quote(model)} {where}`"
+
+
 def load_trained(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a classifier with all its weights onto its device, and its tokenizer; InputError for one
     without a trained head.
@@ -280,7 +287,6 @@ def load_trained(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFa
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
-            f"fine-tune it first: `pipeline finetune {model_dir} --train train.jsonl --dev "
-            "dev.jsonl --out EXPERT`"
+            f"fine-tune it first: {to_fine_tune(model_dir)}"
         )
     return network.to(place("fp32").device), tokenizer
