@@ -105,6 +105,8 @@ def train_student(
     with resumable(lambda: begun_in(target) is not None) as progress:
         if resume:
             check_begun(target)
+        elif out is None and is_main():
+            say(f"without --out, what comes of it goes to {target}")
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
@@ -167,6 +169,8 @@ def rekindle(
     target = out or Path("runs") / run.stem
     launched()
     with resumable() as progress:
+        if out is None and is_main():
+            say(f"without --out, what comes of it goes to {target}")
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)

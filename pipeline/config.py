@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.config import MOST, CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
@@ -31,8 +32,11 @@ class CacheConfig(Settings):
     """Where the cache is and how examples are shown."""
 
     path: Free[Place] = Field(description="local path, s3://…, gs://…")
-    sequences_per_shard: int = Field(
-        4096, gt=0, description="sequences per shard: the unit of work and of what a kill can lose"
+    sequences_per_shard: Annotated[int | None, Formerly(MOST)] = Field(
+        None,
+        gt=0,
+        description="sequences per shard: the unit of work and of what a kill can lose; null: as "
+        "the cache has it, and in a new one 64 to 4,096, so that there are 32 shards or more",
     )
     replicas: int = Field(
         4,

@@ -23,7 +23,7 @@ from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_jobs
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
 from rekindle.pipeline.processes.worker import Place, cores, warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
@@ -121,7 +121,7 @@ def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
             write_corpus(pages, settings.sizes, made, settings.documents)
             task.advance(len(pages))
     write_text(made / "base.yaml", dump_config(start_config(home, settings)))
-    run_jobs(start_jobs(made, settings), made / "log", progress)
+    run_counted(start_jobs(made, settings), made / "log", progress)
 
 
 def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rekindle.data.errors import InputError, RekindleError, ResumableError
 from rekindle.pipeline.console import say
+from rekindle.train.interrupts import Interrupted, obey_sigterm
 from rekindle.train.launch import launched, one_of_many
 
 if TYPE_CHECKING:
@@ -50,22 +51,33 @@ def tidy_up() -> None:
 
 @contextmanager
 def resumable(resumed: Callable[[], bool] = lambda: False) -> Iterator["Progress"]:
-    """Show progress; Ctrl-C ends with the line that goes on where it stopped, and so does what ran
-    out. ``resumed``: whether that line needs --resume, for there is something to go on with.
+    """Show progress; an interrupt, or what ran out, ends with what is kept and the line that goes
+    on. ``resumed``: whether that line needs --resume, for there is something to go on with.
 
     Results are printed after the block: until then the terminal is that of the bars.
     """
     from rekindle.pipeline.progress import Progress
 
     try:
-        with Progress.to_terminal(silent=not is_main()) as progress:
+        with interruptible(resumed), Progress.to_terminal(silent=not is_main()) as progress:
             yield progress
     except ResumableError as error:
         line = line_again(resumed(), error.settings)
         raise InputError(f"{str(error).rstrip('.')}. To go on: {line}") from None
-    except KeyboardInterrupt:
+
+
+@contextmanager
+def interruptible(resumed: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """End on Ctrl-C and SIGTERM at once, with what is kept and the line that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
         if is_main():
-            say(f"\ninterrupted; finished work is kept. To go on: {line_again(resumed())}")
+            told, kept = "", True
+            if isinstance(error, Interrupted):
+                told, kept = error.told, error.kept
+            how = "To go on" if kept else "To begin again"
+            say(f"\ninterrupted{told}. {how}: {line_again(resumed())}")
         import multiprocessing
 
         for process in multiprocessing.active_children():
@@ -91,7 +103,9 @@ def errors_as_exit_codes() -> Iterator[None]:
     which ends processes that way when one has failed: they may wait for it for ever.
     """
     main = threading.current_thread() is threading.main_thread() and not one_of_many()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    before = signal.getsignal(signal.SIGTERM)
+    if main:
+        obey_sigterm()
     try:
         yield
     except RekindleError as error:
@@ -109,7 +123,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         say(f"error: {where}: {error.strerror}")
         _fail(2)
     finally:
-        if before is not None:
+        if main:
             signal.signal(signal.SIGTERM, before)
 
 

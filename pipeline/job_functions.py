@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.data.storage.atomic import new_files, new_folder, write_json
+from rekindle.data.storage.atomic import new_folder, remove, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
 from rekindle.train.finetune.config import FinetuneConfig
@@ -73,9 +73,12 @@ class FineTuning:
 
 def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    with new_files(one.out) as folder:
-        _finetune(one, folder / "model", config)
-        (folder / "model" / "metrics.json").rename(folder / "metrics.json")
+    tuned = one.out / "model"  # beside it a search that was interrupted has its finished seeds
+    if not (tuned / "metrics.json").exists():
+        one.out.mkdir(parents=True, exist_ok=True)
+        _finetune(one, tuned, config, report)
+    (tuned / "metrics.json").rename(one.out / "metrics.json")
+    remove(tuned)
 
 
 def fine_tune(
@@ -88,14 +91,21 @@ def fine_tune(
     if len(tried) > 1:
         means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
         config = tried[means.index(max(means))][0]
-    _finetune(one, one.out, config, test=str(one.task / "test.jsonl"))
+    _finetune(one, one.out, config, report, test=str(one.task / "test.jsonl"))
 
 
-def _finetune(one: FineTuning, out: Path, config: FinetuneConfig, test: str | None = None) -> None:
+def _finetune(
+    one: FineTuning, out: Path, config: FinetuneConfig, report: Report, test: str | None = None
+) -> None:
     from rekindle.train.finetune.run import finetune
 
     train, dev = (str(one.task / f"{split}.jsonl") for split in ("train", "dev"))
-    seeds = {"seeds": len(one.seeds), "first_seed": one.seeds.start}
     finetune(
-        str(one.model), train, dev, str(out), **seeds, metric=one.metric, test=test, config=config
+        *(str(one.model), train, dev, str(out)),
+        seeds=len(one.seeds),
+        first_seed=one.seeds.start,
+        metric=one.metric,
+        test=test,
+        config=config,
+        report=report.note,
     )

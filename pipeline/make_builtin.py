@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rekindle.data.corpus.config import MOST
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder
@@ -176,6 +177,7 @@ def pretrain(
         },
         "cache": {
             "path": str(out.with_name(f"{out.name}-cache")),
+            "sequences_per_shard": MOST,  # as it is thrown away
             "replicas": settings.replicas,
             "seed": settings.seed,
         },

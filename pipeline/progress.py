@@ -1,8 +1,9 @@
-"""Progress of long work, on stderr: bars on a terminal; elsewhere a line now and then, and one per
-finished task.
+"""Progress of long work, on stderr: bars on a terminal; elsewhere a line a minute for each task,
+even one that says nothing, and one when it is finished.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from rekindle.pipeline.console import in_line
 
 log = logging.getLogger("rekindle")
 
-LINE_EVERY = 30.0  # seconds, where there is no terminal
+LINE_EVERY = 60.0  # seconds, where there is no terminal
+TICK = 15.0  # seconds between two looks at what was said
+SILENCE = LINE_EVERY + TICK  # seconds after which a task that says nothing is said to be at work
 Show = Callable[["ProgressTask", str | None], None]
 
 
@@ -66,26 +69,31 @@ class ProgressTask:
         return " · ".join(parts)
 
 
-def _lines() -> Show:
-    """Log a line, unless there was one a moment ago; for who gives notes, at these alone."""
-    said, noted = time.monotonic(), False
+class _Lines:
+    """The lines of a task in the log: one a minute; for who gives notes, at these alone."""
 
-    def show(task: ProgressTask, note: str | None) -> None:
-        nonlocal said, noted
-        noted = noted or note is not None
-        now, nothing_yet = time.monotonic(), task.done == task.before
-        if nothing_yet or now - said < LINE_EVERY or (noted and note is None):
-            return
-        said = now
-        of, left = "", ""
-        if task.total:
-            made = max(task.done - task.before, 1)
-            remaining = (now - task.started) / made * (task.total - task.done)
-            of, left = f" of {task.total:,}", f" · {timedelta(seconds=round(remaining))} left"
-        text = task.rates() if note is None else note
+    def __init__(self) -> None:
+        self.said, self.note = time.monotonic(), ""
+
+    def show(self, task: ProgressTask, note: str | None) -> None:
+        """Log a line, unless there was one a moment ago."""
+        self.note = note or self.note
+        if time.monotonic() - self.said >= LINE_EVERY and not (self.note and note is None):
+            self.tell(task)
+
+    def tell(self, task: ProgressTask) -> None:
+        """Log a line: how far it is, its note or its rates, and what is left."""
+        self.said, spent = time.monotonic(), time.monotonic() - task.started
+        of, left = (f" of {task.total:,}" if task.total else ""), ""
+        made = task.done - task.before
+        text = self.note or (task.rates() if made else f"at work for {_clock(spent)}")
+        if task.total and made:
+            left = f" · {_clock(spent / made * (task.total - task.done))} left"
         log.info("%s: %s%s %s · %s%s", task.name, f"{task.done:,}", of, task.unit, text, left)
 
-    return show
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 class Progress:
@@ -93,6 +101,7 @@ class Progress:
 
     def __init__(self, bars: rich_progress.Progress | None = None, quiet: bool = True):
         self._bars, self._quiet = bars, quiet
+        self._at_work: dict[ProgressTask, _Lines] = {}
 
     @property
     def is_shown(self) -> bool:
@@ -110,7 +119,12 @@ class Progress:
         """Draw bars if stderr is a terminal; else log lines. Neither if ``silent``."""
         console = Console(stderr=True)
         if silent or not console.is_terminal:
-            yield cls(quiet=silent)
+            lines, ended = cls(quiet=silent), threading.Event()
+            threading.Thread(target=lines._break_silence, args=(ended,), daemon=True).start()
+            try:
+                yield lines
+            finally:
+                ended.set()
             return
         # On a narrow terminal the note is cut, never the count and the time that is left.
         width, kept = console.width, Column(no_wrap=True, min_width=9)
@@ -131,8 +145,13 @@ class Progress:
         """Show a task of ``total`` units (None: unknown) while the block runs."""
         bars = self._bars
         if bars is None:
-            task = ProgressTask(name, unit, total, None if self._quiet else _lines())
-            yield task
+            lines = _Lines()
+            task = ProgressTask(name, unit, total, None if self._quiet else lines.show)
+            self._at_work[task] = lines
+            try:
+                yield task
+            finally:
+                del self._at_work[task]
             if not self._quiet and task.done:
                 seconds, done = time.monotonic() - task.started, f"{task.done:,}"
                 log.info("%s: %s %s in %.1f s (%s)", name, done, unit, seconds, task.rates())
@@ -146,6 +165,17 @@ class Progress:
         task = ProgressTask(name, unit, total, show)
         yield task
         bars.update(bar, total=task.done, completed=task.done)
+
+    def _break_silence(self, ended: threading.Event) -> None:
+        """Say of a task that has said nothing for long that it is at work, until all has ended."""
+        while not self._quiet and not ended.wait(TICK):
+            self.say_at_work()
+
+    def say_at_work(self) -> None:
+        """A line of each task that has said nothing for SILENCE seconds."""
+        for task, lines in list(self._at_work.items()):
+            if time.monotonic() - lines.said >= SILENCE:
+                lines.tell(task)
 
 
 SILENT = Progress.silent()

@@ -12,6 +12,7 @@ from rekindle.train.schedules import (
     USUAL_WARMUP,
     Amount,
     Count,
+    Interval,
     Positive,
     Schedule,
     Seed,
@@ -22,6 +23,7 @@ from rekindle.train.schedules import (
 WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
+STEPS_ONCE = 200  # the default of checkpoint_every was so many steps
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
@@ -321,14 +323,17 @@ class TrainConfig(Settings):
     )
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="of weights, data order and dropout")
-    checkpoint_every: Free[Count] = Field(
-        200, description="steps between checkpoints; there is always one of the end"
+    checkpoint_every: Annotated[Free[Interval], Formerly(STEPS_ONCE)] = Field(
+        "5 min",
+        description="between two checkpoints: a time (90 s, 5 min, 1.5 h), or so many steps; there "
+        "is always one of the end, and of an interrupt",
     )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(
         "loss",
         description="also keep the checkpoint with the best held-out value of this name "
-        "(loss, kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
+        "(loss: the objective, at the weights of the last step; ce: the cross-entropy on the "
+        "text; kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
         "0); null for none",
     )
     explosion_factor: Free[float | None] = Field(
@@ -357,7 +362,9 @@ class TrainConfig(Settings):
     )
     replay: ReplayConfig | None = Field(None, description="memory of earlier domains")
     evaluate_domains: bool = Field(
-        False, description="also report the held-out loss/DOMAIN of every domain of the corpus"
+        False,
+        description="also report the held-out ce/DOMAIN of every domain of the corpus (loss/DOMAIN "
+        "where nothing trains the language model's head)",
     )
     curriculum: CurriculumConfig | None = Field(
         None, description="begin with a part of the sequences"

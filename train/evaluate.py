@@ -1,4 +1,7 @@
-"""How a student does on held-out documents: its loss, and how near it is to each teacher."""
+"""How a student does on held-out documents: its loss, and how near it is to each teacher.
+
+What the values are called, and which rules have measured them, is in ``measures``.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,15 +17,17 @@ from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, Tok
 from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
+from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
+from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, known_term
 from rekindle.train.objective.language_loss import head_loss
-from rekindle.train.objective.selection import at_masked_positions
+from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.selection import StepPlan, at_masked_positions
 from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
 from rekindle.train.student import Student
-
-MEASURE = 2  # of kl and agreement: 1 took a sample for its teacher, and all that is kept, not k
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,30 @@ class EvaluationData:
     allow_missing: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
     domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
-    k: Mapping[str, int | None] = field(default_factory=dict)  # of a teacher's candidates, trained
-    as_once: bool = False  # as runs that were begun before MEASURE 2 began
+    terms: Mapping[str, DistillTerm] = field(default_factory=dict)  # by teacher
+    objective: Objective | None = None  # what `loss` is; None: there is no such value
+    measure: int = MEASURE  # the rule of the run: it goes on with that it was begun with
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the objective is measured: runs of before called the cross-entropy so."""
+        return self.objective is not None and self.measure >= MEASURE
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the cross-entropy is measured: not of a language model that nothing trains."""
+        return self.objective is None or not self.has_loss or self.objective.trains_text
+
+    def at(self, plan: StepPlan) -> "EvaluationData":
+        """Return what is evaluated after the step of ``plan``: beside its teachers and methods, as
+        one of weight 0 is not read any more, and those of the last step, of which ``loss`` is.
+        """
+        plans = [plan]
+        if self.objective is not None and self.has_loss:
+            plans.append(self.objective.last)
+        teachers = dict.fromkeys(name for one in plans for name in one.teachers)
+        methods = {method.name: method for one in plans for method, _ in one.methods}
+        return replace(self, teachers=tuple(teachers), methods=tuple(methods.values()))
 
     def batches(self) -> Iterator[Batch]:
         """Read them, batch by batch."""
@@ -78,7 +105,6 @@ def best_of(
     return {"step": step, "name": name, "value": value}
 
 
-Sums = dict[str, tuple[float, int]]
 Run = Callable[..., Sums]
 
 
@@ -86,8 +112,9 @@ Run = Callable[..., Sums]
 def evaluate(
     student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
 ) -> dict[str, float]:
-    """Return ``loss`` (cross-entropy in nats), per teacher ``kl/…`` and ``agreement/…`` or
-    ``mse/…``, and per method its own values as ``METHOD/…``.
+    """Return ``loss`` (the objective that is trained, at the weights of the last step), ``ce`` (the
+    cross-entropy on the text, in nats, where the student's language model is trained), per teacher
+    ``kl/…`` and ``agreement/…`` or ``mse/…``, and per method its own values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
     evaluates all of it, and gets the same values.
@@ -97,8 +124,8 @@ def evaluate(
     whose own entropy is stored; to one drawn at another τ it is larger by a constant, whatever the
     student. Agreement is the share of equal most-likely outcomes, where the targets tell the
     teacher's: of a threshold sample where it has more than 1/k, of random draws nowhere (no value).
-    Masked students see replica 0. Of each of ``data.domains`` the loss is ``loss/DOMAIN``. Empty
-    when nothing is held out.
+    Masked students see replica 0. Of each of ``data.domains`` there is ``ce/DOMAIN``, or where no
+    cross-entropy is measured ``loss/DOMAIN``. Empty when nothing is held out.
     """
     run = run or (lambda work, *arguments: work(student, *arguments))
     training = student.training
@@ -106,47 +133,83 @@ def evaluate(
     try:
         found = _means(data, device, run)
         for name, index in data.domains.items():
-            alone = _means(replace(data, index=index, teachers=(), methods=()), device, run)
-            found |= {f"loss/{name}": value for what, value in alone.items() if what == "loss"}
+            alone = replace(data, index=index)
+            if data.reads_text:
+                alone = replace(alone, teachers=(), methods=(), objective=None)
+            values = _means(alone, device, run)
+            found |= {f"{what}/{name}": values[what] for what in _of_a_domain(data, values)}
     finally:
         student.train(training)
     return found
 
 
+def _of_a_domain(data: EvaluationData, values: Mapping[str, float]) -> list[str]:
+    """Name the one value of a domain by itself, if it is there."""
+    name = "ce" if data.reads_text and data.measure >= MEASURE else "loss"
+    return [name] if name in values else []
+
+
 def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
     """Return every value, in the mean over what it counts."""
     totals: dict[str, NDArray[np.float64]] = {}
+    loss = HeldOutLoss(data.objective) if data.objective is not None and data.has_loss else None
     for batch in data.batches():
-        values = run(_batch_sums, batch, device, {} if data.as_once else data.k, data.as_once)
-        for method in data.methods:
-            own = run(method.evaluate, batch, device)
-            values |= {f"{method.name}/{name}": value for name, value in own.items()}
-        for name, pair in values.items():
+        for name, pair in run(_batch_sums, batch, device, data, loss).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
-    return {name: float(total / count) for name, (total, count) in totals.items() if count}
+    found = {name: float(total / count) for name, (total, count) in totals.items() if count}
+    whole = None if loss is None else loss.mean()
+    if data.measure < MEASURE and "ce" in found:
+        whole = found.pop("ce")
+    return found if whole is None else {"loss": whole, **found}
 
 
 def _batch_sums(
     student: Student,
     batch: Batch,
     device: torch.device,
-    k: Mapping[str, int | None],
-    as_once: bool,
+    data: EvaluationData,
+    loss: HeldOutLoss | None,
 ) -> Sums:
+    """Return the sums of a batch, and add it to the ``loss``: both share the student's passes."""
+    with student.remembering():
+        sums, known = _own_sums(student, batch, device, data)
+        for method in data.methods:
+            values = method.evaluate(student, batch, device)
+            sums |= {f"{method.name}/{name}": value for name, value in values.items()}
+        if loss is not None:
+            loss.add(student, batch, device, sums | known)
+    return sums
+
+
+def _own_sums(
+    student: Student, batch: Batch, device: torch.device, data: EvaluationData
+) -> tuple[Sums, Sums]:
+    """Return the sums of all values but the methods', and of the terms that are known by them."""
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
-    rows = language_rows(batch, student.task, device)
-    hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
-    ce = head_loss(hidden, student.output_head, None, labels=rows.labels, ce_weight=1.0).ce
-    sums: Sums = {"loss": (float(ce), len(hidden))}
-    for name, target in batch.targets.items():
-        if isinstance(target, TokenTargetBatch):
-            if target.info.task == student.task and len(target.rows):
+    sums, known = Sums(), Sums()
+    vocabulary = [
+        (name, target)
+        for name, target in batch.targets.items()
+        if isinstance(target, TokenTargetBatch) and target.info.task == student.task
+    ]
+    if data.reads_text:
+        rows = language_rows(batch, student.task, device)
+        hidden = student(student.with_domains(rows.inputs, batch.domains), rows.select).hidden
+        ce = head_loss(hidden, student.output_head, None, labels=rows.labels, ce_weight=1.0).ce
+        sums["ce"] = (float(ce), len(hidden))
+        for name, target in vocabulary:
+            kd = 0.0
+            if len(target.rows):
                 places = rows.match(target, batch.input_ids.shape[1])
                 found = hidden[torch.from_numpy(places).to(device)]
-                sums |= _vocabulary_sums(name, student, found, target, k.get(name), device, as_once)
-        elif isinstance(target, SequenceTargetBatch | TokenLabelBatch):
-            sums |= _task_sums(name, student, batch, target, device)
-    return sums
+                own, kd = _vocabulary_sums(name, student, found, target, device, data)
+                sums |= own
+            if (term := known_term(data.terms, name, target)) is not None:
+                known[term] = (kd, len(target.rows))
+    for name, answers in batch.targets.items():
+        if isinstance(answers, SequenceTargetBatch | TokenLabelBatch):
+            sums |= _task_sums(name, student, batch, answers, device)
+    return sums, known
 
 
 def _vocabulary_sums(
@@ -154,14 +217,15 @@ def _vocabulary_sums(
     student: Student,
     hidden: Tensor,
     target: TokenTargetBatch,
-    k: int | None,
     device: torch.device,
-    as_once: bool,
-) -> Sums:
-    head = student.output_head
+    data: EvaluationData,
+) -> tuple[Sums, float]:
+    """Return the values beside a vocabulary teacher, and the sum of the loss that it teaches."""
+    head, as_once = student.output_head, data.measure < TEACHERS_SINCE
+    k = data.terms[name].k if name in data.terms and not as_once else None
     temperature = target.kind.read_at
     targets = kd_targets(target, temperature, k, device)
-    kd = head_loss(hidden, head, targets, temperature=temperature).kd
+    kd = trained = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
     if target.kind.sampled and temperature == 1.0 and not as_once:
         kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
@@ -170,7 +234,8 @@ def _vocabulary_sums(
     sure = best.values > (0.0 if as_once else target.kind.sure_above)
     top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
     agree = int(((torch.cat(blocks) == top) & sure).sum())
-    return {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}
+    values = {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}
+    return values, float(trained)
 
 
 def _entropy(target: TokenTargetBatch) -> float:

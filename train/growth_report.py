@@ -1,5 +1,5 @@
 """Measure what growth does to a student on held-out text before the first step (ELLE): the largest
-and mean |Δlogit|, and the loss and perplexity before and after.
+and mean |Δlogit|, and the cross-entropy and perplexity before and after.
 """
 
 import logging
@@ -61,7 +61,7 @@ def compare_students(
     """Both students on at most ``config.measure_sequences`` held-out sequences, evenly taken.
 
     Logits over the tokenizer's tokens at the positions that have an LM loss (of a masked LM: those
-    masked in replica 0), in float32, without dropout. ``loss`` in nats per position; values are
+    masked in replica 0), in float32, without dropout. ``ce`` in nats per position; values are
     None where nothing is held out.
     """
     count = min(config.measure_sequences, len(data.index))
@@ -83,8 +83,8 @@ def compare_students(
         "positions": rows,
         "max_logit_change": largest if rows else None,
         "mean_logit_change": total / (rows * before.vocabulary_size) if rows else None,
-        "before": _loss(float(losses[0]), rows),
-        "after": _loss(float(losses[1]), rows),
+        "before": _on_text(float(losses[0]), rows),
+        "after": _on_text(float(losses[1]), rows),
     }
 
 
@@ -102,11 +102,11 @@ def _logits(
         yield *logits, rows.labels[part]
 
 
-def _loss(total: float, rows: int) -> dict[str, float | None]:
+def _on_text(total: float, rows: int) -> dict[str, float | None]:
     if not rows:
-        return {"loss": None, "perplexity": None}
-    loss = total / rows
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # 700: float64 ends near 709
+        return {"ce": None, "perplexity": None}
+    ce = total / rows
+    return {"ce": ce, "perplexity": math.exp(min(ce, 700.0))}  # 700: float64 ends near 709
 
 
 def _described(student: Student) -> dict[str, int]:

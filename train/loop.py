@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
+from rekindle.train.interrupts import Interrupted, Stop, telling
+from rekindle.train.measures import MEASURE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
@@ -36,6 +38,7 @@ from rekindle.train.record.checkpoint import (
     checkpoint_folder,
     gather_weights,
     kept_of,
+    left_by_interrupt,
     restore,
     save_checkpoint,
 )
@@ -48,12 +51,13 @@ from rekindle.train.record.identity import (
     check_run,
     is_finished,
     keys_that_may_change,
-    measures_as_once,
+    measure_of_run,
     read_summary,
     recorded_extent,
     student_files,
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
+from rekindle.train.record.occasions import Occasions
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.watch import LossWatch, recent_losses
@@ -129,12 +133,16 @@ def train_student(
 
     Raises InputError when the configuration asks for what the cache does not have or the loss
     explodes, ResumableError where memory or disk run out, CheckpointError when ``resume`` meets a
-    run of another configuration or one without a sound checkpoint.
+    run of another configuration or one without a sound checkpoint. Interrupted by Ctrl-C or
+    SIGTERM; once a step is begun, when that is done and a checkpoint of it written.
     """
     world = world or World.alone()
     precision = chosen_precision(config.precision, world.device.type)
     advice, settings = less_memory(config, world.size, precision)
-    with running_out(out, lambda: kept_of(out), advice, settings):
+    with (
+        telling(lambda: left_by_interrupt(out)),
+        running_out(out, lambda: kept_of(out), advice, settings),
+    ):
         cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
         return _begin(cache, student_config, config, out, masked_view, resume, report, world)
 
@@ -151,11 +159,12 @@ def _begin(
 ) -> TrainResult:
     """Prepare a run and do it, or what is left of it."""
     started = time.monotonic()
-    prepared = world.agree(lambda: prepare(cache, student_config, config, masked_view, world))
+    measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
+    prepared = world.agree(
+        lambda: prepare(cache, student_config, config, masked_view, world, measure)
+    )
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
-    if world.decide(lambda: resume and measures_as_once(out)):
-        prepared = prepared.measured_as_once()
     balanced = prepared.objective.balance > 0
     free = keys_that_may_change(student_config, config, balanced)
 
@@ -233,11 +242,14 @@ def _train(
     with (
         closing(RunLog(out, first, silent=not world.main)) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
+        Stop.heard() as stop,
     ):
         began, waited_before = time.monotonic(), 0.0
+        occasions = Occasions(config.checkpoint_every, world, stop)
         for step, read in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
+                stop.listen()
             plan = objective.plan(step)
             batch = objective.select(read, plan)
             values = _step(training, batch, plan, watch)
@@ -257,10 +269,14 @@ def _train(
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
-            if last or done % config.checkpoint_every == 0 or is_best:
+            due, ending = occasions.after(done)
+            if last or due or is_best or ending:
                 run_log.sync()
                 taken = {"seconds": earlier + time.monotonic() - started}
                 _save(training, done, taken | {"coverage": coverage.over(world.sum), "best": best})
+                occasions.saved()
+            if ending or (last and occasions.after(done)[1]):  # told while that was written
+                raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
@@ -282,13 +298,12 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
-    """Evaluate against the teachers of the step alone: one of weight 0 is not read any more.
+    """Evaluate after the step of ``plan``.
 
     The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
     them save a checkpoint that the others do not.
     """
-    methods = tuple(method for method, _ in plan.methods)
-    data = replace(training.prepared.held_out, teachers=plan.teachers, methods=methods)
+    data = training.prepared.held_out.at(plan)
     student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):
         found = evaluate(student.student, data, world.device, student.run)

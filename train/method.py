@@ -45,6 +45,9 @@ class Method:
     # What `evaluate` returns, for train.keep_best. Names that end in accuracy, precision, recall,
     # f1 or agreement are better upwards, all others downwards.
     values: ClassVar[tuple[str, ...]] = ()
+    # Whether `evaluate` returns each of its losses, by its name and as it is trained: then the
+    # held-out loss takes it from there, and does not ask `losses` for it once more.
+    evaluates_losses: ClassVar[bool] = False
 
     def __init__(self, settings: MethodSettings, run: MethodRun):
         """Takes what it needs; raises InputError for what cannot be computed."""

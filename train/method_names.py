@@ -45,6 +45,6 @@ def installed_methods() -> dict[str, EntryPoint]:
 def is_better_upwards(name: str) -> bool:
     """Tell whether more is better of a held-out value ``kind/of what``, or ``METHOD/value``."""
     first, _, last = name.partition("/")
-    if first in ("kl", "mse", "loss"):  # of a teacher or a domain, whatever that is called
+    if first in ("kl", "mse", "loss", "ce"):  # of a teacher or a domain, whatever that is called
         return False
     return first == "agreement" or last.rpartition("/")[2] in UPWARDS

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
-from rekindle.train.evaluate import MEASURE, EvaluationData
+from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.student import grow_student
+from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
@@ -49,12 +50,6 @@ class Prepared:
     tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
     ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
 
-    def measured_as_once(self) -> "Prepared":
-        """The same for a run that was begun before ``evaluate.MEASURE`` 2: one run, one measure."""
-        cache = {key: value for key, value in self.about["cache"].items() if key != "measured"}
-        held_out = replace(self.held_out, as_once=True)
-        return replace(self, about={**self.about, "cache": cache}, held_out=held_out)
-
 
 def prepare(
     cache: Cache,
@@ -62,8 +57,12 @@ def prepare(
     config: TrainConfig,
     masked_view: str | None,
     world: World,
+    measure: int = MEASURE,
 ) -> Prepared:
-    """Check all that can be checked, and build the student; writes nothing, waits for nobody."""
+    """Check all that can be checked, and build the student; writes nothing, waits for nobody.
+
+    ``measure``: the rule by which the run measures held-out values, that it was begun with.
+    """
     masked = student_config.language_task == "masked_lm"
     view = cache.masked_view(masked_view).name if masked else None
     objective = prepare_objective(cache, student_config, config, view)
@@ -71,8 +70,8 @@ def prepare(
     sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
     check_student(student_config, *sizes)
     tokenizer = check_tokenizer(cache.corpus, student_config)
-    _check_best(cache, config, objective)
-    about = describe_run(cache, student_config, config, view, objective)
+    _check_best(cache, config, objective, measure)
+    about = describe_run(cache, student_config, config, view, objective, measure)
     chosen = choose_sequences(cache, config)
     stream = TrainingStream(
         cache,
@@ -93,7 +92,9 @@ def prepare(
         size,
         config.allow_missing,
         domains=chosen.domains,
-        k={name: term.k for term in config.objective.distill for name in term.teachers},
+        terms={name: term for term in config.objective.distill for name in term.teachers},
+        objective=objective,
+        measure=measure,
     )
     student = _student(cache, student_config, config, objective, world)
     ungrown = partial(_built, cache, student_config, config, objective)
@@ -147,9 +148,11 @@ def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]
                 )
 
 
-def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None:
+def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure: int) -> None:
     """Check that ``keep_best`` names something that an evaluation can measure."""
-    known = ["loss", *(f"loss/{name}" for name in evaluated_domains(cache, config))]
+    text = ["ce"] if objective.trains_text and measure >= MEASURE else []
+    known = ["loss", *text]
+    known += [f"{known[-1]}/{name}" for name in evaluated_domains(cache, config)]
     for name in objective.teachers:
         info = objective.teachers[name]
         measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
@@ -159,8 +162,10 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective) -> None
         known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
+        untrained = config.keep_best.partition("/")[0] == "ce" and not text
         raise InputError(
             f"train.keep_best is {config.keep_best!r}; of this run {', '.join(known)} are measured"
+            + (": nothing trains the language model's head, so it has no ce" if untrained else "")
         )
 
 
@@ -258,7 +263,7 @@ def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:
     """By which rule held-out values are measured of the teachers for which there are several."""
     with_k = {name for term in config.objective.distill if term.k for name in term.teachers}
     return {
-        name: MEASURE
+        name: TEACHERS_SINCE
         for name, info in sorted(objective.teachers.items())
         if info.is_vocabulary and (name in with_k or vocabulary_kind(info).sampled)
     }
@@ -270,6 +275,7 @@ def describe_run(
     config: TrainConfig,
     masked_view: str | None,
     objective: Objective,
+    measure: int = MEASURE,
 ) -> About:
     """Describe a run: enough to refuse to resume it as another, and to make its model a teacher
     later.
@@ -295,9 +301,10 @@ def describe_run(
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
             # Of those whose targets are used: the others' weights are 0 at every step.
             "teacher_seconds": {name: teachers[name].seconds for name in taught},
-            "measured": _measured(config, objective),
+            **({"measured": _measured(config, objective)} if measure >= TEACHERS_SINCE else {}),
             **replicas,
             "targets": {name: one.model_dump() for name, one in sorted(kept.items())},
             **({"teacher_views": views} if views else {}),
         },
+        **({SECTION: {"measure": measure}} if measure >= MEASURE else {}),
     }

@@ -3,9 +3,10 @@ step.
 """
 
 import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rekindle.data.settings import Settings
 
@@ -16,6 +17,28 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of "90 s", "5 min" or "1.5 h". Raises ValueError for anything else."""
+    found = _TIME.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is neither steps (200) nor a time (90 s, 5 min, 1.5 h)")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _steps_or_time(value: object) -> object:
+    if isinstance(value, str):
+        seconds_of(value)
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("must be a number of steps, 1 or more, or a time: 90 s, 5 min, 1.5 h")
+    return value
+
+
+Interval = Annotated[int | str, BeforeValidator(_steps_or_time)]  # so many steps, or so long
 
 
 class Schedule(Settings):

@@ -113,6 +113,12 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
     raise AssertionError  # count() does not end
 
 
+def recorded_shard_size(store: Store) -> int | None:
+    """Sequences per shard of the corpus in ``store``; None where none is begun."""
+    additions = read_additions(store)[0]
+    return additions[-1].config["sequences_per_shard"] if additions else None
+
+
 def _stated(store: Store, name: str) -> AbstractContextManager[None]:
     """CacheFormatError when what is read within does not say what the corpus is made of."""
     told = f"{store.location}/{name} is damaged: it does not say what the corpus is made of"

@@ -11,6 +11,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.settings import Free, Place, Settings
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
+LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
+SHARDS = 32  # of a corpus that is neither very small nor large, at least
 
 
 class CorpusConfig(Settings):
@@ -100,6 +102,20 @@ class CorpusInfo(TypedDict):
 
     config: PackingFacts
     tokenizer: TokenizerFacts
+
+
+def usual_shard_size(sequences: int | None) -> int:
+    """Return how many sequences a shard of a new corpus of about so many has; MOST where that is
+    not known.
+
+    A shard is the unit of work, and of what a kill loses: a small corpus has small ones.
+    """
+    if sequences is None:
+        return MOST
+    size = LEAST
+    while size < MOST and 2 * size * SHARDS <= sequences:
+        size *= 2
+    return size
 
 
 def describe_corpus(

@@ -131,6 +131,14 @@ class Corpus(RowReader):
         """Tokens in all sequences, special tokens included."""
         return sum(c.count("tokens") for c in self.commits)
 
+    @property
+    def documents(self) -> int:
+        """Texts of the source that its sequences are of, blank ones among them."""
+        if not self.commits:
+            return 0
+        reached = Position(*self.commits[-1].facts["next"])
+        return reached.document_index + (reached.token > 0)
+
     @cached_property
     def domains(self) -> dict[str, int]:
         """Sequences per domain."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.packing import Position, pack
+from rekindle.data.corpus.packing import Position, lacks_end, pack
 from rekindle.data.corpus.records import arrow_batches
 from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
 from rekindle.data.corpus.tables import bytes_of_rows
@@ -145,6 +145,7 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
         packing=config.packing,
         tokenizer=tokenizer,
         start=Position(0, 0),
+        end_of_text=config.packing == "document" and lacks_end(tokenizer),
     )
     whole = max(1, round(sum(1 for _ in sequences) / sample.share))
     return min(whole, config.limit_sequences or whole)

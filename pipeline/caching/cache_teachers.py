@@ -8,13 +8,15 @@ share the units of one cache: ``make_unit``.
 import functools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rekindle.data.cache import write_manifest
-from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.additions import recorded_shard_size
+from rekindle.data.corpus.config import CorpusConfig, usual_shard_size
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.corpus.source_sample import about_sequences
@@ -45,12 +47,11 @@ from rekindle.pipeline.processes.jobs import run_units
 from rekindle.pipeline.processes.worker import places_for
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
-
-UNITS_KEPT = "Finished shards are kept"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def cache_teachers(
     make_missing(config)
     store = open_store(config.cache.path)
     rehearse(config, chosen, store)
-    with store.working() as alone:
+    made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
+    with telling(lambda: _kept(made, store)), store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
@@ -103,12 +105,7 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        total = _about_sequences(store, config.corpus) if progress.is_shown else None
-        with progress.task("corpus", unit="sequences", total=total) as task:
-            count = config.cache.sequences_per_shard
-            corpus = build_corpus(
-                store, config.corpus, count, lambda rows, tokens: task.advance(rows, tokens=tokens)
-            )
+        corpus = _build(store, config, progress, made)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
@@ -134,8 +131,13 @@ def cache_teachers(
                 *store.names(part.info.folder)
             }
             if missing or lacks_head:
-                with running_out(Path(store.location), lambda: UNITS_KEPT, _less_memory(part)):
-                    _run(part, corpus, missing, workers, progress)
+                enough = running_out(
+                    Path(store.location),
+                    lambda: f"This call: {_kept(made, store)[0]}",
+                    _less_memory(part),
+                )
+                with enough:
+                    _run(part, corpus, missing, workers, progress, made)
             if not part.config.vocabulary:
                 _tell_cut(corpus, part.info)
             if part.info.part:
@@ -146,10 +148,36 @@ def cache_teachers(
     return StageOne(len(corpus), done, present, repaired)
 
 
-def _about_sequences(store: Store, config: CorpusConfig) -> int | None:
-    """Of a corpus that is not begun; what is wrong with its source is said when it is read."""
-    if store.names("corpus"):
-        return None
+def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
+    """What an interrupt leaves of this call's work, and whether there is anything to go on with."""
+    if not made:
+        return "no unit was finished", bool(store.names("corpus/commits"))
+    told = [f"{counted(made['corpus'], 'shard')} of the corpus"] if made["corpus"] else []
+    told += [f"{counted(n, 'unit')} of {name}" for name, n in made.items() if name != "corpus"]
+    return f"made and kept: {', '.join(told)}", True
+
+
+def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[str]) -> Corpus:
+    """The corpus, with shards as the configuration, or else the cache, has them; those of a new one
+    are as large as suits it.
+    """
+    asked = config.cache.sequences_per_shard or recorded_shard_size(store)
+    known = store.names("corpus") or (asked and not progress.is_shown)
+    total = None if known else _about_sequences(config.corpus)
+    with progress.task("corpus", unit="sequences", total=total) as task:
+
+        def shard_done(rows: int, tokens: int) -> None:
+            made["corpus"] += 1
+            task.advance(rows, tokens=tokens)
+
+        size = asked or usual_shard_size(total)
+        if not asked:
+            log.info("corpus: %s per shard (cache.sequences_per_shard)", counted(size, "sequence"))
+        return build_corpus(store, config.corpus, size, shard_done)
+
+
+def _about_sequences(config: CorpusConfig) -> int | None:
+    """What is wrong with the source is said when it is read."""
     with suppress(InputError):
         return about_sequences(config, load_tokenizer(config.tokenizer))
     return None
@@ -183,7 +211,12 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
 
 def _run(
-    plan: TeacherPlan, corpus: Corpus, units: list[Unit], workers: int, progress: Progress
+    plan: TeacherPlan,
+    corpus: Corpus,
+    units: list[Unit],
+    workers: int,
+    progress: Progress,
+    made: Counter[str],
 ) -> None:
     rows = sum(corpus.commits[unit.shard].rows for unit in units)
     name = f"{plan.info.name} {plan.info.part}".strip()
@@ -191,6 +224,7 @@ def _run(
 
         def report(commit: Commit | None) -> None:
             if commit is not None:
+                made[plan.info.name] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
         if workers == 1 or not units:

@@ -36,6 +36,7 @@ from rekindle.pipeline.checks.judge import (
     judge_topk,
 )
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.progress import SILENT, Progress, ProgressTask
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
     adapted_fingerprints,
@@ -88,7 +89,9 @@ class AuditReport:
         )
 
 
-def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> AuditReport:
+def audit_cache(
+    path: str, config: RunConfig, count: int, seed: int = 0, progress: Progress = SILENT
+) -> AuditReport:
     """What the live teachers say of ``count`` random sequences, against the cache; by teacher.
 
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
@@ -110,9 +113,11 @@ def audit_cache(path: str, config: RunConfig, count: int, seed: int = 0) -> Audi
             "is nothing to audit; give the configuration the cache was made with"
         )
     make_missing(*configs.values())
-    return AuditReport(
-        {name: _Audit(cache, _live(cache, each)).over(index) for name, each in configs.items()}
-    )
+    audits = {}
+    for name, each in configs.items():
+        with progress.task(f"audit of {name}", unit="sequences", total=len(index)) as task:
+            audits[name] = _Audit(cache, _live(cache, each)).over(index, task)
+    return AuditReport(audits)
 
 
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:
@@ -162,9 +167,10 @@ class _Audit:
         self.beyond: list[tuple[float, str]] = []
         self.largest, self.rows = 0.0, 0
 
-    def over(self, index: NDArray[np.int64]) -> TeacherAudit:
+    def over(self, index: NDArray[np.int64], task: ProgressTask) -> TeacherAudit:
         """Audit the sequences ``index``."""
         for shard, rows in _parts(self.cache, index):
+            task.advance(len(rows))
             if self.reader.has(shard, self.replica):
                 self._compare(shard, rows)
         values = {

@@ -31,6 +31,7 @@ from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.reader import ViewReader
 from rekindle.data.views.registry import view_kind
+from rekindle.pipeline.progress import SILENT, Progress, ProgressTask
 
 UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
 Reader = ViewReader | TeacherReader
@@ -63,7 +64,7 @@ class VerifyReport:
         return "\n".join(lines if self.problems else [*lines, "sound"])
 
 
-def verify_cache(path: str) -> VerifyReport:
+def verify_cache(path: str, progress: Progress = SILENT) -> VerifyReport:
     """Check the cache at ``path``: every file's bytes, then what the rows say.
 
     Raises CacheError only when there is no cache, or one of another format version.
@@ -76,15 +77,17 @@ def verify_cache(path: str) -> VerifyReport:
     if MANIFEST not in wrong:
         wrong |= lost_descriptions(store)
     report.problems += [damage(error) for error in wrong.values()]
-    for shards in shard_sets(store):
-        _check_files(shards, report)
+    with progress.task("checksums", unit="shards") as task:
+        for shards in shard_sets(store):
+            _check_files(shards, report, task)
     if not report.problems:  # rows are only worth reading when the bytes are right
-        _check_rows(path, report)
+        with progress.task("rows", unit="units") as task:
+            _check_rows(path, report, task)
     return report
 
 
-def _check_files(shards: ShardSet, report: VerifyReport) -> None:
-    sound, damaged = shards.survey(partial(_check_bytes, shards))
+def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> None:
+    sound, damaged = shards.survey(partial(_check_bytes, shards, task))
     report.problems += [damage(error) for error in damaged.values()]
     report.shards += len(sound)
     report.bytes += sum(commit.bytes for commit in sound.values())
@@ -92,7 +95,7 @@ def _check_files(shards: ShardSet, report: VerifyReport) -> None:
         report.orphans += len(orphans(shards))
 
 
-def _check_bytes(shards: ShardSet, commit: Commit) -> None:
+def _check_bytes(shards: ShardSet, task: ProgressTask, commit: Commit) -> None:
     shard = shards.open(commit)
     shard.check()
     with open(shard.path, "rb") as file:
@@ -103,20 +106,21 @@ def _check_bytes(shards: ShardSet, commit: Commit) -> None:
         )
     for _ in shard.batches():  # each is held against the number of its rows
         pass
+    task.advance(1, bytes=commit.bytes)
 
 
-def _check_rows(path: str, report: VerifyReport) -> None:
+def _check_rows(path: str, report: VerifyReport, task: ProgressTask) -> None:
     try:
         cache = Cache.open(path)
     except CacheError as error:
         report.problems.append(str(error))
         return
     for view in cache.views.values():
-        report.problems += _problems_of_units(cache, view, view.name)
+        report.problems += _problems_of_units(cache, view, view.name, task)
     for teacher in cache.teachers.values():
         report.coverage[teacher.info.name] = teacher.coverage
         for reader in [teacher, *_unused_parts(cache, teacher)]:
-            report.problems += _problems_of_units(cache, reader, reader.info.view)
+            report.problems += _problems_of_units(cache, reader, reader.info.view, task)
 
 
 def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
@@ -129,11 +133,14 @@ def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReade
             yield TeacherReader(cache.corpus, infos, teacher.view)
 
 
-def _problems_of_units(cache: Cache, reader: Reader, view: str) -> Iterator[str]:
+def _problems_of_units(
+    cache: Cache, reader: Reader, view: str, task: ProgressTask
+) -> Iterator[str]:
     """All that is wrong with the committed units, of complete replicas or not; ``view`` is the one
     that is read, or that the teacher was shown.
     """
     for unit in reader.commits:
+        task.advance()
         place = _place(unit, len(cache.corpus.commits))
         if place is None or (place[1] is None) == view_kind(view).masked:
             yield f"{reader.folder}: unit {unit} is of no corpus shard"

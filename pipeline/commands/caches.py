@@ -115,20 +115,22 @@ def verify(
 ) -> None:
     """Check every checksum and invariant of a cache."""
     from rekindle.pipeline.checks.verify import verify_cache
+    from rekindle.pipeline.progress import Progress
 
     if audit and config is None:
         raise InputError(
             "--audit runs the teachers again: name the configuration with --config RUN.yaml"
         )
-    report = verify_cache(cache)
     audits: dict[str, dict[str, float]] = {}
     beyond: list[str] = []
-    if audit and config is not None and not report.problems:
-        from rekindle.pipeline.checks.audit import audit_cache
-        from rekindle.pipeline.config import load_config
+    with Progress.to_terminal() as progress:
+        report = verify_cache(cache, progress)
+        if audit and config is not None and not report.problems:
+            from rekindle.pipeline.checks.audit import audit_cache
+            from rekindle.pipeline.config import load_config
 
-        found = audit_cache(cache, load_config(config), audit)
-        audits, beyond = found.values, found.problems
+            found = audit_cache(cache, load_config(config), audit, progress=progress)
+            audits, beyond = found.values, found.problems
     if as_json:
         typer.echo(json.dumps(report.as_dict() | {"audit": audits, "beyond": beyond}))
     else:

@@ -19,6 +19,7 @@ from rekindle.pipeline.commands.options import (
     TextField,
 )
 from rekindle.pipeline.console import say
+from rekindle.pipeline.exits import interruptible
 
 
 def finetune(
@@ -52,7 +53,8 @@ def finetune(
 
     given = (model, train_file, dev_file, str(out))
     if config.epochs:
-        result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
+        with interruptible():
+            result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
     elif seeds == 1:
         if config.merge is None:
             say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-PREFIX = "loss/"  # what an evaluation calls the loss of a domain
+PREFIX = "ce/"  # what an evaluation calls the cross-entropy of a domain
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class DomainMatrix:
 
     runs: list[str]
     domains: list[str]
-    perplexity: list[list[float | None]]  # [R][D] exp(loss in nats); None where not evaluated
+    perplexity: list[list[float | None]]  # [R][D] exp(ce in nats); None where not evaluated
 
 
 def matrix_of(runs: Sequence[tuple[str, Mapping[str, float], Sequence[str]]]) -> DomainMatrix:
@@ -29,7 +29,7 @@ def matrix_of(runs: Sequence[tuple[str, Mapping[str, float], Sequence[str]]]) ->
     return DomainMatrix([name for name, _, _ in kept], domains, values)
 
 
-def _perplexity(loss: float | None) -> float | None:
-    if loss is None:
+def _perplexity(ce: float | None) -> float | None:
+    if ce is None:
         return None
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(ce) if ce < 700 else math.inf

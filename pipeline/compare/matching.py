@@ -66,17 +66,20 @@ def match_steps(curves: Sequence[Curve]) -> list[Match]:
 
 
 def match_cost(curves: Sequence[Curve]) -> list[Match]:
-    """At the total cost of every evaluation of the run whose last one had cost least."""
+    """At the total cost of every evaluation of the run whose last one had cost least, as far as
+    another one has been evaluated by then.
+    """
     known = [curve for curve in curves if curve.known]
     if len(known) < 2:
         return []
     ends = [curve.cost(curve.points[-1]) or 0.0 for curve in known]
     cheapest = known[ends.index(min(ends))]
     costs = [cheapest.cost(point) or 0.0 for point in cheapest.points]
-    return [
+    found = [
         Match(cost, [curve.within(cost) if curve.known else None for curve in curves])
         for cost in costs
     ]
+    return [match for match in found if sum(point is not None for point in match.points) > 1]
 
 
 def thinned(matches: Sequence[Match], most: int) -> list[Match]:

@@ -11,29 +11,34 @@ from pathlib import Path
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.runs import Comparison, Facts, RunFacts, RunFolder, fine_tuned
+from rekindle.pipeline.compare.runs import Comparison, RunFolder
 from rekindle.pipeline.compare.tables import (
+    INTERVALS,
     cost_tables,
     domain_tables,
     result_columns,
+    score_tables,
     setting_words,
     step_tables,
+    verdicts,
 )
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, cache_section, find_cache
 from rekindle.pipeline.report.cost import ESTIMATED, Cost, StudentCost, cost_section, typical_cost
 from rekindle.pipeline.report.losses import curves_of, losses_section
 from rekindle.pipeline.report.page import Note, Page, Section, as_html
-from rekindle.pipeline.report.scores import TaskScores, scores_section
+from rekindle.pipeline.report.scores import scores_section
 from rekindle.pipeline.report.table import Column, Table
-from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import TrainConfig
 
 MARKED = (
     "≠ marks what is unlike the most common value of its line (of several, the one that comes "
     "first). Settings that are not here are the same in all runs."
 )
-BEST = "The best of a column stands out; held-out values are those of the last evaluation."
+HELD_OUT = (
+    "Held-out values are those of the last evaluation, of one run each: whether a difference is "
+    "more than chance, they do not say."
+)
 
 
 def comparison_html(comparison: Comparison, scores: Section | None = None) -> str:
@@ -62,9 +67,8 @@ def comparison_page(
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
     }
-    columns = [Column("run", names), *result_columns(comparison, scores=False)]
-    marked = any(column.best for column in columns)
-    own_scores = scores_section(names, read_scores(comparison.runs))
+    columns = [Column("run", names), *result_columns(comparison)]
+    scores = scores or _own_scores(comparison)
     warnings = [note[:1].upper() + note[1:] for note in comparison.notes]
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     finished = sum(run.finished for run in comparison.runs)
@@ -73,15 +77,26 @@ def comparison_page(
     return Page(
         title="Students of one corpus",
         lead=f"{count}. The corpus has the fingerprint {comparison.corpus[:12]}.",
+        verdict=" ".join(verdicts(comparison)),
         sections=[
-            Section("Runs", [Table("", columns, BEST if marked else "", samples)]),
+            scores,
+            Section("Runs", [Table("", columns, HELD_OUT, samples)]),
             settings_section(names, differing),
-            losses_section(curves, more, warnings),
-            scores or own_scores,
+            losses_section(curves, more, warnings, comparison.compared),
             cost_section(once, students, cost, notes, cost_tables(comparison), samples),
             cache_section(list(caches.values())),
         ],
     )
+
+
+def _own_scores(comparison: Comparison) -> Section:
+    """The runs' standings at their tasks; nothing where none has a score."""
+    ones, names = comparison.standings, [run.name for run in comparison.runs]
+    best = {one.scores.title: one.best for one in ones if one.is_best}
+    found = scores_section(names, [one.scores for one in ones], best=best)
+    if not ones:
+        return found
+    return Section(found.title, [*score_tables(comparison), Note(f"{INTERVALS}."), *found.blocks])
 
 
 def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:
@@ -96,40 +111,6 @@ def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]
         unlike = {row for row, cell in enumerate(cells) if cell != usual[row]}
         columns.append(Column(name, cells, words=True, unlike=frozenset(unlike)))
     return Section("Configuration", [Table("", columns), Note(MARKED)])
-
-
-# --- what the pictures need -----------------------------------------------------------------------
-
-
-def read_scores(runs: Sequence[RunFacts]) -> list[TaskScores]:
-    """What ``pipeline finetune`` left in folders below the runs: of each seed the score on test,
-    where all seeds have one, else on dev. A task is called by its folder.
-    """
-    found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
-    for run in runs:
-        for folder, metrics in fine_tuned(Path(run.directory)):
-            for metric, split, scores in _seeds(metrics):
-                found.setdefault((folder, metric, split), {})[run.name] = scores
-    folders = sorted({folder for folder, _, _ in found})
-    tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
-    return [
-        TaskScores(tails[folder], metric, split, scores)
-        for (folder, metric, split), scores in sorted(found.items())
-    ]
-
-
-def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
-    """Metric, split and scores of a fine-tuning; nothing where the file is of something else."""
-    metric = metrics.get("metric")
-    seeds = metrics.get("per_seed")
-    if not isinstance(metric, str) or not isinstance(seeds, list) or not seeds:
-        return []
-    for split, key in (("test", "test_scores"), ("dev", "scores")):
-        scores = [(seed.get(key) or {}).get(metric) for seed in seeds if isinstance(seed, dict)]
-        known = [float(score) for score in scores if isinstance(score, int | float)]
-        if len(known) == len(seeds):
-            return [(metric, split, known)]
-    return []
 
 
 # --- caches and costs -----------------------------------------------------------------------------

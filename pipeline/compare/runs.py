@@ -12,18 +12,24 @@ from rekindle.data.errors import InputError
 from rekindle.data.former import with_defaults
 from rekindle.pipeline.compare.domains import DomainMatrix, matrix_of
 from rekindle.pipeline.compare.matching import Curve, Match, Point, match_cost, match_steps
+from rekindle.pipeline.compare.scores import heads_of, mean_scores, read_scores
+from rekindle.pipeline.compare.standing import Standing, standing_of
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
 from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.measures import MEASURE, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
-SPEED = "tokens_per_second"
-SCORES = "scores/"  # before the name of a task's score, where it stands among other values
+LOSS = "loss"
+OWN_NOTE = (
+    "loss is what each run trains, and they train different things: not ranked; {instead} can be "
+    "compared"
+)
 MEASURED_NOTE = (
     "kl/… and agreement/… of {names} are measured otherwise in runs that older versions began: not "
     "ranked"
@@ -37,7 +43,7 @@ EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains"
 @dataclass(frozen=True)
 class RunFacts:
     """One run. Times are in seconds; ``scores`` are those of ``pipeline finetune`` below its
-    directory: the mean over seeds on dev.
+    directory: the mean over seeds on dev. ``heads``: the task heads of its student.
     """
 
     name: str
@@ -52,19 +58,21 @@ class RunFacts:
     coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)  # only those that differ
-    curve: Curve = field(default_factory=Curve)  # its held-out loss over steps and seconds
+    heads: list[str] = field(default_factory=list)
+    curve: Curve = field(default_factory=Curve)  # what is compared, over steps and seconds
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """A run's directory, and what it is: its student and train sections, the cache it reads, and
-    the records of its steps.
+    the records of its steps. Held-out values have the names of today (``train.measures``).
     """
 
     directory: Path
     settings: dict[str, Facts]
     cache: Facts
     records: list[Facts] = field(default_factory=list)
+    measure: int = MEASURE  # the rule by which its held-out values are measured
 
     @property
     def taught_by(self) -> list[str]:
@@ -75,17 +83,23 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs from one corpus; ``best`` names, for each value, the finished runs that have the best.
+    """Runs from one corpus. ``standings`` say which is best at a task, and whether that is chance;
+    ``best`` names, for each held-out value, the finished runs that have the best: one run each, so
+    that nothing is known of chance.
 
-    ``notes`` say what may not be compared. ``matched_steps`` and ``matched_cost`` have the runs'
-    losses in the order of ``runs`` (``compare.matching``); both are empty where held-out losses may
-    not be compared. ``folders``: what the runs were read from, in their order.
+    ``notes`` say what may not be compared. ``compared`` is the held-out value that means the same
+    in all runs: ``loss`` where they train the same objective, or else ``ce``, or what else they
+    share; None where there is none. ``matched_steps`` and ``matched_cost`` have it in the order of
+    ``runs`` (``compare.matching``); both are empty where held-out values may not be compared.
+    ``folders``: what the runs were read from, in their order.
     """
 
     corpus: str
     runs: list[RunFacts]
+    standings: list[Standing]
     best: dict[str, list[str]]
     notes: list[str]
+    compared: str | None
     matched_steps: list[Match]
     matched_cost: list[Match]
     domains: DomainMatrix
@@ -93,9 +107,9 @@ class Comparison:
 
     def as_dict(self) -> object:
         """Everything but the folders as plain values for JSON; what is no number is null."""
-        values = asdict(replace(self, folders=[]))
-        del values["folders"]
-        return for_json(values)
+        values = asdict(replace(self, folders=[], standings=[]))
+        del values["folders"], values["standings"]
+        return for_json(values | {"tasks": [one.as_dict() for one in self.standings]})
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -112,23 +126,28 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     corpus = _one_corpus(found)
     names = shortest_tails([one.directory.resolve().parts for one in found], "/")
     differing = differences([one.settings for one in found], items=True) | _read_otherwise(found)
+    compared = _compared(found)
     runs = [
-        _read_run(one, name, {key: values[number] for key, values in differing.items()})
+        _read_run(one, name, {key: values[number] for key, values in differing.items()}, compared)
         for number, (one, name) in enumerate(zip(found, names, strict=True))
     ]
     positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
     otherwise = _measured_otherwise(found)
     measured = [MEASURED_NOTE.format(names=", ".join(otherwise))] if otherwise else []
-    curves = [] if positions else [run.curve for run in runs]
+    own = [] if compared == LOSS or not _have(found, LOSS) else [own_note(compared)]
+    curves = [] if positions or compared is None else [run.curve for run in runs]
     by_domain = [
         (run.name, run.evaluation, one.settings["train"].get("domains") or [])
         for run, one in zip(runs, found, strict=True)
     ]
+    where = {name: one.directory for name, one in zip(names, found, strict=True)}
     return Comparison(
         corpus,
         runs,
-        _best(runs, not positions + teachers, otherwise),
-        positions + teachers + measured,
+        [one for task in read_scores(where) if (one := standing_of(task)) is not None],
+        _best(runs, not positions + teachers, otherwise, own != []),
+        positions + teachers + measured + own,
+        compared,
         match_steps(curves),
         match_cost(curves),
         matrix_of(by_domain),
@@ -177,7 +196,12 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
-    return RunFolder(directory, settings, cache, read_metrics(directory))
+        measure = measure_of(about)
+    records = [
+        true_names(one, measure) if one["kind"] == "evaluate" else one
+        for one in read_metrics(directory)
+    ]
+    return RunFolder(directory, settings, cache, records, measure)
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
@@ -206,7 +230,9 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
     return next(iter(groups))
 
 
-def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFacts:
+def _read_run(
+    one: RunFolder, name: str, settings: dict[str, object], compared: str | None
+) -> RunFacts:
     summary = read_record(one.directory / "summary.json") or {}
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
@@ -221,40 +247,52 @@ def _read_run(one: RunFolder, name: str, settings: dict[str, object]) -> RunFact
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
         data_wait=steps[-1].get("data_wait") if steps else None,
-        evaluation=summary.get("evaluation", last),
+        evaluation=true_names(summary["evaluation"], one.measure) if summary else last,
         coverage=summary.get("coverage", {}),
-        scores=_task_scores(one.directory),
+        scores=mean_scores(one.directory),
         settings=settings,
-        curve=_curve(one, steps, evaluations),
+        heads=heads_of(one.directory),
+        curve=_curve(one, steps, evaluations, compared),
     )
 
 
-def _curve(one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts]) -> Curve:
-    """The held-out loss over steps and seconds, without what is not recorded."""
+def _compared(found: Sequence[RunFolder]) -> str | None:
+    """The held-out value that means the same in all runs that have evaluated."""
+    each = [_evaluated(one) for one in found]
+    shared = set.intersection(*[names for names in each if names] or [set()])
+    objectives = differences([one.settings["train"]["objective"] for one in found], items=True)
+    known = ([] if objectives else [LOSS]) + ["ce", *sorted(shared - {LOSS})]
+    return next((name for name in known if name in shared and not is_better_upwards(name)), None)
+
+
+def _evaluated(one: RunFolder) -> set[str]:
+    """The names of what a run has evaluated."""
+    return {name for r in one.records if r["kind"] == "evaluate" for name in r} - {"kind", "step"}
+
+
+def _have(found: Sequence[RunFolder], name: str) -> bool:
+    """Whether several runs have evaluated a value."""
+    return sum(name in _evaluated(one) for one in found) > 1
+
+
+def own_note(compared: str | None) -> str:
+    """Say that the runs' losses are of different objectives, and what is not."""
+    return OWN_NOTE.format(instead=compared or "task scores")
+
+
+def _curve(
+    one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts], compared: str | None
+) -> Curve:
+    """What is compared over steps and seconds, without what is not recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
-        Point(record["step"], seconds.get(record["step"]), record["loss"])
+        Point(record["step"], seconds.get(record["step"]), record[compared])
         for record in evaluations
-        if "loss" in record
+        if compared in record
     ]
     costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.taught_by]
     known = [cost for cost in costs if cost is not None]
     return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
-
-
-def _task_scores(directory: Path) -> dict[str, float]:
-    """The scores of what was fine-tuned into folders below the run, by folder and metric."""
-    return {
-        f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
-        for folder, found in fine_tuned(directory)
-        if isinstance(found.get("mean"), float) and "metric" in found
-    }
-
-
-def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
-    """The folders below a run that something was fine-tuned into, and what it came to."""
-    for path in sorted(directory.glob("**/metrics.json")):
-        yield path.parent.relative_to(directory).parts, read_record(path) or {}
 
 
 def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
@@ -301,29 +339,21 @@ def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
     return [name for name, known in rules.items() if len(known) > 1]
 
 
-def values_of(run: RunFacts) -> dict[str, float]:
-    """What a run is judged by, under the names that ``Comparison.best`` has."""
-    values = dict(run.evaluation) | {f"{SCORES}{name}": v for name, v in run.scores.items()}
-    if run.tokens_per_second is not None:
-        values[SPEED] = run.tokens_per_second
-    return values
-
-
 def _best(
-    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str]
+    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str], own: bool
 ) -> dict[str, list[str]]:
-    """The best finished runs for each value that several have, and not all the same: the most of
-    speed, scores, agreement and what methods say of their own values, else the least. Not of
-    teachers that are measured ``otherwise`` in some.
+    """The finished runs with the best of each held-out value that several have, and not all the
+    same: the most of agreement and what methods say of their own values, else the least. Not of
+    teachers that are measured ``otherwise`` in some, nor of losses that are each run's ``own``.
     """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
     left_out |= {f"{what}/{name}" for name in otherwise for what in ("kl", "agreement")}
+    left_out |= {LOSS} if own else set()
     best = {}
-    for name in dict.fromkeys(name for run in finished for name in values_of(run)):
-        upwards = name == SPEED or name.startswith(SCORES) or is_better_upwards(name)
-        values = [values_of(run).get(name) for run in finished]
-        rows = best_rows(values, max if upwards else min)
+    for name in dict.fromkeys(name for run in finished for name in run.evaluation):
+        values = [run.evaluation.get(name) for run in finished]
+        rows = best_rows(values, max if is_better_upwards(name) else min)
         if rows and name not in left_out:
             best[name] = [finished[row].name for row in sorted(rows)]
     return best

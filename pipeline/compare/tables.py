@@ -10,22 +10,24 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
 from rekindle.pipeline.compare.matching import Match, thinned
 from rekindle.pipeline.compare.runs import (
-    SCORES,
-    SPEED,
     Comparison,
     RunFacts,
     by_corpus,
     compare_runs,
-    values_of,
 )
-from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, formatted, table_of
-from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines
+from rekindle.pipeline.report.significance import Difference
+from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
+from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines, wrapped
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
 
 COST = (
     "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
     "last evaluation that had cost no more, nothing is interpolated"
+)
+INTERVALS = (
+    "intervals: 95 %, of all comparisons of a task at once; of another draw of the test rows, or "
+    "of seeds where there are several; one student was trained for each run"
 )
 _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
@@ -36,67 +38,122 @@ def columns_of(comparison: Comparison) -> list[Column]:
     return [names, *_settings(comparison.runs), *result_columns(comparison)]
 
 
-def result_columns(comparison: Comparison, scores: bool = True) -> Iterator[Column]:
-    """What came out of each run: steps, time and speed, values (with task ``scores``, or without),
-    coverage.
+def result_columns(comparison: Comparison) -> Iterator[Column]:
+    """What came out of each run: steps, time and speed, held-out values, coverage. None of it has
+    a star: it is of one run each, and whether a difference is chance is not known.
     """
     runs = comparison.runs
     yield Column("steps", [_steps(run) for run in runs])
     yield Column("seconds", [formatted(run.seconds, "{:,.1f}") for run in runs])
-    names = dict.fromkeys(name for run in runs for name in values_of(run))
-    for name in sorted(names, key=lambda name: name != SPEED):  # speed stands beside time
-        if name.startswith(PREFIX) or (name.startswith(SCORES) and not scores):
-            continue  # domains have their own table
-        form = "{:,.0f}" if name == SPEED else "{:.4f}"
-        best = comparison.best.get(name, [])
-        yield Column(
-            "tokens/s" if name == SPEED else name.removeprefix(SCORES),
-            [formatted(values_of(run).get(name), form) for run in runs],
-            frozenset(number for number, run in enumerate(runs) if run.name in best),
-        )
-        if name == SPEED:
-            yield Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs])
+    if any(run.tokens_per_second is not None for run in runs):
+        yield Column("tokens/s", [formatted(run.tokens_per_second, "{:,.0f}") for run in runs])
+        yield Column("data wait", [formatted(run.data_wait, "{:.1%}") for run in runs])
+    for name in dict.fromkeys(name for run in runs for name in run.evaluation):
+        if not name.startswith(PREFIX):  # domains have their own table
+            yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
     for what in ("sequences", "positions"):
         cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
         yield Column(f"KD {what}", cells)
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
-    """Losses at equal steps, where the last evaluations are not all there is to compare."""
+    """What is compared, at equal steps, where the last evaluations are not all there is."""
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
-        columns = _matched(comparison.runs, comparison.matched_steps, "steps", "{:,.0f}")
-        yield Table("held-out loss at equal steps", columns)
+        every = range(len(comparison.runs))
+        columns = _matched(comparison, every, comparison.matched_steps, "steps", "{:,.0f}")
+        yield Table(f"held-out {comparison.compared} at equal steps", columns)
 
 
 def cost_tables(comparison: Comparison) -> Iterator[Table]:
-    """Nothing where no cost is known; where one run's alone is, whose are not."""
-    title = "held-out loss at equal total cost"
-    evaluated = [run for run in comparison.runs if run.curve.points]
+    """What is compared, at equal total cost, of the runs that have something there; nothing where
+    no cost is known, and a sentence where one run alone has.
+    """
+    title = f"held-out {comparison.compared} at equal total cost"
+    matches, runs = comparison.matched_cost, comparison.runs
+    evaluated = [run for run in runs if run.curve.points]
     unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
-    if comparison.matched_cost:
-        columns = _matched(comparison.runs, comparison.matched_cost, "seconds", "{:,.1f}", True)
-        yield Table(title, columns, COST + (f"; unknown for {unknown}" if unknown else ""))
-    elif comparison.matched_steps and unknown and any(run.curve.known for run in evaluated):
+    known = [run for run in evaluated if run.curve.known]
+    there = [n for n in range(len(runs)) if any(match.points[n] for match in matches)]
+    later = ", ".join(run.name for run in known if matches and runs.index(run) not in there)
+    if matches:
+        notes = [COST, f"unknown for {unknown}" * bool(unknown)]
+        notes.append(f"dearer than all of this before they were first evaluated: {later}")
+        columns = _matched(comparison, there, matches, "seconds", "{:,.1f}", True)
+        yield Table(title, columns, "; ".join(filter(None, notes[: 2 + bool(later)])))
+    elif unknown and known and comparison.matched_steps:
         note = "not compared: what it cost is not recorded (by older versions) for "
         yield Table(title, [], note + unknown)
+    elif len(known) > 1 and comparison.matched_steps:
+        note = "no run was evaluated before another had cost more in all: nothing to compare"
+        yield Table(title, [], note)
 
 
 def _matched(
-    runs: Sequence[RunFacts], matches: Sequence[Match], title: str, form: str, steps: bool = False
+    comparison: Comparison,
+    numbers: Sequence[int],
+    matches: Sequence[Match],
+    title: str,
+    form: str,
+    steps: bool = False,
 ) -> list[Column]:
     shown = thinned(matches, _MOST_MATCHES)
-    lowest = [best_rows([p.loss if p else None for p in match.points], min) for match in shown]
     columns = [Column(title, [form.format(match.at) for match in shown])]
-    for number, run in enumerate(runs):
+    for number in numbers:
         points = [match.points[number] for match in shown]
         cells = [
             NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
             for p in points
         ]
-        best = frozenset(row for row, least in enumerate(lowest) if number in least)
-        columns.append(Column(run.name, cells, best))
+        columns.append(Column(comparison.runs[number].name, cells))
     return columns
+
+
+def score_tables(comparison: Comparison) -> Iterator[Table]:
+    """The task scores of the runs; a star where one is the best by more than chance."""
+    for one in comparison.standings:
+        against = {each.against: each for each in one.differences}
+        names = [run.name for run in comparison.runs if one.scores.of(run.name)]
+        names.sort(key=lambda name: -one.mean(name))
+        starred = frozenset(range(one.is_best))
+        columns = [
+            Column("run", names, words=True),
+            Column(one.scores.metric, [f"{one.mean(name):.4f}" for name in names], starred),
+            Column("seeds", [str(len(one.scores.of(name))) for name in names]),
+            Column(f"{one.best} better by", [_difference(against.get(name)) for name in names]),
+            Column("interval", [_interval(against.get(name)) for name in names]),
+        ]
+        columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
+        columns = [c for c in columns if c.title != "interval" or {*c.cells} != {NOTHING}]
+        yield Table(f"{one.scores.task} ({one.scores.split})", columns)
+
+
+def _difference(one: Difference | None) -> str:
+    return NOTHING if one is None else f"{one.mean:.4f}"
+
+
+def _interval(one: Difference | None) -> str:
+    if one is None or one.low is None or one.high is None:
+        return NOTHING
+    return f"{one.low:.4f} … {one.high:.4f}"
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Which run is best at each task, a sentence each; where nothing is known of that, how it can
+    be.
+    """
+    if comparison.standings:
+        return [f"{one.verdict}." for one in comparison.standings]
+    heads = [run for run in comparison.runs if run.heads]
+    if len(heads) < 2:
+        return []
+    shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
+    which = f"{shared[0]}=" if shared else ""
+    return [
+        f"Which is best at a task is not known yet: `--test {which}FILE` scores the runs' heads "
+        f"({', '.join(dict.fromkeys(name for run in heads for name in run.heads))}) on a labelled "
+        "file, with intervals."
+    ]
 
 
 def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
@@ -164,17 +221,20 @@ def _share_with_kd(run: RunFacts, what: str) -> float | None:
 
 
 def as_text(comparison: Comparison, width: int | None = None) -> str:
-    """The tables in plain text; the best of the runs has a star.
+    """The verdicts, and the tables in plain text, ``width`` characters wide (the terminal's; 80
+    without one): task scores first. A star marks what is the best by more than chance.
 
-    A run is a line; where that does not fit ``width`` characters (the terminal's; 80 without one),
-    a run is a column, if that is narrower. Nothing is ever cut.
+    A run is a line; a table that does not fit is folded or parted (``report.text``).
     """
-    columns = columns_of(comparison)
     width = width or terminal_width()
-    lines = text_lines(Table("", columns), width)
-    notes = [f" note: {note}" for note in comparison.notes]
-    if any(column.best for column in columns):
-        notes.append(" * the best of the runs")
+    lines = [line for told in verdicts(comparison) for line in wrapped(told, width)]
+    scores = list(score_tables(comparison))
+    lines += [line for table in scores for line in ("", *text_lines(table, width))]
+    if any(column.best for table in scores for column in table.columns):
+        lines += wrapped("* the best by more than chance", width)
+    if scores:
+        lines += wrapped(INTERVALS, width)
+    lines += [""] * bool(lines) + text_lines(Table("", columns_of(comparison)), width)
+    lines += [line for note in comparison.notes for line in wrapped(f"note: {note}", width)]
     more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]
-    below = [line for table in more for line in ("", *text_lines(table, width))]
-    return "\n".join([*lines, *notes, *below])
+    return "\n".join([*lines, *(line for one in more for line in ("", *text_lines(one, width)))])

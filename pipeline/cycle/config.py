@@ -161,7 +161,7 @@ class CycleConfig(Settings):
         _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
-        if not (self.train.keep_best or "loss").startswith("loss"):
+        if self.train.keep_best not in ("loss", None):
             raise ValueError(
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
                 "loss, or null for none"
@@ -185,6 +185,15 @@ class CycleConfig(Settings):
                     "the arm mlm is without experts"
                 )
         return self
+
+    def without_twins(self) -> "CycleConfig":
+        """With one task the experts of all tasks are the task's: ``mixture`` would be ``both``
+        again, and ``both`` stands in its place.
+        """
+        if len(self.tasks) > 1 or "mixture" not in self.arms:
+            return self
+        arms = {"both" if arm == "mixture" else arm for arm in self.arms}
+        return self.model_copy(update={"arms": tuple(arm for arm in ARMS if arm in arms)})
 
     @property
     def seeds_of_search(self) -> range:

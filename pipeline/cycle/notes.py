@@ -50,7 +50,7 @@ def _guidance(differences: Sequence[Difference]) -> Iterator[str]:
         ones = [one for one in ones if one.task == MEAN] or ones
         if len({one.task for one in ones}) != 1:
             continue
-        if not any(_is_gain(one) for one in ones):
+        if not any(is_gain(one) for one in ones):
             spread = [f"({one.interval})" if one.n > 1 else "with one seed" for one in ones]
             gains = [f"{one.arm} {100 * one.mean:+.2f}" for one in ones]
             listed = ", ".join(f"{gain} {w}" for gain, w in zip(gains, spread, strict=True))
@@ -62,7 +62,7 @@ def _guidance(differences: Sequence[Difference]) -> Iterator[str]:
         return
 
 
-def _is_gain(one: Difference) -> bool:
+def is_gain(one: Difference) -> bool:
     """Whether it is more than chance; the same gain with every seed, which has no p, is."""
     p = one.p_adjusted
     return one.mean > 0 and (one.n > 1 if p is None else p < _SURE)

@@ -1,23 +1,26 @@
 """A cycle's report: its scores with the differences between the arms, and its students as runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.page import comparison_html, comparison_page
+from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig
-from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
 from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names
-from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL
+from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, is_gain
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.tables import as_text, own_tables
+from rekindle.pipeline.cycle.verdict import facts_of_results
 from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
+from rekindle.pipeline.report.text import terminal_width, wrapped
 
 TITLE = "Knowledge rekindle: experts, and students that they guided"
 _FIRST = (UNFINISHED, UNHELPFUL)  # how the notes begin that stand above all
@@ -28,7 +31,8 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     cycle = directories[0] if len(directories) == 1 and is_cycle(directories[0]) else None
     if cycle is None:
         return comparison_html(comparison)
-    return cycle_html(cycle, comparison, read_results(cycle))
+    cache, cost = cache_and_cost(comparison)
+    return cycle_html(cycle, comparison, replace(read_results(cycle), cache=cache, cost=cost))
 
 
 def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults) -> str:
@@ -41,7 +45,7 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
         "as that model, are guided on that text, and are fine-tuned again with the same budget."
     )
     lead = f"{about} {counted(len(results.tasks), 'task')}, {counted(len(results.arms), 'arm')}"
-    sections = [scores]
+    sections = [Section("In short", [Facts([*facts_of_results(results)])]), scores]
     if comparison is None:
         lead += "."
     else:
@@ -51,17 +55,28 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
         # What the cycle is about comes first; how the students were trained comes after it.
         sections += [section for section in page.sections if section is not scores]
         lead += f"; {page.lead}"
-    return as_html(Page(TITLE, lead, [*sections, *_by_hand(home, results)]))
+    sections += _by_hand(home, results)
+    return as_html(Page(TITLE, lead, sections, _sentence(results.verdict)))
 
 
 def cycle_section(results: CycleResults) -> Section:
     """Scores on test by arm and task, differences, and what must be said beside them."""
     first = [note for note in results.notes if note.startswith(_FIRST)]
     tasks = [_task_scores(results, task) for task in results.tasks]
-    section = scores_section(results.arms, tasks, results.differences, [*map(_sentence, first)])
+    best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
+    warnings = [*map(_sentence, first)]
+    section = scores_section(results.arms, tasks, results.differences, warnings, best)
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
     return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])
+
+
+def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
+    """The arm with the highest mean, if it has more than the expert by more than chance."""
+    ones = [one for one in results.differences if (one.task, one.against) == (task.task, EXPERT)]
+    gained = [one for one in ones if is_gain(one)]
+    best = max(ones, key=lambda one: one.mean, default=None)
+    return best.arm if best is not None and best in gained else None
 
 
 def _sentence(note: str) -> str:
@@ -139,8 +154,15 @@ def commands_of(home: Path, config: CycleConfig) -> list[tuple[str, str]]:
     return commands
 
 
+def _short(results: CycleResults) -> Iterator[str]:
+    """The verdict, and what it is of."""
+    yield _sentence(results.verdict)
+    for what, words in facts_of_results(results):
+        yield f"{what}: {words}"
+
+
 def printed(home: Path, results: CycleResults) -> str:
-    """What the command prints: tables and notes, and where everything is."""
+    """What the command prints: the verdict, tables and notes, and where everything is."""
     where, task = shown(home.absolute()), results.tasks[0].name
     places = {
         "report": "report.html",
@@ -150,4 +172,6 @@ def printed(home: Path, results: CycleResults) -> str:
         "configuration": f"run.yaml; of each stage: {CACHE_FILE}, students/*.yaml",
     }
     lines = (f"{what + ':':15}{where}/{path}" for what, path in places.items())
-    return "\n".join([as_text(results), "", *lines])
+    width = terminal_width()
+    short = [wrapped(line, width) for line in (*_short(results),)]
+    return "\n".join([*(one for line in short for one in line), "", as_text(results), "", *lines])

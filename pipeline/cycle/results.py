@@ -15,6 +15,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.finetuned import (
+    EXPERT,
     FineTuned,
     Grid,
     budget_of,
@@ -24,8 +25,16 @@ from rekindle.pipeline.cycle.finetuned import (
     read_json,
 )
 from rekindle.pipeline.cycle.notes import notes_of
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults, TaskFacts, differences_of, scores_of
+from rekindle.pipeline.cycle.scores import (
+    MEAN,
+    CycleResults,
+    KeptExpert,
+    TaskFacts,
+    differences_of,
+    scores_of,
+)
 from rekindle.pipeline.cycle.searched import check_search, read_search, searched_of
+from rekindle.pipeline.cycle.verdict import verdict_of
 
 Found = Mapping[tuple[str, str], FineTuned]  # by arm and task
 Tried = Mapping[tuple[str, str], Sequence[FineTuned]]
@@ -47,8 +56,15 @@ def read_results(out: Path) -> CycleResults:
     differences = differences_of(plan.arms, plan.metrics, scores)
     searched = [searched_of(*c, grid, tried[c], found.get(c)) for c in cells if tried[c]]
     costs = _costs(out, found, tried)
+    experts = [_kept(found[EXPERT, task]) for task in plan.metrics if (EXPERT, task) in found]
     results = replace(plan, scores=scores, differences=differences, searched=searched, costs=costs)
-    return replace(results, notes=notes_of(results, found))
+    notes, verdict = notes_of(results, found), verdict_of(results)
+    return replace(results, notes=notes, verdict=verdict, experts=experts)
+
+
+def _kept(one: FineTuned) -> KeptExpert:
+    dev = one.dev[one.seeds.index(one.best_seed)]
+    return KeptExpert(one.task, one.folder, one.best_seed, len(one.seeds), one.metric, dev)
 
 
 def _read_plan(out: Path) -> tuple[CycleResults, Grid]:

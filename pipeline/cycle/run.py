@@ -14,6 +14,7 @@ Each of these is what the command of that stage leaves, and can be used alone. A
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -37,11 +38,13 @@ from rekindle.pipeline.cycle.jobs import CACHE_FILE, plan_jobs, student_names
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_jobs
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_counted
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, open_folder, read_record, reading
+
+log = logging.getLogger("rekindle")
 
 ELSEWHERE = "give another --out"
 _SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
@@ -74,6 +77,10 @@ def run_cycle(
         if was is not config:
             with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
                 config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
+    arms = (begun or {}).get("arms")
+    if config.without_twins() != config and not (isinstance(arms, list) and "mixture" in arms):
+        log.info("arm mixture: left out, for with one task it is the same student as both")
+        config = config.without_twins()
     make_missing(config)
     tasks = read_tasks(config)
     runs = configs(home, config, tasks)
@@ -94,7 +101,7 @@ def run_cycle(
         if places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
         jobs = list(plan_jobs(home, config, tasks))
-        run_jobs(jobs, home / "cycle.log", progress, places)
+        run_counted(jobs, home / "cycle.log", progress, places)
         return _write_results(home)
 
 

@@ -3,7 +3,7 @@ arithmetic on what was read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -134,6 +134,20 @@ class TaskFacts:
 
 
 @dataclass(frozen=True)
+class KeptExpert:
+    """The expert of a task that teaches: the one of its ``seeds`` that is best on dev, with that
+    score by the task's main metric as a fraction. ``folder`` is relative to the cycle.
+    """
+
+    task: str
+    folder: str
+    seed: int
+    seeds: int
+    metric: str
+    dev: float
+
+
+@dataclass(frozen=True)
 class CycleResults:
     """Everything that a cycle found.
 
@@ -141,6 +155,7 @@ class CycleResults:
     a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
     beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
     the cache, and what a student costs with it and without; None where that is not known.
+    ``verdict`` is all of it in a sentence, ``experts`` are those that teach.
     """
 
     arms: list[str]
@@ -153,6 +168,8 @@ class CycleResults:
     settings: dict[str, Any]
     cache: CacheFacts | None = None
     cost: Cost | None = None
+    verdict: str = ""
+    experts: list[KeptExpert] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, str]:

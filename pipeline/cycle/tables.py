@@ -54,8 +54,7 @@ def _scores(results: CycleResults) -> Table:
     title = "test scores in %: mean ± standard deviation over seeds"
     table = score_table("arm", arms, columns, title)
     seeds = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
-    # The selected expert is no mean: among the others it would be marked as the best of them.
-    names, *scores = (replace(column, best=frozenset()) for column in table.columns)
+    names, *scores = table.columns
     return replace(table, columns=[names, Column("seeds", seeds), *scores])
 
 

@@ -16,8 +16,9 @@ from rekindle.data.corpus.additions import (
     claim_addition,
     complete_addition,
     describe_addition,
+    recorded_shard_size,
 )
-from rekindle.data.corpus.config import CorpusConfig, describe_corpus
+from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
     FIELDS,
     Corpus,
@@ -59,6 +60,12 @@ class CorpusSurvey:
         return self.sequences - (len(self.present) if self.present else 0)
 
     @property
+    def shard_size(self) -> int:
+        """Sequences per shard, where the configuration does not say."""
+        found = None if self.present is None else recorded_shard_size(self.present.store)
+        return found or usual_shard_size(self.sequences)
+
+    @property
     def new_tokens(self) -> int:
         """Tokens of those sequences."""
         return max(0, self.tokens - self.present.tokens) if self.present else self.tokens
@@ -98,9 +105,8 @@ def _present(store: Store) -> Corpus | None:
 
 def _is_whole(present: Corpus, config: RunConfig) -> bool:
     """Whether nothing is missing of the configured corpus; CacheMismatchError if it is another."""
-    info = describe_corpus(
-        config.corpus, load_tokenizer(config.corpus.tokenizer), config.cache.sequences_per_shard
-    )
+    size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
+    info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
     here = (len(present.commits), len(present))
     addition = claim_addition(present.store, info, config.corpus, lambda: here)
     return present.complete and addition.number < len(present.additions)

@@ -83,8 +83,9 @@ def work_of(
     if sequences := survey.new_sequences:
         times = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
-        whole, rest = divmod(sequences, cache.sequences_per_shard)
-        for count, rows in ((whole, cache.sequences_per_shard), (1, rest)):
+        size = cache.sequences_per_shard or survey.shard_size
+        whole, rest = divmod(sequences, size)
+        for count, rows in ((whole, size), (1, rest)):
             tokens = rows * survey.new_tokens / sequences
             work += [Shards(count * times, rows, tokens, share)] if count and rows else []
     return FolderWork(work, present)

@@ -5,8 +5,9 @@ sums are then formed in the same order whatever the number of cores, so that no 
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar, cast
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.pipeline.console import log_to_stderr
 from rekindle.pipeline.processes.worker import (
@@ -26,9 +28,13 @@ from rekindle.pipeline.processes.worker import (
     killed_at_exit,
 )
 from rekindle.pipeline.progress import Progress, ProgressTask
+from rekindle.train.interrupts import Interrupted
+
+log = logging.getLogger("rekindle")
 
 MOST_WORKERS = 4
-_GO_ON = "What is finished is kept; run the same command again to go on"
+STOP_WITHIN = 60.0  # seconds that jobs have to keep what they have done, when all is interrupted
+_GO_ON = "The same command again goes on with all that is finished"
 _Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
 
 
@@ -99,12 +105,13 @@ def run_jobs(
     Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
     those that can start, the first in the list does. What they print or log goes to ``log_file``
     (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others,
-    as InputError if its process was killed; with ``keep_going`` it is the job's result.
+    as InputError if its process was killed; with ``keep_going`` it is the job's result. An
+    interrupt says what the jobs at work have kept.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
     free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
-    with killed_at_exit(running):
+    with killed_at_exit(running), _told_to_end(running):
         while waiting or running:
             unfinished = {job.name for job in (*waiting, *(one[0] for one in running.values()))}
             ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
@@ -118,6 +125,9 @@ def run_jobs(
                 job, task, shown = running[worker]
                 try:
                     message = worker.receive()
+                except Interrupted as error:  # it alone was told to end: so is the whole then
+                    del running[worker]
+                    raise Interrupted(f"; {job.name}: interrupted{error.told}") from None
                 except Exception as error:
                     if keep_going:
                         results[job.name] = error
@@ -136,6 +146,56 @@ def run_jobs(
                 del running[worker]
                 free.append(worker.place)
     return results
+
+
+def run_counted(
+    jobs: Sequence[Job], log_file: Path, progress: Progress, places: Sequence[Place] = ()
+) -> None:
+    """``run_jobs`` for jobs that all have an output: an interrupt says how many are finished."""
+    try:
+        run_jobs(jobs, log_file, progress, places)
+    except Interrupted as error:
+        done = sum(job.output is not None and job.output.exists() for job in jobs)
+        told = f"; {done} of {counted(len(jobs), 'job')} are finished{error.told}"
+        raise Interrupted(told, kept=error.kept or done > 0) from None
+
+
+@contextmanager
+def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) -> Iterator[None]:
+    """An interrupt is sent on: each job that is ``running`` keeps what it has done, as far as it
+    can within STOP_WITHIN seconds, and that is told. Another interrupt ends all at once.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        names = {worker: job.name for worker, (job, *_) in running.items()}
+        if names:
+            log.info(
+                "told to end: within %.0f s the jobs at work keep what they have done; a second "
+                "Ctrl-C leaves at once",
+                STOP_WITHIN,
+            )
+        for worker in names:
+            worker.tell_to_end()
+        told = [error.told] if isinstance(error, Interrupted) else []
+        told += [f"; {name}: {what}" for name, what in _kept_by(names) if what]
+        raise Interrupted("".join(told), kept=bool(told)) from None
+
+
+def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
+    """Yield, of each of the ``workers`` that ends in time, its name and what it kept."""
+    until, left = time.monotonic() + STOP_WITHIN, dict(workers)
+    while left and (seconds := until - time.monotonic()) > 0:
+        for worker in Worker.with_messages(left, seconds):
+            try:
+                if not isinstance(worker.receive(), Returned):
+                    continue  # of its progress
+                yield left[worker], "finished"
+            except Interrupted as error:
+                yield left[worker], f"interrupted{error.told}" if error.kept else ""
+            except Exception as error:  # it failed, or what it said was cut in two
+                log.warning("%s: %s", left[worker], error)
+            del left[worker]
 
 
 def _do(job: Job, parent: Connection) -> object:
@@ -173,6 +233,8 @@ def run_units(
             for worker in Worker.with_messages(workers):
                 try:
                     message = worker.receive()
+                except Interrupted:  # what was made is for the caller to tell
+                    raise KeyboardInterrupt from None
                 except WorkerKilled as error:
                     advice = f"{_GO_ON}, with fewer --workers if need be"
                     raise InputError(f"{name}: {error}. {advice}") from None

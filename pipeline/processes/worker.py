@@ -22,6 +22,7 @@ from pathlib import Path
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.console import log_to_stderr
 from rekindle.pipeline.exits import tidy_up
+from rekindle.train.interrupts import Interrupted, obey_sigterm
 
 # What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
 # child does it for itself, as its device has to be chosen before anything can look at one.
@@ -71,8 +72,9 @@ class Returned:
 class Worker:
     """A child process that does ``work``, a picklable function, at ``place``.
 
-    It leaves Ctrl-C to its parent, ends when its parent does, and writes what it prints or logs to
-    ``log_file`` (None: where its parent does). ``name`` stands in error messages.
+    It leaves Ctrl-C to its parent, which may tell it to end with SIGTERM; it ends when its parent
+    does, and writes what it prints or logs to ``log_file`` (None: where its parent does). ``name``
+    stands in error messages.
     """
 
     def __init__(self, name: str, work: Work, place: Place, log_file: Path | None = None):
@@ -95,21 +97,28 @@ class Worker:
         """Wait for the next message and return it; ``Returned`` is the last one.
 
         Raises the RekindleError or OSError that ended the work, any other error as RuntimeError
-        with the child's traceback, and WorkerKilled if the process was killed.
+        with the child's traceback, Interrupted if it was told to end, and WorkerKilled if the
+        process was killed.
         """
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
+            if self._process.exitcode == -signal.SIGTERM:  # it had not begun to listen
+                raise Interrupted("", kept=False) from None
             raise WorkerKilled(
                 f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
             ) from None
-        if isinstance(message, Exception | Returned):
+        if isinstance(message, BaseException | Returned):
             self._process.join()  # it may have temporary files to remove
             self._connection.close()
-        if isinstance(message, Exception):
+        if isinstance(message, BaseException):
             raise message
         return message
+
+    def tell_to_end(self) -> None:
+        """Have the work end as soon as what it has done is kept; ``receive`` then says so."""
+        self._process.terminate()
 
     def kill(self) -> None:
         """End the process at once, whatever it does."""
@@ -118,9 +127,13 @@ class Worker:
         self._connection.close()
 
     @staticmethod
-    def with_messages(workers: Collection["Worker"]) -> list["Worker"]:
-        """Wait until some of ``workers`` have something to receive, and return those."""
-        ready = connection.wait([worker._connection for worker in workers])
+    def with_messages(
+        workers: Collection["Worker"], seconds: float | None = None
+    ) -> list["Worker"]:
+        """Wait until some of ``workers`` have something to receive, and return those: none if the
+        ``seconds`` are over before.
+        """
+        ready = connection.wait([worker._connection for worker in workers], seconds)
         return [worker for worker in workers if worker._connection in ready]
 
 
@@ -147,6 +160,7 @@ def warm_up() -> None:
 def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Path | None) -> None:
     """The life of a child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obey_sigterm()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if log_file is not None:
         with open(log_file, "ab", buffering=0) as log:
@@ -158,8 +172,11 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
         last: object = Returned(work(parent))
     except (RekindleError, OSError) as error:
         last = error
+    except KeyboardInterrupt as error:
+        last = error if isinstance(error, Interrupted) else Interrupted("", kept=False)
     except Exception:
         last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end itself takes no time
     parent.send(last)
     tidy_up()  # and return: multiprocessing still gives back the semaphores that libraries took
 

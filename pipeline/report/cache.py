@@ -32,12 +32,13 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a cache holds."""
+    """What a cache holds; ``documents`` are the texts that its sequences are of."""
 
     sequences: int
     tokens: int
     vocabulary: int
     teachers: list[TeacherFacts]
+    documents: int | None = None
 
 
 def _facts_of(cache: Cache) -> CacheFacts:
@@ -51,7 +52,8 @@ def _facts_of(cache: Cache) -> CacheFacts:
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
         facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)
         teachers.append(facts)
-    return CacheFacts(len(cache), tokens, cache.corpus.info["tokenizer"]["size"], teachers)
+    size, documents = cache.corpus.info["tokenizer"]["size"], cache.corpus.documents
+    return CacheFacts(len(cache), tokens, size, teachers, documents)
 
 
 # --- caches that runs speak of --------------------------------------------------------------------

@@ -15,13 +15,18 @@ from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottabl
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
 MOST_PALE = 4  # runs whose single points can be shown behind their means
-LOSS = "loss"
+LOSS, CROSS_ENTROPY = "loss", "ce"
 SMOOTH = " Lines are running means over a twentieth of the steps."
 # What held-out values are; the others are shown under their names alone.
 MEANINGS = {
     "kl/": "KL divergence from teacher {} to the student, in nats",
     "agreement/": "share of targets where the student's first choice is that of {}",
-    "loss/": "cross-entropy on domain {}, in nats",
+    "ce/": "cross-entropy on domain {}, in nats",
+    "loss/": "the objective on domain {}",
+}
+WHOLE = {
+    LOSS: "The objective on held-out sequences, at the weights of the last step: lower is better.",
+    CROSS_ENTROPY: "Cross-entropy on held-out sequences, in nats for each target: lower is better.",
 }
 Points = list[tuple[int, float]]  # (steps done, value)
 
@@ -44,7 +49,9 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
     evaluated = [record for record in records if record["kind"] == "evaluate"]
     names = sorted({key for record in evaluated for key in record} - {"kind", "step"})
     held_out = {name: _points(evaluated, name) for name in names}
-    return RunCurves(name, thinned(_points(steps, LOSS)), thinned(_points(steps, "ce")), held_out)
+    return RunCurves(
+        name, thinned(_points(steps, LOSS)), thinned(_points(steps, CROSS_ENTROPY)), held_out
+    )
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Points:
@@ -73,18 +80,23 @@ def _mean(group: Points) -> float:
 
 
 def losses_section(
-    runs: Sequence[RunCurves], more: Sequence[Block] = (), warnings: Sequence[str] = ()
+    runs: Sequence[RunCurves],
+    more: Sequence[Block] = (),
+    warnings: Sequence[str] = (),
+    compared: str | None = LOSS,
 ) -> Section:
-    """All curves of the runs under one legend; ``warnings`` say why they do not compare."""
+    """All curves of the runs under one legend; ``warnings`` say why they do not compare. The value
+    that is ``compared`` is drawn large.
+    """
     drawn = [run for run in runs if run.objective or run.held_out]
     if not drawn:
         return Section("Losses", [Note("No run has recorded a step yet."), *more])
     samples = [number for number, run in enumerate(runs) if run in drawn]
     blocks: list[Block] = [Note(f"{text}.", warns=True) for text in warnings]
     blocks.append(Legend([run.name for run in drawn], samples))
-    blocks.append(Figures(list(_large(runs))))
+    blocks.append(Figures(list(_large(runs, compared))))
     curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
-    names = sorted({name for name in curves if name != LOSS})
+    names = sorted({name for name in curves if name != compared})
     if small := [_picture(_meaning(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
         blocks.append(Figures(small, small=True))
     if left := names[MOST_SMALL:]:
@@ -93,10 +105,9 @@ def losses_section(
     return Section("Losses", [*blocks, *more])
 
 
-def _large(runs: Sequence[RunCurves]) -> Iterator[Figure]:
-    if any(LOSS in run.held_out for run in runs):
-        caption = "Cross-entropy on held-out sequences, in nats for each target: lower is better."
-        yield _picture(caption, runs, LOSS)
+def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
+    if compared is not None and any(compared in run.held_out for run in runs):
+        yield _picture(WHOLE.get(compared, _meaning(compared)), runs, compared)
     training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
@@ -115,6 +126,8 @@ def _equal(run: RunCurves) -> bool:
 
 
 def _meaning(name: str) -> str:
+    if name in WHOLE:
+        return f"{name}: {WHOLE[name][:1].lower()}{WHOLE[name][1:].removesuffix('.')}"
     for prefix, words in MEANINGS.items():
         if name.startswith(prefix):
             return f"{name}: {words.format(name.removeprefix(prefix))}"
@@ -166,8 +179,8 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
 def _notes(runs: Sequence[RunCurves]) -> Iterator[str]:
     if any(len(run.objective) == MOST_POINTS for run in runs):
         yield f"Curves of training have {MOST_POINTS} points: means of neighbouring steps."
-    if without := ", ".join(run.name for run in runs if LOSS not in run.held_out):
-        yield f"No held-out loss so far: {without}."
+    if without := ", ".join(run.name for run in runs if not run.held_out):
+        yield f"No held-out values so far: {without}."
     values = [v for run in runs for points in run.held_out.values() for _, v in points]
     if not all(map(math.isfinite, values)):
         yield "Gaps in lines are values that were no finite numbers."

@@ -87,11 +87,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on the page. Sections without blocks are left out."""
+    """Everything on the page: first the ``verdict``, if there is one, what it is of, and the
+    sections; those without blocks are left out.
+    """
 
     title: str
     lead: str
     sections: Sequence[Section]
+    verdict: str = ""
 
 
 def as_html(page: Page) -> str:

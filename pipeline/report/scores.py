@@ -10,13 +10,12 @@ from typing import Any
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
 from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
-from rekindle.pipeline.report.table import NOTHING, Column, Table, best_rows, table_of
+from rekindle.pipeline.report.table import NOTHING, Column, Table, table_of
 
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over seeds of fine-tuning ± their sample "
     "deviation; below it, the 95 % interval of the mean by Student's t over the seeds, and their "
-    "number. The highest mean of a column stands out: whether it is more than chance, the "
-    "intervals say."
+    "number. What stands out in a column is the best by more than chance."
 )
 
 
@@ -50,14 +49,18 @@ def scores_section(
     tasks: Sequence[TaskScores],
     differences: Sequence[Difference] = (),
     notes: Sequence[str] = (),
+    best: Mapping[str, str] = {},
 ) -> Section:
-    """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere."""
+    """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere.
+
+    ``best``: by a task's title the model that is the best by more than chance, if there is one.
+    """
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
         scored = [name for name in models if any(task.of(name) for task in tasks)]
         means = mean_scores(scored, tasks) if len(tasks) > 1 else None
         mean_of_tasks = [TaskScores("mean of tasks", "", "", means)] if means else []
-        table = score_table("model", scored, [*tasks, *mean_of_tasks])
+        table = score_table("model", scored, [*tasks, *mean_of_tasks], best=best)
         samples = [models.index(name) for name in scored]
         blocks += [replace(table, samples=samples), Note(ABOUT)]
         if told := [(task.task, task.about) for task in tasks if task.about]:
@@ -72,17 +75,23 @@ def scores_section(
 
 
 def score_table(
-    head: str, models: Sequence[str], tasks: Sequence[TaskScores], title: str = ""
+    head: str,
+    models: Sequence[str],
+    tasks: Sequence[TaskScores],
+    title: str = "",
+    best: Mapping[str, str] = {},
 ) -> Table:
-    """A line for each model, a column for each task; last what guessing scores, where known."""
+    """A line for each model, a column for each task; last what guessing scores, where known. The
+    model that is ``best`` at a task stands out.
+    """
     guessed = ["chance"] if any(task.chance is not None for task in tasks) else []
     columns = [Column(head, [*models, *guessed], words=True)]
     for task in tasks:
         every = [task.of(name) for name in models]
-        best = best_rows([mean(values) if values else None for values in every], max)
+        marked = frozenset(n for n, name in enumerate(models) if name == best.get(task.title))
         every += [[] if task.chance is None else [task.chance] for _ in guessed]
         below = [interval_words(values) for values in every[: len(models)]] + ["" for _ in guessed]
-        columns.append(Column(task.title, [*map(percent, every)], best, below=below))
+        columns.append(Column(task.title, [*map(percent, every)], marked, below=below))
     return Table(title, columns)
 
 

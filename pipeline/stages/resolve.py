@@ -170,8 +170,9 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
         second["source"] = first["source"]
     second["limit_sequences"] = first["limit_sequences"]
     corpus = {f"corpus.{key}": (first[key], second[key]) for key in first}
-    sizes = (one.config.cache.sequences_per_shard, other.config.cache.sequences_per_shard)
-    corpus["cache.sequences_per_shard"] = sizes
+    size = one.config.cache.sequences_per_shard
+    own = other.config.cache.sequences_per_shard  # null: whatever the cache has by then
+    corpus["cache.sequences_per_shard"] = (size, size if own is None else own)
     teachers: dict[str, tuple[object, object]] = {}
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:

@@ -8,14 +8,15 @@ All that can be checked is checked before the first stage begins.
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import as_begun
 from rekindle.data.storage.atomic import write_json
@@ -28,6 +29,7 @@ from rekindle.pipeline.stages.prompts import write_prompts
 from rekindle.pipeline.stages.resolve import Ready, Stage, check_models, plan_stages, ready_parts
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
+from rekindle.train.interrupts import Interrupted
 from rekindle.train.loop import TrainResult
 from rekindle.train.record.run_folder import goes_on, open_folder
 
@@ -56,10 +58,24 @@ def run_stages(
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
                 continue
             log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
-            world.decide(functools.partial(_cache, stage, progress), patient=True)
-            where = stage.directory
-            results.append(train_from_config(stage.config, where, resume=True, progress=progress))
+            with _naming(stage, stages):
+                world.decide(functools.partial(_cache, stage, progress), patient=True)
+                results.append(
+                    train_from_config(stage.config, stage.directory, resume=True, progress=progress)
+                )
     return results
+
+
+@contextmanager
+def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
+    """Say of an interrupt in which ``stage`` it came, and how many are finished."""
+    try:
+        yield
+    except Interrupted as error:
+        done = sum(is_finished(one.directory) for one in stages)
+        told = f"; {done} of {counted(len(stages), 'stage')} are finished"
+        told += f"; stage {stage.name}: interrupted{error.told}"
+        raise Interrupted(told, kept=error.kept or done > 0) from None
 
 
 def _cache(stage: Stage, progress: Progress) -> None:

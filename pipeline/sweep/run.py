@@ -7,7 +7,8 @@ Every student is held against the cache before the first one is trained.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from rekindle.pipeline.several_runs import (
     read_runs,
 )
 from rekindle.pipeline.sweep.grid import SweepRun
+from rekindle.train.interrupts import Interrupted
 from rekindle.train.launch import launched
 from rekindle.train.record.run_folder import goes_on, open_folder
 
@@ -112,18 +114,42 @@ def _train_missing(
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     workers = min(workers or max(1, len(visible_devices())), len(missing))
-    ended: Sequence[object]
-    if workers <= 1:
-        ended = [train_one(run, out, progress) for run in missing]
-    else:
-        jobs = []
-        for run in missing:
-            name, steps = str(out / run.name), run.config.train.steps
-            jobs.append(Job(name, _train, (run, out), output=None, steps=steps))
-        results = run_jobs(jobs, None, progress, places_for(workers), keep_going=True)
-        ended = [results[job.name] for job in jobs]
-    pairs = zip(missing, ended, strict=True)
-    return {run.name: error for run, error in pairs if isinstance(error, Exception)}
+    ended: Mapping[str, object]
+    with _counting(runs, out):
+        if workers <= 1:
+            ended = {run.name: _train_here(run, out, progress) for run in missing}
+        else:
+            ended = _train_side_by_side(missing, out, workers, progress)
+    return {name: error for name, error in ended.items() if isinstance(error, Exception)}
+
+
+def _train_here(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
+    try:
+        return train_one(run, out, progress)
+    except Interrupted as error:
+        raise Interrupted(f"; {out / run.name}: interrupted{error.told}", error.kept) from None
+
+
+def _train_side_by_side(
+    runs: Sequence[SweepRun], out: Path, workers: int, progress: Progress
+) -> dict[str, object]:
+    jobs = []
+    for run in runs:
+        name, steps = str(out / run.name), run.config.train.steps
+        jobs.append(Job(name, _train, (run, out), output=None, steps=steps))
+    results = run_jobs(jobs, None, progress, places_for(workers), keep_going=True)
+    return {run.name: results[job.name] for run, job in zip(runs, jobs, strict=True)}
+
+
+@contextmanager
+def _counting(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
+    """Say of an interrupt how many of the students are finished."""
+    try:
+        yield
+    except Interrupted as error:
+        done = sum(is_finished(out / run.name, model=False) for run in runs)
+        told = f"; {done} of {len(runs)} students are finished{error.told}"
+        raise Interrupted(told, kept=error.kept or done > 0) from None
 
 
 def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
@@ -147,8 +173,9 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
     """
     from rekindle.pipeline.train_student import train_from_config
 
+    where = out / run.name
     try:
-        where, began = out / run.name, extent_of_others(out)
+        began = extent_of_others(out)
         train_from_config(run.config, where, resume=True, progress=progress, began=began)
     except Exception as error:
         bug = not isinstance(error, RekindleError | OSError)

@@ -30,7 +30,7 @@ corpus:
   limit_sequences: null
 cache:
   path: runs/cache
-  sequences_per_shard: 4096
+  sequences_per_shard: null
   replicas: 4
   mask: {policy: random, unit: token, probability: 0.15, mask_token: 0.8, random_token: 0.1}
   seed: 0
@@ -57,7 +57,7 @@ train:
   schedule: linear
   precision: auto
   seed: 0
-  checkpoint_every: 200
+  checkpoint_every: 5 min
   evaluate_every: 200
   objective:
     hard: {weight: 1.0}

@@ -5,17 +5,23 @@ import re
 import resource
 import shlex
 import signal
+import sys
 
 import pytest
+import typer
 import yaml
 
+from rekindle.pipeline import exits
+from rekindle.pipeline.cli import app
+from rekindle.pipeline.progress import Progress
 from rekindle.train import loop
+from rekindle.train.finetune import run
 from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from testlib.command import pipeline, run_main
 from testlib.processes import Child
 
-LINE = re.compile(r"To go on: (pipeline .*)$", re.MULTILINE)
+LINE = re.compile(r"To (?:go on|begin again): (pipeline .*)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,9 @@ def test_an_interrupted_stage_one_goes_on_with_all_its_options(run_file, tmp_pat
         calling(UnitRunner, "make", 2, lambda: os.kill(os.getpid(), number))
 
     said = end_of(child(*typed, before=interrupt), 130)
+    assert re.search(
+        r"\ninterrupted; made and kept: \d shards? of the corpus, 1 unit of lm\.", said
+    )
     (line,) = LINE.findall(said)
     assert shlex.split(line) == ["pipeline", *typed]
     done = pipeline(*shlex.split(line)[1:])
@@ -97,10 +106,43 @@ def test_an_interrupted_student_goes_on_with_the_line(run_file, tmp_path, step, 
     def interrupt():
         calling(*where, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
-    (line,) = LINE.findall(end_of(child(*typed, before=interrupt), 130))
+    said = end_of(child(*typed, before=interrupt), 130)
+    told = "; there is no checkpoint yet. To begin again: "
+    if step is not None:
+        told = f" at step {step}; a checkpoint of it is written. To go on: "
+        assert latest_checkpoint(out)[1]["step"] == step
+    assert f"\ninterrupted{told}" in said
+    (line,) = LINE.findall(said)
     assert shlex.split(line) == ["pipeline", *typed, *resumed]
     done = pipeline(*shlex.split(line)[1:])
     assert (done.returncode, "8 steps" in done.stdout) == (0, True), done.stderr
+
+
+COMMANDS = ("cache-teachers", "demo", "finetune", "rekindle", "train-student")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
+    """A new option, too: it is found among the command's own."""
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "to_terminal", interrupt)
+    monkeypatch.setattr(run, "finetune", interrupt)
+    monkeypatch.setattr(exits, "leave", sys.exit)
+    known = {"set_": "epochs=1", "metric": "f1", "seeds": "2", "workers": "2"}
+    typed = [name]
+    for one in typer.main.get_command(app).commands[name].params:
+        value = known.get(one.name, f"the {one.name}'s")
+        if one.opts == [one.name]:  # an argument
+            typed.append(value)
+        elif one.name != "help":
+            typed += [one.opts[0], *([] if one.is_flag else [value])] * (1 + one.multiple)
+    done = pipeline(*typed)
+    assert done.returncode == 130, done.stderr
+    (line,) = LINE.findall(done.stderr)
+    assert shlex.split(line) == ["pipeline", *typed]
 
 
 def test_a_student_out_of_memory_goes_on_with_the_line(run_file, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Progress without a terminal: a line now and then, with what is left; and one at the end."""
+"""Progress without a terminal: a line a minute, with what is left; and one at the end."""
 
 import logging
 
@@ -20,19 +20,41 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_line_every_half_minute_and_one_at_the_end(clock, caplog):
+def test_a_line_a_minute_and_one_at_the_end(clock, caplog):
     with (
         caplog.at_level(logging.INFO, logger="rekindle"),
-        Progress(quiet=False).task("run", "steps", total=100) as task,
+        Progress(quiet=False).task("run", "steps", total=200) as task,
     ):
-        for _ in range(100):
+        for _ in range(200):
             clock[0] += 1.0
             task.advance(1, tokens=10)
     found = lines(caplog)
-    assert found[0] == "run: 30 of 100 steps · 1.0 steps/s · 10 tokens/s · 0:01:10 left"
-    assert [line.split()[1] for line in found[:3]] == ["30", "60", "90"]
-    assert found[3] == "run: 100 steps in 100.0 s (1.0 steps/s · 10 tokens/s)"
+    assert found[0] == "run: 60 of 200 steps · 1.0 steps/s · 10 tokens/s · 0:02:20 left"
+    assert [line.split()[1] for line in found[:3]] == ["60", "120", "180"]
+    assert found[3] == "run: 200 steps in 200.0 s (1.0 steps/s · 10 tokens/s)"
     assert len(found) == 4
+
+
+def test_what_says_nothing_is_said_to_be_at_work(clock, caplog):
+    progress = Progress(quiet=False)
+    with (
+        caplog.at_level(logging.INFO, logger="rekindle"),
+        progress.task("expert", "steps") as silent,
+        progress.task("run", "steps", total=90) as told,
+    ):
+        for second in range(1, 171):
+            clock[0] += 1.0
+            if second <= 30:
+                told.advance(1)
+            progress.say_at_work()
+        silent.note("seed 1, epoch 2")
+    assert lines(caplog) == [
+        "expert: 0 steps · at work for 0:01:15",
+        "run: 30 of 90 steps · 0.4 steps/s · 0:02:30 left",
+        "expert: 0 steps · at work for 0:02:30",
+        "run: 30 of 90 steps · 0.2 steps/s · 0:05:00 left",
+        "run: 30 steps in 170.0 s (0.2 steps/s)",
+    ]
 
 
 def test_a_note_is_said_instead_of_the_rates(clock, caplog):
@@ -40,11 +62,11 @@ def test_a_note_is_said_instead_of_the_rates(clock, caplog):
         caplog.at_level(logging.INFO, logger="rekindle"),
         Progress(quiet=False).task("run", "steps") as task,
     ):
-        for step in range(40):
+        for step in range(70):
             clock[0] += 1.0
             task.advance(1)
             task.note(f"loss {step}.0")
-    assert lines(caplog)[0] == "run: 30 steps · loss 29.0"
+    assert lines(caplog)[0] == "run: 60 steps · loss 59.0"
 
 
 def test_silence_is_silent(clock, caplog):

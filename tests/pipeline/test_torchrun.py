@@ -1,6 +1,7 @@
 """`pipeline train-student` under torchrun, as a user starts it: killed, gone on with, refused."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import load_config
 from rekindle.train.model.files import weights_fingerprint
+from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from testlib.students import metrics
 
@@ -76,7 +78,13 @@ def kill_all(process):
     assert len(workers) == 2
 
 
-def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):
+def tell_to_end(process):
+    """As a scheduler does: torchrun passes it on to its workers."""
+    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("end", [kill_all, pytest.param(tell_to_end, marks=pytest.mark.slow)])
+def test_ended_processes_go_on_to_the_same_bits(run_file, tmp_path, end):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, out, err = finish(start(run_file, whole))
     assert code == 0, err
@@ -85,9 +93,12 @@ def test_killed_processes_go_on_to_the_same_bits(run_file, tmp_path):
     process = start(run_file, broken)
     while process.poll() is None and len(read_metrics(broken)) < 12:
         time.sleep(0.005)
-    kill_all(process)
-    finish(process)
+    end(process)
+    _, _, err = finish(process)
     assert not (broken / "summary.json").exists()
+    if end is tell_to_end:
+        (step,) = re.findall(r"interrupted at step (\d+); a checkpoint of it is written\. To", err)
+        assert latest_checkpoint(broken)[1]["step"] == int(step) == read_metrics(broken)[-1]["step"]
     code, out, err = finish(start(run_file, broken, "--resume"))
     assert code == 0, err
     assert "resuming" in err

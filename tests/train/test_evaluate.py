@@ -60,20 +60,18 @@ def hard_losses(data, student):
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])
-def test_the_loss_is_the_mean_cross_entropy_over_the_held_out_positions(
-    kind, masked_world, causal_world
-):
+def test_ce_is_the_mean_cross_entropy_over_the_held_out_positions(kind, masked_world, causal_world):
     world = masked_world if kind == "masked" else causal_world
     data = data_of(world, [])
     student = student_of(world, world.student)
     losses = hard_losses(data, student)
     found = evaluate(student, data, CPU)
-    assert found.keys() == {"loss"}
-    assert found["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found.keys() == {"ce"}
+    assert found["ce"] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])
-def test_the_loss_of_each_domain_is_that_of_its_sequences_alone(kind, masked_world, causal_world):
+def test_the_ce_of_each_domain_is_that_of_its_sequences_alone(kind, masked_world, causal_world):
     """And the others' values are what they are without domains."""
     world = masked_world if kind == "masked" else causal_world
     teacher = "big" if kind == "masked" else "lm"
@@ -83,10 +81,10 @@ def test_the_loss_of_each_domain_is_that_of_its_sequences_alone(kind, masked_wor
     found = evaluate(student, replace(plain, domains=domains), CPU)
     for name, index in domains.items():
         losses = hard_losses(data_of(world, [], index), student)
-        assert found.pop(f"loss/{name}") == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert found.pop(f"ce/{name}") == pytest.approx(float(losses.mean()), rel=1e-5)
     assert found == evaluate(student, plain, CPU)
     nothing = replace(plain, index=plain.index[:0], domains=domains)
-    assert evaluate(student, nothing, CPU).keys() == {"loss/a", "loss/b b"}
+    assert evaluate(student, nothing, CPU).keys() == {"ce/a", "ce/b b"}
 
 
 @pytest.mark.parametrize("name", ["big", "wide", "whole"])
@@ -160,7 +158,7 @@ def test_experts_are_compared_on_what_they_saw(masked_world):
     ours = {name: torch.cat([a for a, _ in pairs]) for name, pairs in rows.items()}
     theirs = {name: torch.cat([b for _, b in pairs]) for name, pairs in rows.items()}
     assert 0 < len(ours["pair"]) < len(ours["sense"]) < len(ours["tags"])
-    expected = {"loss": float(hard_losses(data, student).mean())}
+    expected = {"ce": float(hard_losses(data, student).mean())}
     expected["mse/score"] = float((ours["score"] - theirs["score"]).square().mean())
     same = (ours["topics"] > 0) == (theirs["topics"] > 0)
     expected["agreement/topics"] = float(same.float().mean())
@@ -205,12 +203,12 @@ def test_the_mode_is_put_back_after_an_error(masked_world):
 def test_what_cannot_be_compared_is_left_out(masked_world):
     student = student_of(masked_world, masked_world.student)
     assert evaluate(student, data_of(masked_world, [], index=[]), CPU) == {}
-    assert evaluate(student, data_of(masked_world, ["sense"]), CPU).keys() == {"loss"}
+    assert evaluate(student, data_of(masked_world, ["sense"]), CPU).keys() == {"ce"}
     cache = masked_world.open()
     domains = cache.gather(np.arange(len(cache)), []).domains
     even = [i for i, domain in enumerate(domains) if domain == "even"][:5]
     found = evaluate(student, data_of(masked_world, ["odd.lm", "even.lm"], index=even), CPU)
-    assert found.keys() == {"loss", "kl/even.lm", "agreement/even.lm"}
+    assert found.keys() == {"ce", "kl/even.lm", "agreement/even.lm"}
 
 
 @pytest.mark.parametrize("labels", ["merge", "apart"])

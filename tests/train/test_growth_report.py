@@ -94,7 +94,7 @@ def test_the_report_is_what_the_models_say(masked_world, causal_world, tmp_path,
     assert report["mean_logit_change"] > 0.1
     for name, own in zip(("before", "after"), losses, strict=True):
         loss = float(torch.cat(own).mean())
-        assert report[name]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert report[name]["ce"] == pytest.approx(loss, rel=1e-4)
         assert report[name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
     assert report["from"]["layers"] == 2
     assert (report["to"]["layers"], report["to"]["hidden_size"]) == (3, 24)
@@ -109,7 +109,7 @@ def test_exact_growth_is_measured_as_such(masked_world, causal_world, tmp_path, 
     train(world, tmp_path / "run", GrowConfig(layers=3, heads=4, preserve="exact"), steps=1)
     report = saved_growth(tmp_path / "run")["growth"]
     assert report["max_logit_change"] < 1e-4
-    assert report["after"]["loss"] == pytest.approx(report["before"]["loss"], abs=1e-5)
+    assert report["after"]["ce"] == pytest.approx(report["before"]["ce"], abs=1e-5)
     factory = AutoModelForMaskedLM if kind == "masked" else AutoModelForCausalLM
     model, info = factory.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not any(info.values()), info
@@ -212,7 +212,7 @@ def test_without_held_out_text_nothing_is_measured(masked_world, tmp_path):
     train(masked_world, tmp_path / "run", GrowConfig(layers=3), steps=1, held_out=0.0)
     report = saved_growth(tmp_path / "run")["growth"]
     assert (report["sequences"], report["max_logit_change"]) == (0, None)
-    assert report["before"] == {"loss": None, "perplexity": None}
+    assert report["before"] == {"ce": None, "perplexity": None}
 
 
 def test_a_run_without_growth_says_nothing_of_it(masked_world, tmp_path):

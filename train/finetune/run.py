@@ -5,22 +5,19 @@ Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry 
 """
 
 import copy
+import functools
 import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.atomic import new_folder
 from rekindle.train.finetune.classifier import (
     EncodedTexts,
     classifier_config,
@@ -31,11 +28,13 @@ from rekindle.train.finetune.classifier import (
     predict,
     tell_cut,
 )
-from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.metrics import all_scores, chosen_metric
 from rekindle.train.finetune.predictions import Answers, write_predictions
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, best_of, check_out
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
+from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.causes import quiet_transformers, running
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
@@ -76,6 +75,7 @@ def finetune(
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
+    report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
@@ -83,10 +83,11 @@ def finetune(
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
     not at all, and replaces only an empty directory or an earlier result of this function.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
+    ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
+    beside ``out``: it goes on after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run.
     """
-    started = time.perf_counter()
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
     config = config or FinetuneConfig()
@@ -102,21 +103,22 @@ def finetune(
     metric = chosen_metric(metric, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
-    folder = new_folder(Path(out).resolve())
-    enough = running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config))
-    with enough, folder as staging, quiet_transformers(), _progress() as progress:
+    home = Path(out).resolve()
+    seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
+    about = what_is_tuned(model, files, {"metric": metric} | config.model_dump(mode="json"))
+    enough = running_out(Path(out), seeds_done.kept, less_memory(config))
+    with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
+        started = time.perf_counter()
         job = _prepare(model, data, metric, config)
-        results: list[SeedResult] = []
-        for seed in range(first_seed, first_seed + seeds):
-            network, found, dev_logits = _run_seed(job, seed, progress)
-            results.append(found)
-            if found is best_of(results, metric):
-                _save_model(network, job, dev_logits, staging)
-            del network
         seconds = time.perf_counter() - started
-        about = (config, job.precision, seconds)
-        result = FinetuneResult.of(model, files, data, metric, results, *about, cut=job.cut)
-        result.save(staging)
+        for seed in seeds_done.missing():
+            network, found, dev_logits = _run_seed(job, seed, progress)
+            seeds_done.add(found, functools.partial(_save_model, network, job, dev_logits))
+            del network
+        results = seeds_done.results
+        took = (config, job.precision, seconds + sum(one.seconds for one in results))
+        result = FinetuneResult.of(model, files, data, metric, results, *took, cut=job.cut)
+        seeds_done.publish(home, result.save)
     return result
 
 
@@ -137,7 +139,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 
 
 def _run_seed(
-    job: _Job, seed: int, progress: Progress
+    job: _Job, seed: int, progress: SeedProgress
 ) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
@@ -177,10 +179,10 @@ def _run_seed(
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
                     told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
-                    progress.update(bar, completed=step, description=told)
+                    progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            _tell(progress, f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
+            progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
             if config.patience and scores[job.metric] > best:
                 best, best_epoch = scores[job.metric], epoch
                 best_weights = copy.deepcopy(model.state_dict())
@@ -258,25 +260,3 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     answers = Answers(job.data["train"].problem, names)
     with (staging / PREDICTIONS_FILE).open("wb") as file:
         write_predictions(file, job.data["dev"], answers, logits)
-
-
-# ---- what the user sees ------------------------------------------------------------------------
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def _tell(progress: Progress, line: str) -> None:
-    """One line per epoch: above the bar on a terminal, else in the log."""
-    if progress.disable:
-        logger.info(line)
-    else:
-        progress.console.print(line)

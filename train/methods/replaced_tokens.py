@@ -65,6 +65,7 @@ class ReplacedTokens(Method):
     Settings = ReplacedTokensSettings
     settings: ReplacedTokensSettings
     values = ("loss", "accuracy", "precision", "recall", "f1")
+    evaluates_losses = True
 
     def __init__(self, settings: ReplacedTokensSettings, run: MethodRun):
         super().__init__(settings, run)

@@ -3,7 +3,8 @@
 It never makes [N,V] logits in training. How it is saved and loaded is ``rekindle.train.student``'s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -128,6 +129,24 @@ class StudentOutput(NamedTuple):
     balance: Tensor | None = None  # in training: the load-balancing loss of routers
 
 
+class _Pass(NamedTuple):
+    """What went into a pass of the body, and what came out."""
+
+    inputs: Mapping[str, Tensor]
+    select: Tensor | None
+    hidden: Tensor | None
+    states: Tensor
+
+    def answers(self, inputs: Mapping[str, Tensor], select: Tensor | None) -> bool:
+        """Whether another pass would give the same."""
+        same = inputs.keys() == self.inputs.keys() and all(
+            torch.equal(inputs[name], self.inputs[name]) for name in inputs
+        )
+        if not same or select is None:
+            return same
+        return self.select is not None and torch.equal(select, self.select)
+
+
 class StudentNetwork(nn.Module):
     """A masked or causal LM with task heads.
 
@@ -152,6 +171,7 @@ class StudentNetwork(nn.Module):
         # the settings of the methods that added something
         self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
+        self._passes: list[_Pass] | None = None  # that are remembered
         with naming("student"):
             try:
                 self._split = SplitLanguageModel(model, causal=task == "causal_lm")
@@ -226,6 +246,28 @@ class StudentNetwork(nn.Module):
         self, inputs: Mapping[str, Tensor], select: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Return what the output matrix multiplies [N,H] at ``select``, and the body's [B,S,H]."""
+        for known in self._passes or ():
+            if known.answers(inputs, select):
+                return (None if select is None else known.hidden), known.states
+        hidden, states = self._run_body(inputs, select)
+        if self._passes is not None:
+            self._passes.append(_Pass(inputs, select, hidden, states))
+        return hidden, states
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Run the body once for equal inputs, within: several values of an evaluation, which has no
+        gradients, share its passes.
+        """
+        self._passes = []
+        try:
+            yield
+        finally:
+            self._passes = None
+
+    def _run_body(
+        self, inputs: Mapping[str, Tensor], select: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
         read = inputs
         if self.prompts is not None:
             read = self.prompts.insert(inputs, self.model.get_input_embeddings())

@@ -105,7 +105,7 @@ class Objective:
     def taught(self) -> set[str]:
         """Return the teachers whose weight is above 0 at some step."""
         # Every schedule rises or falls all the way: it is 0 at both ends only if it is throughout.
-        ends = [self.plan(step) for step in (0, self.steps - 1)]
+        ends = [self.plan(0), self.last]
         methods = {method.name: method for plan in ends for method, _ in plan.methods}
         read = {name for method in methods.values() for name in method.teachers}
         return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
@@ -122,6 +122,20 @@ class Objective:
             tuple((term, weight) for term, weight in terms if weight > 0),
             tuple((method, weight) for method, weight in methods if weight > 0),
             (hard, *weights),
+        )
+
+    @property
+    def last(self) -> StepPlan:
+        """Return the plan of the last step: what the run ends on, and is judged by."""
+        return self.plan(self.steps - 1)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the language model's own head is trained at some step: by the cross-entropy, or
+        by a teacher's words. Without it the cross-entropy would be that of an untrained one.
+        """
+        return any(
+            plan.hard > 0 or self._by_pass(plan).language for plan in (self.plan(0), self.last)
         )
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
@@ -161,6 +175,27 @@ class Objective:
             total = total if loss is None else total + loss
             terms[name] = terms.get(name, torch.zeros_like(shown)) + shown.detach()
 
+        self.add_terms(student, batch, counts, plan, device, add)
+        for method, weight in plan.methods:
+            for name, loss, shown in method.losses(student, batch, plan.step, device):
+                scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
+                add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
+        if not total.requires_grad:
+            total = total + 0.0 * student.model.get_input_embeddings().weight[0].sum()
+        return StepLoss(total, terms)
+
+    def add_terms(
+        self,
+        student: Student,
+        batch: Batch,
+        counts: Counts,
+        plan: StepPlan,
+        device: torch.device,
+        add: Add,
+    ) -> None:
+        """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan: all but
+        its methods.
+        """
         passes = self._by_pass(plan)
         if passes.reads_text(plan.hard):
             rows = language_rows(batch, self.task, device)
@@ -177,13 +212,6 @@ class Objective:
         for view, own in sorted(passes.by_view.items()):
             inputs = inputs_of(student, batch, view, device)
             self._imitate(student, inputs, batch, own, counts, add)
-        for method, weight in plan.methods:
-            for name, loss, shown in method.losses(student, batch, plan.step, device):
-                scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
-                add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
-        if not total.requires_grad:
-            total = total + 0.0 * student.model.get_input_embeddings().weight[0].sum()
-        return StepLoss(total, terms)
 
     def _by_pass(self, plan: StepPlan) -> "_Passes":
         found = _Passes([], [], {})

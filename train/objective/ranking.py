@@ -104,14 +104,14 @@ def with_centres(
                 found[name] = centres_of(keys, None)
                 continue
             with torch.no_grad():
-                each = [run(_errors, task, p, term, name, world.device) for p in parts]
+                each = [run(score_errors, task, p, term, name, world.device) for p in parts]
             errors = torch.cat(each).double().cpu().numpy()
             every = zip(*world.gather((keys, errors)), strict=True)  # by process
             found[name] = centres_of(*map(np.concatenate, every))
     return replace(counts, centres=found)
 
 
-def _errors(
+def score_errors(
     student: Student,
     task: str,
     batch: Batch,

@@ -138,7 +138,8 @@ class Replay:
                 self._own[self.names.index(domain)] += tokens
 
     def learn(self, done: int, values: Mapping[str, float], total: Total = list) -> None:
-        """Take note of the evaluation after ``done`` steps, with ``loss/DOMAIN`` of each domain.
+        """Take note of the evaluation after ``done`` steps: of each domain its ``ce/DOMAIN``, or
+        ``loss/DOMAIN`` where no cross-entropy is measured (``train.measures``).
 
         Every process does so; ``total`` sums a list over them.
         """
@@ -147,7 +148,8 @@ class Replay:
         # The losses last: `knows` is asked by other threads, and goes by what `_extend` makes.
         self._tokens.append(self._since(total))
         self._before, self._own = ([0] * len(self.names) for _ in range(2))
-        self._losses.append([values.get(f"loss/{name}", math.nan) for name in self.names])
+        found = [values.get(f"ce/{name}", values.get(f"loss/{name}")) for name in self.names]
+        self._losses.append([math.nan if one is None else one for one in found])
         self._extend()
 
     def state(self, total: Total = list) -> ReplayState | None:

@@ -143,6 +143,14 @@ def kept_of(run: Path) -> str:
     return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it begins again"
 
 
+def left_by_interrupt(run: Path) -> tuple[str, bool]:
+    """What an interrupt that wrote no checkpoint of ``run`` leaves, and whether it is anything."""
+    found = _checkpoints(run)
+    if not found:
+        return "there is no checkpoint yet", False
+    return f"kept: {found[-1]}", True
+
+
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and optimiser state back in place, exactly; in shards where they are."""
     try:

@@ -1,7 +1,8 @@
 """What a training run is, as ``run.json`` says: whether it may go on, and whether it is finished.
 
 Version 1 (without a number) knew neither what is read of the cache nor the student's files: where
-its record says nothing of them, what is there now is taken for what was there then.
+its record says nothing of them, what is there now is taken for what was there then. Version 2 knew
+no rule by which held-out values are measured (``measures``).
 """
 
 import logging
@@ -15,7 +16,8 @@ from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
-from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
+from rekindle.train.measures import MEASURE, SECTION, measure_of
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
@@ -25,7 +27,7 @@ from rekindle.train.student import ABOUT_FILE
 log = logging.getLogger("rekindle")
 
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
-VERSION = 2
+VERSION = 3
 SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
 # The cache may have moved (its fingerprints say whether it is the same).
 FREE_OF_CACHE = ("cache.path", "cache.teacher_seconds")
@@ -72,7 +74,7 @@ def had_checkpoint(run: Path, steps: int) -> bool:
     with reading(run / RUN_FILE, START_AGAIN):
         if CHECKPOINTED in found:
             return bool(found[CHECKPOINTED])
-        every = found.get("train", {}).get("checkpoint_every", TrainConfig().checkpoint_every)
+        every = found.get("train", {}).get("checkpoint_every", STEPS_ONCE)
         return steps > int(every)
 
 
@@ -84,11 +86,11 @@ def recorded_extent(run: Path) -> Extent:
         return Extent.model_validate({key: cache[key] for key in EXTENT if key in cache})
 
 
-def measures_as_once(run: Path) -> bool:
-    """Whether the run's record says nothing of the rule by which its values are measured."""
+def measure_of_run(run: Path) -> int:
+    """By which rule the run in ``run`` measures held-out values; the newest where there is none."""
     found = _read(run)
     with reading(run / RUN_FILE, START_AGAIN):
-        return found is not None and "measured" not in found["cache"]
+        return MEASURE if found is None else measure_of(found)
 
 
 def as_run_began(config: S, run: Path) -> S:
@@ -118,6 +120,7 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         recorded["cache"] |= found["cache"]
         files = now.get(STUDENT_FILES, {})
         recorded[STUDENT_FILES] = found.get(STUDENT_FILES, files)
+        recorded[SECTION] = found.get(SECTION, {})
         # What only the record has is of an older version.
         before = {name: {k: recorded[name].get(k) for k in now[name]} for name in now}
     if STUDENT_FILES in now:

@@ -7,7 +7,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.compare.page import comparison_html, comparison_page, read_scores
+from rekindle.pipeline.compare.page import comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.page import Facts, Note
@@ -21,7 +21,7 @@ def write_run(run: Path, cache: dict, distill: list, **train) -> Path:
     values = {"steps": 4, "batch_sequences": 3, "objective": {"distill": distill}} | train
     settings = parse_settings(TrainConfig, values).model_dump(mode="json", by_alias=True)
     student = parse_settings(StudentConfig, {"model": "m"}).model_dump(mode="json")
-    about = {"student": student, "train": settings, "cache": cache}
+    about = {"student": student, "train": settings, "cache": cache, "evaluation": {"measure": 3}}
     (run / "run.json").write_text(json.dumps(about))
     lines = []
     for step in range(1, 5):
@@ -151,7 +151,7 @@ def test_scores_are_those_on_test_where_there_are_such(cache, tmp_path):
     scored(runs[0] / "fine-tuned" / "sst2", [0.9, 0.8], None)
     (runs[1] / "metrics.json").write_text(json.dumps({"metric": 3}))  # of something else
     comparison = compare_runs(runs)
-    cola, sst2 = read_scores(comparison.runs)
+    cola, sst2 = (one.scores for one in comparison.standings)
     assert (cola.title, cola.scores) == (
         "cola matthews (test)",
         {"a": [0.4, 0.3], "b": [0.4, 0.3]},

@@ -290,6 +290,16 @@ def test_what_a_kill_left_half_made_is_removed(config, tmp_path, nothing_runs):
     assert done.exists()
 
 
+def test_a_mixture_of_one_task_goes_on_where_it_was_begun(config, tmp_path, nothing_runs):
+    old = config.model_copy(update={"tasks": config.tasks[:1], "arms": ("expert", "mixture")})
+    run_cycle(old, tmp_path)
+    about = json.loads((tmp_path / "cycle.json").read_text())
+    assert about["arms"] == ["expert", "both"]
+    (tmp_path / "cycle.json").write_text(json.dumps(about).replace('"both"', '"mixture"'))
+    run_cycle(old, tmp_path)
+    assert json.loads((tmp_path / "cycle.json").read_text())["arms"] == ["expert", "mixture"]
+
+
 def test_a_cycle_without_students_has_a_report(config, tmp_path, nothing_runs):
     run_cycle(config.model_copy(update={"arms": ("expert", "longer")}), tmp_path)
     page = (tmp_path / "report.html").read_text()

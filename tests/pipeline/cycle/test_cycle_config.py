@@ -45,6 +45,14 @@ def test_the_arms_are_in_one_order_and_experts_among_them():
     assert config_of("arms=[mixture,longer]").arms == ("expert", "longer", "mixture")
 
 
+def test_of_one_task_both_stands_in_the_place_of_the_mixture():
+    one = parse_settings(CycleConfig, VALUES | {"tasks": VALUES["tasks"][:1]})
+    assert one.without_twins().arms == ("expert", "longer", "mlm", "kd", "both")
+    less = one.model_copy(update={"arms": ("expert", "mixture")})
+    assert less.without_twins().arms == ("expert", "both")
+    assert config_of().without_twins() == config_of()
+
+
 def test_every_point_is_tried_with_seeds_that_are_not_compared():
     config = config_of("search.learning_rate=[1e-5,2e-5]", "search.batch_size=[8,16,32]")
     points = config.search_points()
@@ -103,7 +111,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("train.objective.distill=[{teachers: [a]}]", "what the arms set"),
         ("distill.temprature=2", "did you mean 'temperature'"),
         ("tasks.a.distill={wieght: 2}", "did you mean 'weight'"),
-        ("tasks.a.finetune={epoch: 2}", "did you mean 'epochs'"),
+        ("tasks.a.finetune={epoch: 2}", "it is called 'epochs' here"),
         ("seeds=0", "seeds"),
         ("tasks.a.name=mean", "the mean over the tasks"),
         ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),

@@ -9,9 +9,11 @@ from types import ModuleType
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.processes.jobs import Job, run_jobs
+from rekindle.pipeline.processes import jobs as jobs_module
+from rekindle.pipeline.processes.jobs import Job, run_counted, run_jobs
 from rekindle.pipeline.processes.worker import Place
 from rekindle.pipeline.progress import Progress
+from rekindle.train.interrupts import Interrupted
 
 WORK = """
 import os, pathlib, time
@@ -44,10 +46,23 @@ def fail(report):
 def die(report):
     os._exit(9)
 
-def interrupt(parent, report):
+def deaf(path, report):
     import signal
-    os.kill(parent, signal.SIGINT)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pathlib.Path(path).write_text("")
     time.sleep(60)
+
+def keep(parent, others, report):
+    import signal
+    from rekindle.train.interrupts import Interrupted, Stop
+    with Stop.heard() as stop:
+        stop.listen()
+        while not all(pathlib.Path(other).exists() for other in others):
+            time.sleep(0.01)
+        os.kill(parent, signal.SIGINT)
+        while not stop.asked:
+            time.sleep(0.01)
+    raise Interrupted(" at step 3; a checkpoint of it is written")
 """
 
 
@@ -99,7 +114,7 @@ def test_a_job_has_one_thread(work: ModuleType, tmp_path: Path) -> None:
     [
         ("refuse", InputError, "^not like this$"),
         ("fail", RuntimeError, r"(?s)bad failed:.*KeyError: 'a bug'"),
-        ("die", InputError, r"bad: its process was killed \(exit code 9; .*go on$"),
+        ("die", InputError, r"bad: its process was killed \(exit code 9; .*is finished$"),
     ],
 )
 def test_a_job_that_fails_stops_the_others(
@@ -119,16 +134,25 @@ def test_a_job_that_fails_stops_the_others(
     assert not later.exists()
 
 
-def test_an_interrupt_stops_the_jobs(work: ModuleType, tmp_path: Path) -> None:
-    slow = tmp_path / "slow"
+def test_an_interrupt_waits_for_what_jobs_keep_and_no_longer(
+    work: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "STOP_WITHIN", 3.0)
+    done, slow, deaf = (tmp_path / name for name in ("done", "slow", "deaf"))
+    done.touch()
     jobs = [
+        Job("done", work.write, (done, [], 0.0), output=done),
         Job("slow", work.write, (slow, [], 60.0), output=slow),
-        Job("interrupt", work.interrupt, (os.getpid(),), output=tmp_path / "never"),
+        Job("deaf", work.deaf, (deaf,), output=tmp_path / "never"),
+        Job("keep", work.keep, (os.getpid(), [deaf]), output=tmp_path / "never"),
     ]
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run(jobs, tmp_path)
+    with pytest.raises(Interrupted) as caught:
+        run_counted(jobs, tmp_path / "log", Progress.silent(), [Place(None, 1)] * 3)
     assert time.monotonic() - began < 40
+    assert caught.value.told == (
+        "; 1 of 4 jobs are finished; keep: interrupted at step 3; a checkpoint of it is written"
+    )
     assert not slow.exists()
 
 

@@ -3,6 +3,7 @@
 It drives the system's own Chromium; where there is none, the tests are skipped.
 """
 
+import io
 import re
 import shutil
 from pathlib import Path
@@ -185,3 +186,40 @@ def test_the_dark_is_dark_and_the_light_is_light(browser, files):
         grounds[mode] = sum(map(int, re.findall(r"\d+", colour)[:3]))
         context.close()
     assert grounds["dark"] < 150 < 600 < grounds["light"]
+
+
+WIDER = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth > e.clientWidth)"
+LAST = 4  # pixels at an edge
+
+
+def edges(view, number: int) -> tuple[float, float]:
+    """How far the left and the right edge of a table's box are from the ground, in 0..255."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    shot = image.open(io.BytesIO(view.locator(".scroll").nth(number).screenshot())).convert("L")
+    ground = shot.getpixel((shot.width // 2, 1))
+    left, right = (
+        shot.crop((at, 0, at + LAST, shot.height)).histogram() for at in (0, shot.width - LAST)
+    )
+    usual = [max(range(256), key=side.__getitem__) for side in (left, right)]
+    return abs(usual[0] - ground), abs(usual[1] - ground)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_table_that_is_wider_than_the_window_shows_that_it_scrolls(browser, files, width, mode):
+    """A shadow where there is more and none at the end, and a bar below."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=mode)
+    view = context.new_page()
+    view.goto(files[14].as_uri())
+    wider = view.evaluate(WIDER)
+    assert True in wider
+    first = wider.index(True)
+    assert edges(view, first)[1] > 25
+    box = view.locator(".scroll").nth(first)
+    bar = "e => getComputedStyle(e, '::-webkit-scrollbar').height"
+    assert float(box.evaluate(bar).removesuffix("px")) >= 8
+    box.evaluate("e => e.scrollLeft = e.scrollWidth")
+    assert edges(view, first)[1] < 5
+    if False in wider:  # of what fits, nothing is hidden
+        assert max(edges(view, wider.index(False))) < 5
+    context.close()

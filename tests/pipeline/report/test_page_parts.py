@@ -113,13 +113,13 @@ def test_a_run_that_has_not_evaluated_is_named():
         RunCurves("evaluated", held_out={"loss": [(1, 3.0)]}),
         RunCurves("trained", objective=[(1, 3.0)]),
     ]
-    assert "No held-out loss so far: trained." in notes_of(losses_section(runs))
+    assert "No held-out values so far: trained." in notes_of(losses_section(runs))
     assert "No run has recorded a step" in notes_of(losses_section([RunCurves("a")]))
 
 
 def test_other_values_are_small_pictures_up_to_a_number():
     curve = [(1, 3.0), (2, 2.0)]
-    held_out = {"loss": curve} | {f"loss/domain-{n:02}": curve for n in range(MOST_SMALL + 2)}
+    held_out = {"loss": curve} | {f"ce/domain-{n:02}": curve for n in range(MOST_SMALL + 2)}
     held_out["kl/once"] = [(2, 1.0)]  # no curve
     section = losses_section([RunCurves("a", held_out=held_out)])
     captions = [figure.caption for figure in figures_of(section)]

@@ -25,6 +25,7 @@ from rekindle.pipeline.sweep import run as module
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_folder import alone_in
 from testlib.processes import alive, descendants, until
 from testlib.students import same_weights
@@ -287,6 +288,11 @@ def test_students_end_with_the_command(run_file, tmp_path, how):
     assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), errors
     if how is signal.SIGINT:
         line = errors.strip().splitlines()[-1]
+        assert line.startswith("interrupted; 0 of 2 students are finished; ")
+        for log in logs:
+            step = json.loads(log.read_text().splitlines()[-1])["step"]
+            assert f"{log.parent}: interrupted at step {step:,}; a checkpoint of it is" in line
+            assert latest_checkpoint(log.parent)[1]["step"] == step
         for part in ("--sweep train.seed=0,1", "--set train.steps=100000", "--workers 2"):
             assert part in line
         assert line.endswith("--resume")

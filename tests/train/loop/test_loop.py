@@ -298,7 +298,7 @@ def test_a_teacher_that_never_weighs_anything_is_never_opened(masked_world, tmp_
     distill = [{"teachers": ["big"], "weight": 0}, {"teachers": ["wide"]}]
     chosen = train_config(distill, steps=2)
     result = run(masked_world, tmp_path / "run", chosen, cache=Cache.open(folder))
-    assert result.evaluation.keys() == {"loss", "kl/wide", "agreement/wide"}
+    assert result.evaluation.keys() == {"loss", "ce", "kl/wide", "agreement/wide"}
 
 
 def test_coverage_counts_sequences(masked_world, tmp_path):

@@ -159,7 +159,9 @@ def test_a_masked_student_needs_masks(causal_world, make_model, bytelevel, tmp_p
 
 def test_a_best_that_nobody_measures_is_refused(masked_world, tmp_path):
     chosen = train_config([{"teachers": ["big"]}, {"teachers": ["score"]}], keep_best="kl/score")
-    refused(masked_world, tmp_path, "'kl/score'; of this run loss, kl/big, .*, mse/score", chosen)
+    refused(
+        masked_world, tmp_path, "'kl/score'; of this run loss, ce, kl/big, .*, mse/score", chosen
+    )
 
 
 def test_a_teacher_of_other_masks_is_refused(masked_world, tmp_path):

@@ -499,18 +499,22 @@ def train(world, out, *names, resume=False, **values):
 
 
 def test_a_run_that_an_older_version_began_is_measured_as_it_was(world, tmp_path):
-    """By the sample itself, and everywhere; it is all that the last evaluation is made of."""
+    """By the sample itself, and everywhere; `loss` is the cross-entropy. It is all that the last
+    evaluation is made of.
+    """
     run = tmp_path / "run"
     now = train(world, run, "random").evaluation
     record = json.loads((run / "run.json").read_text())
     assert record["cache"].pop("measured") == {"random": 2}
+    assert record.pop("evaluation") == {"measure": 3}
     (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "version"}))
     for _ in range(2):  # the first leaves a record of this version
         (run / "summary.json").unlink()
         then = train(world, run, "random", resume=True).evaluation
         assert then["kl/random"] > now["kl/random"] + 0.1
         assert 0 <= then["agreement/random"] <= 1
-        assert then["loss"] == now["loss"]
+        assert then["loss"] == now["ce"] != now["loss"]
+        assert "ce" not in then
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -24,9 +24,9 @@ def replay(every=4, fraction=0.25, batch=10, memories=MEMORIES, seed=0):
 def losses_after(done):
     """Held-out losses that fall at changing speeds."""
     return {
-        "loss/a": 5 / done,
-        "loss/b": 3 - 0.1 * (done % 3),
-        "loss/c": 2 + done / 50,
+        "ce/a": 5 / done,
+        "ce/b": 3 - 0.1 * (done % 3),
+        "ce/c": 2 + done / 50,
         "loss": 9.0,
     }
 
@@ -143,7 +143,7 @@ def test_weights_follow_two_evaluations_an_interval_before_and_what_was_replayed
         for name, counts in tokens.items():
             for masked in (True, False):  # of a causal LM: all tokens that have a next one
                 one.count(batch_of([name, "new", None], counts[interval], masked))
-        values = {f"loss/{name}": each[interval] for name, each in losses.items()}
+        values = {f"ce/{name}": each[interval] for name, each in losses.items()}
         one.learn(4 * (interval + 1), values)
     for interval in range(3):
         assert one.weights(interval) == (1 / 3,) * 3
@@ -194,7 +194,7 @@ def test_the_counts_of_all_processes_are_one(monkeypatch):
     assert whole.state()["tokens"] == [[6, 3, 3], [3, 6, 3]]
 
 
-@pytest.mark.parametrize("bad", [{}, {"loss/a": math.nan}, {"loss/a": math.inf}])
+@pytest.mark.parametrize("bad", [{}, {"ce/a": math.nan}, {"ce/a": math.inf}])
 def test_weights_are_equal_where_a_loss_is_no_number_or_none_has_changed(bad):
     one, same = replay(every=1), replay(every=1)
     for done in (1, 2):
@@ -225,7 +225,7 @@ def test_a_small_weight_has_its_turn_over_many_short_intervals():
     one = replay(every=1, batch=12)
 
     def losses(done):
-        return {"loss/a": -0.9 * done, "loss/b": -0.05 * done, "loss/c": -0.05 * done}
+        return {"ce/a": -0.9 * done, "ce/b": -0.05 * done, "ce/c": -0.05 * done}
 
     seen = Counter()
     for step in range(1003):

@@ -39,7 +39,7 @@ class FakeCache:
 
 
 def losses(done):
-    return {"loss/a": 1 / done, "loss/b": 2 - done % 4 / 10}
+    return {"ce/a": 1 / done, "ce/b": 2 - done % 4 / 10}
 
 
 def read(one, start, stop, every=3, **world):

@@ -10,7 +10,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.methods.replaced_tokens import ReplacedTokensSettings
-from rekindle.train.record.identity import RUN_FILE, check_run, keys_that_may_change
+from rekindle.train.record.identity import RUN_FILE, VERSION, check_run, keys_that_may_change
 
 ABOUT = {
     "student": {"model": "m", "task": "masked_lm"},
@@ -162,8 +162,8 @@ def test_evaluations_that_replay_follows_decide():
     assert "train.evaluate_every" not in keys_that_may_change(StudentConfig(model="m"), train)
 
 
-@pytest.mark.parametrize("version", [3, "2", None, 1.5])
+@pytest.mark.parametrize("version", [VERSION + 1, "2", None, 1.5])
 def test_a_record_of_a_later_version_is_refused(tmp_path, version):
     write_json(tmp_path / RUN_FILE, ABOUT | {"version": version})
-    with pytest.raises(CheckpointError, match=r"is of version .* reads up to 2"):
+    with pytest.raises(CheckpointError, match=rf"is of version .* reads up to {VERSION}"):
         check_run(tmp_path, ABOUT, resume=True)

@@ -208,12 +208,12 @@ def test_a_killed_run_goes_on_to_replay_the_same(domains_world, tmp_path):
     whole = tmp_path / "whole"
     replaying(domains_world, whole)()
     evaluations = [r for r in read_metrics(whole) if r["kind"] == "evaluate"]
-    assert all({"loss/new", "loss/old", "loss/older"} <= r.keys() for r in evaluations)
+    assert all({"ce/new", "ce/old", "ce/older"} <= r.keys() for r in evaluations)
     last = json.loads((whole / f"checkpoints/step-{STEPS:08d}/trainer.json").read_text())
     assert len(last["order"]["losses"]) == STEPS // 2
     assert all(sum(counts) > 0 for counts in zip(*last["order"]["tokens"], strict=True))
     for record, learned in zip(evaluations, last["order"]["losses"], strict=True):
-        assert learned == pytest.approx([record["loss/old"], record["loss/older"]], rel=1e-7)
+        assert learned == pytest.approx([record["ce/old"], record["ce/older"]], rel=1e-7)
     assert killed_at_random(domains_world, tmp_path / "run", 0, replaying) > 1
     assert_same(tmp_path / "run", whole)
     again = json.loads((tmp_path / f"run/checkpoints/step-{STEPS:08d}/trainer.json").read_text())

@@ -1,0 +1,67 @@
+"""Task scores that lie below the runs: what ``pipeline finetune`` left in folders there."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rekindle.pipeline.report.scores import TaskScores
+from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.record.run_folder import read_record
+
+ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it
+Facts = dict[str, Any]
+
+
+def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
+    """What was fine-tuned into folders below the runs, each by its name: of each seed the score on
+    test, where all seeds have one, else on dev. A task is called by its folder.
+    """
+    found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
+    for run, directory in runs.items():
+        for folder, metrics in fine_tuned(directory):
+            for metric, split, scores in _seeds(metrics):
+                found.setdefault((folder, metric, split), {})[run] = scores
+    folders = sorted({folder for folder, _, _ in found})
+    tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
+    return [
+        TaskScores(tails[folder], metric, split, scores)
+        for (folder, metric, split), scores in sorted(found.items())
+    ]
+
+
+def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
+    """Metric, split and scores of a fine-tuning; nothing where the file is of something else."""
+    metric = metrics.get("metric")
+    seeds = metrics.get("per_seed")
+    if not isinstance(metric, str) or not isinstance(seeds, list) or not seeds:
+        return []
+    for split, key in (("test", "test_scores"), ("dev", "scores")):
+        scores = [(seed.get(key) or {}).get(metric) for seed in seeds if isinstance(seed, dict)]
+        known = [float(score) for score in scores if isinstance(score, int | float)]
+        if len(known) == len(seeds):
+            return [(metric, split, known)]
+    return []
+
+
+def mean_scores(directory: Path) -> dict[str, float]:
+    """The means on dev of what was fine-tuned into folders below a run, by folder and metric."""
+    return {
+        f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
+        for folder, found in fine_tuned(directory)
+        if isinstance(found.get("mean"), float) and "metric" in found
+    }
+
+
+def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
+    """The folders below a run that something was fine-tuned into, and what it came to."""
+    for path in sorted(directory.glob("**/metrics.json")):
+        yield path.parent.relative_to(directory).parts, read_record(path) or {}
+
+
+def heads_of(directory: Path) -> list[str]:
+    """The task heads of the student in a run's directory; none where it has not ended."""
+    try:
+        return [*json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))["heads"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

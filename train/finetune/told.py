@@ -1,0 +1,54 @@
+"""What a fine-tuning shows while it works: a bar for each seed on a terminal; elsewhere a line for
+each epoch, and for each minute of a long one.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger("rekindle")
+
+LINE_EVERY = 60.0  # seconds within an epoch
+
+Report = Callable[[str], None]  # takes each line, wherever else it is shown
+
+
+class SeedProgress(Progress):
+    """``report`` is given every line, too."""
+
+    def __init__(self, report: Report):
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._report, self._said = report, time.monotonic()
+
+    def step(self, bar: TaskID, step: int, told: str) -> None:
+        """So many steps are done of the seed with that bar."""
+        self.update(bar, completed=step, description=told)
+        if self.disable and time.monotonic() - self._said >= LINE_EVERY:
+            self.tell(f"{told}  step {step}")
+
+    def tell(self, line: str) -> None:
+        """One line per epoch: above the bar on a terminal, else in the log."""
+        self._said = time.monotonic()
+        self._report(line)
+        if self.disable:
+            logger.info(line)
+        else:
+            self.console.print(line, markup=False)

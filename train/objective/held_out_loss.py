@@ -1,0 +1,149 @@
+"""The objective on held-out sequences: what is trained, at the weights of the last step, over all
+of them at once.
+
+At the weights of the step it is measured after it would change although the student does not. At
+those of the last step it is what the run ends on, and is comparable all along. Every term is summed
+up batch by batch and divided at the end by its rows in all batches: how they are cut changes
+nothing but rounding. The load-balancing loss of routers, which is of training alone, is no part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.train.config import DistillTerm, RankingConfig
+from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.ranking import group_keys, score_errors
+from rekindle.train.objective.selection import names_of
+from rekindle.train.student import Student
+
+Sums = dict[str, tuple[float, int]]  # by name: what is summed up, and over how many rows
+
+
+def is_plain(term: DistillTerm, target: TokenTargetBatch) -> bool:
+    """Whether a vocabulary term's divergence is the very one that an evaluation reports."""
+    default = DistillTerm(teachers=term.teachers)
+    same = ("combine", "positions", "entropy_fraction", "divergence", "tail")
+    return term.temperature == target.kind.read_at and all(
+        getattr(term, name) == getattr(default, name) for name in same
+    )
+
+
+class HeldOutLoss:
+    """Sums up the objective over the batches that ``add`` is given."""
+
+    def __init__(self, objective: Objective):
+        self.objective, self.plan = objective, objective.last
+        self._sums: dict[str, NDArray[np.float64]] = {}  # weighted loss, rows
+        self._ranked: dict[str, dict[int, NDArray[np.float64]]] = {}  # by term, group: n, Σe, Σe²
+
+    def add(self, student: Student, batch: Batch, device: torch.device, known: Sums) -> None:
+        """Add a batch, whose targets are all there. ``known``: sums of losses, without weights,
+        that the evaluation has formed anyway; what stands there is not computed again.
+        """
+        objective, plan = self.objective, self.plan
+        batch = objective.select(batch, plan)
+        counts = objective.counts(batch, plan)
+        if plan.hard > 0:
+            self._put("ce", plan.hard * known["ce"][0], known["ce"][1])
+        left: list[tuple[DistillTerm, float]] = []
+        for term, weight in plan.terms:
+            names = set(names_of(term).values())
+            if term.ranking is not None:
+                self._add_ranked(student, batch, term, device)
+            elif names <= known.keys():
+                for name in names:
+                    self._put(name, weight * term.temperature**2 * known[name][0], known[name][1])
+            else:
+                left.append((term, weight))
+        found = self._sums_of(student, batch, left, device)
+        for method, weight in plan.methods:
+            if method.evaluates_losses:
+                own = {f"{method.name}/{name}" for name in method.count(batch)}
+                found |= {name: weight * known[name][0] for name in own}
+                continue
+            for name, loss, _ in method.losses(student, batch, plan.step, device):
+                found[f"{method.name}/{name}"] = weight * float(loss)
+        for name, total in found.items():
+            self._put(name, total, counts.rows[name])
+
+    def mean(self) -> float | None:
+        """Return the objective of all batches; None where none of its terms had a row."""
+        parts = [total / rows for total, rows in self._sums.values() if rows]
+        for term, weight in self.plan.terms:
+            for name in term.teachers:
+                if term.ranking is not None and name in self._ranked:
+                    groups = np.array(list(self._ranked[name].values()))
+                    parts.append(weight * ranked_loss(groups, term.ranking))
+        return float(sum(parts)) if parts else None
+
+    def _sums_of(
+        self,
+        student: Student,
+        batch: Batch,
+        terms: list[tuple[DistillTerm, float]],
+        device: torch.device,
+    ) -> dict[str, float]:
+        """Return the weighted loss of each of the terms, summed over its rows in a batch."""
+        if not terms:
+            return {}
+        plan = replace(self.plan, hard=0.0, terms=tuple(terms), methods=())
+        counts = self.objective.counts(batch, plan)
+        ones = replace(counts, labels=1, rows=dict.fromkeys(counts.rows, 1))
+        # Of a vocabulary teacher the loss may be joined with the cross-entropy's.
+        factors = {
+            name: weight * term.temperature**2
+            for term, weight in terms
+            if self.objective.teachers[term.teachers[0]].is_vocabulary
+            for name in names_of(term).values()
+        }
+        found: dict[str, float] = {}
+
+        def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
+            value = shown * factors[name] if name in factors else loss
+            found[name] = found.get(name, 0.0) + (0.0 if value is None else float(value))
+
+        self.objective.add_terms(student, batch, ones, plan, device, add)
+        return found
+
+    def _add_ranked(
+        self, student: Student, batch: Batch, term: DistillTerm, device: torch.device
+    ) -> None:
+        """Add the errors of scores that are compared with each other, by group."""
+        assert term.ranking is not None
+        for name in term.teachers:
+            keys = group_keys(batch, name, term.ranking.group)
+            found = score_errors(student, self.objective.task, batch, term, name, device)
+            errors = found.double().cpu().numpy()
+            groups = self._ranked.setdefault(name, {}) if len(keys) else {}
+            for key in np.unique(keys).tolist():
+                own = errors[keys == key]
+                moments = np.array([len(own), own.sum(), np.square(own).sum()])
+                groups[key] = groups.get(key, 0.0) + moments
+
+    def _put(self, name: str, total: float, rows: int) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + np.array([total, rows], np.float64)
+
+
+def ranked_loss(groups: NDArray[np.float64], config: RankingConfig) -> float:
+    """Return pointwise · mean e² + pairwise · mean over pairs of (eᵢ − eⱼ)², of the numbers of
+    rows, sums of errors and of their squares [G,3] of groups.
+    """
+    rows, sums, squares = groups.T
+    pairs = (rows * (rows - 1) / 2).sum()
+    apart = (rows * squares - sums**2).sum()
+    between = config.pairwise * apart / pairs if pairs else 0.0
+    return float(config.pointwise * squares.sum() / rows.sum() + between)
+
+
+def known_term(terms: Mapping[str, DistillTerm], name: str, target: TokenTargetBatch) -> str | None:
+    """Return what the objective calls the divergence from teacher ``name`` that an evaluation
+    reports; None where it trains another one.
+    """
+    term = terms.get(name)
+    return names_of(term)[name] if term is not None and is_plain(term, target) else None
