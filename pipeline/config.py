@@ -23,6 +23,7 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.objective.estimates import check_estimates
+from rekindle.train.schedules import is_used
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _PLACEHOLDERS = ("text", "label")
@@ -179,11 +180,32 @@ class RunConfig(Settings):
         return self.train.evaluate_domains or any(stage.set.get(key) for stage in self.stages)
 
     @property
-    def needs_masks(self) -> bool:
-        """Tell whether a masked view is needed, by a teacher or by the student."""
+    def uses_masks(self) -> bool:
+        """Tell whether masks are made, for a teacher or for the student, if the tokenizer can."""
         student = self.student is not None and self.student.language_task == "masked_lm"
-        asked_for = self.cache.mask.policy == "hard"
-        return student or asked_for or any(t.sees_masks for t in self.teachers)
+        return student or self.needs_masks is not None
+
+    @property
+    def needs_masks(self) -> str | None:
+        """Say what cannot do without masked text; None where a tokenizer needs no mask token, as of
+        a student that learns from classifiers alone.
+        """
+        if self.cache.mask.policy == "hard":
+            return "cache.mask.policy: hard"
+        if masked := [t.name for t in self.teachers if t.sees_masks]:
+            return f"the masked_lm teacher {masked[0]!r}"
+        if self.student is None or self.student.language_task != "masked_lm":
+            return None
+        objective = self.train.objective
+        if is_used(objective.hard.weight):
+            return "a masked_lm student (train.objective.hard.weight is above 0)"
+        if methods := objective.methods_for(self.student.task):
+            return f"the method {methods[0].method!r}"
+        vocabulary = {t.name for t in self.teachers if t.vocabulary}
+        for number, term in enumerate(objective.distill):
+            if vocabulary & {*term.teachers} or "masked" in (term.view, term.positions):
+                return f"train.objective.distill.{number} of a masked_lm student"
+        return None
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

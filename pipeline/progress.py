@@ -13,6 +13,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Column
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.console import in_line
 
 log = logging.getLogger("rekindle")
@@ -84,12 +85,15 @@ class _Lines:
     def tell(self, task: ProgressTask) -> None:
         """Log a line: how far it is, its note or its rates, and what is left."""
         self.said, spent = time.monotonic(), time.monotonic() - task.started
-        of, left = (f" of {task.total:,}" if task.total else ""), ""
+        left = ""
         made = task.done - task.before
         text = self.note or (task.rates() if made else f"at work for {_clock(spent)}")
         if task.total and made:
             left = f" · {_clock(spent / made * (task.total - task.done))} left"
-        log.info("%s: %s%s %s · %s%s", task.name, f"{task.done:,}", of, task.unit, text, left)
+        done = counted(task.done, task.unit.removesuffix("s"))
+        if task.total:
+            done = f"{task.done:,} of {counted(task.total, task.unit.removesuffix('s'))}"
+        log.info("%s: %s · %s%s", task.name, done, text, left)
 
 
 def _clock(seconds: float) -> timedelta:
@@ -142,7 +146,9 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
-        """Show a task of ``total`` units (None: unknown) while the block runs."""
+        """Show a task of ``total`` units, which are in the plural (None: unknown), while the block
+        runs.
+        """
         bars = self._bars
         if bars is None:
             lines = _Lines()
@@ -153,8 +159,9 @@ class Progress:
             finally:
                 del self._at_work[task]
             if not self._quiet and task.done:
-                seconds, done = time.monotonic() - task.started, f"{task.done:,}"
-                log.info("%s: %s %s in %.1f s (%s)", name, done, unit, seconds, task.rates())
+                seconds = time.monotonic() - task.started
+                done = counted(task.done, unit.removesuffix("s"))
+                log.info("%s: %s in %.1f s (%s)", name, done, seconds, task.rates())
             return
         bar = bars.add_task(in_line(name), total=total, note="")
 

@@ -101,21 +101,30 @@ def describe_result(result: TrainResult) -> str:
     before = "was finished, and is left as it is: " if result.was_finished else ""
     done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s; {values}"
     lines = [f"{result.directory}: {before}{done}"]
-    for what in ("sequences", "positions"):
+    # Counted anew each time that it is read; a position is a token that is predicted.
+    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
         kd, ce_only, neither = (
             result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
         )
         rest = f", {neither:,} with neither" if neither else ""
-        lines.append(f"{what} trained: {kd:,} with KD, {ce_only:,} with cross-entropy alone{rest}")
+        if kd + ce_only + neither:
+            lines.append(
+                f"{shown} trained: {kd:,} with KD (beside a teacher's targets), {ce_only:,} with "
+                f"cross-entropy alone{rest}"
+            )
     lines.append(result.told_of_best())
     return "\n".join(lines)
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
-    """Return the name of the masked view that the student sees: a cache may hold several."""
+    """Return the name of the masked view that the student sees: a cache may hold several. None for
+    a causal LM, and where nothing is masked.
+    """
     if config.student is None or config.student.language_task != "masked_lm":
         return None
     masks = config.cache
+    if cache.corpus.info["tokenizer"]["mask_id"] is None:
+        return None  # the objective is checked for what needs masks
     view: MaskedView
     if masks.mask.policy == "hard":
         teacher = cache.teacher(masks.mask.teacher or "").parts[0].info

@@ -33,7 +33,7 @@ from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import adamw, set_learning_rate
 from rekindle.train.precision import autocast, chosen_precision
-from rekindle.train.prepare import Prepared, prepare
+from rekindle.train.prepare import Prepared, prepare, student_masks
 from rekindle.train.record.checkpoint import (
     checkpoint_folder,
     gather_weights,
@@ -204,8 +204,7 @@ def _within(
 
     def settled() -> Extent:
         before = EVERYTHING if run is None else recorded_extent(run)
-        masked = student.language_task == "masked_lm"
-        view = cache.masked_view(masked_view) if masked else None
+        view = student_masks(cache, student, masked_view)
         found = settle_extent(asked, cache.teachers.values(), view, before)
         if run is not None and before == EVERYTHING and (run / RUN_FILE).is_file():
             read = {name: kept.k for name, kept in found.targets.items()}

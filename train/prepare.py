@@ -17,6 +17,7 @@ from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
@@ -63,8 +64,8 @@ def prepare(
 
     ``measure``: the rule by which the run measures held-out values, that it was begun with.
     """
-    masked = student_config.language_task == "masked_lm"
-    view = cache.masked_view(masked_view).name if masked else None
+    masks = student_masks(cache, student_config, masked_view)
+    view = None if masks is None else masks.name
     objective = prepare_objective(cache, student_config, config, view)
     info = cache.corpus.info
     sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
@@ -104,6 +105,19 @@ def prepare(
     )
 
 
+def student_masks(
+    cache: Cache, student: StudentConfig, masked_view: str | None
+) -> ViewReader | None:
+    """The masked view that a masked LM sees: the one of that name, or the only one. None of a
+    corpus whose tokenizer has no mask token: ``prepare_objective`` checks that none is needed.
+    """
+    if student.language_task != "masked_lm":
+        return None
+    if masked_view is None and cache.corpus.info["tokenizer"]["mask_id"] is None:
+        return None
+    return cache.masked_view(masked_view)
+
+
 def prepare_objective(
     cache: Cache, student: StudentConfig, config: TrainConfig, masked_view: str | None
 ) -> Objective:
@@ -126,6 +140,12 @@ def prepare_objective(
     infos = {name: teacher.info for name, teacher in teachers.items()}
     _check_k(cache, config, infos)
     objective = Objective(config.objective, infos, task, config.steps, methods)
+    if task == "masked_lm" and masked_view is None and objective.reads_masks:
+        raise InputError(
+            f"the tokenizer of {cache.store.location} has no mask token, and the objective is of a "
+            "masked LM. Set train.objective.hard.weight: 0 and learn from classifiers alone, or "
+            "make a cache with a tokenizer that has one"
+        )
     for name, info in infos.items():
         if info.shown.masked and info.view != masked_view:
             raise InputError(
@@ -180,8 +200,9 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
         return corpus.tokenizer  # its vocabulary size is checked when it is built
     facts = corpus.info["tokenizer"]
     beside = np.zeros(0, np.int64)
-    if config.language_task == "masked_lm":  # what masks may put into it
-        beside = np.append(content_ids(facts), facts["mask_id"] or 0).astype(np.int64)
+    if config.language_task == "masked_lm" and facts["mask_id"] is not None:
+        # What masks may put into it.
+        beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
     advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
     # transformers reads it for the tokenizer, and would blame that.
     load_config(model, attention=config.chosen_attention)

@@ -81,6 +81,12 @@ def usual_warmup(steps: int) -> int:
     return min(USUAL_WARMUP, steps // 10)
 
 
+def is_used(weight: Weight) -> bool:
+    """Tell whether a weight is above 0 at some step: every schedule rises or falls all the way."""
+    ends = (weight.start, weight.end) if isinstance(weight, Schedule) else (weight,)
+    return any(end > 0 for end in ends)
+
+
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
     """What the peak learning rate is multiplied by: warm-up, then ``kind`` down to 0."""
     if step < warmup_steps:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
+_NOWHERE = np.iinfo(np.int32).max  # past the last character of any text
 
 
 class Encoded(NamedTuple):
@@ -46,6 +47,14 @@ class Encoded(NamedTuple):
     starts: NDArray[np.int32]
     ends: NDArray[np.int32]
     word_starts: NDArray[np.bool_]
+
+    def tokens_at(self, characters: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+        """The first token that stands for each of some characters of the text; -1 where none of the
+        first ``room`` tokens does.
+        """
+        token = np.searchsorted(self.ends[:room], characters, side="right")
+        begins = np.append(self.starts[:room], _NOWHERE)  # none covers what was cut off
+        return np.where(begins[token] <= characters, token, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,11 @@ class ViewReader(RowReader):
             count += 1
         return count
 
+    def has_pairs(self) -> bool:
+        """Whether any sequence has a pair of texts, in a view of them; stops at the first."""
+        batches = (b for n in range(len(self.corpus.commits)) for b in self.batches(n))
+        return any(len(batch) > batch["text_a"].null_count for batch in batches)
+
     def _have(self, shards: list[int], replica: int) -> bool:
         return all(unit_of(shard, replica) in self.commits for shard in shards)
 

@@ -41,7 +41,7 @@ from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, mas
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
-from rekindle.pipeline.caching.views import build_views
+from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import run_units
 from rekindle.pipeline.processes.worker import places_for
@@ -49,6 +49,7 @@ from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
+from rekindle.train.order.sequences import told_of_few
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -67,7 +68,8 @@ class StageOne:
         """What was done, in a line."""
         told = (
             f"{counted(self.corpus_sequences, 'sequence')}; "
-            f"{counted(self.units_done, 'unit')} made, {self.units_present} were there"
+            f"{counted(self.units_done, 'unit')} made, {self.units_present} were there "
+            "(unit: a teacher's file)"
         )
         if not self.repaired:
             return told
@@ -109,6 +111,11 @@ def cache_teachers(
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
+        for line in told_of_pairs(corpus, views):
+            log.warning("%s", line)
+        if config.student is not None:
+            for line in told_of_few(config.train, len(corpus)):
+                log.warning("%s", line)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)
         for teacher in chosen:

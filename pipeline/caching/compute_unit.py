@@ -135,9 +135,8 @@ class UnitRun:
         positions, sources = [], []
         for text, tokens, starts, begin_words in zip(texts, encoded, *lists, strict=True):
             places, characters = _word_characters(text, starts, begin_words)
-            token = np.searchsorted(tokens.ends[:room], characters, side="right")
-            begins = np.append(tokens.starts[:room], len(text) + 1)  # none covers what was cut off
-            covered = begins[token] <= characters
+            token = tokens.tokens_at(characters, room)
+            covered = token >= 0
             positions.append(places[covered])
             sources.append(token[covered] + len(teacher.tokenizer.prefix))
 

@@ -8,9 +8,19 @@ from rekindle.data.storage.store import open_store
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
 from rekindle.data.views.plain import Clean, Text
+from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
+
+_NO_PAIRS = {
+    "adjacent": "pairs: {}: no sequence has two sentences of one document (they end with . ! ? or "
+    "a blank line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
+    "same-document": "pairs: {}: no document has two sentences (they end with . ! ? or a blank "
+    "line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
+    "random": "pairs: {}: there is no second document to pair with, so there is nothing to teach: "
+    "use more texts",
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,14 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     Masks of policy hard come later: from what a teacher says of the text.
     """
     masked = None
-    if config.needs_masks and corpus.info["tokenizer"]["mask_id"] is None:
+    maskable = corpus.info["tokenizer"]["mask_id"] is not None
+    if not maskable and (who := config.needs_masks) is not None:
         raise InputError(
-            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked. A masked_lm "
-            "teacher or student needs a tokenizer with one"
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked, as {who} "
+            "needs it. Use a tokenizer with one; a student that learns from classifiers alone "
+            "(train.objective.hard.weight: 0) needs none"
         )
-    if config.needs_masks and config.cache.mask.policy != "hard":
+    if maskable and config.uses_masks and config.cache.mask.policy != "hard":
         masked = MaskedView(corpus, config.cache.mask, config.cache.seed, config.cache.replicas)
         with progress.task("masks", unit="sequences"):
             masked.build()
@@ -51,3 +63,9 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
         with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()
     return Views(masked, pairs)
+
+
+def told_of_pairs(corpus: Corpus, views: Views) -> list[str]:
+    """What is wrong with pairs that are to be made of ``corpus``, in a line for each kind."""
+    none = [k for k, v in sorted(views.pairs.items()) if not ViewReader(corpus, v.name).has_pairs()]
+    return [_NO_PAIRS[kind].format(kind) for kind in none]

@@ -28,6 +28,7 @@ from rekindle.pipeline.report.text import terminal_width, text_lines
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
+PACKED = {"document": "each of one document", "contiguous": "documents joined"}
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,16 @@ def _as_text(
     corpus = cache.corpus
     config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
     lines = [
-        f"{path}: {counted(len(corpus), 'sequence')}, {counted(corpus.tokens, 'token')} "
-        f"(length {config['sequence_length']}, {config['packing']} packing, "
-        f"vocabulary {corpus.info['tokenizer']['size']:,}, {size / 1e6:.1f} MB)"
+        f"{path}: {counted(len(corpus), 'sequence')} (pieces of up to "
+        f"{config['sequence_length']:,} tokens, {PACKED[config['packing']]}), "
+        f"{counted(corpus.tokens, 'token')}; vocabulary {corpus.info['tokenizer']['size']:,}, "
+        f"{size / 1e6:.1f} MB"
     ]
     for view in cache.views.values():
-        shown = f", {counted(view.replicas, 'replica')}" if view.kind.masked else ""
-        lines.append(f"view {view.name}{shown}")
+        shown = "pairs of texts"
+        if view.kind.masked:
+            shown = f"masked text, {counted(view.replicas, 'replica')} (maskings of each sequence)"
+        lines.append(f"{shown}: view {view.name}")
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
@@ -181,7 +185,7 @@ def _as_text(
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
             lines.append(
-                f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a position, all in "
+                f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a target, all in "
                 f"(codec {reader.info.codec}); candidates alone of the same k = {reader.info.k} "
                 f"elsewhere: {others}"
             )
@@ -194,7 +198,7 @@ def _as_text(
 
 
 def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
-    head = ("teacher", "task", "kept", "coverage", "positions", "MB", "B/position", "B/token")
+    head = ("teacher", "task", "kept", "done", "targets", "MB", "B/target", "B/token")
     rows = [
         [
             reader.info.name,
@@ -208,7 +212,11 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
         ]
         for reader in readers
     ]
-    return table_of("", head, rows, words=3)
+    note = (
+        "done: the share of the sequences that the teacher was run on; a target: what it says of "
+        "one sequence, or of one token in it; B: bytes"
+    )
+    return table_of("", head, rows, words=3, note=note if rows else "")
 
 
 def _kept(info: TeacherInfo) -> str:
@@ -287,6 +295,6 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         gold, rank = texts[int(target.gold_ids[row])], str(target.gold_rank[row])
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
-    head = ("position", "true token", "rank", shown, "tail")
-    title = f"{info.name}{where}: {counted(len(target.positions), 'position')}"
+    head = ("place", "true token", "rank", shown, "tail")
+    title = f"{info.name}{where}: {counted(len(target.positions), 'token')} with targets"
     return table_of(title, head, rows, words=len(head))

@@ -54,7 +54,10 @@ class VerifyReport:
     def as_text(self, name: str) -> str:
         """For people."""
         lines = [f"{name}: {counted(self.shards, 'shard')}, {counted(self.bytes, 'byte')} checked"]
-        lines += [f"  {teacher}: coverage {share:.1%}" for teacher, share in self.coverage.items()]
+        lines += [
+            f"  {teacher}: run on {share:.1%} of the text"
+            for teacher, share in self.coverage.items()
+        ]
         if self.orphans:
             lines.append(
                 f"  {counted(self.orphans, 'data file')} of attempts that were never committed "

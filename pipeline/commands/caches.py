@@ -49,24 +49,33 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="run each teacher for some seconds")
     ] = True,
+    texts: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="what so many texts like the source's would cost: 10000000"),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="or so many tokens of such texts: 5e9")
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
     from rekindle.pipeline.config import load_config
+    from rekindle.pipeline.plan.scale import Scale
 
+    scale = Scale.asked(texts, tokens)
     config = load_config(run, set_)
     if config.stages:
         from rekindle.pipeline.plan.staged import plan_staged_run
 
-        stages = plan_staged_run(config, probe)
+        stages = plan_staged_run(config, probe, scale)
         listed = json.dumps({"stages": [stage.as_dict() for stage in stages]})
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
     from rekindle.pipeline.plan.run import plan_run
     from rekindle.pipeline.plan.text import shown_plan
 
-    found = plan_run(config, probe)
+    found = plan_run(config, probe, scale)
     typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else shown_plan(found), nl=False)
 
 

@@ -30,7 +30,11 @@ def finetune(
     out: Annotated[Path, typer.Option(help="the expert's directory")],
     seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
     metric: Annotated[
-        str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman")
+        str | None,
+        typer.Option(
+            help="accuracy, f1, matthews; of lists of labels f1_micro, f1_macro, subset_accuracy; "
+            "of scores pearson, spearman"
+        ),
     ] = None,
     set_: Overrides = None,
     as_json: Json = False,

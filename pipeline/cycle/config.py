@@ -25,7 +25,16 @@ from rekindle.train.schedules import Seed
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
 Search = dict[str, tuple[Setting, ...]]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
+    "pearson",
+    "spearman",
+]
 Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
 ARMS: dict[Arm, str] = {
     "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
@@ -77,7 +86,9 @@ class CycleTask(Settings):
         None, gt=0, description="at most so many, chosen at random after dev; null: all"
     )
     metric: Metric | None = Field(
-        None, description="accuracy, f1, matthews, pearson, spearman; null: accuracy, or pearson"
+        None,
+        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
+        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,

@@ -21,6 +21,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
 
@@ -56,9 +57,8 @@ class TaskFiles:
         and rows of others.
         """
         data = self.splits["train"]
-        problem = "classification" if data.label_names else "regression"
-        decided = TaskSettings(problem=problem, positive=data.positive)
-        return config.model_copy(update=decided.model_dump())
+        own = {"positive": data.positive, "threshold": data.threshold}
+        return config.model_copy(update=TaskSettings(problem=data.problem, **own).model_dump())
 
     @property
     def facts(self) -> dict[str, object]:
@@ -86,6 +86,12 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
     splits = dict(zip(paths, read_task(*paths.values(), settings=settings), strict=True))
     train = splits["train"]
+    if train.words is not None:
+        raise InputError(
+            f"task {task.name!r}: {task.train} has tokens with tags, and a cycle is of texts. "
+            "Make an expert of it with pipeline finetune, and name it as a teacher with task: "
+            "token_classification in a run file (pipeline train-student)"
+        )
     for name, split in splits.items():
         logger.info("task %s, %s: %s", task.name, name, split.described())
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
@@ -107,7 +113,9 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
         )
     pairs = (task.pairs or "adjacent") if train.pairs is not None else None
     # What is left to train on must have every class.
-    missing = set(range(len(train.label_names))) - set(train.labels[rows["train"]].tolist())
+    labels = train.labels[rows["train"]]
+    there = labels.nonzero()[1] if train.problem == SEVERAL else labels
+    missing = set(range(len(train.label_names))) - set(there.tolist())
     if missing:
         raise InputError(
             f"task {task.name!r}: none of the {len(rows['train'])} examples that are left to train "
@@ -141,7 +149,11 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
     label: object = data.labels[row].tolist()
-    if data.label_names:
+    if data.problem == SEVERAL:
+        label = [
+            name for name, held in zip(data.label_names, data.labels[row], strict=True) if held
+        ]
+    elif data.label_names:
         label = data.label_names[data.labels[row]]
         label = int(str(label)) if _are_numbers(data.label_names) else label
     return texts | {"label": label}

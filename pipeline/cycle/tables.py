@@ -13,7 +13,7 @@ from rekindle.pipeline.report.cache import teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import TaskScores, difference_tables, score_table
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
-from rekindle.pipeline.report.text import terminal_width, text_lines
+from rekindle.pipeline.report.text import terminal_width, text_lines, wrapped
 
 
 def tables_of(results: CycleResults) -> list[Table]:
@@ -115,6 +115,7 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     Where one does not fit, a row is a column, if that is narrower. Nothing is ever cut.
     """
     tables = [*tables_of(results), *saved_tables(results)]
-    lines = [(*text_lines(table, width or terminal_width()), "") for table in tables]
-    notes = (f" note: {note}" for note in results.notes)
-    return "\n".join([*(one for table in lines for one in table), *notes])
+    width = width or terminal_width()
+    lines = [(*text_lines(table, width), "") for table in tables]
+    lines += [tuple(wrapped(f"note: {note}", width)) for note in results.notes]
+    return "\n".join(line for block in lines for line in block)

@@ -7,6 +7,7 @@ every sequence that it sees, a cache runs them on every sequence of the corpus o
 import math
 from collections.abc import Sequence
 
+from rekindle.data.counted import counted
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plain_values import strings_in
@@ -38,18 +39,33 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         none = "Break-even: the student's objective uses none of these teachers."
         return BreakEven(None, unused, none)
     rates = {w.name: w.seconds_per_token for w in teachers if w.name in live if w.seconds_per_token}
-    if len(rates) < len(live):
+    timed = len(rates) == len(live)
+    if not timed:
         rates = dict.fromkeys(live, 1.0)
     once, each = (sum(passes[n] * rates[n] for n in live) for passes in (cached, live))
     runs = math.ceil(once / each)
     own = {name: math.ceil(cached[name] / live[name]) for name in live}
     sentence = (
-        f"Break-even: the cache pays for itself after {runs:,} student "
-        f"{'run' if runs == 1 else 'runs'} like this one. It takes {round(sum(cached.values())):,} "
-        "teacher forward passes, counted in sequences; a run with live teachers takes "
-        f"{round(sum(live.values())):,}."
+        f"Break-even: the cache pays for itself after {counted(runs, 'student run')} like this "
+        f"one. It takes {round(sum(cached.values())):,} teacher forward passes, each of one "
+        f"sequence; a run with live teachers takes {round(sum(live.values())):,}."
     )
-    return BreakEven(runs, unused | own, sentence)
+    return BreakEven(runs, unused | own, sentence, _assumed(config.train, corpus, [*live], timed))
+
+
+def _assumed(train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool) -> str:
+    """Say what runs without a cache are taken to be."""
+    assert corpus.sequences is not None
+    read = train.steps * train.batch_sequences
+    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: none was timed"
+    if timed and weighed:
+        weighed = "; teachers are weighed by the time measured here"
+    return (
+        f"It assumes runs of {counted(train.steps, 'step')} with {train.batch_sequences:,} "
+        f"sequences each (train.steps, batch_sequences: {read / corpus.sequences:.2g} times the "
+        f"corpus), with {', '.join(teachers)} run beside the student at each step that learns "
+        f"from {'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}."
+    )
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:

@@ -13,7 +13,7 @@ from rekindle.data.targets.reading.cut import Cut
 @dataclass(frozen=True)
 class CorpusPlan:
     """The corpus. ``bytes`` are those to be written; ``basis`` says what the figures rest on, or
-    why there are none.
+    why there are none. ``texts``: documents, where so many were asked about.
     """
 
     source: tuple[str, ...]
@@ -22,6 +22,8 @@ class CorpusPlan:
     estimated: bool
     basis: str
     bytes: int | None
+    sequence_length: int | None = None
+    texts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,15 @@ class TeacherWork:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Student runs after which the cache has paid for itself; None where it cannot be said."""
+    """Student runs after which the cache has paid for itself; None where it cannot be said.
+
+    ``assumes``: what the runs are taken to be.
+    """
 
     runs: int | None
     teachers: Mapping[str, int | None]
     sentence: str
+    assumes: str = ""
 
 
 @dataclass(frozen=True)

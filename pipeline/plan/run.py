@@ -20,6 +20,7 @@ from rekindle.pipeline.plan.figures import (
     Totals,
     ViewPlan,
 )
+from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.text import shown_bytes
 
 # Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
@@ -28,18 +29,19 @@ OF_THE_CORPUS = ("sequences", "tokens", "units", "positions", "bytes", "seconds"
 OF_A_TEACHER = ("positions", "bytes", "seconds")
 
 
-def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
+def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) -> RunPlan:
     """Say what `pipeline cache-teachers` would do for ``config``, without doing any of it.
 
-    With ``probe`` each teacher whose model is on this machine is tried for up to 10 seconds. What
-    depends on a built-in model that is not made yet is None, and ``to_make`` names both. Raises
-    InputError for a bad source, for a model that is not there (with ``probe``, and unless it may be
-    one of the hub) or does not fit the corpus, CacheMismatchError when the cache holds another
-    corpus or another teacher of that name.
+    With ``probe`` each teacher whose model is on this machine is tried for up to 10 seconds. With
+    ``scale``, and where the cache holds another corpus, a new cache is planned, and a warning says
+    what there is. What depends on a built-in model that is not made yet is None, and ``to_make``
+    names both. Raises InputError for a bad source, for a model that is not there (with ``probe``,
+    and unless it may be one of the hub) or does not fit the corpus, CacheMismatchError when the
+    cache holds another teacher of that name.
     """
     config.check_single()
     config.check_samples()
-    views: tuple[ViewPlan, ...] = ()
+    views, warnings = tuple[ViewPlan, ...](), tuple[str, ...]()
     if needed := missing(config.corpus):
         why = f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} not made yet"
         corpus = CorpusPlan(config.corpus.source, None, None, True, why, None)
@@ -48,7 +50,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
         # It imports torch, which a plan of what is not made yet does without.
         from rekindle.pipeline.plan.surveyed import survey_all
 
-        corpus, views, teachers = survey_all(config, probe)
+        corpus, views, teachers, warnings = survey_all(config, probe, scale)
     totals = _totals(config.cache.path, corpus, views, teachers)
     return RunPlan(
         cache=config.cache.path,
@@ -57,7 +59,7 @@ def plan_run(config: RunConfig, probe: bool = True) -> RunPlan:
         teachers=teachers,
         break_even=break_even(config, corpus, teachers),
         totals=totals,
-        warnings=_warnings(totals),
+        warnings=(*warnings, *_warnings(totals)),
         to_make=_not_made(config, teachers),
     )
 

@@ -30,13 +30,14 @@ from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
-from rekindle.data.errors import InputError
+from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.permutation import permute
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
 from rekindle.data.storage.store import Store, open_store
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.plan.scale import Scale
 
 PLACES = 8  # record batches of the corpus, spread over it, that the steps are taken from
 STEPS = (1, 4, 16, 64, 256)  # sequences; the last step is what is left
@@ -53,6 +54,8 @@ class CorpusSurvey:
     tokens: int
     estimated: bool
     basis: str  # what the numbers rest on, in words
+    texts: int | None = None  # documents, where so many were asked about
+    warnings: tuple[str, ...] = ()
 
     @property
     def new_sequences(self) -> int:
@@ -71,29 +74,42 @@ class CorpusSurvey:
         return max(0, self.tokens - self.present.tokens) if self.present else self.tokens
 
 
-def survey_corpus(config: RunConfig, folder: Path) -> CorpusSurvey:
+def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -> CorpusSurvey:
     """Sequences and tokens of the configured corpus: counted where the cache holds all of it, or
     the source is small; else estimated. ``folder`` is for what is made on the way.
 
-    Raises InputError for a source without text or of unknown size, and CacheMismatchError when the
-    cache holds another corpus.
+    With a ``scale``, and beside a cache of another corpus, they are those of a new cache. Raises
+    InputError for a source without text or of unknown size.
     """
     present = _present(open_store(config.cache.path))
-    if present is not None and _is_whole(present, config):
+    whole, warnings = False, tuple[str, ...]()
+    if present is not None:
+        whole, beside = _compared(present, config, scale)
+        present, warnings = (None, (beside,)) if beside else (present, ())
+    texts = None
+    if present is not None and whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
         sequences, tokens = len(present), present.tokens
     else:
-        sample = sample_source(config.corpus)
-        reference = _sample_corpus(sample, config.corpus, folder)
-        sequences, tokens, estimated = _extrapolated(reference, sample, config.corpus)
-        basis = _basis(sample) if estimated else "counted in the source"
+        corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
+        sample = sample_source(corpus)
+        reference = _sample_corpus(sample, corpus, folder)
+        if scale is None:
+            sequences, tokens, estimated = _extrapolated(reference, sample, corpus)
+            basis = _basis(sample) if estimated else "counted in the source"
+        else:
+            read = len(sample.documents)
+            texts, tokens = scale.of(read, reference.tokens)
+            sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
+            basis = f"scaled from {counted(read, 'text')} of the source"
         basis += sample.left_out
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything
     if present is not None:
         sequences, tokens = max(sequences, len(present)), max(tokens, present.tokens)
     steps = _take_steps(reference, open_store(folder / "steps"))
-    return CorpusSurvey(present, reference, steps, sequences, tokens, estimated, basis)
+    known = (sequences, tokens, estimated, basis, texts, warnings)
+    return CorpusSurvey(present, reference, steps, *known)
 
 
 def _present(store: Store) -> Corpus | None:
@@ -103,13 +119,22 @@ def _present(store: Store) -> Corpus | None:
     return Corpus(store) if store.names("corpus") else None
 
 
-def _is_whole(present: Corpus, config: RunConfig) -> bool:
-    """Whether nothing is missing of the configured corpus; CacheMismatchError if it is another."""
+def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[bool, str | None]:
+    """Whether nothing is missing of the configured corpus; and why what is there does not count."""
+    where = config.cache.path
+    names = ", ".join(present.store.folders("targets")) or "none"
+    there = f"{counted(len(present), 'sequence')}, {counted(present.tokens, 'token')}"
+    there = f"{where} has {there}; teachers: {names}"
+    if scale is not None:
+        return False, f"the figures are for a new cache; what is there is not counted: {there}"
     size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
     info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
     here = (len(present.commits), len(present))
-    addition = claim_addition(present.store, info, config.corpus, lambda: here)
-    return present.complete and addition.number < len(present.additions)
+    try:
+        addition = claim_addition(present.store, info, config.corpus, lambda: here)
+    except CacheMismatchError as error:
+        return False, f"the figures are for a new cache: {error}. {there}"
+    return present.complete and addition.number < len(present.additions), None
 
 
 def _basis(sample: SourceSample) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import RunPlan
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.text import shown_plan
 from rekindle.pipeline.stages.resolve import Ready, plan_stages, ready_parts
 
@@ -34,7 +35,9 @@ class PlannedStage:
         return f"--- stage {name} ---\n{shown}{waiting}"
 
 
-def plan_staged_run(config: RunConfig, probe: bool = True) -> list[PlannedStage]:
+def plan_staged_run(
+    config: RunConfig, probe: bool = True, scale: Scale | None = None
+) -> list[PlannedStage]:
     """``plan_run`` for every stage, without what an earlier stage puts into the same cache.
 
     Raises InputError as ``plan_run`` and ``plan_stages`` do.
@@ -42,7 +45,7 @@ def plan_staged_run(config: RunConfig, probe: bool = True) -> list[PlannedStage]
     planned: list[PlannedStage] = []
     for ready in ready_parts(plan_stages(config, Path())):
         part, note = _what_is_new(ready, planned)
-        plan = None if part is None else plan_run(part, probe)
+        plan = None if part is None else plan_run(part, probe, scale)
         planned.append(PlannedStage(ready, plan, note))
     return planned
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +18,27 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
 from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
-from rekindle.pipeline.caching.views import Views, build_views
+from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
+from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher, plans_at_hand
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
+from rekindle.train.order.sequences import told_of_few
 
 
-def survey_all(
-    config: RunConfig, probe: bool
-) -> tuple[CorpusPlan, tuple[ViewPlan, ...], tuple[TeacherWork, ...]]:
+class Surveyed(NamedTuple):
+    """What is planned of a corpus that can be read; ``warnings`` in words."""
+
+    corpus: CorpusPlan
+    views: tuple[ViewPlan, ...]
+    teachers: tuple[TeacherWork, ...]
+    warnings: tuple[str, ...]
+
+
+def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
     """Plan the corpus, its views and the teachers by a sample in a temporary folder."""
     _check_files(config, probe)
     sampled = config
@@ -36,7 +46,7 @@ def survey_all(
         cache = config.cache.model_copy(update={"replicas": 1})
         sampled = config.model_copy(update={"cache": cache})
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
-        survey = survey_corpus(config, Path(folder))
+        survey = survey_corpus(config, Path(folder), scale)
         views = build_views(survey.steps, sampled, Progress.silent())
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
         per_sequence = sum(c.bytes for c in survey.reference.commits) / len(survey.reference)
@@ -47,6 +57,8 @@ def survey_all(
             estimated=survey.estimated,
             basis=survey.basis,
             bytes=round(survey.new_sequences * per_sequence),
+            sequence_length=config.corpus.sequence_length,
+            texts=survey.texts,
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
@@ -55,7 +67,16 @@ def survey_all(
             plan_one_teacher(teacher, plan, config, survey, views, probe)
             for teacher, plan in zip(config.teachers, plans, strict=True)
         )
-    return corpus, shown, teachers
+        warnings = (*survey.warnings, *_told(config, survey, views))
+    return Surveyed(corpus, shown, teachers, warnings)
+
+
+def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
+    """What will be said of the corpus when it is made and trained on."""
+    told = told_of_pairs(survey.steps, views)
+    if config.student is not None and not survey.estimated:
+        told += told_of_few(config.train, survey.sequences)
+    return told
 
 
 def _check_files(config: RunConfig, must_be: bool) -> None:

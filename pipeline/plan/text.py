@@ -1,13 +1,18 @@
-"""A plan for people: a table and a few lines, in 100 columns."""
+"""A plan for people: a table and a few lines, in 80 columns."""
 
 from textwrap import fill
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.report.table import Table, table_of
-from rekindle.pipeline.report.text import folded_lines
+from rekindle.pipeline.report.text import text_lines
 
-WIDTH = 100
+WIDTH = 80
+SHOWN_AS = {"masked": "masked text", "pairs": "pairs of texts"}  # the views, by kind
+ABOUT = (
+    "A unit is a teacher's work on one file of sequences; a target is what it says of one "
+    "sequence, or of one token in it."
+)
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -17,13 +22,14 @@ def shown_plan(plan: RunPlan) -> str:
     lines = [f"corpus {', '.join(plan.corpus.source)}: {_of_corpus(plan.corpus)}"]
     for view in plan.views:
         left, bound = counted(view.units_to_make, "unit"), "at most " if view.at_most else ""
-        there = f"view {view.name}: {left} to make, {view.units_present:,} there"
+        kind = SHOWN_AS[view.name.partition("-")[0]]
+        there = f"{kind} ({view.name}): {left} to make, {view.units_present:,} there"
         lines.append(there + _to_write(view.bytes, bound))
-    table = folded_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
-    head = [*_wrapped(lines), *table]
+    table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
+    head = [*_wrapped(lines), *table, *(_wrapped([ABOUT]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
-    lines += [_total(plan), plan.break_even.sentence]
+    lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:
         shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
@@ -48,11 +54,14 @@ def _of_corpus(corpus: CorpusPlan) -> str:
         return f"not known; {corpus.basis}"
     about = "~" if corpus.estimated else ""
     sequences, tokens = counted(corpus.sequences, "sequence"), counted(corpus.tokens, "token")
-    return f"{about}{sequences}, {about}{tokens} ({corpus.basis}){_to_write(corpus.bytes)}"
+    texts = "" if corpus.texts is None else f"{about}{counted(corpus.texts, 'text')}, "
+    pieces = f" (pieces of up to {corpus.sequence_length:,} tokens)"
+    counts = f"{texts}{about}{sequences}{pieces}, {about}{tokens}"
+    return f"{counts}; {corpus.basis}{_to_write(corpus.bytes)}"
 
 
 def _table(teachers: tuple[TeacherWork, ...]) -> Table:
-    head = ("teacher", "task", "kept", "units to make", "there", "positions", "size", "time")
+    head = ("teacher", "task", "kept", "units to make", "there", "targets", "size", "time")
     rows = [
         [
             t.name,

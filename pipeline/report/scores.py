@@ -127,7 +127,9 @@ def interval_words(values: Sequence[float]) -> str:
 
 
 def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
-    """A table for each arm that others are compared with."""
+    """A table for each arm that others are compared with, of what is known: one seed has no
+    intervals.
+    """
     head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
     for against in dict.fromkeys(one.against for one in differences):
         rows = [
@@ -139,7 +141,8 @@ def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
             if one.against == against
         ]
         title = f"differences to {against} on test, main metrics, in points of 100"
-        yield table_of(title, head, rows, words=2)
+        table = table_of(title, head, rows, words=2)
+        yield replace(table, columns=[c for c in table.columns if {*c.cells} != {NOTHING}])
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -53,11 +53,6 @@ def wrapped(sentence: str, width: int) -> list[str]:
     )
 
 
-def folded_lines(table: Table, width: int) -> list[str]:
-    """The columns in ``width`` characters: what is too long goes on below, within its cell."""
-    return _drawn(_rich([*map(_written, table.columns)], fold=True), width)
-
-
 # --- what fits ------------------------------------------------------------------------------------
 
 
@@ -119,11 +114,11 @@ def _folded(text: str, most: int) -> str:
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def _rich(columns: Sequence[Column], fold: bool = False) -> rich.table.Table:
+def _rich(columns: Sequence[Column]) -> rich.table.Table:
     table = rich.table.Table(box=box.SIMPLE_HEAD)
     for column in columns:
         side: Literal["left", "right"] = "left" if column.words else "right"
-        table.add_column(Text(column.title), justify=side, no_wrap=not fold, overflow="fold")
+        table.add_column(Text(column.title), justify=side, no_wrap=True, overflow="fold")
     for row in range(len(columns[0].cells)):
         table.add_row(*(_cell(column, row) for column in columns))
     return table

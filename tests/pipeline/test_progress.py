@@ -97,3 +97,13 @@ def test_what_was_there_before_is_no_speed(clock):
         clock[0] += 2.0
         task.advance(4)
     assert task.rates() == "2.0 steps/s"
+
+
+@pytest.mark.parametrize(("done", "told"), [(1, "a task: 1 step in "), (2, "a task: 2 steps in ")])
+def test_one_of_a_unit_is_told_as_one(caplog, done, told):
+    with (
+        caplog.at_level(logging.INFO, "rekindle"),
+        Progress(quiet=False).task("a task", "steps") as task,
+    ):
+        task.advance(done)
+    assert caplog.messages[-1].startswith(told)

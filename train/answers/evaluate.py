@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rekindle.data.errors import InputError
@@ -82,13 +82,14 @@ def evaluate_file(
     data = read_labelled(test, judge, settings)
     check_pairs(before, data.pairs is not None, model, test)
     metric = _metric(metric, before, data)
+    answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())
     watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
         scores, logits, cut = judged_scores(judge, data, settings, watch)
         if out is not None:
             with new_file(Path(out)) as file:
-                write_predictions(file, data, judge.answers, logits)
+                write_predictions(file, data, answers, logits)
     return Evaluation(
         model=model,
         head=judge.head,

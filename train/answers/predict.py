@@ -10,10 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -24,18 +24,26 @@ from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import check_pairs, less_memory
 from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
+from rekindle.train.answers.labelled import as_asked
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.classifier import Cuts, tell_cut
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.encoded import Cuts, tell_cut
+from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.labels import SHOWN
-from rekindle.train.finetune.predictions import GIVEN, Answers, answered, labels_in, write_rows
+from rekindle.train.finetune.predictions import (
+    GIVEN,
+    Answer,
+    Answers,
+    answered,
+    labels_in,
+    write_rows,
+)
 from rekindle.train.finetune.rows import Row, read_rows, texts_of
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.finetune.task_files import text_fields
+from rekindle.train.finetune.task_files import text_fields, words_of
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.running_out import running_out
-
-_UNLABELLED = np.zeros(0, np.float32)
 
 log = logging.getLogger("rekindle")
 
@@ -94,11 +102,11 @@ def predict_file(
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
     settings = as_recorded(config or AskConfig(), before, first.keys())
-    columns = text_fields(text, [*first], settings)
-    check_pairs(before, len(columns) > 1, model, text)
-    total = None if _is_piped(text) else _check(read_rows(text), columns, judge.answers, text)
+    reader = _Reader.of(text, first, as_asked(settings, judge.answers.problem))
+    check_pairs(before, len(reader.columns) > 1, model, text)
+    total = None if _is_piped(text) else _check(reader, judge.answers)
     watch.expect(total)
-    work = _Work(judge, settings, columns, text)
+    work = _Work(judge, settings, reader)
     enough = running_out(Path(out), lambda: "Nothing is written", less_memory(settings))
     with enough, _opened(out) as (file, ascii_only):
         for block in blocks(chain([first], rows)):
@@ -142,13 +150,46 @@ def _is_piped(path: str) -> bool:
     return path == STDIN or not Path(path).is_file()
 
 
-def _check(rows: Iterator[Row], columns: Sequence[str], answers: Answers, path: str) -> int:
+@dataclass(frozen=True)
+class _Reader:
+    """Where a row's text is: in a column, or two of a pair, or in one of tokens."""
+
+    path: str
+    columns: tuple[str, ...]
+    tokens: bool
+
+    @classmethod
+    def of(cls, path: str, first: Row, settings: TaskSettings) -> Self:
+        """By the columns of the first row; InputError where it is not clear which."""
+        columns = text_fields(path, [*first], settings, settings.label_field)
+        tokens = settings.problem == TAGS
+        if tokens and len(columns) > 1:
+            raise InputError(f"{path}: tokens are no pairs of texts; name their one column")
+        return cls(path, columns, tokens)
+
+    def data(self, block: Sequence[Row], first: int) -> TaskData:
+        """The texts of rows, from number ``first`` on; InputError for one that is none."""
+        nothing = np.zeros(0, np.float32)
+        if not self.tokens:
+            return TaskData(*texts_of(block, first, self.columns, self.path), nothing, ())
+        (name,) = self.columns
+        each = enumerate(block, start=first)
+        words = [words_of(self.path, name, number, row.get(name)) for number, row in each]
+        return TaskData([*map(" ".join, words)], None, nothing, (), words=words)
+
+    def with_tokens(self, row: Row, words: list[str], answer: Answer) -> Answer:
+        """The answer, and the tokens that it is of, where the row has them as one text."""
+        if isinstance(row.get(self.columns[0]), str):
+            return {"tokens": words} | answer
+        return answer
+
+
+def _check(reader: _Reader, answers: Answers) -> int:
     """Check every row, and count them."""
-    count = 0
-    for block in blocks(rows):
-        texts_of(block, count + 1, columns, path)
-        nothing: dict[str, object] = dict.fromkeys(answers.columns)
-        for _ in answered(block, [nothing] * len(block), path, count + 1):
+    count, nothing = 0, dict.fromkeys(answers.columns)
+    for block in blocks(read_rows(reader.path)):
+        reader.data(block, count + 1)
+        for _ in answered(block, [nothing] * len(block), reader.path, count + 1):
             pass
         count += len(block)
     return count
@@ -172,18 +213,22 @@ def _opened(out: str) -> Iterator[tuple[BinaryIO, bool]]:
 class _Work:
     """The rows that are judged, and what was said of them so far."""
 
-    def __init__(self, judge: Judge, settings: AskConfig, columns: Sequence[str], path: str):
-        self.judge, self.settings, self.columns, self.path = judge, settings, columns, path
+    def __init__(self, judge: Judge, settings: AskConfig, reader: _Reader):
+        self.judge, self.settings, self.reader = judge, settings, reader
+        self.answers = replace(judge.answers, threshold=settings.threshold)
         self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
 
     def answered(self, block: Sequence[Row]) -> Iterator[Row]:
         """Each row with what is said of it."""
-        judge, first = self.judge, self.rows + 1
-        data = TaskData(*texts_of(block, first, self.columns, self.path), _UNLABELLED, ())
-        logits, cuts = judged(judge, data, self.settings)
-        found = [judge.answers.of(one) for one in logits]
+        first = self.rows + 1
+        data = self.reader.data(block, first)
+        logits, cuts = judged(self.judge, data, self.settings)
+        found = [self.answers.of(one) for one in data.per_row(logits)]
         self.rows += len(block)
         self.cuts = self.cuts.and_of(cuts)
         for answer in found:
             self.said.update(labels_in(answer))
-        return answered(block, found, self.path, first)
+        if data.words is not None:
+            each = zip(block, data.words, found, strict=True)
+            found = [self.reader.with_tokens(*one) for one in each]
+        return answered(block, found, self.reader.path, first)

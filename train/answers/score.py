@@ -16,10 +16,11 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.classifier import predict, tell_cut
+from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
+from rekindle.train.finetune.encoded import tell_cut
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import all_scores, chosen_metric
+from rekindle.train.finetune.metrics import chosen_metric, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
@@ -91,9 +92,13 @@ def _scores_by_way(
     cut: dict[str, float] = {}
     sizes = config.max_length, config.batch_size
     models, merge = [model], config.merge
-    alone = merge is None or (resolve_model(model) / ABOUT_FILE).is_file()
-    if alone:
-        judge = open_judge(model, config.head)
+    if merge is not None and data.problem != "single_label_classification":
+        raise InputError(
+            f"merge is of classes that exclude each other, and the task is a {data.problem}: leave "
+            "merge out, and score each model by itself"
+        )
+    if merge is None or (resolve_model(model) / ABOUT_FILE).is_file():
+        judge = open_judge(model, config.head, data.problem)
         way = "expert" if judge.head is None else f"student, head {judge.head}"
         asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
         found[way], _, cut["dev"] = judged_scores(judge, data, asked)
@@ -135,7 +140,7 @@ def evaluate(
     InputError for a model without a trained head, of the other problem or with other classes.
     """
     settings = AskConfig(max_length=max_length, batch_size=batch_size)
-    return judged_scores(open_judge(model, head), data, settings)[:2]
+    return judged_scores(open_judge(model, head, data.problem), data, settings)[:2]
 
 
 def judged_scores(
@@ -149,7 +154,7 @@ def judged_scores(
     logits, cuts = judged(judge, data, settings, watch)
     cut = tell_cut({"dev": cuts})["dev"]
     if not data.label_names:
-        return all_scores(data.problem, logits, data.labels), logits, cut
+        return scores_of(data, logits), logits, cut
     return scores_by_name(logits, judge.labels, data, judge.who), logits, cut
 
 
@@ -177,9 +182,15 @@ def expert_output(
 ) -> ExpertOutput:
     """Run a classifier on the texts of a task; ``passes`` times more with dropout.
 
-    Raises InputError for a model without a trained head, or without dropout where passes are asked.
+    Raises InputError for a model without a trained head, of scores or of labels of which several
+    may hold, or without dropout where passes are asked.
     """
     expert = Expert(model)
+    if (problem := expert.answers.problem) != "single_label_classification":
+        raise InputError(
+            f"{model!r} is a {problem}: only classifiers whose classes exclude each other can be "
+            "merged; leave it out"
+        )
     with quiet_transformers():
         encoded = expert.read(data, max_length)
         cut = tell_cut({name: encoded})[name]

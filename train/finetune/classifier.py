@@ -1,153 +1,33 @@
-"""Text classifiers and regressors: their tokens, their loading, their scoring. Trains nothing.
+"""Classifiers of texts and of words, and regressors: their loading, their scoring. Trains nothing.
 
 One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
-import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.train.device_batch import model_inputs
+from rekindle.train.finetune.encoded import EncodedTexts, collate, padding_id_of
+from rekindle.train.finetune.label_lists import TAGS
+from rekindle.train.finetune.metrics import check_finite
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.causes import running
-from rekindle.train.model.files import load_config, load_weights, longest_input, place
-from rekindle.train.model.fitting import check_fits
+from rekindle.train.model.files import load_config, load_weights, place
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.meta import refuse_shapes
-from rekindle.train.model.padding import padding_of, set_padding
-from rekindle.train.model.segments import knows_segments
+from rekindle.train.model.padding import set_padding
 from rekindle.train.model.sight import moved_by_padding
 
 logger = logging.getLogger("rekindle")
-
-MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
-CLASSIFIER = "AutoModelForSequenceClassification"
-
-Row = list[int] | NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class EncodedTexts:
-    """Token ids per example, unpadded; segment ids only where tokenizer and model know them."""
-
-    input_ids: Sequence[Row]
-    token_type_ids: Sequence[Row] | None
-    padding_id: int
-    limit: int = 0  # tokens, from which on texts are cut
-    takes: float = math.inf  # tokens that the model takes
-    cut: int = 0  # texts that were
-    longest: int = 0  # tokens of the longest of these before
-
-    @property
-    def count(self) -> int:
-        """How many texts there are."""
-        return len(self.input_ids)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens per example: int64 [N]."""
-        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """What is cut of texts that come in blocks: the last fields of EncodedTexts, summed up."""
-
-    limit: int = 0
-    takes: float = math.inf
-    cut: int = 0
-    longest: int = 0
-    count: int = 0
-
-    def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
-        """Return these and those of one more block."""
-        cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
-        return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count)
-
-
-# ---- tokens ------------------------------------------------------------------------------------
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerFast,
-    model_config: PretrainedConfig,
-    data: TaskData,
-    max_length: int | None,
-) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
-
-    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
-    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
-    empty text is one padding token, so that no row is empty.
-    """
-    padding_id = _padding_id(model_config, tokenizer)
-    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
-    most = int(min(max_length or MOST_TOKENS, takes))
-    found = tokenizer(
-        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
-    )
-    ids = [row or [padding_id] for row in found["input_ids"]]
-    # A generic tokenizer also gives segments to models that would read them as something else.
-    types = found.get("token_type_ids") if knows_segments(model_config) else None
-    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
-    longest = 0
-    if cut:
-        pairs = data.pairs and [data.pairs[row] for row in cut]
-        texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
-        longest = max(map(len, whole["input_ids"]))
-    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
-
-
-def _padding_id(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The model's own padding id; without one the tokenizer's, the end of text, or 0: one that it
-    can embed.
-    """
-    rows = model_config.get_text_config().vocab_size
-    known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((number for number in known if number is not None and number < rows), 0)
-
-
-def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
-    lengths, types = encoded.lengths[rows], encoded.token_type_ids
-    ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
-    segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
-    return model_inputs(ids, lengths, device, segments)
-
-
-def tell_cut(splits: Mapping[str, EncodedTexts | Cuts]) -> dict[str, float]:
-    """Say which share of each split's texts was cut, loudly where one was, and return it."""
-    shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
-    limit = max((texts.limit for texts in splits.values()), default=0)
-    if not any(shares.values()):
-        logger.info("no text is cut (at most %d tokens)", limit)
-        return shares
-    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
-    longest = max(texts.longest for texts in splits.values())
-    takes = min(texts.takes for texts in splits.values())
-    advice = "the model takes no more"
-    if limit < takes:
-        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
-    logger.warning(
-        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
-        *(limit, told, longest, advice),
-    )
-    return shares
-
 
 # ---- models ------------------------------------------------------------------------------------
 
@@ -163,12 +43,19 @@ def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def classifier_config(model: str) -> PretrainedConfig:
-    """Load the model's configuration, with a label for each output that its head has."""
-    directory = resolve_model(model)
-    # A tagger's body is as good as any: its head starts fresh.
-    check_fits(load_config(directory), "sequence_classification", repr(model), trained=False)
-    return load_config(directory, CLASSIFIER)
+def classifier_config(model: str, problem: str = "", trained: bool = False) -> PretrainedConfig:
+    """Load the model's configuration, with a label for each output that its head has.
+
+    ``trained``: its head is used as it is; else a tagger's body is as good as any for a classifier.
+    """
+    directory, task = resolve_model(model), task_of(problem)
+    check_fits(load_config(directory), task, repr(model), trained)
+    return load_config(directory, AUTO_CLASSES[task])
+
+
+def task_of(problem: str) -> str:
+    """A teacher's task of that name, that answers what the ``problem`` of a labelled task asks."""
+    return "token_classification" if problem == TAGS else "sequence_classification"
 
 
 def load_classifier(
@@ -178,30 +65,38 @@ def load_classifier(
 
     A head that was trained for other labels is not reused: its output layer starts fresh too.
     """
-    config = classifier_config(model)
+    config = classifier_config(model, data.problem)
     if data.label_names:
         names = dict(enumerate(data.label_names))
-        same = config.id2label == names
+        same = config.id2label == names and _same_problem(config, data.problem)
         config.id2label, config.label2id = names, {name: i for i, name in names.items()}
     else:
         same = config.num_labels == data.outputs and config.problem_type == "regression"
         config.num_labels = data.outputs
-    config.problem_type = data.problem
-    network, unset = _load_weights(model, config, tokenizer)
+    config.problem_type = None if data.problem == TAGS else data.problem
+    network, unset = _load_weights(model, config, tokenizer, data.problem)
     if not same and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)
         _renew_output_layer(network)
     return network
 
 
+def _same_problem(config: PretrainedConfig, problem: str) -> bool:
+    """Whether the head of a model, if it has one, was trained for ``problem``."""
+    if problem == TAGS or task_said(config) == task_of(TAGS):
+        return task_said(config) == task_of(problem)
+    return config.problem_type in (None, problem)
+
+
 def _load_weights(
-    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+    model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, problem: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the classifier and the names of its head's weights that the checkpoint does not set."""
-    set_padding(config, _padding_id(config, tokenizer))
-    what = f"{model!r} cannot be loaded for text classification"
+    set_padding(config, padding_id_of(config, tokenizer))
+    auto_class = AUTO_CLASSES[task_of(problem)]
+    what = f"{model!r} cannot be loaded for {task_of(problem).replace('_', ' ')}"
     advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
-    loaded = load_weights(resolve_model(model), CLASSIFIER, torch.float32, what, advice, config)
+    loaded = load_weights(resolve_model(model), auto_class, torch.float32, what, advice, config)
     refuse_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler sits in the body but belongs to the head: a masked LM has none.
     missing = [key for key in loaded.body if ".pooler." not in key]
@@ -234,16 +129,31 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
 def predict(
     model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
-    """fp32 logits [N,C] in row order; never autocast, so that the scores are the weights'."""
+    """fp32 logits as ``by_length`` returns them; never autocast: the scores are the weights'."""
     model.train(dropout)
 
-    def logits(inputs: dict[str, Tensor]) -> Tensor:
-        with running(str(model.name_or_path)):
-            found: Tensor = model(**inputs).logits
-        return found
+    def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
+        return answers(model, inputs, places)
 
     equal = moved_by_padding(model) > 0
     return by_length(encoded, batch_size, model.device, logits, equal)
+
+
+def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
+    """A classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. InputError,
+    naming the model, where its own code fails.
+    """
+    with running(str(model.name_or_path)):
+        logits: Tensor = model(**inputs).logits
+    return logits if places is None else logits.flatten(0, 1)[places]
+
+
+def places_of(encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Where the words of some rows that are read are in a batch of them; None: whole texts."""
+    if encoded.words is None:
+        return None
+    ids = inputs["input_ids"]
+    return torch.from_numpy(encoded.places(rows, ids.shape[1])).to(ids.device)
 
 
 @torch.inference_mode()
@@ -251,12 +161,14 @@ def by_length(
     encoded: EncodedTexts,
     batch_size: int,
     device: torch.device,
-    run: Callable[[dict[str, Tensor]], Tensor],
+    run: Callable[[dict[str, Tensor], Tensor | None], Tensor],
     equal: bool = False,
 ) -> np.ndarray:
-    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order.
+    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order; of lists of
+    words [W,C], in the order of all words, with NaN for those that are not read.
 
-    ``equal``: of one length, for models that padding changes.
+    ``equal``: of one length, for models that padding changes. Raises InputError for words' logits
+    that are not finite.
     """
     order = np.argsort(encoded.lengths, kind="stable")
     ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
@@ -265,10 +177,18 @@ def by_length(
         for rows in np.split(order, ends)
         for start in range(0, len(rows), batch_size)
     ]
-    each = [run(collate(encoded, rows, device)).float().cpu().numpy() for rows in batches]
+    each = []
+    for rows in batches:
+        inputs = collate(encoded, rows, device)
+        each.append(run(inputs, places_of(encoded, rows, inputs)).float().cpu().numpy())
     found = np.concatenate(each)
-    logits = np.empty_like(found)
-    logits[order] = found
+    if encoded.words is None:
+        logits = np.empty_like(found)
+        logits[order] = found
+        return logits
+    check_finite(found)
+    logits = np.full((sum(map(len, encoded.words)), found.shape[1]), np.nan, np.float32)
+    logits[encoded.read_words(order)] = found
     return logits
 
 
@@ -278,12 +198,15 @@ def to_fine_tune(model: str) -> str:
     return f"`pipeline finetune {shlex.quote(model)} {where}`"
 
 
-def load_trained(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load a classifier with all its weights onto its device, and its tokenizer; InputError for one
-    without a trained head.
+def load_trained(
+    model_dir: str, problem: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a classifier, or a tagger where that is the ``problem``, with all its weights onto its
+    device, and its tokenizer; InputError for one without a trained head.
     """
-    tokenizer, config = padded_tokenizer(model_dir), classifier_config(model_dir)
-    network, unset = _load_weights(model_dir, config, tokenizer)
+    tokenizer = padded_tokenizer(model_dir)
+    config = classifier_config(model_dir, problem, trained=True)
+    network, unset = _load_weights(model_dir, config, tokenizer, problem)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "

@@ -10,6 +10,13 @@ from rekindle.train.schedules import Seed
 
 FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
+Problem = Literal[
+    "classification", "multi_label_classification", "token_classification", "regression"
+]
+_PROBLEMS = {  # what else they are called
+    "single_label_classification": "classification",
+    "multi_label": "multi_label_classification",
+}
 
 
 class MergeConfig(Settings):
@@ -30,26 +37,47 @@ class MergeConfig(Settings):
 class TaskSettings(Settings):
     """What the files of a labelled task mean, where they do not say it themselves."""
 
-    problem: Literal["classification", "regression"] | None = Field(
+    problem: Problem | None = Field(
         None,
         description="null: words, booleans and whole numbers are classes, other numbers (also "
-        "lists of them) are scores, and what may be either is refused; classification: every label "
-        "is a class as it is written; regression: labels are numbers, or lists of numbers",
+        "lists of them) are scores, lists of names are labels of which several may hold, tokens "
+        "with tags are tagged, and what may be either is refused; classification, "
+        "multi_label_classification, token_classification: every label is a class as it is "
+        "written; regression: labels are numbers, or lists of numbers",
     )
     text_field: tuple[str, ...] = Field(
         (),
         max_length=2,
         validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
-        description="where the text stands, or the two of a pair; empty: text, or sentence1 and "
-        "perhaps sentence2",
+        description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
+        "sentence1 and perhaps sentence2, or tokens",
     )
     label_field: str = Field(
         "label",
         validation_alias=AliasChoices("label_field", FORMER_FIELDS[1]),
-        description="where the label stands",
+        description="where the label stands; beside tokens also tags, where there is no label",
+    )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="what stands between the labels of a row where several are written as one "
+        'text, as in "a;b"; null: they are a list, in csv and tsv one as JSON writes it',
+    )
+    label_names: tuple[str, ...] = Field(
+        (),
+        description="names of the labels 0, 1, … where tags, or lists of labels, are numbers",
+    )
+    threshold: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="of labels of which several may hold: the probability of one "
+        "that is said to hold",
     )
     drop_labels: tuple[Label, ...] = Field(
-        (), description="rows with these labels are left out; [null]: those without a label"
+        (),
+        description="rows with these labels are left out, of several labels those that have one "
+        "of them; [null]: those without a label",
     )
     positive: Label = Field(
         None,
@@ -57,7 +85,12 @@ class TaskSettings(Settings):
         "beside not_x",
     )
 
-    @field_validator("text_field", "drop_labels", mode="before")
+    @field_validator("problem", mode="before")
+    @classmethod
+    def _by_other_names(cls, value: object) -> object:
+        return _PROBLEMS.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("text_field", "label_names", "drop_labels", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list | tuple):

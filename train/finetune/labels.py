@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -32,8 +32,10 @@ _MISSING = (
 _DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
 _LARGEST = sys.float_info.max
 _FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
-_CLASSIFY = "--set problem=classification (every label is a class as it is written)"
-_SCORES = "--set problem=regression (labels are scores)"
+_AS_WRITTEN = "--set problem={} (every label is a class as it is written)"
+_CLASSIFY = _AS_WRITTEN.format("classification")
+SAY_SEVERAL = "--set problem=multi_label_classification (every number is the name of a label)"
+SAY_SCORES = "--set problem=regression (labels are scores)"
 _TRUTH = ("true", "false")
 _OF_NUMBERS = ("a number", "a list of numbers")
 
@@ -157,20 +159,26 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
             train.refuse(
                 0,
                 f"label {train.labels[0].raw!r}: lists of whole numbers may be scores, or classes "
-                f"that do not exclude each other (which are not read here); say {_SCORES}",
+                f"that do not exclude each other; say {SAY_SCORES} or {SAY_SEVERAL}",
             )
         if kind in _OF_NUMBERS and not whole:
             return _as_scores(train)
-        _refuse_doubtful(train)
+        refuse_doubtful(train)
     by_name = {label.name: label.value for label in train.labels}
     if len(by_name) < 2:
         raise InputError(
             f"{train.path}: every label is {next(iter(by_name))!r}; a classification task needs at "
             "least two classes in train"
         )
-    if all(_NUMBER.fullmatch(name.casefold()) for name in by_name):
-        return Meaning(tuple(sorted(by_name, key=lambda name: (decimal.Decimal(name), name))))
-    return Meaning(tuple(sorted(by_name)))
+    return Meaning(in_order(by_name))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes, each once: by the number where all are numbers, else by the alphabet."""
+    each = {*names}
+    if all(_NUMBER.fullmatch(name.casefold()) for name in each):
+        return tuple(sorted(each, key=lambda name: (decimal.Decimal(name), name)))
+    return tuple(sorted(each))
 
 
 def _numbers(value: Value) -> tuple[float, ...]:
@@ -185,11 +193,15 @@ def _refuse_mixed(train: Rows) -> None:
                 place,
                 f"label {label.raw!r} is {label.kind}, but row {train.numbers[0]} has "
                 f"{first.raw!r}, {first.kind}; use one type of label throughout, leave rows out "
-                f"with {_leave_out(label.name)}, or say {_CLASSIFY}",
+                f"with {leave_out(label.name)}, or say {_CLASSIFY}",
             )
 
 
-def _refuse_doubtful(train: Rows) -> None:
+def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
+    """Raise InputError for labels that may be none, alike but for blanks or case, or no classes;
+    ``problem`` is the setting that takes them as they are written.
+    """
+    as_written = _AS_WRITTEN.format(problem)
     counts = Counter(label.name for label in train.labels)
     places = {label.name: place for place, label in reversed([*enumerate(train.labels)])}
     for name in _DOUBTFUL:
@@ -197,8 +209,8 @@ def _refuse_doubtful(train: Rows) -> None:
             train.refuse(
                 places[name],
                 f"label {name!r} ({counted(counts[name], 'row')}) may be a class, or say that "
-                f"there is no label; leave these rows out with {_leave_out(name)}, or say "
-                f"{_CLASSIFY}",
+                f"there is no label; leave these rows out with {leave_out(name)}, or say "
+                f"{as_written}",
             )
     spelled: dict[str, tuple[int, str]] = {}
     for place, label in enumerate(train.labels):
@@ -210,22 +222,23 @@ def _refuse_doubtful(train: Rows) -> None:
                 place,
                 f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
                 "differ in blanks or case alone; write both alike, or say --set "
-                "problem=classification (then case makes classes of their own, and blanks around a "
+                f"problem={problem} (then case makes classes of their own, and blanks around a "
                 "name do not count)",
             )
     if len(counts) >= _FEWEST_IDS and len(train.labels) < 2 * len(counts):
+        scores = f" or {SAY_SCORES}" if problem == "classification" else ""
         train.refuse(
             0,
             f"label {train.labels[0].raw!r}: there are {len(counts)} labels in "
             f"{len(train.labels)} rows, more like ids or scores than classes; name the field of "
-            f"the labels with --label-field, or say {_CLASSIFY} or {_SCORES}",
+            f"the labels with --label-field, or say {as_written}{scores}",
         )
     at_first = next((place for place, label in enumerate(train.labels) if label.decimal), None)
     if at_first is not None and not counts.keys() <= {"0", "1"}:
         train.refuse(
             at_first,
             f"label {train.labels[at_first].raw!r}: all are whole numbers, written as decimals, "
-            f"and not 0 and 1; they may be classes or scores: say {_CLASSIFY} or {_SCORES}",
+            f"and not 0 and 1; they may be classes or scores: say {_CLASSIFY} or {SAY_SCORES}",
         )
 
 
@@ -264,7 +277,7 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
             place,
             f"label {label.name!r} does not occur in {train_path}; the labels are those of train "
             f"({len(names)}: {known}){did_you_mean(label.name, names) or '.'} Correct the label, "
-            f"add such rows to train, or leave them out with {_leave_out(label.name)}",
+            f"add such rows to train, or leave them out with {leave_out(label.name)}",
         )
     return numbers
 
@@ -317,7 +330,7 @@ def kept_rows(
         elif label.value is None:
             raise InputError(
                 f"{path}, row {number}: label is missing (given: {value!r}); add it, or leave such "
-                f"rows out with {_leave_out('')}"
+                f"rows out with {leave_out('')}"
             )
         else:
             rows.labels.append(label)
@@ -363,8 +376,8 @@ def _code(label: Label) -> Label:
     return Label(label.raw, name, name)
 
 
-def _leave_out(name: str) -> str:
-    """The setting that leaves rows of a label out ("": a missing one), wherever it is given."""
+def leave_out(name: str) -> str:
+    """Return the setting that leaves rows of a label out ("": a missing one)."""
     setting = f"drop_labels=[{_quoted(name) if name else 'null'}]"
     return f"--set {shlex.quote(setting)} (in a cycle: finetune.drop_labels)"
 

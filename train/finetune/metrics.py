@@ -1,4 +1,5 @@
-"""The scores of GLUE on finished predictions (scikit-learn, scipy). Knows no model and no file.
+"""The scores of finished predictions (scikit-learn, scipy): GLUE's, and those of several labels and
+of entities. Knows no model and no file.
 
 A correlation with a constant side is undefined; here it is 0.0, for a model that always says the
 same has found nothing, and a NaN would make every later mean NaN.
@@ -6,29 +7,37 @@ same has found nothing, and a NaN would make every later mean NaN.
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 from sklearn import metrics
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.entities import entity_f1, tags_entities
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.task_data import TaskData
 
-METRICS = {
+METRICS = {  # the first of each is taken where none is named
     "single_label_classification": ("accuracy", "f1", "matthews"),
+    SEVERAL: ("f1_micro", "f1_macro", "subset_accuracy"),
+    TAGS: ("f1", "accuracy"),
     "regression": ("pearson", "spearman"),
 }
 
 
 def chosen_metric(metric: str | None, data: TaskData) -> str:
-    """Return ``metric``, or accuracy for classes and Pearson's correlation for scores.
+    """Return ``metric``, or accuracy for classes and tags, F1 for entities and labels of which
+    several may hold, and Pearson's correlation for scores.
 
     Raises InputError where it does not fit the problem, with those that do; for the F1 of two
     classes of which none is positive.
     """
     problem = data.problem
     fitting = METRICS[problem]
-    if metric == "f1" and len(data.label_names) == 2 and data.positive is None:
+    if problem == TAGS and not tags_entities(data.label_names):
+        fitting = tuple(m for m in fitting if m != "f1")
+    elif metric == "f1" in fitting and len(data.label_names) == 2 and data.positive is None:
         raise InputError(
             f"metric f1 is that of one of the classes {' and '.join(data.label_names)}; say which "
             f"with positive, as in positive={data.label_names[1]}"
@@ -54,10 +63,14 @@ def score(
     taken over the outputs of [N,C]. ``f1`` is that of the class ``positive`` where the task has two
     classes (GLUE: MRPC, QQP) and the unweighted mean over the occurring classes otherwise;
     ``num_classes``, those of the task (a model may know more), is the largest index + 1 where it is
-    not given. Raises ValueError for arrays of unequal or zero length.
+    not given. Of bool [N,C], which labels hold, ``f1_micro`` counts all labels of all rows,
+    ``f1_macro`` is the mean over the labels that occur, ``subset_accuracy`` the share of rows all
+    right. Raises ValueError for arrays of unequal or zero length.
     """
     if len(predictions) != len(labels) or not len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    if metric in METRICS[SEVERAL]:
+        return _score_of_several(metric, predictions, labels)
     if labels.ndim > 1:
         each = zip(predictions.T, labels.T, strict=True)
         return float(np.mean([score(metric, *one) for one in each]))
@@ -80,13 +93,77 @@ def score(
     return float(value) if math.isfinite(value) else 0.0
 
 
-def predictions_of(problem: str, logits: np.ndarray) -> np.ndarray:
-    """The class of the largest logit, or the scores themselves: logits [N,C] -> [N], or [N,C] of
-    several scores.
+def _score_of_several(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    if metric == "subset_accuracy":
+        return float((predictions == labels).all(axis=1).mean())
+    occur = predictions.any(axis=0) | labels.any(axis=0)
+    if not occur.any():
+        return 0.0
+    pair = labels[:, occur], predictions[:, occur]
+    if pair[0].shape[1] == 1:  # to scikit-learn two classes, then
+        return float(metrics.f1_score(pair[0][:, 0], pair[1][:, 0], zero_division=0.0))
+    average = metric.removeprefix("f1_")
+    return float(metrics.f1_score(*pair, average=average, zero_division=0.0))
+
+
+def predictions_of(problem: str, logits: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """The class of the largest logit, which labels are at least as probable as ``threshold``, or
+    the scores themselves: logits [N,C] -> [N], bool [N,C], or [N,C] of several scores.
+
+    Of tags a row of NaN, a word that was not read, has the class -1.
     """
+    if problem == SEVERAL:
+        return logits >= np.float32(np.log(threshold / (1 - threshold)))
+    if problem == TAGS:
+        unread = np.isnan(logits).all(axis=1)
+        return np.where(unread, -1, np.where(unread[:, None], 0.0, logits).argmax(axis=1))
     if problem != "regression":
         return logits.argmax(axis=1)
     return logits[:, 0] if logits.shape[1] == 1 else logits
+
+
+def named(data: TaskData, values: np.ndarray) -> list[object]:
+    """Labels, or ``predictions_of``, as files have them, for each text: a class's name, the names
+    of those that hold, one name a word (None: it was not read), or scores.
+    """
+    if data.problem == "regression":
+        return [*values.tolist()]
+    names = np.array([*data.label_names, None], object)  # the last one is that of -1
+    if data.problem == SEVERAL:
+        return [names[:-1][held].tolist() for held in values]
+    return (
+        [*data.by_text(names[values].tolist())] if data.problem == TAGS else names[values].tolist()
+    )
+
+
+def scores_of(
+    data: TaskData, logits: np.ndarray, names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Every metric that fits ``data``, from logits [N,C] (of tags [W,C], with NaN for words that
+    were not read, which count as outside of entities, and as wrong).
+
+    ``names`` [C] are the labels that the columns are of, where they are not those of ``data`` in
+    its order: it has all of them and perhaps more. Raises InputError as ``all_scores`` does.
+    """
+    problem, known = data.problem, [*(names or data.label_names)]
+    places = np.array([known.index(name) for name in data.label_names], np.int64)
+    if problem == "regression":
+        return all_scores(problem, logits, data.labels)
+    if problem == SEVERAL:
+        labels = np.zeros((len(data), len(known)), bool)
+        labels[:, places] = data.labels
+        return all_scores(problem, logits, labels, threshold=data.threshold)
+    labels = places[data.labels]
+    if problem == TAGS:
+        tags = np.array([*known, None], object)
+        predicted = predictions_of(problem, logits)
+        scores = {"accuracy": float((predicted == labels).mean()) if len(labels) else 0.0}
+        if tags_entities(data.label_names):
+            each = (data.by_text(tags[one].tolist()) for one in (predicted, labels))
+            scores = {"f1": entity_f1(*each)} | scores
+        return scores
+    positive = None if data.positive is None else known.index(data.positive)
+    return all_scores(problem, logits, labels, positive, data.outputs)
 
 
 def all_scores(
@@ -95,21 +172,27 @@ def all_scores(
     labels: np.ndarray,
     positive: int | None = None,
     task_classes: int | None = None,
+    threshold: float = 0.5,
 ) -> dict[str, float]:
     """Every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels [N]
-    ([N,C] for a regression of several scores).
+    ([N,C] for a regression of several scores, and bool [N,C] where several labels may hold).
 
     ``positive`` is the class whose F1 counts where the task has two; without it there is no F1 of
     two. ``task_classes`` are those of the task, where the model may know more. Raises InputError
     for logits that are not finite: the model has diverged.
     """
+    check_finite(logits)
+    predictions = predictions_of(problem, logits, threshold)
+    classes = task_classes or logits.shape[1]
+    known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
+    how = {"num_classes": classes, "positive": positive or 0}
+    return {metric: score(metric, predictions, labels, **how) for metric in known}
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Raise InputError for logits that are not finite: the model has diverged."""
     if not np.isfinite(logits).all():
         raise InputError(
             "the model's outputs are not finite: training diverged; lower the learning_rate or "
             "lengthen the warmup"
         )
-    predictions = predictions_of(problem, logits)
-    classes = task_classes or logits.shape[1]
-    known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
-    how = {"num_classes": classes, "positive": positive or 0}
-    return {metric: score(metric, predictions, labels, **how) for metric in known}

@@ -2,9 +2,9 @@
 
 A line has the row's own columns, and then, by the problem:
     classes  label: the class's name; probabilities: {name: p} of all
-    labels that do not exclude each other  labels: the names above the threshold; probabilities
+    several labels  labels: the names of those that hold; probabilities: {name: p} of all
     scores   score: a number, or scores: a list of several
-    tokens   tags: a name for each token; probabilities: that of each of these tags
+    tokens   tags: a name for each (null: not read); probabilities: that of each of these tags
 An own column that is called like one of these is kept as ``given_NAME``.
 """
 
@@ -19,16 +19,17 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
+from rekindle.train.finetune.metrics import predictions_of
 from rekindle.train.finetune.rows import Row, read_rows
 from rekindle.train.finetune.task_data import TaskData
 
 GIVEN = "given_"  # stands before the name of an own column that an answer takes
-THRESHOLD = 0.5  # a label of several is said above it
 Answer = dict[str, Any]  # the columns that are added to a row
 _COLUMNS = {
     "single_label_classification": ("label", "probabilities"),
-    "multi_label_classification": ("labels", "probabilities"),
-    "token_classification": ("tags", "probabilities"),
+    SEVERAL: ("labels", "probabilities"),
+    TAGS: ("tags", "probabilities"),
 }
 
 
@@ -38,6 +39,7 @@ class Answers:
 
     problem: str
     names: tuple[str, ...]
+    threshold: float = 0.5  # of labels of which several may hold
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -45,22 +47,24 @@ class Answers:
         return _COLUMNS.get(self.problem, ("score" if len(self.names) == 1 else "scores",))
 
     def of(self, logits: np.ndarray) -> Answer:
-        """One row's answer, from fp32 logits [C], or [T,C] of its T tokens."""
+        """One row's answer, from fp32 logits [C], or [T,C] of its T tokens (NaN: not read)."""
         if self.problem == "regression":
             values = _numbers(logits)
             return {self.columns[0]: values[0] if len(self.names) == 1 else values}
+        many = np.atleast_2d(logits)
+        said = predictions_of(self.problem, many, self.threshold)
+        if self.problem == TAGS:
+            tags = [self.names[i] if i >= 0 else None for i in said]
+            likely = softmax(many.astype(np.float64), axis=1).max(axis=1, initial=-np.inf)
+            probs = [p if tag else None for p, tag in zip(_numbers(likely), tags, strict=True)]
+            return {"tags": tags, "probabilities": probs}
         wide = logits.astype(np.float64)
-        if self.problem == "multi_label_classification":
-            probs = expit(wide)
-            said: object = [n for n, p in zip(self.names, probs, strict=True) if p > THRESHOLD]
-        elif self.problem == "token_classification":
-            best = logits.argmax(axis=1)
-            likely = softmax(wide, axis=1)[np.arange(len(best)), best]
-            return {"tags": [self.names[i] for i in best], "probabilities": _numbers(likely)}
-        else:
-            probs, said = softmax(wide), self.names[int(logits.argmax())]
-        each = dict(zip(self.names, _numbers(probs), strict=True))
-        return dict(zip(self.columns, (said, each), strict=True))
+        probs_of = expit(wide) if self.problem == SEVERAL else softmax(wide)
+        each = dict(zip(self.names, _numbers(probs_of), strict=True))
+        if self.problem == SEVERAL:
+            held = [name for name, holds in zip(self.names, said[0], strict=True) if holds]
+            return {"labels": held, "probabilities": each}
+        return {"label": self.names[int(said[0])], "probabilities": each}
 
 
 def _numbers(values: np.ndarray) -> list[float]:
@@ -73,7 +77,7 @@ def labels_in(answer: Answer) -> list[str]:
     for name in ("label", "labels", "tags"):
         if name in answer:
             said = answer[name]
-            return [said] if isinstance(said, str) else [*map(str, said)]
+            return [said] if isinstance(said, str) else [one for one in said if one is not None]
     return []
 
 
@@ -134,9 +138,7 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_predictions(
-    file: BinaryIO, data: TaskData, answers: Answers, logits: Iterable[np.ndarray]
-) -> None:
+def write_predictions(file: BinaryIO, data: TaskData, answers: Answers, logits: np.ndarray) -> None:
     """Write what a model says of the rows that ``data`` was read from, in their order; rows that
     were left out for their labels have no line.
 
@@ -148,4 +150,5 @@ def write_predictions(
     rows = [*compress(read_rows(data.path), taken)]
     if len(rows) != len(data):
         raise InputError(f"{data.path} has fewer rows than when it was read")
-    write_rows(answered(rows, map(answers.of, logits), data.path), file)
+    said = map(answers.of, data.per_row(logits))
+    write_rows(answered(rows, said, data.path), file)

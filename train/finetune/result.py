@@ -47,12 +47,14 @@ class FinetuneResult:
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None  # scores by way of merging
     # What was understood of the files: rows by class and split, the class whose F1 counts, rows
-    # left out by label and split, the share of texts cut by split.
+    # left out by label and split, the share of texts cut by split, and of lists of words how many
+    # are not read, by split and reason.
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     positive: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
     pairs: bool | None = None  # whether texts come in pairs; older results do not say
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class FinetuneResult:
         seconds: float,
         baselines: dict[str, dict[str, float]] | None = None,
         cut: Mapping[str, float] | None = None,
+        unread: Mapping[str, dict[str, int]] | None = None,
     ) -> "FinetuneResult":
         """Sum up what every seed scored by ``metric``; the first of ``splits`` has the labels."""
         data = next(iter(splits.values()))
@@ -93,6 +96,7 @@ class FinetuneResult:
             dropped={name: split.dropped for name, split in splits.items()},
             cut=dict(cut or {}),
             pairs=data.pairs is not None,
+            unread=dict(unread or {}),
         )
 
     def as_dict(self) -> dict[str, object]:

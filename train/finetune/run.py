@@ -14,28 +14,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.classifier import (
-    EncodedTexts,
+    answers,
     classifier_config,
-    collate,
-    encode,
     load_classifier,
     padded_tokenizer,
+    places_of,
     predict,
-    tell_cut,
 )
 from rekindle.train.finetune.config import FinetuneConfig, less_memory
-from rekindle.train.finetune.metrics import all_scores, chosen_metric
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
+from rekindle.train.finetune.loss import loss_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.precision import autocast
@@ -117,7 +116,10 @@ def finetune(
             del network
         results = seeds_done.results
         took = (config, job.precision, seconds + sum(one.seconds for one in results))
-        result = FinetuneResult.of(model, files, data, metric, results, *took, cut=job.cut)
+        unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
+        result = FinetuneResult.of(
+            model, files, data, metric, results, *took, cut=job.cut, unread=unread
+        )
         seeds_done.publish(home, result.save)
     return result
 
@@ -126,7 +128,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
     tokenizer = padded_tokenizer(model)
-    limits = classifier_config(model)
+    limits = classifier_config(model, data["train"].problem)
     encoded = {
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
@@ -144,11 +146,10 @@ def _run_seed(
     """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
-    problem, positive = data["train"].problem, data["train"].positive_index
 
     def judged(split: str) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(model, encoded[split], config.batch_size)
-        return all_scores(problem, logits, data[split].labels, positive), logits
+        return scores_of(data[split], logits), logits
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -167,9 +168,11 @@ def _run_seed(
                 for group in optimizer.param_groups:
                     factor = learning_rate_factor(step, total, warmup, config.schedule)
                     group["lr"] = config.learning_rate * factor
-                with autocast(job.precision, job.device), running(job.model):
-                    logits = model(**collate(encoded["train"], rows, job.device)).logits
-                loss = _loss(problem, logits.float(), data["train"].labels[rows])
+                inputs = collate(encoded["train"], rows, job.device)
+                places = places_of(encoded["train"], rows, inputs)
+                with autocast(job.precision, job.device):
+                    logits = answers(model, inputs, places)
+                loss = loss_of(logits.float(), data["train"], encoded["train"], rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -230,13 +233,6 @@ def epoch_batches(
     return [batches[number] for number in generator.permutation(len(batches))]
 
 
-def _loss(problem: str, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
-    target = torch.from_numpy(labels).to(logits.device)
-    if problem == "regression":
-        return functional.mse_loss(logits.reshape(target.shape), target)
-    return functional.cross_entropy(logits, target)
-
-
 def _finite(loss: float, seed: int, step: int) -> float:
     if not math.isfinite(loss):
         raise InputError(
@@ -256,7 +252,8 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
-    names = job.data["train"].label_names or tuple(f"LABEL_{i}" for i in range(logits.shape[1]))
-    answers = Answers(job.data["train"].problem, names)
+    train = job.data["train"]
+    names = train.label_names or tuple(f"LABEL_{i}" for i in range(logits.shape[1]))
+    answers_of = Answers(train.problem, names, train.threshold)
     with (staging / PREDICTIONS_FILE).open("wb") as file:
-        write_predictions(file, job.data["dev"], answers, logits)
+        write_predictions(file, job.data["dev"], answers_of, logits)

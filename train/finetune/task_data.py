@@ -1,17 +1,34 @@
-"""A labelled task: texts or pairs of texts, each with a class or scores. Knows no model.
+"""A labelled task: texts or pairs of texts, each with a class, labels or scores, or tokens with a
+tag each. Knows no model.
 
-``task_files`` reads the files, ``labels`` says what their labels mean.
+``task_files`` reads the files, ``labels`` and ``label_lists`` say what their labels mean.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.entities import complete, tags_entities
+from rekindle.train.finetune.label_lists import (
+    SEVERAL,
+    TAGS,
+    Lists,
+    are_several,
+    check_settings,
+    check_several,
+    check_tags,
+    named_rows,
+    read_lists,
+    several_in,
+    words_in,
+)
 from rekindle.train.finetune.labels import (
     SHOWN,
     Meaning,
@@ -20,21 +37,27 @@ from rekindle.train.finetune.labels import (
     check_scores,
     class_indices,
     dropped_names,
+    in_order,
     kept_rows,
     meaning_of,
     read_alike,
+    refuse_doubtful,
 )
 from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_files import TaskFile, read_file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TaskData:
     """One split of a task, in the file's order.
 
-    ``labels`` is int64 [N], class indices into ``label_names``, or float32 scores [N], or [N,C] of
-    C outputs, with no names. ``rows`` counts from 1 in the file, of which ``dropped`` were left
-    out, by label. ``positive`` is the class whose F1 counts, if that is known.
+    ``labels`` is int64 [N], class indices into ``label_names``; bool [N,C], which labels hold;
+    int64 [W], a tag for each of the ``words`` of all texts, one after another; or float32 scores
+    [N], or [N,C] of C outputs, with no names. ``rows`` counts from 1 in the file, of which
+    ``dropped`` were left out, by label. ``positive`` is the class whose F1 counts, if that is
+    known; ``threshold`` the probability from which on one of several labels is said to hold.
     """
 
     texts: list[str]
@@ -44,6 +67,8 @@ class TaskData:
     positive: str | None = None
     rows: Sequence[int] | None = None  # None: all
     dropped: dict[str, int] = field(default_factory=dict)
+    words: list[list[str]] | None = None
+    threshold: float = 0.5
     path: str = ""  # of the file
 
     def __len__(self) -> int:
@@ -51,8 +76,12 @@ class TaskData:
 
     @property
     def problem(self) -> str:
-        """The name transformers gives the problem: classes where there are names, else scores."""
-        return "single_label_classification" if self.label_names else "regression"
+        """The name transformers gives the problem."""
+        if self.words is not None:
+            return TAGS
+        if not self.label_names:
+            return "regression"
+        return "single_label_classification" if self.labels.ndim == 1 else SEVERAL
 
     @property
     def outputs(self) -> int:
@@ -61,9 +90,24 @@ class TaskData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows of each class, in the order of the classes; empty for scores."""
-        counts = np.bincount(self.labels, minlength=self.outputs) if self.label_names else ()
+        """Rows of each class or label, or words of each tag, in their order; empty for scores."""
+        if not self.label_names:
+            return {}
+        if self.problem == SEVERAL:
+            counts = self.labels.sum(axis=0)
+        else:
+            counts = np.bincount(self.labels, minlength=self.outputs)
         return dict(zip(self.label_names, map(int, counts), strict=True))
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Of the words of each text the last one's place among all, plus 1: int64 [N]."""
+        return np.cumsum([len(words) for words in self.words or ()], dtype=np.int64)
+
+    def by_text(self, tags: Sequence[T]) -> list[Sequence[T]]:
+        """What there is for each word of all texts, as one part for each text."""
+        starts = [0, *self.ends[:-1].tolist()]
+        return [tags[a:b] for a, b in zip(starts, self.ends.tolist(), strict=True)]
 
     @property
     def positive_index(self) -> int | None:
@@ -72,8 +116,15 @@ class TaskData:
 
     def part(self, begin: int, end: int) -> "TaskData":
         """The texts of some rows, without labels."""
-        pairs = self.pairs and self.pairs[begin:end]
-        return TaskData(self.texts[begin:end], pairs, self.labels[:0], self.label_names)
+        pairs, words = self.pairs and self.pairs[begin:end], self.words and self.words[begin:end]
+        texts, nothing = self.texts[begin:end], self.labels[:0]
+        return TaskData(texts, pairs, nothing, self.label_names, words=words)
+
+    def per_row(self, logits: np.ndarray) -> list[np.ndarray]:
+        """Logits by text: [N,C] -> N of [C]; of words [W,C] -> N of [T,C]."""
+        if self.words is None:
+            return [*logits]
+        return np.split(logits, self.ends[:-1])
 
     def described(self) -> str:
         """What was understood of it, in a line."""
@@ -89,11 +140,24 @@ class TaskData:
             return f"regression: {rows}, {span}"
         each = [f"{name} {count:,}" for name, count in self.counts.items()]
         shown = ", ".join(each[:SHOWN]) + (" …" if len(each) > SHOWN else "")
+        if self.problem == SEVERAL:
+            return f"multi-label classification: {rows}, {len(each)} labels: {shown}; {self._mean}"
+        if self.problem == TAGS:
+            scored = "F1 is of whole entities" if tags_entities(self.label_names) else _ONE_EACH
+            words = counted(len(self.labels), "word")
+            return f"token classification: {rows}, {words}, {len(each)} tags: {shown}; {scored}"
         told = f"classification: {rows}, {len(each)} classes: {shown}"
         if len(each) != 2:
             return told
         named = f"F1 is that of {self.positive!r}" if self.positive is not None else _NO_F1
         return f"{told}; {named}"
+
+    @property
+    def _mean(self) -> str:
+        """How many labels hold, in a message's words."""
+        many = self.labels.sum(axis=1)
+        none = f", none in {counted(int((many == 0).sum()), 'row')}" if not many.all() else ""
+        return f"{many.mean():.2f} a row on average{none}; F1 is at probability {self.threshold}"
 
     def _whole(self) -> Iterator[str]:
         return map(" ".join, zip(self.texts, self.pairs or self.texts, strict=True))
@@ -112,6 +176,7 @@ class TaskData:
             )
 
 
+_ONE_EACH = "one label a token"
 _NO_F1 = "no F1, for none of them is called positive (the setting positive)"
 _AS_IT_IS = TaskSettings()
 
@@ -122,13 +187,17 @@ def read_task(
     """Read the splits of one task; ``train_path`` and ``settings`` decide what the labels mean.
 
     Whole numbers, words and booleans are classes: numbers sorted numerically (0..C-1 keep their
-    number), the rest alphabetically. Other numbers, and lists of them, are scores.
+    number), the rest alphabetically. Other numbers, and lists of them, are scores; lists of names
+    are labels of which several may hold, or none; tokens have a tag each.
 
     Raises InputError for a file that cannot be read or lacks a column, a text that is no string, a
     missing, mixed or doubtful label, a label that train does not have, or a single class.
     """
+    check_settings(settings)
     files = [read_file(path, settings) for path in (train_path, *others)]
     _check_pairs(files)
+    if files[0].words is not None or are_several(train_path, files[0].labels, settings):
+        return _read_lists(files, settings)
     as_written = settings.problem == "classification"
     dropped = dropped_names(settings.drop_labels, as_written)
     found = [kept_rows(file.path, file.labels, dropped, as_written) for file in files]
@@ -137,12 +206,77 @@ def read_task(
             raise InputError(f"{rows.path}: drop_labels leaves none of its {gone.total()} rows")
     check_dropped(dropped, found)
     splits = read_alike([rows for rows, _ in found], as_written)
+    if settings.label_names:
+        splits = [named_rows(rows, settings.label_names) for rows in splits]
     meaning = meaning_of(splits[0], settings.problem)
+    if settings.label_names:
+        meaning = replace(meaning, names=settings.label_names)
     positive = positive_class(meaning.names, settings.positive)
     return tuple(
         _split(file, rows, gone, meaning, positive, train_path)
         for file, rows, (_, gone) in zip(files, splits, found, strict=True)
     )
+
+
+def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
+    """The splits of a task whose rows have several labels, or tokens with tags."""
+    problem, train_path = (SEVERAL if files[0].words is None else TAGS), files[0].path
+    if settings.positive is not None:
+        raise InputError(
+            f"positive is {settings.positive!r}, which is for two classes; the F1 of a {problem} "
+            "counts all its labels: leave it out"
+        )
+    separator, names = settings.label_separator, settings.label_names
+    dropped = dropped_names(settings.drop_labels, as_written=True)
+    read = words_in if problem == TAGS else partial(several_in, separator=separator)
+    found = [read_lists(file.path, file.labels, read, dropped, names) for file in files]
+    for lists, gone in found:
+        if not lists.numbers:
+            raise InputError(
+                f"{lists.each.path}: drop_labels leaves none of its {gone.total()} rows"
+            )
+    check_dropped(dropped, [(lists.each, gone) for lists, gone in found])
+    for file, (lists, _) in zip(files, found, strict=True):
+        if file.words is None:
+            check_several(lists, train=file is files[0])
+        else:
+            check_tags(lists, file.words, settings)
+    train = found[0][0].each
+    if settings.problem is None:
+        refuse_doubtful(train, problem)
+    names_in_train = {one.name for one in train.labels}
+    known = names or in_order(complete(names_in_train) if problem == TAGS else names_in_train)
+    if len(known) < (2 if problem == TAGS else 1):
+        what = f"every tag is {known[0]!r}" if known else "no row has a label"
+        raise InputError(
+            f"{train_path}: {what}; train needs rows of every label that is to be learnt"
+        )
+    where = "label_names" if names else train_path
+    return tuple(
+        split_of_lists(
+            file, lists, gone, known, class_indices(lists.each, known, where), settings.threshold
+        )
+        for file, (lists, gone) in zip(files, found, strict=True)
+    )
+
+
+def split_of_lists(
+    file: TaskFile,
+    lists: Lists,
+    gone: Counter[str],
+    names: tuple[str, ...],
+    numbers: Sequence[int],
+    threshold: float,
+) -> TaskData:
+    """The rows of a file that has several labels for each, or tags, whose ``numbers`` among
+    ``names`` are those of all rows, one after another.
+    """
+    labels = np.array(numbers, dtype=np.int64)
+    if file.words is None:
+        held = np.zeros((len(lists.numbers), len(names)), bool)
+        held[np.repeat(np.arange(len(held)), lists.lengths), labels] = True
+        labels = held
+    return split_of(file, lists.numbers, gone, labels, names, threshold=threshold)
 
 
 def _split(
@@ -158,15 +292,35 @@ def _split(
     else:
         check_scores(rows, meaning.outputs)
         labels = np.array([label.value for label in rows.labels], dtype=np.float32)
-    texts = [file.texts[number - 1] for number in rows.numbers]
-    pairs = file.pairs and [file.pairs[number - 1] for number in rows.numbers]
-    about = (rows.numbers, dict(gone), file.path)
-    return TaskData(texts, pairs, labels, meaning.names, positive, *about)
+    return split_of(file, rows.numbers, gone, labels, meaning.names, positive)
+
+
+def split_of(
+    file: TaskFile,
+    rows: Sequence[int],
+    gone: Counter[str],
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    positive: str | None = None,
+    threshold: float = 0.5,
+) -> TaskData:
+    """Those ``rows`` of a file, counted from 1, that are not ``gone``, and their ``labels``."""
+    texts = [file.texts[number - 1] for number in rows]
+    pairs = file.pairs and [file.pairs[number - 1] for number in rows]
+    words = file.words and [file.words[number - 1] for number in rows]
+    about = (positive, rows, dict(gone), words, threshold, file.path)
+    return TaskData(texts, pairs, labels, names, *about)
 
 
 def _check_pairs(files: Sequence[TaskFile]) -> None:
     train = files[0]
     for other in files[1:]:
+        if (train.words is None) != (other.words is None):
+            has, lacks = (train, other) if other.words is None else (other, train)
+            raise InputError(
+                f"{has.path} has tokens and {lacks.path} has texts; the splits of one task are all "
+                "of one kind: name their fields with --text-field and --label-field"
+            )
         if (train.pairs is None) != (other.pairs is None):
             has, lacks = (train, other) if other.pairs is None else (other, train)
             raise InputError(

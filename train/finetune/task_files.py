@@ -13,20 +13,28 @@ from rekindle.data.corpus.sources import Origin, recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair
 from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.label_lists import TAGS, words_in
 
 _FORMATS = ("jsonl", "csv", "tsv", "parquet")
-_USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",))  # columns of texts, in this order
+# Columns of texts, in this order, and of tokens with their tags.
+_USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",), ("tokens",))
+_TAGS = "tags"
 _SAY_TEXT = "--text-field (in a cycle: finetune.text_field)"
 _Columns = dict[str, list[object]]
 
 
 class TaskFile(NamedTuple):
-    """The rows of one file; ``pairs`` are the second texts, ``labels`` as they are written."""
+    """The rows of one file; ``pairs`` are the second texts, ``labels`` as they are written.
+
+    ``words`` are the tokens of each text, where it is given as tokens: it is they with a blank
+    between.
+    """
 
     path: str
     texts: list[str]
     pairs: list[str] | None
     labels: list[object]
+    words: list[list[str]] | None = None
 
 
 def read_file(path: str, settings: TaskSettings) -> TaskFile:
@@ -39,17 +47,30 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"{path}: unknown type of file; a task is .jsonl, .csv or .tsv (each also packed: "
             f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
         )
-    wanted = {*settings.text_field, settings.label_field, *(n for u in _USUAL for n in u)}
+    wanted = {*settings.text_field, settings.label_field, _TAGS, *(n for u in _USUAL for n in u)}
     columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
-    names = text_fields(path, [*columns], settings)
-    if settings.label_field not in columns:
+    label_field = settings.label_field
+    if label_field == "label" not in columns and {"tokens", _TAGS} <= columns.keys():
+        label_field = _TAGS
+    names = text_fields(path, [*columns], settings, label_field)
+    if label_field not in columns:
         raise InputError(
-            f"{path} has no column {settings.label_field!r} (it has: {', '.join(columns)}"
-            f"{did_you_mean(settings.label_field, columns)}); name that of the labels with "
+            f"{path} has no column {label_field!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(label_field, columns)}); name that of the labels with "
             "--label-field (in a cycle: finetune.label_field)"
         )
+    labels = columns[label_field]
+    beside = "tokens" in columns and names != ("tokens",) and not settings.text_field
+    if beside and settings.problem is None and any(isinstance(one, list) for one in labels):
+        raise InputError(
+            f"{path} has {' and '.join(names)} and tokens, and {label_field} holds lists: the tags "
+            f"of the tokens, or labels of the text; say which is read with {_SAY_TEXT}"
+        )
+    if _are_tokens(path, names, columns, settings):
+        words = [words_of(path, names[0], row, raw) for row, raw in enumerate(columns[names[0]], 1)]
+        return TaskFile(path, [*map(" ".join, words)], None, labels, words)
     for name in names:
         for row, value in enumerate(columns[name], start=1):
             if not isinstance(value, str):
@@ -58,11 +79,12 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if told := half_a_pair(name, value):
                 raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
-    labels = columns[settings.label_field]
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tuple[str, ...]:
+def text_fields(
+    path: str, columns: Sequence[str], settings: TaskSettings, label_field: str
+) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
     has = f"it has: {', '.join(columns)}"
     if missing := [name for name in settings.text_field if name not in columns]:
@@ -72,17 +94,52 @@ def text_fields(path: str, columns: Sequence[str], settings: TaskSettings) -> tu
         )
     if settings.text_field:
         return settings.text_field
+    if "tokens" in columns and (label_field == _TAGS or settings.problem == TAGS):
+        return ("tokens",)
     found = [usual for usual in _USUAL if all(name in columns for name in usual)]
     if not found:
         raise InputError(
-            f"{path} has no column 'text' or 'sentence1' ({has}); name that of the texts with "
-            f"{_SAY_TEXT}, given twice for pairs"
+            f"{path} has no column 'text', 'sentence1' or 'tokens' ({has}); name that of the "
+            f"texts with {_SAY_TEXT}, given twice for pairs"
         )
     if "text" in columns and "sentence1" in columns:
         raise InputError(
             f"{path} has both 'text' and 'sentence1' ({has}); say which is meant with {_SAY_TEXT}"
         )
     return found[0]
+
+
+def _are_tokens(path: str, names: Sequence[str], columns: _Columns, settings: TaskSettings) -> bool:
+    """Whether a text is given as its tokens: by ``settings``, by its column's name, or because it
+    is a list.
+    """
+    first = next((value for value in columns[names[0]] if value is not None), None)
+    if settings.problem != TAGS and (
+        settings.problem is not None or (names != ("tokens",) and not isinstance(first, list))
+    ):
+        return False
+    if len(names) > 1:
+        raise InputError(
+            f"{path}: {' and '.join(names)} are two fields, and tokens with tags are no pairs of "
+            "texts; name the one column of the tokens"
+        )
+    return True
+
+
+def words_of(path: str, name: str, row: int, raw: object) -> list[str]:
+    """The tokens of one row; InputError for what are none."""
+    words = words_in(raw)
+    wrong = raw if words is None else next((one for one in words if not isinstance(one, str)), None)
+    if words is None or wrong is not None:
+        given = "missing" if wrong is None else f"{wrong!r}, a {type(wrong).__name__}"
+        raise InputError(
+            f"{path}, row {row}: {name} must be a list of strings, or a text with blanks between "
+            f"its tokens (given: {given})"
+        )
+    found = [str(word) for word in words]
+    if told := half_a_pair(name, " ".join(found)):
+        raise InputError(f"{path}, row {row}: {told}")
+    return found
 
 
 def _read_records(origin: Origin, wanted: set[str]) -> _Columns:

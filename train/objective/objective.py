@@ -110,6 +110,17 @@ class Objective:
         read = {name for method in methods.values() for name in method.teachers}
         return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
 
+    @property
+    def reads_masks(self) -> bool:
+        """Tell whether any of its losses is one of masked text, if the student is a masked LM."""
+        plans = (self.plan(0), self.last)
+        return any(
+            plan.methods
+            or self._by_pass(plan).reads_text(plan.hard)
+            or any(term.positions == "masked" for term in plan.distilled)
+            for plan in plans
+        )
+
     def plan(self, step: int) -> StepPlan:
         """Return what ``step`` (0-based) reads and learns from."""
         hard, *weights = (weight_at(weight, step, self.steps) for weight in self._weights())

@@ -131,9 +131,8 @@ def at_masked_positions(batch: Batch) -> Batch:
 def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
     """Count the rows of a batch whose targets have been selected."""
     labels = int(np.maximum(batch.lengths - 1, 0).sum())
-    if task == "masked_lm":
-        assert batch.masked is not None
-        labels = len(batch.masked.labels)
+    if task == "masked_lm":  # without masks no loss is of the text
+        labels = 0 if batch.masked is None else len(batch.masked.labels)
     rows: dict[str, int] = {}
     for term in terms:
         named = names_of(term)

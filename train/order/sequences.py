@@ -13,6 +13,7 @@ import numpy as np
 
 from rekindle.data.batch import Ints
 from rekindle.data.cache import Cache
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import stream_part
 from rekindle.train.config import CurriculumConfig, TrainConfig
@@ -111,7 +112,7 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
     replay = _replay(config, split, where)
-    _tell(config, len(train), len(held_out))
+    _tell(config, len(cache), len(train), len(held_out))
     return Chosen(
         Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
@@ -147,8 +148,12 @@ def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
         )
 
 
-def _tell(config: TrainConfig, train: int, held_out: int) -> None:
+def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> None:
     """Say what follows silently from the sizes of a run and of its corpus."""
+    log.info(
+        "corpus: %s, of which %s trained on and %s held out for evaluation",
+        *(counted(sequences, "sequence"), f"{train:,} are", f"{held_out:,}"),
+    )
     if "warmup_steps" not in config.model_fields_set and config.steps < 10 * USUAL_WARMUP:
         log.info(
             "train.warmup_steps is not given: %d of %d steps, a tenth",
@@ -162,13 +167,8 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
                 "steps is less than one",
                 *(where, weight.start, weight.end, weight.over, config.steps),
             )
-    if 0 < train < config.batch_sequences:
-        log.info(
-            "train.batch_sequences %d: only %d sequences are trained on, so each batch has some "
-            "of them more than once",
-            config.batch_sequences,
-            train,
-        )
+    for line in told_of_few(config, sequences, train):
+        log.warning("%s", line)
     if not held_out:
         log.info(
             "nothing is held out (train.held_out %g): nothing is evaluated, and no checkpoint is "
@@ -183,6 +183,21 @@ def _tell(config: TrainConfig, train: int, held_out: int) -> None:
             3 * config.evaluate_every,
             config.steps,
         )
+
+
+def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -> list[str]:
+    """Say, in a line, what happens where fewer of the ``sequences`` are trained on than a batch
+    has. ``train``: how many those are, where it is known; else by ``held_out``.
+    """
+    if train is None:
+        train = sequences - int(sequences * config.held_out)
+    if not 0 < train < config.batch_sequences:
+        return []
+    return [
+        f"train.batch_sequences is {config.batch_sequences}, and only {counted(train, 'sequence')} "
+        f"of {sequences:,} {'is' if train == 1 else 'are'} trained on: every batch repeats some. "
+        "Use a smaller train.batch_sequences, or more text"
+    ]
 
 
 def _check_apart(config: TrainConfig) -> None:

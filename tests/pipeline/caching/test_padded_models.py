@@ -11,7 +11,8 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.caching.batching import length_buckets
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.train.config import StudentConfig
-from rekindle.train.finetune.classifier import EncodedTexts, predict
+from rekindle.train.finetune.classifier import predict
+from rekindle.train.finetune.encoded import EncodedTexts
 from rekindle.train.student import build_student
 
 

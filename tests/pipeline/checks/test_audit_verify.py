@@ -275,7 +275,7 @@ def test_an_incomplete_cache_is_sound_and_its_coverage_told(copy):
     assert report.problems == []
     assert report.coverage["lm"] == pytest.approx(14 / 24)
     assert report.coverage["words"] == pytest.approx(10 / 12)
-    assert "lm: coverage 58.3%" in report.as_text("x")
+    assert "lm: run on 58.3% of the text" in report.as_text("x")
 
 
 def test_what_is_no_cache(tmp_path):

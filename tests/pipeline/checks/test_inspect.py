@@ -89,7 +89,7 @@ def test_the_histograms_are_of_what_is_in_the_cache(cache):
 
 def test_the_summary_as_text(cache):
     text = inspect_cache(str(cache))
-    assert text.startswith(f"{cache}: 12 sequences, ")
+    assert text.startswith(f"{cache}: 12 sequences (")
     for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 replicas"):
         assert word in text
     for name in ("lm", "odd", "whole"):
@@ -194,7 +194,7 @@ def test_brackets_are_text(tmp_path, configure):
     path = tmp_path / "[i]cache"
     corpus = {"source": [str(source)], "sequence_length": 64}
     cache_teachers(configure(path, [], corpus=corpus))
-    assert inspect_cache(str(path)).startswith(f"{path}: 1 sequence, ")
+    assert inspect_cache(str(path)).startswith(f"{path}: 1 sequence (")
     assert "domains: [red] 1" in inspect_cache(str(path))
     assert document["text"] in inspect_example(str(path), 0, None)
 

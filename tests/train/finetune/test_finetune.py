@@ -17,7 +17,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
-from rekindle.train.finetune.classifier import EncodedTexts, collate, encode
+from rekindle.train.finetune.encoded import EncodedTexts, collate, encode
 from rekindle.train.finetune.run import (
     FinetuneConfig,
     epoch_batches,
@@ -177,9 +177,9 @@ def test_a_seed_gives_the_same_bits_again_and_another_does_not(tmp_path, bert):
 def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypatch):
     train, dev = task(tmp_path, single, (32, 20))
     falling = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5, 0.9])
-    real = module.all_scores
+    real = module.scores_of
     monkeypatch.setattr(
-        module, "all_scores", lambda *given: real(*given) | {"accuracy": next(falling)}
+        module, "scores_of", lambda *given: real(*given) | {"accuracy": next(falling)}
     )
     kept = []
     predict = module.predict

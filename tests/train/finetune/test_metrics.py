@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import METRICS, all_scores, chosen_metric, score
 from rekindle.train.finetune.task_data import TaskData
 
@@ -78,12 +80,14 @@ def test_logits_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("problem", METRICS)
 def test_a_metric_must_fit_its_problem(problem):
-    names = ("0", "1") if problem == CLASSES else ()
-    data = TaskData(["a"], None, np.zeros(1, np.int64), names)
+    names = () if problem == "regression" else ("B-x", "O")
+    labels = np.zeros((1, 2), bool) if problem == SEVERAL else np.zeros(1, np.int64)
+    words = [["a"]] if problem == TAGS else None
+    data = TaskData(["a"], None, labels, names, words=words)
+    assert data.problem == problem
     assert chosen_metric(None, data) == METRICS[problem][0]
     assert chosen_metric(METRICS[problem][-1], data) == METRICS[problem][-1]
-    (other,) = METRICS.keys() - {problem}
-    for wrong in (*METRICS[other], "bleu"):
+    for wrong in {"bleu", *itertools.chain(*METRICS.values())} - {*METRICS[problem]}:
         with pytest.raises(InputError, match=", ".join(METRICS[problem])):
             chosen_metric(wrong, data)
 

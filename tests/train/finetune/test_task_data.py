@@ -400,7 +400,7 @@ def test_many_known_labels_are_not_all_listed(tmp_path):
     [
         ([], ["no rows"]),
         ([{"text": "a"}], ["no column 'label'", "it has: text"]),
-        ([{"words": "a", "label": 1}], ["'text' or 'sentence1'", "words, label"]),
+        ([{"words": "a", "label": 1}], ["'sentence1' or 'tokens'", "words, label"]),
         ([{"text": "a", "sentence1": "b", "label": 1}], ["both"]),
         ([{"text": "a", "label": 1}, {"text": "b", "label": None}], ["row 2", "label is missing"]),
         ([{"text": "a", "label": 1}, {"text": "b"}], ["row 2", "label is missing"]),

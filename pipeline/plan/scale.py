@@ -1,0 +1,39 @@
+"""A corpus of a size that is asked about, whatever there is of it: so many texts, or tokens."""
+
+from dataclasses import dataclass
+
+from rekindle.data.errors import InputError
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many texts (documents, records) or tokens a plan is for; one of the two."""
+
+    texts: int | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def asked(cls, texts: str | None, tokens: str | None) -> "Scale | None":
+        """Read the options ``--texts`` and ``--tokens``; None where neither is given."""
+        if texts is not None and tokens is not None:
+            raise InputError("--texts and --tokens both say how large the corpus is; give one")
+        if texts is not None:
+            return cls(texts=_count(texts, "--texts"))
+        return None if tokens is None else cls(tokens=_count(tokens, "--tokens"))
+
+    def of(self, texts: int, tokens: int) -> tuple[int, int]:
+        """Both numbers, by those of a sample."""
+        if self.texts is not None:
+            return self.texts, max(1, round(self.texts * tokens / texts))
+        assert self.tokens is not None
+        return max(1, round(self.tokens * texts / tokens)), self.tokens
+
+
+def _count(text: str, option: str) -> int:
+    try:
+        number = float(text) if "e" in text.lower() else int(text)
+        if 0 < number < 1e18 and number == int(number):
+            return int(number)
+    except ValueError:
+        pass
+    raise InputError(f"{option} {text!r} is no whole number above 0; write 10000000 or 1e7")

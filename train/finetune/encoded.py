@@ -1,0 +1,188 @@
+"""The texts of a task as a model's tokens: one way for fine-tuning, scoring and predicting."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from rekindle.data.batch import pad
+from rekindle.data.corpus.tokenizer import wrap_tokenizer
+from rekindle.data.counted import counted
+from rekindle.train.device_batch import model_inputs
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.finetune.words import EncodedWords, encode_words
+from rekindle.train.model.files import longest_input
+from rekindle.train.model.padding import padding_of
+from rekindle.train.model.segments import knows_segments
+
+logger = logging.getLogger("rekindle")
+
+MOST_TOKENS = 512  # of a text, unless a length is given: what most encoders were trained with
+
+Row = list[int] | NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids per example, unpadded; segment ids only where tokenizer and model know them.
+
+    ``words``: where the examples are lists of words, of each the places of its words' first tokens,
+    -1 for a word that is not read.
+    """
+
+    input_ids: Sequence[Row]
+    token_type_ids: Sequence[Row] | None
+    padding_id: int
+    limit: int = 0  # tokens, from which on texts are cut
+    takes: float = math.inf  # tokens that the model takes
+    cut: int = 0  # texts that were
+    longest: int = 0  # tokens of the longest of these before
+    words: Sequence[NDArray[np.int64]] | None = None
+    words_cut: int = 0  # that are not read because the text is cut
+    words_empty: int = 0  # that the tokenizer makes nothing of
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example: int64 [N]."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """Words that are not read, by the reason."""
+        return {"cut": self.words_cut, "without a token": self.words_empty}
+
+    @property
+    def count(self) -> int:
+        """How many texts there are."""
+        return len(self.input_ids)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(places) for places in self.words or ()], dtype=np.int64)
+
+    def read_words(self, rows: np.ndarray) -> np.ndarray:
+        """The words of some rows that are read, by their number among those of all: int64 [P]."""
+        assert self.words is not None
+        each = [(self._ends[row] - len(self.words[row]), self.words[row] >= 0) for row in rows]
+        return np.concatenate([start + np.flatnonzero(read) for start, read in each])
+
+    def places(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Where these words are in a batch of the rows, flattened from [B,width]: int64 [P]."""
+        assert self.words is not None
+        each = [number * width + self.words[row] for number, row in enumerate(rows)]
+        read = [self.words[row] >= 0 for row in rows]
+        return np.concatenate(each)[np.concatenate(read)]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is cut of texts that come in blocks: that of EncodedTexts, summed up."""
+
+    limit: int = 0
+    takes: float = math.inf
+    cut: int = 0
+    longest: int = 0
+    count: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+
+    def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
+        """Return these and those of one more block."""
+        cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
+        unread = {why: self.unread.get(why, 0) + count for why, count in texts.unread.items()}
+        return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count, unread)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    model_config: PretrainedConfig,
+    data: TaskData,
+    max_length: int | None,
+) -> EncodedTexts:
+    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
+
+    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
+    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
+    empty text is one padding token, so that no row is empty. Lists of words are read as
+    ``encode_words`` says.
+    """
+    padding_id = padding_id_of(model_config, tokenizer)
+    takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
+    most = int(min(max_length or MOST_TOKENS, takes))
+    if data.words is not None:
+        own = wrap_tokenizer(tokenizer, tokenizer.name_or_path)
+        return of_words(encode_words(own, data.words, most), padding_id, most, takes)
+    found = tokenizer(
+        data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
+    )
+    ids = [row or [padding_id] for row in found["input_ids"]]
+    # A generic tokenizer also gives segments to models that would read them as something else.
+    types = found.get("token_type_ids") if knows_segments(model_config) else None
+    cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
+    longest = 0
+    if cut:
+        pairs = data.pairs and [data.pairs[row] for row in cut]
+        texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
+        whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
+        longest = max(map(len, whole["input_ids"]))
+    return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
+
+
+def of_words(found: EncodedWords, padding_id: int, limit: int, takes: float) -> EncodedTexts:
+    """Texts that were given as words; an empty one is a padding token."""
+    ids = [row if len(row) else np.array([padding_id], np.int32) for row in found.ids]
+    cut, longest = int((found.lengths > limit).sum()), int(found.lengths.max(initial=0))
+    counts = (cut, longest, found.places, found.cut, found.empty)
+    return EncodedTexts(ids, None, padding_id, limit, takes, *counts)
+
+
+def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The model's own padding id; without one the tokenizer's, the end of text, or 0: one that it
+    can embed.
+    """
+    rows = model_config.get_text_config().vocab_size
+    known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((number for number in known if number is not None and number < rows), 0)
+
+
+def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
+    lengths, types = encoded.lengths[rows], encoded.token_type_ids
+    ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
+    segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
+    return model_inputs(ids, lengths, device, segments)
+
+
+def tell_cut(splits: Mapping[str, EncodedTexts | Cuts]) -> dict[str, float]:
+    """Say which share of each split's texts was cut, loudly where one was, and return it; and how
+    many words of lists are not read.
+    """
+    for name, texts in splits.items():
+        for reason, count in texts.unread.items():
+            if count:
+                logger.warning(
+                    "%s of %s: %s; they have no answer, and count as wrong",
+                    *(counted(count, "word"), name, reason),
+                )
+    shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
+    limit = max((texts.limit for texts in splits.values()), default=0)
+    if not any(shares.values()):
+        logger.info("no text is cut (at most %d tokens)", limit)
+        return shares
+    told = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+    longest = max(texts.longest for texts in splits.values())
+    takes = min(texts.takes for texts in splits.values())
+    advice = "the model takes no more"
+    if limit < takes:
+        advice = f"max_length={min(longest, takes)} reads {'all' if longest <= takes else 'more'}"
+    logger.warning(
+        "texts are cut at %d tokens: %s (the longest has %d); what follows is never read: %s",
+        *(limit, told, longest, advice),
+    )
+    return shares

@@ -1,0 +1,267 @@
+"""Labels of which a row has several: those that hold of a text, or the tags of its tokens.
+
+What a single one means is said in ``labels``, and is the same here. Knows no file and no model.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
+from typing import NamedTuple
+
+from rekindle.data.errors import InputError
+from rekindle.data.text_files import half_a_pair
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.labels import (
+    SAY_SCORES,
+    SAY_SEVERAL,
+    Label,
+    Raw,
+    Rows,
+    leave_out,
+    read_label,
+)
+
+SEVERAL, TAGS = "multi_label_classification", "token_classification"
+SAY_TAGS = "--set problem=token_classification (every number is the name of a tag)"
+_SAY_NAMES = "name them, in their order, with --set 'label_names=[…]'"
+_QUOTED = re.compile(r"""'[^'\\]*'|"[^"\\]*\"""")
+_PYTHON = re.compile(rf"\[\s*(?:(?:{_QUOTED.pattern})(?:\s*,\s*(?:{_QUOTED.pattern}))*)?\s*\]")
+
+List = tuple[object, ...]
+ListReader = Callable[[Raw], List | None]
+
+
+class Lists(NamedTuple):
+    """The labels of one file's rows, without those that are left out: ``each`` label of all rows,
+    one after another, and how many of them each row has.
+    """
+
+    each: Rows
+    lengths: list[int]
+    numbers: list[int]  # of the rows, counted from 1
+
+
+def list_in(raw: Raw) -> List | None:
+    """A list, or a text that is one as JSON or Python writes it; None for anything else.
+
+    Of Python's lists those of quoted names, as pandas puts them into a csv.
+    """
+    if isinstance(raw, list | tuple):
+        return tuple(raw)
+    text = raw.strip() if isinstance(raw, str) else ""
+    if text.startswith("[") and text.endswith("]"):
+        with suppress(ValueError, RecursionError):
+            return tuple(json.loads(text))
+        if _PYTHON.fullmatch(text):
+            return tuple(name[1:-1] for name in _QUOTED.findall(text))
+    return None
+
+
+def several_in(raw: Raw, separator: str | None) -> List | None:
+    """The labels of one text: ``list_in``, or what the separator stands between (of an empty text:
+    none).
+    """
+    if isinstance(raw, str) and separator is not None:
+        return tuple(part for one in raw.split(separator) if (part := one.strip()))
+    return list_in(raw)
+
+
+def words_in(raw: Raw) -> List | None:
+    """The words, or the tags, of one text: a list of them, or the text cut at white space."""
+    found = list_in(raw)
+    if isinstance(raw, str) and (found is None or not all(isinstance(one, str) for one in found)):
+        return tuple(raw.split())  # "[1]" is a word
+    return found
+
+
+def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> bool:
+    """Whether the labels of a task's train file are lists of names, by ``settings`` or by what they
+    are. InputError for lists of whole numbers that cannot be scores.
+    """
+    if settings.problem is not None or settings.label_separator is not None:
+        return settings.problem in (None, SEVERAL)
+    lists = [
+        (row, found) for row, raw in enumerate(labels, 1) if (found := list_in(raw)) is not None
+    ]
+    if not lists:
+        return False
+    values = [*chain.from_iterable(found for _, found in lists)]
+    if not values or settings.label_names or not all(map(_is_number, values)):
+        return True
+    row = next((row for row, found in lists if len(found) < 2), 0)
+    if row and all(_is_whole(value) for value in values):
+        raise InputError(
+            f"{path}, row {row}: label {labels[row - 1]!r}: lists of whole numbers may be the "
+            f"numbers of classes that do not exclude each other; say {SAY_SEVERAL}, or {_SAY_NAMES}"
+        )
+    return False
+
+
+def _is_number(value: object) -> bool:
+    """Also one that is written as text: what is written alike means the same."""
+    if not isinstance(value, str):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        return isinstance(read_label(value).value, float)
+    except ValueError:
+        return False
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a number is whole; one that is too large is another reader's to refuse."""
+    return isinstance(value, int) or float(str(value)).is_integer()
+
+
+def read_lists(
+    path: str,
+    raw: Sequence[Raw],
+    read: ListReader,
+    dropped: frozenset[str],
+    label_names: Sequence[str] = (),
+) -> tuple[Lists, Counter[str]]:
+    """Read the labels of each row but for rows with one that is ``dropped`` ("": without any list),
+    and count these. InputError, naming the row, for what is no list of names.
+    """
+    lists, gone = Lists(Rows(path, [], []), [], []), Counter[str]()
+    for number, value in enumerate(raw, start=1):
+        found = read(value)
+        if value is None or (found is None and isinstance(value, str) and not value.strip()):
+            if "" not in dropped:
+                raise InputError(
+                    f"{path}, row {number}: label is missing (given: {value!r}; a text without any "
+                    f"has an empty list); add it, or leave such rows out with {leave_out('')}"
+                )
+            gone[""] += 1
+            continue
+        if found is None:
+            raise InputError(
+                f"{path}, row {number}: label {value!r} is no list of labels; write "
+                f'["{str(value)[:40]}"] for one label, or say what stands between several with '
+                "label_separator, as in --set 'label_separator=\";\"'"
+            )
+        try:
+            labels = [_label_of(one, label_names) for one in found]
+        except ValueError as error:
+            raise InputError(f"{path}, row {number}: label {_short(value)}: {error}") from None
+        if out := next((one.name for one in labels if one.name in dropped), None):
+            gone[out] += 1
+            continue
+        lists.each.labels.extend(labels)
+        lists.each.numbers.extend([number] * len(labels))
+        lists.lengths.append(len(labels))
+        lists.numbers.append(number)
+    return lists, gone
+
+
+def _label_of(one: object, label_names: Sequence[str]) -> Label:
+    """One label of a list; ValueError, in words, for what is no name."""
+    if one is None or isinstance(one, bool | list | tuple | dict):
+        raise ValueError(f"{one!r} in a list is no label; give the names of the labels that hold")
+    if isinstance(one, str):
+        if told := half_a_pair("label", one):
+            raise ValueError(told)
+        name = one.strip()
+        if not name:
+            raise ValueError("a label in it is empty; give it a name, or take it out")
+        return by_number(Label(one, name, name), label_names)
+    label = read_label(one)
+    if not isinstance(label.value, float) or not label.value.is_integer():
+        raise ValueError(f"{one!r} is no label: give names, or whole numbers")
+    return by_number(Label(one, label.name, label.name), label_names)
+
+
+def by_number(label: Label, label_names: Sequence[str]) -> Label:
+    """The label that a whole number is the number of among ``label_names``, if there are any; a
+    name as it is. ValueError for a number that is none's.
+    """
+    if not label_names or not label.name.lstrip("-").isdecimal():
+        return label
+    if not 0 <= (number := int(label.name)) < len(label_names):
+        raise ValueError(
+            f"{label.name} is the number of no label: label_names has {len(label_names)}, and the "
+            f"first is 0; name them all, or leave such rows out with {leave_out(label.name)}"
+        )
+    return Label(label.raw, label_names[number], label_names[number])
+
+
+def named_rows(rows: Rows, label_names: Sequence[str]) -> Rows:
+    """Single labels ``by_number``; InputError, naming the row, for a number that is none's."""
+    labels: list[Label] = []
+    for place, label in enumerate(rows.labels):
+        try:
+            labels.append(by_number(label, label_names))
+        except ValueError as error:
+            rows.refuse(place, f"label {error}")
+    return rows._replace(labels=labels)
+
+
+def check_settings(settings: TaskSettings) -> None:
+    """Raise InputError for settings of labels that do not go together."""
+    problem, names = settings.problem, settings.label_names
+    if settings.label_separator is not None and problem not in (None, SEVERAL):
+        raise InputError(
+            f"label_separator is {settings.label_separator!r}, and problem {problem}: only labels "
+            "of which several may hold are separated; leave one of the two out"
+        )
+    if names and problem == "regression":
+        raise InputError(
+            "label_names are names of classes, and problem is regression; leave one out"
+        )
+    if len({*names}) < len(names):
+        raise InputError(
+            f"label_names has a name twice: {', '.join(names)}; give each number its own"
+        )
+
+
+def check_several(lists: Lists, train: bool) -> None:
+    """Raise InputError for a label that stands twice in a row, and for ``train`` lists that say 0
+    or 1 of every label instead of naming those that hold.
+    """
+    rows = [*_by_row(lists)]
+    ones = all({one.name for one in row} <= {"0", "1"} for row in rows)
+    numbers = ones and not any(isinstance(one.raw, str) for one in lists.each.labels)
+    if train and numbers and len({*lists.lengths}) == 1 and lists.lengths[0] > 1:
+        raise InputError(
+            f"{lists.each.path}, row {lists.numbers[0]}: label {[one.raw for one in rows[0]]}: "
+            "every row has a 0 or a 1 for each label; give the names, or the numbers, of the "
+            f"labels that hold. If they are scores, say {SAY_SCORES}"
+        )
+    for number, row in zip(lists.numbers, rows, strict=True):
+        twice = [name for name, count in Counter(one.name for one in row).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"{lists.each.path}, row {number}: label {twice[0]!r} stands twice in the list; "
+                "name each label that holds once"
+            )
+
+
+def check_tags(lists: Lists, words: Sequence[Sequence[str]], settings: TaskSettings) -> None:
+    """Raise InputError where a row has not one tag for each of its ``words`` (by row of the file),
+    or where tags are numbers and nothing says what they are.
+    """
+    for number, length in zip(lists.numbers, lists.lengths, strict=True):
+        if length != len(words[number - 1]):
+            raise InputError(
+                f"{lists.each.path}, row {number}: {len(words[number - 1])} tokens and {length} "
+                "tags; each token has one tag"
+            )
+    known = settings.problem is not None or settings.label_names
+    if not known and all(_is_number(one.raw) for one in lists.each.labels) and lists.each.labels:
+        lists.each.refuse(
+            0,
+            f"tag {lists.each.labels[0].raw!r}: all tags are numbers, which do not say where an "
+            f"entity begins; {_SAY_NAMES}, or say {SAY_TAGS}",
+        )
+
+
+def _by_row(lists: Lists) -> list[list[Label]]:
+    labels = iter(lists.each.labels)
+    return [[next(labels) for _ in range(length)] for length in lists.lengths]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} …"

@@ -1,0 +1,27 @@
+"""What fine-tuning trains on: the loss of a batch, for each kind of task."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rekindle.train.finetune.encoded import EncodedTexts
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
+from rekindle.train.finetune.task_data import TaskData
+
+
+def loss_of(logits: Tensor, data: TaskData, encoded: EncodedTexts, rows: np.ndarray) -> Tensor:
+    """The mean loss of ``rows`` [B] of a split, from the fp32 logits of ``answers`` [B,C], or [P,C]
+    of the words that were read.
+
+    Cross-entropy of classes and of tags (each word counts alike), the binary one of each label of
+    which several may hold, squared error of scores.
+    """
+    labels = data.labels[rows if data.problem != TAGS else encoded.read_words(rows)]
+    target = torch.from_numpy(labels).to(logits.device)
+    if data.problem == "regression":
+        return functional.mse_loss(logits.reshape(target.shape), target)
+    if data.problem == SEVERAL:
+        return functional.binary_cross_entropy_with_logits(logits, target.float())
+    total = functional.cross_entropy(logits, target, reduction="sum")
+    return total / max(len(target), 1)  # a batch may hold no word that is read

@@ -1,0 +1,56 @@
+"""Texts that are given as words, as a model reads them: which of its tokens speaks for a word.
+
+The words are read with a blank between them, and the first token of a word speaks for it, as
+stage 1 reads the answers of token classifiers.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.tokenizer import Tokenizer
+
+
+class EncodedWords(NamedTuple):
+    """Of each text the model's tokens, special ones around them, and the place among these of each
+    word's first one: -1 for a word that is cut off, or that the tokenizer makes nothing of.
+    """
+
+    ids: list[NDArray[np.int32]]
+    places: list[NDArray[np.int64]]
+    lengths: NDArray[np.int64]  # [N] tokens before anything is cut
+    cut: int  # words
+    empty: int  # words without a token
+
+
+def encode_words(
+    tokenizer: Tokenizer, texts: Sequence[Sequence[str]], max_length: int
+) -> EncodedWords:
+    """Tokenize texts that are lists of words, each cut to ``max_length`` tokens."""
+    prefix, suffix = tokenizer.prefix, tokenizer.suffix
+    room = max_length - len(prefix) - len(suffix)
+    each = EncodedWords([], [], np.zeros(len(texts), np.int64), 0, 0)
+    cut = empty = 0
+    for row, found in enumerate(tokenizer.encode([" ".join(words) for words in texts])):
+        characters = first_characters(texts[row])
+        whole = found.tokens_at(characters, len(found.ids))
+        read = found.tokens_at(characters, room)
+        whole[characters < 0] = read[characters < 0] = -1
+        cut += int((whole != read).sum())
+        empty += int((whole < 0).sum())
+        each.ids.append(np.concatenate([prefix, found.ids[:room], suffix]).astype(np.int32))
+        each.places.append(np.where(read < 0, -1, read + len(prefix)))
+        each.lengths[row] = len(found.ids) + len(prefix) + len(suffix)
+    return each._replace(cut=cut, empty=empty)
+
+
+def first_characters(words: Sequence[str]) -> NDArray[np.int64]:
+    """Of each word the place of its first character that is no white space, in the text of all of
+    them with a blank between; -1 for a word of white space alone.
+    """
+    starts = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1]
+    blank = np.array([len(word) - len(word.lstrip()) for word in words], np.int64)
+    solid = np.array([bool(word.strip()) for word in words], bool)
+    return np.where(solid, starts + blank, -1)
