@@ -47,8 +47,8 @@ def as_recorded(given: AskConfig, before: Recorded, columns: Collection[str]) ->
     What is taken over is said in a line.
     """
     values = given.model_dump(exclude_unset=True)
-    old, fields = before.settings, AskConfig.model_fields
-    names = [name for name in _READING if name in fields and old.get(name) != fields[name].default]
+    old, usual = before.settings, AskConfig().model_dump(mode="json")
+    names = [name for name in _READING if name in usual and old.get(name) != usual[name]]
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []

@@ -143,7 +143,7 @@ def test_pairs_scores_and_columns_by_name(tmp_path, make_model, wordpiece):
         inputs = tokenizer(*row.values(), return_tensors="pt")
         with torch.no_grad():
             assert one == row | {"score": pytest.approx(float(model(**inputs).logits), abs=1e-4)}
-    with pytest.raises(InputError, match="has no column 'text' or 'sentence1'"):
+    with pytest.raises(InputError, match="has no column 'text', 'sentence1' or 'tokens'"):
         predict_file(scorer, file, str(tmp_path / "n.jsonl"))
 
 
@@ -163,7 +163,7 @@ def test_rows_may_be_piped_in(tmp_path, expert):
     ("rows", "told"),
     [
         ([], "has no rows; give at least one text"),
-        ([{"txt": "a"}], "has no column 'text' or 'sentence1'"),
+        ([{"txt": "a"}], "has no column 'text', 'sentence1' or 'tokens'"),
         ([{"text": "a"}] * 4 + [{"text": 5}], "row 5: text must be a string"),
         ([{"text": "a"}] * 4 + [{"other": "a"}], "row 5: text must be a string"),
         ([{"text": "a"}] * 4 + [{"text": "\ud800"}], "row 5: character 1 of the text is half"),

@@ -246,7 +246,7 @@ def test_an_expert_learns_them_and_plain_transformers_gives_the_same(
     assert saved.config.id2label == {0: "B-LOC", 1: "I-LOC", 2: "O"}
     lines = [json.loads(x) for x in (Path(out) / "predictions.jsonl").read_text().splitlines()]
     for words, line, own in zip(data.words, lines, data.by_text(logits), strict=True):
-        assert len(line["prediction"]) == len(line["label"]) == len(words)
+        assert len(line["tags"]) == len(line["given_tags"]) == len(words)
         if not words:
             continue
         inputs = theirs(
@@ -257,7 +257,7 @@ def test_an_expert_learns_them_and_plain_transformers_gives_the_same(
         with torch.no_grad():
             given = saved(**inputs).logits[0]
         begin = 0
-        for word, tag, scores in zip(words, line["prediction"], own, strict=True):
+        for word, tag, scores in zip(words, line["tags"], own, strict=True):
             cover = [n for n, (a, b) in enumerate(spans) if a <= begin < b]
             if cover:
                 assert tag == saved.config.id2label[int(given[cover[0]].argmax())]
@@ -290,5 +290,8 @@ def test_a_classifier_of_texts_is_no_expert_of_tags_nor_the_other_way_round(
         for kind in ("Sequence", "Token")
     )
     for model, path in ((of_texts, tags), (of_tags, texts)):
-        with pytest.raises(InputError, match=r"trained to judge (a whole sequence|each token)"):
+        with pytest.raises(
+            InputError,
+            match=r"is a (single_label|token)_classification; the task has labels of another kind",
+        ):
             score_model(model, path, path, str(tmp_path / "s"), config=FinetuneConfig(epochs=0))
