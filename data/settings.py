@@ -126,11 +126,9 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
     except ValidationError as error:
         problems = [_problem(section, found) for found in error.errors()]
         # A value that may be a number or a section fails as both; what is wrong inside says more.
-        told = [
-            p.message for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)
-        ]
+        told = [p for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)]
         lead = f"{where}: " if where else ""
-        raise InputError(lead + "; ".join(dict.fromkeys(told))) from None
+        raise InputError(lead + "; ".join(_messages(told))) from None
 
 
 # Where pydantic speaks of its own classes, or of Python's.
@@ -151,7 +149,20 @@ def _shown(given: object) -> str:
 
 class _Problem(NamedTuple):
     keys: tuple[str, ...]
-    message: str
+    lead: str  # what a message begins with
+    rule: str
+    given: str = ""
+
+
+def _messages(problems: Iterable[_Problem]) -> Iterator[str]:
+    """Yield a message for each; one for a value of which each of several types has its rule."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for one in problems:
+        alike.setdefault((one.lead, one.given), []).append(one.rule)
+    for (lead, given), rules in alike.items():
+        first, *others = dict.fromkeys(rules)
+        more = [rule.removeprefix("Input should be ") for rule in others]
+        yield f"{lead}{', or '.join([first, *more])}{given}"
 
 
 def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
@@ -161,11 +172,11 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
         given = found.get("input")
         shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
-        return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: {rule}{shown}")
+        return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: ", rule, shown)
     keys += (str(found["loc"][-1]),)
     known = sorted({key for section in sections for key in _fields(section)})
     told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
-    return _Problem(keys, f"{told} (known here: {', '.join(known)})")
+    return _Problem(keys, told, f" (known here: {', '.join(known)})")
 
 
 def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:

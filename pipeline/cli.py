@@ -16,7 +16,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
-from rekindle.pipeline.commands.models import evaluate, finetune, predict
+from rekindle.pipeline.commands.models import evaluate, export, finetune, predict
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
@@ -200,7 +200,9 @@ def compare(
         from rekindle.pipeline.cycle.page import report_html
 
         write_text(out, report_html(runs, found))
-    typer.echo(json.dumps(found.as_dict()) if as_json else as_text(found))
+    from rekindle.pipeline.cycle.page import verdict_above
+
+    typer.echo(json.dumps(found.as_dict()) if as_json else verdict_above(runs) + as_text(found))
 
 
 def doctor() -> None:
@@ -212,7 +214,7 @@ def doctor() -> None:
 
 
 for command in (
-    *(demo, init, finetune, evaluate, predict, cache_teachers, plan, gc, verify, inspect_),
+    *(demo, init, finetune, evaluate, predict, export, cache_teachers, plan, gc, verify, inspect_),
     *(train_student, rekindle, compare, doctor),
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)

@@ -37,7 +37,7 @@ class CacheConfig(Settings):
         None,
         gt=0,
         description="sequences per shard: the unit of work and of what a kill can lose; null: as "
-        "the cache has it, and in a new one 64 to 4,096, so that there are 32 shards or more",
+        "the cache has it, and in a new one 64 to 4,096, so that there are 16 shards or more",
     )
     replicas: int = Field(
         4,

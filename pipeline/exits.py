@@ -95,6 +95,11 @@ def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
     return shlex.join([*start, "pipeline", *typed, *more])
 
 
+def line_with(option: str) -> str:
+    """The line that was typed, with one option more."""
+    return shlex.join(["pipeline", *sys.argv[1:], option])
+
+
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
     """What a user can cause becomes one message and an exit code; our bugs keep their traceback.

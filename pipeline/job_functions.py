@@ -107,5 +107,6 @@ def _finetune(
         metric=one.metric,
         test=test,
         config=config,
+        force=True,
         report=report.note,
     )

@@ -35,7 +35,7 @@ from rekindle.pipeline.processes.jobs import Job, Report, StepReports, run_jobs
 from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import FixedBudget
 from rekindle.train.record.run_folder import alone_in
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
@@ -196,7 +196,7 @@ def pretrain(
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """An expert, as ``pipeline finetune`` makes it."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
-    config = parse_settings(FinetuneConfig, values)
+    config = parse_settings(FixedBudget, values)
     one = job_functions.FineTuning(model, task, out, range(1))
     job_functions.fine_tune(one, [(config, out)], report)
 

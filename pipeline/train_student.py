@@ -109,7 +109,7 @@ def describe_result(result: TrainResult) -> str:
         rest = f", {neither:,} with neither" if neither else ""
         if kd + ce_only + neither:
             lines.append(
-                f"{shown} trained: {kd:,} with KD (beside a teacher's targets), {ce_only:,} with "
+                f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
                 f"cross-entropy alone{rest}"
             )
     lines.append(result.told_of_best())

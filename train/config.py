@@ -100,6 +100,13 @@ class StudentConfig(Settings):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: SDPA where the model has it; what is used is printed"
     )
+    head: Literal["ours", "family"] = Field(
+        "ours",
+        description="what its task heads are. ours: dense, tanh, linear, on the first token (of a "
+        "causal LM the last), the same for every family; `pipeline export` writes it for BERT, "
+        "RoBERTa and their like. family: what transformers' classifier of its family has, with its "
+        "own choice of tokens; every head of it can be exported",
+    )
     grow: GrowConfig | None = Field(
         None, description="ELLE: make it larger before training; null: as it is"
     )

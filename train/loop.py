@@ -26,6 +26,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.evaluate import Best, best_of, evaluate
+from rekindle.train.export.card import CARD_FILE, student_card
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE
@@ -89,8 +90,15 @@ class TrainResult:
         best = f"the best held-out {name} was {value:.4f} at step {step}"
         if step == self.steps:
             return f"{best}, the last: that is the model"
-        where = checkpoint_folder(self.directory, step)
+        where = self.best_elsewhere
         return f"{best} ({where}); the model is that of step {self.steps}, the last"
+
+    @property
+    def best_elsewhere(self) -> Path | None:
+        """The checkpoint with the best held-out value, where it is not that of the last step."""
+        if self.best is None or self.best["step"] == self.steps:
+            return None
+        return checkpoint_folder(self.directory, self.best["step"])
 
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
@@ -373,7 +381,10 @@ def _finish(training: Training, result: TrainResult, weights: Mapping[str, Tenso
     summary = {name: value for name, value in vars(result).items() if name not in left_out}
     summary |= saved_growth(result.directory)
     about = {"made_by": training.prepared.about, LINEAGE: training.lineage}
+    student = training.student.student
     with new_files(result.directory) as staged:
-        training.student.student.save_pretrained(staged, about, weights)
+        student.save_pretrained(staged, about, weights)
         training.prepared.tokenizer.save(str(staged))
+        card = student_card(student, result.directory, result.best_elsewhere)
+        (staged / CARD_FILE).write_text(card, encoding="utf-8")
     write_json(result.directory / SUMMARY_FILE, summary)

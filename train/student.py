@@ -6,6 +6,7 @@ prompts, ``prompts.safetensors``.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,10 @@ from rekindle.train.model.network import (
     head_key,
     weights_below,
 )
+from rekindle.train.model.padding import padding_of
 from rekindle.train.model.sight import check_padding
+
+log = logging.getLogger("rekindle")
 
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
@@ -49,6 +53,7 @@ class _About(Settings):
     heads: dict[str, HeadConfig]
     methods: dict[str, dict[str, object]] = Field(default_factory=dict)
     domains: tuple[str, ...] | None = None
+    sequence_length: int | None = None
 
     @classmethod
     def of(cls, directory: Path) -> "_About":
@@ -93,7 +98,9 @@ class Student(StudentNetwork):
             heads=self.head_configs,
             methods=self.methods,
             domains=None if self.prompts is None else self.prompts.domains,
-        ).model_dump(mode="json", exclude={"domains"} if self.prompts is None else None)
+            sequence_length=self.sequence_length,
+        ).model_dump(mode="json")
+        described = {key: value for key, value in described.items() if value is not None}
         content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
@@ -110,7 +117,7 @@ class Student(StudentNetwork):
         model = load_language_model(path, about.task)
         size = vocabulary_size or about.vocabulary_size
         student = cls(model, about.task, about.heads, size, about.domains)
-        student.source = path
+        student.source, student.sequence_length = path, about.sequence_length
         student.take_over(path)
         for name, settings in about.methods.items():
             kind = find_method(name)
@@ -123,11 +130,23 @@ class Student(StudentNetwork):
         """
         earlier, weights = _About.of(directory), load_file(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
-            if earlier.heads.get(name) == head:
+            before = earlier.heads.get(name)
+            if before == head:
                 self.heads[head_key(name)].load_state_dict(weights_below(weights, head_key(name)))
+            elif before is not None:
+                keys = [
+                    k for k in HeadConfig.model_fields if getattr(before, k) != getattr(head, k)
+                ]
+                told = "student: the head %r begins afresh, for that of %s is another one (%s)"
+                log.warning(told, name, directory, ", ".join(keys))
         if self.prompts is not None and earlier.domains is not None:
             vectors = load_file(directory / PROMPTS_FILE)["vectors.weight"]
             self.prompts.take(earlier.domains, vectors)
+
+
+def saved_heads(directory: Path) -> dict[str, HeadConfig]:
+    """The heads of the student in ``directory``, by name; empty for what is no student of ours."""
+    return _About.of(directory).heads if (directory / ABOUT_FILE).is_file() else {}
 
 
 def saved_weights(directory: Path) -> dict[str, Tensor]:
@@ -167,10 +186,11 @@ def build_student(
 ) -> Student:
     """Build the configured student, from pre-trained weights or scratch; the same for a ``seed``.
 
-    The heads and prompts of an earlier student in the directory are taken over where name, shape
-    and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of
-    the corpus, for new weights (``padding_of_new``). Raises InputError when the
-    model has fewer tokens than the tokenizer, or takes shorter sequences than ``sequence_length``.
+    The heads and prompts of an earlier student in the directory are taken over where name, form,
+    shape and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of the
+    corpus, for new weights (``padding_of_new``) and heads that look for the last token. Raises
+    InputError when the model has fewer tokens than the tokenizer, takes shorter sequences than
+    ``sequence_length``, or is of a family without the heads that are asked for.
     Growth comes after (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
@@ -183,13 +203,26 @@ def build_student(
         model = load_language_model(directory, config.language_task, attention)
     check_padding(model, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
-    student = Student(model, config.language_task, heads, vocabulary_size, prompted)
+    asked = {name: _formed(head, config, model, tokenizer) for name, head in heads.items()}
+    student = Student(model, config.language_task, asked, vocabulary_size, prompted)
+    student.sequence_length = sequence_length or None
     if config.from_scratch:
         return student
     student.source = directory
     if (directory / HEADS_FILE).is_file():
         student.take_over(directory)
     return student
+
+
+def _formed(
+    head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
+) -> HeadConfig:
+    """The ``head`` in the configured form, with a padding id where ``model`` has none."""
+    padding = None
+    if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
+        known = (tokenizer.hf.pad_token_id, tokenizer.eos_id)
+        padding = next((number for number in known if number is not None), None)
+    return head.model_copy(update={"form": config.head, "padding": padding})
 
 
 def _check_sizes(

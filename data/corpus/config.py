@@ -12,7 +12,7 @@ from rekindle.data.settings import Free, Place, Settings
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
-SHARDS = 32  # of a corpus that is neither very small nor large, at least
+SHARDS = 16  # of a corpus that is neither very small nor large, at least
 
 
 class CorpusConfig(Settings):

@@ -179,7 +179,10 @@ def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[st
 
         size = asked or usual_shard_size(total)
         if not asked:
-            log.info("corpus: %s per shard (cache.sequences_per_shard)", counted(size, "sequence"))
+            log.info(
+                "corpus: %s per shard, a file (cache.sequences_per_shard)",
+                counted(size, "sequence"),
+            )
         return build_corpus(store, config.corpus, size, shard_done)
 
 
@@ -227,6 +230,8 @@ def _run(
 ) -> None:
     rows = sum(corpus.commits[unit.shard].rows for unit in units)
     name = f"{plan.info.name} {plan.info.part}".strip()
+    maskings = len({unit.replica for unit in units})
+    name += f", {maskings} maskings" if maskings > 1 else ""
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commit: Commit | None) -> None:

@@ -164,8 +164,8 @@ def _as_text(
     lines = [
         f"{path}: {counted(len(corpus), 'sequence')} (pieces of up to "
         f"{config['sequence_length']:,} tokens, {PACKED[config['packing']]}), "
-        f"{counted(corpus.tokens, 'token')}; vocabulary {corpus.info['tokenizer']['size']:,}, "
-        f"{size / 1e6:.1f} MB"
+        f"{counted(corpus.tokens, 'token')}",
+        f"vocabulary {corpus.info['tokenizer']['size']:,}; text and tokens: {size / 1e6:.1f} MB",
     ]
     for view in cache.views.values():
         shown = "pairs of texts"
@@ -186,8 +186,8 @@ def _as_text(
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
             lines.append(
                 f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a target, all in "
-                f"(codec {reader.info.codec}); candidates alone of the same k = {reader.info.k} "
-                f"elsewhere: {others}"
+                f"(codec {reader.info.codec})\n  candidates alone of the same k = "
+                f"{reader.info.k} elsewhere: {others}"
             )
     for reader, found in zip(readers, spreads, strict=True):
         for key, unit in (("kept_mass", ""), ("entropy", " nats")):

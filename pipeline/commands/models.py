@@ -1,4 +1,6 @@
-"""Commands about one model: what makes an expert of it, and what an expert says."""
+"""Commands about one model: what makes an expert of it, what an expert says, and what takes a
+student's head out of our hands.
+"""
 
 import json
 import shlex
@@ -19,7 +21,7 @@ from rekindle.pipeline.commands.options import (
     TextField,
 )
 from rekindle.pipeline.console import say
-from rekindle.pipeline.exits import interruptible
+from rekindle.pipeline.exits import interruptible, line_with
 
 
 def finetune(
@@ -36,6 +38,17 @@ def finetune(
             "of scores pearson, spearman"
         ),
     ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="go on from this task head of a student")
+    ] = None,
+    text_field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="where the text stands; twice for pairs of texts"),
+    ] = None,
+    label_field: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="where the label stands")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier result")] = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -49,29 +62,44 @@ def finetune(
     values: dict[str, object] = {}
     for override in set_ or []:
         set_value(values, override)
+    options = {"text_field": text_field, "label_field": label_field, "head": head}
+    for key, named in options.items():
+        if named and key in values:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(f"{option} and --set {key}=… say the same; give one of them")
+        values |= {key: named} if named else {}
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
     from rekindle.train.answers import score
     from rekindle.train.finetune import run
+    from rekindle.train.finetune.result import EarlierResult
 
     given = (model, train_file, dev_file, str(out))
-    if config.epochs:
-        with interruptible():
-            result = run.finetune(*given, seeds=seeds, metric=metric, config=config)
-    elif seeds == 1:
-        if config.merge is None:
-            say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")
-        result = score.score_model(*given, metric=metric, config=config)
-    else:
-        raise InputError("with epochs=0 nothing is trained: there are no --seeds, leave them out")
+    try:
+        if config.epochs:
+            with interruptible():
+                result = run.finetune(
+                    *given, seeds=seeds, metric=metric, config=config, force=force
+                )
+        elif seeds == 1:
+            if config.merge is None:
+                say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")
+            result = score.score_model(*given, metric=metric, config=config, force=force)
+        else:
+            raise InputError("with epochs=0 nothing is trained: leave --seeds out")
+    except EarlierResult as error:
+        raise InputError(f"{error}: {line_with('--force')}") from None
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}")
+    chosen = ", each at its best epoch on dev" if spread and config.patience else ""
+    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
+    if result.kept is not None:
+        typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
@@ -143,3 +171,28 @@ def predict(
     found = asking.predictions(model, text, out, head, force, text_field, set_)
     if out != "-":
         typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="a student's directory, or a checkpoint of one")
+    ],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    head: Annotated[
+        str | None, typer.Option(metavar="NAME", help="of its task heads; default: its only one")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a student's task head, with its body, as a folder that transformers alone loads."""
+    from rekindle.pipeline.builtin.names import resolve_name
+    from rekindle.train.export.folder import export_head
+
+    with interruptible():
+        found = export_head(resolve_name(model), str(out), head, force=force)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    typer.echo(f"exported: {out}")
+    say(f"{found.told()}. With transformers alone:")
+    say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(found.out)})")

@@ -21,6 +21,7 @@ from rekindle.pipeline.compare.tables import (
     setting_words,
     step_tables,
     verdicts,
+    way_to_scores,
 )
 from rekindle.pipeline.plan.break_even import taught_sequences
 from rekindle.pipeline.report.cache import CacheFacts, KnownCache, cache_section, find_cache
@@ -73,10 +74,13 @@ def comparison_page(
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     finished = sum(run.finished for run in comparison.runs)
     done = "finished" if finished == len(names) else f"of which {finished} finished"
-    count = f"{counted(len(names), 'run')}, {done}"
+    lead = f"{counted(len(names), 'run')}, {done}. The corpus has the fingerprint "
+    lead += f"{comparison.corpus[:12]}."
+    unknown = way_to_scores(comparison)
+    lead += f" {unknown[:1].upper()}{unknown[1:]}." * bool(unknown)
     return Page(
         title="Students of one corpus",
-        lead=f"{count}. The corpus has the fingerprint {comparison.corpus[:12]}.",
+        lead=lead,
         verdict=" ".join(verdicts(comparison)),
         sections=[
             scores,
@@ -93,10 +97,18 @@ def _own_scores(comparison: Comparison) -> Section:
     """The runs' standings at their tasks; nothing where none has a score."""
     ones, names = comparison.standings, [run.name for run in comparison.runs]
     best = {one.scores.title: one.best for one in ones if one.is_best}
-    found = scores_section(names, [one.scores for one in ones], best=best)
+    of_seeds = [one.scores for one in ones if one.rows is None]
+    found = scores_section(names, of_seeds, best=best)
     if not ones:
         return found
-    return Section(found.title, [*score_tables(comparison), Note(f"{INTERVALS}."), *found.blocks])
+    return Section(
+        found.title,
+        [
+            *score_tables(comparison),
+            Note(f"{INTERVALS[:1].upper()}{INTERVALS[1:]}."),
+            *found.blocks,
+        ],
+    )
 
 
 def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:

@@ -24,12 +24,14 @@ Draws = NDArray[np.float64]
 @dataclass(frozen=True)
 class Standing:
     """A task: what every run scored, ``best`` the highest of them, and its differences to the
-    others, the nearest first; empty where one run alone has a score.
+    others, the nearest first; empty where one run alone has a score. ``rows`` is the number of
+    test rows where heads were scored on them, None of scores of seeds.
     """
 
     scores: TaskScores
     best: str
     differences: list[Difference]
+    rows: int | None = None
 
     @property
     def beaten(self) -> list[Difference]:
@@ -57,15 +59,18 @@ class Standing:
         if near[0].low is None:
             told = f"{self.best} has the highest score on {task.task} ({what}), by {_by(near[0])}"
             return f"{told} over {near[0].against}; whether that is chance is not known"
+        first, *others = near
+        more = f", {_names(others)}" if others else ""
         return (
-            f"no run is shown to be best on {task.task}: {self.best} has the highest score ({what})"
-            f", not told apart from {_names(near)} (by {_by(near[0])} over {near[0].against})"
+            f"No run is shown to be best on {task.task}: {self.best} has the highest score ({what})"
+            f", not told apart from {first.against} (more by {_by(first)}){more}"
         )
 
     def as_dict(self) -> dict[str, object]:
         """As plain values for JSON."""
         scores = self.scores
-        about = {"task": scores.task, "metric": scores.metric, "split": scores.split}
+        about: dict[str, object] = {"task": scores.task, "metric": scores.metric}
+        about |= {"split": scores.split, "rows": self.rows}
         values = {"scores": dict(scores.scores), "best": self.best, "is_best": self.is_best}
         differences = [
             {"against": one.against, "difference": one.mean, "low": one.low, "high": one.high}
@@ -79,10 +84,13 @@ class Standing:
         return sum(values) / len(values)
 
 
-def standing_of(scores: TaskScores, draws: Mapping[str, Draws] | None = None) -> Standing | None:
+def standing_of(
+    scores: TaskScores, draws: Mapping[str, Draws] | None = None, rows: int | None = None
+) -> Standing | None:
     """The runs of ``scores`` in their standing; None where no run has a score.
 
-    ``draws``: by run its scores on the same draws of the test rows, where it was scored here.
+    ``draws``: by run its scores on the same draws of so many test ``rows``, where it was scored on
+    them.
     """
     means = {run: sum(own) / len(own) for run in scores.scores if (own := scores.of(run))}
     if not means:
@@ -102,7 +110,7 @@ def standing_of(scores: TaskScores, draws: Mapping[str, Draws] | None = None) ->
             return Difference(*names, mean, None, None, None, None, 1)
         return paired(first, second, level, names)
 
-    return Standing(scores, best, [difference(other) for other in others])
+    return Standing(scores, best, [difference(other) for other in others], rows)
 
 
 def draw(score: Callable[[NDArray[np.int64]], float], rows: int, draws: int = DRAWS) -> Draws:

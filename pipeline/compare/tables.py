@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
@@ -14,6 +15,7 @@ from rekindle.pipeline.compare.runs import (
     RunFacts,
     by_corpus,
     compare_runs,
+    is_cycle,
 )
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
@@ -51,9 +53,9 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         if not name.startswith(PREFIX):  # domains have their own table
             yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
-    for what in ("sequences", "positions"):
+    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
         cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
-        yield Column(f"KD {what}", cells)
+        yield Column(f"KD {shown}", cells)
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
@@ -124,8 +126,9 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
             Column("interval", [_interval(against.get(name)) for name in names]),
         ]
         columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
-        columns = [c for c in columns if c.title != "interval" or {*c.cells} != {NOTHING}]
-        yield Table(f"{one.scores.task} ({one.scores.split})", columns)
+        columns = [c for c in columns if {*c.cells} != {NOTHING}]  # one run, or no interval
+        rows = "" if one.rows is None else f", {counted(one.rows, 'row')}"
+        yield Table(f"{one.scores.task} ({one.scores.split}{rows})", columns)
 
 
 def _difference(one: Difference | None) -> str:
@@ -139,21 +142,25 @@ def _interval(one: Difference | None) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Which run is best at each task, a sentence each; where nothing is known of that, how it can
-    be.
-    """
-    if comparison.standings:
-        return [f"{one.verdict}." for one in comparison.standings]
+    """Which run is best at each task, a sentence each; nothing where none has a score."""
+    return [f"{one.verdict}." for one in comparison.standings]
+
+
+def way_to_scores(comparison: Comparison) -> str:
+    """How one learns which run is best at a task, where that is not known; empty where it is."""
     heads = [run for run in comparison.runs if run.heads]
+    cycle = any(is_cycle(one.directory.parent.parent) for one in comparison.folders)
+    if comparison.standings or cycle or len(comparison.runs) < 2:
+        return ""
     if len(heads) < 2:
-        return []
-    shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
-    which = f"{shared[0]}=" if shared else ""
-    return [
-        f"Which is best at a task is not known yet: `--test {which}FILE` scores the runs' heads "
-        f"({', '.join(dict.fromkeys(name for run in heads for name in run.heads))}) on a labelled "
-        "file, with intervals."
-    ]
+        how = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
+    else:
+        head = heads[0].heads[0]
+        how = (
+            f"`pipeline finetune RUN --train FILE --dev FILE --set epochs=0 --set head={head} "
+            f"--out RUN/{head}` for each run leaves its head's score here"
+        )
+    return f"which run is best at a task is not known: {how}"
 
 
 def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
@@ -235,6 +242,7 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     if scores:
         lines += wrapped(INTERVALS, width)
     lines += [""] * bool(lines) + text_lines(Table("", columns_of(comparison)), width)
-    lines += [line for note in comparison.notes for line in wrapped(f"note: {note}", width)]
+    notes = [*comparison.notes, *filter(None, [way_to_scores(comparison)])]
+    lines += [line for note in notes for line in wrapped(f"note: {note}", width)]
     more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]
     return "\n".join([*lines, *(line for one in more for line in ("", *text_lines(one, width)))])

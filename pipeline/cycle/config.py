@@ -19,7 +19,7 @@ from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
-from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 from rekindle.train.schedules import Seed
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
@@ -60,7 +60,10 @@ _NOT_OF_A_CYCLE = {
     "train.objective.methods": _ARMS_SET,
     "train.curriculum": "chooses the text by a teacher, also for the arms that see none",
 }
-_NOT_OF_ITS_FINE_TUNING = dict.fromkeys(("head", "merge"), "is for scoring without training")
+_NOT_OF_ITS_FINE_TUNING = {
+    "head": "names a student's head to go on from; a cycle's fine-tunings begin with fresh heads",
+    "merge": "is for scoring without training",
+}
 
 
 class CycleCacheConfig(CacheConfig):
@@ -127,8 +130,8 @@ class CycleConfig(Settings):
     arms: tuple[Arm, ...] = Field(
         tuple(ARMS), description="what is compared; expert is always among them"
     )
-    finetune: FinetuneConfig = Field(
-        default_factory=FinetuneConfig, description="how every model is fine-tuned"
+    finetune: FixedBudget = Field(
+        default_factory=FixedBudget, description="how every model is fine-tuned"
     )
     search: Search = Field(
         default_factory=dict,
@@ -150,12 +153,12 @@ class CycleConfig(Settings):
         for key, values in value.items():
             if key in _BUDGET:
                 raise ValueError(f"{key} is the budget, which is the same for every arm")
-            if key in TaskSettings.model_fields:
+            if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
                 raise ValueError(f"{key} says what the files mean, which is not searched for")
             if not values:
                 raise ValueError(f"{key} has no values")
             # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
-            read = [parse_settings(FinetuneConfig, {key: one}) for one in values]
+            read = [parse_settings(FixedBudget, {key: one}) for one in values]
             found[key] = tuple(getattr(one, key) for one in read)
             if len(set(found[key])) < len(values):
                 raise ValueError(f"{key} has a value twice; every arm tries each of them once")
@@ -216,13 +219,16 @@ class CycleConfig(Settings):
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
-    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FinetuneConfig:
+    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FixedBudget:
         """How a model is fine-tuned on ``task``; ``longer``: for twice the epochs and steps."""
-        values = self.finetune.model_dump() | task.finetune | point
-        if longer:
-            values["epochs"] *= 2
-            values["max_steps"] = values["max_steps"] and 2 * values["max_steps"]
-        return parse_settings(FinetuneConfig, values, f"finetune of task {task.name!r}")
+        given = task.finetune | point
+        own = parse_settings(FixedBudget, given, f"finetune of task {task.name!r}")
+        changed: dict[str, object] = {key: getattr(own, key) for key in own.model_fields_set}
+        config = self.finetune.model_copy(update=changed)
+        if not longer:
+            return config
+        steps = config.max_steps and 2 * config.max_steps
+        return config.model_copy(update={"epochs": 2 * config.epochs, "max_steps": steps})
 
     def term_of(self, task: CycleTask, regression: bool) -> DistillTerm:
         """The distillation term of the expert on ``task``."""

@@ -35,6 +35,14 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     return cycle_html(cycle, comparison, replace(read_results(cycle), cache=cache, cost=cost))
 
 
+def verdict_above(directories: Sequence[Path]) -> str:
+    """What `pipeline compare` says first of a cycle, where that alone is given; else nothing."""
+    if len(directories) != 1 or not is_cycle(directories[0]):
+        return ""
+    told = _sentence(read_results(directories[0]).verdict)
+    return "\n".join([*wrapped(told, terminal_width()), "", ""])
+
+
 def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults) -> str:
     """The page of the cycle in ``home`` whose students are ``comparison``, whole; None: it has no
     students.
@@ -133,14 +141,14 @@ def commands_of(home: Path, config: CycleConfig) -> list[tuple[str, str]]:
     """Every kind of stage by hand, into a directory of its own, as pairs of what for and line."""
     where, task = shown(home), config.tasks[0]
     tuning = config.finetune_of(task, {}).model_dump(mode="json", exclude_defaults=True)
-    splits = (
-        f"--{name} {where}/{TASKS_FOLDER}/{task.name}/{name}.jsonl"
-        for name in ("train", "dev", "test")
-    )
+    files = f"{where}/{TASKS_FOLDER}/{task.name}"
+    splits = (f"--{name} {files}/{name}.jsonl" for name in ("train", "dev"))
     options = [*splits, f"--seeds {config.seeds}", *(f"--set {k}={v}" for k, v in tuning.items())]
     finetune = f"pipeline finetune {where}/{{}} {' '.join(options)} --out {where}/by-hand/{{}}"
+    evaluate = f"pipeline evaluate {where}/by-hand/{{}} --test {files}/test.jsonl"
     commands = [
         (f"The expert on {task.name}", finetune.format(START_FOLDER, task.name)),
+        ("Its score on test", evaluate.format(task.name)),
         ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
         ("What is in it", f"pipeline inspect {shown(config.cache.path or home / 'cache')}"),
     ]
@@ -150,6 +158,7 @@ def commands_of(home: Path, config: CycleConfig) -> list[tuple[str, str]]:
         commands += [
             (f"Stage 2: the student {student}", line),
             ("It on the task again", finetune.format(run, f"{student}-{task.name}")),
+            ("Its score on test", evaluate.format(f"{student}-{task.name}")),
         ]
     return commands
 

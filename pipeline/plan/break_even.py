@@ -50,21 +50,32 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         f"one. It takes {round(sum(cached.values())):,} teacher forward passes, each of one "
         f"sequence; a run with live teachers takes {round(sum(live.values())):,}."
     )
-    return BreakEven(runs, unused | own, sentence, _assumed(config.train, corpus, [*live], timed))
+    whole = sum(
+        corpus.sequences * rates[w.name] * (w.share or 1.0) for w in teachers if w.name in live
+    )
+    passes_over = math.ceil(once / whole)
+    assumes = _assumed(config.train, corpus, [*live], timed, passes_over)
+    return BreakEven(runs, unused | own, sentence, assumes)
 
 
-def _assumed(train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool) -> str:
-    """Say what runs without a cache are taken to be."""
+def _assumed(
+    train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool, whole_runs: int
+) -> str:
+    """Say what runs without a cache are taken to be; ``whole_runs``: the break-even of those that
+    read all of the corpus once, which is said where these do not.
+    """
     assert corpus.sequences is not None
-    read = train.steps * train.batch_sequences
-    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: none was timed"
+    share = train.steps * train.batch_sequences / corpus.sequences
+    read = f"{share:.2g} times" if share >= 1 else f"{100 * share:.2g} % of"
+    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
     if timed and weighed:
         weighed = "; teachers are weighed by the time measured here"
+    longer = f" Runs that read all of it once: after {whole_runs:,}." if share < 1 else ""
     return (
         f"It assumes runs of {counted(train.steps, 'step')} with {train.batch_sequences:,} "
-        f"sequences each (train.steps, batch_sequences: {read / corpus.sequences:.2g} times the "
-        f"corpus), with {', '.join(teachers)} run beside the student at each step that learns "
-        f"from {'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}."
+        f"sequences each (train.steps, batch_sequences: {read} the corpus), with "
+        f"{', '.join(teachers)} run beside the student at each step that learns from "
+        f"{'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}.{longer}"
     )
 
 

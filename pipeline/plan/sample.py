@@ -40,6 +40,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
 
 PLACES = 8  # record batches of the corpus, spread over it, that the steps are taken from
+FEW = 100  # texts of which a larger corpus is guessed
 STEPS = (1, 4, 16, 64, 256)  # sequences; the last step is what is left
 
 
@@ -101,7 +102,8 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             read = len(sample.documents)
             texts, tokens = scale.of(read, reference.tokens)
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
-            basis = f"scaled from {counted(read, 'text')} of the source"
+            few = " (few: the figures are rough)" if read < FEW else ""
+            basis = f"scaled from {counted(read, 'text')} of the source{few}"
         basis += sample.left_out
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything

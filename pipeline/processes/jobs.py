@@ -34,7 +34,7 @@ log = logging.getLogger("rekindle")
 
 MOST_WORKERS = 4
 STOP_WITHIN = 60.0  # seconds that jobs have to keep what they have done, when all is interrupted
-_GO_ON = "The same command again goes on with all that is finished"
+_GO_ON = "To go on after what is finished, run the same command again"
 _Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
 
 

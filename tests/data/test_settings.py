@@ -42,7 +42,7 @@ class Run(Settings):
     terms: tuple[Term, ...] = ()
     shares: Shares = Field(default_factory=Shares)
     by_name: dict[str, Step] = Field(default_factory=dict)
-    limit: int | None = None
+    limit: int | Literal["all"] | None = None
 
 
 def message(values, where=""):
@@ -96,6 +96,12 @@ def test_a_key_that_lies_elsewhere_or_has_another_name_is_named():
     assert "; did you mean 'terms.0.temperature'?" in message({"name": "r", "temp": 2})
     where = {"name": "r", "terms": [{"teachers": [], "tau": 2}]}
     assert "unknown key 'terms.0.tau'; it is called 'temperature' here (" in message(where)
+
+
+def test_a_value_of_several_types_has_one_message_with_all_rules():
+    told = message({"name": "r", "limit": "many"})
+    assert told.endswith(", or 'all' (given: 'many')")
+    assert told.count("given") == told.count("limit: ") == 1
 
 
 def test_nothing_is_meant_where_nothing_is_near():

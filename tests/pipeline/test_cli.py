@@ -84,7 +84,8 @@ def test_both_stages_and_their_readers(run_file, tmp_path):
     fails(pipeline("train-student", path, "--out", tmp_path / "a"), 2, "not empty", "--resume")
 
 
-def test_a_sweep_and_its_comparison(run_file, tmp_path):
+def test_a_sweep_and_its_comparison(run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # or the names are folded
     path, out = run_file(), tmp_path / "sweep"
     assert pipeline("cache-teachers", path).returncode == 0
     temperature = "train.objective.distill.0.temperature"
@@ -262,14 +263,18 @@ def test_the_command_line_is_frozen():
     assert options == {
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
-        "finetune": ["--dev", "--json", "--metric", "--out", "--seeds", "--set", "--train"],
+        "finetune": [
+            *("--dev", "--force", "--head", "--json", "--label-field", "--metric", "--out"),
+            *("--seeds", "--set", "--text-field", "--train"),
+        ],
+        "export": ["--force", "--head", "--json", "--out"],
         "evaluate": [
             *("--force", "--head", "--json", "--label-field", "--metric", "--out", "--set"),
             *("--test", "--text", "--text-field"),
         ],
         "predict": ["--force", "--head", "--json", "--out", "--set", "--text", "--text-field"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
-        "plan": ["--json", "--probe", "--set"],
+        "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,8 +131,9 @@ def test_the_whole_demo_and_again_after_an_interrupt(tmp_path: Path) -> None:
         time.sleep(0.2)
         assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
+    assert re.search(r"interrupted; \d+ of \d+ jobs are finished", errors)
     finished = (broken / "made" / "base" / "model.safetensors").stat().st_mtime_ns
 
     process = start(broken)

@@ -64,6 +64,7 @@ TOGETHER = {
         "methods": [{"method": "replaced_tokens", "teacher": "big"}],
     },
 }
+FAMILY = {"head": "family"}
 RTD = {"task": "replaced_token_detection"}
 GROWN = {
     "task": "replaced_token_detection",
@@ -132,8 +133,9 @@ TRAINS |= {f"sparse-{p}": (None, SPARSE | {"parallel": p}) for p in ("ddp", "fsd
 TRAINS |= {f"rtd-{p}": (RTD, REPLACED | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {f"all-{p}": (GROWN, TOGETHER | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
+TRAINS |= {f"family-{p}": (FAMILY, JOBS["ddp-micro"] | {"parallel": p}) for p in ("ddp", "fsdp")}
 # What another job shows with the other way of sharing a student.
-SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp"}
+SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "family-ddp", "family-fsdp"}
 
 
 def named(*names):
@@ -168,6 +170,8 @@ def quick_runs(masked_world, student, tmp_path_factory):
 @pytest.fixture(scope="module")
 def slow_runs(masked_world, student, quick_runs):
     in_two_processes(masked_world, student, quick_runs, SLOW)
+    one = train_config(**TRAINS["family-ddp"][1])
+    alone(masked_world, student | FAMILY, one, quick_runs / "family-alone")
     return quick_runs
 
 
@@ -232,6 +236,12 @@ def test_processes_without_any_row_take_part(runs, name):
 
 def test_processes_replay_what_one_does(runs):
     assert_same_run(runs / "replay-ddp", runs / "replay-alone")
+
+
+@pytest.mark.parametrize("name", named("family-ddp", "family-fsdp"))
+def test_a_familys_heads_do_not_see_the_processes(runs, name):
+    assert any(".frame.classifier." in key for key in weights(runs / name))
+    assert_same_run(runs / name, runs / "family-alone")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -34,7 +34,14 @@ Scores = dict[str, float]
 
 
 def score_model(
-    model: str, train: str, dev: str, out: str, *, metric: str | None = None, config: FinetuneConfig
+    model: str,
+    train: str,
+    dev: str,
+    out: str,
+    *,
+    metric: str | None = None,
+    config: FinetuneConfig,
+    force: bool = False,
 ) -> FinetuneResult:
     """Score ``model`` on the file ``dev``; ``out`` receives ``metrics.json`` and no model.
 
@@ -46,7 +53,7 @@ def score_model(
     Raises InputError for wrong files, models, metrics, or an ``out`` that holds a model.
     """
     started = time.perf_counter()
-    _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())])
+    _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())], force)
     data = read_task(train, dev, settings=config)[1]
     metric = chosen_metric(metric, data)
     logger.info("%s: %s", dev, data.described())
@@ -72,14 +79,14 @@ def baselines_table(baselines: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def _check_target(out: Path, models: list[str]) -> None:
-    check_out(out)
+def _check_target(out: Path, models: list[str], force: bool) -> None:
     if (out / "config.json").exists():
         raise InputError(
             f"{str(out)!r} holds a model, which the scores alone would replace; give another --out"
         )
     if any(Path(model).resolve() == out.resolve() for model in models):
         raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
+    check_out(out, force)
 
 
 def _scores_by_way(

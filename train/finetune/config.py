@@ -1,5 +1,6 @@
 """What the configuration says of fine-tuning and scoring. Torch is not imported here."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, field_validator
@@ -98,17 +99,24 @@ class TaskSettings(Settings):
         return () if value is None else (value,)
 
 
-class FinetuneConfig(TaskSettings):
-    """How a model is fine-tuned; the defaults are those that suit BERT-sized encoders on GLUE."""
+LEAST_STEPS, LEAST_EPOCHS = 300, 3  # of epochs: auto; what 300 labels need, and what large data do
+_PATIENCE = 3  # of patience: auto; one of so many parts of the epochs, and at least so many epochs
 
-    epochs: int = Field(
-        3,
-        ge=0,
-        description="passes over the train split; 0: nothing is trained, the head that the model "
-        "has is scored on dev (train only says what the labels mean)",
+
+class FinetuneConfig(TaskSettings):
+    """How a model is fine-tuned. The defaults, the same from Python and on the command line, serve
+    a BERT-sized encoder on some hundred labels and on many thousand. ``FixedBudget`` has those of
+    what is compared.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description=f"passes over the train split; auto: as many as make {LEAST_STEPS} steps, at "
+        f"least {LEAST_EPOCHS}; 0: nothing is trained, the head that the model has is scored on "
+        "dev (train only says what the labels mean)",
     )
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
-    batch_size: int = Field(32, ge=1, description="examples per step")
+    batch_size: int = Field(16, ge=1, description="examples per step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="after the warm-up: falls to 0 (linear), or stays (constant)"
@@ -124,16 +132,43 @@ class FinetuneConfig(TaskSettings):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
     )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="stop after so many epochs without a better dev score, keep the best",
+    patience: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="stop after so many epochs without a better dev score, keep the best epoch; "
+        f"auto: a third of the epochs, at least {_PATIENCE}; null: never, and the last epoch is "
+        "kept",
     )
     head: str | None = Field(
-        None, description="epochs: 0, of a student with several task heads: the one to score"
+        None,
+        description="of a student: the task head that training goes on from, which is for the same "
+        "labels (null: a fresh one); with epochs: 0 the one to score",
     )
     merge: MergeConfig | None = Field(
         None, description="epochs: 0: also score other experts, and all ways to merge them"
+    )
+
+    def epochs_of(self, rows: int) -> int:
+        """Passes over ``rows`` examples, if nothing ends them sooner."""
+        if self.epochs != "auto":
+            return self.epochs
+        return max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(rows / self.batch_size)))
+
+    def patience_of(self, epochs: int) -> int | None:
+        """Epochs without a better dev score that end a run of ``epochs``; None: none do."""
+        if self.patience != "auto":
+            return self.patience
+        return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
+
+
+class FixedBudget(FinetuneConfig):
+    """Fine-tuning of what is compared, as a cycle does it: the same number of epochs for every
+    model, of which the last is kept, so that no score is selected.
+    """
+
+    epochs: int = Field(3, ge=0, description="passes over the train split")
+    batch_size: int = Field(32, ge=1, description="examples per step")
+    patience: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description=FinetuneConfig.model_fields["patience"].description
     )
 
 

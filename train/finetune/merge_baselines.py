@@ -14,7 +14,12 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights
+from rekindle.train.objective.label_union import (
+    LabelUnion,
+    bare_names,
+    certainty,
+    expert_weights,
+)
 
 
 def merged_probabilities(
@@ -65,14 +70,6 @@ def merge_scores(
         means = {e.name: torch.from_numpy(np.asarray(mc_probs[e.name])).float() for e in experts}
     ways = merged_probabilities(union, given, means, sharpness)
     return {way: scores_by_name(probs.numpy(), names, data) for way, probs in ways.items()}
-
-
-def bare_names(names: Sequence[str], experts: Sequence[str]) -> tuple[str, ...]:
-    """Label names without the experts' that stand before them in a union with ``labels: apart``."""
-    owners = [next((e for e in experts if n.startswith(f"{e}/")), None) for n in names]
-    if None in owners:
-        return tuple(names)
-    return tuple(name.removeprefix(f"{e}/") for name, e in zip(names, owners, strict=True))
 
 
 def scores_by_name(

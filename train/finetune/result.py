@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rekindle.data.errors import InputError
+from rekindle.train.finetune.best_epoch import told_end
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import package_versions
@@ -25,6 +26,10 @@ class SeedResult:
     test_scores: dict[str, float] | None
     epochs: list[dict[str, object]]  # epoch, steps so far, mean train loss, dev scores
     seconds: float
+    kept_epoch: int | None = None  # from 1; None: nothing was trained, or by an older version
+    planned_epochs: int | None = None
+    stopped: str | None = None  # best_epoch.DONE, MAX_STEPS or PATIENCE
+    warning: str | None = None  # where next to nothing was learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class FinetuneResult:
     cut: dict[str, float] = field(default_factory=dict)
     pairs: bool | None = None  # whether texts come in pairs; older results do not say
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept_epoch: int | None = None  # of best_seed
 
     @classmethod
     def of(
@@ -86,6 +92,7 @@ class FinetuneResult:
             std=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
             test_mean=float(np.mean(tests)) if tests else None,
             best_seed=best_of(per_seed, metric).seed,
+            kept_epoch=best_of(per_seed, metric).kept_epoch,
             seconds=seconds,
             precision=precision,
             config=config.model_dump(mode="json"),
@@ -98,6 +105,16 @@ class FinetuneResult:
             pairs=data.pairs is not None,
             unread=dict(unread or {}),
         )
+
+    @property
+    def kept(self) -> str | None:
+        """Which seed's and epoch's model is kept, and why it ended; None where none was trained."""
+        one = next(one for one in self.per_seed if one.seed == self.best_seed)
+        if one.kept_epoch is None or one.planned_epochs is None:
+            return None
+        how = (one.planned_epochs, one.stopped, self.config["patience"] is not None)
+        told = told_end(one.kept_epoch, len(one.epochs), *how)
+        return f"seed {one.seed}, {told}" if len(self.per_seed) > 1 else told
 
     def as_dict(self) -> dict[str, object]:
         """Return the result as plain values for JSON."""
@@ -114,14 +131,26 @@ def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:
     return max(results, key=lambda result: result.scores[metric])
 
 
-def check_out(out: Path) -> None:
-    """Raise InputError where ``out`` is something that must not be replaced."""
-    if not out.exists() or (out.is_dir() and (not any(out.iterdir()) or _is_earlier_result(out))):
+class EarlierResult(InputError):
+    """There is a result already, which is replaced only when that is asked for."""
+
+
+def check_out(out: Path, force: bool = False) -> None:
+    """Raise InputError where ``out`` is something that must not be replaced; EarlierResult for an
+    earlier result without ``force``.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    raise InputError(
-        f"{str(out)!r} exists and is not a result of this command; it is left as it is: give "
-        "another directory, or remove it"
-    )
+    if not (out.is_dir() and _is_earlier_result(out)):
+        raise InputError(
+            f"{str(out)!r} exists and is not a result of this command; it is left as it is: give "
+            "another directory, or remove it"
+        )
+    if not force:
+        raise EarlierResult(
+            f"{str(out)!r} holds an earlier result, which is left as it is; give another --out, or "
+            "--force to replace it"
+        )
 
 
 def _is_earlier_result(out: Path) -> bool:

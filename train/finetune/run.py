@@ -1,10 +1,12 @@
 """Fine-tune a model on a labelled task into an expert directory. Knows no cache.
 
-What the dev split decides: which seed's model is written, and with ``patience`` which epoch's.
-Without ``patience`` the last epoch is kept, so that ``mean`` and ``std`` carry no selection.
+What the dev split decides: which seed's model is written, and with ``patience``, the default, which
+epoch's. Then each seed's score is that of its best epoch on the very rows that chose it: ``mean``
+is somewhat too high, the more so the smaller dev is and the more epochs there are, and ``std`` too
+small. What is to be compared or published is scored on rows that choose nothing (``test``), or
+trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
 """
 
-import copy
 import functools
 import logging
 import math
@@ -17,6 +19,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
+from rekindle.train.export.start import check_head, distilled_model
+from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
     answers,
     classifier_config,
@@ -26,6 +30,7 @@ from rekindle.train.finetune.classifier import (
     predict,
 )
 from rekindle.train.finetune.config import FinetuneConfig, less_memory
+from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
 from rekindle.train.finetune.metrics import chosen_metric, scores_of
@@ -74,32 +79,33 @@ def finetune(
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
+    force: bool = False,
     report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
     ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
-    not at all, and replaces only an empty directory or an earlier result of this function.
+    not at all, and replaces only an empty directory or, with ``force``, an earlier result.
     ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
     ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
     beside ``out``: it goes on after them.
 
-    Raises InputError for wrong files, models, metrics or a diverged run.
+    Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
     if seeds < 1:
         raise InputError(f"seeds is {seeds}; give at least 1")
     config = config or FinetuneConfig()
-    if config.epochs == 0 or config.head is not None or config.merge is not None:
+    if config.epochs == 0 or config.merge is not None:
         raise InputError(
-            f"epochs is {config.epochs}, head {config.head!r}: head and merge are for scoring "
-            "without training, with epochs: 0 (from Python: score_model of "
-            "rekindle.train.answers.score)"
+            f"epochs is {config.epochs}: merge is for scoring without training, with epochs: 0 "
+            "(from Python: score_model of rekindle.train.answers.score)"
         )
-    check_out(Path(out))
+    check_out(Path(out), force)
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
     data = dict(zip(files, read_task(*files.values(), settings=config), strict=True))
     metric = chosen_metric(metric, data["train"])
+    check_head(model, config.head, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
     home = Path(out).resolve()
@@ -153,12 +159,14 @@ def _run_seed(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = load_classifier(job.model, job.tokenizer, data["train"]).to(job.device)
+        model = _start(job).to(job.device)
         optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
         total, warmup = plan_steps(len(data["train"]), config)
+        planned = config.epochs_of(len(data["train"]))
+        best = BestEpoch(config.patience_of(planned))
         bar = progress.add_task(f"seed {seed}", total=total)
-        step, best, best_weights, epochs = 0, -math.inf, None, []
-        for epoch in range(config.epochs):
+        step, stopped, epochs = 0, DONE, []
+        for epoch in range(planned):
             batches = epoch_batches(
                 encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
             )[: total - step]
@@ -181,28 +189,50 @@ def _run_seed(
                 step += 1
                 if step % LOSS_EVERY == 0 or number == len(batches):
                     mean_loss = _finite(loss_sum.item() / number, seed, step)
-                    told = f"seed {seed}  epoch {epoch + 1}/{config.epochs}  loss {mean_loss:.4f}"
+                    told = f"seed {seed}  epoch {epoch + 1}/{planned}  loss {mean_loss:.4f}"
                     progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
             progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
-            if config.patience and scores[job.metric] > best:
-                best, best_epoch = scores[job.metric], epoch
-                best_weights = copy.deepcopy(model.state_dict())
-            if step == total or (config.patience and epoch - best_epoch >= config.patience):
+            best.look(job.metric, scores, dev_logits, model)
+            if step == total or best.ran_out:
+                short = PATIENCE if best.ran_out and step < total else MAX_STEPS
+                stopped = DONE if epoch + 1 == planned else short
                 break
-        if best_weights is not None:
-            model.load_state_dict(best_weights)
-            scores, dev_logits = judged("dev")
+        best.restore(model)
         test_scores = judged("test")[0] if "test" in data else None
         progress.remove_task(bar)
     seconds = time.perf_counter() - started
-    return model, SeedResult(seed, scores, test_scores, epochs, seconds), dev_logits
+    ended = (best.epoch, planned, stopped, _warning(job, seed, best))
+    return model, SeedResult(seed, best.scores, test_scores, epochs, seconds, *ended), best.logits
+
+
+def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
+    """The line about a seed that has learned next to nothing, which is also logged."""
+    constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
+    if constant is None:
+        return None
+    epochs = job.config.epochs_of(len(job.data["train"]))
+    line = (
+        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
+        f"{constant}; next to nothing was learned. Train longer (--set epochs={2 * epochs} --set "
+        f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
+        "whether the labels fit the texts"
+    )
+    logger.warning(line)
+    return line
+
+
+def _start(job: _Job) -> PreTrainedModel:
+    """What training begins with: a fresh head, or a student's distilled one."""
+    if job.config.head is not None:
+        return distilled_model(job.model, job.config.head, job.data["train"])
+    return load_classifier(job.model, job.tokenizer, job.data["train"])
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
     """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
-    total = config.epochs * math.ceil(examples / config.batch_size)
+    total = config.epochs_of(examples) * math.ceil(examples / config.batch_size)
     total = min(total, config.max_steps or total)
     return total, math.ceil(config.warmup * total)
 

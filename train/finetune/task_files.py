@@ -89,8 +89,8 @@ def text_fields(
     has = f"it has: {', '.join(columns)}"
     if missing := [name for name in settings.text_field if name not in columns]:
         raise InputError(
-            f"{path} has no column {missing[0]!r} ({has}){did_you_mean(missing[0], columns)}; "
-            f"{_SAY_TEXT} names those of the texts"
+            f"{path} has no column {missing[0]!r} ({has}{did_you_mean(missing[0], columns)}); "
+            f"name that of the texts with {_SAY_TEXT}"
         )
     if settings.text_field:
         return settings.text_field

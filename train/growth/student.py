@@ -2,30 +2,46 @@
 
 from torch import Tensor
 
+from rekindle.data.errors import InputError
 from rekindle.train.config import GrowConfig
 from rekindle.train.growth.grow import Growth
 from rekindle.train.growth.maps import Axis
-from rekindle.train.student import Student
+from rekindle.train.model.family_head import FamilyHead
+from rekindle.train.student import Student, saved_heads
 
 
 def grow_student(student: Student, config: GrowConfig) -> Student:
     """A larger student that begins as a copy of ``student``, on the CPU.
 
-    Heads and prompts keep what they do as far as the model does. Raises InputError where the model
-    cannot grow so.
+    Heads and prompts keep what they do as far as the model does; a family's own head has nothing to
+    keep. Raises InputError where the model cannot grow so, or such a head was trained before.
     """
+    _check_heads(student)
     growth = Growth(student.model, config)
     domains = None if student.prompts is None else student.prompts.domains
     model = growth.model(student.model)
     made = Student(model, student.task, student.head_configs, student.vocabulary_size, domains)
-    made.source = student.source
+    made.source, made.sequence_length = student.source, student.sequence_length
     for key, head in student.heads.items():
+        if isinstance(head, FamilyHead):  # fresh there as here
+            continue
         causal = student.task == "causal_lm"
         made.heads[key].load_state_dict(_head(growth, head.state_dict(), causal))
     if student.prompts is not None and made.prompts is not None:
         vectors = student.prompts.vectors.weight.detach().cpu()
         made.prompts.vectors.load_state_dict({"weight": growth.hidden.rows(vectors, 1)})
     return made.train(student.training)
+
+
+def _check_heads(student: Student) -> None:
+    earlier = {} if student.source is None else saved_heads(student.source)
+    for name, head in student.head_configs.items():
+        if head.form == "family" and earlier.get(name) == head:
+            raise InputError(
+                f"student.grow: the head {name!r} of {student.source} is that of the model's "
+                "family, which does not grow with it: it would begin afresh. Grow a student "
+                "whose heads are ours (student.head), or leave grow out"
+            )
 
 
 def _head(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, Tensor]:

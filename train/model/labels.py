@@ -60,17 +60,23 @@ def outputs_in_file(
     config: "PretrainedConfig", auto_class: str, tensors: Mapping[str, StoredTensor]
 ) -> int | None:
     """How many outputs the head in the file has; None where the file has no head of this class."""
+    named = output_tensors(config, auto_class)
+    rows = {tensors[name].shape[0] for name in named if name in tensors}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def output_tensors(config: "PretrainedConfig", auto_class: str) -> list[str]:
+    """The names of a head's tensors that have a row for each output."""
     probe = copy.deepcopy(config)
     probe.num_labels = _A_COUNT
     probe.problem_type = None
     model = shape_only(probe, auto_class)
     body = f"{model.base_model_prefix}."
-    rows = {
-        tensors[name].shape[0]
+    return [
+        name
         for name, values in model.state_dict().items()
-        if values.shape[:1] == (_A_COUNT,) and not name.startswith(body) and name in tensors
-    }
-    return rows.pop() if len(rows) == 1 else None
+        if values.shape[:1] == (_A_COUNT,) and not name.startswith(body)
+    ]
 
 
 def gives_scores(config: "PretrainedConfig") -> bool:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.model.family_head import FamilyHead
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
@@ -30,6 +31,18 @@ class HeadConfig(Settings):
     num_labels: int = Field(gt=0)
     label_names: tuple[str, ...] = ()
     problem: str | None = None
+    form: Literal["ours", "family"] = "ours"  # ``TaskHead``, or ``FamilyHead``
+    padding: int | None = None  # of a family's head: the id, where the model names none
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_others(
+        self, rest: SerializerFunctionWrapHandler
+    ) -> dict[str, object]:
+        """Earlier versions refuse keys that they do not know: they read students of our heads."""
+        values: dict[str, object] = rest(self)
+        if self.form == "ours":
+            del values["form"], values["padding"]
+        return values
 
     @classmethod
     def of(cls, info: TeacherInfo) -> "HeadConfig":
@@ -171,6 +184,7 @@ class StudentNetwork(nn.Module):
         # the settings of the methods that added something
         self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
+        self.sequence_length: int | None = None  # tokens that it was trained with, where known
         self._passes: list[_Pass] | None = None  # that are remembered
         with naming("student"):
             try:
@@ -183,15 +197,22 @@ class StudentNetwork(nn.Module):
 
     def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
         """Add freshly initialised heads where there are none of that name and shape."""
-        config = self.model.config.get_text_config()
         for name, head in heads.items():
             if self.head_configs.get(name) != head:
-                module = TaskHead(config.hidden_size, head.num_labels, _dropout(config))
-                for linear in (module.dense, module.out):
-                    nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
-                    nn.init.zeros_(linear.bias)
-                self.heads[head_key(name)] = module
+                self.heads[head_key(name)] = self._fresh_head(head)
                 self.head_configs[name] = head
+
+    def _fresh_head(self, head: HeadConfig) -> nn.Module:
+        if head.form == "family":
+            with naming("student.head: family"):
+                sizes = (head.kind, head.num_labels, head.padding)
+                return FamilyHead.of(self.model, *sizes, causal=self.task == "causal_lm")
+        config = self.model.config.get_text_config()
+        module = TaskHead(config.hidden_size, head.num_labels, _dropout(config))
+        for linear in (module.dense, module.out):
+            nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
+            nn.init.zeros_(linear.bias)
+        return module
 
     def add_method(
         self, name: str, settings: Mapping[str, object], module: nn.Module | None
@@ -226,16 +247,23 @@ class StudentNetwork(nn.Module):
         ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids?, and what
         ``with_domains`` adds (without it prompts are those of no domain). ``select`` [N]: flat
         indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
-        the pooled state (first token; last token of a causal LM). ``token_heads``: head -> flat
-        indices [P].
+        the pooled state (first token; last token of a causal LM; or as the family's own head has
+        it). ``token_heads``: head -> flat indices [P].
         """
         hidden, states = self._run(inputs, select)
         logits: dict[str, Tensor] = {}
-        if sequence_heads:
-            pooled = self._pool(states, inputs["attention_mask"])
-            logits |= {name: self.heads[head_key(name)](pooled) for name in sequence_heads}
+        for name in sequence_heads:
+            head = self.heads[head_key(name)]
+            if isinstance(head, FamilyHead):
+                logits[name] = head(states, inputs)
+            else:
+                logits[name] = head(self._pool(states, inputs["attention_mask"]))
         for name, places in (token_heads or {}).items():
-            logits[name] = self.heads[head_key(name)](states.flatten(0, 1)[places])
+            head = self.heads[head_key(name)]
+            if isinstance(head, FamilyHead):
+                logits[name] = head(states, inputs).flatten(0, 1)[places]
+            else:
+                logits[name] = head(states.flatten(0, 1)[places])
         return StudentOutput(hidden, logits, self._split.balance)
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:

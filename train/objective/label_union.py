@@ -75,6 +75,14 @@ class LabelUnion:
         return probs.new_zeros(len(probs), len(self.names)).index_add_(1, index, probs)
 
 
+def bare_names(names: Sequence[str], experts: Sequence[str]) -> tuple[str, ...]:
+    """Label names without the experts' that stand before them in a union with ``labels: apart``."""
+    owners = [next((e for e in experts if n.startswith(f"{e}/")), None) for n in names]
+    if None in owners:
+        return tuple(names)
+    return tuple(name.removeprefix(f"{e}/") for name, e in zip(names, owners, strict=True))
+
+
 def _labels(expert: TeacherInfo) -> tuple[str, ...]:
     names = expert.label_names
     if len(names) != expert.num_labels or len(set(names)) != len(names):

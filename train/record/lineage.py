@@ -15,7 +15,8 @@ from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.checkpoint import TRAINER_FILE
 from rekindle.train.student import ABOUT_FILE
 
-LINEAGE = "lineage"  # the key in ABOUT_FILE and TRAINER_FILE
+LINEAGE = "lineage"  # the key in ABOUT_FILE, TRAINER_FILE and EXPORT_FILE
+EXPORT_FILE = "export.json"  # beside a student's head that was exported
 
 
 def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
@@ -47,7 +48,11 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
 
 
 def _recorded(directory: Path) -> Lineage:
-    """What a run's directory, or one of its checkpoints, says."""
+    """What a run's directory, one of its checkpoints, or an export of either says."""
+    where = str(directory)
+    if (exported := directory / EXPORT_FILE).is_file():
+        runs = json.loads(exported.read_text(encoding="utf-8"))[LINEAGE]
+        return tuple(parse_settings(Ancestor, run, where) for run in runs)
     path = directory / ABOUT_FILE
     about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     trainer = directory / TRAINER_FILE
@@ -57,7 +62,6 @@ def _recorded(directory: Path) -> Lineage:
         about, steps = {"made_by": state, LINEAGE: state.get(LINEAGE, [])}, state["step"]
     if not (made_by := about.get("made_by")):
         return ()
-    where = str(directory)
     earlier = [parse_settings(Ancestor, one, where) for one in about.get(LINEAGE, [])[:-1]]
     return (*earlier, _ancestor(made_by, steps or made_by["train"]["steps"]))
 

@@ -18,6 +18,6 @@ def test_the_rule_for_every_size():
     assert before == MOST
 
 
-@pytest.mark.parametrize(("sequences", "size"), [(None, 4096), (5_000, 128), (10**9, 4096)])
+@pytest.mark.parametrize(("sequences", "size"), [(None, 4096), (5_000, 256), (10**9, 4096)])
 def test_sizes_that_users_meet(sequences, size):
     assert usual_shard_size(sequences) == size

@@ -38,10 +38,11 @@ def train_config(distill=(), **values):
 
 
 def run(world, out, config=None, **options):
-    """Train the world's student."""
+    """Train the world's student; ``student``: more of its configuration."""
     cache = options.pop("cache", None) or world.open()
     task = "masked_lm" if any("masked" in v for v in cache.views) else "causal_lm"
-    student = StudentConfig(model=str(options.pop("model", world.student)), task=task)
+    about = {"model": str(options.pop("model", world.student)), "task": task}
+    student = StudentConfig.model_validate(about | options.pop("student", {}))
     return train_student(cache, student, config or train_config(), out, **options)
 
 

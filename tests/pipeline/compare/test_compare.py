@@ -46,7 +46,7 @@ def test_the_table_shows_what_differs_and_marks_nothing_that_may_be_chance(write
         "kl/lm": ["2.0000", "2.5000"],
         "agreement/lm": ["0.2500", "0.2000"],
         "KD sequences": ["75.0%", "75.0%"],
-        "KD positions": ["90.0%", "90.0%"],
+        "KD tokens": ["90.0%", "90.0%"],
     }
     assert "*" not in text
 
@@ -127,7 +127,7 @@ def test_a_table_that_is_too_wide_lies_down(write):
     upright, lying = (as_text(comparison, width) for width in (999, 60))
     assert max(map(len, lying.splitlines())) < 60 < max(map(len, upright.splitlines()))
     standing = rows_of(upright)
-    lines = [line for line in lying.splitlines()[2:] if line.startswith("  ")]
+    lines = lying.split(" note:")[0].splitlines()[2:]
     found = {line[2:].split("  ")[0]: line.split()[-2:] for line in lines}
     assert found == {name: cells for name, cells in standing.items() if name != "run"}
     assert lying.splitlines()[0].split()[1:] == ["a", "b"]
@@ -167,7 +167,7 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
     text = as_text(comparison, 999)
     first, second = text.splitlines()[:2]
     assert first.strip().startswith("b is best on mood by 0.203 [0.152, 0.255] over a (accuracy ")
-    assert second.strip().startswith("no run is shown to be best on trec: b has the highest score")
+    assert second.strip().startswith("No run is shown to be best on trec: b has the highest score")
     parts = text.split("\n\n")
     mood, trec = (rows_of(next(p for p in parts if f" {t} (test)" in p)) for t in ("mood", "trec"))
     assert (mood["run"], mood["accuracy"]) == (["b", "a"], ["0.9133*", "0.7100"])
@@ -180,11 +180,12 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
 
 def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):
     runs = [write("a"), write("b", seed=1)]
-    assert as_text(compare_runs(runs), 999).startswith("  ")
+    assert "`pipeline finetune RUN … --out RUN/TASK`" in as_text(compare_runs(runs), 999)
+    assert "finetune" not in as_text(compare_runs(runs[:1]), 999)
     for run in runs:
         (run / "rekindle_student.json").write_text('{"heads": {"trec": {}}}')
-    told = as_text(compare_runs(runs), 999).splitlines()[0]
-    assert "`--test trec=FILE` scores the runs' heads (trec)" in told
+    told = as_text(compare_runs(runs), 999)
+    assert "--set epochs=0 --set head=trec --out RUN/trec` for each run" in told
 
 
 def test_what_is_no_number_is_null_and_never_the_best(write):

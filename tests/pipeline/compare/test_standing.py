@@ -66,7 +66,7 @@ def test_of_several_runs_the_intervals_hold_together():
         ),
         (
             {"ce": answers(0.7, 1), "kd": answers(0.7, 2)},
-            ["no run is shown to be best on trec: ", "not told apart from ", "(by 0.0"],
+            ["No run is shown to be best on trec: ", "not told apart from ", "(more by 0.0"],
         ),
         ({"kd": answers(0.9, 1)}, ["kd alone has a score on trec: accuracy 0.9"]),
     ],

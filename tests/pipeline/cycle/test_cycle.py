@@ -164,7 +164,7 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    for name in ("run_jobs", "warm_up"):
+    for name in ("run_counted", "warm_up"):
         monkeypatch.setattr(f"rekindle.pipeline.cycle.run.{name}", lambda *_, **__: None)
 
 

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.config import (
     ARMS,
@@ -15,6 +17,7 @@ from rekindle.pipeline.cycle.config import (
     load_cycle,
     point_name,
 )
+from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.overrides import set_value
 
 VALUES = {
@@ -43,6 +46,14 @@ def test_without_more_everything_is_compared_over_five_seeds():
 
 def test_the_arms_are_in_one_order_and_experts_among_them():
     assert config_of("arms=[mixture,longer]").arms == ("expert", "longer", "mixture")
+
+
+def test_what_is_told_to_be_done_by_hand_has_only_options_that_there_are(tmp_path):
+    known = typer.main.get_command(app).commands
+    for _, line in commands_of(tmp_path, config_of()):
+        _, name, *arguments = line.split()
+        if name != "evaluate":
+            known[name].make_context(name, arguments)
 
 
 def test_of_one_task_both_stands_in_the_place_of_the_mixture():
@@ -104,6 +115,10 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("search.learning_rate=[]", "no values"),
         ("search.learning_rat=[1e-5]", "did you mean 'learning_rate'"),
         ("finetune.epochs=0", "nothing would be fine-tuned"),
+        ("finetune.epochs=auto", "finetune.epochs: Input should be a valid integer"),
+        ("tasks.a.finetune={epochs: auto}", "finetune of task 'a'.*valid integer"),
+        ("finetune.lr=1e-4", "it is called 'learning_rate' here"),
+        ("search.text_columns=[a]", "says what the files mean"),
         ("student.from_scratch=true", "the comparison would be of models"),
         ("student.grow={layers: 3}", "the comparison would be of models"),
         ("student.task=causal_lm", "masked_lm students"),
@@ -117,7 +132,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("search.learning_rate=[high]", "learning_rate: Input should be a valid number"),
         ("search.learning_rate=[1e-5, 0.00001]", "a value twice"),
         ("tasks.a.finetune={epochs: 0}", "nothing would be fine-tuned"),
-        ("finetune.head=a", "scoring without training"),
+        ("finetune.head=a", "begin with fresh heads"),
         ("train.curriculum={teacher: a}", "the arms that see none"),
         ("train.keep_best=kl/a", "not all students have"),
         ("train.objective.hard.weight=0", "mlm would learn nothing"),

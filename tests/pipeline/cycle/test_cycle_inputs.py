@@ -11,7 +11,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle.config import CycleTask
 from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
-from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
 from rekindle.train.finetune.task_data import read_task
 
 
@@ -164,7 +164,7 @@ def test_a_missing_file_is_named(tmp_path):
         seed = 0
 
         def finetune_of(self, task, point):
-            return FinetuneConfig()
+            return FixedBudget()
 
     with pytest.raises(InputError, match=r"none\.jsonl"):
         read_tasks(Config())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.pipeline.cycle.finetuned import folder_of
-from rekindle.pipeline.cycle.page import cycle_html, printed
+from rekindle.pipeline.cycle.page import cycle_html, printed, verdict_above
 from rekindle.pipeline.cycle.results import read_results
 from testlib.cycles import TASKS, cycle, edit, score, scores_of
 
@@ -82,4 +82,6 @@ def test_page_and_stdout_begin_with_it_and_name_the_experts_and_the_rows(tmp_pat
         assert told in folded
         assert told in page
     assert "1 task, 2 arms" in page
+    assert verdict_above([tmp_path]).split()[:3] == ["Both", "beats", "expert"]
+    assert verdict_above([tmp_path, tmp_path]) == verdict_above([tmp_path / "experts"]) == ""
     assert Path(tmp_path, "experts/cola").is_dir()

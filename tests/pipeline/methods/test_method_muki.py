@@ -266,6 +266,7 @@ def test_the_students_union_head_is_scored_beside_its_experts(run_file, cache, t
     assert found.mean == pytest.approx(3 / 5)
     experts = [expert(name, seed)["model"] for seed, name in enumerate(LABELS, start=1)]
     command = ["finetune", given[0], "--train", given[1], "--dev", given[2], "--out", given[3]]
+    command += ["--force"]  # score_model has filled it
     command += ["--set", "epochs=0", "--set", f"merge.experts=[{', '.join(experts)}]"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output

@@ -35,7 +35,7 @@ def test_so_many_texts_cost_what_they_then_do(tmp_path, configure, teachers):
     for scale in (Scale(texts=300), Scale(tokens=10 * 30 * 16)):
         found = plan_run(small, probe=False, scale=scale)
         assert found.corpus.estimated
-        assert "scaled from 30 texts of the source" in found.corpus.basis
+        assert "scaled from 30 texts of the source (few" in found.corpus.basis
     found = plan_run(small, probe=False, scale=Scale(texts=300))
     whole = corpus | {"source": lines(tmp_path / "all.jsonl", TEXTS * 10), "limit_sequences": None}
     large = configure(tmp_path / "b", teachers[:2], corpus=whole, cache=where)

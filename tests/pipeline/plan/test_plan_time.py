@@ -65,6 +65,7 @@ def student(config: RunConfig, **train: Any) -> RunConfig:
 def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
     """12 sequences in 2 replicas against 3 steps of 4: two runs; of sequences once, one."""
     terms = [{"teachers": ["lm"]}, {"teachers": ["classes"]}]
+    lm = {"distill": terms[:1]}
     config = student(
         configure(tmp_path, [*teachers[:2], teachers[3]]),
         steps=3,
@@ -79,8 +80,12 @@ def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
     assert "24." in found.sentence
     assert "runs of 3 steps with 4 sequences each" in found.assumes
     assert "1 times the corpus" in found.assumes
+    short = student(configure(tmp_path, teachers[:1]), steps=1, batch_sequences=3, objective=lm)
+    told = plan_run(short, probe=False).break_even.assumes
+    assert "25 % of the corpus" in told
+    assert told.endswith("Runs that read all of it once: after 2.")
     assert "with lm, classes run beside the student" in found.assumes
-    assert "weighed alike: none was timed" in found.assumes
+    assert "weighed alike: not all were timed" in found.assumes
 
 
 def test_break_even_weighs_teachers_by_their_time(tmp_path, configure, teachers, monkeypatch):

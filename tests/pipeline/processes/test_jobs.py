@@ -114,7 +114,7 @@ def test_a_job_has_one_thread(work: ModuleType, tmp_path: Path) -> None:
     [
         ("refuse", InputError, "^not like this$"),
         ("fail", RuntimeError, r"(?s)bad failed:.*KeyError: 'a bug'"),
-        ("die", InputError, r"bad: its process was killed \(exit code 9; .*is finished$"),
+        ("die", InputError, r"bad: its process was killed \(exit code 9; .*again$"),
     ],
 )
 def test_a_job_that_fails_stops_the_others(

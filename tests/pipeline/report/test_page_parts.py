@@ -148,18 +148,20 @@ def test_mean_spread_and_interval():
     assert interval_words([0.4]) == "1 seed"
 
 
-def test_scores_say_task_metric_split_and_the_best():
+def test_scores_say_task_metric_split_and_what_is_best_beyond_chance():
     tasks = [
         TaskScores("cola", "matthews", "test", {"a": [0.4, 0.5], "b": [0.6, 0.6]}),
         TaskScores("mrpc", "f1", "dev", {"b": [0.8]}),
     ]
-    section = scores_section(["a", "b"], tasks)
+    section = scores_section(["a", "b"], tasks, best={"cola matthews (test)": "b"})
     (table,) = tables_of(section)
     assert [c.title for c in table.columns] == ["model", "cola matthews (test)", "mrpc f1 (dev)"]
     assert table.columns[1].cells == ["45.00 ± 7.07", "60.00 ± 0.00"]
     assert table.columns[1].best == {1}
     assert table.columns[2].cells == ["–", "80.00"]
-    assert not table.columns[2].best  # alone
+    assert not table.columns[2].best
+    (unsure,) = tables_of(scores_section(["a", "b"], tasks))
+    assert not unsure.columns[1].best  # the highest mean may be chance
     assert len(figures_of(section)) == 2
     assert ">a</text>" not in svg_of(figures_of(section)[1])
 

@@ -27,6 +27,7 @@ from rekindle.pipeline.stages import run as module
 from rekindle.pipeline.stages.run import cache_stages, run_stages
 from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.interrupts import Interrupted
 from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.record.run_folder import alone_in
 from testlib.processes import Child
@@ -220,7 +221,7 @@ class Stopping(Progress):
 
 
 def interrupt():
-    raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def kill():
@@ -245,8 +246,12 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
         stopping = Stopping(where, steps, kill)
         assert Child(lambda: run_stages(config, out, progress=stopping)).wait(600) == -9
     else:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted) as caught:
             run_stages(config, out, progress=Stopping(where, steps, interrupt))
+        assert caught.value.told == (
+            "; 1 of 3 stages are finished; stage second: interrupted at step 5; a checkpoint of it "
+            "is written"
+        )
     assert not (out / "third").exists()
     finished = [name for name in NAMES if module.is_finished(out / name)]
     with pytest.raises(InputError, match="--resume"):

@@ -200,7 +200,7 @@ def test_a_model_is_never_replaced_by_its_scores(experts, task, tmp_path):
 
 
 def test_settings_of_scoring_are_refused_where_something_is_trained(experts, task, tmp_path):
-    for config in (QUICK, FinetuneConfig(head="a"), FinetuneConfig(merge={"experts": ["a"]})):
+    for config in (QUICK, FinetuneConfig(merge={"experts": ["a"]})):
         with pytest.raises(InputError, match="without training, with epochs: 0"):
             finetune(experts[0], task, task, str(tmp_path / "s"), config=config)
 
@@ -215,7 +215,10 @@ def test_the_command_prints_the_table(experts, task, tmp_path):
     *_, score, where = done.stdout.splitlines()
     assert score.startswith(f"accuracy on {task}: 0.")
     assert where == f"scores: {tmp_path / 's'}"
-    again = CliRunner().invoke(app, [*given, "--json"])
+    refused = CliRunner().invoke(app, given)
+    assert isinstance(refused.exception, InputError)
+    assert "holds an earlier result, which is left as it is" in str(refused.exception)
+    again = CliRunner().invoke(app, [*given, "--json", "--force"])
     assert json.loads(again.stdout)["baselines"]["uniform mixture"]["accuracy"] >= 0
     many = CliRunner().invoke(app, [*given, "--seeds", "3"])
     assert isinstance(many.exception, InputError)
@@ -283,7 +286,7 @@ def test_the_task_says_which_f1_there_is_whatever_labels_a_model_has(
         merge = MergeConfig(experts=experts, oracle=oracle, passes=0)
         config = FinetuneConfig(epochs=0, head="a+b", merge=merge, positive=positive)
         given = (str(folder / "student"), str(path), str(path), str(folder / "two"))
-        found = score_model(*given, config=config).baselines
+        found = score_model(*given, config=config, force=True).baselines
         metrics = ["accuracy", *(["f1"] if positive else []), "matthews"]
         assert {way: [*scores] for way, scores in found.items()} == dict.fromkeys(found, metrics)
         assert baselines_table(found).split()[: len(metrics)] == metrics

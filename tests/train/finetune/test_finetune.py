@@ -18,6 +18,7 @@ from rekindle.data.errors import InputError
 from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode
+from rekindle.train.finetune.result import EarlierResult
 from rekindle.train.finetune.run import (
     FinetuneConfig,
     epoch_batches,
@@ -194,12 +195,18 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
     assert [epoch["scores"]["accuracy"] for epoch in result.per_seed[0].epochs] == [
         0.5, 0.9, 0.8, 0.7,
     ]  # fmt: skip
+    assert result.mean == 0.9
+    assert result.kept == "epoch 2 of 9, best on dev; ended after 4: 2 in a row no better"
+    assert (result.kept_epoch, result.per_seed[0].stopped) == (2, "patience")
+    assert len(kept) == 4  # what was scored once is not scored again
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(saved[name], kept[1][name]) for name in saved)
 
     kept.clear()
-    falling = iter([0.9, 0.8, 0.7, 0.7])
-    finetune(bert, train, dev, str(tmp_path / "last"), config=FinetuneConfig(batch_size=16))
+    falling = iter([0.9, 0.8, 0.7])
+    last = FinetuneConfig(epochs=3, batch_size=16, patience=None)
+    told = finetune(bert, train, dev, str(tmp_path / "last"), config=last)
+    assert told.kept == "epoch 3 of 3, the last"
     saved = load_file(tmp_path / "last" / "model.safetensors")
     assert len(kept) == 3
     assert all(torch.equal(saved[name], kept[2][name]) for name in saved)
@@ -208,23 +215,26 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
 # ---- what is written, and what is left alone -----------------------------------------------------
 
 
-def test_an_earlier_result_is_replaced_and_anything_else_is_left_alone(tmp_path, bert):
+def test_an_earlier_result_is_replaced_by_force_and_anything_else_is_left_alone(tmp_path, bert):
     train, dev = task(tmp_path, single, (32, 20))
     out = tmp_path / "out"
     out.mkdir()  # an empty directory may be filled
     config = FinetuneConfig(max_steps=1)
     finetune(bert, train, dev, str(out), config=config)
     (out / "stale").touch()
-    finetune(bert, train, dev, str(out), first_seed=1, config=config)
+    with pytest.raises(EarlierResult, match="holds an earlier result, which is left as it is"):
+        finetune(bert, train, dev, str(out), first_seed=1, config=config)
+    assert (out / "stale").exists()
+    finetune(bert, train, dev, str(out), first_seed=1, config=config, force=True)
     assert json.loads((out / "metrics.json").read_text())["best_seed"] == 1
     assert not (out / "stale").exists()
     for foreign in ("{}", "[]", "not json", '{"written_by": "another"}'):
         (out / "metrics.json").write_text(foreign)
         with pytest.raises(InputError, match="not a result of this command"):
-            finetune(bert, train, dev, str(out), config=config)
+            finetune(bert, train, dev, str(out), config=config, force=True)
         assert (out / "metrics.json").read_text() == foreign
     with pytest.raises(InputError, match="exists"):
-        finetune(bert, train, dev, train, config=config)
+        finetune(bert, train, dev, train, config=config, force=True)
 
 
 @pytest.mark.parametrize("existed", [False, True])
@@ -242,7 +252,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
 
     monkeypatch.setattr(module, "_save_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        finetune(bert, train, dev, str(out), seeds=2, config=config)
+        finetune(bert, train, dev, str(out), seeds=2, config=config, force=True)
     assert [entry.name for entry in home.iterdir()] == (["out"] if existed else [])
     if existed:
         assert json.loads((out / "metrics.json").read_text())["best_seed"] == 7
@@ -252,14 +262,10 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
 @pytest.mark.parametrize(
     ("where", "error", "words"),
     [
-        ("predict", MemoryError(), r"^out of memory .*batch_size \(now 32\) or max_length \(now "),
-        ("collate", torch.OutOfMemoryError("CUDA out of memory"), r"--set batch_size=16"),
+        ("predict", MemoryError(), r"^out of memory .*batch_size \(now 16\) or max_length \(now "),
+        ("collate", torch.OutOfMemoryError("CUDA out of memory"), r"--set batch_size=8"),
         ("write_predictions", OSError(errno.ENOSPC, "No space left on device"), r"No space left"),
-        (
-            "write_predictions",
-            SafetensorError("… (os error 28)"),
-            r"out cannot be written",
-        ),
+        ("write_predictions", SafetensorError("… (os error 28)"), r"out cannot be written"),
     ],
 )
 def test_what_runs_out_is_told_and_leaves_what_was_there(
@@ -275,7 +281,7 @@ def test_what_runs_out_is_told_and_leaves_what_was_there(
 
     monkeypatch.setattr(module, where, fail)
     with pytest.raises(InputError, match=words):
-        finetune(bert, train, dev, str(out), config=config)
+        finetune(bert, train, dev, str(out), config=config, force=True)
     assert [entry.name for entry in home.iterdir()] == ["out"]
     assert json.loads((out / "metrics.json").read_text())["best_seed"] == 7
 
@@ -479,7 +485,7 @@ def test_the_schedule_rises_to_the_peak_once_and_falls_to_zero(examples, batch, 
 
 def test_max_steps_bounds_the_plan():
     assert plan_steps(100, FinetuneConfig(max_steps=5, warmup=0.2)) == (5, 1)
-    assert plan_steps(100, FinetuneConfig(max_steps=500)) == (12, 2)
+    assert plan_steps(100, FinetuneConfig(epochs=3, max_steps=500)) == (21, 3)
 
 
 def test_biases_and_norms_do_not_decay(bert):

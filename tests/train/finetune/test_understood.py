@@ -73,9 +73,8 @@ def test_texts_are_cut_only_where_the_model_takes_no_more(tmp_path, bert, caplog
         texts = ["river", " ".join(["river"] * (tokens - 2))]
         rows = [{"text": text, "label": n} for n, text in enumerate(texts)]
         path = write(tmp_path / "long.jsonl", rows)
-        result = finetune(
-            bert, path, path, str(tmp_path / "out"), config=FinetuneConfig(max_steps=1)
-        )
+        out = str(tmp_path / f"out-{tokens}")
+        result = finetune(bert, path, path, out, config=FinetuneConfig(max_steps=1))
         assert result.cut == {"train": cut, "dev": cut}
         told = f"texts are cut at {limit} tokens: 50.0% of train"
         assert (told in caplog.text) == bool(cut)

@@ -1,13 +1,19 @@
 """Stage 2 as a whole: what is left behind, what a step does, what coverage counts."""
 
 import json
+import shlex
 import shutil
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -22,6 +28,7 @@ from rekindle.train.order.sequences import Order
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student
+from testlib.command import pipeline
 from testlib.loop import ALL, CPU, run, sequences, train_config
 from testlib.models import STILL
 from testlib.students import metrics, weights
@@ -58,6 +65,23 @@ def test_the_directory_tells_what_it_is(masked_world, whole):
     assert summary["coverage"] == whole.coverage
     kept = sorted(p.name for p in (whole.directory / "checkpoints").iterdir())
     assert kept == ["step-00000008", "step-00000010"]
+
+
+def test_its_card_begins_with_how_to_use_it(whole, tmp_path):
+    """What it says works as it stands there; of a head that cannot be exported it says why."""
+    card = (whole.directory / "README.md").read_text()
+    first = card.splitlines()[:12]
+    assert "**random** head" in first[2]
+    commands = [shlex.split(line, comments=True) for line in first if "pipeline export" in line]
+    assert {c[c.index("--head") + 1] for c in commands} == {"sense", "pair"}
+    for command in commands:
+        command[-1] = str(tmp_path / command[-1].rpartition("/")[2])
+        done = pipeline(*command[1:])
+        assert done.returncode == 0, done.stderr
+        AutoModelForSequenceClassification.from_pretrained(command[-1])
+    assert "The head 'tags' cannot be exported" in card
+    assert "student.head=family" in card
+    assert f'AutoModelForMaskedLM.from_pretrained("{whole.directory}")' in card
 
 
 def test_the_best_checkpoint_is_named(masked_world, whole, tmp_path, caplog):

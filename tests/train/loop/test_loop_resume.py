@@ -11,13 +11,14 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rekindle.data.errors import CheckpointError
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.train import loop as module
 from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
-from testlib.students import metrics, same_weights
+from testlib.students import metrics, same_weights, weights
 
 
 def test_the_same_configuration_gives_the_same_weights_to_the_bit(masked_world, whole, tmp_path):
@@ -56,6 +57,25 @@ def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path)
     assert same_weights(out, whole.directory)
     assert metrics(out) == metrics(whole.directory)
     assert 5000 < result.seconds < 6000  # earlier parts are counted
+
+
+def test_heads_of_the_family_go_on_to_the_same_bits(masked_world, tmp_path):
+    """They are in checkpoints, learn in micro-batches, and are handed on to a later run."""
+    config = train_config(ALL, steps=6, micro_batch_sequences=4)
+    family = {"student": {"head": "family"}}
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, tmp_path / "run", config, report=stop_at(5), **family)
+    run(masked_world, tmp_path / "run", config, resume=True, **family)
+    run(masked_world, tmp_path / "whole", config, **family)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    later = train_config(ALL, steps=1, learning_rate=1e-30, warmup_steps=0)
+    run(masked_world, tmp_path / "later", later, model=tmp_path / "run", **family)
+    first, second = (weights(tmp_path / name) for name in ("run", "later"))
+    assert any(".frame." in name for name in first)
+    assert all(torch.allclose(values, second[name]) for name, values in first.items())
+    with pytest.raises(CheckpointError, match=r"student\.head"):
+        run(masked_world, tmp_path / "run", config, resume=True)
 
 
 def test_an_interrupt_while_the_model_is_written(masked_world, whole, tmp_path, monkeypatch):

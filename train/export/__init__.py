@@ -1,0 +1,1 @@
+"""A student's head as a model of its family, which transformers alone loads."""

@@ -1,0 +1,118 @@
+"""The cards (README.md) of a student's folder and of an export: how to use it, in the first lines.
+
+Whoever opens a student's folder must not take its task heads for something that transformers finds.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from rekindle.train.export.plain import not_exportable, plain_labels
+from rekindle.train.export.result import Exported
+from rekindle.train.model.network import HeadConfig, StudentNetwork
+
+CARD_FILE = "README.md"
+SHOWN = 12  # labels that a card names
+LANGUAGE = {
+    "masked_lm": ("A masked language model", "AutoModelForMaskedLM"),
+    "causal_lm": ("A causal language model", "AutoModelForCausalLM"),
+}
+
+
+def student_card(student: StudentNetwork, directory: Path, best: Path | None = None) -> str:
+    """Say how to use the student in ``directory``: its heads first, then the language model.
+
+    ``best``: the checkpoint with the best held-out value, where that is not the student.
+    """
+    kind, auto = LANGUAGE[student.task]
+    where, heads = str(directory), student.head_configs
+    reasons = {name: not_exportable(student, name) for name in heads}
+    lines = [f"# {kind}{' with task heads' if heads else ''}, trained by Rekindle", ""]
+    if heads:
+        lines += [
+            "A plain `from_pretrained` of this folder as a classifier begins with a **random** "
+            "head: the trained ones lie beside the model (`heads.safetensors`). To use one:",
+            "",
+            *_exports(directory, heads, reasons),
+            "With Rekindle they are used as they are:",
+            "",
+            "```sh",
+            *_commands(where, next(iter(heads))),
+            "```",
+            "",
+        ]
+    lines += [
+        f"As a language model it needs no export: `{auto}.from_pretrained({json.dumps(where)})`.",
+    ]
+    if best is not None:
+        lines += ["", f"The best held-out value was that of `{best}`, which is used the same way."]
+    return "\n".join(lines) + "\n"
+
+
+def _exports(
+    directory: Path, heads: dict[str, HeadConfig], reasons: dict[str, str | None]
+) -> list[str]:
+    """The commands that export what can be, how to use what they write, and why others cannot."""
+    outs = {name: f"{directory}-{file_name(name)}" for name, told in reasons.items() if not told}
+    lines = []
+    if outs:
+        lines += ["```sh"]
+        for name, out in outs.items():
+            command = ["pipeline", "export", str(directory), "--head", name, "--out", out]
+            lines.append(f"{shlex.join(command)}  # {_described(name, heads[name])}")
+        first, out = next(iter(outs.items()))
+        task = "token" if heads[first].kind == "token" else "text"
+        lines += ["```", "", "and then, anywhere, with transformers alone:", ""]
+        lines += ["```python", *_usage(out, f"{task}-classification"), "```", ""]
+    for told in reasons.values():
+        lines += [] if told is None else [f"{told[0].upper()}{told[1:]}.", ""]
+    return lines
+
+
+def _commands(where: str, head: str) -> list[str]:
+    student = shlex.join([where, "--head", head])
+    return [
+        f"pipeline evaluate {student} --test FILE",
+        f"pipeline predict {student} --text FILE --out FILE",
+        f"pipeline finetune {student} --train FILE --dev FILE --out DIR  # goes on from it",
+    ]
+
+
+def _usage(folder: str, task: str) -> list[str]:
+    cut = "" if task == "token-classification" else ", truncation=True"
+    return [
+        "from transformers import pipeline",
+        f'judge = pipeline("{task}", model={json.dumps(folder)}{cut})',
+        'print(judge("a text"))',
+    ]
+
+
+def _described(name: str, head: HeadConfig) -> str:
+    """A head's labels, in a line."""
+    names = plain_labels(name, head)
+    if head.problem == "regression":
+        return f"{len(names)} scores" if len(names) > 1 else "a score"
+    shown = ", ".join(json.dumps(label, ensure_ascii=False)[1:-1] for label in names[:SHOWN])
+    return f"{len(names)} labels: {shown}{', …' if names[SHOWN:] else ''}"
+
+
+def file_name(name: str) -> str:
+    """A head's name as a part of a file's."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+
+
+def export_card(found: Exported) -> str:
+    """Say how to use an export."""
+    lines = [
+        f"# The task head `{found.head}` of a student trained by Rekindle",
+        "",
+        "transformers loads it alone, with the trained head:",
+        "",
+        "```python",
+        *_usage(found.out, found.pipeline),
+        "```",
+        "",
+        f"{found.told()}.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,195 @@
+"""Writes a student's head as a folder of its own, which transformers alone loads.
+
+``export.json`` in it says from which student it comes, and marks a folder that may be replaced.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_folder
+from rekindle.train.export.card import CARD_FILE, export_card
+from rekindle.train.export.plain import distance, plain_labels, plain_model, problem_of
+from rekindle.train.export.result import Exported
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.family_head import SAME, auto_class
+from rekindle.train.model.files import longest_input
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.padding import padding_of
+from rekindle.train.model.segments import knows_segments
+from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
+from rekindle.train.running_out import running_out
+from rekindle.train.student import ABOUT_FILE, Student, saved_heads
+
+log = logging.getLogger("rekindle")
+
+UNRECORDED = 512  # tokens, of students that do not say what they were trained with
+WRITER = "rekindle export"  # marks a folder that --force may replace
+
+
+def export_head(model: str, out: str, head: str | None = None, *, force: bool = False) -> Exported:
+    """Write the task head ``head`` of the student in ``model`` (its only one, if it has one) with
+    the student's body to ``out``, as transformers' class of its family, with a tokenizer that cuts
+    as the student was trained. The folder appears whole or not at all.
+
+    Raises InputError where ``model`` is no student, ``head`` none of its heads or one that its
+    family has no place for, or where ``out`` is in use; with ``force`` an earlier export goes.
+    """
+    check_target(Path(out), force)
+    directory = resolve_model(model)
+    name = chosen_head(directory, model, head)
+    tokens = tokenizer_of(directory)
+    with (
+        running_out(Path(out), lambda: f"{out} is left as it was", "Free some"),
+        quiet_transformers(),
+    ):
+        student = Student.from_pretrained(directory)
+        made = plain_model(student, name)
+        limit = longest_text(student)
+        tokenizer = plain_tokenizer(tokens, made, limit)
+        with new_folder(Path(out).resolve()) as staged:
+            made.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            found = _described(student, name, made, staged, model, out, limit)
+            lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
+            content = {"written_by": WRITER, **found.as_dict(), LINEAGE: lineage}
+            text = json.dumps(content, indent=1) + "\n"
+            (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
+            (staged / CARD_FILE).write_text(export_card(found), encoding="utf-8")
+    return found
+
+
+def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
+    """Return the name of the head that is meant; InputError where that is not clear."""
+    if not (directory / ABOUT_FILE).is_file():
+        raise InputError(f"{model!r} is {_what_else(directory)}")
+    heads = saved_heads(directory)
+    if wanted is None and len(heads) == 1:
+        return next(iter(heads))
+    if not heads:
+        auto = "AutoModelForMaskedLM or AutoModelForCausalLM"
+        raise InputError(
+            f"student {model!r} has no task heads: it is a language model, which needs no export. "
+            f"transformers loads it as it is ({auto}.from_pretrained({str(directory)!r}))"
+        )
+    if wanted is None or wanted not in heads:
+        told = "say which with --head" if wanted is None else f"not {wanted!r}"
+        raise InputError(
+            f"student {model!r} has the task heads {', '.join(heads)}; {told}. As a language model "
+            "it needs no export: transformers loads its folder as it is"
+        )
+    return wanted
+
+
+def _what_else(directory: Path) -> str:
+    if (directory / EXPORT_FILE).is_file():
+        return "an export already: transformers loads it as it is"
+    checkpoints = sorted(directory.glob("checkpoints/step-*"))
+    if checkpoints and not list(directory.glob("*.safetensors")):
+        return (
+            "a run that is not finished; go on with it (train-student … --resume), or export its "
+            f"last checkpoint: {checkpoints[-1]}"
+        )
+    return (
+        "no student of Rekindle's, so it has no heads beside it: transformers loads it as it is. "
+        "An expert of `pipeline finetune` needs no export"
+    )
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Raise InputError where ``out`` must not be written to."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not _is_export(out):
+        raise InputError(
+            f"{str(out)!r} exists and is no export; it is left as it is: give another --out"
+        )
+    if not force:
+        raise InputError(
+            f"{str(out)!r} holds an export already: give another --out, or --force to replace it"
+        )
+
+
+def _is_export(out: Path) -> bool:
+    try:
+        return bool(json.loads((out / EXPORT_FILE).read_text())["written_by"] == WRITER)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a student; a checkpoint's is beside its run."""
+    run = directory.parents[1] if directory.resolve().parent.name == "checkpoints" else directory
+    found = next((place for place in (directory, run) if has_tokenizer_files(place)), None)
+    if found is None:
+        raise InputError(
+            f"student {directory} has no tokenizer beside it, and a classifier needs one. Copy "
+            "that of the model it began as (tokenizer.json, tokenizer_config.json) into "
+            f"{run}"
+        )
+    return load_tokenizer(str(found)).hf
+
+
+def longest_text(student: Student) -> int:
+    """The tokens of a text that the student was trained with, as far as that is recorded."""
+    takes = longest_input(student.model.config) or math.inf
+    return int(min(student.sequence_length or UNRECORDED, takes))
+
+
+def plain_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, limit: int
+) -> PreTrainedTokenizerFast:
+    """Make it cut at ``limit`` tokens and pad as the student was trained: on the right, with the
+    padding of ``model``; a special token's name within a text is text.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = limit
+    if (padding := padding_of(model.config)) is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    elif tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    told: dict[str, object] = {"split_special_tokens": True}
+    if not knows_segments(model.config):  # others take segment ids for words
+        told["model_input_names"] = ["input_ids", "attention_mask"]
+    for key, value in told.items():
+        setattr(tokenizer, key, value)
+        tokenizer.init_kwargs[key] = value
+    return tokenizer
+
+
+def _described(
+    student: Student,
+    name: str,
+    made: PreTrainedModel,
+    folder: Path,
+    model: str,
+    out: str,
+    limit: int,
+) -> Exported:
+    """Say what was written, after loading it again as others will."""
+    head: HeadConfig = student.head_configs[name]
+    auto = auto_class(made.config, head.kind)
+    again, info = getattr(transformers, auto).from_pretrained(
+        str(folder), dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
+    apart = distance(student, name, again)
+    if missing or apart > SAME:
+        told = f"lacks {', '.join(map(str, missing[:3]))}" if missing else f"is {apart:.2g} off"
+        raise InputError(
+            f"the head {name!r} cannot be exported: what transformers loads again as {auto} {told}"
+        )
+    labels = plain_labels(name, head)
+    return Exported(out, model, name, auto, problem_of(head), labels, limit, apart)

@@ -1,0 +1,101 @@
+"""A student's distilled head as what a fine-tuning begins with: whether it fits, and the model."""
+
+import logging
+import shlex
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from rekindle.data.errors import InputError
+from rekindle.train.export.plain import plain_labels, plain_model, problem_of
+from rekindle.train.model.family_head import auto_class
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.labels import output_tensors
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import Student, saved_heads
+
+log = logging.getLogger("rekindle")
+
+
+class Labelled(Protocol):
+    """What is asked of a labelled task."""
+
+    @property
+    def problem(self) -> str:
+        """As transformers names it."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Empty for scores."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model gives for a text."""
+
+
+def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
+    """Load the student in ``model`` as its family's class with the distilled ``head``, the outputs
+    in the order of the data's labels.
+    """
+    student = Student.from_pretrained(resolve_model(model))
+    made = plain_model(student, head)
+    if not data.label_names:
+        return made
+    names = plain_labels(head, student.head_configs[head])
+    order = torch.tensor([names.index(label) for label in data.label_names])
+    auto = auto_class(made.config, student.head_configs[head].kind)
+    with torch.no_grad():
+        for name in output_tensors(made.config, auto):
+            values = made.get_parameter(name)
+            values.copy_(values[order])
+    made.config.id2label = dict(enumerate(data.label_names))
+    made.config.label2id = {label: number for number, label in enumerate(data.label_names)}
+    return made
+
+
+def check_head(model: str, head: str | None, data: Labelled) -> None:
+    """Raise InputError unless the student in ``model`` has ``head``, and it is for just the labels
+    of ``data``. Without one say whether there is such a head.
+    """
+    heads = saved_heads(resolve_model(model))
+    if head is None:
+        fitting = [name for name, one in heads.items() if not _misfit(name, one, data)]
+        if fitting:
+            log.info(
+                "%s has a distilled head for these labels, %s: --head %s goes on from it. This run "
+                "begins with a fresh one",
+                *(model, ", ".join(fitting), shlex.quote(fitting[0])),
+            )
+        return
+    if head not in heads:
+        has = f"has the task heads {', '.join(heads)}" if heads else "has no task heads"
+        raise InputError(
+            f"{model!r} {has}, not {head!r}. Name one of a student's, or leave head out: the "
+            "fine-tuning then begins with a fresh one"
+        )
+    if told := _misfit(head, heads[head], data):
+        raise InputError(
+            f"the head {head!r} of {model!r} {told}. Give the task it was taught, or leave head "
+            "out: the fine-tuning then begins with a fresh one"
+        )
+
+
+def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
+    """Say how a head differs from what a task needs; None where it fits."""
+    problem = problem_of(head)
+    if problem != data.problem:
+        return f"is for {problem}, and the task is {data.problem}"
+    if not data.label_names:
+        sizes = head.num_labels, data.outputs
+        return (
+            None if sizes[0] == sizes[1] else "gives {} scores, and the task has {}".format(*sizes)
+        )
+    own, given = plain_labels(name, head), data.label_names
+    more = ", ".join([label for label in own if label not in given][:6])
+    less = ", ".join([label for label in given if label not in own][:6])
+    if not more and not less:
+        return None
+    told = [f"it alone knows {more}"] if more else []
+    told += [f"the task alone has {less}"] if less else []
+    return f"is for other labels: {'; '.join(told)}"

@@ -1,0 +1,85 @@
+"""Does a result say more than one and the same answer to every text would? Knows no model.
+
+It is weak where guesses that are shuffled among the rows would do as well (a permutation test,
+one-sided at 5 %), or where it is within a tenth of what lies between always giving the best single
+answer and a perfect score.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from rekindle.train.finetune.label_lists import SEVERAL
+from rekindle.train.finetune.metrics import predictions_of, scores_of
+from rekindle.train.finetune.task_data import TaskData
+
+_NEAR = 0.1  # of the way from the constant answer to a perfect score
+_BEYOND = 1.645  # standard deviations of shuffled guesses: 5 % of them do better
+_MOST_LABELS = 10  # that are said together
+
+
+class Constant(NamedTuple):
+    """What one answer to every text gets; ``answer`` is None where labels are scores."""
+
+    answer: str | None
+    score: float
+
+    def __str__(self) -> str:
+        if self.answer is None:
+            return f"{self.score:g}, that of guessing"
+        return f"{self.score:.4f}, that of always saying {self.answer!r}"
+
+
+def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Constant | None:
+    """The constant answer that ``logits`` [N,C] with the score ``found`` are hardly better than;
+    None where they are.
+
+    The answer is the best of: the commonest class or tag, the one whose F1 counts, or the commonest
+    labels together. Of scores it is a correlation of 0.
+    """
+    if data.problem not in ("regression", SEVERAL) and len(np.unique(data.labels)) < 2:
+        return None  # of one class every answer is right, and tells nothing
+    constant = max(_constants(metric, data), key=lambda one: one.score)
+    near = found - constant.score < _NEAR * (1 - constant.score)
+    guesses = predictions_of(data.problem, logits, data.threshold)
+    columns = (_columns(one, data) for one in (guesses, data.labels))
+    return constant if near or beyond_shuffled(*columns) < _BEYOND else None
+
+
+def beyond_shuffled(guesses: np.ndarray, labels: np.ndarray) -> float:
+    """By how many standard deviations the rows of ``guesses`` fit those of ``labels`` ([N,C] both,
+    by the sum of their products) better than if they were shuffled: exactly, of all permutations.
+    """
+    a, b = (side - side.mean(axis=0) for side in (guesses, labels))
+    variance = float(((a.T @ a) * (b.T @ b)).sum()) / max(len(a) - 1, 1)
+    if variance < 1e-12:
+        return 0.0  # one answer to all
+    return float((a * b).sum()) / math.sqrt(variance)
+
+
+def _constants(metric: str, data: TaskData) -> Iterator[Constant]:
+    if data.problem == "regression":
+        yield Constant(None, 0.0)
+        return
+    order = np.argsort([-count for count in data.counts.values()], kind="stable")
+    each = [order[:1]]
+    if data.problem == SEVERAL:
+        each = [order[:many] for many in range(min(len(order), _MOST_LABELS) + 1)]
+    elif data.positive_index is not None:
+        each.append(np.array([data.positive_index]))
+    for said in each:
+        logits = np.full((len(data.labels), data.outputs), -30.0, np.float32)
+        logits[:, said] = 30.0
+        names = " and ".join(data.label_names[index] for index in said)
+        yield Constant(names or "none", scores_of(data, logits)[metric])
+
+
+def _columns(values: np.ndarray, data: TaskData) -> np.ndarray:
+    """Classes as a column each, of 0 and 1 (of a word that was not read 0 in all), others as they
+    are: float64 [N,C].
+    """
+    if data.problem in ("regression", SEVERAL):
+        return values.reshape(len(values), -1).astype(np.float64)
+    return (values[:, None] == np.arange(data.outputs)).astype(np.float64)

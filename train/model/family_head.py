@@ -1,0 +1,238 @@
+"""The head of a model's own family in transformers, on the states of a student's body.
+
+It is the family's class for the task, whole, but for its body: in the body's place stands what
+gives back the states that the student has computed. So pooling, dropout and layers are the family's
+code, and the head's weights have the names that they have in a folder of that class.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError, first_words
+from rekindle.train.model.files import longest_input
+from rekindle.train.model.fitting import AUTO_CLASSES
+from rekindle.train.model.meta import shape_only
+from rekindle.train.model.padding import padding_of, set_padding
+from rekindle.train.model.sight import BROKEN, evaluating, sample_ids
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Kind = Literal["sequence", "token"]  # what a head judges
+TASKS = {"sequence": "sequence_classification", "token": "token_classification"}
+POOLERS = ("pooler", "pooler_activation")  # parts of a body that belong to the head
+SAME = 1e-5  # of a logit, or of the largest one above 1
+LENGTHS = (7, 2, 5)  # tokens of the rows that heads are tried with
+
+
+class FamilyHead(nn.Module):
+    """What transformers' class of a family does with the states of its body."""
+
+    def __init__(self, frame: "PreTrainedModel"):
+        super().__init__()
+        self.frame = frame
+
+    @classmethod
+    def of(
+        cls,
+        model: "PreTrainedModel",
+        kind: Kind,
+        outputs: int,
+        padding: int | None,
+        causal: bool = False,
+    ) -> "FamilyHead":
+        """Make a fresh one for ``model``, drawn from torch's generator, and check that it works.
+
+        Raises InputError, saying why, where the family has none, or none for this body.
+        """
+        made = cls.fresh(model, kind, outputs, padding, causal)
+        made._check(model.base_model, kind)
+        return made
+
+    @classmethod
+    def fresh(
+        cls,
+        model: "PreTrainedModel",
+        kind: Kind,
+        outputs: int,
+        padding: int | None,
+        causal: bool = False,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> "FamilyHead":
+        """``of`` without the check, which runs the body; ``settings``: of its configuration."""
+        config = head_config(model.config, outputs, padding, settings)
+        frame = shape_only(config, auto_class(config, kind))
+        name, body, own = type(frame).__name__, frame.base_model, model.base_model
+        if type(body) is not type(own) or _shapes(body) != _shapes(own):
+            raise InputError(f"the body of {name} is another than that of {type(model).__name__}")
+        setattr(frame, frame.base_model_prefix, _Given(body))
+        if any(True for _ in frame.buffers()):
+            raise InputError(f"{name} keeps more in its head than weights")
+        frame.to_empty(device="cpu").to(torch.float32)
+        for module in frame.modules():
+            frame._init_weights(module)
+        made = cls(frame)
+        if causal and kind == "sequence":
+            made._check_reads_on(model.config.get_text_config().hidden_size)
+        return made
+
+    def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return logits [B,C], of a head on tokens [B,S,C], of the body's ``states`` [B,S,H]."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if (padding := padding_of(self.frame.config)) is not None:
+            ids = ids.masked_fill(mask == 0, padding)  # some look for the last other token
+        given = self._given
+        given.states = states
+        try:
+            logits: Tensor = self.frame(input_ids=ids, attention_mask=mask).logits
+        finally:
+            given.states = None
+        return logits
+
+    @property
+    def _given(self) -> "_Given":
+        found: _Given = getattr(self.frame, self.frame.base_model_prefix)
+        return found
+
+    def _check(self, body: nn.Module, kind: Kind) -> None:
+        """Raise InputError unless it says what the family's class says with ``body``."""
+        name, inputs = type(self.frame).__name__, sample_inputs(self.frame.config)
+        places = inputs["attention_mask"].bool()
+        try:
+            with evaluating(self), evaluating(body):
+                with self._whole(body):
+                    expected = self.frame(**inputs).logits
+                found = self(body(**inputs).last_hidden_state, inputs)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except BROKEN as error:
+            raise InputError(f"{name} cannot be run: {first_words(error, 200)}") from None
+        if kind == "token":
+            found, expected = found[places], expected[places]
+        if difference(found, expected) > SAME:
+            raise InputError(f"{name} runs its body otherwise than the language model does")
+
+    def _check_reads_on(self, width: int) -> None:
+        """Raise InputError where it reads the first token's states [``width``] alone."""
+        inputs = sample_inputs(self.frame.config)
+        draw = torch.Generator().manual_seed(0)
+        states = torch.randn(*inputs["input_ids"].shape, width, generator=draw)
+        other = states.clone()
+        other[:, 1:] += 1.0
+        with evaluating(self):
+            if torch.equal(self(states, inputs), self(other, inputs)):
+                raise InputError(
+                    f"{type(self.frame).__name__} judges a text by its first token, which in a "
+                    "causal LM has seen no other"
+                )
+
+    @contextmanager
+    def _whole(self, body: nn.Module) -> Iterator[None]:
+        """Put ``body`` in its place."""
+        frame, given = self.frame, self._given
+        before = {name: getattr(body, name, None) for name in given.poolers}
+        try:
+            for name, part in given.poolers.items():
+                setattr(body, name, part)
+            setattr(frame, frame.base_model_prefix, body)
+            yield
+        finally:
+            setattr(frame, frame.base_model_prefix, given)
+            for name, own in before.items():
+                setattr(body, name, own)
+
+
+class _Given(nn.Module):
+    """Stands for a body: gives back states that are known, and what its pooler makes of them."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.states: Tensor | None = None
+        for name in POOLERS:
+            if isinstance(part := getattr(body, name, None), nn.Module):
+                self.add_module(name, part)
+
+    @property
+    def poolers(self) -> dict[str, nn.Module]:
+        """The parts of the body that belong to the head."""
+        return dict(self.named_children())
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Return what the body would."""
+        states, parts, pooled = self.states, self.poolers, None
+        assert states is not None
+        if "pooler_activation" in parts:  # ALBERT's pooler is a matrix alone
+            pooled = parts["pooler_activation"](parts["pooler"](states[:, 0]))
+        elif "pooler" in parts:
+            pooled = parts["pooler"](states)
+        return _Output(states, pooled)
+
+
+class _Output(tuple[Tensor, ...]):
+    """A body's output, in the forms in which classes take it; what else they look for is None."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+
+    def __new__(cls, states: Tensor, pooled: Tensor | None) -> "_Output":
+        made = super().__new__(cls, (states,) if pooled is None else (states, pooled))
+        made.last_hidden_state, made.pooler_output = states, pooled
+        return made
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def auto_class(config: "PretrainedConfig", kind: Kind) -> str:
+    """Return the Auto class for a head of ``kind``; InputError where the family has none."""
+    import transformers
+
+    name = AUTO_CLASSES[TASKS[kind]]
+    if type(config) not in getattr(transformers, name)._model_mapping:
+        raise InputError(f"transformers has no {name} of the family {config.model_type}")
+    return name
+
+
+def head_config(
+    config: "PretrainedConfig",
+    outputs: int,
+    padding: int | None,
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> "PretrainedConfig":
+    """Return ``config`` for a head of so many outputs; ``padding``: the id, where it has none."""
+    made = copy.deepcopy(config)
+    for key, value in ({"num_labels": outputs} | dict(settings)).items():
+        setattr(made, key, value)
+    if padding_of(made) is None:
+        set_padding(made, padding)
+    return made
+
+
+def sample_inputs(config: "PretrainedConfig") -> dict[str, Tensor]:
+    """Rows of several lengths, padded: what heads are tried with."""
+    width = min(max(LENGTHS), longest_input(config) or max(LENGTHS))
+    lengths = torch.tensor([min(length, width) for length in LENGTHS])
+    ids = sample_ids(config, width * len(LENGTHS)).reshape(len(LENGTHS), width)
+    mask = torch.arange(width) < lengths[:, None]
+    return {
+        "input_ids": ids.masked_fill(~mask, padding_of(config) or 0),
+        "attention_mask": mask.long(),
+    }
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two logits, as a share of the largest one if that is above 1."""
+    largest = max(1.0, float(expected.abs().max()))
+    return float((found - expected).abs().max()) / largest
+
+
+def _shapes(body: nn.Module) -> dict[str, torch.Size]:
+    tensors = body.state_dict().items()
+    return {name: values.shape for name, values in tensors if not name.startswith(POOLERS)}
