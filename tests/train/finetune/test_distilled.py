@@ -10,11 +10,11 @@ import torch
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.judge import StudentHead
-from rekindle.train.answers.score import score_model
+from rekindle.train.answers.score import evaluate, score_model
 from rekindle.train.config import StudentConfig
 from rekindle.train.export.folder import export_head
 from rekindle.train.export.start import distilled_model
-from rekindle.train.finetune.classifier import evaluation, padded_tokenizer
+from rekindle.train.finetune.classifier import padded_tokenizer
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import read_task
@@ -126,7 +126,7 @@ def test_without_a_step_worth_its_name_the_scores_are_the_heads(student, task, t
     config = STILL.model_copy(update={"head": "sense"})
     result = finetune(folder, task, task, str(tmp_path / "expert"), config=config)
     assert result.mean == pytest.approx(right.mean())
-    assert evaluation(str(tmp_path / "expert"), data, None, 8)[0]["accuracy"] == result.mean
+    assert evaluate(str(tmp_path / "expert"), data, batch_size=8)[0]["accuracy"] == result.mean
 
 
 def test_a_score_head_goes_on_too(student, tmp_path):
