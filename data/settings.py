@@ -124,7 +124,11 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(section, found) for found in error.errors()]
+        problems = [
+            _problem(section, found)
+            for found in error.errors()
+            if found["type"] != "default_factory_not_called"  # it follows from another problem
+        ]
         # A value that may be a number or a section fails as both; what is wrong inside says more.
         told = [p for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)]
         lead = f"{where}: " if where else ""

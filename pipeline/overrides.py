@@ -4,6 +4,7 @@ from typing import Any
 
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.pipeline.yaml_text import parse_yaml
+from rekindle.train.step_config import LENGTHS
 
 
 def set_value(values: dict[str, object], override: str) -> None:
@@ -24,6 +25,10 @@ def put_value(values: dict[str, object], path: str, value: object) -> None:
             here[key] = {}
         here = here[key]
     here[_key(here, last, path)] = value
+    if above[-1:] == ["train"] and last in LENGTHS and value is not None:
+        for other in LENGTHS:  # a length in place of another one
+            if other != last:
+                here.pop(other, None)
 
 
 def _key(here: object, part: str, path: str) -> str | int:

@@ -14,7 +14,8 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
-from rekindle.train.record.identity import as_run_began, recorded_extent
+from rekindle.train.order.length import in_steps
+from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
@@ -35,9 +36,10 @@ def train_from_config(
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
     make_missing(student)  # in every process: another machine has a home of its own
+    total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
         join_world() as world,
-        progress.task(str(out), unit="steps", total=config.train.steps) as task,
+        progress.task(str(out), unit="steps", total=total) as task,
     ):
 
         def report(step: int, values: Mapping[str, float]) -> None:

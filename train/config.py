@@ -8,17 +8,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, MayChange, Place, Settings, parse_settings
 from rekindle.train.method_names import unknown_method
-from rekindle.train.schedules import (
-    USUAL_WARMUP,
-    Amount,
-    Count,
-    Interval,
-    Positive,
-    Schedule,
-    Seed,
-    Share,
-    usual_warmup,
-)
+from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
+from rekindle.train.step_config import StepConfig
 
 WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
@@ -298,25 +289,12 @@ class CurriculumConfig(Settings):
     highest: bool = Field(True, description="keep those with the highest score, or the lowest")
 
 
-class TrainConfig(Settings):
+class TrainConfig(StepConfig):
     """How the student is trained."""
 
-    steps: Count = Field(1000, description="optimiser steps")
-    batch_sequences: Count = Field(64, description="sequences per step, over all processes")
     micro_batch_sequences: Free[Count | None] = Field(
         None, description="at most so many sequences per forward pass; null: the whole batch"
     )
-    learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
-    warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
-        ge=0,
-        default_factory=lambda given: usual_warmup(given.get("steps", 1)),
-        description="steps of linear warm-up, fewer than steps; left out: a tenth of the steps, at "
-        "most 100",
-    )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="the learning rate after the warm-up"
-    )
-    weight_decay: Amount = Field(0.01, description="AdamW's, on matrices only")
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it, fp32 on a CPU"
@@ -377,22 +355,16 @@ class TrainConfig(Settings):
         None, description="begin with a part of the sequences"
     )
 
-    @model_validator(mode="after")
-    def _comes_to_something(self) -> "TrainConfig":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} of steps {self.steps}: the learning rate would "
-                "never come down from its peak, if it reached it. Give fewer, or leave it out (a "
-                f"tenth of the steps, here {usual_warmup(self.steps)})"
-            )
+    def length_problem(self) -> str | None:
+        """Say what cannot be done in so many steps; None where all can."""
         sequences = self.steps * self.batch_sequences
         if self.replay is not None and self.replay.fraction * sequences < 1:
-            raise ValueError(
+            return (
                 f"replay.fraction {self.replay.fraction:g} of {self.steps} steps of "
                 f"{self.batch_sequences} sequences is not one sequence. Give at least "
                 f"{1 / sequences:.2g}, or leave replay out"
             )
-        return self
+        return super().length_problem()
 
     @property
     def reads_evaluations(self) -> bool:

@@ -32,7 +32,8 @@ from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
-from rekindle.train.optimizer import adamw, set_learning_rate
+from rekindle.train.optimizer import configured_adamw, set_learning_rate
+from rekindle.train.order.length import in_steps
 from rekindle.train.precision import autocast, chosen_precision
 from rekindle.train.prepare import Prepared, prepare, student_masks
 from rekindle.train.record.checkpoint import (
@@ -55,6 +56,7 @@ from rekindle.train.record.identity import (
     measure_of_run,
     read_summary,
     recorded_extent,
+    steps_of_run,
     student_files,
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
@@ -145,6 +147,8 @@ def train_student(
     SIGTERM; once a step is begun, when that is done and a checkpoint of it written.
     """
     world = world or World.alone()
+    begun = world.decide(lambda: steps_of_run(out) if resume else None)
+    config = world.agree(lambda: in_steps(cache, config, begun))
     precision = chosen_precision(config.precision, world.device.type)
     advice, settings = less_memory(config, world.size, precision)
     with (
@@ -190,7 +194,7 @@ def _begin(
         # Measured before sharding and training; again where an earlier process died before it.
         growth = world.decide(lambda: measure_growth(out, prepared, world.device))
         student = ParallelStudent(prepared.student, world, config.parallel)
-        optimizer = adamw(student.student.parameters(), config.learning_rate, config.weight_decay)
+        optimizer = configured_adamw(student.student.parameters(), config)
         made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
         lineage = [run.model_dump(mode="json") for run in made_by]
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
@@ -325,6 +329,8 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     began = time.perf_counter()
     config, world, objective = training.config, training.student.world, training.prepared.objective
     step, run = plan.step, training.student.run
+    head_alone = step < config.warm_head_steps
+    training.student.student.train_head_alone(head_alone)
     # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
     torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
     rate = set_learning_rate(training.optimizer, config, step)
@@ -356,6 +362,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     return (
         {"loss": summed, "learning_rate": rate, "grad_norm": norm}
         | dict(zip(names, values, strict=True))
+        | ({"head_alone": 1.0} if head_alone else {})
         | {"tokens_per_second": tokens / seconds, "tokens": tokens}
     )
 

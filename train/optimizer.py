@@ -10,7 +10,11 @@ from rekindle.train.schedules import learning_rate_factor
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """Return AdamW on those of the parameters that are trained, with weight decay on matrices only.
 
@@ -22,12 +26,23 @@ def adamw(
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
     ]
     fused = all(p.device.type in ("cuda", "cpu") for p in trained)
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+
+
+def configured_adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Return the optimiser of a student's run."""
+    rate, decay = config.learning_rate, config.weight_decay
+    return adamw(parameters, rate, decay, config.betas, config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
-    """Set the rate of ``step`` (0-based) and return it."""
-    factor = learning_rate_factor(config.schedule, step, config.steps, config.warmup_steps)
+    """Set the rate of ``step`` (0-based) and return it: the peak while the head alone is trained,
+    then a schedule over the steps that are left.
+    """
+    head = config.warm_head_steps
+    factor, left = 1.0, config.steps - head
+    if step >= head:
+        factor = learning_rate_factor(config.schedule, step - head, left, config.warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     return config.learning_rate * factor

@@ -1,6 +1,7 @@
 """What is checked and built before the first step: the loss, the student, what the run is."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
+from rekindle.train.step_config import LENGTH
 from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
@@ -98,6 +100,7 @@ def prepare(
         measure=measure,
     )
     student = _student(cache, student_config, config, objective, world)
+    _check_head(student, student_config, config, objective)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
     return Prepared(
@@ -139,7 +142,9 @@ def prepare_objective(
             )
     infos = {name: teacher.info for name, teacher in teachers.items()}
     _check_k(cache, config, infos)
-    objective = Objective(config.objective, infos, task, config.steps, methods)
+    objective = Objective(
+        config.objective, infos, task, config.steps, methods, head_steps=config.warm_head_steps
+    )
     if task == "masked_lm" and masked_view is None and objective.reads_masks:
         raise InputError(
             f"the tokenizer of {cache.store.location} has no mask token, and the objective is of a "
@@ -241,6 +246,33 @@ def _student(
     return student
 
 
+def _check_head(
+    student: Student, config: StudentConfig, train: TrainConfig, objective: Objective
+) -> None:
+    """Say what it means that the language model's own head is a fresh one, and refuse to train it
+    alone where there is none.
+    """
+    if train.warm_head_steps and not student.own_head:
+        raise InputError(
+            f"train.warm_head_steps: student {config.model!r} has no head of its own to train: its "
+            "output matrix is its input embeddings, and nothing else comes after the body. Leave "
+            "it out"
+        )
+    first = objective.plan(0)
+    if not student.has_fresh_head or train.warm_head_steps or not objective.trains_text:
+        return
+    vocabulary = student.vocabulary_size
+    taught = "" if first.hard > 0 else ", from its teachers' words alone"
+    log.warning(
+        f"student {config.model!r} has no language-model head: a fresh one, with random weights, "
+        f"is trained{taught}. Its cross-entropy begins near {math.log(vocabulary):.1f} nats (a "
+        f"guess among {vocabulary:,} tokens), where a teacher's divergence is about 1: at first "
+        "the loss, and most of the gradient that reaches the body, are this head's learning. "
+        "Either train it alone at first (train.warm_head_steps: 100), or, where its words do not "
+        "matter, leave the text out (train.objective.hard.weight: 0)"
+    )
+
+
 def _built(
     cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
@@ -302,6 +334,8 @@ def describe_run(
     later.
     """
     train = config.model_dump(mode="json", by_alias=True)
+    asked = config.epochs is not None or config.tokens is not None
+    train |= {"steps": None} if asked else {}  # it follows from the cache as it was
     whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
     train["objective"]["methods"] = whole  # with the defaults of their files
     names = [*objective.teachers]
@@ -328,4 +362,5 @@ def describe_run(
             **({"teacher_views": views} if views else {}),
         },
         **({SECTION: {"measure": measure}} if measure >= MEASURE else {}),
+        **({LENGTH: {"steps": config.steps}} if asked else {}),
     }

@@ -78,7 +78,7 @@ def weight_at(weight: Weight, step: int, steps: int) -> float:
 
 def usual_warmup(steps: int) -> int:
     """The steps of linear warm-up where none are given: a tenth of all, at most USUAL_WARMUP."""
-    return min(USUAL_WARMUP, steps // 10)
+    return max(0, min(USUAL_WARMUP, steps // 10))
 
 
 def is_used(weight: Weight) -> bool:

@@ -22,7 +22,12 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import load_language_model, longest_input, new_language_model
+from rekindle.train.model.files import (
+    load_language_model,
+    load_student_model,
+    longest_input,
+    new_language_model,
+)
 from rekindle.train.model.folder import resolve_model, weight_files
 from rekindle.train.model.headers import check_student_files
 from rekindle.train.model.network import (
@@ -196,11 +201,12 @@ def build_student(
     check_student(config, vocabulary_size, sequence_length)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
-    attention = config.chosen_attention
+    attention, fresh = config.chosen_attention, False
     if config.from_scratch:
         model = new_language_model(directory, config.language_task, attention, tokenizer)
     else:
-        model = load_language_model(directory, config.language_task, attention)
+        loaded = load_student_model(directory, config.language_task, attention)
+        model, fresh = loaded.model, bool(loaded.head)
     check_padding(model, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
     asked = {name: _formed(head, config, model, tokenizer) for name, head in heads.items()}
@@ -208,7 +214,7 @@ def build_student(
     student.sequence_length = sequence_length or None
     if config.from_scratch:
         return student
-    student.source = directory
+    student.source, student.has_fresh_head = directory, fresh
     if (directory / HEADS_FILE).is_file():
         student.take_over(directory)
     return student

@@ -23,6 +23,7 @@ from rekindle.train.measures import MEASURE, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
+from rekindle.train.step_config import LENGTH, recorded_steps
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
 LOSS = "loss"
@@ -50,7 +51,7 @@ class RunFacts:
     directory: str
     finished: bool
     steps: int  # done so far
-    planned_steps: int
+    planned_steps: int | None  # None: not begun, and given in epochs or tokens
     seconds: float | None = None
     tokens_per_second: float | None = None  # mean over the steps, without evaluations
     data_wait: float | None = None  # share of the time that steps waited for data
@@ -197,6 +198,9 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
         measure = measure_of(about)
+        if LENGTH in about:  # in epochs or tokens, as it was begun: so many steps
+            length = {"steps": recorded_steps(about), "epochs": None, "tokens": None}
+            settings["train"] |= length
     records = [
         true_names(one, measure) if one["kind"] == "evaluate" else one
         for one in read_metrics(directory)

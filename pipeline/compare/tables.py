@@ -217,7 +217,8 @@ def _without_defaults(term: object) -> object:
 def _steps(run: RunFacts) -> str:
     if run.finished:
         return f"{run.steps:,}"
-    return f"unfinished at {run.steps:,} of {run.planned_steps:,}"
+    of = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
+    return f"unfinished at {run.steps:,}{of}"
 
 
 def _share_with_kd(run: RunFacts, what: str) -> float | None:

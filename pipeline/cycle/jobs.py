@@ -66,7 +66,7 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
             (file, run),
             output=run / "run.yaml",
             after=("corpus", *(f"cache {name}" for name in taught)),
-            steps=config.train.steps,
+            steps=config.train.steps or None,
         )
     for arm in [arm for arm in _ORDER if arm in config.arms]:
         for one in tasks:

@@ -126,7 +126,7 @@ def facts_of(config: CycleConfig) -> list[tuple[str, str]]:
         ("start model", shown(config.student.model)),
         (
             "students",
-            f"{counted(train.steps, 'step')} of {counted(train.batch_sequences, 'sequence')}, all "
+            f"{train.length} of {counted(train.batch_sequences, 'sequence')}, all "
             f"in the same order of the same masks; learning rate {train.learning_rate:g}",
         ),
         (

@@ -14,6 +14,7 @@ from rekindle.pipeline.plain_values import strings_in
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, TeacherWork
 from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at
+from rekindle.train.step_config import steps_of
 
 
 def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[TeacherWork]) -> BreakEven:
@@ -27,10 +28,11 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         return BreakEven(None, unused, f"Break-even: not known; {corpus.basis}.")
     if config.student is None:
         return BreakEven(None, unused, "Break-even: there is no student section to compare with.")
+    train = _in_steps(config.train, corpus)
     cached: dict[str, float] = {}  # sequences that each teacher is run on once
     live: dict[str, float] = {}  # and in every student run
     for work in teachers:
-        active = active_steps(config.train, work.name, _methods_reading(config, work))
+        active = active_steps(train, work.name, _methods_reading(config, work))
         if active:
             share = work.share or 1.0  # of domains not in the sample: the ratio is the same
             cached[work.name] = corpus.sequences * work.replicas * share
@@ -77,6 +79,15 @@ def _assumed(
         f"{', '.join(teachers)} run beside the student at each step that learns from "
         f"{'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}.{longer}"
     )
+
+
+def _in_steps(train: TrainConfig, corpus: CorpusPlan) -> TrainConfig:
+    """Return ``train`` with about as many steps as it will have."""
+    assert corpus.sequences is not None
+    sequences = max(1.0, corpus.sequences * (1 - train.held_out))
+    each = (corpus.tokens or corpus.sequences) / max(corpus.sequences, 1)
+    replayed = 0.0 if train.replay is None else train.replay.fraction
+    return train.of_steps(steps_of(train, sequences, each, replayed))
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:

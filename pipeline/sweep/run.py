@@ -135,7 +135,7 @@ def _train_side_by_side(
 ) -> dict[str, object]:
     jobs = []
     for run in runs:
-        name, steps = str(out / run.name), run.config.train.steps
+        name, steps = str(out / run.name), run.config.train.steps or None
         jobs.append(Job(name, _train, (run, out), output=None, steps=steps))
     results = run_jobs(jobs, None, progress, places_for(workers), keep_going=True)
     return {run.name: results[job.name] for run, job in zip(runs, jobs, strict=True)}

@@ -123,7 +123,10 @@ def test_a_section_with_every_line_commented_out_has_its_defaults(tmp_path):
     [
         ("train.steps=yes", r"train\.steps: .*integer.*given: 'yes'"),
         ("train.steps=1:30", r"train\.steps: .*integer.*given: '1:30'"),
-        ("train.steps=", r"train\.steps: .*nothing; give a value, or leave the key out"),
+        (
+            "train.batch_sequences=",
+            r"train\.batch_sequences: .*nothing; give a value, or leave the key out",
+        ),
         ("train.learning_rate=true", r"learning_rate: must be a number, not true or false"),
         ("train.max_grad_norm=.inf", r"max_grad_norm: .*finite"),
         ("train.weight_decay=.nan", r"weight_decay: .*finite"),

@@ -132,6 +132,8 @@ TRAINS = {name: (None, values) for name, values in JOBS.items()}
 TRAINS |= {f"sparse-{p}": (None, SPARSE | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {f"rtd-{p}": (RTD, REPLACED | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {f"all-{p}": (GROWN, TOGETHER | {"parallel": p}) for p in ("ddp", "fsdp")}
+WARM = SHORT | {"warm_head_steps": 2, "warmup_steps": 1, "keep_checkpoints": 4}
+TRAINS |= {f"warm-{p}": (None, WARM | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
 TRAINS |= {f"family-{p}": (FAMILY, JOBS["ddp-micro"] | {"parallel": p}) for p in ("ddp", "fsdp")}
 # What another job shows with the other way of sharing a student.
@@ -156,7 +158,7 @@ def quick_runs(masked_world, student, tmp_path_factory):
     """Most jobs in two processes, and each kind in one."""
     folder = tmp_path_factory.mktemp("torchrun")
     in_two_processes(masked_world, student, folder, [n for n in TRAINS if n not in SLOW])
-    for name in ("ddp", "sparse-ddp", "rtd-ddp", "all-ddp", "replay-ddp"):
+    for name in ("ddp", "sparse-ddp", "rtd-ddp", "all-ddp", "warm-ddp", "replay-ddp"):
         more, values = TRAINS[name]
         alone(
             masked_world,
@@ -209,6 +211,16 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize("name", named(*JOBS))
 def test_two_processes_train_the_student_of_one(runs, name):
     assert_same_run(runs / name, runs / "alone")
+
+
+@pytest.mark.parametrize("name", named("warm-ddp", "warm-fsdp"))
+def test_a_head_is_trained_alone_in_every_process(runs, student, name):
+    assert_same_run(runs / name, runs / "warm-alone")
+    begun = load_file(f"{student['model']}/model.safetensors")
+    warm = load_file(runs / name / "checkpoints/step-00000002/model.safetensors")
+    moved = {key for key in begun if not torch.equal(begun[key], warm[key])}
+    assert moved
+    assert all(key.startswith("cls.") for key in moved)
 
 
 @pytest.mark.parametrize("name", named("rtd-ddp", "rtd-fsdp"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 from pydantic import TypeAdapter
 
@@ -67,7 +68,7 @@ class FinishedSeeds:
     def _read(self, about: Mapping[str, object]) -> None:
         """Take up what an earlier call has left. CheckpointError where it was of something else."""
         remove_leftovers(self.folder)
-        advice = f"remove it (`rm -r {self.folder}`), or give another --out"
+        advice = f"remove it (`rm -r {quote(str(self.folder))}`), or give another --out"
         found = {}
         for seed in self.planned:
             if (one := read_record(self._result(seed), advice)) is not None:

@@ -268,6 +268,11 @@ def load_language_model(
     """Load pre-trained weights in float32; a body without LM head gets a fresh one, and that is
     said.
     """
+    return load_student_model(directory, task, attention).model
+
+
+def load_student_model(directory: Path, task: str, attention: str | None = None) -> Loaded:
+    """The same, with the names of what is fresh in its head."""
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
     kind = AUTO_CLASSES[task]
@@ -277,7 +282,7 @@ def load_language_model(
     refuse_body(directory, loaded.body)
     if loaded.head:
         log.info("student: fresh LM head, %s has none", directory)
-    return loaded.model
+    return loaded
 
 
 def refuse_body(directory: Path, missing: list[str]) -> None:

@@ -184,6 +184,7 @@ class StudentNetwork(nn.Module):
         # the settings of the methods that added something
         self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
+        self.has_fresh_head = False  # the language model's own, beside a body that is not
         self.sequence_length: int | None = None  # tokens that it was trained with, where known
         self._passes: list[_Pass] | None = None  # that are remembered
         with naming("student"):
@@ -320,6 +321,18 @@ class StudentNetwork(nn.Module):
     def output_head(self) -> OutputHead:
         """Return the output matrix over real tokens."""
         return self._split.head.cut(self.vocabulary_size)
+
+    def train_head_alone(self, alone: bool) -> None:
+        """Give gradients to the language model's own head alone, from now on, or to all again."""
+        self._split.alone = alone
+
+    @property
+    def own_head(self) -> dict[str, nn.Parameter]:
+        """Return the weights of the language model's own head, by name: what comes after the body,
+        less an output matrix that is the body's input embeddings.
+        """
+        body = {id(parameter) for parameter in self.model.base_model.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in body}
 
     def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         if self.task == "masked_lm":

@@ -9,6 +9,7 @@ teachers, students or caches.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -70,9 +71,21 @@ class SplitLanguageModel:
         self._states: Tensor | None = None
         self._balanced = causal and balance_weight(self.model) > 0
         self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
+        self.alone = False  # whether the head is trained alone: the body makes no gradients
         self._softcap: float | None = None
         self._factor = 1.0
         self._output = _output_of(self.model)
+        words = getattr(model, "get_input_embeddings", lambda: None)()
+        self._tied = words is not None and self._output.weight is words.weight
+        body = self.model.base_model
+        run_body = body.forward
+
+        @wraps(run_body)
+        def forward(*arguments: Any, **named: Any) -> Any:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.alone):
+                return run_body(*arguments, **named)
+
+        body.forward = forward
         self._hooked = not causal
         if causal:
             try:
@@ -112,6 +125,8 @@ class SplitLanguageModel:
     def head(self) -> OutputHead:
         """The output matrix, shared with the model (not a copy)."""
         weight, bias = self._output.weight, self._output.bias
+        if self.alone and self._tied:  # another matrix would give the body other inputs
+            weight = weight.detach()
         return OutputHead(weight, bias, self._softcap, self._factor)
 
     def _install_hooks(self) -> None:

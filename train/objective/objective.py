@@ -65,10 +65,17 @@ class Objective:
     steps: int
     methods: Sequence[Method] = ()
     balance: float = 0.0  # the weight of the student's load-balancing loss
+    head_steps: int = 0  # the first so many steps train the language model's own head alone
 
     def __post_init__(self) -> None:
         check_terms(self.config.distill, self.teachers, self.task)
         _check_shared(self.config.distill, self.methods, self.teachers)
+        if self.head_steps and not any(self.plan(0).weights):
+            raise InputError(
+                "train.warm_head_steps: in them the language model's own head is trained, and no "
+                "loss is: hard.weight is 0 at the first step, and no teacher of its words has a "
+                "weight. Leave warm_head_steps out"
+            )
         for step, when in self._changes():
             if not any(self.plan(step).weights):
                 raise InputError(
@@ -82,6 +89,8 @@ class Objective:
         and how they are called.
         """
         yield self.steps - 1, "at the end of the run"
+        if self.head_steps:
+            yield self.head_steps, f"at step {self.head_steps + 1}"
         for weight in self._weights():
             if isinstance(weight, Schedule) and weight.schedule != "constant":
                 step = math.ceil(weight.over * self.steps - 1e-9) + 1
@@ -105,7 +114,7 @@ class Objective:
     def taught(self) -> set[str]:
         """Return the teachers whose weight is above 0 at some step."""
         # Every schedule rises or falls all the way: it is 0 at both ends only if it is throughout.
-        ends = [self.plan(0), self.last]
+        ends = self._ends
         methods = {method.name: method for plan in ends for method, _ in plan.methods}
         read = {name for method in methods.values() for name in method.teachers}
         return read | {name for plan in ends for term in plan.distilled for name in term.teachers}
@@ -113,12 +122,11 @@ class Objective:
     @property
     def reads_masks(self) -> bool:
         """Tell whether any of its losses is one of masked text, if the student is a masked LM."""
-        plans = (self.plan(0), self.last)
         return any(
             plan.methods
             or self._by_pass(plan).reads_text(plan.hard)
             or any(term.positions == "masked" for term in plan.distilled)
-            for plan in plans
+            for plan in self._ends
         )
 
     def plan(self, step: int) -> StepPlan:
@@ -127,13 +135,31 @@ class Objective:
         split = len(self.config.distill)
         terms = zip(self.config.distill, weights[:split], strict=True)
         methods = zip(self.methods, weights[split:], strict=True)
-        return StepPlan(
+        plan = StepPlan(
             step,
             hard,
             tuple((term, weight) for term, weight in terms if weight > 0),
             tuple((method, weight) for method, weight in methods if weight > 0),
             (hard, *weights),
         )
+        return self._of_the_head(plan) if step < self.head_steps else plan
+
+    def _of_the_head(self, plan: StepPlan) -> StepPlan:
+        """Return what of a plan trains the language model's own head."""
+        kept = [self.teachers[t.teachers[0]].is_vocabulary for t in self.config.distill]
+        kept += [False] * len(self.methods)
+        weights = [w if keep else 0.0 for w, keep in zip(plan.weights[1:], kept, strict=True)]
+        terms = tuple(
+            (term, weight)
+            for term, weight in plan.terms
+            if self.teachers[term.teachers[0]].is_vocabulary
+        )
+        return replace(plan, terms=terms, methods=(), weights=(plan.hard, *weights))
+
+    @property
+    def _ends(self) -> list[StepPlan]:
+        """Return plans of which one weighs whatever has a weight at some step."""
+        return [self.plan(0), self.plan(self.head_steps), self.last]
 
     @property
     def last(self) -> StepPlan:
@@ -145,9 +171,7 @@ class Objective:
         """Whether the language model's own head is trained at some step: by the cross-entropy, or
         by a teacher's words. Without it the cross-entropy would be that of an untrained one.
         """
-        return any(
-            plan.hard > 0 or self._by_pass(plan).language for plan in (self.plan(0), self.last)
-        )
+        return any(plan.hard > 0 or self._by_pass(plan).language for plan in self._ends)
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
         """Return the batch with only those targets that the step's terms use."""
@@ -192,7 +216,9 @@ class Objective:
                 scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
                 add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
         if not total.requires_grad:
-            total = total + 0.0 * student.model.get_input_embeddings().weight[0].sum()
+            words = student.model.get_input_embeddings().weight
+            alone = next(iter(student.own_head.values()), words)
+            total = total + 0.0 * (alone if plan.step < self.head_steps else words)[0].sum()
         return StepLoss(total, terms)
 
     def add_terms(

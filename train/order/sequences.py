@@ -93,18 +93,8 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
     not held out of it. Raises InputError for domains that the corpus has not, or has nothing of to
     train on or to evaluate where that is needed, and for a curriculum that cannot be had.
     """
-    split = split_corpus(cache, config.held_out)
-    own = config.domains
-    replayed = config.replay.domains if config.replay is not None else ()
-    check_domains(cache.corpus, own or (), "train.domains")
-    check_domains(cache.corpus, replayed, "train.replay.domains")
-    _check_apart(config)
-    evaluated = evaluated_domains(cache, config)
-    where = domain_ranges(cache.corpus, [*(own or ()), *replayed, *evaluated])
-    train, held_out = split.train, split.held_out
-    if own is not None:
-        within = _union([where[name] for name in dict.fromkeys(own)])
-        train, held_out = train.intersection(within), held_out.intersection(within)
+    split, own, where = split_of(cache, config)
+    train, held_out = own.train, own.held_out
     first, steps = None, 0
     if config.curriculum is not None:
         first = best_scored(cache, config.curriculum, train)
@@ -113,11 +103,33 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
     replay = _replay(config, split, where)
     _tell(config, len(cache), len(train), len(held_out))
+    if config.epochs is not None or config.tokens is not None:
+        told = f"{counted(config.steps, 'step')} of {counted(config.batch_sequences, 'sequence')}"
+        log.info("train: %s = %s; %s are trained on", config.length, told, f"{len(train):,}")
     return Chosen(
         Order(train, config.batch_sequences, config.seed, first, steps, replay),
         held_out.spread(config.evaluate_sequences),
-        _held_out_of(config, split, {name: where[name] for name in evaluated}),
+        _held_out_of(config, split, {n: where[n] for n in evaluated_domains(cache, config)}),
     )
+
+
+def split_of(cache: Cache, config: TrainConfig) -> tuple[Split, Split, dict[str, Ranges]]:
+    """The whole corpus as it is split, what of it is of the run's own domains, and where the
+    domains are that it names. Raises InputError for some that the corpus has not.
+    """
+    split = split_corpus(cache, config.held_out)
+    own = config.domains
+    replayed = config.replay.domains if config.replay is not None else ()
+    check_domains(cache.corpus, own or (), "train.domains")
+    check_domains(cache.corpus, replayed, "train.replay.domains")
+    _check_apart(config)
+    named = [*(own or ()), *replayed, *evaluated_domains(cache, config)]
+    where = domain_ranges(cache.corpus, named)
+    if own is None:
+        return split, split, where
+    within = _union([where[name] for name in dict.fromkeys(own)])
+    sides = (side.intersection(within) for side in (split.train, split.held_out))
+    return split, Split(*sides), where
 
 
 def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:

@@ -22,6 +22,7 @@ from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
+from rekindle.train.step_config import LENGTH, recorded_steps
 from rekindle.train.student import ABOUT_FILE
 
 log = logging.getLogger("rekindle")
@@ -93,6 +94,13 @@ def measure_of_run(run: Path) -> int:
         return MEASURE if found is None else measure_of(found)
 
 
+def steps_of_run(run: Path) -> int | None:
+    """How many steps the run in ``run`` has; None where there is none."""
+    found = _read(run)
+    with reading(run / RUN_FILE, START_AGAIN):
+        return None if found is None else recorded_steps(found)
+
+
 def as_run_began(config: S, run: Path) -> S:
     """``config`` with the former defaults that the run in ``run`` was begun with."""
     found = _read(run) or {}
@@ -121,6 +129,7 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         files = now.get(STUDENT_FILES, {})
         recorded[STUDENT_FILES] = found.get(STUDENT_FILES, files)
         recorded[SECTION] = found.get(SECTION, {})
+        recorded[LENGTH] = found.get(LENGTH, now.get(LENGTH, {}))
         # What only the record has is of an older version.
         before = {name: {k: recorded[name].get(k) for k in now[name]} for name in now}
     if STUDENT_FILES in now:

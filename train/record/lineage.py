@@ -13,6 +13,7 @@ from rekindle.data.targets.lineage import Ancestor, Lineage, joined_lineage, wit
 from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.checkpoint import TRAINER_FILE
+from rekindle.train.step_config import recorded_steps
 from rekindle.train.student import ABOUT_FILE
 
 LINEAGE = "lineage"  # the key in ABOUT_FILE, TRAINER_FILE and EXPORT_FILE
@@ -28,7 +29,7 @@ def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
     begun: Lineage = ()
     if not about["student"]["from_scratch"]:
         begun = lineage_of_model(resolve_model(about["student"]["model"]))
-    return joined_lineage([*taught, begun, [_ancestor(about, about["train"]["steps"])]])
+    return joined_lineage([*taught, begun, [_ancestor(about, recorded_steps(about))]])
 
 
 def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
@@ -63,10 +64,11 @@ def _recorded(directory: Path) -> Lineage:
     if not (made_by := about.get("made_by")):
         return ()
     earlier = [parse_settings(Ancestor, one, where) for one in about.get(LINEAGE, [])[:-1]]
-    return (*earlier, _ancestor(made_by, steps or made_by["train"]["steps"]))
+    return (*earlier, _ancestor(made_by, steps or recorded_steps(made_by)))
 
 
-def _ancestor(about: Mapping[str, Any], steps: int) -> Ancestor:
+def _ancestor(about: Mapping[str, Any], steps: int | None) -> Ancestor:
+    assert steps is not None, "a run that has begun has its steps"
     return Ancestor(
         corpus=about["cache"]["corpus"],
         teachers=about["cache"]["teachers"],

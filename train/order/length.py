@@ -1,0 +1,23 @@
+"""A run's length in steps, where it is given in epochs or tokens: of the cache as it is opened."""
+
+from rekindle.data.cache import Cache
+from rekindle.train.config import TrainConfig
+from rekindle.train.order.sequences import split_of
+from rekindle.train.step_config import steps_of
+
+
+def in_steps(cache: Cache, config: TrainConfig, recorded: int | None = None) -> TrainConfig:
+    """Return ``config`` with the number of its steps.
+
+    An epoch is all sequences that are trained on: not what is held out, nor other domains, nor what
+    is replayed; what a curriculum begins with counts as read. Of tokens a sequence has as many as
+    those of the corpus have on average. ``recorded``: the steps that the run was begun with, which
+    it keeps although the cache may have grown since. Raises InputError where they are too few.
+    """
+    if config.steps:
+        return config
+    _, own, _ = split_of(cache, config)
+    each = cache.corpus.tokens / max(len(cache.corpus), 1)
+    replayed = 0.0 if config.replay is None else config.replay.fraction
+    steps = recorded or steps_of(config, len(own.train), each, replayed)
+    return config.of_steps(steps)

@@ -1,0 +1,173 @@
+"""How long a run is, and what a step of it does: its length, learning rate and optimiser.
+
+A length in epochs or tokens becomes steps where a run opens its cache (``order.length``): until
+then ``steps`` is 0 here, null as written. Torch is not imported.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+
+from rekindle.data.errors import InputError
+from rekindle.data.former import Formerly
+from rekindle.data.settings import Settings
+from rekindle.train.schedules import (
+    USUAL_WARMUP,
+    Amount,
+    Count,
+    Positive,
+    usual_warmup,
+)
+
+USUAL_STEPS = 1000
+LENGTHS = ("steps", "epochs", "tokens")  # a run has one of them
+LENGTH = "length"  # the section of a run's record that says how many steps another one came to
+
+
+def _written(value: object) -> object:
+    """Read null as 0, the steps that are not known yet; nobody asks for none."""
+    if value == 0 and value is not False:
+        raise ValueError("must be greater than 0: no step at all would train nothing")
+    return 0 if value is None else value
+
+
+Steps = Annotated[
+    int,
+    BeforeValidator(_written),
+    Field(ge=0),
+    PlainSerializer(lambda steps: steps or None, return_type=int | None),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}),
+]
+Memory = Annotated[float, Field(ge=0, lt=1)]  # of a moving mean
+C = TypeVar("C", bound="StepConfig")
+
+
+class StepConfig(Settings):
+    """The length of a run, its learning rate, and AdamW."""
+
+    epochs: Positive | None = Field(
+        None,
+        description="length, in place of steps: passes over the sequences that are trained on "
+        "(what is held out, and what train.domains leaves out, is not)",
+    )
+    tokens: Count | None = Field(
+        None,
+        description="length, in place of steps: tokens that are trained on, over all processes",
+    )
+    steps: Steps = Field(
+        default_factory=lambda given: 0 if _asked(given) else USUAL_STEPS,
+        description=f"optimiser steps; {USUAL_STEPS} where neither epochs nor tokens is given",
+    )
+    batch_sequences: Count = Field(64, description="sequences per step, over all processes")
+    learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
+    warm_head_steps: int = Field(
+        0,
+        ge=0,
+        description="of steps, the first so many: in them only the language model's own head is "
+        "trained, at the peak rate, before all else begins with its warm-up. For a student whose "
+        "head is fresh. The output matrix is not, where it is the input embeddings too",
+    )
+    warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
+        ge=0,
+        default_factory=lambda given: usual_warmup(
+            given.get("steps", 1) - given.get("warm_head_steps", 0)
+        ),
+        description="steps of linear warm-up, fewer than steps; left out: a tenth of the steps, "
+        "less warm_head_steps, at most 100",
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="the learning rate after the warm-up"
+    )
+    weight_decay: Amount = Field(0.01, description="AdamW's, on matrices only")
+    betas: tuple[Memory, Memory] = Field(
+        (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares move"
+    )
+    eps: Positive = Field(1e-8, description="AdamW's: added to the root of the mean square")
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> "StepConfig":
+        given = [name for name in LENGTHS if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} are given, each of which says how long the run is; give "
+                f"one (--set train.{given[-1]}=… puts it in place of the others)"
+            )
+        if not given:
+            raise ValueError(
+                f"steps is null, and nothing else says how long the run is; give one "
+                f"of {', '.join(LENGTHS)}"
+            )
+        if self.steps and (problem := self.length_problem()):
+            raise ValueError(problem)
+        return self
+
+    def length_problem(self) -> str | None:
+        """Say what cannot be done in so many steps; None where all can."""
+        steps, head = self.steps, self.warm_head_steps
+        if head >= steps:
+            return (
+                f"warm_head_steps {head} of steps {steps}: nothing but the language model's head "
+                "would be trained. Give fewer"
+            )
+        if self.warmup_steps >= steps - head:
+            after = f" less warm_head_steps {head}" if head else ""
+            return (
+                f"warmup_steps {self.warmup_steps} of steps {steps}{after}: the learning rate "
+                "would never come down from its peak, if it reached it. Give fewer, or leave it "
+                f"out (a tenth of the steps, here {usual_warmup(steps - head)})"
+            )
+        return None
+
+    @property
+    def length(self) -> str:
+        """The length as it is given: 2 epochs, 1,000 steps."""
+        name = next(name for name in (*LENGTHS[1:], LENGTHS[0]) if getattr(self, name))
+        value = getattr(self, name)
+        number = f"{value:g}" if name == "epochs" else f"{value:,}"
+        return f"{number} {name if value != 1 else name[:-1]}"
+
+    def of_steps(self: C, steps: int) -> C:
+        """Return the same with its length known, and the warm-up that follows from it.
+
+        Raises InputError where it cannot be that short.
+        """
+        changed: dict[str, Any] = {"steps": steps}
+        given = {*self.model_fields_set}
+        if "warmup_steps" not in given:
+            changed["warmup_steps"] = usual_warmup(steps - self.warm_head_steps)
+        found = self.model_copy(update=changed)
+        found.model_fields_set.clear()
+        found.model_fields_set.update(given)
+        if problem := found.length_problem():
+            raise InputError(f"train: {self.length} = {steps:,} steps here; {problem}")
+        return found
+
+
+def _asked(given: dict[str, Any]) -> bool:
+    """Whether the length is said in other words than steps."""
+    return any(given.get(name) for name in LENGTHS[1:])
+
+
+def recorded_steps(record: Mapping[str, Any]) -> int | None:
+    """Return how many steps a ``run.json`` is of; None where it has not been begun."""
+    found: int | None = (record.get(LENGTH) or record["train"]).get("steps")
+    return found
+
+
+def steps_of(
+    config: StepConfig, sequences: float, tokens_each: float, replayed: float = 0.0
+) -> int:
+    """Return the steps of a run over ``sequences`` of ``tokens_each`` on average; the part
+    ``replayed`` of each batch is of others.
+
+    An epoch is over once each of the sequences has been read; tokens are those of all that is read.
+    """
+    if config.steps:
+        return config.steps
+    if config.epochs is not None:
+        each = config.batch_sequences * (1 - replayed)
+        return max(1, math.ceil(config.epochs * sequences / each - 1e-9))
+    assert config.tokens is not None
+    return max(1, math.ceil(config.tokens / (config.batch_sequences * tokens_each) - 1e-9))
