@@ -60,7 +60,7 @@ def _exports(
         lines += ["```sh"]
         for name, out in outs.items():
             command = ["pipeline", "export", str(directory), "--head", name, "--out", out]
-            lines.append(f"{shlex.join(command)}  # {_described(name, heads[name])}")
+            lines += [f"# {_described(name, heads[name])}", shlex.join(command)]
         first, out = next(iter(outs.items()))
         task = "token" if heads[first].kind == "token" else "text"
         lines += ["```", "", "and then, anywhere, with transformers alone:", ""]

@@ -90,6 +90,8 @@ LABELS = {
     "words of signs": ["--1", "-", "+1"],
     "booleans": [True, False, True],
     "scores": [0.25, 3.8, 5.0],
+    "lists": [["b", "a"], [], ["b"]],
+    "lists of words of digits": [["10", "9"], ["-"], ["007"]],
 }
 
 
@@ -103,8 +105,9 @@ def test_what_is_written_reads_as_the_same_examples(tmp_path, labels, pairs):
             {"sentence1": r["text"], "sentence2": r["text"][::-1], "label": r["label"]}
             for r in train
         ]
-    doubtful = {-1, "spam", "-"} & {*labels}
-    settings = TaskSettings(problem="classification" if doubtful else None)
+    doubtful = any(one in labels for one in (-1, "spam", "-"))
+    problem = "multi_label" if ["-"] in labels else "classification" if doubtful else None
+    settings = TaskSettings(problem=problem, threshold=0.3)
     found = _read(task_of(tmp_path, train, test=train[:3], dev_examples=6), 0, settings)
     write_tasks([found], tmp_path)
     written = tmp_path / "tasks" / "t"
@@ -118,6 +121,7 @@ def test_what_is_written_reads_as_the_same_examples(tmp_path, labels, pairs):
         assert data.labels.tolist() == original.labels[rows].tolist()
         assert data.label_names == original.label_names
         assert data.problem == original.problem
+        assert data.threshold == original.threshold
 
 
 def test_files_that_are_there_are_left(tmp_path):
@@ -136,6 +140,9 @@ def test_test_examples_that_train_has_are_counted(tmp_path):
     assert facts["test"] == 24
 
 
+RARE = [{"text": "x", "label": ["b"] if n == 29 else ["a"]} for n in range(30)]
+
+
 @pytest.mark.parametrize(
     ("train", "values", "words"),
     [
@@ -144,11 +151,13 @@ def test_test_examples_that_train_has_are_counted(tmp_path):
         (numbered(30), {"pairs": "adjacent"}, "has no sentence2"),
         (numbered(30), {"metric": "pearson"}, "does not fit"),
         ([{"text": "x", "label": 0}] * 20, {}, "at least two classes"),
+        (RARE, {"train_examples": 1}, "the label 'b'"),
+        ([{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 20, {}, "a cycle is of texts. Make"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, train, values, words):
     with pytest.raises(InputError, match=words):
-        _read(task_of(tmp_path, train, **values), 0)
+        _read(task_of(tmp_path, train, test=train, **values), 0)
 
 
 def test_a_pair_task_is_shown_pairs(tmp_path):
