@@ -16,7 +16,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
-from rekindle.pipeline.commands.models import export, finetune
+from rekindle.pipeline.commands.models import evaluate, export, finetune, predict
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
@@ -214,7 +214,7 @@ def doctor() -> None:
 
 
 for command in (
-    *(demo, init, finetune, export, cache_teachers, plan, gc, verify, inspect_),
+    *(demo, init, finetune, evaluate, predict, export, cache_teachers, plan, gc, verify, inspect_),
     *(train_student, rekindle, compare, doctor),
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
