@@ -54,7 +54,8 @@ class StepConfig(Settings):
     )
     tokens: Count | None = Field(
         None,
-        description="length, in place of steps: tokens that are trained on, over all processes",
+        description="length, in place of steps: tokens of the sequences that are read, with a loss "
+        "or without (a masked LM has one at few of them), over all processes",
     )
     steps: Steps = Field(
         default_factory=lambda given: 0 if _asked(given) else USUAL_STEPS,

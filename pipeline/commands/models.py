@@ -96,7 +96,7 @@ def finetune(
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    chosen = ", each at its best epoch on dev" if spread and config.patience else ""
+    chosen = ", at their best epochs" if spread and config.patience else ""
     typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")

@@ -68,7 +68,8 @@ def _assumed(
     """
     assert corpus.sequences is not None
     share = train.steps * train.batch_sequences / corpus.sequences
-    read = f"{share:.2g} times" if share >= 1 else f"{100 * share:.2g} % of"
+    times = f"{share:,.0f}" if share >= 10 else f"{share:.2g}"
+    read = f"{times} times" if share >= 1 else f"{100 * share:.2g} % of"
     weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
     if timed and weighed:
         weighed = "; teachers are weighed by the time measured here"

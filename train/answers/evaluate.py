@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rekindle.data.corpus.rows import read_rows
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
 from rekindle.train.answers.config import AskConfig
@@ -15,7 +16,6 @@ from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.metrics import METRICS, chosen_metric
 from rekindle.train.finetune.predictions import write_predictions
-from rekindle.train.finetune.rows import read_rows
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.running_out import running_out

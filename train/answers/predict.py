@@ -17,6 +17,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from rekindle.data.corpus.rows import Row, read_rows, texts_of
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
@@ -39,7 +40,6 @@ from rekindle.train.finetune.predictions import (
     labels_in,
     write_rows,
 )
-from rekindle.train.finetune.rows import Row, read_rows, texts_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import text_fields, words_of
 from rekindle.train.model.folder import resolve_model

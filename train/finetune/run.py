@@ -212,10 +212,11 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
     constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if constant is None:
         return None
-    epochs = job.config.epochs_of(len(job.data["train"]))
+    rows, usual = len(job.data["train"]), job.config.model_copy(update={"epochs": "auto"})
+    epochs = max(2 * job.config.epochs_of(rows), usual.epochs_of(rows))
     line = (
         f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
-        f"{constant}; next to nothing was learned. Train longer (--set epochs={2 * epochs} --set "
+        f"{constant}; next to nothing was learned. Train longer (--set epochs={epochs} --set "
         f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
         "whether the labels fit the texts"
     )

@@ -27,7 +27,7 @@ from testlib.command import pipeline
         ("train-student r.yaml --bs 8", "--set train.batch_sequences=8"),
         ("cache-teachers r.yaml --replicas 3", "--set cache.replicas=3"),
         ("plan r.yaml --compile", "--set train.compile=true"),
-        ("rekindle c.yaml --epochs 5", "--set finetune.epochs=5"),
+        ("rekindle c.yaml --patience 5", "--set finetune.patience=5"),
     ],
 )
 def test_a_key_that_is_typed_as_an_option_is_answered_with_what_sets_it(
