@@ -280,7 +280,7 @@ def test_the_command_line_is_frozen():
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
         "rekindle": ["--json", "--out", "--set", "--workers"],
-        "compare": ["--json", "--out"],
+        "compare": ["--json", "--metric", "--out", "--test"],
         "doctor": [],
     }
 
