@@ -4,6 +4,7 @@ their names. What is no text is refused by what it is.
 
 import io
 import logging
+import os
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from rekindle.data.errors import InputError
 
 log = logging.getLogger("rekindle")
 
+STDIN = "-"  # in place of a path: what is piped in
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
@@ -38,8 +40,11 @@ _NO_TEXT = {  # what is not, and what to do
 def refuse_pointer(path: str | Path) -> None:
     """Raise InputError where a file is a git-lfs pointer."""
     with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
+        _refuse_pointer(path, file.read(len(_LFS_POINTER)))
+
+
+def _refuse_pointer(path: str | Path, start: bytes) -> None:
+    if start.startswith(_LFS_POINTER):
         raise InputError(
             f"{path} is a git-lfs pointer, not the file itself: the repository was cloned without "
             f"its large files. Run `git lfs pull` in {Path(path).parent}"
@@ -63,26 +68,34 @@ def half_a_pair(what: str, text: str) -> str | None:
 def compression_of(path: str) -> str | None:
     """What a file is packed with: gzip, zstd, bz2, or None."""
     with open(path, "rb") as file:
-        head = file.read(16)
+        return _compression(file.read(16))
+
+
+def _compression(head: bytes) -> str | None:
     return next((name for name, begin in _UNPACKED.items() if begin.match(head)), None)
 
 
 def open_text(path: str) -> BinaryIO:
-    """The bytes of a text file, unpacked. Raises InputError for what is no text, OSError for what
-    cannot be read.
+    """The bytes of a text file, unpacked; of what is piped in for ``STDIN``. A pipe is read once.
+
+    Raises InputError for what is no text, OSError for what cannot be read.
     """
-    refuse_pointer(path)
-    compression = compression_of(path)
-    if (suffix := _SUFFIX_OF.get(compression or "")) and not path.lower().endswith(suffix):
-        log.info("%s is packed with %s, though its name does not say so", path, compression)
-    stream = io.BufferedReader(pa.input_stream(path, compression=compression))
+    raw = os.fdopen(os.dup(0), "rb") if path == STDIN else open(path, "rb")  # noqa: SIM115
     try:
-        head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
-        _refuse(path, head)
+        head = raw.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+        _refuse_pointer(path, head)
+        compression = _compression(head)
+        if compression is None:
+            _refuse(path, head)
+            return raw
+        if path != STDIN and not path.lower().endswith(_SUFFIX_OF[compression]):
+            log.info("%s is packed with %s, though its name does not say so", path, compression)
+        stream = io.BufferedReader(pa.input_stream(raw, compression=compression))
+        _refuse(path, stream.peek(_HEAD_BYTES)[:_HEAD_BYTES])
+        return stream
     except BaseException:
-        stream.close()
+        raw.close()
         raise
-    return stream
 
 
 def _refuse(path: str, head: bytes) -> None:

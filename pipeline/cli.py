@@ -16,7 +16,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
-from rekindle.pipeline.commands.models import export, finetune
+from rekindle.pipeline.commands.models import evaluate, export, finetune, predict
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
@@ -186,13 +186,32 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR…", help="directories of runs or sweeps")
     ],
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[HEAD=]FILE",
+            help="score the runs' task heads on this labelled file (jsonl, csv, tsv or parquet); "
+            "may be repeated, a file for each head",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="of --test; default: accuracy, F1 or pearson, by the task")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="also write the report as one HTML page")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show runs of one corpus beside each other: what differs, time, speed, held-out values."""
+    """Say which of several runs is best: task scores first, then what differs, time, losses."""
     from rekindle.pipeline.compare.runs import compare_runs
 
     found = compare_runs(runs)
+    if test:
+        from rekindle.pipeline.compare.heads import with_heads
+        from rekindle.pipeline.progress import Progress
+
+        with Progress.to_terminal() as progress:
+            found = with_heads(found, test, metric, progress)
+    elif metric is not None:
+        raise InputError("--metric is that of --test: say which file is scored")
     from rekindle.pipeline.compare.tables import as_text
 
     if out is not None:
@@ -214,7 +233,7 @@ def doctor() -> None:
 
 
 for command in (
-    *(demo, init, finetune, export, cache_teachers, plan, gc, verify, inspect_),
+    *(demo, init, finetune, evaluate, predict, export, cache_teachers, plan, gc, verify, inspect_),
     *(train_student, rekindle, compare, doctor),
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)

@@ -43,6 +43,11 @@ class ProgressTask:
         self.started = time.monotonic()
         self._show(self, None)
 
+    def expect(self, total: int | None) -> None:
+        """Take ``total`` units for all there are, once that is known."""
+        self.total = total
+        self.begin(self.done)
+
     def advance(self, amount: int = 1, **counts: float) -> None:
         """Count ``amount`` more units as done, and anything else by name."""
         self.done += amount
@@ -162,7 +167,7 @@ class Progress:
 
         def show(task: ProgressTask, note: str | None) -> None:
             told = task.rates() if note is None else in_line(note)
-            bars.update(bar, completed=task.done, note=told)
+            bars.update(bar, completed=task.done, total=task.total, note=told)
 
         task = ProgressTask(name, unit, total, show)
         yield task

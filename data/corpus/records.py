@@ -42,18 +42,18 @@ class Bad(NamedTuple):
     message: str
 
 
-def read_records(origin: Origin, fields: Sequence[str]) -> Iterator[Record | Bad]:
+def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | Bad]:
     """The records of ``origin`` in order; of a .txt file, whose records have no fields, each has
     its text under the first of ``fields``.
 
-    Of columns only those are read that ``fields`` need; dotted ones are inside others.
+    Of columns only those are read that ``fields`` need (None: all); dotted ones are inside others.
     """
     if origin.format == HUB:
         yield from _hub_records(origin)
         return
     try:
         if origin.format == "txt":
-            yield from _txt_documents(origin.place, fields[0])
+            yield from _txt_documents(origin.place, fields[0] if fields else "text")
         elif origin.format == "jsonl":
             yield from _jsonl_records(origin.place)
         elif origin.format in TABLES:
@@ -161,7 +161,9 @@ def _line_ends(place: str) -> str:
 # --- csv and tsv ----------------------------------------------------------------------------------
 
 
-def _table_records(place: str, fields: Sequence[str], tabbed: bool) -> Iterator[Record | Bad]:
+def _table_records(
+    place: str, fields: Sequence[str] | None, tabbed: bool
+) -> Iterator[Record | Bad]:
     rows = table_rows(place, tabbed)
     names = next(rows, [])
     if isinstance(names, str):
@@ -330,7 +332,7 @@ def _row(
     return Record(row, unread | values)
 
 
-def _parquet_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
+def _parquet_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
     with pq.ParquetFile(path) as file:
         fields = file.schema_arrow.names
         columns = _columns_for(wanted, fields, path)
@@ -338,7 +340,7 @@ def _parquet_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
             yield batch, fields
 
 
-def _arrow_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
+def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
     for batch in arrow_batches(path):
         fields = batch.schema.names
         columns = batch.select(_columns_for(wanted, fields, path))
@@ -347,9 +349,11 @@ def _arrow_batches(path: str, wanted: Sequence[str]) -> Iterator[_Batch]:
         yield columns, fields
 
 
-def _columns_for(wanted: Sequence[str], fields: list[str], path: str) -> list[str]:
+def _columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
     """Those columns that are wanted, or may hold what is wanted by a dotted name."""
-    columns = [f for f in fields if any(f == w or w.startswith(f"{f}.") for w in wanted)]
+    columns = [
+        f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
+    ]
     doubled = next((name for name in columns if columns.count(name) > 1), None)
     if doubled:
         raise InputError(

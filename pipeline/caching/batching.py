@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import pad
+from rekindle.data.batch import length_buckets, pad
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, first_words
 from rekindle.data.targets.codec import Columns
@@ -25,29 +25,6 @@ from rekindle.train.running_out import is_out_of_memory
 log = logging.getLogger("rekindle")
 
 Rows = NDArray[np.int64]
-
-
-def length_buckets(
-    lengths: NDArray[np.int64], batch_tokens: int, equal: bool = False
-) -> list[NDArray[np.int64]]:
-    """Batches of row numbers, longest first; each row with a length > 0 stands in exactly one.
-
-    rows × longest ≤ ``batch_tokens`` in every batch, except that a single longer row is a batch by
-    itself. The longest come first, so that a batch which does not fit into memory shows at once.
-    ``equal``: a batch's rows are of one length, for models that padding changes.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    batches = []
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        count = max(1, batch_tokens // longest)
-        if equal:
-            count = min(count, int((lengths[order[start:]] == longest).sum()))
-        batches.append(order[start : start + count])
-        start += count
-    return batches
 
 
 def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tensor]:

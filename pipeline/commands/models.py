@@ -3,19 +3,29 @@ student's head out of our hands.
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.commands.options import Json, Overrides
+from rekindle.pipeline.commands.options import (
+    Force,
+    HeadName,
+    Json,
+    LabelField,
+    Metric,
+    ModelPlace,
+    Overrides,
+    TextField,
+)
 from rekindle.pipeline.console import say
 from rekindle.pipeline.exits import interruptible, line_with
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")],
+    model: ModelPlace,
     # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
     train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
     dev: Annotated[str, typer.Option(help="the split that scores are taken on")],
@@ -61,7 +71,8 @@ def finetune(
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
-    from rekindle.train.finetune import run, score
+    from rekindle.train.answers import score
+    from rekindle.train.finetune import run
     from rekindle.train.finetune.result import EarlierResult
 
     given = (model, train_file, dev_file, str(out))
@@ -72,6 +83,8 @@ def finetune(
                     *given, seeds=seeds, metric=metric, config=config, force=force
                 )
         elif seeds == 1:
+            if config.merge is None:
+                say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")
             result = score.score_model(*given, metric=metric, config=config, force=force)
         else:
             raise InputError("with epochs=0 nothing is trained: leave --seeds out")
@@ -88,6 +101,76 @@ def finetune(
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+
+
+def _as_evaluate(model: str, dev: str, head: str | None) -> str:
+    """The command that scores a model, as it is typed."""
+    named = [] if head is None else ["--head", head]
+    return shlex.join(["pipeline", "evaluate", model, "--test", dev, *named])
+
+
+def evaluate(
+    model: ModelPlace,
+    test: Annotated[
+        str | None, typer.Option(help="labelled rows: scores (jsonl, csv, tsv or parquet)")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="plain text: perplexity (txt, jsonl, csv, tsv or parquet)"),
+    ] = None,
+    head: HeadName = None,
+    metric: Metric = None,
+    text_field: TextField = None,
+    label_field: LabelField = None,
+    out: Annotated[
+        Path | None, typer.Option(help="of --test: a file for what is said of each row (jsonl)")
+    ] = None,
+    force: Force = False,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score an expert, or a student's head, on labelled rows; a language model on plain text."""
+    from rekindle.pipeline.commands import asking
+
+    if (test is None) == (text is None):
+        raise InputError(
+            "give either --test (labelled rows: the scores of an expert, or of a student's head) "
+            "or --text (plain text: the perplexity of a language model)"
+        )
+    if text is not None:
+        of_labels = {"--head": head, "--metric": metric, "--label-field": label_field, "--out": out}
+        for option, value in of_labels.items():
+            if value is not None:
+                raise InputError(f"{option} is for labelled rows (--test), not for --text")
+        measured = asking.perplexity(model, text, text_field, set_)
+        typer.echo(json.dumps(measured.as_dict()) if as_json else measured.told())
+        return
+    where = None if out is None else str(out)
+    fields = (text_field, label_field)
+    found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+
+
+def predict(
+    model: ModelPlace,
+    text: Annotated[
+        str, typer.Option(help="rows: jsonl, csv, tsv, txt, parquet, arrow; - is jsonl from stdin")
+    ],
+    out: Annotated[str, typer.Option(help="the file of what is said (jsonl); - is stdout")],
+    head: HeadName = None,
+    text_field: TextField = None,
+    force: Force = False,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write what an expert, or a student's head, says of each row: labels and probabilities."""
+    from rekindle.pipeline.commands import asking
+
+    if as_json and out == "-":
+        raise InputError("--json and --out - would both write to stdout; give a file with --out")
+    found = asking.predictions(model, text, out, head, force, text_field, set_)
+    if out != "-":
+        typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
 
 
 def export(

@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 from rekindle.data.places import expanded
 
 # Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
-PLACES = ("cache", "model", "train", "dev")
+PLACES = ("cache", "model", "train", "dev", "test", "text")
 
 
 # Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
@@ -81,3 +81,17 @@ Students = Annotated[
     int | None,
     typer.Option(min=1, help="students of a sweep at a time; default: one per CUDA device, or one"),
 ]
+
+ModelPlace = Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")]
+Metric = Annotated[
+    str | None, typer.Option(help="the score that counts: accuracy, f1, matthews, pearson, …")
+]
+HeadName = Annotated[str | None, typer.Option("--head", help="which head of a student")]
+TextField = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN", help="the column of the text; given twice: the two of pairs"),
+]
+LabelField = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="the column of the labels; default: label")
+]
+Force = Annotated[bool, typer.Option("--force", help="replace --out, if it is there")]

@@ -155,11 +155,10 @@ def way_to_scores(comparison: Comparison) -> str:
     if len(heads) < 2:
         how = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
     else:
-        head = heads[0].heads[0]
-        how = (
-            f"`pipeline finetune RUN --train FILE --dev FILE --set epochs=0 --set head={head} "
-            f"--out RUN/{head}` for each run leaves its head's score here"
-        )
+        shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
+        names = ", ".join(dict.fromkeys(name for run in heads for name in run.heads))
+        which = f"{shared[0]}=" if shared else ""
+        how = f"`--test {which}FILE` scores the runs' heads ({names}) on a labelled file"
     return f"which run is best at a task is not known: {how}"
 
 

@@ -40,17 +40,17 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
-from rekindle.train.finetune.classifier import classifier_config, evaluate
+from rekindle.train.answers.judge import open_judge
+from rekindle.train.answers.score import ExpertOutput, evaluate, expert_output
+from rekindle.train.finetune.classifier import classifier_config
 from rekindle.train.finetune.config import FixedBudget
 from rekindle.train.finetune.merge_baselines import merged_probabilities
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.score import ExpertOutput, expert_output, student_logits, student_texts
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import package_versions
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.objective.label_union import LabelUnion
-from rekindle.train.student import Student
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 LENGTH = 40  # tokens; the longest text has 33
@@ -278,9 +278,8 @@ def student(work: Path, model: str, size: Size, variant: Variant, seed: int) -> 
         if not (out / "summary.json").exists():
             train_from_config(config, out, resume=out.exists())
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        made, head = Student.from_pretrained(out), "+".join(GROUPS)
-        logits = student_logits(made, head, student_texts(made, str(out), _test(work), LENGTH), 64)
-        return logits, made.head_configs[head].label_names
+        judge = open_judge(str(out), "+".join(GROUPS))
+        return judge.logits(judge.read(_test(work), LENGTH), 64), judge.answers.names
 
     _judge_once(work, variant.name, seed, answers)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rekindle.data.cache import Cache
+from rekindle.train.answers.score import score_model
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.score import score_model
 
 DOMAINS = [f"domain {letter}" for letter in "jihgfedcba"]  # ten, as CLINC150 has
 WORDS = ["alpha", "river", "stone", "the", "of", "history", "music", "is", "a"]

@@ -268,6 +268,11 @@ def test_the_command_line_is_frozen():
             *("--seeds", "--set", "--text-field", "--train"),
         ],
         "export": ["--force", "--head", "--json", "--out"],
+        "evaluate": [
+            *("--force", "--head", "--json", "--label-field", "--metric", "--out", "--set"),
+            *("--test", "--text", "--text-field"),
+        ],
+        "predict": ["--force", "--head", "--json", "--out", "--set", "--text", "--text-field"],
         "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
         "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],
@@ -275,7 +280,7 @@ def test_the_command_line_is_frozen():
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
         "rekindle": ["--json", "--out", "--set", "--workers"],
-        "compare": ["--json", "--out"],
+        "compare": ["--json", "--metric", "--out", "--test"],
         "doctor": [],
     }
 

@@ -4,6 +4,7 @@ One code path makes an expert's inputs for fine-tuning and for evaluation.
 """
 
 import logging
+import shlex
 from collections.abc import Callable
 
 import numpy as np
@@ -14,21 +15,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.encoded import (
-    EncodedTexts,
-    collate,
-    encode,
-    padding_id_of,
-    tell_cut,
-)
-from rekindle.train.finetune.label_lists import SEVERAL, TAGS
-from rekindle.train.finetune.metrics import check_finite, scores_of
+from rekindle.train.finetune.encoded import EncodedTexts, collate, padding_id_of
+from rekindle.train.finetune.label_lists import TAGS
+from rekindle.train.finetune.metrics import check_finite
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.causes import running
 from rekindle.train.model.files import load_config, load_weights, place
 from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.meta import refuse_shapes
 from rekindle.train.model.padding import set_padding
 from rekindle.train.model.sight import moved_by_padding
@@ -198,77 +192,24 @@ def by_length(
     return logits
 
 
-def load_expert(
-    model_dir: str, data: TaskData, max_length: int | None
-) -> tuple[PreTrainedModel, EncodedTexts]:
-    """Load a classifier with all its weights onto its device, and the texts as it reads them;
-    InputError for one without a trained head.
+def to_fine_tune(model: str) -> str:
+    """The command that makes an expert of a model, in a message."""
+    where = "--train train.jsonl --dev dev.jsonl --out EXPERT"
+    return f"`pipeline finetune {shlex.quote(model)} {where}`"
+
+
+def load_trained(
+    model_dir: str, problem: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a classifier, or a tagger where that is the ``problem``, with all its weights onto its
+    device, and its tokenizer; InputError for one without a trained head.
     """
     tokenizer = padded_tokenizer(model_dir)
-    config = classifier_config(model_dir, data.problem, trained=True)
-    network, unset = _load_weights(model_dir, config, tokenizer, data.problem)
+    config = classifier_config(model_dir, problem, trained=True)
+    network, unset = _load_weights(model_dir, config, tokenizer, problem)
     if unset:
         raise InputError(
             f"{model_dir!r} has no trained classification head (missing: {', '.join(unset)}); "
-            "fine-tune it first"
+            f"fine-tune it first: {to_fine_tune(model_dir)}"
         )
-    return network.to(place("fp32").device), encode(tokenizer, config, data, max_length)
-
-
-def evaluate(
-    model_dir: str, data: TaskData, *, max_length: int | None = None, batch_size: int = 64
-) -> tuple[dict[str, float], np.ndarray]:
-    """Score a fine-tuned model: (all fitting scores, fp32 logits [N,C] in the model's class order).
-
-    Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
-    InputError for a model without a trained head, of another problem or with other classes.
-    """
-    return evaluation(model_dir, data, max_length, batch_size)[:2]
-
-
-def evaluation(
-    model_dir: str, data: TaskData, max_length: int | None, batch_size: int
-) -> tuple[dict[str, float], np.ndarray, float]:
-    """``evaluate``, and which share of the texts was cut."""
-    with quiet_transformers():
-        names = _names_for(model_dir, data)
-        network, encoded = load_expert(model_dir, data, max_length)
-        cut = tell_cut({"dev": encoded})["dev"]
-        logits = predict(network, encoded, batch_size)
-    return scores_of(data, logits, names), logits, cut
-
-
-def _names_for(model_dir: str, data: TaskData) -> list[str]:
-    """The labels of a model's outputs; empty for scores. InputError where it does not answer what
-    the task asks.
-    """
-    known = classifier_config(model_dir, data.problem, trained=True)
-    names, who = [*known.id2label.values()], f"the {known.num_labels} outputs of {model_dir!r}"
-    check_label_names(names, repr(model_dir))
-    fits = not data.label_names and known.num_labels == data.outputs
-    if fits and known.num_labels > 1 and known.problem_type is None:
-        raise InputError(
-            f"the task has scores, and the {known.num_labels} outputs of {model_dir!r} may be "
-            f"classes: {SAY_SCORES}"
-        )
-    if fits and gives_scores(known):
-        return []
-    check_several_alike(data, known.problem_type, who)
-    data.check_known(names, who)
-    return names
-
-
-def check_several_alike(data: TaskData, problem: str | None, who: str) -> None:
-    """Raise InputError where labels exclude each other in the task, and not to ``who`` that answers
-    by ``problem``, or the other way round.
-    """
-    if data.problem == SEVERAL and problem != SEVERAL:
-        said = "may exclude each other" if problem is None else f"are a {problem}"
-        wrong = '"problem_type": "multi_label_classification"'
-        unsaid = f": if they do not, write {wrong} into its config.json" if problem is None else ""
-        raise InputError(f"the task has labels of which several may hold, and {who} {said}{unsaid}")
-    if data.problem != SEVERAL and problem == SEVERAL:
-        raise InputError(
-            f"{who} are labels of which several may hold, and the task is a {data.problem}: the "
-            "largest would be taken for the only one. Give a task with lists of labels"
-        )
+    return network.to(place("fp32").device), tokenizer

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -58,6 +58,11 @@ class EncodedTexts:
         """Words that are not read, by the reason."""
         return {"cut": self.words_cut, "without a token": self.words_empty}
 
+    @property
+    def count(self) -> int:
+        """How many texts there are."""
+        return len(self.input_ids)
+
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum([len(places) for places in self.words or ()], dtype=np.int64)
@@ -74,6 +79,24 @@ class EncodedTexts:
         each = [number * width + self.words[row] for number, row in enumerate(rows)]
         read = [self.words[row] >= 0 for row in rows]
         return np.concatenate(each)[np.concatenate(read)]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is cut of texts that come in blocks: that of EncodedTexts, summed up."""
+
+    limit: int = 0
+    takes: float = math.inf
+    cut: int = 0
+    longest: int = 0
+    count: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+
+    def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
+        """Return these and those of one more block."""
+        cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
+        unread = {why: self.unread.get(why, 0) + count for why, count in texts.unread.items()}
+        return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count, unread)
 
 
 def encode(
@@ -136,7 +159,7 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
-def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
+def tell_cut(splits: Mapping[str, EncodedTexts | Cuts]) -> dict[str, float]:
     """Say which share of each split's texts was cut, loudly where one was, and return it; and how
     many words of lists are not read.
     """
@@ -147,7 +170,7 @@ def tell_cut(splits: Mapping[str, EncodedTexts]) -> dict[str, float]:
                     "%s of %s: %s; they have no answer, and count as wrong",
                     *(counted(count, "word"), name, reason),
                 )
-    shares = {name: texts.cut / max(len(texts.input_ids), 1) for name, texts in splits.items()}
+    shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):
         logger.info("no text is cut (at most %d tokens)", limit)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
-from rekindle.train.finetune.metrics import all_scores
+from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.objective.label_union import (
     LabelUnion,
@@ -84,5 +84,4 @@ def scores_by_name(
     classes = list(dict.fromkeys([*data.label_names, *names]))
     columns = [[place for place, n in enumerate(names) if n == label] for label in classes]
     merged = np.stack([values[:, places].max(axis=1) for places in columns], axis=1)
-    positive = None if data.positive is None else classes.index(data.positive)
-    return all_scores(data.problem, merged, data.labels, positive, data.outputs)
+    return scores_of(data, merged, classes)

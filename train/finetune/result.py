@@ -58,6 +58,7 @@ class FinetuneResult:
     positive: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     cut: dict[str, float] = field(default_factory=dict)
+    pairs: bool | None = None  # whether texts come in pairs; older results do not say
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     kept_epoch: int | None = None  # of best_seed
 
@@ -101,6 +102,7 @@ class FinetuneResult:
             positive=data.positive,
             dropped={name: split.dropped for name, split in splits.items()},
             cut=dict(cut or {}),
+            pairs=data.pairs is not None,
             unread=dict(unread or {}),
         )
 

@@ -8,7 +8,6 @@ trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` c
 """
 
 import functools
-import json
 import logging
 import math
 import time
@@ -34,7 +33,8 @@ from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, scores_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of
+from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
@@ -47,6 +47,7 @@ from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
+PREDICTIONS_FILE = "predictions.jsonl"  # of dev, in an expert's folder
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
@@ -98,7 +99,7 @@ def finetune(
     if config.epochs == 0 or config.merge is not None:
         raise InputError(
             f"epochs is {config.epochs}: merge is for scoring without training, with epochs: 0 "
-            "(from Python: score_model of rekindle.train.finetune.score)"
+            "(from Python: score_model of rekindle.train.answers.score)"
         )
     check_out(Path(out), force)
     files = {"train": train, "dev": dev} | ({"test": test} if test else {})
@@ -282,12 +283,8 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
-    dev = job.data["dev"]
-    guesses = predictions_of(dev.problem, logits, dev.threshold)
-    rows, labels = dev.rows or range(1, len(dev) + 1), named(dev, dev.labels)
-    each = zip(rows, labels, named(dev, guesses), strict=True)
-    with (staging / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for number, (row, label, guess) in enumerate(each):
-            line: dict[str, object] = {"row": row, "label": label, "prediction": guess}
-            line |= {} if dev.words is not None else {"logits": logits[number].tolist()}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    train = job.data["train"]
+    names = train.label_names or tuple(f"LABEL_{i}" for i in range(logits.shape[1]))
+    answers_of = Answers(train.problem, names, train.threshold)
+    with (staging / PREDICTIONS_FILE).open("wb") as file:
+        write_predictions(file, job.data["dev"], answers_of, logits)

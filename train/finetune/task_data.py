@@ -69,6 +69,7 @@ class TaskData:
     dropped: dict[str, int] = field(default_factory=dict)
     words: list[list[str]] | None = None
     threshold: float = 0.5
+    path: str = ""  # of the file
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -112,6 +113,18 @@ class TaskData:
     def positive_index(self) -> int | None:
         """The number of the class whose F1 counts."""
         return None if self.positive is None else self.label_names.index(self.positive)
+
+    def part(self, begin: int, end: int) -> "TaskData":
+        """The texts of some rows, without labels."""
+        pairs, words = self.pairs and self.pairs[begin:end], self.words and self.words[begin:end]
+        texts, nothing = self.texts[begin:end], self.labels[:0]
+        return TaskData(texts, pairs, nothing, self.label_names, words=words)
+
+    def per_row(self, logits: np.ndarray) -> list[np.ndarray]:
+        """Logits by text: [N,C] -> N of [C]; of words [W,C] -> N of [T,C]."""
+        if self.words is None:
+            return [*logits]
+        return np.split(logits, self.ends[:-1])
 
     def described(self) -> str:
         """What was understood of it, in a line."""
@@ -238,30 +251,32 @@ def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[Task
         raise InputError(
             f"{train_path}: {what}; train needs rows of every label that is to be learnt"
         )
+    where = "label_names" if names else train_path
     return tuple(
-        _split_of_lists(file, lists, gone, known, settings, "label_names" if names else train_path)
+        split_of_lists(
+            file, lists, gone, known, class_indices(lists.each, known, where), settings.threshold
+        )
         for file, (lists, gone) in zip(files, found, strict=True)
     )
 
 
-def _split_of_lists(
+def split_of_lists(
     file: TaskFile,
     lists: Lists,
     gone: Counter[str],
     names: tuple[str, ...],
-    settings: TaskSettings,
-    train_path: str,
+    numbers: Sequence[int],
+    threshold: float,
 ) -> TaskData:
-    labels = np.array(class_indices(lists.each, names, train_path), dtype=np.int64)
-    words = file.words and [file.words[number - 1] for number in lists.numbers]
-    if words is None:
+    """The rows of a file that has several labels for each, or tags, whose ``numbers`` among
+    ``names`` are those of all rows, one after another.
+    """
+    labels = np.array(numbers, dtype=np.int64)
+    if file.words is None:
         held = np.zeros((len(lists.numbers), len(names)), bool)
         held[np.repeat(np.arange(len(held)), lists.lengths), labels] = True
         labels = held
-    texts = [file.texts[number - 1] for number in lists.numbers]
-    pairs = file.pairs and [file.pairs[number - 1] for number in lists.numbers]
-    about = (None, lists.numbers, dict(gone), words, settings.threshold)
-    return TaskData(texts, pairs, labels, names, *about)
+    return split_of(file, lists.numbers, gone, labels, names, threshold=threshold)
 
 
 def _split(
@@ -277,9 +292,24 @@ def _split(
     else:
         check_scores(rows, meaning.outputs)
         labels = np.array([label.value for label in rows.labels], dtype=np.float32)
-    texts = [file.texts[number - 1] for number in rows.numbers]
-    pairs = file.pairs and [file.pairs[number - 1] for number in rows.numbers]
-    return TaskData(texts, pairs, labels, meaning.names, positive, rows.numbers, dict(gone))
+    return split_of(file, rows.numbers, gone, labels, meaning.names, positive)
+
+
+def split_of(
+    file: TaskFile,
+    rows: Sequence[int],
+    gone: Counter[str],
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    positive: str | None = None,
+    threshold: float = 0.5,
+) -> TaskData:
+    """Those ``rows`` of a file, counted from 1, that are not ``gone``, and their ``labels``."""
+    texts = [file.texts[number - 1] for number in rows]
+    pairs = file.pairs and [file.pairs[number - 1] for number in rows]
+    words = file.words and [file.words[number - 1] for number in rows]
+    about = (positive, rows, dict(gone), words, threshold, file.path)
+    return TaskData(texts, pairs, labels, names, *about)
 
 
 def _check_pairs(files: Sequence[TaskFile]) -> None:

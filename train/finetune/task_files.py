@@ -54,7 +54,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     label_field = settings.label_field
     if label_field == "label" not in columns and {"tokens", _TAGS} <= columns.keys():
         label_field = _TAGS
-    names = _text_fields(path, [*columns], settings, label_field)
+    names = text_fields(path, [*columns], settings, label_field)
     if label_field not in columns:
         raise InputError(
             f"{path} has no column {label_field!r} (it has: {', '.join(columns)}"
@@ -69,7 +69,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"of the tokens, or labels of the text; say which is read with {_SAY_TEXT}"
         )
     if _are_tokens(path, names, columns, settings):
-        words = [_words(path, names[0], row, raw) for row, raw in enumerate(columns[names[0]], 1)]
+        words = [words_of(path, names[0], row, raw) for row, raw in enumerate(columns[names[0]], 1)]
         return TaskFile(path, [*map(" ".join, words)], None, labels, words)
     for name in names:
         for row, value in enumerate(columns[name], start=1):
@@ -82,7 +82,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 
-def _text_fields(
+def text_fields(
     path: str, columns: Sequence[str], settings: TaskSettings, label_field: str
 ) -> tuple[str, ...]:
     """The columns of texts; InputError where they are not there, or it is not clear which."""
@@ -126,7 +126,7 @@ def _are_tokens(path: str, names: Sequence[str], columns: _Columns, settings: Ta
     return True
 
 
-def _words(path: str, name: str, row: int, raw: object) -> list[str]:
+def words_of(path: str, name: str, row: int, raw: object) -> list[str]:
     """The tokens of one row; InputError for what are none."""
     words = words_in(raw)
     wrong = raw if words is None else next((one for one in words if not isinstance(one, str)), None)

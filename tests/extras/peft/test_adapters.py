@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.train.answers.score import evaluate
 from rekindle.train.config import StudentConfig
-from rekindle.train.finetune.classifier import evaluate
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.task_data import TaskData

@@ -14,9 +14,9 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.answers.score import score_model
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.score import score_model
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.student import Student
 

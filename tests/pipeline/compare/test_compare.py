@@ -185,7 +185,7 @@ def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):
     for run in runs:
         (run / "rekindle_student.json").write_text('{"heads": {"trec": {}}}')
     told = as_text(compare_runs(runs), 999)
-    assert "--set epochs=0 --set head=trec --out RUN/trec` for each run" in told
+    assert "`--test trec=FILE` scores the runs' heads (trec)" in told
 
 
 def test_what_is_no_number_is_null_and_never_the_best(write):

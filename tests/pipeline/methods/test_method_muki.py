@@ -20,9 +20,9 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.train_student import train_from_config
+from rekindle.train.answers.score import score_model
 from rekindle.train.finetune.merge_baselines import merge_scores
 from rekindle.train.finetune.run import FinetuneConfig
-from rekindle.train.finetune.score import score_model
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.record.run_log import read_metrics

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.train.answers.score import evaluate
 from rekindle.train.config import StudentConfig
 from rekindle.train.export import folder as module
 from rekindle.train.export.folder import export_head
-from rekindle.train.finetune.classifier import evaluation
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import load_model
 from rekindle.train.model.headers import check_teacher_files
@@ -157,7 +157,7 @@ def test_it_is_an_expert_like_any_other(place, student, tmp_path):
     texts = [text for text in TEXTS if len(text) < 40]
     labels = np.arange(len(texts)) % 2
     data = TaskData(texts, None, labels, ("LOC", "NUM"))
-    _, logits, _ = evaluation(str(out), data, None, 2)
+    _, logits = evaluate(str(out), data, batch_size=2)
     own = own_logits(student, "trec", load_tokenizer(str(out)), texts)
     np.testing.assert_allclose(logits, torch.stack(own).numpy(), rtol=1e-5, atol=1e-5)
     settings = check_teacher_files(out, "sequence_classification", "teacher 'trec'")

@@ -9,13 +9,14 @@ import torch
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.train.answers.judge import StudentHead
+from rekindle.train.answers.score import evaluate, score_model
 from rekindle.train.config import StudentConfig
 from rekindle.train.export.folder import export_head
 from rekindle.train.export.start import distilled_model
-from rekindle.train.finetune.classifier import evaluation, padded_tokenizer
+from rekindle.train.finetune.classifier import padded_tokenizer
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
-from rekindle.train.finetune.score import score_model, student_logits, student_texts
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
@@ -45,6 +46,11 @@ def student(make_model, wordpiece, tmp_path_factory):
     made.save_pretrained(folder)
     tokenizer.save(str(folder))
     return made, str(folder)
+
+
+def head_logits(made, folder, name, data):
+    judge = StudentHead(made, folder, name)
+    return judge.logits(judge.read(data, None), 5)
 
 
 def write(path, labels, rows=24):
@@ -104,7 +110,7 @@ def test_it_starts_with_the_heads_logits(student, task):
     made, folder = student
     data = read_task(task)[0]
     model = distilled_model(folder, "sense", data)
-    own = student_logits(made, "sense", student_texts(made, folder, data, None), 5)
+    own = head_logits(made, folder, "sense", data)
     assert list(model.config.id2label.values()) == list(data.label_names) == ["cat", "dog", "sun"]
     inputs = padded_tokenizer(folder)(data.texts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -115,12 +121,12 @@ def test_it_starts_with_the_heads_logits(student, task):
 def test_without_a_step_worth_its_name_the_scores_are_the_heads(student, task, tmp_path):
     made, folder = student
     data = read_task(task)[0]
-    own = student_logits(made, "sense", student_texts(made, folder, data, None), 5)
+    own = head_logits(made, folder, "sense", data)
     right = np.array(HEAD.label_names)[own.argmax(1)] == np.array(data.label_names)[data.labels]
     config = STILL.model_copy(update={"head": "sense"})
     result = finetune(folder, task, task, str(tmp_path / "expert"), config=config)
     assert result.mean == pytest.approx(right.mean())
-    assert evaluation(str(tmp_path / "expert"), data, None, 8)[0]["accuracy"] == result.mean
+    assert evaluate(str(tmp_path / "expert"), data, batch_size=8)[0]["accuracy"] == result.mean
 
 
 def test_a_score_head_goes_on_too(student, tmp_path):
@@ -129,7 +135,7 @@ def test_a_score_head_goes_on_too(student, tmp_path):
     config = STILL.model_copy(update={"head": "score"})
     result = finetune(folder, task, task, str(tmp_path / "expert"), config=config)
     data = read_task(task)[0]
-    own = student_logits(made, "score", student_texts(made, folder, data, None), 5)
+    own = head_logits(made, folder, "score", data)
     assert result.mean == pytest.approx(np.corrcoef(own[:, 0], data.labels)[0, 1], abs=1e-5)
 
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
-from rekindle.train.finetune.classifier import evaluate
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode
 from rekindle.train.finetune.result import EarlierResult
 from rekindle.train.finetune.run import (
@@ -114,18 +114,20 @@ def test_it_learns_and_the_saved_expert_gives_the_written_predictions(
     assert result.mean > (0.7 if row is score else 0.9)
     rows = [json.loads(line) for line in Path(dev).read_text().splitlines()]
     written = written_predictions(out)
-    logits = np.array([line["logits"] for line in written])
-    np.testing.assert_allclose(reloaded_logits(out, rows), logits, atol=2e-5)
-    assert [line["row"] for line in written] == list(range(1, len(rows) + 1))
+    logits = reloaded_logits(out, rows)
     config = AutoConfig.from_pretrained(out)
     assert config.problem_type == result.problem
     if row is score:
         assert result.metric == "pearson"
-        assert [line["prediction"] for line in written] == logits[:, 0].tolist()
+        for own, one, line in zip(rows, logits, written, strict=True):
+            assert line == own | {"score": pytest.approx(float(one[0]), abs=2e-5)}
     else:
-        assert [line["label"] for line in written] == [str(row["label"]) for row in rows]
-        names = [config.id2label[i] for i in logits.argmax(axis=1)]
-        assert [line["prediction"] for line in written] == names
+        probs = torch.softmax(torch.from_numpy(logits), dim=1).tolist()
+        for own, one, line in zip(rows, probs, written, strict=True):
+            each = {config.id2label[i]: pytest.approx(p, abs=1e-5) for i, p in enumerate(one)}
+            said = {"label": config.id2label[int(np.argmax(one))], "probabilities": each}
+            given = {"given_label": own["label"]}
+            assert line == {k: v for k, v in own.items() if k != "label"} | given | said
     scores, again = evaluate(out, read_task(train, dev)[1])
     assert scores == pytest.approx(result.per_seed[0].scores, abs=1e-6)
     np.testing.assert_allclose(again, logits, atol=2e-5)  # other batches, other rounding
@@ -262,8 +264,8 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path, bert, monkeypatch
     [
         ("predict", MemoryError(), r"^out of memory .*batch_size \(now 16\) or max_length \(now "),
         ("collate", torch.OutOfMemoryError("CUDA out of memory"), r"--set batch_size=8"),
-        ("predictions_of", OSError(errno.ENOSPC, "No space left on device"), r"No space left"),
-        ("predictions_of", SafetensorError("I/O error: … (os error 28)"), r"out cannot be written"),
+        ("write_predictions", OSError(errno.ENOSPC, "No space left on device"), r"No space left"),
+        ("write_predictions", SafetensorError("… (os error 28)"), r"out cannot be written"),
     ],
 )
 def test_what_runs_out_is_told_and_leaves_what_was_there(
@@ -385,9 +387,13 @@ def test_evaluate_matches_classes_by_name(tmp_path, bert):
 
 def test_evaluate_wants_a_trained_head(tmp_path, make_model, wordpiece):
     names = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 0, "y": 1}}
-    body = make_model("bert", "AutoModelForMaskedLM", wordpiece, **names)
+    data = TaskData(["a", "b"], None, np.array([0, 1]), ("x", "y"))
+    body = make_model("bert", "AutoModel", wordpiece, **names)
     with pytest.raises(InputError, match=r"no trained classification head.*classifier\.weight"):
-        evaluate(str(body), TaskData(["a", "b"], None, np.array([0, 1]), ("x", "y")))
+        evaluate(str(body), data)
+    language_model = make_model("bert", "AutoModelForMaskedLM", wordpiece, **names)
+    with pytest.raises(InputError, match="is a masked language model without a trained head"):
+        evaluate(str(language_model), data)
 
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "deberta", "modernbert", "llama"])

@@ -13,11 +13,10 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.classifier import evaluate
+from rekindle.train.answers.score import evaluate, score_model
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import score_model
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.finetune.words import encode_words
 
@@ -247,7 +246,7 @@ def test_an_expert_learns_them_and_plain_transformers_gives_the_same(
     assert saved.config.id2label == {0: "B-LOC", 1: "I-LOC", 2: "O"}
     lines = [json.loads(x) for x in (Path(out) / "predictions.jsonl").read_text().splitlines()]
     for words, line, own in zip(data.words, lines, data.by_text(logits), strict=True):
-        assert len(line["prediction"]) == len(line["label"]) == len(words)
+        assert len(line["tags"]) == len(line["given_tags"]) == len(words)
         if not words:
             continue
         inputs = theirs(
@@ -258,7 +257,7 @@ def test_an_expert_learns_them_and_plain_transformers_gives_the_same(
         with torch.no_grad():
             given = saved(**inputs).logits[0]
         begin = 0
-        for word, tag, scores in zip(words, line["prediction"], own, strict=True):
+        for word, tag, scores in zip(words, line["tags"], own, strict=True):
             cover = [n for n, (a, b) in enumerate(spans) if a <= begin < b]
             if cover:
                 assert tag == saved.config.id2label[int(given[cover[0]].argmax())]
@@ -291,5 +290,8 @@ def test_a_classifier_of_texts_is_no_expert_of_tags_nor_the_other_way_round(
         for kind in ("Sequence", "Token")
     )
     for model, path in ((of_texts, tags), (of_tags, texts)):
-        with pytest.raises(InputError, match=r"trained to judge (a whole sequence|each token)"):
+        with pytest.raises(
+            InputError,
+            match=r"is a (single_label|token)_classification; the task has labels of another kind",
+        ):
             score_model(model, path, path, str(tmp_path / "s"), config=FinetuneConfig(epochs=0))

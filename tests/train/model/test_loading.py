@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig
-from rekindle.train.finetune.classifier import classifier_config, load_expert, padded_tokenizer
+from rekindle.train.finetune.classifier import classifier_config, load_trained, padded_tokenizer
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import (
     load_config,
@@ -62,8 +62,7 @@ def as_new_student(path: Path) -> None:
 
 
 def as_expert(path: Path) -> None:
-    data = TaskData(["a river"], None, torch.zeros(1).numpy(), ())
-    load_expert(str(path), data, 16)
+    load_trained(str(path))
 
 
 LOADERS = (as_teacher, as_student, as_expert)
@@ -319,7 +318,7 @@ def test_a_model_whose_own_code_fails_is_named(tmp_path, make_model, wordpiece):
     model.config.decoder_start_token_id = None
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    from rekindle.train.finetune.classifier import evaluate
+    from rekindle.train.answers.score import evaluate
 
     labels = torch.zeros(1, dtype=torch.int64).numpy()
     names = ("LABEL_0", "LABEL_1")

@@ -13,82 +13,23 @@ from typer.testing import CliRunner
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
-from rekindle.train.config import StudentConfig
-from rekindle.train.finetune.config import MergeConfig
-from rekindle.train.finetune.merge_baselines import scores_by_name
-from rekindle.train.finetune.run import FinetuneConfig, finetune
-from rekindle.train.finetune.score import (
+from rekindle.train.answers.judge import StudentHead
+from rekindle.train.answers.score import (
     baselines_table,
     expert_output,
     names_for,
     score_model,
-    student_logits,
-    student_texts,
 )
+from rekindle.train.config import StudentConfig
+from rekindle.train.finetune.config import MergeConfig
+from rekindle.train.finetune.merge_baselines import scores_by_name
+from rekindle.train.finetune.run import FinetuneConfig, finetune
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
+from testlib.answers.judges import LABELS, classifier, head
 from testlib.models import STILL
 
-SINGLE = "single_label_classification"
-LABELS = ("cat", "dog", "sun", "rain")
 QUICK = FinetuneConfig(epochs=0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("score")
-
-
-@pytest.fixture(scope="module")
-def task(folder):
-    """Texts of random labels: what is tested is who says what, not who is right."""
-    draw = np.random.default_rng(3)
-    words = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
-    rows = [
-        {"text": " ".join(draw.choice(words, 1 + n % 9)), "label": LABELS[draw.integers(4)]}
-        for n in range(30)
-    ]
-    path = folder / "test.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def classifier(make_model, wordpiece, seed, *labels, **extra):
-    names = dict(enumerate(labels))
-    about = {"id2label": names, "label2id": {n: i for i, n in names.items()}} | extra
-    model = "AutoModelForSequenceClassification"
-    return str(make_model("bert", model, wordpiece, seed, hidden_size=16, **about))
-
-
-@pytest.fixture(scope="module")
-def experts(make_model, wordpiece):
-    return [
-        classifier(make_model, wordpiece, 1, "dog", "cat"),
-        classifier(make_model, wordpiece, 2, "rain", "sun", "dog"),
-    ]
-
-
-def head(*names, problem=SINGLE):
-    return HeadConfig(kind="sequence", num_labels=len(names), label_names=names, problem=problem)
-
-
-@pytest.fixture(scope="module")
-def student(folder, make_model, wordpiece):
-    """A student with a head over a union, one whose labels stand apart, and one of scores."""
-    model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
-    heads = {
-        "a+b": head("rain", "dog", "cat", "sun"),
-        "a+c": head("a/rain", "a/dog", "c/dog", "c/cat", "c/sun"),
-        "score": head("x", problem="regression"),
-    }
-    found = build_student(StudentConfig(model=str(model)), heads, 100, 0)
-    with torch.no_grad():
-        for parameter in found.heads.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(1)))
-    found.save_pretrained(folder / "student")
-    AutoTokenizer.from_pretrained(str(model)).save_pretrained(folder / "student")
-    return found.eval()
 
 
 def logits_one_by_one(model, tokenizer, texts):
@@ -308,7 +249,8 @@ def test_segments_are_for_models_that_know_them(make_model, bytelevel, wordpiece
     config = StudentConfig(model=str(model), task="causal_lm" if causal else "masked_lm")
     student = build_student(config, {"all": head(*LABELS)}, 100, 0).eval()
     data = TaskData(["the river", "a city"], ["light falls", "old"], np.zeros(2, np.int64), LABELS)
-    found = student_logits(student, "all", student_texts(student, str(model), data, 32), 2)
+    judge = StudentHead(student, str(model), "all")
+    found = judge.logits(judge.read(data, 32), 2)
     for row, pair in enumerate(zip(data.texts, data.pairs, strict=True)):
         ids, types = load_tokenizer(str(model)).encode_pair(*pair, max_length=32)
         inputs = {"input_ids": torch.tensor(ids)[None].long()}

@@ -1,7 +1,6 @@
 """Scores what is there, without training: an expert, a student's task head, experts together."""
 
 import logging
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -11,35 +10,23 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
-from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.finetune.classifier import (
-    by_length,
-    check_several_alike,
-    classifier_config,
-    evaluate,
-    evaluation,
-    load_expert,
-    predict,
-)
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
+from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
-from rekindle.train.finetune.encoded import MOST_TOKENS, EncodedTexts, of_words, tell_cut
-from rekindle.train.finetune.label_lists import TAGS
-from rekindle.train.finetune.merge_baselines import bare_names, merge_scores, scores_by_name
+from rekindle.train.finetune.encoded import tell_cut
+from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import chosen_metric, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.finetune.words import encode_words
 from rekindle.train.model.causes import quiet_transformers
-from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.folder import resolve_model
-from rekindle.train.model.labels import check_label_names
-from rekindle.train.model.network import HeadConfig
-from rekindle.train.model.segments import knows_segments
 from rekindle.train.running_out import running_out
-from rekindle.train.student import ABOUT_FILE, Student
+from rekindle.train.student import ABOUT_FILE
 
 logger = logging.getLogger("rekindle")
 
@@ -102,30 +89,6 @@ def _check_target(out: Path, models: list[str], force: bool) -> None:
     check_out(out, force)
 
 
-def _student_scores(
-    directory: str, data: TaskData, config: FinetuneConfig
-) -> tuple[str, Scores, float]:
-    """The name of the head that was scored, its scores, and the share of texts that was cut."""
-    path = str(resolve_model(directory))
-    with quiet_transformers():
-        student = Student.from_pretrained(path)
-    name, head = head_of(student, config.head, directory, data.problem)
-    encoded = student_texts(student, path, data, config.max_length)
-    cut = tell_cut({"dev": encoded})["dev"]
-    logits = student_logits(student, name, encoded, config.batch_size)
-    if head.problem == "regression" and not data.label_names and head.num_labels == data.outputs:
-        return name, scores_of(data, logits), cut
-    if head.problem == "regression":
-        raise InputError(
-            f"the head {name!r} of {directory!r} is a {head.problem}; the task has labels of "
-            "another kind: give the task it was taught"
-        )
-    names = bare_names(head.label_names, name.split("+"))
-    who = f"the head {name!r} of {directory!r}"
-    check_several_alike(data, head.problem, f"the labels of {who}")
-    return name, scores_by_name(logits, names, data, who), cut
-
-
 def _scores_by_way(
     model: str, data: TaskData, config: FinetuneConfig
 ) -> tuple[dict[str, Scores], dict[str, float]]:
@@ -141,15 +104,12 @@ def _scores_by_way(
             f"merge is of classes that exclude each other, and the task is a {data.problem}: leave "
             "merge out, and score each model by itself"
         )
-    if (resolve_model(model) / ABOUT_FILE).is_file():
-        head, scores, cut["dev"] = _student_scores(model, data, config)
-        found[f"student, head {head}"], models = scores, []
-    elif config.head is not None and merge is None:
-        raise InputError(
-            f"head is for students with task heads, and {model!r} is none: leave it out"
-        )
-    elif merge is None:
-        found["expert"], _, cut["dev"] = evaluation(model, data, *sizes)
+    if merge is None or (resolve_model(model) / ABOUT_FILE).is_file():
+        judge = open_judge(model, config.head, data.problem)
+        way = "expert" if judge.head is None else f"student, head {judge.head}"
+        asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
+        found[way], _, cut["dev"] = judged_scores(judge, data, asked)
+        models = []
     if merge is None:
         return found, cut
     models += merge.experts
@@ -172,7 +132,40 @@ def _scores_by_way(
     return found, cut
 
 
-# ---- what experts and heads say of the texts: N of them, C classes ------------------------------
+def evaluate(
+    model: str,
+    data: TaskData,
+    *,
+    head: str | None = None,
+    max_length: int | None = None,
+    batch_size: int = 64,
+) -> tuple[Scores, np.ndarray]:
+    """Score an expert or a student's head: (all fitting scores, fp32 logits [N,C] in the order of
+    its outputs).
+
+    Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
+    InputError for a model without a trained head, of the other problem or with other classes.
+    """
+    settings = AskConfig(max_length=max_length, batch_size=batch_size)
+    return judged_scores(open_judge(model, head, data.problem), data, settings)[:2]
+
+
+def judged_scores(
+    judge: Judge,
+    data: TaskData,
+    settings: AskConfig,
+    watch: Watch = NOBODY,
+) -> tuple[Scores, np.ndarray, float]:
+    """All fitting scores, fp32 logits [N,C], and which share of the texts was cut."""
+    judge.check_task(data)
+    logits, cuts = judged(judge, data, settings, watch)
+    cut = tell_cut({"dev": cuts})["dev"]
+    if not data.label_names:
+        return scores_of(data, logits), logits, cut
+    return scores_by_name(logits, judge.labels, data, judge.who), logits, cut
+
+
+# ---- several experts: N texts, C classes --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,20 +192,21 @@ def expert_output(
     Raises InputError for a model without a trained head, of scores or of labels of which several
     may hold, or without dropout where passes are asked.
     """
-    problem = classifier_config(model).problem_type
-    if problem not in (None, "single_label_classification"):
+    expert = Expert(model)
+    if (problem := expert.answers.problem) != "single_label_classification":
         raise InputError(
             f"{model!r} is a {problem}: only classifiers whose classes exclude each other can be "
             "merged; leave it out"
         )
     with quiet_transformers():
-        network, encoded = load_expert(model, data, max_length)
+        encoded = expert.read(data, max_length)
         cut = tell_cut({name: encoded})[name]
-        logits = predict(network, encoded, batch_size)
+        logits = expert.logits(encoded, batch_size)
         means = None
         if passes:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
+                network = expert.network
                 each = [predict(network, encoded, batch_size, dropout=True) for _ in range(passes)]
             if all(np.array_equal(one, logits) for one in each):
                 raise InputError(
@@ -221,10 +215,8 @@ def expert_output(
                 )
             means = np.mean([softmax(one, axis=1) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
-    config = network.config
-    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    check_label_names(names, repr(model))
-    info = TeacherInfo(name=name, num_labels=config.num_labels, label_names=names, **about)
+    labels = expert.labels
+    info = TeacherInfo(name=name, num_labels=len(labels), label_names=labels, **about)
     return ExpertOutput(info, logits, means, cut)
 
 
@@ -235,62 +227,3 @@ def names_for(models: list[str]) -> list[str]:
         name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name)[:100].lstrip("._-")
         names.append(name if name and name not in names else f"expert-{number}")
     return names
-
-
-def head_of(
-    student: Student, wanted: str | None, directory: str, problem: str = ""
-) -> tuple[str, HeadConfig]:
-    """The head of a student that is scored, one that tags words where that is the ``problem``;
-    InputError when it is not clear which.
-    """
-    kind, does = ("token", "tags words") if problem == TAGS else ("sequence", "judges whole texts")
-    heads = {n: h for n, h in student.head_configs.items() if h.kind == kind}
-    if wanted is None and len(heads) == 1:
-        wanted = next(iter(heads))
-    if wanted is None or wanted not in heads:
-        has = ", ".join(heads) or f"none that {does}"
-        raise InputError(
-            f"student {directory!r} has the task heads {has}"
-            + (f", not {wanted!r}" if wanted else "; say which with head")
-            + ". Train one with a distill term of task experts, or fine-tune it (epochs above 0)"
-        )
-    return wanted, heads[wanted]
-
-
-def student_logits(student: Student, head: str, encoded: EncodedTexts, batch: int) -> np.ndarray:
-    """Logits of one task head, on ``student_texts``, as ``by_length`` returns them."""
-    device = torch.device(place("fp32").device)
-    student = student.to(device).eval()
-
-    def run(inputs: dict[str, torch.Tensor], places: torch.Tensor | None) -> torch.Tensor:
-        which = {"sequence_heads": [head]} if places is None else {"token_heads": {head: places}}
-        logits: torch.Tensor = student(inputs, **which).logits[head]
-        return logits
-
-    return by_length(encoded, batch, device, run)
-
-
-def student_texts(
-    student: Student, directory: str, data: TaskData, max_length: int | None
-) -> EncodedTexts:
-    """Tokenize the texts or pairs as training shows them, cut to ``max_length`` (MOST_TOKENS)."""
-    tokenizer, wanted = load_tokenizer(directory), max_length or MOST_TOKENS
-    prompted = student.prompts is not None  # that of no domain takes a place, too
-    takes = (longest_input(student.model.config) or math.inf) - prompted
-    most = int(min(wanted, takes))
-    if data.words is not None:
-        return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
-    whole = tokenizer.whole_lengths(data.texts, data.pairs)
-    limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
-    if data.pairs is not None:
-        pairs = zip(data.texts, data.pairs, strict=True)
-        joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
-        types = [types for _, types in joined] if knows_segments(student.model.config) else None
-        return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
-    room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
-    wrapped = [
-        np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
-        for found in tokenizer.encode(data.texts)
-    ]
-    filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
-    return EncodedTexts(filled, None, 0, *limits)

@@ -1,0 +1,90 @@
+"""The rows of a file as they are, every column of them, in memory that does not grow with the file.
+
+Files: those of a labelled task, arrow, and txt, of which each line that is not blank is a row with
+the column ``text``. ``-`` is jsonl that is piped in.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rekindle.data.corpus.records import Bad, read_records
+from rekindle.data.corpus.sources import HUB, PYTHON_DOCS, Origin, recorded_origin
+from rekindle.data.errors import InputError
+from rekindle.data.text_files import PACKED_SUFFIXES, STDIN, half_a_pair, open_text
+
+LONGEST_LINE = 1 << 28  # bytes of a line of a txt file, which is held in memory
+PIPED = Origin("jsonl", STDIN, "stdin")
+
+Row = Mapping[str, object]
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Every row with all its columns.
+
+    Raises InputError: at the call for a file that is not there or of no known type; while reading
+    for a row that is none.
+    """
+    if path != STDIN and not Path(path).exists():
+        raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv, txt or parquet file")
+    if Path(path).is_dir():
+        raise InputError(f"{path!r} is a folder; give a jsonl, csv, tsv, txt or parquet file")
+    origin = PIPED if path == STDIN else recorded_origin(path)
+    if origin.format in (HUB, PYTHON_DOCS):
+        # A pipe of the shell (`<(…)`, /dev/stdin) has no ending: what is piped is jsonl.
+        if Path(path).is_file():
+            raise InputError(
+                f"{path}: unknown type of file; rows are .jsonl, .csv, .tsv or .txt (each also "
+                f"packed: {', '.join(PACKED_SUFFIXES)}), .parquet or .arrow: rename or convert it"
+            )
+        origin = PIPED._replace(place=path)
+    return _lines(path) if origin.format == "txt" else _records(origin)
+
+
+def _records(origin: Origin) -> Iterator[Row]:
+    for record in read_records(origin, None):
+        if isinstance(record, Bad):
+            raise InputError(record.message)
+        yield record.values
+
+
+def _lines(path: str) -> Iterator[Row]:
+    with open_text(path) as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB")
+            try:
+                text = line.removeprefix(b"\xef\xbb\xbf").decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the "
+                    "line); convert the file to UTF-8"
+                ) from None
+            if text and not text.isspace():
+                yield {"text": text}
+
+
+def text_of(row: Row, number: int, column: str, path: str) -> str:
+    """The text in a column; InputError, naming the row, for one that is none."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
+        has = "" if column in row else f"; the row has: {', '.join(map(str, row))}"
+        raise InputError(f"{path}, row {number}: {column} must be a string (given: {given}{has})")
+    if told := half_a_pair(column, value):
+        raise InputError(f"{path}, row {number}: {told}")
+    return value
+
+
+def texts_of(
+    rows: Sequence[Row], first: int, columns: Sequence[str], path: str
+) -> tuple[list[str], list[str] | None]:
+    """The texts of ``rows``, the first of which has the number ``first``, and those beside them in
+    pairs, where there are two ``columns``.
+    """
+    each = [
+        [text_of(row, number, name, path) for number, row in enumerate(rows, start=first)]
+        for name in columns
+    ]
+    return each[0], each[1] if len(each) > 1 else None

@@ -1,0 +1,88 @@
+"""Asks finished models for the commands: resolves names, reads settings, shows progress."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.pipeline.builtin.missing import make_missing
+from rekindle.pipeline.builtin.names import resolve_name, resolve_values
+from rekindle.pipeline.overrides import set_value
+from rekindle.pipeline.progress import Progress
+from rekindle.train.answers.config import AskConfig, PerplexityConfig
+from rekindle.train.answers.evaluate import Evaluation, evaluate_file
+from rekindle.train.answers.perplexity import Perplexity, text_perplexity
+from rekindle.train.answers.predict import Predicted, check_new_file, predict_file
+
+S = TypeVar("S", bound=Settings)
+
+
+def scores(
+    model: str,
+    test: str,
+    head: str | None,
+    metric: str | None,
+    out: str | None,
+    force: bool,
+    fields: tuple[Sequence[str] | None, str | None],
+    sets: Sequence[str] | None,
+) -> Evaluation:
+    """Score an expert, or a student's head."""
+    if out is not None:
+        check_new_file(out, force)
+    config = _config(AskConfig, sets, *fields)
+    places = _places(model, test)
+    with Progress.to_terminal() as progress, progress.task("evaluate", "rows") as task:
+        return evaluate_file(*places, head=head, metric=metric, out=out, config=config, watch=task)
+
+
+def perplexity(
+    model: str, text: str, fields: Sequence[str] | None, sets: Sequence[str] | None
+) -> Perplexity:
+    """Measure a language model."""
+    if fields and len(fields) > 1:
+        raise InputError("--text-field is given twice, and --text takes one text of a record")
+    config, places = _config(PerplexityConfig, sets), _places(model, text)
+    with Progress.to_terminal() as progress, progress.task("evaluate", "tokens") as task:
+        field = (fields or ["text"])[0]
+        return text_perplexity(*places, text_field=field, config=config, watch=task)
+
+
+def predictions(
+    model: str,
+    text: str,
+    out: str,
+    head: str | None,
+    force: bool,
+    fields: Sequence[str] | None,
+    sets: Sequence[str] | None,
+) -> Predicted:
+    """Write what an expert, or a student's head, says."""
+    check_new_file(out, force)
+    config, places = _config(AskConfig, sets, fields), _places(model, text)
+    with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
+        return predict_file(*places, out, head=head, config=config, force=force, watch=task)
+
+
+def _places(model: str, file: str) -> tuple[str, str]:
+    """The paths of a model and a file that may be built in; what is missing of these is made."""
+    places = resolve_name(model), resolve_name(file)
+    make_missing(*places)
+    return places
+
+
+def _config(
+    kind: type[S],
+    sets: Sequence[str] | None,
+    text_field: Sequence[str] | None = None,
+    label_field: str | None = None,
+) -> S:
+    """The settings of ``--set`` and of the options that stand for some."""
+    values: dict[str, object] = {}
+    for setting in sets or ():
+        set_value(values, setting)
+    if text_field:
+        values["text_field"] = [*text_field]
+    if label_field is not None:
+        values["label_field"] = label_field
+    return parse_settings(kind, resolve_values(values), "--set")

@@ -1,0 +1,30 @@
+"""Tiny experts, heads of students, and files of rows."""
+
+import json
+from pathlib import Path
+
+from rekindle.train.model.network import HeadConfig
+
+SINGLE = "single_label_classification"
+LABELS = ("cat", "dog", "sun", "rain")
+
+
+def classifier(make_model, tokenizer, seed, *labels, family="bert", **extra):
+    names = dict(enumerate(labels))
+    about = {"id2label": names, "label2id": {n: i for i, n in names.items()}} | extra
+    model = "AutoModelForSequenceClassification"
+    return str(make_model(family, model, tokenizer, seed, hidden_size=16, **about))
+
+
+def head(*names, problem=SINGLE, kind="sequence"):
+    return HeadConfig(kind=kind, num_labels=len(names), label_names=names, problem=problem)
+
+
+def write(path, rows):
+    """Rows as jsonl; the path as text."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

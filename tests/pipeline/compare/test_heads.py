@@ -1,0 +1,135 @@
+"""The runs' task heads on a labelled file: `pipeline compare A B --test HEAD=FILE`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from rekindle.data.errors import InputError
+from rekindle.pipeline.compare.heads import _score, with_heads
+from rekindle.pipeline.compare.runs import compare_runs
+from rekindle.pipeline.compare.tables import as_text
+from rekindle.pipeline.progress import SILENT
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.evaluate import evaluate_file
+from rekindle.train.answers.judge import judged, open_judge
+from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.config import StudentConfig
+from rekindle.train.finetune.metrics import scores_of
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import build_student
+from testlib.command import pipeline
+
+NAMES = ("desc", "enty", "num")
+WORDS = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
+
+
+@pytest.fixture
+def students(write, make_model, wordpiece):
+    """Runs a and b, whose heads say different things of texts, and c, which has none."""
+    found = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 0)):
+        run = write(name, seed=seed)
+        model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES)
+        heads = {"trec": head} if seed else {}
+        student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
+        with torch.no_grad():
+            for parameter in student.heads.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(seed)))
+        student.save_pretrained(run)
+        AutoTokenizer.from_pretrained(str(model)).save_pretrained(run)
+        found.append(run)
+    return found
+
+
+@pytest.fixture
+def test_file(students, tmp_path):
+    """What a says of 60 texts, but for every tenth."""
+    draw = np.random.default_rng(3)
+    texts = [" ".join(draw.choice(WORDS, 1 + n % 9)) for n in range(60)]
+    path = tmp_path / "test.jsonl"
+
+    def labelled(labels):
+        rows = [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    labelled([NAMES[n % 3] for n in range(60)])
+    judge = open_judge(str(students[0]), "trec")
+    logits, _ = judged(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
+    said = [judge.labels[n] for n in logits.argmax(axis=1)]
+    labelled([NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)])
+    return path
+
+
+def test_the_heads_stand_first_with_intervals_over_the_rows(students, test_file, caplog):
+    found = compare_runs(students)
+    with caplog.at_level("INFO"):
+        scored = with_heads(found, [f"trec={test_file}"], None, SILENT)
+    (standing,) = scored.standings
+    assert standing.best == "a"
+    assert standing.scores.scores["a"] == [pytest.approx(0.9)]
+    for name in "ab":
+        own = evaluate_file(str(students["ab".index(name)]), str(test_file), head="trec")
+        assert standing.scores.scores[name] == [own.value]
+    (one,) = standing.differences
+    assert one.low < one.mean < one.high
+    assert standing.verdict.startswith("a is best on trec by 0.")
+    assert standing.verdict.endswith("over b (accuracy 0.9000 on test.jsonl)")
+    assert any("c has no head trec, and is not scored" in line for line in caplog.messages)
+    assert as_text(scored, 200).splitlines()[0].strip() == f"{standing.verdict}."
+    again = with_heads(found, [str(test_file)], "f1", SILENT).standings[0]  # the only head
+    assert again.scores.metric == "f1"
+
+
+def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
+    students, test_file, monkeypatch
+):
+    monkeypatch.setattr("rekindle.pipeline.compare.heads.open_judge", None)
+    found = compare_runs(students)
+    for asked, words in (
+        (f"mood={test_file}", "the runs have the heads trec, none is called 'mood'"),
+        ("trec=no.jsonl", "there is no file no.jsonl"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_heads(found, [asked], None, SILENT)
+    with pytest.raises(InputError, match="no run has a task head"):
+        with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
+
+
+def test_one_command_says_which_run_is_best(students, test_file):
+    done = pipeline("compare", *students, "--test", f"trec={test_file}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lstrip().startswith("a is best on trec by 0.")
+    wrong = pipeline("compare", *students, "--metric", "f1")
+    assert (wrong.returncode, "--metric is that of --test" in wrong.stderr) == (2, True)
+
+
+DRAW = np.random.default_rng(5)
+TEXTS = [f"text {n}" for n in range(12)]
+TAGS = ("O", "B-x", "I-x")
+TASKS = {
+    "classes": TaskData(TEXTS, None, DRAW.integers(0, 3, 12), NAMES),
+    "two": TaskData(TEXTS, None, DRAW.integers(0, 2, 12), ("no", "yes"), "yes"),
+    "several": TaskData(TEXTS, None, DRAW.random((12, 3)) > 0.5, NAMES, threshold=0.4),
+    "tags": TaskData(TEXTS, None, DRAW.integers(0, 3, 24), TAGS, words=[["a", "b"]] * 12),
+    "scores": TaskData(TEXTS, None, DRAW.random(12).astype(np.float32), ()),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_all_rows_together_score_what_the_model_scores(kind):
+    """Also twice as many: every row counts as often as it is drawn."""
+    data, names = TASKS[kind], TASKS[kind].label_names
+    logits = DRAW.normal(size=(len(data.labels), len(names) or 1)).astype(np.float32)
+    whole = scores_of(data, logits)
+    for metric, value in whole.items():
+        of = _score(data, logits, names, metric)
+        assert of(np.arange(12)) == pytest.approx(value)
+        assert of(np.tile(np.arange(12), 2)) == pytest.approx(value)
+        if metric == "accuracy" and kind != "tags":
+            right = logits.argmax(axis=1) == data.labels
+            assert of(np.array([3, 3, 7])) == pytest.approx(right[[3, 3, 7]].mean())

@@ -1,0 +1,129 @@
+"""`pipeline evaluate` and `pipeline predict` as they are typed: what they print, and exit codes."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from testlib.answers.judges import LABELS, classifier, lines, write
+from testlib.command import pipeline
+
+TEXTS = ["the river", "a city", "light falls", "old water"]
+
+
+@pytest.fixture(scope="module")
+def expert(make_model, wordpiece):
+    return classifier(make_model, wordpiece, 2, *LABELS)
+
+
+@pytest.fixture(scope="module")
+def model(make_model, wordpiece):
+    return str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 3))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    each = zip(TEXTS, LABELS, strict=True)
+    return write(tmp_path / "rows.jsonl", [{"question": t, "kind": label} for t, label in each])
+
+
+def test_scores_are_printed_and_predictions_written_on_request(tmp_path, expert, rows):
+    named, out = ("--text-field", "question", "--label-field", "kind"), tmp_path / "said.jsonl"
+    done = pipeline("evaluate", expert, "--test", rows, *named, "--metric", "f1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith(f"f1 on {rows}: 0.")
+    assert last == f"predictions: {out}"
+    assert [[*one] for one in lines(out)] == [["question", "kind", "label", "probabilities"]] * 4
+    assert "classification: 4 rows, 4 classes: cat 1" in done.stderr
+    assert "no text is cut" in done.stderr
+    found = json.loads(pipeline("evaluate", expert, "--test", rows, *named, "--json").stdout)
+    assert found["value"] == found["scores"]["accuracy"]
+    assert found["label_names"] == [*LABELS]
+    again = pipeline("evaluate", expert, "--test", rows, *named, "--out", out)
+    assert (again.returncode, "or --force to replace it" in again.stderr) == (2, True)
+
+
+def test_a_language_model_is_measured_on_text(tmp_path, model, expert, rows):
+    given = ("evaluate", model, "--text", rows, "--text-field", "question")
+    done = pipeline(*given, "--set", "tokens=5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"pseudo-perplexity on {rows}: ")
+    assert "per token of its tokenizer (95 %: " in done.stdout
+    assert "at most 5 tokens, drawn evenly with seed 0" in done.stderr
+    found = json.loads(pipeline(*given, "--set", "tokens=all", "--json").stdout)
+    assert found["tokens"] == found["tokens_in_all"]
+    typo = pipeline(*given, "--set", "token=5")
+    assert (typo.returncode, "did you mean 'tokens'" in typo.stderr) == (2, True)
+    wrong = pipeline("evaluate", expert, "--text", rows, "--text-field", "question")
+    command = wrong.stderr.partition("What it says of texts: `pipeline ")[2].partition("`")[0]
+    assert wrong.returncode == 2
+    advised = [
+        part.replace("predictions.jsonl", str(tmp_path / "p.jsonl")) for part in command.split()
+    ]
+    assert pipeline(*advised, "--text-field", "question").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give either --test"),
+        (["--test", "x.jsonl", "--text", "x.jsonl"], "give either --test"),
+        (["--test", "none.jsonl"], "no such file: 'none.jsonl'"),
+        (["--text", "none.jsonl"], "none.jsonl"),
+        (["--text", "x.jsonl", "--head", "a"], "--head is for labelled rows (--test)"),
+        (["--text", "x.jsonl", "--metric", "f1"], "--metric is for labelled rows (--test)"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_a_message(expert, arguments, told):
+    done = pipeline("evaluate", expert, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_language_model_knows_no_labels(tmp_path, model, rows):
+    for given in (["evaluate", model, "--test", rows], ["predict", model, "--text", rows]):
+        out = ["--out", tmp_path / "o.jsonl"] if given[0] == "predict" else []
+        done = pipeline(*given, *out)
+        assert done.returncode == 2
+        assert f"`pipeline finetune {model} --train" in done.stderr
+        assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_predictions_are_written_and_summed_up(tmp_path, expert, rows):
+    out = tmp_path / "deep" / "said.jsonl"
+    done = pipeline("predict", expert, "--text", rows, "--text-field", "question", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 rows: ")
+    assert len(lines(out)) == 4
+    again = pipeline("predict", expert, "--text", rows, "--text-field", "question", "--out", out)
+    assert again.returncode == 2
+    given = ("predict", expert, "--text", rows, "--text-field", "question", "--out", out)
+    found = json.loads(pipeline(*given, "--force", "--json").stdout)
+    assert (found["rows"], found["label_names"]) == (4, [*LABELS])
+    wrong = pipeline("predict", expert, "--text", rows, "--out", "-", "--json")
+    assert (wrong.returncode, "would both write to stdout" in wrong.stderr) == (2, True)
+
+
+def test_in_a_pipe_rows_come_in_and_lines_go_out(expert):
+    """Whoever reads may have enough before the end."""
+    command = [sys.executable, "-m", "rekindle.pipeline.cli", "predict", expert]
+    command += ["--text", "-", "--out", "-"]
+    rows = "".join(json.dumps({"text": text, "é": "\x7f"}) + "\n" for text in TEXTS)
+    done = subprocess.run(command, input=rows.encode(), capture_output=True, check=True)
+    said = [json.loads(line) for line in io.BytesIO(done.stdout)]
+    assert [one["text"] for one in said] == TEXTS
+    assert [one["é"] for one in said] == ["\x7f"] * 4
+    assert done.stdout.isascii()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_nothing_trained_points_to_evaluate(tmp_path, expert, rows):
+    given = ("finetune", expert, "--train", rows, "--dev", rows, "--out", tmp_path / "s")
+    named = ("--set", "text_field=question", "--set", "label_field=kind")
+    done = pipeline(*given, *named, "--set", "epochs=0")
+    assert done.returncode == 0, done.stderr
+    assert f"without --train: pipeline evaluate {expert} --test {rows}" in done.stderr

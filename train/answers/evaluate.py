@@ -1,0 +1,138 @@
+"""Scores an expert, or a student's head, on a labelled file; writes what it says, where asked."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rekindle.data.corpus.rows import read_rows
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_file
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.judge import open_judge
+from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.score import judged_scores
+from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.finetune.metrics import METRICS, chosen_metric
+from rekindle.train.finetune.predictions import write_predictions
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.running_out import running_out
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The scores of a model on one labelled file, and what was understood of both."""
+
+    model: str
+    head: str | None  # of a student
+    test: str
+    problem: str
+    label_names: tuple[str, ...]  # the model's
+    metric: str  # the one that is printed
+    scores: dict[str, float]
+    rows: int
+    class_counts: dict[str, int]
+    positive: str | None
+    dropped: dict[str, int]
+    cut: float  # share of the texts
+    predictions: str | None  # the file of them
+    seconds: float
+
+    @property
+    def value(self) -> float:
+        """The score by ``metric``."""
+        return self.scores[self.metric]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as plain values for JSON."""
+        return {**asdict(self), "value": self.value}
+
+    def told(self) -> str:
+        """The scores in lines, the one that counts first."""
+        names = [self.metric, *(name for name in self.scores if name != self.metric)]
+        lines = [f"{name} on {self.test}: {self.scores[name]:.4f}" for name in names]
+        return "\n".join([*lines, *([f"predictions: {self.predictions}"] * bool(self.predictions))])
+
+
+def evaluate_file(
+    model: str,
+    test: str,
+    *,
+    head: str | None = None,
+    metric: str | None = None,
+    out: str | None = None,
+    config: AskConfig | None = None,
+    watch: Watch = NOBODY,
+) -> Evaluation:
+    """Score an expert, or a student's ``head``, on the labelled file ``test``; the labels are the
+    model's own, by name. ``out`` receives the predictions, whole or not at all.
+
+    Raises InputError for wrong files, models, heads or metrics, and for labels that the model does
+    not know, naming their rows.
+    """
+    started = time.perf_counter()
+    rows = read_rows(test)  # that it is there is checked before a model is loaded
+    judge = open_judge(model, head)
+    before = recorded(resolve_model(model)) if judge.head is None else Recorded()
+    settings = as_recorded(config or AskConfig(), before, next(rows, {}).keys())
+    data = read_labelled(test, judge, settings)
+    check_pairs(before, data.pairs is not None, model, test)
+    metric = _metric(metric, before, data)
+    answers = replace(judge.answers, threshold=settings.threshold)
+    log.info("%s: %s", test, data.described())
+    watch.expect(len(data))
+    with running_out(Path(out or test), lambda: "", less_memory(settings)):
+        scores, logits, cut = judged_scores(judge, data, settings, watch)
+        if out is not None:
+            with new_file(Path(out)) as file:
+                write_predictions(file, data, answers, logits)
+    return Evaluation(
+        model=model,
+        head=judge.head,
+        test=test,
+        problem=data.problem,
+        label_names=judge.answers.names,
+        metric=metric,
+        scores=scores,
+        rows=len(data),
+        class_counts=data.counts,
+        positive=data.positive,
+        dropped=data.dropped,
+        cut=cut,
+        predictions=out,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _metric(wanted: str | None, before: Recorded, data: TaskData) -> str:
+    """The metric that is asked for, or that of the fine-tuning, where it fits."""
+    usual = before.metric if before.metric in METRICS[data.problem] else None
+    if usual == "f1" and len(data.label_names) == 2 and data.positive is None:
+        usual = None
+    return chosen_metric(wanted or usual, data)
+
+
+def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
+    """Raise InputError for pairs where an expert was fine-tuned on single texts, and for these
+    where it was fine-tuned on pairs.
+    """
+    if before.pairs in (None, paired):
+        return
+    taught, given = ("pairs of texts", "single texts")[:: 1 if before.pairs else -1]
+    raise InputError(
+        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: name the "
+        + ("two columns of the texts" if before.pairs else "one column of the text")
+        + " with --text-field"
+    )
+
+
+def less_memory(settings: AskConfig) -> str:
+    """What takes less memory, with the values as they are."""
+    return (
+        f"Lower batch_size (now {settings.batch_size}) or max_length (now {settings.max_length}): "
+        f"`--set batch_size={max(1, settings.batch_size // 2)}`"
+    )

@@ -1,0 +1,236 @@
+"""Finished models that judge texts: an expert, or a student with one of its heads."""
+
+import math
+import shlex
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.corpus.tokenizer import load_tokenizer
+from rekindle.data.errors import InputError
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
+from rekindle.train.finetune.encoded import MOST_TOKENS, Cuts, EncodedTexts, encode, of_words
+from rekindle.train.finetune.label_lists import SEVERAL, TAGS
+from rekindle.train.finetune.merge_baselines import bare_names
+from rekindle.train.finetune.predictions import Answers
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.finetune.words import encode_words
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import load_config, longest_input, place
+from rekindle.train.model.fitting import LANGUAGE, task_said
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.labels import SAY_SCORES, check_label_names
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.segments import knows_segments
+from rekindle.train.student import ABOUT_FILE, Student
+
+ROWS_AT_A_TIME = 2048  # in memory; the more, the better texts of like length come together
+
+Inputs = dict[str, Tensor]
+
+
+class Judge(ABC):
+    """What judges texts, and how its answers are read. ``labels`` [C]: the outputs' names as files
+    have them.
+    """
+
+    who: str  # in messages
+    head: str | None
+    answers: Answers
+    labels: tuple[str, ...]
+    says_problem: bool  # or it is guessed of the outputs
+
+    @abstractmethod
+    def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
+        """The texts as the model sees them, cut to ``max_length`` and to what it takes."""
+
+    @abstractmethod
+    def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
+        """fp32 logits [N,C] in the order of the rows."""
+
+    def check_task(self, data: TaskData) -> None:
+        """Raise InputError for a task of another problem, or with labels that it lacks."""
+        outputs, problem = len(self.labels), self.answers.problem
+        who = f"the {outputs} outputs of {self.who}"
+        if data.problem == problem == "regression" and data.outputs == outputs:
+            return
+        if data.problem == "regression" and data.outputs == outputs and not self.says_problem:
+            raise InputError(f"the task has scores, and {who} may be classes: {SAY_SCORES}")
+        if data.problem == SEVERAL != problem:
+            said = f"are a {problem}" if self.says_problem else "may exclude each other"
+            wrong = '"problem_type": "multi_label_classification"'
+            unsaid = "" if self.says_problem else f": if not, write {wrong} into its config.json"
+            raise InputError(
+                f"the task has labels of which several may hold, and {who} {said}{unsaid}"
+            )
+        if problem == SEVERAL != data.problem:
+            raise InputError(
+                f"{who} are labels of which several may hold, and the task is a {data.problem}: "
+                "the largest would be taken for the only one. Give a task with lists of labels"
+            )
+        if problem != data.problem and (TAGS in (problem, data.problem) or problem == "regression"):
+            raise InputError(
+                f"{self.who} is a {problem}; the task has labels of another kind: give the task it "
+                "was taught"
+            )
+        data.check_known(self.labels, who)
+
+
+def judged(
+    judge: Judge,
+    data: TaskData,
+    settings: AskConfig,
+    watch: Watch = NOBODY,
+) -> tuple[np.ndarray, Cuts]:
+    """fp32 logits [N,C] of all of ``data``, a block of rows at a time, and what was cut of them."""
+    found, cuts = [], Cuts()
+    for first in range(0, len(data), ROWS_AT_A_TIME):
+        block = data.part(first, first + ROWS_AT_A_TIME)
+        encoded = judge.read(block, settings.max_length)
+        found.append(judge.logits(encoded, settings.batch_size))
+        cuts = cuts.and_of(encoded)
+        watch.advance(len(block))
+    return np.concatenate(found), cuts
+
+
+def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
+    """Load an expert, or a student with its ``head`` (None: the only one that may be asked what a
+    task of ``problem`` asks, if that is known).
+
+    Raises InputError for a language model, for a classifier whose head was never trained, for a
+    head that is not there, and where it is not clear which.
+    """
+    directory = resolve_model(model)
+    if (directory / ABOUT_FILE).is_file():
+        with quiet_transformers():
+            student = Student.from_pretrained(directory)
+        return StudentHead(student, model, head, problem)
+    if head is not None:
+        raise InputError(
+            f"--head is for students with task heads, and {model!r} is none: leave it out"
+        )
+    if (said := task_said(load_config(directory))) in LANGUAGE:
+        raise InputError(no_head(model, "masked" if said == "masked_lm" else "causal"))
+    return Expert(model)
+
+
+def no_head(model: str, kind: str) -> str:
+    """What is told of a language model that is asked for labels."""
+    return (
+        f"{model!r} is a {kind} language model without a trained head: it knows no labels. Make an "
+        f"expert of it first: {to_fine_tune(model)}. How well it knows plain text: `pipeline "
+        f"evaluate {shlex.quote(model)} --text FILE`"
+    )
+
+
+class Expert(Judge):
+    """A classifier or regressor as ``pipeline finetune`` writes it, or from elsewhere."""
+
+    head = None
+
+    def __init__(self, model: str):
+        self.who = f"the expert {model!r}"
+        tags = task_said(load_config(resolve_model(model))) == TAGS
+        with quiet_transformers():
+            self.network, self.tokenizer = load_trained(model, TAGS if tags else "")
+        config = self.network.config
+        self.labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        check_label_names(self.labels, repr(model))
+        problem = TAGS if tags else _problem(config.problem_type, config.num_labels)
+        self.answers = Answers(problem, self.labels)
+        self.says_problem = config.problem_type is not None
+
+    def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
+        """Return the tokens of the expert's own tokenizer."""
+        return encode(self.tokenizer, self.network.config, data, max_length)
+
+    def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
+        """Run without dropout; texts of one length together where padding would change them."""
+        return predict(self.network, encoded, batch_size)
+
+
+class StudentHead(Judge):
+    """A student and the head of it that is asked."""
+
+    def __init__(
+        self, student: Student, directory: str, wanted: str | None = None, problem: str = ""
+    ):
+        self.head, about = head_of(student, wanted, directory, problem)
+        self.who = f"the head {self.head!r} of {directory!r}"
+        names = about.label_names or tuple(f"LABEL_{i}" for i in range(about.num_labels))
+        self.labels = bare_names(names, self.head.split("+"))
+        self.says_problem = about.problem is not None
+        problem = TAGS if about.kind == "token" else _problem(about.problem, about.num_labels)
+        self.answers = Answers(problem, names)
+        self.tokenizer = load_tokenizer(str(resolve_model(directory)))
+        self.device = torch.device(place("fp32").device)
+        self.student = student.to(self.device).eval()
+
+    def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
+        """Return the texts or pairs as training shows them."""
+        tokenizer, config = self.tokenizer, self.student.model.config
+        prompted = self.student.prompts is not None  # that of no domain takes a place, too
+        takes = (longest_input(config) or math.inf) - prompted
+        most = int(min(max_length or MOST_TOKENS, takes))
+        if data.words is not None:
+            return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
+        whole = tokenizer.whole_lengths(data.texts, data.pairs)
+        limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
+        if data.pairs is not None:
+            pairs = zip(data.texts, data.pairs, strict=True)
+            joined = [tokenizer.encode_pair(a, b, max_length=most) for a, b in pairs]
+            types = [types for _, types in joined] if knows_segments(config) else None
+            return EncodedTexts([ids for ids, _ in joined], types, 0, *limits)
+        room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
+        wrapped = [
+            np.concatenate([tokenizer.prefix, found.ids[:room], tokenizer.suffix]).astype(np.int32)
+            for found in tokenizer.encode(data.texts)
+        ]
+        filled = [ids if len(ids) else np.zeros(1, np.int32) for ids in wrapped]
+        return EncodedTexts(filled, None, 0, *limits)
+
+    def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
+        """Run the head."""
+        name = str(self.head)
+
+        def run(inputs: Inputs, places: Tensor | None) -> Tensor:
+            if places is None:
+                found = self.student(inputs, sequence_heads=[name])
+            else:
+                found = self.student(inputs, token_heads={name: places})
+            logits: Tensor = found.logits[name]
+            return logits
+
+        return by_length(encoded, batch_size, self.device, run)
+
+
+def head_of(
+    student: Student, wanted: str | None, directory: str, problem: str = ""
+) -> tuple[str, HeadConfig]:
+    """The head of a student that is asked, one that tags words where that is the ``problem``;
+    InputError when it is not clear which.
+    """
+    kind = "token" if problem == TAGS else "sequence" if problem else ""
+    heads = {name: one for name, one in student.head_configs.items() if kind in ("", one.kind)}
+    if wanted is None and len(heads) == 1:
+        wanted = next(iter(heads))
+    if wanted is None or wanted not in heads:
+        if heads:
+            which = f", not {wanted!r}" if wanted else "; say which with --head"
+            told = f"has the task heads {', '.join(heads)}{which}"
+        else:
+            does = {"token": " that tags words", "sequence": " that judges whole texts"}
+            told = f"has no task head{does.get(kind, '')}"
+        raise InputError(
+            f"student {directory!r} {told}. A distill term of a task expert gives a student a "
+            f"head; or fine-tune it: {to_fine_tune(directory)}"
+        )
+    return wanted, heads[wanted]
+
+
+def _problem(said: str | None, outputs: int) -> str:
+    return said or ("regression" if outputs == 1 else "single_label_classification")

@@ -1,0 +1,146 @@
+"""Reads a labelled file for a model that knows its labels: no train file says what they mean.
+
+One class alone, or fewer than the model knows, is enough.
+"""
+
+import json
+import logging
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from rekindle.data.errors import InputError, did_you_mean
+from rekindle.train.answers.judge import Judge
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.label_lists import (
+    SEVERAL,
+    TAGS,
+    check_settings,
+    check_several,
+    check_tags,
+    named_rows,
+    read_lists,
+    several_in,
+    words_in,
+)
+from rekindle.train.finetune.labels import (
+    SHOWN,
+    Label,
+    Rows,
+    check_dropped,
+    check_scores,
+    dropped_names,
+    kept_rows,
+)
+from rekindle.train.finetune.positive import positive_class
+from rekindle.train.finetune.task_data import TaskData, split_of, split_of_lists
+from rekindle.train.finetune.task_files import TaskFile, read_file
+
+log = logging.getLogger("rekindle")
+
+_ROWS_SHOWN = 5
+_NAMELESS = re.compile(r"LABEL_\d+")
+
+
+def read_labelled(path: str, judge: Judge, settings: TaskSettings) -> TaskData:
+    """Read a labelled file whose labels are those of ``judge``.
+
+    Raises InputError as ``read_file`` does, and for labels that the model does not know, naming
+    their rows.
+    """
+    check_settings(settings)
+    problem, who = judge.answers.problem, judge.who
+    file = read_file(path, as_asked(settings, problem))
+    if file.words is not None and problem != TAGS:
+        raise InputError(
+            f"{path} has tokens, and {who} judges whole texts: name their column with --text-field"
+        )
+    names = () if problem == "regression" else tuple(dict.fromkeys(judge.labels))
+    if problem in (SEVERAL, TAGS):
+        return _read_lists(file, problem, names, who, settings)
+    dropped = dropped_names(settings.drop_labels, as_written=False)
+    rows, gone = kept_rows(path, file.labels, dropped, as_written=False)
+    check_dropped(dropped, [(rows, gone)])
+    _check_rows(path, rows.numbers, gone)
+    if settings.label_names:
+        rows = named_rows(rows, settings.label_names)
+    if names:
+        labels = np.array(_numbers(rows, names, who), dtype=np.int64)
+    else:
+        check_scores(rows, len(judge.labels))
+        labels = np.array([label.value for label in rows.labels], dtype=np.float32)
+    positive = positive_class(names, settings.positive)
+    return split_of(file, rows.numbers, gone, labels, names, positive)
+
+
+def as_asked(settings: TaskSettings, problem: str) -> TaskSettings:
+    """The settings with which the texts of a file are read for a model of that problem."""
+    return settings.model_copy(update={"problem": TAGS}) if problem == TAGS else settings
+
+
+def _read_lists(
+    file: TaskFile, problem: str, names: tuple[str, ...], who: str, settings: TaskSettings
+) -> TaskData:
+    """Rows that have several labels, or tokens with tags."""
+    dropped = dropped_names(settings.drop_labels, as_written=True)
+    split = partial(several_in, separator=settings.label_separator)
+    read = words_in if problem == TAGS else split
+    lists, gone = read_lists(file.path, file.labels, read, dropped, settings.label_names)
+    check_dropped(dropped, [(lists.each, gone)])
+    _check_rows(file.path, lists.numbers, gone)
+    if file.words is None:
+        check_several(lists, train=False)
+    else:
+        check_tags(lists, file.words, as_asked(settings, problem))
+    numbers = _numbers(lists.each, names, who)
+    return split_of_lists(file, lists, gone, names, numbers, settings.threshold)
+
+
+def _check_rows(path: str, rows: Sequence[int], gone: Counter[str]) -> None:
+    if not rows:
+        raise InputError(f"{path}: drop_labels leaves none of its {gone.total()} rows")
+
+
+def _numbers(rows: Rows, names: Sequence[str], who: str) -> list[int]:
+    """The number of each label among the ``names`` that ``who`` knows."""
+    index = {name: number for number, name in enumerate(names)}
+    nameless = all(map(_NAMELESS.fullmatch, names))
+    if nameless and rows.labels and not any(label.name in index for label in rows.labels):
+        index = {str(number): number for number in range(len(names))}
+        log.info("%s: its labels have no names; a number is that of an output, from 0", who)
+    found = [_number(label, index) for label in rows.labels]
+    wrong = [place for place, number in enumerate(found) if number is None]
+    if wrong:
+        raise InputError(_unknown(rows, wrong, names, who))
+    return [number for number in found if number is not None]
+
+
+def _number(label: Label, index: Mapping[str, int]) -> int | None:
+    """As it is written, as it is read (1.0 is 1), or, of true and false, in any case."""
+    names = [label.raw.strip() if isinstance(label.raw, str) else label.name, label.name]
+    if label.name.casefold() in ("true", "false"):
+        names.append(label.name.casefold())
+    return next((index[name] for name in names if name in index), None)
+
+
+def _unknown(rows: Rows, wrong: Sequence[int], names: Sequence[str], who: str) -> str:
+    labels = [*dict.fromkeys(rows.labels[place].name for place in wrong)]
+    at = [*dict.fromkeys(rows.numbers[place] for place in wrong)]
+    numbers = ", ".join(map(str, at[:_ROWS_SHOWN]))
+    more = f" … ({len(at):,} rows)" if len(at) > _ROWS_SHOWN else ""
+    told = ", ".join(map(repr, labels[:_ROWS_SHOWN])) + (" …" if len(labels) > _ROWS_SHOWN else "")
+    known = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
+    near = did_you_mean(labels[0], names)
+    if len(wrong) == len(rows.labels):
+        advice = "It knows no label of the file: check the model, the file and --label-field"
+    else:
+        leave = shlex.quote(f"drop_labels={json.dumps(labels, ensure_ascii=False)}")
+        advice = f"Correct them, or leave such rows out with --set {leave}"
+    return (
+        f"{rows.path}, row {numbers}{more}: {who} does not know the label{'s' * (len(labels) > 1)} "
+        f"{told}; it knows {len(names)}: {known}{near or '.'} {advice}"
+    )

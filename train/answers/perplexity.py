@@ -1,0 +1,363 @@
+"""How likely a language model finds plain text: perplexity, or a masked one's pseudo-perplexity.
+
+Causal: exp(−1/N Σ log p(x_t | x_<t)) over every token of every text but its first (special tokens
+that the tokenizer puts around a text are among them: with one at the beginning all are predicted).
+Each text is taken by itself; one that is longer than the window is read in windows that move on by
+``stride``, and each token is predicted once, in the first window that it is in.
+Masked: pseudo-perplexity (Salazar et al., Masked Language Model Scoring, ACL 2020),
+exp(−1/N Σ log p(x_t | x_<t, x_>t)): each token is masked alone, in turn, within its text or the
+window of it that it is in; special tokens are not. Of all tokens, or of an even sample.
+
+Both are means over tokens, whatever text they are in; probabilities are over the tokens of the
+tokenizer (rows that pad the output matrix to a round size are none).
+"""
+
+import logging
+import math
+import shlex
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from rekindle.data.batch import length_buckets, pad
+from rekindle.data.corpus.documents import Document, LeftOut, read_documents
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError
+from rekindle.train.answers.config import PerplexityConfig
+from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.answers.windows import (
+    Ids,
+    Piece,
+    Window,
+    causal_windows,
+    drawn,
+    masked_pieces,
+    masked_windows,
+)
+from rekindle.train.device_batch import model_inputs, send
+from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.files import load_config, load_model, longest_input, place
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
+from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.network import StudentNetwork
+from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.running_out import running_out
+from rekindle.train.student import ABOUT_FILE, Student
+
+MOST_TOKENS = 1024  # that a model sees at a time, unless a length is given
+SORTED_BATCHES = 16  # whose windows are sorted by length together
+LOGIT_ROWS = 256  # whose logits are held at a time
+_LARGEST_CE = 700.0  # whose exponential is a number
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How likely a model finds a text, and by which rule."""
+
+    model: str
+    text: str
+    task: str  # masked_lm | causal_lm
+    measure: str  # perplexity | pseudo-perplexity
+    perplexity: float
+    ce: float  # its logarithm: nats per token
+    standard_error: float  # of ce
+    tokens: int  # that were predicted
+    tokens_in_all: int
+    texts: int
+    bits_per_byte: float | None  # of causal models: comparable between tokenizers
+    rule: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """The measure in lines, with its 95 % interval."""
+        low, high = (_exp(self.ce + side * 1.96 * self.standard_error) for side in (-1, 1))
+        of = "" if self.tokens >= self.tokens_in_all else f" of {self.tokens_in_all:,}"
+        texts = counted(self.texts, "text")
+        lines = [
+            f"{self.measure} on {self.text}: {self.perplexity:.4f} per token of its tokenizer "
+            f"(95 %: {low:.4g} to {high:.4g}; {self.tokens:,}{of} tokens of {texts})",
+            f"loss: {self.ce:.4f} nats per token",
+        ]
+        if self.bits_per_byte is not None:
+            lines.append(f"bits per byte: {self.bits_per_byte:.4f}")
+        return "\n".join(lines)
+
+
+def text_perplexity(
+    model: str,
+    text: str,
+    *,
+    text_field: str = "text",
+    config: PerplexityConfig | None = None,
+    watch: Watch = NOBODY,
+) -> Perplexity:
+    """Measure a language model, or a student as one, on plain text that is read as a corpus is.
+
+    Raises InputError for a model without output over the vocabulary, and for bad text.
+    """
+    started, config = time.perf_counter(), config or PerplexityConfig()
+    read = _Texts(text, text_field)
+    network, tokenizer = open_language_model(model, text, config.precision)
+    shown = _Shown.of(network, tokenizer, config)
+    log.info("%s", shown.rule)
+    losses = _Losses()
+    advice = f"Lower batch_tokens: `--set batch_tokens={max(1, config.batch_tokens // 2)}`"
+    with running_out(Path(text), lambda: "Nothing is written", advice), torch.inference_mode():
+        total, windows = shown.windows(read.encoded(tokenizer))
+        watch.expect(total)
+        for found in _run(network, windows, tokenizer.pad_id, config.batch_tokens):
+            losses.add(found)
+            watch.advance(len(found))
+    ce = losses.mean(model, text)
+    causal = network.task == "causal_lm"
+    return Perplexity(
+        model=model,
+        text=text,
+        task=network.task,
+        measure="perplexity" if causal else "pseudo-perplexity",
+        perplexity=_exp(ce),
+        ce=ce,
+        standard_error=losses.standard_error,
+        tokens=losses.count,
+        tokens_in_all=read.tokens,
+        texts=read.count,
+        bits_per_byte=losses.total / math.log(2) / read.bytes if causal else None,
+        rule=shown.rule,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _exp(ce: float) -> float:
+    return math.exp(ce) if ce < _LARGEST_CE else math.inf
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def open_language_model(model: str, text: str, precision: str) -> tuple[StudentNetwork, Tokenizer]:
+    """Load a language model, or a student, onto its device, and its tokenizer, for ``text``.
+
+    Raises InputError for an expert, for a body without output over the vocabulary, and for a
+    tokenizer with more ids than the model.
+    """
+    directory, placement = resolve_model(model), place(precision)
+    tokenizer = load_tokenizer(str(tokenizer_folder(directory)))
+    with quiet_transformers():
+        if (directory / ABOUT_FILE).is_file():
+            network: StudentNetwork = Student.from_pretrained(directory)
+        else:
+            config, task = load_config(directory), _language_task(model, directory, text)
+            check_fits(config, task, repr(model))
+            rows = config.get_text_config().vocab_size
+            if tokenizer.size > rows:
+                raise InputError(
+                    f"{model!r} has a vocabulary of {rows:,}, and its tokenizer ids up to "
+                    f"{tokenizer.size - 1:,}: it belongs to another tokenizer"
+                )
+            loaded = load_model(directory, AUTO_CLASSES[task], placement.dtype)
+            network = StudentNetwork(loaded, task, vocabulary_size=tokenizer.size)
+    if network.task == "masked_lm" and tokenizer.mask_id is None:
+        raise InputError(
+            f"the tokenizer of {model!r} has no mask token, which a masked LM is asked with"
+        )
+    return network.to(placement.device).eval(), tokenizer
+
+
+def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm", "causal_lm"]:
+    config = load_config(directory)
+    said, saved_as = task_said(config), (config.architectures or ["nothing that it says"])[0]
+    if said == "masked_lm":
+        return "masked_lm"
+    if said == "causal_lm":
+        return "causal_lm"
+    if said is not None:
+        asked = ["pipeline", "predict", model, "--text", text]
+        scored = ["pipeline", "evaluate", model, "--test", "FILE"]
+        raise InputError(
+            f"{model!r} is an expert ({saved_as}): it has no output over the vocabulary, so no "
+            f"perplexity. What it says of texts: `{shlex.join(asked)} --out "
+            f"predictions.jsonl`; its scores on labelled rows: `{shlex.join(scored)}`"
+        )
+    raise InputError(
+        f"{model!r} was saved as {saved_as}, which has no output over the vocabulary, so no "
+        "perplexity; give the language model itself, saved as …ForMaskedLM or …ForCausalLM"
+    )
+
+
+# ---- what it is shown ---------------------------------------------------------------------------
+
+
+class _Texts:
+    """The texts of a file, counted as they are read."""
+
+    def __init__(self, source: str, field: str):
+        self.source, self.left_out = source, LeftOut()
+        self._documents = read_documents([source], field, left_out=self.left_out)
+        self.count = self.bytes = self.tokens = 0
+
+    def encoded(self, tokenizer: Tokenizer) -> Iterator[Ids]:
+        """The tokens of each, without special ones; InputError for a record that is no text."""
+        for document, found in tokenizer.encode_documents(self._read()):
+            self.count += 1
+            self.bytes += len(document.text.encode())
+            self.tokens += len(found.ids)
+            yield found.ids
+
+    def _read(self) -> Iterator[Document]:
+        for document in self._documents:
+            self._check()
+            yield document
+        self._check()
+
+    def _check(self) -> None:
+        if self.left_out.first:
+            told = self.left_out.first.replace("corpus.text_field", "--text-field")
+            raise InputError(f"{told}; repair or remove it")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What of a text the model sees at a time, and what it predicts there."""
+
+    tokenizer: Tokenizer
+    causal: bool
+    window: int
+    stride: int
+    most: int | None  # tokens that are masked; None: all
+    seed: int
+
+    @classmethod
+    def of(cls, network: StudentNetwork, tokenizer: Tokenizer, config: PerplexityConfig) -> Self:
+        takes = longest_input(network.model.config) or math.inf
+        takes = min(takes - (network.prompts is not None), tokenizer.hf.model_max_length)
+        window = int(min(config.max_length or MOST_TOKENS, takes))
+        added = len(tokenizer.prefix) + len(tokenizer.suffix)
+        if window <= added + 1:
+            raise InputError(f"max_length {window} leaves no room for a text: give more tokens")
+        stride = config.stride or max(1, window // 2)
+        if stride >= window:
+            raise InputError(
+                f"stride {stride} is no less than the window of {window} tokens: what is predicted "
+                "first in a window would have nothing before it; give less"
+            )
+        most = None if config.tokens == "all" else config.tokens
+        return cls(tokenizer, network.task == "causal_lm", window, stride, most, config.seed)
+
+    @property
+    def rule(self) -> str:
+        """What is measured, in a line."""
+        if self.causal:
+            begins = "every token" if self.tokenizer.prefix else "every token but the first"
+            return (
+                f"perplexity: {begins} of each text is predicted from those before it; texts of "
+                f"more than {self.window:,} tokens in windows that move on by {self.stride:,}"
+            )
+        which = "every token"
+        if self.most is not None:
+            which = (
+                f"at most {self.most:,} tokens, drawn evenly with seed {self.seed} (every one: "
+                "--set tokens=all), each"
+            )
+        return (
+            f"pseudo-perplexity: {which} masked alone, in a pass of its own, within its text or "
+            f"{self.window:,} tokens of it"
+        )
+
+    def windows(self, texts: Iterator[Ids]) -> tuple[int | None, Iterator[Window]]:
+        """How many tokens are predicted, where that is known, and the windows."""
+        before, after = self.tokenizer.prefix, self.tokenizer.suffix
+        if self.causal:
+            whole = (np.concatenate([before, ids, after]).astype(np.int32) for ids in texts)
+            each = (causal_windows(ids, self.window, self.stride) for ids in whole)
+            return None, chain.from_iterable(each)
+        pieces: Iterable[Piece] = masked_pieces(texts, before, after, self.window)
+        total = None
+        if self.most is not None:
+            pieces = drawn(pieces, self.most, self.seed)
+            total = sum(len(places) for _, places in pieces)
+        return total, masked_windows(pieces, int(self.tokenizer.mask_id or 0))
+
+
+# ---- what it says -------------------------------------------------------------------------------
+
+
+def _run(
+    network: StudentNetwork, windows: Iterator[Window], padding: int, batch_tokens: int
+) -> Iterator[NDArray[np.float64]]:
+    """−log p of the tokens that are predicted, batch by batch; windows of like length together."""
+    equal = moved_by_padding(network.model) > 0
+    while block := _block(windows, SORTED_BATCHES * batch_tokens):
+        lengths = np.array([len(one.ids) for one in block])
+        for rows in length_buckets(lengths, batch_tokens, equal):
+            yield _batch_losses(network, [block[row] for row in rows], padding)
+
+
+def _block(windows: Iterator[Window], tokens: int) -> list[Window]:
+    block: list[Window] = []
+    for one in windows:
+        block.append(one)
+        tokens -= len(one.ids)
+        if tokens <= 0:
+            break
+    return block
+
+
+def _batch_losses(
+    network: StudentNetwork, batch: list[Window], padding: int
+) -> NDArray[np.float64]:
+    device = next(network.parameters()).device
+    lengths = np.array([len(one.ids) for one in batch])
+    ids = pad([one.ids for one in batch], lengths, padding)
+    places = np.concatenate([row * ids.shape[1] + one.places for row, one in enumerate(batch)])
+    labels = send(np.concatenate([one.labels for one in batch]), device)
+    with running(str(network.model.name_or_path)):
+        inputs = model_inputs(ids, lengths, device)
+        hidden = network(inputs, send(places, device)).hidden
+    head = network.output_head
+    each = [
+        functional.cross_entropy(head.logits(states), wanted, reduction="none")
+        for states, wanted in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(each).double().cpu().numpy()
+
+
+class _Losses:
+    """The sums that means are taken of."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self._squares = 0, 0.0, 0.0
+
+    def add(self, found: NDArray[np.float64]) -> None:
+        """Add the losses of a batch."""
+        self.count += len(found)
+        self.total += float(found.sum())
+        self._squares += float(np.square(found).sum())
+
+    def mean(self, model: str, text: str) -> float:
+        """Nats per token; InputError where nothing was predicted, or nothing sensible."""
+        if not self.count:
+            raise InputError(f"{text}: there is no token to predict; give texts of two or more")
+        if not math.isfinite(self.total):
+            raise InputError(f"{model!r} gives logits that are not finite: its weights may be NaN")
+        return self.total / self.count
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, as if tokens were independent."""
+        mean = self.total / self.count
+        return math.sqrt(max(self._squares / self.count - mean**2, 0.0) / self.count)

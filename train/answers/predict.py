@@ -1,0 +1,234 @@
+"""Writes what an expert, or a student's head, says of every row of a file.
+
+The rows are read, judged and written a block at a time: memory does not grow with the file.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from rekindle.data.corpus.rows import Row, read_rows, texts_of
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_file
+from rekindle.data.text_files import STDIN
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.evaluate import check_pairs, less_memory
+from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
+from rekindle.train.answers.labelled import as_asked
+from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.encoded import Cuts, tell_cut
+from rekindle.train.finetune.label_lists import TAGS
+from rekindle.train.finetune.labels import SHOWN
+from rekindle.train.finetune.predictions import (
+    GIVEN,
+    Answer,
+    Answers,
+    answered,
+    labels_in,
+    write_rows,
+)
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.finetune.task_files import text_fields, words_of
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.running_out import running_out
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What was written, and how often each label was said."""
+
+    model: str
+    head: str | None  # of a student
+    text: str
+    out: str
+    problem: str
+    label_names: tuple[str, ...]
+    rows: int
+    said: dict[str, int]  # by label (or tag), the most frequent first; empty of scores
+    cut: float  # share of the texts
+    renamed: dict[str, str] = field(default_factory=dict)  # own columns that an answer's name took
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """What was said, in lines."""
+        each = [f"{name} {count:,}" for name, count in self.said.items()]
+        said = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
+        kept = [f"{name} of {self.text} is kept as {to}" for name, to in self.renamed.items()]
+        return "\n".join([f"{counted(self.rows, 'row')}{said}", *kept, f"predictions: {self.out}"])
+
+
+def predict_file(
+    model: str,
+    text: str,
+    out: str,
+    *,
+    head: str | None = None,
+    config: AskConfig | None = None,
+    force: bool = False,
+    watch: Watch = NOBODY,
+) -> Predicted:
+    """Write a JSON line for every row of ``text`` into ``out``, which is there whole or not at all.
+
+    Both may be ``-``: jsonl from stdin, lines to stdout. A file is read once before anything is
+    judged, so that a row that is none is found at once;
+
+    Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless by
+    ``force``.
+    """
+    started = time.perf_counter()
+    check_new_file(out, force)
+    rows = read_rows(text)
+    if (first := next(rows, None)) is None:
+        raise InputError(f"{text} has no rows; give at least one text")
+    judge = open_judge(model, head)
+    before = recorded(resolve_model(model)) if judge.head is None else Recorded()
+    settings = as_recorded(config or AskConfig(), before, first.keys())
+    reader = _Reader.of(text, first, as_asked(settings, judge.answers.problem))
+    check_pairs(before, len(reader.columns) > 1, model, text)
+    total = None if _is_piped(text) else _check(reader, judge.answers)
+    watch.expect(total)
+    work = _Work(judge, settings, reader)
+    enough = running_out(Path(out), lambda: "Nothing is written", less_memory(settings))
+    with enough, _opened(out) as (file, ascii_only):
+        for block in blocks(chain([first], rows)):
+            write_rows(work.answered(block), file, ascii_only)
+            watch.advance(len(block))
+    return Predicted(
+        model=model,
+        head=judge.head,
+        text=text,
+        out=out,
+        problem=judge.answers.problem,
+        label_names=judge.answers.names,
+        rows=work.rows,
+        said=dict(work.said.most_common()),
+        cut=tell_cut({text: work.cuts})[text],
+        renamed={name: GIVEN + name for name in judge.answers.columns if name in first},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, ROWS_AT_A_TIME of them at a time."""
+    each = iter(rows)
+    while block := [*islice(each, ROWS_AT_A_TIME)]:
+        yield block
+
+
+def check_new_file(out: str, force: bool) -> None:
+    """Raise InputError for a file that is there and must not be replaced, and for a folder."""
+    if out == STDIN:
+        return
+    if Path(out).is_dir():
+        raise InputError(
+            f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
+        )
+    if Path(out).exists() and not force:
+        raise InputError(f"{out!r} is there already; give another --out, or --force to replace it")
+
+
+def _is_piped(path: str) -> bool:
+    return path == STDIN or not Path(path).is_file()
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Where a row's text is: in a column, or two of a pair, or in one of tokens."""
+
+    path: str
+    columns: tuple[str, ...]
+    tokens: bool
+
+    @classmethod
+    def of(cls, path: str, first: Row, settings: TaskSettings) -> Self:
+        """By the columns of the first row; InputError where it is not clear which."""
+        columns = text_fields(path, [*first], settings, settings.label_field)
+        tokens = settings.problem == TAGS
+        if tokens and len(columns) > 1:
+            raise InputError(f"{path}: tokens are no pairs of texts; name their one column")
+        return cls(path, columns, tokens)
+
+    def data(self, block: Sequence[Row], first: int) -> TaskData:
+        """The texts of rows, from number ``first`` on; InputError for one that is none."""
+        nothing = np.zeros(0, np.float32)
+        if not self.tokens:
+            return TaskData(*texts_of(block, first, self.columns, self.path), nothing, ())
+        (name,) = self.columns
+        each = enumerate(block, start=first)
+        words = [words_of(self.path, name, number, row.get(name)) for number, row in each]
+        return TaskData([*map(" ".join, words)], None, nothing, (), words=words)
+
+    def with_tokens(self, row: Row, words: list[str], answer: Answer) -> Answer:
+        """The answer, and the tokens that it is of, where the row has them as one text."""
+        if isinstance(row.get(self.columns[0]), str):
+            return {"tokens": words} | answer
+        return answer
+
+
+def _check(reader: _Reader, answers: Answers) -> int:
+    """Check every row, and count them."""
+    count, nothing = 0, dict.fromkeys(answers.columns)
+    for block in blocks(read_rows(reader.path)):
+        reader.data(block, count + 1)
+        for _ in answered(block, [nothing] * len(block), reader.path, count + 1):
+            pass
+        count += len(block)
+    return count
+
+
+@contextmanager
+def _opened(out: str) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file that is written, and whether all but ASCII is escaped, as for a terminal."""
+    if out != STDIN:
+        with new_file(Path(out)) as file:
+            yield file, False
+        return
+    raw = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # JSON escapes all by itself
+    try:
+        yield raw.buffer, True
+        raw.flush()
+    except BrokenPipeError:  # who reads has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())
+
+
+class _Work:
+    """The rows that are judged, and what was said of them so far."""
+
+    def __init__(self, judge: Judge, settings: AskConfig, reader: _Reader):
+        self.judge, self.settings, self.reader = judge, settings, reader
+        self.answers = replace(judge.answers, threshold=settings.threshold)
+        self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
+
+    def answered(self, block: Sequence[Row]) -> Iterator[Row]:
+        """Each row with what is said of it."""
+        first = self.rows + 1
+        data = self.reader.data(block, first)
+        logits, cuts = judged(self.judge, data, self.settings)
+        found = [self.answers.of(one) for one in data.per_row(logits)]
+        self.rows += len(block)
+        self.cuts = self.cuts.and_of(cuts)
+        for answer in found:
+            self.said.update(labels_in(answer))
+        if data.words is not None:
+            each = zip(block, data.words, found, strict=True)
+            found = [self.reader.with_tokens(*one) for one in each]
+        return answered(block, found, self.reader.path, first)
