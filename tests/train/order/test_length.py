@@ -79,7 +79,7 @@ def test_an_override_of_one_takes_the_place_of_the_others(name):
 
 
 def test_a_run_records_its_steps_and_keeps_them(masked_world, tmp_path, caplog, monkeypatch):
-    """Also where the cache has grown since; another length is another run."""
+    """They are counted once; another length is another run."""
     values = {"warmup_steps": 1, "checkpoint_every": 1, "held_out": 0.5, "evaluate_sequences": 2}
     plain = train_config([], **values).model_dump(mode="json")
     config = parse_settings(TrainConfig, plain | {"steps": None, "epochs": 0.75})
