@@ -55,6 +55,14 @@ def test_what_follows_from_the_steps_follows(masked_world):
     assert parse_settings(TrainConfig, of(epochs=2).model_dump(mode="json")) == of(epochs=2)
 
 
+@pytest.mark.parametrize("given", [{}, {"warm_head_steps": 100}, {"warmup_steps": 7}])
+def test_a_file_that_is_written_before_the_steps_are_known_reads_the_same_again(given):
+    config = parse_settings(TrainConfig, {"tokens": 10_000_000} | given)
+    again = parse_settings(TrainConfig, config.model_dump(mode="json", by_alias=True))
+    for steps in (500, 2000):
+        assert again.of_steps(steps).warmup_steps == config.of_steps(steps).warmup_steps
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
