@@ -49,10 +49,15 @@ def tidy_up() -> None:
         remove_downloads()
 
 
+def by_itself() -> None:
+    """What is known of a command that goes on without --resume before it has looked: nothing."""
+
+
 @contextmanager
-def resumable(resumed: Callable[[], bool] = lambda: False) -> Iterator["Progress"]:
+def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progress"]:
     """Show progress; an interrupt, or what ran out, ends with what is kept and the line that goes
-    on. ``resumed``: whether that line needs --resume, for there is something to go on with.
+    on. ``resumed``: whether that line needs --resume, for there is something to go on with; or
+    ``by_itself``.
 
     Results are printed after the block: until then the terminal is that of the bars.
     """
@@ -62,22 +67,26 @@ def resumable(resumed: Callable[[], bool] = lambda: False) -> Iterator["Progress
         with interruptible(resumed), Progress.to_terminal(silent=not is_main()) as progress:
             yield progress
     except ResumableError as error:
-        line = line_again(resumed(), error.settings)
+        line = line_again(bool(resumed()), error.settings)
         raise InputError(f"{str(error).rstrip('.')}. To go on: {line}") from None
 
 
 @contextmanager
-def interruptible(resumed: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """End on Ctrl-C and SIGTERM at once, with what is kept and the line that goes on."""
+def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterator[None]:
+    """End on Ctrl-C and SIGTERM at once, with what is kept and the line that goes on.
+
+    ``resumed``: as for ``resumable``; also the word for that line, where the interrupt has none.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
         if is_main():
-            told, kept = "", True
+            told, more = "", resumed()
+            kept = more
             if isinstance(error, Interrupted):
                 told, kept = error.told, error.kept
-            how = "To go on" if kept else "To begin again"
-            say(f"\ninterrupted{told}. {how}: {line_again(resumed())}")
+            how = {True: "To go on", False: "To begin again", None: "To run it again"}[kept]
+            say(f"\ninterrupted{told}. {how}: {line_again(bool(more))}")
         import multiprocessing
 
         for process in multiprocessing.active_children():

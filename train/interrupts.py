@@ -53,21 +53,25 @@ def obey_sigterm() -> None:
 class Stop:
     """Whether this process was told to end, for work that ends at a place of its own choice.
 
-    From ``listen`` on the first signal is noted and said, a second one interrupts at once, but in a
-    process that another one started: that one sends signals on, and ends who takes too long.
+    From ``listen`` on the first signal is noted and said (``at_once``: it interrupts, what is to be
+    kept is kept by others), and a second one interrupts at once, but within SAME seconds: that is
+    the first one. In a process that another one started none does: that one sends signals on, and
+    ends who takes too long.
     """
 
-    def __init__(self, patient: bool):
+    def __init__(self, patient: bool, at_once: bool = False):
         self.asked = False
         self._patient = patient or one_of_many()
+        self._at_once = at_once
         self._before: dict[signal.Signals, object] = {}
         self._since = 0.0
 
     @classmethod
     @contextmanager
-    def heard(cls) -> Iterator["Stop"]:
+    def heard(cls, at_once: bool = False) -> Iterator["Stop"]:
         """Give one that hears signals from its ``listen`` to the end of the block."""
-        stop = cls(patient=signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+        started = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        stop = cls(patient=started and not at_once, at_once=at_once)
         try:
             yield stop
         finally:
@@ -82,11 +86,17 @@ class Stop:
             if signal.getsignal(number) in _OURS:
                 self._before[number] = signal.signal(number, self._hear)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+    def told(self) -> None:
+        """Note that this process was told to end: a signal from now on is a second one."""
         if not self.asked:
-            self.asked, self._since = True, now
+            self.asked, self._since = True, time.monotonic()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            self.told()
+            if self._at_once:
+                raise KeyboardInterrupt
             again = "" if self._patient else "; a second Ctrl-C leaves at once"
             log.info("told to end: the step is finished, and a checkpoint written%s", again)
-        elif now - self._since > SAME and not self._patient:
+        elif time.monotonic() - self._since > SAME and not self._patient:
             raise KeyboardInterrupt

@@ -56,6 +56,7 @@ from rekindle.train.record.identity import (
     measure_of_run,
     read_summary,
     recorded_extent,
+    refuse_grown,
     steps_of_run,
     student_files,
 )
@@ -148,6 +149,7 @@ def train_student(
     """
     world = world or World.alone()
     begun = world.decide(lambda: steps_of_run(out) if resume else None)
+    world.decide(lambda: refuse_grown(out, cache.corpus) if resume else None)
     config = world.agree(lambda: in_steps(cache, config, begun))
     precision = chosen_precision(config.precision, world.device.type)
     advice, settings = less_memory(config, world.size, precision)

@@ -8,7 +8,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from rekindle.data.errors import InputError
 from rekindle.data.former import Formerly
@@ -103,6 +111,14 @@ class StepConfig(Settings):
         if self.steps and (problem := self.length_problem()):
             raise ValueError(problem)
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_it_reads_again(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a warm-up that nobody gave while the steps it follows from are not known."""
+        values: dict[str, Any] = dump(self)
+        if not self.steps and "warmup_steps" not in self.model_fields_set:
+            values.pop("warmup_steps", None)
+        return values
 
     def length_problem(self) -> str | None:
         """Say what cannot be done in so many steps; None where all can."""

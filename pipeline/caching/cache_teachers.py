@@ -97,8 +97,9 @@ def cache_teachers(
     check_files(chosen, config.student)
     make_missing(config)
     store = open_store(config.cache.path)
-    rehearse(config, chosen, store)
     made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
+    with telling(lambda: _kept(made, store)):
+        rehearse(config, chosen, store)
     with telling(lambda: _kept(made, store)), store.working() as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0

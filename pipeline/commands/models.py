@@ -21,7 +21,7 @@ from rekindle.pipeline.commands.options import (
     TextField,
 )
 from rekindle.pipeline.console import say
-from rekindle.pipeline.exits import interruptible, line_with
+from rekindle.pipeline.exits import by_itself, interruptible, line_with
 
 
 def finetune(
@@ -78,7 +78,7 @@ def finetune(
     given = (model, train_file, dev_file, str(out))
     try:
         if config.epochs:
-            with interruptible():
+            with interruptible(by_itself):
                 result = run.finetune(
                     *given, seeds=seeds, metric=metric, config=config, force=force
                 )

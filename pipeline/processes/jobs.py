@@ -28,7 +28,7 @@ from rekindle.pipeline.processes.worker import (
     killed_at_exit,
 )
 from rekindle.pipeline.progress import Progress, ProgressTask
-from rekindle.train.interrupts import Interrupted
+from rekindle.train.interrupts import Interrupted, Stop
 
 log = logging.getLogger("rekindle")
 
@@ -165,21 +165,24 @@ def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) 
     """An interrupt is sent on: each job that is ``running`` keeps what it has done, as far as it
     can within STOP_WITHIN seconds, and that is told. Another interrupt ends all at once.
     """
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        names = {worker: job.name for worker, (job, *_) in running.items()}
-        if names:
-            log.info(
-                "told to end: within %.0f s the jobs at work keep what they have done; a second "
-                "Ctrl-C leaves at once",
-                STOP_WITHIN,
-            )
-        for worker in names:
-            worker.tell_to_end()
-        told = [error.told] if isinstance(error, Interrupted) else []
-        told += [f"; {name}: {what}" for name, what in _kept_by(names) if what]
-        raise Interrupted("".join(told), kept=bool(told)) from None
+    with Stop.heard(at_once=True) as stop:
+        stop.listen()
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            stop.told()  # a job may have been, by a signal to all, before this process was
+            names = {worker: job.name for worker, (job, *_) in running.items()}
+            if names:
+                log.info(
+                    "told to end: within %.0f s the jobs at work keep what they have done; a "
+                    "second Ctrl-C leaves at once",
+                    STOP_WITHIN,
+                )
+            for worker in names:
+                worker.tell_to_end()
+            told = [error.told] if isinstance(error, Interrupted) else []
+            told += [f"; {name}: {what}" for name, what in _kept_by(names) if what]
+            raise Interrupted("".join(told), kept=bool(told)) from None
 
 
 def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:

@@ -288,7 +288,7 @@ def test_an_unknown_key_names_the_nearest(run_file, key, nearest):
         ("teachers.0.targets.temperatures=[1, 0]", "temperatures.1: .*greater than 0"),
         ("teachers.0.targets.temperatures=[.nan]", "temperatures.0: .*finite"),
         ("teachers.0.targets.temperatures=[.inf]", "temperatures.0: .*finite"),
-        ("teachers.0.batch_tokens=0", "batch_tokens: Input should be greater than 0"),
+        ("teachers.0.batch_tokens=0", "batch_tokens: Input should be 'auto', or greater than 0"),
         ("teachers.0.batch_tokens=many", "batch_tokens"),
         ("teachers.0.monte_carlo.passes=2", "sequence_classification"),
         ("teachers.0.monte_carlo.passes=-1", "passes"),

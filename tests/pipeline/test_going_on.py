@@ -21,7 +21,7 @@ from rekindle.train.record.run_log import read_metrics
 from testlib.command import pipeline, run_main
 from testlib.processes import Child
 
-LINE = re.compile(r"To (?:go on|begin again): (pipeline .*)$", re.MULTILINE)
+LINE = re.compile(r"To (?:go on|begin again|run it again): (pipeline .*)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,9 @@ def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
     assert done.returncode == 130, done.stderr
     (line,) = LINE.findall(done.stderr)
     assert shlex.split(line) == ["pipeline", *typed]
+    # Nothing was begun; what goes on by itself has not looked yet.
+    how = "begin" if name == "train-student" else "run it"
+    assert f"\ninterrupted. To {how} again: " in done.stderr
 
 
 def test_a_student_out_of_memory_goes_on_with_the_line(run_file, tmp_path, monkeypatch):

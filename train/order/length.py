@@ -12,7 +12,7 @@ def in_steps(cache: Cache, config: TrainConfig, recorded: int | None = None) -> 
     An epoch is all sequences that are trained on: not what is held out, nor other domains, nor what
     is replayed; what a curriculum begins with counts as read. Of tokens a sequence has as many as
     those of the corpus have on average. ``recorded``: the steps that the run was begun with, which
-    it keeps although the cache may have grown since. Raises InputError where they are too few.
+    it keeps: they are counted once. Raises InputError where they are too few.
     """
     if config.steps:
         return config

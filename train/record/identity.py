@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import Settings, free_keys
@@ -99,6 +100,27 @@ def steps_of_run(run: Path) -> int | None:
     found = _read(run)
     with reading(run / RUN_FILE, START_AGAIN):
         return None if found is None else recorded_steps(found)
+
+
+def refuse_grown(run: Path, corpus: Corpus) -> None:
+    """Raise CheckpointError where the corpus of the run in ``run`` has grown to ``corpus``: what is
+    trained on and held out would be other sequences.
+    """
+    found = _read(run) or {}
+    with reading(run / RUN_FILE, START_AGAIN):
+        before = found.get("cache", {}).get("corpus")
+    if before not in map(corpus.fingerprint_of, range(1, len(corpus.commits))):
+        return
+    rule = _rule(run, {"student": found.get("student", {})})
+    if not is_finished(run):
+        rule = (
+            f"{START_AGAIN[0].upper()}{START_AGAIN[1:]}, or resume this one with a copy of the "
+            "cache as it was then (--set cache.path=COPY)"
+        )
+    raise CheckpointError(
+        f"the corpus of the cache {corpus.store.location} has grown since {run} was begun, so the "
+        f"sequences that it trains on would change. {rule}"
+    )
 
 
 def as_run_began(config: S, run: Path) -> S:

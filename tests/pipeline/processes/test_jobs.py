@@ -1,6 +1,7 @@
 """Jobs: each after what it needs, once, at one place at a time; failures and Ctrl-C stop all."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def deaf(path, report):
     pathlib.Path(path).write_text("")
     time.sleep(60)
 
-def keep(parent, others, report):
+def keep(parent, others, report, more=0):
     import signal
     from rekindle.train.interrupts import Interrupted, Stop
     with Stop.heard() as stop:
@@ -62,7 +63,14 @@ def keep(parent, others, report):
         os.kill(parent, signal.SIGINT)
         while not stop.asked:
             time.sleep(0.01)
+        for _ in range(more):
+            time.sleep(0.05)
+            os.kill(parent, signal.SIGINT)
+            time.sleep(0.2)
     raise Interrupted(" at step 3; a checkpoint of it is written")
+
+def keep_told_twice(parent, report):
+    keep(parent, [], report, more=1)
 """
 
 
@@ -154,6 +162,16 @@ def test_an_interrupt_waits_for_what_jobs_keep_and_no_longer(
         "; 1 of 4 jobs are finished; keep: interrupted at step 3; a checkpoint of it is written"
     )
     assert not slow.exists()
+
+
+def test_a_signal_that_comes_twice_is_one(work: ModuleType, tmp_path: Path) -> None:
+    """As where it is sent to a group and to its leader: what the jobs keep is waited for."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    jobs = [Job("keep", work.keep_told_twice, (os.getpid(),), output=None)]
+    with pytest.raises(Interrupted) as caught:
+        run(jobs, tmp_path)
+    assert caught.value.told == "; keep: interrupted at step 3; a checkpoint of it is written"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_places_are_taken_one_by_one(work: ModuleType, tmp_path: Path) -> None:

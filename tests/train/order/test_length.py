@@ -55,6 +55,14 @@ def test_what_follows_from_the_steps_follows(masked_world):
     assert parse_settings(TrainConfig, of(epochs=2).model_dump(mode="json")) == of(epochs=2)
 
 
+@pytest.mark.parametrize("given", [{}, {"warm_head_steps": 100}, {"warmup_steps": 7}])
+def test_a_file_that_is_written_before_the_steps_are_known_reads_the_same_again(given):
+    config = parse_settings(TrainConfig, {"tokens": 10_000_000} | given)
+    again = parse_settings(TrainConfig, config.model_dump(mode="json", by_alias=True))
+    for steps in (500, 2000):
+        assert again.of_steps(steps).warmup_steps == config.of_steps(steps).warmup_steps
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -79,7 +87,7 @@ def test_an_override_of_one_takes_the_place_of_the_others(name):
 
 
 def test_a_run_records_its_steps_and_keeps_them(masked_world, tmp_path, caplog, monkeypatch):
-    """Also where the cache has grown since; another length is another run."""
+    """They are counted once; another length is another run."""
     values = {"warmup_steps": 1, "checkpoint_every": 1, "held_out": 0.5, "evaluate_sequences": 2}
     plain = train_config([], **values).model_dump(mode="json")
     config = parse_settings(TrainConfig, plain | {"steps": None, "epochs": 0.75})

@@ -17,6 +17,7 @@ from rekindle.pipeline.sweep.grid import SweepRun
 from rekindle.pipeline.sweep.run import run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train import loop
+from rekindle.train.config import TrainConfig
 from testlib.loop import train_config
 from testlib.models import NARROW
 from testlib.students import metrics, same_weights
@@ -111,6 +112,32 @@ def test_a_run_goes_on_as_it_began(base, small, grown, whole, tmp_path, monkeypa
     recorded = json.loads((out / "run.json").read_text())["cache"]
     assert recorded["replicas"] == 2
     assert recorded["targets"] == {"lm": {"part": "", "k": 4}}
+
+
+def test_a_corpus_that_has_grown_is_refused_in_its_own_words(base, tmp_path, monkeypatch, caplog):
+    """And a copy of the cache as it was goes on."""
+
+    def limited(sequences, path):
+        corpus = base["corpus"] | {"limit_sequences": sequences}
+        config = run_file(base | {"corpus": corpus}, path)
+        train = config.train.model_dump(mode="json") | {"steps": None, "epochs": 1}
+        return config.model_copy(update={"train": parse_settings(TrainConfig, train)})
+
+    cache, copy, out = tmp_path / "cache", tmp_path / "copy", tmp_path / "run"
+    cache_teachers(limited(40, cache))
+    shutil.copytree(cache, copy)
+    interrupted(limited(40, cache), out, monkeypatch)
+    cache_teachers(limited(60, cache))
+    caplog.clear()
+    with caplog.at_level("INFO", "rekindle"), pytest.raises(CheckpointError) as refused:
+        train_from_config(limited(60, cache), out, resume=True)
+    assert str(refused.value) == (
+        f"the corpus of the cache {cache} has grown since {out} was begun, so the sequences that "
+        "it trains on would change. Start a new run in another --out, or resume this one with a "
+        "copy of the cache as it was then (--set cache.path=COPY)"
+    )
+    assert "1 epoch = " not in caplog.text
+    assert train_from_config(limited(60, copy), out, resume=True).steps > 4
 
 
 def test_the_same_file_again_trains_the_same_student(base, grown, whole, tmp_path):
