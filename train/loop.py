@@ -296,8 +296,6 @@ def _train(
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
     weights = gather_weights(student.student) if student.sharded else None
     world.decide(lambda: _finish(training, result, weights))
-    if world.main:
-        log.info("%s: %s", out, result.told_of_best())
     return result
 
 

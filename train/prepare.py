@@ -32,7 +32,7 @@ from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
-from rekindle.train.step_config import LENGTH
+from rekindle.train.step_config import LENGTH, usual_head_steps
 from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
@@ -258,9 +258,12 @@ def _check_head(
             "output matrix is its input embeddings, and nothing else comes after the body. Leave "
             "it out"
         )
-    first = objective.plan(0)
-    if not student.has_fresh_head or train.warm_head_steps or not objective.trains_text:
+    if not student.has_fresh_head or train.warm_head_steps:
         return
+    if not objective.trains_text:
+        log.info("student: nothing trains its fresh language-model head, which stays as it is")
+        return
+    first = objective.plan(0)
     vocabulary = student.vocabulary_size
     taught = "" if first.hard > 0 else ", from its teachers' words alone"
     log.warning(
@@ -268,8 +271,8 @@ def _check_head(
         f"is trained{taught}. Its cross-entropy begins near {math.log(vocabulary):.1f} nats (a "
         f"guess among {vocabulary:,} tokens), where a teacher's divergence is about 1: at first "
         "the loss, and most of the gradient that reaches the body, are this head's learning. "
-        "Either train it alone at first (train.warm_head_steps: 100), or, where its words do not "
-        "matter, leave the text out (train.objective.hard.weight: 0)"
+        f"Either train it alone at first (train.warm_head_steps: {usual_head_steps(train.steps)}), "
+        "or, where its words do not matter, leave the text out (train.objective.hard.weight: 0)"
     )
 
 

@@ -126,7 +126,7 @@ class StepConfig(Settings):
         if head >= steps:
             return (
                 f"warm_head_steps {head} of steps {steps}: nothing but the language model's head "
-                "would be trained. Give fewer"
+                f"would be trained. Give fewer, such as {usual_head_steps(steps)}"
             )
         if self.warmup_steps >= steps - head:
             after = f" less warm_head_steps {head}" if head else ""
@@ -160,6 +160,11 @@ class StepConfig(Settings):
         if problem := found.length_problem():
             raise InputError(f"train: {self.length} = {steps:,} steps here; {problem}")
         return found
+
+
+def usual_head_steps(steps: int) -> int:
+    """Return how many of the steps a fresh head may be trained alone: a fifth, at most 100."""
+    return max(min(steps // 5, 100), 1)
 
 
 def _asked(given: dict[str, Any]) -> bool:

@@ -118,14 +118,16 @@ def test_a_fresh_head_says_what_it_does_and_what_to_do(masked_world, body, tmp_p
     run(masked_world, tmp_path / "ce", train_config(DISTILL, steps=1), model=body)
     (told,) = [r for r in caplog.records if word in r.getMessage()]
     assert told.levelname == "WARNING"
-    for part in ("begins near", "train.warm_head_steps: 100", "train.objective.hard.weight: 0"):
+    for part in ("begins near", "train.warm_head_steps: 1)", "train.objective.hard.weight: 0"):
         assert part in told.getMessage()
     caplog.clear()
     run(masked_world, tmp_path / "whole", train_config(DISTILL, steps=1))  # has one
     run(masked_world, tmp_path / "warm", train_config(DISTILL, **WARM), model=body)
     alone = train_config([{"teachers": ["sense"]}], steps=1, hard=0.0)
+    caplog.set_level("INFO", "rekindle")
     found = run(masked_world, tmp_path / "kd", alone, model=body).evaluation
     assert word not in caplog.text
+    assert "nothing trains its fresh language-model head" in caplog.text
     assert found.keys() == {"loss", "kl/sense", "agreement/sense"}
     assert found["loss"] == pytest.approx(found["kl/sense"], rel=1e-5)
 
