@@ -44,8 +44,8 @@ def with_heads(
     files and heads that are not there, and as ``read_labelled`` does.
     """
     asked = [_asked(test, comparison.runs) for test in tests]
-    how = (metric, config or AskConfig(), progress)
-    found = [_standing(comparison.runs, *one, *how) for one in asked]
+    config = config or AskConfig()
+    found = [_standing(comparison.runs, *one, metric, config, progress) for one in asked]
     return replace(comparison, standings=[*found, *comparison.standings])
 
 

@@ -124,15 +124,12 @@ def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing |
         pairs = len(ranked) * len(others) // 2
         differences = [_over_seeds(scores, best, other, pairs) for other in others]
         return Standing(scores, best, differences)
-    known = on_rows.rows >= LEAST_ROWS and others
-    bounds = _intervals(ranked, means, on_rows)[: len(others)] if known else [None] * len(others)
+    bounds: list[Interval] | list[tuple[None, None]] = [(None, None)] * len(others)
+    if others and on_rows.rows >= LEAST_ROWS:
+        bounds = _intervals(ranked, means, on_rows)[: len(others)]
     differences = [
-        Difference(
-            *(best, other, scores.task, means[best] - means[other]),
-            *(found or (None, None)),
-            *(None, None, 1),
-        )
-        for other, found in zip(others, bounds, strict=True)
+        Difference(best, other, scores.task, means[best] - means[other], *between, None, None, 1)
+        for other, between in zip(others, bounds, strict=True)
     ]
     return Standing(scores, best, differences, on_rows.rows)
 
