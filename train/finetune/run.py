@@ -33,7 +33,7 @@ from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metrics import chosen_metric, scores_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
@@ -108,6 +108,8 @@ def finetune(
     check_head(model, config.head, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
+        if name != "train":
+            tell_undefined(files[name], split)
     home = Path(out).resolve()
     seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
     about = what_is_tuned(model, files, {"metric": metric} | config.model_dump(mode="json"))
