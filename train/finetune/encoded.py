@@ -168,8 +168,8 @@ def tell_cut(splits: Mapping[str, EncodedTexts | Cuts], taught: str = "") -> dic
             if count:
                 wrong = "have no answer, and count as wrong"
                 then = "teach nothing" if name == taught else wrong
-                told = (counted(count, "word"), name, reason, then)
-                logger.warning("%s of %s: %s; they %s", *told)
+                words = counted(count, "word")
+                logger.warning("%s of %s: %s; they %s", words, name, reason, then)
     shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):
