@@ -79,8 +79,8 @@ def _refuse_unfinished(test: str, file: str, runs: Sequence[RunFacts]) -> None:
     if not told:
         return
     ready = next((one for place in places if (one := usable_checkpoint(place)) is not None), None)
-    one = shlex.join(["pipeline", "evaluate", str(ready), "--test", file])
-    also = f". A checkpoint alone is scored by `{one}`" if ready else ""
+    line = shlex.join(["pipeline", "evaluate", str(ready), "--test", file])
+    also = f". A checkpoint alone is scored by `{line}`" if ready else ""
     raise InputError(f"--test {test}: {'; '.join(told)}{also}")
 
 
