@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.runs import Comparison, RunFacts
+from rekindle.pipeline.compare.scores import heads_of
 from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, draw, standing_of
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
@@ -59,7 +60,7 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
         head, file = "", test
     told = f"the runs have the heads {', '.join(known)}" if known else "no run has a task head"
     if not known:
-        _refuse_unfinished(test, file, runs)
+        _refuse_unfinished(test, head, file, runs)
     if not known or (head and head not in known):
         raise InputError(
             f"--test {test}: {told}{f', none is called {head!r}' if head else ''}. A distill term "
@@ -72,15 +73,20 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     return head or known[0], file
 
 
-def _refuse_unfinished(test: str, file: str, runs: Sequence[RunFacts]) -> None:
+def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]) -> None:
     """Raise InputError where runs have no head because they have not ended."""
     places = [Path(run.directory) for run in runs]
     told = [words for place in places if (words := unfinished(place)) is not None]
     if not told:
         return
-    ready = next((one for place in places if (one := usable_checkpoint(place)) is not None), None)
-    line = shlex.join(["pipeline", "evaluate", str(ready), "--test", file])
-    also = f". A checkpoint alone is scored by `{line}`" if ready else ""
+    also = ""
+    for checkpoint in filter(None, map(usable_checkpoint, places)):
+        heads = heads_of(checkpoint)
+        if head in heads or (not head and len(heads) == 1):
+            own = ["--head", head or heads[0]]
+            line = shlex.join(["pipeline", "evaluate", str(checkpoint), "--test", file, *own])
+            also = f". A checkpoint alone is scored by `{line}`"
+            break
     raise InputError(f"--test {test}: {'; '.join(told)}{also}")
 
 

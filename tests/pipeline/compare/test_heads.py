@@ -1,6 +1,7 @@
 """The runs' task heads on a labelled file: `pipeline compare A B --test HEAD=FILE`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,8 +100,13 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     with pytest.raises(InputError, match="no run has a task head"):
         with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
     (students[2] / "summary.json").unlink()
+    checkpoint = students[2] / "checkpoints" / "step-00000003"
     with pytest.raises(InputError, match=r"c is not finished \(no checkpoint yet\): go on with"):
         with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
+    shutil.copytree(students[0], checkpoint)
+    line = f"pipeline evaluate {checkpoint} --test {test_file} --head trec"
+    with pytest.raises(InputError, match=rf"c is not finished \(step 3 of .* by `{line}`"):
+        with_heads(compare_runs(students[2:]), [f"trec={test_file}"], None, SILENT)
 
 
 def test_one_command_says_which_run_is_best(students, test_file):
