@@ -77,7 +77,7 @@ def _standing(
             judge = open_judge(run.directory, head)
             data = read_labelled(file, judge, AskConfig())
             metric = chosen_metric(metric, data)
-            found, logits, _ = judged_scores(judge, data, AskConfig())
+            found, logits, _ = judged_scores(judge, data, AskConfig(), name=file)
             scores[run.name] = [found[metric]]
             draws[run.name] = draw(_score(data, logits, judge.labels, metric), len(data))
             task.advance()

@@ -1,6 +1,8 @@
 """Scores on labelled rows without a train file: the labels are the model's own, by name."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.run import finetune
+from rekindle.train.student import ABOUT_FILE
 from testlib.answers.judges import LABELS, classifier, lines, write
 
 
@@ -162,6 +165,23 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(tmp_path, trained):
     trained([{"sentence1": row["text"], "sentence2": "a", "label": row["label"]} for row in rows])
     with pytest.raises(InputError, match=r"fine-tuned on pairs of texts, and .* has single texts"):
         evaluate_file(str(tmp_path / "expert"), write(tmp_path / "plain.jsonl", rows))
+
+
+@pytest.mark.usefixtures("student")
+def test_a_students_head_reads_what_it_was_trained_with_and_says_what_is_cut(
+    tmp_path, folder, task, caplog
+):
+    """As its export does; more of a text is read on request."""
+    short = Path(shutil.copytree(folder / "student", tmp_path / "short"))
+    about = json.loads((short / ABOUT_FILE).read_text())
+    (short / ABOUT_FILE).write_text(json.dumps(about | {"sequence_length": 5}))
+    found = evaluate_file(str(short), task, head="a+b")
+    assert found.cut > 0
+    assert f"texts are cut at 5 tokens: {found.cut:.1%} of {task} (the longest has " in caplog.text
+    whole = evaluate_file(str(short), task, head="a+b", config=AskConfig(max_length=64))
+    before = evaluate_file(str(folder / "student"), task, head="a+b")
+    assert (whole.cut, before.cut) == (0, 0)
+    assert whole.scores == before.scores
 
 
 def test_nothing_is_written_where_it_fails(tmp_path, experts):
