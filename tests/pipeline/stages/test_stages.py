@@ -216,7 +216,7 @@ class Stopping(Progress):
         yield Watched(name, unit)
 
     def see(self, name, done):
-        if name.endswith(self.name) and done >= self.steps:
+        if name.partition(",")[0].endswith(self.name) and done >= self.steps:
             self.act()
 
 

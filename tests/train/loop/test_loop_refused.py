@@ -153,7 +153,7 @@ def test_a_causal_student_cannot_learn_from_a_masked_teacher(
 
 def test_a_masked_student_needs_masks(causal_world, make_model, bytelevel, tmp_path):
     student = StudentConfig(model=str(make_model("bert", "AutoModelForMaskedLM", bytelevel)))
-    with pytest.raises(InputError, match="has the masked views none"):
+    with pytest.raises(InputError, match="has no mask token, and the objective is of a masked LM"):
         train_student(causal_world.open(), student, train_config(), tmp_path / "run")
 
 

@@ -47,7 +47,13 @@ def failing(monkeypatch, owner, name, number, error):
 
 @pytest.mark.parametrize(
     ("where", "number", "error"),
-    [("_step", 7, 0), ("_step", 7, 1), ("_step", 7, 2), ("evaluate", 2, 0), ("adamw", 1, 1)],
+    [
+        ("_step", 7, 0),
+        ("_step", 7, 1),
+        ("_step", 7, 2),
+        ("evaluate", 2, 0),
+        ("configured_adamw", 1, 1),
+    ],
 )
 def test_out_of_memory_says_what_takes_less(
     masked_world, tmp_path, monkeypatch, where, number, error
