@@ -34,8 +34,9 @@ def scores(
     config = _config(AskConfig, sets, *fields)
     places = _places(model, test)
     with Progress.to_terminal() as progress, progress.task("evaluate", "rows") as task:
-        named = {"head": head, "metric": metric, "out": out}
-        return evaluate_file(*places, **named, config=config, force=force, watch=task)
+        return evaluate_file(
+            *places, head=head, metric=metric, out=out, config=config, force=force, watch=task
+        )
 
 
 def perplexity(
