@@ -7,6 +7,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.builtin.names import resolve_name, resolve_values
+from rekindle.pipeline.compare.heads import with_heads
+from rekindle.pipeline.compare.runs import Comparison
 from rekindle.pipeline.overrides import set_value
 from rekindle.pipeline.progress import Progress
 from rekindle.train.answers.config import AskConfig, PerplexityConfig
@@ -37,6 +39,19 @@ def scores(
         return evaluate_file(
             *places, head=head, metric=metric, out=out, config=config, force=force, watch=task
         )
+
+
+def compared(
+    comparison: Comparison,
+    tests: Sequence[str],
+    metric: str | None,
+    fields: tuple[Sequence[str] | None, str | None],
+    sets: Sequence[str] | None,
+) -> Comparison:
+    """Score the heads of several runs."""
+    config = _config(AskConfig, sets, *fields)
+    with Progress.to_terminal() as progress:
+        return with_heads(comparison, tests, metric, progress, config)
 
 
 def perplexity(

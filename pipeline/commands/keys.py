@@ -27,7 +27,7 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
         from rekindle.pipeline.cycle.config import CycleConfig
 
         return CycleConfig
-    if command in ("evaluate", "predict"):
+    if command in ("evaluate", "predict", "compare"):
         from rekindle.train.answers.config import AskConfig, PerplexityConfig
 
         of_text = any(one.partition("=")[0] == "--text" for one in arguments)

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rekindle.data.corpus.rows import read_rows
+from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
+from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
@@ -15,7 +17,7 @@ from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.metrics import METRICS, chosen_metric
+from rekindle.train.finetune.metrics import METRICS, chosen_metric, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model
@@ -89,6 +91,7 @@ def evaluate_file(
     metric = _metric(metric, before, data)
     answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())
+    tell_undefined(test, data)
     watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
         scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)
@@ -128,10 +131,13 @@ def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
     if before.pairs in (None, paired):
         return
     taught, given = ("pairs of texts", "single texts")[:: 1 if before.pairs else -1]
+    name = f"name the {'two columns of the texts' if before.pairs else 'one column of the text'}"
+    if path != STDIN and recorded_origin(path).format == "txt":
+        name = (
+            "a txt has no columns; give a jsonl, csv, tsv or parquet file with two, and name them"
+        )
     raise InputError(
-        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: name the "
-        + ("two columns of the texts" if before.pairs else "one column of the text")
-        + " with --text-field"
+        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: {name} with --text-field"
     )
 
 

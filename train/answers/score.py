@@ -20,7 +20,7 @@ from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.encoded import tell_cut
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import chosen_metric, scores_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
@@ -57,6 +57,7 @@ def score_model(
     data = read_task(train, dev, settings=config)[1]
     metric = chosen_metric(metric, data)
     logger.info("%s: %s", dev, data.described())
+    tell_undefined(dev, data)
     with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
         found, cut = _scores_by_way(model, data, config)
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None

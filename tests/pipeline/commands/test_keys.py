@@ -32,6 +32,7 @@ from testlib.command import pipeline
         ("evaluate cl --test F --batch-size 5", "--set batch_size=5"),
         ("evaluate lm --text=F --tokens 9", "--set tokens=9"),
         ("predict cl --text F --out o --max-length 9", "--set max_length=9"),
+        ("compare a b --test F --batch-size 9", "--set batch_size=9"),
     ],
 )
 def test_a_key_that_is_typed_as_an_option_is_answered_with_what_sets_it(

@@ -14,6 +14,7 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.answers.predict import predict_file
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.run import finetune
 from rekindle.train.student import ABOUT_FILE
@@ -165,6 +166,18 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(tmp_path, trained):
     trained([{"sentence1": row["text"], "sentence2": "a", "label": row["label"]} for row in rows])
     with pytest.raises(InputError, match=r"fine-tuned on pairs of texts, and .* has single texts"):
         evaluate_file(str(tmp_path / "expert"), write(tmp_path / "plain.jsonl", rows))
+    (tmp_path / "x.txt").write_text("the river\n")
+    with pytest.raises(InputError, match=r"a txt has no columns; give a jsonl, csv, tsv or parq"):
+        predict_file(str(tmp_path / "expert"), str(tmp_path / "x.txt"), str(tmp_path / "o.jsonl"))
+
+
+def test_scores_that_are_all_the_same_are_said_to_have_no_correlation(
+    tmp_path, make_model, wordpiece, caplog
+):
+    scorer = classifier(make_model, wordpiece, 4, "x", problem_type="regression")
+    file = write(tmp_path / "s.jsonl", [{"text": t, "label": 2.5} for t in TEXTS])
+    assert evaluate_file(scorer, file).value == 0
+    assert f"every score of {file} is 2.5: a correlation is not defined" in caplog.text
 
 
 @pytest.mark.usefixtures("student")
