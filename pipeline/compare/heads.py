@@ -4,6 +4,7 @@ Runs that have no such head, or no student yet, are left out and named.
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.unfinished import unfinished, usable_checkpoint
 
 log = logging.getLogger("rekindle")
 
@@ -56,6 +58,8 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     if not equals or (head not in known and Path(test).exists()):
         head, file = "", test
     told = f"the runs have the heads {', '.join(known)}" if known else "no run has a task head"
+    if not known:
+        _refuse_unfinished(test, file, runs)
     if not known or (head and head not in known):
         raise InputError(
             f"--test {test}: {told}{f', none is called {head!r}' if head else ''}. A distill term "
@@ -66,6 +70,18 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     if not Path(file).is_file():
         raise InputError(f"--test {test}: there is no file {file}")
     return head or known[0], file
+
+
+def _refuse_unfinished(test: str, file: str, runs: Sequence[RunFacts]) -> None:
+    """Raise InputError where runs have no head because they have not ended."""
+    places = [Path(run.directory) for run in runs]
+    told = [words for place in places if (words := unfinished(place)) is not None]
+    if not told:
+        return
+    ready = next((one for place in places if (one := usable_checkpoint(place)) is not None), None)
+    line = shlex.join(["pipeline", "evaluate", str(ready), "--test", file])
+    also = f". A checkpoint alone is scored by `{line}`" if ready else ""
+    raise InputError(f"--test {test}: {'; '.join(told)}{also}")
 
 
 def _standing(

@@ -92,12 +92,6 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
 def _what_else(directory: Path) -> str:
     if (directory / EXPORT_FILE).is_file():
         return "an export already: transformers loads it as it is"
-    checkpoints = sorted(directory.glob("checkpoints/step-*"))
-    if checkpoints and not list(directory.glob("*.safetensors")):
-        return (
-            "a run that is not finished; go on with it (train-student … --resume), or export its "
-            f"last checkpoint: {checkpoints[-1]}"
-        )
     return (
         "no student of Rekindle's, so it has no heads beside it: transformers loads it as it is. "
         "An expert of `pipeline finetune` needs no export"

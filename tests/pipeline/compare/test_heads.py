@@ -98,6 +98,9 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
             with_heads(found, [asked], None, SILENT)
     with pytest.raises(InputError, match="no run has a task head"):
         with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
+    (students[2] / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"c is not finished \(no checkpoint yet\): go on with"):
+        with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
 
 
 def test_one_command_says_which_run_is_best(students, test_file):
