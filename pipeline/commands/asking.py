@@ -14,7 +14,8 @@ from rekindle.pipeline.progress import Progress
 from rekindle.train.answers.config import AskConfig, PerplexityConfig
 from rekindle.train.answers.evaluate import Evaluation, evaluate_file
 from rekindle.train.answers.perplexity import Perplexity, text_perplexity
-from rekindle.train.answers.predict import Predicted, check_new_file, predict_file
+from rekindle.train.answers.predict import Predicted, predict_file
+from rekindle.train.answers.target import check_target
 
 S = TypeVar("S", bound=Settings)
 
@@ -31,11 +32,13 @@ def scores(
 ) -> Evaluation:
     """Score an expert, or a student's head."""
     if out is not None:
-        check_new_file(out, force)
+        check_target(out, resolve_name(test), resolve_name(model), force)
     config = _config(AskConfig, sets, *fields)
     places = _places(model, test)
     with Progress.to_terminal() as progress, progress.task("evaluate", "rows") as task:
-        return evaluate_file(*places, head=head, metric=metric, out=out, config=config, watch=task)
+        return evaluate_file(
+            *places, head=head, metric=metric, out=out, config=config, force=force, watch=task
+        )
 
 
 def compared(
@@ -73,7 +76,7 @@ def predictions(
     sets: Sequence[str] | None,
 ) -> Predicted:
     """Write what an expert, or a student's head, says."""
-    check_new_file(out, force)
+    check_target(out, resolve_name(text), resolve_name(model), force)
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
         return predict_file(*places, out, head=head, config=config, force=force, watch=task)

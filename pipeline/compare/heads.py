@@ -111,7 +111,7 @@ def _standing(
             judge = open_judge(run.directory, head)
             data = read_labelled(file, judge, config)
             metric = chosen_metric(metric, data)
-            found, logits, _ = judged_scores(judge, data, config)
+            found, logits, _ = judged_scores(judge, data, config, name=file)
             scores[run.name] = [found[metric]]
             of_rows, right = _score(data, logits, judge.labels, metric)
             draws[run.name] = draw(of_rows, len(data))

@@ -15,6 +15,7 @@ from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
+from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.metrics import METRICS, chosen_metric, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
@@ -68,15 +69,19 @@ def evaluate_file(
     metric: str | None = None,
     out: str | None = None,
     config: AskConfig | None = None,
+    force: bool = False,
     watch: Watch = NOBODY,
 ) -> Evaluation:
     """Score an expert, or a student's ``head``, on the labelled file ``test``; the labels are the
     model's own, by name. ``out`` receives the predictions, whole or not at all.
 
     Raises InputError for wrong files, models, heads or metrics, and for labels that the model does
-    not know, naming their rows.
+    not know, naming their rows; for an ``out`` that is there, unless it holds predictions and
+    ``force`` is given.
     """
     started = time.perf_counter()
+    if out is not None:
+        check_target(out, test, model, force)
     rows = read_rows(test)  # that it is there is checked before a model is loaded
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
@@ -89,7 +94,7 @@ def evaluate_file(
     tell_undefined(test, data)
     watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
-        scores, logits, cut = judged_scores(judge, data, settings, watch)
+        scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)
         if out is not None:
             with new_file(Path(out)) as file:
                 write_predictions(file, data, answers, logits)

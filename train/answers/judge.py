@@ -14,7 +14,7 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.export.plain import problem_of
 from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
-from rekindle.train.finetune.encoded import MOST_TOKENS, Cuts, EncodedTexts, encode, of_words
+from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.predictions import Answers
@@ -175,7 +175,7 @@ class StudentHead(Judge):
         tokenizer, config = self.tokenizer, self.student.model.config
         prompted = self.student.prompts is not None  # that of no domain takes a place, too
         takes = (longest_input(config) or math.inf) - prompted
-        most = int(min(max_length or MOST_TOKENS, takes))
+        most = int(min(max_length or self.student.longest_text, takes))
         if data.words is not None:
             return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
         whole = tokenizer.whole_lengths(data.texts, data.pairs)

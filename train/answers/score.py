@@ -109,7 +109,7 @@ def _scores_by_way(
         judge = open_judge(model, config.head, data.problem)
         way = "expert" if judge.head is None else f"student, head {judge.head}"
         asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
-        found[way], _, cut["dev"] = judged_scores(judge, data, asked)
+        found[way], _, cut["dev"] = judged_scores(judge, data, asked, name="dev")
         models = []
     if merge is None:
         return found, cut
@@ -156,11 +156,15 @@ def judged_scores(
     data: TaskData,
     settings: AskConfig,
     watch: Watch = NOBODY,
+    *,
+    name: str = "the texts",
 ) -> tuple[Scores, np.ndarray, float]:
-    """All fitting scores, fp32 logits [N,C], and which share of the texts was cut."""
+    """All fitting scores, fp32 logits [N,C], and which share of the texts, called ``name``, was
+    cut.
+    """
     judge.check_task(data)
     logits, cuts = judged(judge, data, settings, watch)
-    cut = tell_cut({"dev": cuts})["dev"]
+    cut = tell_cut({name: cuts})[name]
     if not data.label_names:
         return scores_of(data, logits), logits, cut
     return scores_by_name(logits, judge.labels, data, judge.who), logits, cut

@@ -32,7 +32,6 @@ from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 log = logging.getLogger("rekindle")
 
-UNRECORDED = 512  # tokens, of students that do not say what they were trained with
 WRITER = "rekindle export"  # marks a folder that --force may replace
 
 
@@ -136,7 +135,7 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
 def longest_text(student: Student) -> int:
     """The tokens of a text that the student was trained with, as far as that is recorded."""
     takes = longest_input(student.model.config) or math.inf
-    return int(min(student.sequence_length or UNRECORDED, takes))
+    return int(min(student.longest_text, takes))
 
 
 def plain_tokenizer(
