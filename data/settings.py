@@ -174,13 +174,27 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
     keys, sections = _walk(section, found["loc"][:-1] if unknown else found["loc"])
     if not unknown:
         given = found.get("input")
-        shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)})"
+        null = "; null says none" * _means_null(section, found)
+        shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)}{null})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: ", rule, shown)
     keys += (str(found["loc"][-1]),)
     known = sorted({key for section in sections for key in _fields(section)})
     told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
     return _Problem(keys, told, f" (known here: {', '.join(known)})")
+
+
+def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:
+    """Whether ``none`` is given where null may stand."""
+    if str(found.get("input")).strip().casefold() != "none":
+        return False
+    for end, part in reversed([*enumerate(found["loc"])]):
+        fields = [
+            _fields(inside).get(str(part)) for inside in _walk(section, found["loc"][:end])[1]
+        ]
+        if any(fields):
+            return any(NoneType in _choices(field.annotation) for field in fields if field)
+    return False
 
 
 def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:

@@ -20,10 +20,12 @@ from rekindle.pipeline.commands.models import evaluate, export, finetune, predic
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
+    LabelField,
     Overrides,
     RunFile,
     Students,
     Sweeps,
+    TextField,
 )
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
@@ -197,21 +199,24 @@ def compare(
     metric: Annotated[
         str | None, typer.Option(help="of --test; default: accuracy, F1 or pearson, by the task")
     ] = None,
+    text_field: TextField = None,
+    label_field: LabelField = None,
+    set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="also write the report as one HTML page")] = None,
     as_json: Json = False,
 ) -> None:
     """Say which of several runs is best: task scores first, then what differs, time, losses."""
     from rekindle.pipeline.compare.runs import compare_runs
 
+    of_test = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
+    for option, value in ({"--metric": metric} | of_test).items():
+        if value and not test:
+            raise InputError(f"{option} is that of --test: say which file is scored")
     found = compare_runs(runs)
     if test:
-        from rekindle.pipeline.compare.heads import with_heads
-        from rekindle.pipeline.progress import Progress
+        from rekindle.pipeline.commands import asking
 
-        with Progress.to_terminal() as progress:
-            found = with_heads(found, test, metric, progress)
-    elif metric is not None:
-        raise InputError("--metric is that of --test: say which file is scored")
+        found = asking.compared(found, test, metric, (text_field, label_field), set_)
     from rekindle.pipeline.compare.tables import as_text
 
     if out is not None:

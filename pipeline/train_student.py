@@ -101,7 +101,8 @@ def describe_result(result: TrainResult) -> str:
     """Describe a finished run: its time, its held-out values, what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     before = "was finished, and is left as it is: " if result.was_finished else ""
-    done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s; {values}"
+    done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s"
+    done += f"; {values}" if values else ""
     lines = [f"{result.directory}: {before}{done}"]
     # Counted anew each time that it is read; a position is a token that is predicted.
     for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
@@ -109,7 +110,8 @@ def describe_result(result: TrainResult) -> str:
             result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
         )
         rest = f", {neither:,} with neither" if neither else ""
-        if kd + ce_only + neither:
+        # No token was to be predicted by a student that learns from experts alone.
+        if kd + ce_only or (neither and what == "sequences"):
             lines.append(
                 f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
                 f"cross-entropy alone{rest}"

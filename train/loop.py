@@ -30,6 +30,7 @@ from rekindle.train.export.card import CARD_FILE, student_card
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE
+from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import configured_adamw, set_learning_rate
@@ -46,9 +47,7 @@ from rekindle.train.record.checkpoint import (
 )
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.identity import (
-    RUN_FILE,
     STUDENT_FILES,
-    SUMMARY_FILE,
     begin_record,
     check_run,
     is_finished,
@@ -305,7 +304,8 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
     order = replay.state(training.student.world.sum)
     whole = about | state | {"order": order, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
-    save_checkpoint(training.out, done, student, training.optimizer, whole, keep)
+    tokenizer = training.prepared.tokenizer
+    save_checkpoint(training.out, done, student, training.optimizer, whole, keep, tokenizer)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:

@@ -17,7 +17,9 @@ from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.pairs import PairView, rows_of, told_of_few_pairs
 from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
@@ -74,6 +76,9 @@ def prepare(
     check_student(student_config, *sizes)
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
+    for name in objective.teachers:
+        if told := _told_of_pairs(cache.teacher(name)):
+            log.warning("%s", told)
     about = describe_run(cache, student_config, config, view, objective, measure)
     chosen = choose_sequences(cache, config)
     stream = TrainingStream(
@@ -171,6 +176,16 @@ def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]
                     f"train.objective.distill.{number}: k is {term.k}, and teacher {name!r} has "
                     f"targets.k: {kept.k}. Lower the one or raise the other"
                 )
+
+
+def _told_of_pairs(teacher: TeacherReader) -> str | None:
+    """Say that an expert on pairs found too few of them, in what is cached of it."""
+    if not issubclass(teacher.info.shown, PairView):
+        return None
+    shards = [int(unit) for unit in teacher.commits]  # all that there are, or fewer
+    could = rows_of(teacher.corpus, teacher.info.domains, shards)
+    kind = PairView.pairs_of(teacher.info.view)
+    return told_of_few_pairs(teacher.info.name, kind, teacher.positions, could)
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure: int) -> None:

@@ -44,6 +44,7 @@ log = logging.getLogger("rekindle")
 
 PROMPTS_FILE = "prompts.safetensors"
 ABOUT_FILE = "rekindle_student.json"
+UNRECORDED = 512  # tokens, of students that do not say what they were trained with
 # What the names of a student's weights begin with.
 OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by the part of the state dict
 
@@ -75,6 +76,11 @@ class _About(Settings):
 
 class Student(StudentNetwork):
     """The network of a student, and how it is saved and loaded."""
+
+    @property
+    def longest_text(self) -> int:
+        """The tokens of a text that it was trained with, as far as that is recorded."""
+        return self.sequence_length or UNRECORDED
 
     def save_pretrained(
         self,

@@ -2,7 +2,7 @@
 and the student's encoding of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -22,6 +22,17 @@ PairKind = Literal["adjacent", "same-document", "random"]
 Pair = tuple[str, str] | None
 CUT = "cut"  # of ``view.json``; older views lack it
 NO_PAIR = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+FEW_PAIRS = 0.05  # of the sequences; an expert that has a pair in fewer teaches next to nothing
+_ENDS = "(they end with . ! ? or a blank line)"
+_OR_RANDOM = (
+    "use longer texts, or pairs: random, which needs no neighbours (a teacher that is cached "
+    "already then needs another name)"
+)
+_NEEDS = {  # what a pair needs, and what to do where it is not there
+    "adjacent": (f"sequence has two sentences of one document {_ENDS}", _OR_RANDOM),
+    "same-document": (f"document has two sentences {_ENDS}", _OR_RANDOM),
+    "random": ("sequence has a second document to pair with", "use more texts"),
+}
 
 
 class PairView(StoredView):
@@ -161,3 +172,36 @@ def _distant_pairs(
             second = other + (high - low if other >= low else 0)
         pairs.append((sentences[first], sentences[second]))
     return pairs
+
+
+# --- too few of them ------------------------------------------------------------------------------
+
+
+def rows_of(
+    corpus: Corpus, domains: Sequence[str] | None, shards: Iterable[int] | None = None
+) -> int:
+    """Sequences (of ``domains``; None: all) in the ``shards`` of a corpus, or in all of it."""
+    among = range(len(corpus.commits)) if shards is None else shards
+    commits = [corpus.commits[number] for number in among]
+    if domains is None:
+        return sum(commit.rows for commit in commits)
+    return sum(commit.facts["domains"].get(name, 0) for commit in commits for name in {*domains})
+
+
+def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | None:
+    """Say that an expert has a pair in less than FEW_PAIRS of the sequences that it ``could`` teach
+    (those of its domains), of which ``found`` have one; None where it has enough.
+    """
+    if not could or found >= FEW_PAIRS * could:
+        return None
+    what, use = _NEEDS[kind]
+    if not found:
+        return (
+            f"teacher {teacher!r}, pairs: {kind}: no {what}, so there is no pair and nothing to "
+            f"teach: {use}"
+        )
+    return (
+        f"teacher {teacher!r}, pairs: {kind}: only {100 * found / could:.2g} % of the sequences "
+        f"that it is for have a pair (this is said below {100 * FEW_PAIRS:g} %), and the others it "
+        f"does not teach. Hardly any {what}: {use}"
+    )

@@ -1,11 +1,12 @@
 """Reads the rows of a stored view by corpus shard (and replica), checked against the corpus."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rekindle.data.corpus.config import are_tokens
 from rekindle.data.corpus.corpus import Corpus, unit_of
@@ -53,10 +54,21 @@ class ViewReader(RowReader):
             count += 1
         return count
 
-    def has_pairs(self) -> bool:
-        """Whether any sequence has a pair of texts, in a view of them; stops at the first."""
-        batches = (b for n in range(len(self.corpus.commits)) for b in self.batches(n))
-        return any(len(batch) > batch["text_a"].null_count for batch in batches)
+    def count_pairs(self, domains: Sequence[str] | None, most: float) -> int:
+        """Count the sequences (of ``domains``; None: all) that have a pair of texts, in a view of
+        them; stops where there are ``most``.
+        """
+        found = 0
+        for number in range(len(self.corpus.commits)):
+            for index, batch in enumerate(self.batches(number)):
+                there = batch["text_a"].is_valid()
+                if domains is not None:
+                    rows = self.corpus.rows(number, index * ROWS_PER_BATCH, ROWS_PER_BATCH)
+                    there = pc.and_(there, pc.is_in(rows["domain"], pa.array(domains, pa.string())))
+                found += there.true_count
+                if found >= most:
+                    return found
+        return found
 
     def _have(self, shards: list[int], replica: int) -> bool:
         return all(unit_of(shard, replica) in self.commits for shard in shards)

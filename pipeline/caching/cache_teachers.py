@@ -112,7 +112,7 @@ def cache_teachers(
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
-        for line in told_of_pairs(corpus, views):
+        for line in told_of_pairs(corpus, views, chosen):
             log.warning("%s", line)
         if config.student is not None:
             for line in told_of_few(config.train, len(corpus)):

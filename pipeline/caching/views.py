@@ -1,26 +1,18 @@
 """The views of the corpus that a configuration's teachers and its student are shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import open_store
 from rekindle.data.views.masked import MaskedView
-from rekindle.data.views.pairs import PairView
+from rekindle.data.views.pairs import FEW_PAIRS, PairView, rows_of, told_of_few_pairs
 from rekindle.data.views.plain import Clean, Text
 from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
-
-_NO_PAIRS = {
-    "adjacent": "pairs: {}: no sequence has two sentences of one document (they end with . ! ? or "
-    "a blank line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
-    "same-document": "pairs: {}: no document has two sentences (they end with . ! ? or a blank "
-    "line), so there is no pair and nothing to teach: use longer texts, or pairs: random",
-    "random": "pairs: {}: there is no second document to pair with, so there is nothing to teach: "
-    "use more texts",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,14 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     return Views(masked, pairs)
 
 
-def told_of_pairs(corpus: Corpus, views: Views) -> list[str]:
-    """What is wrong with pairs that are to be made of ``corpus``, in a line for each kind."""
-    none = [k for k, v in sorted(views.pairs.items()) if not ViewReader(corpus, v.name).has_pairs()]
-    return [_NO_PAIRS[kind].format(kind) for kind in none]
+def told_of_pairs(corpus: Corpus, views: Views, teachers: Sequence[TeacherConfig]) -> list[str]:
+    """Say which of ``teachers`` find too few pairs in ``corpus``, in a line each."""
+    told = []
+    for teacher in teachers:
+        view = views.pairs.get(teacher.pairs or "")
+        if view is None or not teacher.pair_expert:
+            continue
+        could = rows_of(corpus, teacher.domains)
+        found = ViewReader(corpus, view.name).count_pairs(teacher.domains, FEW_PAIRS * could)
+        told.append(told_of_few_pairs(teacher.name, view.pairs, found, could))
+    return [line for line in told if line]

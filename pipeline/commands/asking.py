@@ -7,12 +7,15 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.builtin.names import resolve_name, resolve_values
+from rekindle.pipeline.compare.heads import with_heads
+from rekindle.pipeline.compare.runs import Comparison
 from rekindle.pipeline.overrides import set_value
 from rekindle.pipeline.progress import Progress
 from rekindle.train.answers.config import AskConfig, PerplexityConfig
 from rekindle.train.answers.evaluate import Evaluation, evaluate_file
 from rekindle.train.answers.perplexity import Perplexity, text_perplexity
-from rekindle.train.answers.predict import Predicted, check_new_file, predict_file
+from rekindle.train.answers.predict import Predicted, predict_file
+from rekindle.train.answers.target import check_target
 
 S = TypeVar("S", bound=Settings)
 
@@ -29,11 +32,26 @@ def scores(
 ) -> Evaluation:
     """Score an expert, or a student's head."""
     if out is not None:
-        check_new_file(out, force)
+        check_target(out, resolve_name(test), resolve_name(model), force)
     config = _config(AskConfig, sets, *fields)
     places = _places(model, test)
     with Progress.to_terminal() as progress, progress.task("evaluate", "rows") as task:
-        return evaluate_file(*places, head=head, metric=metric, out=out, config=config, watch=task)
+        return evaluate_file(
+            *places, head=head, metric=metric, out=out, config=config, force=force, watch=task
+        )
+
+
+def compared(
+    comparison: Comparison,
+    tests: Sequence[str],
+    metric: str | None,
+    fields: tuple[Sequence[str] | None, str | None],
+    sets: Sequence[str] | None,
+) -> Comparison:
+    """Score the heads of several runs."""
+    config = _config(AskConfig, sets, *fields)
+    with Progress.to_terminal() as progress:
+        return with_heads(comparison, tests, metric, progress, config)
 
 
 def perplexity(
@@ -58,7 +76,7 @@ def predictions(
     sets: Sequence[str] | None,
 ) -> Predicted:
     """Write what an expert, or a student's head, says."""
-    check_new_file(out, force)
+    check_target(out, resolve_name(text), resolve_name(model), force)
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
         return predict_file(*places, out, head=head, config=config, force=force, watch=task)

@@ -17,8 +17,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import keys_called, sections_in
 
 
-def settings_of(command: str) -> type[BaseModel]:
-    """What ``--set`` of a command changes."""
+def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
+    """What ``--set`` of a command changes; ``arguments``: what else is typed."""
     if command == "finetune":
         from rekindle.train.finetune.config import FinetuneConfig
 
@@ -27,6 +27,11 @@ def settings_of(command: str) -> type[BaseModel]:
         from rekindle.pipeline.cycle.config import CycleConfig
 
         return CycleConfig
+    if command in ("evaluate", "predict", "compare"):
+        from rekindle.train.answers.config import AskConfig, PerplexityConfig
+
+        of_text = any(one.partition("=")[0] == "--text" for one in arguments)
+        return PerplexityConfig if command == "evaluate" and of_text else AskConfig
     from rekindle.pipeline.config import RunConfig
 
     return RunConfig
@@ -34,17 +39,18 @@ def settings_of(command: str) -> type[BaseModel]:
 
 def print_keys(command: str) -> None:
     """Print each key with its default and what it means, as --help prints options."""
-    table = Table.grid(padding=(0, 2))
-    for key, meaning in listed(command):
-        table.add_row(Text(key, style="bold cyan", overflow="fold"), Text(meaning))
-    title = "Keys of --set KEY=VALUE, with their defaults"
-    Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
+    for beside in ("--test", "--text") if command == "evaluate" else ("",):
+        table = Table.grid(padding=(0, 2))
+        for key, meaning in listed(command, [beside]):
+            table.add_row(Text(key, style="bold cyan", overflow="fold"), Text(meaning))
+        title = f"Keys of --set KEY=VALUE{beside and f' with {beside}'}, with their defaults"
+        Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
-def listed(command: str) -> list[tuple[str, str]]:
+def listed(command: str, arguments: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Each key with its default as ``--set`` takes it, and what it means."""
     found = []
-    for key, field in settings_of(command).model_fields.items():
+    for key, field in settings_of(command, arguments).model_fields.items():
         choices = _words(field.annotation)
         told = f" [{' | '.join(choices)}]" if len(choices) > 1 else ""
         found.append((f"{key}={_written(field.default)}", f"{field.description}{told}"))
@@ -55,7 +61,7 @@ def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
     """Raise InputError with the line to type where an unknown ``option`` is a key of the
     configuration, or what another library calls one; do nothing where it is none.
     """
-    settings = settings_of(command)
+    settings = settings_of(command, arguments)
     keys = keys_called(settings, option.lstrip("-"))[:3]
     if not keys:
         return

@@ -3,9 +3,11 @@ student's head out of our hands.
 """
 
 import json
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +24,9 @@ from rekindle.pipeline.commands.options import (
 )
 from rekindle.pipeline.console import say
 from rekindle.pipeline.exits import by_itself, interruptible, line_with
+
+if TYPE_CHECKING:
+    from rekindle.train.finetune.config import FinetuneConfig
 
 
 def finetune(
@@ -84,7 +89,8 @@ def finetune(
                 )
         elif seeds == 1:
             if config.merge is None:
-                say(f"nothing is trained; without --train: {_as_evaluate(model, dev, config.head)}")
+                typed = _as_evaluate(model, dev, metric, config, set_ or [])
+                say(f"nothing is trained; without --train: {typed}")
             result = score.score_model(*given, metric=metric, config=config, force=force)
         else:
             raise InputError("with epochs=0 nothing is trained: leave --seeds out")
@@ -103,10 +109,19 @@ def finetune(
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
 
 
-def _as_evaluate(model: str, dev: str, head: str | None) -> str:
-    """The command that scores a model, as it is typed."""
-    named = [] if head is None else ["--head", head]
-    return shlex.join(["pipeline", "evaluate", model, "--test", dev, *named])
+def _as_evaluate(
+    model: str, dev: str, metric: str | None, config: "FinetuneConfig", sets: Sequence[str]
+) -> str:
+    """The command that scores a model in the same way, as it is typed."""
+    from rekindle.train.answers.config import AskConfig
+
+    given: list[tuple[str, str | None]] = [("--test", dev), ("--head", config.head)]
+    given += [("--metric", metric), *(("--text-field", name) for name in config.text_field)]
+    given += [("--label-field", config.label_field if config.label_field != "label" else None)]
+    asked = AskConfig.model_fields.keys() - {"text_field", "label_field"}
+    given += [("--set", one) for one in sets if re.split("[.=]", one)[0].strip() in asked]
+    options = [part for name, value in given if value is not None for part in (name, value)]
+    return shlex.join(["pipeline", "evaluate", model, *options])
 
 
 def evaluate(

@@ -13,7 +13,7 @@ PLACES = ("cache", "model", "train", "dev", "test", "text")
 
 
 # Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
-KEYS_LISTED = ("finetune",)
+KEYS_LISTED = ("finetune", "evaluate", "predict")
 
 
 class Command(TyperCommand):

@@ -4,6 +4,7 @@ Runs that have no such head, or no student yet, are left out and named.
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.compare.runs import Comparison, RunFacts
-from rekindle.pipeline.compare.standing import Draws, Standing, draw, standing_of
+from rekindle.pipeline.compare.scores import heads_of
+from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, draw, standing_of
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
@@ -24,6 +26,7 @@ from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.unfinished import unfinished, usable_checkpoint
 
 log = logging.getLogger("rekindle")
 
@@ -31,15 +34,21 @@ Score = Callable[[NDArray[np.int64]], float]  # of some rows
 
 
 def with_heads(
-    comparison: Comparison, tests: Sequence[str], metric: str | None, progress: Progress
+    comparison: Comparison,
+    tests: Sequence[str],
+    metric: str | None,
+    progress: Progress,
+    config: AskConfig | None = None,
 ) -> Comparison:
     """The comparison with the standings of the runs' heads on ``tests`` before its own.
 
-    A test is ``HEAD=FILE``, or a file alone where every run has one head. Raises InputError for
+    A test is ``HEAD=FILE``, or a file alone where every run has one head; ``config``
+    says how they are read and asked. Raises InputError for
     files and heads that are not there, and as ``read_labelled`` does.
     """
     asked = [_asked(test, comparison.runs) for test in tests]
-    found = [_standing(comparison.runs, *one, metric, progress) for one in asked]
+    config = config or AskConfig()
+    found = [_standing(comparison.runs, *one, metric, config, progress) for one in asked]
     return replace(comparison, standings=[*found, *comparison.standings])
 
 
@@ -50,6 +59,8 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     if not equals or (head not in known and Path(test).exists()):
         head, file = "", test
     told = f"the runs have the heads {', '.join(known)}" if known else "no run has a task head"
+    if not known:
+        _refuse_unfinished(test, head, file, runs)
     if not known or (head and head not in known):
         raise InputError(
             f"--test {test}: {told}{f', none is called {head!r}' if head else ''}. A distill term "
@@ -62,8 +73,30 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     return head or known[0], file
 
 
+def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]) -> None:
+    """Raise InputError where runs have no head because they have not ended."""
+    places = [Path(run.directory) for run in runs]
+    told = [words for place in places if (words := unfinished(place)) is not None]
+    if not told:
+        return
+    also = ""
+    for checkpoint in filter(None, map(usable_checkpoint, places)):
+        heads = heads_of(checkpoint)
+        if head in heads or (not head and len(heads) == 1):
+            own = ["--head", head or heads[0]]
+            line = shlex.join(["pipeline", "evaluate", str(checkpoint), "--test", file, *own])
+            also = f". A checkpoint alone is scored by `{line}`"
+            break
+    raise InputError(f"--test {test}: {'; '.join(told)}{also}")
+
+
 def _standing(
-    runs: Sequence[RunFacts], head: str, file: str, metric: str | None, progress: Progress
+    runs: Sequence[RunFacts],
+    head: str,
+    file: str,
+    metric: str | None,
+    config: AskConfig,
+    progress: Progress,
 ) -> Standing:
     having = [run for run in runs if head in run.heads]
     for run in runs:
@@ -72,27 +105,33 @@ def _standing(
             log.info("%s %s %s, and is not scored on %s", run.name, why, head, file)
     scores: dict[str, list[float]] = {}
     draws: dict[str, Draws] = {}
+    rights: dict[str, Right] = {}
     with progress.task(f"scoring {head}", "runs", len(having)) as task:
         for run in having:
             judge = open_judge(run.directory, head)
-            data = read_labelled(file, judge, AskConfig())
+            data = read_labelled(file, judge, config)
             metric = chosen_metric(metric, data)
-            found, logits, _ = judged_scores(judge, data, AskConfig())
+            found, logits, _ = judged_scores(judge, data, config, name=file)
             scores[run.name] = [found[metric]]
-            draws[run.name] = draw(_score(data, logits, judge.labels, metric), len(data))
+            of_rows, right = _score(data, logits, judge.labels, metric)
+            draws[run.name] = draw(of_rows, len(data))
+            rights |= {} if right is None else {run.name: right}
             task.advance()
     task_scores = TaskScores(head, metric or "", Path(file).name, scores)
-    standing = standing_of(task_scores, draws, len(data))
+    standing = standing_of(task_scores, OnRows(len(data), draws, rights))
     assert standing is not None  # one at least has the head
     return standing
 
 
-def _score(data: TaskData, logits: np.ndarray, names: Sequence[str], metric: str) -> Score:
-    """The score of any rows of ``data``; ``names`` are those of the outputs [C] of ``logits``, all
-    of which ``data`` knows.
+def _score(
+    data: TaskData, logits: np.ndarray, names: Sequence[str], metric: str
+) -> tuple[Score, Right | None]:
+    """The score of any rows of ``data``, and which rows are right where that alone is scored.
+
+    ``names`` are those of the outputs [C] of ``logits``, all of which ``data`` knows.
     """
     if data.problem == TAGS:
-        return _score_of_tags(data, logits, metric)
+        return _score_of_tags(data, logits, metric), None
     predictions = predictions_of(data.problem, logits, data.threshold)
     places = [data.label_names.index(name) for name in names] if data.label_names else []
     if data.problem == SEVERAL:
@@ -104,7 +143,9 @@ def _score(data: TaskData, logits: np.ndarray, names: Sequence[str], metric: str
     elif places:
         predictions = np.array(places)[predictions]
     how = {"num_classes": data.outputs, "positive": data.positive_index or 0}
-    return lambda rows: score(metric, predictions[rows], data.labels[rows], **how)
+    right = predictions == data.labels
+    by_row = {"accuracy": right, "subset_accuracy": right.all(axis=-1)}.get(metric)
+    return lambda rows: score(metric, predictions[rows], data.labels[rows], **how), by_row
 
 
 def _score_of_tags(data: TaskData, logits: np.ndarray, metric: str) -> Score:

@@ -18,29 +18,35 @@ def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
     test, where all seeds have one, else on dev. A task is called by its folder.
     """
     found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
+    seeds: dict[tuple[tuple[str, ...], str, str], dict[str, list[int]]] = {}
     for run, directory in runs.items():
         for folder, metrics in fine_tuned(directory):
-            for metric, split, scores in _seeds(metrics):
+            for metric, split, scores, own in _seeds(metrics):
                 found.setdefault((folder, metric, split), {})[run] = scores
+                seeds.setdefault((folder, metric, split), {})[run] = own
     folders = sorted({folder for folder, _, _ in found})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
     return [
-        TaskScores(tails[folder], metric, split, scores)
-        for (folder, metric, split), scores in sorted(found.items())
+        TaskScores(tails[at[0]], *at[1:], scores, seeds=seeds[at])
+        for at, scores in sorted(found.items())
     ]
 
 
-def _seeds(metrics: Facts) -> list[tuple[str, str, list[float]]]:
-    """Metric, split and scores of a fine-tuning; nothing where the file is of something else."""
+def _seeds(metrics: Facts) -> list[tuple[str, str, list[float], list[int]]]:
+    """Metric, split, scores of a fine-tuning, and their seeds (none where one is not recorded);
+    nothing where the file is of something else.
+    """
     metric = metrics.get("metric")
     seeds = metrics.get("per_seed")
     if not isinstance(metric, str) or not isinstance(seeds, list) or not seeds:
         return []
+    each = [seed for seed in seeds if isinstance(seed, dict)]
+    numbers = [number for seed in each if isinstance(number := seed.get("seed"), int)]
     for split, key in (("test", "test_scores"), ("dev", "scores")):
-        scores = [(seed.get(key) or {}).get(metric) for seed in seeds if isinstance(seed, dict)]
+        scores = [(seed.get(key) or {}).get(metric) for seed in each]
         known = [float(score) for score in scores if isinstance(score, int | float)]
         if len(known) == len(seeds):
-            return [(metric, split, known)]
+            return [(metric, split, known, numbers if len(numbers) == len(known) else [])]
     return []
 
 

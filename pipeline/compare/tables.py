@@ -17,6 +17,7 @@ from rekindle.pipeline.compare.runs import (
     compare_runs,
     is_cycle,
 )
+from rekindle.pipeline.compare.standing import LEAST_ROWS
 from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
 from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines, wrapped
@@ -28,8 +29,9 @@ COST = (
     "last evaluation that had cost no more, nothing is interpolated"
 )
 INTERVALS = (
-    "intervals: 95 %, of all comparisons of a task at once; of another draw of the test rows, or "
-    "of seeds where there are several; one student was trained for each run"
+    "intervals: 95 %, of all comparisons of a task at once; of another draw of the test rows "
+    f"(none below {LEAST_ROWS} rows; of accuracy they also hold 0 where an exact sign test sees no "
+    "difference), or of seeds where there are several; one student was trained for each run"
 )
 _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 

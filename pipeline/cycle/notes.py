@@ -9,6 +9,7 @@ from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
+UNLEARNED = "next to nothing was learned"  # the one that names where this is so
 UNHELPFUL = "guidance is not shown to help"  # and the one that says this
 _SURE = 0.05  # adjusted p below which a difference counts as more than chance
 FEWEST_SEEDS = 5  # below, an interval is little more than a guess
@@ -21,6 +22,7 @@ def notes_of(results: CycleResults, found: Mapping[tuple[str, str], FineTuned]) 
         return [*missing, f"{UNFINISHED}: nothing is fine-tuned yet"]
     return [
         *missing,
+        *_unlearned(found.values()),
         *_guidance(results.differences),
         *_tests(results.differences),
         *_seeds(len(next(iter(found.values())).seeds)),
@@ -38,6 +40,21 @@ def _missing(results: CycleResults, found: Collection[tuple[str, str]]) -> Itera
     if listed := "; ".join(f"{arm} on {', '.join(names)}" for arm, names in tasks.items() if names):
         means = ": these arms have no mean over tasks" if len(results.tasks) > 1 else ""
         yield f"{UNFINISHED}, not there yet: {listed}{means}"
+
+
+def _unlearned(found: Collection[FineTuned]) -> Iterator[str]:
+    """One sentence of the fine-tunings that `pipeline finetune` warns of."""
+    told = []
+    for one in found:
+        if weak := [seed.seed for seed in one.per_seed if seed.warning]:
+            of = "" if len(weak) == len(one.seeds) else f" (seed {', '.join(map(str, weak))})"
+            told.append(f"{one.arm} on {one.task}{of}")
+    if told:
+        yield (
+            f"{UNLEARNED} by {'; '.join(told)}: on dev this is near what the same answer for every "
+            "text scores, and differences say little. Train longer (finetune.epochs), at another "
+            "finetune.learning_rate, or see whether the labels fit the texts"
+        )
 
 
 def _guidance(differences: Sequence[Difference]) -> Iterator[str]:

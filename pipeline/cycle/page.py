@@ -1,6 +1,8 @@
 """A cycle's report: its scores with the differences between the arms, and its students as runs."""
 
-from collections.abc import Iterator, Sequence
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,10 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
 from rekindle.pipeline.cycle.config import ARMS, CycleConfig
-from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_finetuned
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
-from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names
-from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, is_gain
+from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names, student_of
+from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, UNLEARNED, is_gain
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.tables import as_text, own_tables
@@ -21,9 +23,11 @@ from rekindle.pipeline.cycle.verdict import facts_of_results
 from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import TaskScores, scores_section
 from rekindle.pipeline.report.text import terminal_width, wrapped
+from rekindle.train.finetune.config import FinetuneConfig
 
 TITLE = "Knowledge rekindle: experts, and students that they guided"
-_FIRST = (UNFINISHED, UNHELPFUL)  # how the notes begin that stand above all
+Used = Mapping[tuple[str, str], Mapping[str, object]]  # settings of fine-tuning, by arm and task
+_FIRST = (UNFINISHED, UNLEARNED, UNHELPFUL)  # how the notes begin that stand above all
 
 
 def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
@@ -114,13 +118,31 @@ def _by_hand(home: Path, results: CycleResults) -> list[Section]:
         config = parse_settings(CycleConfig, results.settings.get("settings"), "cycle.json")
     except InputError:  # of another version
         return []
-    facts, commands = Facts(facts_of(config)), Commands(commands_of(home.absolute(), config))
-    return [Section("What was run", [facts]), Section("By hand", [commands])]
+    used = settings_used(home, config)
+    facts, commands = facts_of(config, used), commands_of(home.absolute(), config, used)
+    return [Section("What was run", [Facts(facts)]), Section("By hand", [Commands(commands)])]
 
 
-def facts_of(config: CycleConfig) -> list[tuple[str, str]]:
+def settings_used(home: Path, config: CycleConfig) -> Used:
+    """How every arm was fine-tuned on every task, as it recorded that; as it will be, where it is
+    not there yet and nothing is left to choose.
+    """
+    points = config.search_points()
+    used: dict[tuple[str, str], Mapping[str, object]] = {}
+    for task in config.tasks:
+        for arm in config.arms:
+            found = read_finetuned(home, folder_of(arm, task.name), arm, task.name)
+            if found is not None:
+                used[arm, task.name] = found.config
+            elif len(points) == 1:
+                planned = config.finetune_of(task, points[0], longer=arm == LONGER)
+                used[arm, task.name] = planned.model_dump(mode="json")
+    return used
+
+
+def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
-    train, tuning = config.train, config.finetune
+    train = config.train
     return [
         ("text", ", ".join(map(shown, config.corpus.source))),
         ("start model", shown(config.student.model)),
@@ -131,36 +153,83 @@ def facts_of(config: CycleConfig) -> list[tuple[str, str]]:
         ),
         (
             "fine-tuning",
-            f"{counted(tuning.epochs, 'epoch')}, learning rate {tuning.learning_rate:g}, seeds: "
-            f"{config.seeds}; the experts that teach are the best on dev",
+            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}; the experts that teach "
+            "are the best on dev",
         ),
     ]
 
 
-def commands_of(home: Path, config: CycleConfig) -> list[tuple[str, str]]:
+def _budget(config: CycleConfig, used: Used) -> Iterator[str]:
+    """Epochs, learning rate and what else was searched; with whose they are, where they differ."""
+    for key in dict.fromkeys(("epochs", "learning_rate", *config.search)):
+        cells: dict[object, list[tuple[str, str]]] = {}
+        for (arm, task), settings in used.items():
+            if key != "epochs" or arm != LONGER:  # a note says that it has twice as many
+                cells.setdefault(settings.get(key), []).append((arm, task))
+        name, values = key.replace("_", " "), [_value(one) for one in cells]
+        if len(values) > 1:
+            values = [
+                f"{value} ({_whose(ones, used)})"
+                for value, ones in zip(values, cells.values(), strict=True)
+            ]
+        chosen = ", chosen on dev" if len(config.search.get(key, ())) > 1 else ""
+        yield f"{name} {', '.join(values)}{chosen}" if values else f"{name} not chosen yet"
+
+
+def _value(one: object) -> str:
+    return f"{one:g}" if isinstance(one, float) else str(one)
+
+
+def _whose(cells: Sequence[tuple[str, str]], used: Used) -> str:
+    """Tasks, and the arms where they are not all of them."""
+    told = []
+    for task in dict.fromkeys(task for _, task in cells):
+        arms = [arm for arm, name in cells if name == task]
+        others = {arm for arm, name in used if name == task} - {*arms, LONGER}
+        told.append(f"{', '.join(arms)} on {task}" if others else task)
+    return "; ".join(told)
+
+
+def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Every kind of stage by hand, into a directory of its own, as pairs of what for and line."""
     where, task = shown(home), config.tasks[0]
-    tuning = config.finetune_of(task, {}).model_dump(mode="json", exclude_defaults=True)
     files = f"{where}/{TASKS_FOLDER}/{task.name}"
-    splits = (f"--{name} {files}/{name}.jsonl" for name in ("train", "dev"))
-    options = [*splits, f"--seeds {config.seeds}", *(f"--set {k}={v}" for k, v in tuning.items())]
-    finetune = f"pipeline finetune {where}/{{}} {' '.join(options)} --out {where}/by-hand/{{}}"
+    metric = [f"--metric {task.metric}"] if task.metric else []
+
+    def finetune(arm: str, start: str, name: str) -> str:
+        splits = (f"--{split} {files}/{split}.jsonl" for split in ("train", "dev"))
+        settings = used.get((arm, task.name)) or config.finetune_of(task, {}).model_dump(
+            mode="json"
+        )
+        options = " ".join([*splits, f"--seeds {config.seeds}", *metric, *_changed(settings)])
+        return f"pipeline finetune {where}/{start} {options} --out {where}/by-hand/{name}"
+
     evaluate = f"pipeline evaluate {where}/by-hand/{{}} --test {files}/test.jsonl"
     commands = [
-        (f"The expert on {task.name}", finetune.format(START_FOLDER, task.name)),
+        (f"The expert on {task.name}", finetune(EXPERT, START_FOLDER, task.name)),
         ("Its score on test", evaluate.format(task.name)),
         ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
         ("What is in it", f"pipeline inspect {shown(config.cache.path or home / 'cache')}"),
     ]
     for student in list(student_names(config))[:1]:
-        run = f"students/{student}"
+        run, name = f"students/{student}", f"{student}-{task.name}"
+        arm = next(arm for arm in config.arms if student_of(arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
             (f"Stage 2: the student {student}", line),
-            ("It on the task again", finetune.format(run, f"{student}-{task.name}")),
-            ("Its score on test", evaluate.format(f"{student}-{task.name}")),
+            ("It on the task again", finetune(arm, run, name)),
+            ("Its score on test", evaluate.format(name)),
         ]
     return commands
+
+
+def _changed(settings: Mapping[str, object]) -> Iterator[str]:
+    """The options that make `pipeline finetune` take these settings."""
+    usual = FinetuneConfig().model_dump(mode="json")
+    for key, value in settings.items():
+        if key in usual and value != usual[key]:
+            told = value if isinstance(value, str) else json.dumps(value)
+            yield f"--set {shlex.quote(f'{key}={told}')}"
 
 
 def _short(results: CycleResults) -> Iterator[str]:

@@ -14,7 +14,7 @@ from rekindle.pipeline.plain_values import strings_in
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, TeacherWork
 from rekindle.train.config import METHOD_OF_TASK, MethodSettings, MethodTerm, TrainConfig
 from rekindle.train.schedules import weight_at
-from rekindle.train.step_config import steps_of
+from rekindle.train.step_config import LENGTHS, steps_of
 
 
 def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[TeacherWork]) -> BreakEven:
@@ -56,15 +56,15 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
         corpus.sequences * rates[w.name] * (w.share or 1.0) for w in teachers if w.name in live
     )
     passes_over = math.ceil(once / whole)
-    assumes = _assumed(config.train, corpus, [*live], timed, passes_over)
+    assumes = _assumed(train, corpus, [*live], timed, passes_over)
     return BreakEven(runs, unused | own, sentence, assumes)
 
 
 def _assumed(
     train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool, whole_runs: int
 ) -> str:
-    """Say what runs without a cache are taken to be; ``whole_runs``: the break-even of those that
-    read all of the corpus once, which is said where these do not.
+    """Say what runs without a cache are taken to be, ``train`` being in steps; ``whole_runs``: the
+    break-even of those that read all of the corpus once, which is said where these do not.
     """
     assert corpus.sequences is not None
     share = train.steps * train.batch_sequences / corpus.sequences
@@ -74,9 +74,14 @@ def _assumed(
     if timed and weighed:
         weighed = "; teachers are weighed by the time measured here"
     longer = f" Runs that read all of it once: after {whole_runs:,}." if share < 1 else ""
+    given = next((name for name in LENGTHS[1:] if getattr(train, name)), LENGTHS[0])
+    steps = counted(train.steps, "step")
+    length = steps if given == LENGTHS[0] else f"{train.length} = {steps}"
+    scaled = corpus.texts is not None and given != "epochs"
+    same = f"; train.{given} is the same at any size of the corpus" if scaled else ""
     return (
-        f"It assumes runs of {counted(train.steps, 'step')} with {train.batch_sequences:,} "
-        f"sequences each (train.steps, batch_sequences: {read} the corpus), with "
+        f"It assumes runs of {length} with {train.batch_sequences:,} "
+        f"sequences each (train.{given}, batch_sequences: {read} the corpus{same}), with "
         f"{', '.join(teachers)} run beside the student at each step that learns from "
         f"{'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}.{longer}"
     )

@@ -1,8 +1,13 @@
 """A corpus of a size that is asked about, whatever there is of it: so many texts, or tokens."""
 
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from rekindle.data.errors import InputError
+
+_AS_SPOKEN = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?) ?([kmbgt]?)", re.IGNORECASE)
+_TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -36,4 +41,15 @@ def _count(text: str, option: str) -> int:
             return int(number)
     except ValueError:
         pass
-    raise InputError(f"{option} {text!r} is no whole number above 0; write 10000000 or 1e7")
+    meant = _meant(text)
+    how = "as in 10000000 or 1e7" if meant is None else f"write {meant}"
+    raise InputError(f"{option} {text!r} is no whole number above 0; {how}")
+
+
+def _meant(text: str) -> int | None:
+    """The number that somebody means by 1M, 1.5k or 1,000,000; None where that is not plain."""
+    if (found := _AS_SPOKEN.fullmatch(text.strip())) is None:
+        return None
+    number, unit = found.groups()
+    value = Decimal(number.replace(",", "")) * _TIMES[unit.lower()]
+    return int(value) if value == int(value) and 0 < value < 10**18 else None

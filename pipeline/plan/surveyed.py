@@ -73,7 +73,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
 
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     """What will be said of the corpus when it is made and trained on."""
-    told = told_of_pairs(survey.steps, views)
+    told = told_of_pairs(survey.steps, views, config.teachers)
     if config.student is not None and not survey.estimated:
         told += told_of_few(config.train, survey.sequences)
     return told

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, stdev
 from typing import Any
@@ -24,6 +24,7 @@ class TaskScores:
     """One task: for each model its scores as fractions, one for each seed.
 
     ``split`` is the one that was scored, ``chance`` what guessing scores, ``about`` a sentence.
+    ``seeds``: for each model the numbers of its scores' seeds, where they are known.
     """
 
     task: str
@@ -32,10 +33,21 @@ class TaskScores:
     scores: Mapping[str, Sequence[float]]
     chance: float | None = None
     about: str = ""
+    seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def of(self, model: str) -> list[float]:
         """The model's scores that are numbers."""
         return [value for value in self.scores.get(model, ()) if math.isfinite(value)]
+
+    def by_seed(self, model: str) -> dict[int, float]:
+        """The model's scores that are numbers, by their seeds; none where these are not known, or
+        not of one score each.
+        """
+        seeds, scores = self.seeds.get(model, ()), self.scores.get(model, ())
+        if len({*seeds}) != len(scores):
+            return {}
+        each = zip(seeds, scores, strict=True)
+        return {seed: value for seed, value in each if math.isfinite(value)}
 
     @property
     def title(self) -> str:

@@ -96,6 +96,29 @@ def paired(
     return Difference(*names, mean, mean - half, mean + half, p, None, n)
 
 
+def unpaired(
+    first: Sequence[float],
+    second: Sequence[float],
+    level: float = LEVEL,
+    names: tuple[str, str, str] = ("", "", ""),
+) -> Difference:
+    """The difference of the means, ``second`` − ``first``, of runs that do not belong together:
+    its interval and ``p`` are Welch's, None where either has one value or neither varies.
+
+    ``n`` is the number of the fewer. Raises ValueError as ``paired`` does, but for the lengths.
+    """
+    if not first or not second:
+        raise ValueError("no values to compare")
+    _check([*first, *second], level)
+    mean, n = fmean(second) - fmean(first), min(len(first), len(second))
+    rounding = _ROUNDING * max(map(abs, [*first, *second]))
+    if n == 1 or max(max(one) - min(one) for one in (first, second)) <= rounding:
+        return Difference(*names, mean, None, None, None, None, n)
+    found = stats.ttest_ind(second, first, equal_var=False)
+    low, high = map(float, found.confidence_interval(level))
+    return Difference(*names, mean, low, high, float(found.pvalue), None, n)
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
 

@@ -151,6 +151,11 @@ def test_the_value_that_was_given_is_shown():
     assert "(given: 'many')" in message({"name": "r", "limit": "many"})
 
 
+def test_none_is_told_to_be_null_where_null_may_stand():
+    assert message({"name": "r", "limit": "none"}).endswith("(given: 'none'; null says none)")
+    assert "null" not in message({"name": "r", "terms": [{"teachers": [], "weight": "none"}]})
+
+
 @pytest.mark.parametrize("values", [None, [], 3, "text"])
 def test_something_else_than_a_mapping(values):
     assert message(values, "run.yaml").startswith("run.yaml: the configuration: ")

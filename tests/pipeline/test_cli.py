@@ -280,7 +280,9 @@ def test_the_command_line_is_frozen():
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
         "rekindle": ["--json", "--out", "--set", "--workers"],
-        "compare": ["--json", "--metric", "--out", "--test"],
+        "compare": [
+            *("--json", "--label-field", "--metric", "--out", "--set", "--test", "--text-field")
+        ],
         "doctor": [],
     }
 

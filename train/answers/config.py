@@ -20,7 +20,7 @@ class AskConfig(TaskSettings):
         None,
         ge=4,
         description="tokens per text; longer ones are cut, also to what the model takes; null: as "
-        "the expert was fine-tuned, else 512, if the model takes them",
+        "the expert was fine-tuned or the student trained, else 512, if the model takes them",
     )
 
 

@@ -6,15 +6,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rekindle.data.corpus.rows import read_rows
+from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
+from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
+from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.metrics import METRICS, chosen_metric
+from rekindle.train.finetune.metrics import METRICS, chosen_metric, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model
@@ -66,15 +69,19 @@ def evaluate_file(
     metric: str | None = None,
     out: str | None = None,
     config: AskConfig | None = None,
+    force: bool = False,
     watch: Watch = NOBODY,
 ) -> Evaluation:
     """Score an expert, or a student's ``head``, on the labelled file ``test``; the labels are the
     model's own, by name. ``out`` receives the predictions, whole or not at all.
 
     Raises InputError for wrong files, models, heads or metrics, and for labels that the model does
-    not know, naming their rows.
+    not know, naming their rows; for an ``out`` that is there, unless it holds predictions and
+    ``force`` is given.
     """
     started = time.perf_counter()
+    if out is not None:
+        check_target(out, test, model, force)
     rows = read_rows(test)  # that it is there is checked before a model is loaded
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
@@ -84,9 +91,10 @@ def evaluate_file(
     metric = _metric(metric, before, data)
     answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())
+    tell_undefined(test, data)
     watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
-        scores, logits, cut = judged_scores(judge, data, settings, watch)
+        scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)
         if out is not None:
             with new_file(Path(out)) as file:
                 write_predictions(file, data, answers, logits)
@@ -123,10 +131,13 @@ def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
     if before.pairs in (None, paired):
         return
     taught, given = ("pairs of texts", "single texts")[:: 1 if before.pairs else -1]
+    name = f"name the {'two columns of the texts' if before.pairs else 'one column of the text'}"
+    if path != STDIN and recorded_origin(path).format == "txt":
+        name = (
+            "a txt has no columns; give a jsonl, csv, tsv or parquet file with two, and name them"
+        )
     raise InputError(
-        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: name the "
-        + ("two columns of the texts" if before.pairs else "one column of the text")
-        + " with --text-field"
+        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: {name} with --text-field"
     )
 
 

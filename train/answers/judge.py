@@ -12,8 +12,9 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.export.plain import problem_of
 from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
-from rekindle.train.finetune.encoded import MOST_TOKENS, Cuts, EncodedTexts, encode, of_words
+from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.predictions import Answers
@@ -23,7 +24,7 @@ from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config, longest_input, place
 from rekindle.train.model.fitting import LANGUAGE, task_said
 from rekindle.train.model.folder import resolve_model
-from rekindle.train.model.labels import SAY_SCORES, check_label_names
+from rekindle.train.model.labels import SAY_SCORES, check_label_names, problem_of_outputs
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.student import ABOUT_FILE, Student
@@ -140,7 +141,7 @@ class Expert(Judge):
         config = self.network.config
         self.labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
         check_label_names(self.labels, repr(model))
-        problem = TAGS if tags else _problem(config.problem_type, config.num_labels)
+        problem = TAGS if tags else problem_of_outputs(config.problem_type, config.num_labels)
         self.answers = Answers(problem, self.labels)
         self.says_problem = config.problem_type is not None
 
@@ -164,8 +165,7 @@ class StudentHead(Judge):
         names = about.label_names or tuple(f"LABEL_{i}" for i in range(about.num_labels))
         self.labels = bare_names(names, self.head.split("+"))
         self.says_problem = about.problem is not None
-        problem = TAGS if about.kind == "token" else _problem(about.problem, about.num_labels)
-        self.answers = Answers(problem, names)
+        self.answers = Answers(problem_of(about), names)
         self.tokenizer = load_tokenizer(str(resolve_model(directory)))
         self.device = torch.device(place("fp32").device)
         self.student = student.to(self.device).eval()
@@ -175,7 +175,7 @@ class StudentHead(Judge):
         tokenizer, config = self.tokenizer, self.student.model.config
         prompted = self.student.prompts is not None  # that of no domain takes a place, too
         takes = (longest_input(config) or math.inf) - prompted
-        most = int(min(max_length or MOST_TOKENS, takes))
+        most = int(min(max_length or self.student.longest_text, takes))
         if data.words is not None:
             return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
         whole = tokenizer.whole_lengths(data.texts, data.pairs)
@@ -230,7 +230,3 @@ def head_of(
             f"head; or fine-tune it: {to_fine_tune(directory)}"
         )
     return wanted, heads[wanted]
-
-
-def _problem(said: str | None, outputs: int) -> str:
-    return said or ("regression" if outputs == 1 else "single_label_classification")

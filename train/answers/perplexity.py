@@ -8,6 +8,9 @@ Masked: pseudo-perplexity (Salazar et al., Masked Language Model Scoring, ACL 20
 exp(−1/N Σ log p(x_t | x_<t, x_>t)): each token is masked alone, in turn, within its text or the
 window of it that it is in; special tokens are not. Of all tokens, or of an even sample.
 
+Bits per byte of causal models: the sum over the bytes of the text that is predicted, so without
+those of a first token that is not.
+
 Both are means over tokens, whatever text they are in; probabilities are over the tokens of the
 tokenizer (rows that pad the output matrix to a round size are none).
 """
@@ -29,7 +32,7 @@ from torch.nn import functional
 
 from rekindle.data.batch import length_buckets, pad
 from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
+from rekindle.data.corpus.tokenizer import Encoded, Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import PerplexityConfig
@@ -75,7 +78,7 @@ class Perplexity:
     tokens: int  # that were predicted
     tokens_in_all: int
     texts: int
-    bits_per_byte: float | None  # of causal models: comparable between tokenizers
+    bits_per_byte: float | None  # of causal models: over the text of the predicted tokens
     rule: str
     seconds: float
 
@@ -91,7 +94,7 @@ class Perplexity:
         lines = [
             f"{self.measure} on {self.text}: {self.perplexity:.4f} per token of its tokenizer "
             f"(95 %: {low:.4g} to {high:.4g}; {self.tokens:,}{of} tokens of {texts})",
-            f"loss: {self.ce:.4f} nats per token",
+            f"ce: {self.ce:.4f} nats per token",
         ]
         if self.bits_per_byte is not None:
             lines.append(f"bits per byte: {self.bits_per_byte:.4f}")
@@ -124,7 +127,7 @@ def text_perplexity(
             losses.add(found)
             watch.advance(len(found))
     ce = losses.mean(model, text)
-    causal = network.task == "causal_lm"
+    bits, causal = losses.total / math.log(2), network.task == "causal_lm"
     return Perplexity(
         model=model,
         text=text,
@@ -136,7 +139,7 @@ def text_perplexity(
         tokens=losses.count,
         tokens_in_all=read.tokens,
         texts=read.count,
-        bits_per_byte=losses.total / math.log(2) / read.bytes if causal else None,
+        bits_per_byte=bits / read.bytes if causal and read.bytes else None,
         rule=shown.rule,
         seconds=time.perf_counter() - started,
     )
@@ -208,13 +211,16 @@ class _Texts:
     def __init__(self, source: str, field: str):
         self.source, self.left_out = source, LeftOut()
         self._documents = read_documents([source], field, left_out=self.left_out)
-        self.count = self.bytes = self.tokens = 0
+        self.count = self.tokens = 0
+        self.bytes = 0.0  # of the tokens that a causal model predicts
 
     def encoded(self, tokenizer: Tokenizer) -> Iterator[Ids]:
         """The tokens of each, without special ones; InputError for a record that is no text."""
         for document, found in tokenizer.encode_documents(self._read()):
             self.count += 1
             self.bytes += len(document.text.encode())
+            if not tokenizer.prefix:  # what a causal model does not predict
+                self.bytes -= _bytes_of_first(document.text, found)
             self.tokens += len(found.ids)
             yield found.ids
 
@@ -228,6 +234,17 @@ class _Texts:
         if self.left_out.first:
             told = self.left_out.first.replace("corpus.text_field", "--text-field")
             raise InputError(f"{told}; repair or remove it")
+
+
+def _bytes_of_first(text: str, found: Encoded) -> float:
+    """The bytes of a text up to the end of its first token; of a character that several tokens
+    share, an even part.
+    """
+    if not len(found.ids):
+        return len(text.encode())
+    start, end = int(found.starts[0]), int(found.ends[0])
+    sharing = int(((found.starts == start) & (found.ends == end)).sum())
+    return len(text[:start].encode()) + len(text[start:end].encode()) / sharing
 
 
 @dataclass(frozen=True)

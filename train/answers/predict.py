@@ -27,6 +27,7 @@ from rekindle.train.answers.evaluate import check_pairs, less_memory
 from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
 from rekindle.train.answers.labelled import as_asked
 from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.encoded import Cuts, tell_cut
@@ -89,13 +90,13 @@ def predict_file(
     """Write a JSON line for every row of ``text`` into ``out``, which is there whole or not at all.
 
     Both may be ``-``: jsonl from stdin, lines to stdout. A file is read once before anything is
-    judged, so that a row that is none is found at once;
+    judged, so that a row that is none is found at once.
 
-    Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless by
-    ``force``.
+    Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless it
+    holds predictions and ``force`` is given.
     """
     started = time.perf_counter()
-    check_new_file(out, force)
+    check_target(out, text, model, force)
     rows = read_rows(text)
     if (first := next(rows, None)) is None:
         raise InputError(f"{text} has no rows; give at least one text")
@@ -132,18 +133,6 @@ def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     each = iter(rows)
     while block := [*islice(each, ROWS_AT_A_TIME)]:
         yield block
-
-
-def check_new_file(out: str, force: bool) -> None:
-    """Raise InputError for a file that is there and must not be replaced, and for a folder."""
-    if out == STDIN:
-        return
-    if Path(out).is_dir():
-        raise InputError(
-            f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
-        )
-    if Path(out).exists() and not force:
-        raise InputError(f"{out!r} is there already; give another --out, or --force to replace it")
 
 
 def _is_piped(path: str) -> bool:

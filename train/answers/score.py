@@ -20,7 +20,7 @@ from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
 from rekindle.train.finetune.encoded import tell_cut
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import chosen_metric, scores_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
@@ -57,6 +57,7 @@ def score_model(
     data = read_task(train, dev, settings=config)[1]
     metric = chosen_metric(metric, data)
     logger.info("%s: %s", dev, data.described())
+    tell_undefined(dev, data)
     with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
         found, cut = _scores_by_way(model, data, config)
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
@@ -108,7 +109,7 @@ def _scores_by_way(
         judge = open_judge(model, config.head, data.problem)
         way = "expert" if judge.head is None else f"student, head {judge.head}"
         asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
-        found[way], _, cut["dev"] = judged_scores(judge, data, asked)
+        found[way], _, cut["dev"] = judged_scores(judge, data, asked, name="dev")
         models = []
     if merge is None:
         return found, cut
@@ -155,11 +156,15 @@ def judged_scores(
     data: TaskData,
     settings: AskConfig,
     watch: Watch = NOBODY,
+    *,
+    name: str = "the texts",
 ) -> tuple[Scores, np.ndarray, float]:
-    """All fitting scores, fp32 logits [N,C], and which share of the texts was cut."""
+    """All fitting scores, fp32 logits [N,C], and which share of the texts, called ``name``, was
+    cut.
+    """
     judge.check_task(data)
     logits, cuts = judged(judge, data, settings, watch)
-    cut = tell_cut({"dev": cuts})["dev"]
+    cut = tell_cut({name: cuts})[name]
     if not data.label_names:
         return scores_of(data, logits), logits, cut
     return scores_by_name(logits, judge.labels, data, judge.who), logits, cut

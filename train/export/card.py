@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from rekindle.train.export.plain import not_exportable, plain_labels
+from rekindle.train.export.plain import not_exportable, plain_labels, problem_of
 from rekindle.train.export.result import Exported
 from rekindle.train.model.network import HeadConfig, StudentNetwork
 
@@ -91,7 +91,7 @@ def _usage(folder: str, task: str) -> list[str]:
 def _described(name: str, head: HeadConfig) -> str:
     """A head's labels, in a line."""
     names = plain_labels(name, head)
-    if head.problem == "regression":
+    if problem_of(head) == "regression":
         return f"{len(names)} scores" if len(names) > 1 else "a score"
     shown = ", ".join(json.dumps(label, ensure_ascii=False)[1:-1] for label in names[:SHOWN])
     return f"{len(names)} labels: {shown}{', …' if names[SHOWN:] else ''}"

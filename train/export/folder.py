@@ -32,7 +32,6 @@ from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 log = logging.getLogger("rekindle")
 
-UNRECORDED = 512  # tokens, of students that do not say what they were trained with
 WRITER = "rekindle export"  # marks a folder that --force may replace
 
 
@@ -93,12 +92,6 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
 def _what_else(directory: Path) -> str:
     if (directory / EXPORT_FILE).is_file():
         return "an export already: transformers loads it as it is"
-    checkpoints = sorted(directory.glob("checkpoints/step-*"))
-    if checkpoints and not list(directory.glob("*.safetensors")):
-        return (
-            "a run that is not finished; go on with it (train-student … --resume), or export its "
-            f"last checkpoint: {checkpoints[-1]}"
-        )
     return (
         "no student of Rekindle's, so it has no heads beside it: transformers loads it as it is. "
         "An expert of `pipeline finetune` needs no export"
@@ -142,7 +135,7 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
 def longest_text(student: Student) -> int:
     """The tokens of a text that the student was trained with, as far as that is recorded."""
     takes = longest_input(student.model.config) or math.inf
-    return int(min(student.sequence_length or UNRECORDED, takes))
+    return int(min(student.longest_text, takes))
 
 
 def plain_tokenizer(

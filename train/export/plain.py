@@ -17,7 +17,7 @@ from rekindle.train.model.family_head import (
     head_config,
     sample_inputs,
 )
-from rekindle.train.model.labels import check_label_names, output_tensors
+from rekindle.train.model.labels import check_label_names, output_tensors, problem_of_outputs
 from rekindle.train.model.network import HeadConfig, StudentNetwork, TaskHead, head_key
 from rekindle.train.model.sight import evaluating
 from rekindle.train.objective.label_union import bare_names
@@ -28,7 +28,6 @@ AS_OURS: dict[str, dict[str, object]] = {
     "deberta-v2": {"pooler_hidden_act": "tanh"},
     "mobilebert": {"classifier_activation": True},
 }
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 TRIED = (3, 5)  # texts, tokens of each
 
 
@@ -189,7 +188,7 @@ def problem_of(head: HeadConfig) -> str:
     """What kind of task a head answers, as transformers names it."""
     if head.kind == "token":
         return "token_classification"
-    return head.problem if head.problem in PROBLEMS else PROBLEMS[0]
+    return problem_of_outputs(head.problem, head.num_labels)
 
 
 def _pooled(student: StudentNetwork, head: HeadConfig) -> str:

@@ -1,8 +1,11 @@
 """Does a result say more than one and the same answer to every text would? Knows no model.
 
-It is weak where guesses that are shuffled among the rows would do as well (a permutation test,
-one-sided at 5 %), or where it is within a tenth of what lies between always giving the best single
-answer and a perfect score.
+It is weak where guesses that are shuffled among the rows would do about as well, or where it is
+within a tenth of what lies between always giving the best single answer and a perfect score.
+
+The former is a permutation test near 5 %, one-sided: a normal distribution stands for that of all
+permutations, which is coarse on a few rows. And where dev has chosen the epoch that is judged, more
+than 5 % of what has learned nothing passes.
 """
 
 import math
@@ -16,7 +19,7 @@ from rekindle.train.finetune.metrics import predictions_of, scores_of
 from rekindle.train.finetune.task_data import TaskData
 
 _NEAR = 0.1  # of the way from the constant answer to a perfect score
-_BEYOND = 1.645  # standard deviations of shuffled guesses: 5 % of them do better
+_BEYOND = 1.645  # standard deviations of shuffled guesses: near 5 % of them do better
 _MOST_LABELS = 10  # that are said together
 
 
@@ -32,9 +35,23 @@ class Constant(NamedTuple):
         return f"{self.score:.4f}, that of always saying {self.answer!r}"
 
 
-def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Constant | None:
-    """The constant answer that ``logits`` [N,C] with the score ``found`` are hardly better than;
-    None where they are.
+class Weak(NamedTuple):
+    """A score that says little: ``near`` that of a constant answer, or not ``beyond_chance``."""
+
+    constant: Constant
+    near: bool
+    beyond_chance: bool
+
+    def __str__(self) -> str:
+        if not self.near:
+            return f"may be chance on so few rows (beside {self.constant})"
+        learned = "little" if self.beyond_chance else "next to nothing"
+        return f"is near {self.constant}; {learned} was learned"
+
+
+def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Weak | None:
+    """The constant answer that ``logits`` [N,C] with the score ``found`` are hardly better than,
+    and in which way; None where they are.
 
     The answer is the best of: the commonest class or tag, the one whose F1 counts, or the commonest
     labels together. Of scores it is a correlation of 0.
@@ -45,12 +62,14 @@ def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -
     near = found - constant.score < _NEAR * (1 - constant.score)
     guesses = predictions_of(data.problem, logits, data.threshold)
     columns = (_columns(one, data) for one in (guesses, data.labels))
-    return constant if near or beyond_shuffled(*columns) < _BEYOND else None
+    beyond = beyond_shuffled(*columns) >= _BEYOND
+    return Weak(constant, near, beyond) if near or not beyond else None
 
 
 def beyond_shuffled(guesses: np.ndarray, labels: np.ndarray) -> float:
     """By how many standard deviations the rows of ``guesses`` fit those of ``labels`` ([N,C] both,
-    by the sum of their products) better than if they were shuffled: exactly, of all permutations.
+    by the sum of their products) better than if they were shuffled; mean and deviation are exactly
+    those of all permutations.
     """
     a, b = (side - side.mean(axis=0) for side in (guesses, labels))
     variance = float(((a.T @ a) * (b.T @ b)).sum()) / max(len(a) - 1, 1)

@@ -159,17 +159,17 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
     return model_inputs(ids, lengths, device, segments)
 
 
-def tell_cut(splits: Mapping[str, EncodedTexts | Cuts]) -> dict[str, float]:
+def tell_cut(splits: Mapping[str, EncodedTexts | Cuts], taught: str = "") -> dict[str, float]:
     """Say which share of each split's texts was cut, loudly where one was, and return it; and how
-    many words of lists are not read.
+    many words of lists are not read, of the split that is ``taught`` with another consequence.
     """
     for name, texts in splits.items():
         for reason, count in texts.unread.items():
             if count:
-                logger.warning(
-                    "%s of %s: %s; they have no answer, and count as wrong",
-                    *(counted(count, "word"), name, reason),
-                )
+                wrong = "have no answer, and count as wrong"
+                then = "teach nothing" if name == taught else wrong
+                words = counted(count, "word")
+                logger.warning("%s of %s: %s; they %s", words, name, reason, then)
     shares = {name: texts.cut / max(texts.count, 1) for name, texts in splits.items()}
     limit = max((texts.limit for texts in splits.values()), default=0)
     if not any(shares.values()):

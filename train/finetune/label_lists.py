@@ -5,12 +5,14 @@ What a single one means is said in ``labels``, and is the same here. Knows no fi
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.text_files import half_a_pair
 from rekindle.train.finetune.config import TaskSettings
@@ -113,6 +115,51 @@ def _is_number(value: object) -> bool:
 def _is_whole(value: object) -> bool:
     """Whether a number is whole; one that is too large is another reader's to refuse."""
     return isinstance(value, int) or float(str(value)).is_integer()
+
+
+def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset[str]) -> None:
+    """Raise InputError for single labels that join others of the task's ``files``, as ``a;b`` does:
+    they may be several labels of one text. "Salt Lake, Utah" alone joins none.
+    """
+    texts = [(path, [_single(raw) for raw in labels]) for path, labels in files]
+    names = {name for _, each in texts for name in each if name} - dropped
+    for separator in ";|,":
+        uses = Counter(part for name in names for part in {*_parts(name, separator)})
+        joined = {name for name in names if _joins(_parts(name, separator), separator, uses)}
+        for path, each in texts if joined else ():
+            if row := next((row for row, name in enumerate(each, 1) if name in joined), 0):
+                _refuse_join(path, row, each, separator, joined)
+
+
+def _single(raw: Raw) -> str | None:
+    """A label as text; None for one that is none, or a list."""
+    single = isinstance(raw, str | int) and list_in(raw) is None
+    return str(raw).strip() if single else None
+
+
+def _parts(name: str, separator: str) -> list[str]:
+    return [part for one in name.split(separator) if (part := one.strip())]
+
+
+def _joins(parts: Sequence[str], separator: str, uses: Counter[str]) -> bool:
+    """Whether a label's parts occur elsewhere: all of them, for names have commas of their own."""
+    elsewhere = [uses[part] > 1 for part in parts]
+    return len(parts) > 1 and (all(elsewhere) if separator == "," else any(elsewhere))
+
+
+def _refuse_join(
+    path: str, row: int, each: Sequence[str | None], separator: str, joined: set[str]
+) -> NoReturn:
+    setting = shlex.quote(f'label_separator="{separator}"')
+    empty = each.count("")
+    without = f"; then none holds in {counted(empty, 'row')} with an empty label" if empty else ""
+    rows = counted(sum(one in joined for one in each), "row")
+    raise InputError(
+        f"{path}, row {row}: label {each[row - 1]!r} joins labels of other rows with {separator!r} "
+        f"(such labels: {rows}); if these are several labels of one text, say --set {setting} (in "
+        f"a cycle: finetune.label_separator{without}); if each is a class as it is written, say "
+        "--set problem=classification"
+    )
 
 
 def read_lists(

@@ -5,6 +5,7 @@ A correlation with a constant side is undefined; here it is 0.0, for a model tha
 same has found nothing, and a NaN would make every later mean NaN.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from rekindle.data.errors import InputError
 from rekindle.train.finetune.entities import entity_f1, tags_entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.task_data import TaskData
+
+logger = logging.getLogger("rekindle")
 
 METRICS = {  # the first of each is taken where none is named
     "single_label_classification": ("accuracy", "f1", "matthews"),
@@ -187,6 +190,34 @@ def all_scores(
     known = [m for m in METRICS[problem] if m != "f1" or classes > 2 or positive is not None]
     how = {"num_classes": classes, "positive": positive or 0}
     return {metric: score(metric, predictions, labels, **how) for metric in known}
+
+
+def tell_undefined(name: str, data: TaskData) -> None:
+    """Say which scores of a split that is scored are not defined, or a mean over which classes."""
+    if data.problem == "regression":
+        outputs = data.labels.reshape(len(data), -1).T
+        for number, scores in enumerate(outputs):
+            if (scores == scores[0]).all():
+                which = f" number {number}" if len(outputs) > 1 else ""
+                written = "0 counts in the mean" if which else "0 is written"
+                logger.warning(
+                    f"every score{which} of {name} is {scores[0]:g}: a correlation is not defined, "
+                    f"{written}"
+                )
+    counts, several = data.counts, data.problem == SEVERAL
+    occur = [label for label, count in counts.items() if count]
+    if data.problem == TAGS or len(occur) == len(counts):
+        return
+    if len(occur) == 1 and not several:
+        logger.warning(
+            f"every label of {name} is {occur[0]!r}: matthews is not defined, 0 is written"
+        )
+    if several or len(counts) > 2:
+        kind, metric = ("labels", "f1_macro") if several else ("classes", "f1")
+        logger.info(
+            f"{name}: {len(occur)} of {len(counts)} {kind} have rows; {metric} is the mean over "
+            "these, and over those that are said without any (each counts 0)"
+        )
 
 
 def check_finite(logits: np.ndarray) -> None:

@@ -29,7 +29,7 @@ class SeedResult:
     kept_epoch: int | None = None  # from 1; None: nothing was trained, or by an older version
     planned_epochs: int | None = None
     stopped: str | None = None  # best_epoch.DONE, MAX_STEPS or PATIENCE
-    warning: str | None = None  # where next to nothing was learned
+    warning: str | None = None  # where little or nothing was learned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metrics import chosen_metric, scores_of
+from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
@@ -108,9 +108,13 @@ def finetune(
     check_head(model, config.head, data["train"])
     for name, split in data.items():
         logger.info("%s: %s", name, split.described())
+        if name != "train":
+            tell_undefined(files[name], split)
     home = Path(out).resolve()
     seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
-    about = what_is_tuned(model, files, {"metric": metric} | config.model_dump(mode="json"))
+    settings, where = {"metric": metric} | config.model_dump(mode="json"), place(config.precision)
+    with quiet_transformers():
+        about = what_is_tuned(model, files, settings, where)
     enough = running_out(Path(out), seeds_done.kept, less_memory(config))
     with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
         started = time.perf_counter()
@@ -139,7 +143,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
     device = torch.device(placement.device)
-    cut, precision = tell_cut(encoded), placement.precision
+    cut, precision = tell_cut(encoded, taught="train"), placement.precision
     return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision)
 
 
@@ -208,20 +212,30 @@ def _run_seed(
 
 
 def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
-    """The line about a seed that has learned next to nothing, which is also logged."""
-    constant = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
-    if constant is None:
+    """The line about a seed that has learned little or nothing, which is also logged."""
+    weak = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
+    if weak is None:
         return None
-    rows, usual = len(job.data["train"]), job.config.model_copy(update={"epochs": "auto"})
-    epochs = max(2 * job.config.epochs_of(rows), usual.epochs_of(rows))
     line = (
-        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev is near "
-        f"{constant}; next to nothing was learned. Train longer (--set epochs={epochs} --set "
-        f"patience=null), at another learning_rate (now {job.config.learning_rate:g}), or see "
-        "whether the labels fit the texts"
+        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev {weak}. Train "
+        f"longer ({_longer(job, best)}), at another learning_rate (now "
+        f"{job.config.learning_rate:g}), or see whether the labels fit the texts"
     )
     logger.warning(line)
     return line
+
+
+def _longer(job: _Job, best: BestEpoch) -> str:
+    """The settings that make the training of a seed longer, as they are typed."""
+    config, rows = job.config, len(job.data["train"])
+    endless = config.model_copy(update={"max_steps": None})
+    settings = ["patience=null"] if best.ran_out else []
+    if plan_steps(rows, config) == plan_steps(rows, endless):
+        usual = config.model_copy(update={"epochs": "auto"})
+        epochs = max(2 * config.epochs_of(rows), usual.epochs_of(rows))
+        settings = [f"epochs={epochs}", "patience=null"]
+    settings += ["max_steps=null"] if config.max_steps else []
+    return " ".join(f"--set {one}" for one in settings)
 
 
 def _start(job: _Job) -> PreTrainedModel:

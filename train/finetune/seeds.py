@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
+import torch
 from pydantic import TypeAdapter
 
 from rekindle.data.counted import counted
-from rekindle.data.errors import RekindleError
+from rekindle.data.errors import CheckpointError, RekindleError
 from rekindle.data.storage.atomic import (
     new_folder,
     publish_folder,
@@ -24,12 +25,12 @@ from rekindle.data.storage.atomic import (
     remove_leftovers,
     write_json,
 )
+from rekindle.train.finetune.classifier import padded_tokenizer
 from rekindle.train.finetune.result import SeedResult, best_of
 from rekindle.train.interrupts import telling
-from rekindle.train.model.files import config_fingerprint, weights_fingerprint
+from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import LOCK_FILE, alone_in, check_same, read_record, reading
-from rekindle.train.running_out import is_out_of_memory
 
 ABOUT_FILE = "about.json"
 
@@ -43,14 +44,15 @@ class FinishedSeeds:
         self.folder = out.parent / f".{out.name}.seeds"
         self.planned, self.metric = planned, metric
         self.found: dict[int, SeedResult] = {}
+        self.others: dict[int, SeedResult] = {}  # of an earlier call, and not planned now
 
     @contextmanager
     def held(self, about: Mapping[str, object]) -> Iterator[None]:
         """Hold them alone, those included that an earlier call has left of what is ``about`` that.
 
-        They stay when the block is interrupted or killed, or the disk is full; what else ends it
-        would come again, or asks for other settings. Raises CheckpointError where those that are
-        there are of other settings, InputError where another process works there.
+        They stay, and this is told, when anything ends the block before its end. Raises
+        CheckpointError where those that are there are of other settings, InputError where another
+        process works there.
         """
         with alone_in(self.folder):
             self._read(about)
@@ -58,10 +60,10 @@ class FinishedSeeds:
                 with telling(self.told):
                     yield
             except BaseException as error:
-                comes_again = isinstance(error, RekindleError) or is_out_of_memory(error)
-                if comes_again or not self.found:
-                    self.found = {}
+                if not self.found and not self.others:
                     remove(self.folder)
+                elif isinstance(error, RekindleError):
+                    logger.warning("%s in %s", self.kept(), self.folder)
                 raise
             remove(self.folder)
 
@@ -69,24 +71,41 @@ class FinishedSeeds:
         """Take up what an earlier call has left. CheckpointError where it was of something else."""
         remove_leftovers(self.folder)
         advice = f"remove it (`rm -r {quote(str(self.folder))}`), or give another --out"
-        found = {}
-        for seed in self.planned:
-            if (one := read_record(self._result(seed), advice)) is not None:
-                with reading(self._result(seed), advice):
-                    found[seed] = TypeAdapter(SeedResult).validate_python(one)
+        kept = self._kept(advice)
         before = read_record(self.folder / ABOUT_FILE, advice)
-        # Without its model, which a kill may have come after it was published, it is of no use.
-        if found and before and self._model(best_of([*found.values()], self.metric).seed).is_dir():
-            kept = f"It holds {_named(found)} of a fine-tuning that was interrupted"
-            rule = f"{kept}: give its own settings to go on with it, or {advice}"
-            check_same(self.folder, before, about, rule)
-            self.found = found
-            logger.info("%s finished before, and kept in %s", _named(found), self.folder)
+        if not kept:
+            for path in self.folder.iterdir():
+                if path.name != LOCK_FILE:
+                    remove(path)
+            write_json(self.folder / ABOUT_FILE, about)
             return
-        for path in self.folder.iterdir():
-            if path.name != LOCK_FILE:
-                remove(path)
-        write_json(self.folder / ABOUT_FILE, about)
+        held = f"It holds {_named(kept)} of a fine-tuning that did not end"
+        if before is None:
+            raise CheckpointError(f"{self.folder / ABOUT_FILE} is missing. {held}: {advice}")
+        rule = f"{held}: give its own settings to go on with it, or {advice}"
+        check_same(self.folder, before, about, rule)
+        self.others = {seed: one for seed, one in kept.items() if seed not in self.planned}
+        self.found = {seed: one for seed, one in kept.items() if seed in self.planned}
+        again = {}
+        # Only the best of all that were planned then has its model; of those planned now one must.
+        while self.found and not self._model((best := self._best()).seed).is_dir():
+            again[best.seed] = self.found.pop(best.seed)
+        for seeds, told in (
+            (self.found, "finished before, and kept"),
+            (again, "finished before, done again for the model, which is not kept"),
+            (self.others, "finished before, not asked for now: kept until the result is written,"),
+        ):
+            if seeds:
+                logger.info("%s %s in %s", _named(seeds), told, self.folder)
+
+    def _kept(self, advice: str) -> dict[int, SeedResult]:
+        """Every result that an earlier call has left, planned now or not."""
+        found = []
+        for path in self.folder.glob("seed-*.json"):
+            record = read_record(path, advice)
+            with reading(path, advice):
+                found.append(TypeAdapter(SeedResult).validate_python(record))
+        return {one.seed: one for one in sorted(found, key=lambda one: one.seed)}
 
     def missing(self) -> Iterator[int]:
         """Yield the seeds that are left to do, one after another."""
@@ -101,6 +120,7 @@ class FinishedSeeds:
         """Keep what came out of a seed; ``save`` writes its model, where it is the best yet."""
         best = best_of([*self.results, result], self.metric)
         if result is best:
+            remove(self._result(result.seed))  # of a seed done again: it is of another model
             with new_folder(self._model(result.seed)) as staged:
                 save(staged)
         write_json(self._result(result.seed), asdict(result))
@@ -110,20 +130,25 @@ class FinishedSeeds:
 
     def publish(self, out: Path, write: Callable[[Path], None]) -> None:
         """Make the best one's folder, with what ``write`` adds to it, ``out``; nothing is left."""
-        made = self._model(best_of(self.results, self.metric).seed)
+        made = self._model(self._best().seed)
         write(made)
         publish_folder(made, out)
 
     def told(self) -> tuple[str, bool]:
         """What an interrupt leaves, and whether that is anything."""
         if not self.found:
-            return "no seed was finished: nothing of it is kept", False
+            others = f", but {_named(self.others)} of an earlier call" if self.others else ""
+            return f"no seed was finished: nothing of it is kept{others}", False
         return f"{_named(self.found)} of {len(self.planned)} finished, and kept", True
 
     def kept(self) -> str:
         """What there is of it, for a message that begins with it."""
-        told, _ = self.told()
-        return f"{told[0].upper()}{told[1:]}"
+        told, kept = self.told()
+        only = " for these settings; other settings need another --out," if kept else ""
+        return f"{told[0].upper()}{told[1:]}{only}".rstrip(",")
+
+    def _best(self) -> SeedResult:
+        return best_of(self.results, self.metric)
 
     def _result(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}.json"
@@ -137,13 +162,22 @@ def _named(seeds: Mapping[int, object]) -> str:
 
 
 def what_is_tuned(
-    model: str, files: Mapping[str, str], settings: Mapping[str, object]
+    model: str, files: Mapping[str, str], settings: Mapping[str, object], placement: Placement
 ) -> dict[str, object]:
     """What decides the result of every seed: by content, wherever it lies."""
     directory = resolve_model(model)
     weights = {"config": config_fingerprint(directory), "weights": weights_fingerprint(directory)}
     digests = {split: _sha256(Path(path)) for split, path in files.items()}
-    return {"model": weights, "files": digests, "settings": dict(settings)}
+    tokenizer = padded_tokenizer(model)  # all of it: not its vocabulary alone decides what is read
+    read_as = f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.model_max_length}"
+    return {
+        "model": weights,
+        "tokenizer": hashlib.sha256(read_as.encode()).hexdigest(),
+        "files": digests,
+        "settings": dict(settings),
+        "device": torch.device(placement.device).type,
+        "precision": placement.precision,
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from rekindle.train.finetune.label_lists import (
     check_tags,
     named_rows,
     read_lists,
+    refuse_joined,
     several_in,
     words_in,
 )
@@ -200,6 +201,8 @@ def read_task(
         return _read_lists(files, settings)
     as_written = settings.problem == "classification"
     dropped = dropped_names(settings.drop_labels, as_written)
+    if settings.problem is None:
+        refuse_joined([(file.path, file.labels) for file in files], dropped)
     found = [kept_rows(file.path, file.labels, dropped, as_written) for file in files]
     for rows, gone in found:
         if not rows.labels:

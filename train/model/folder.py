@@ -15,6 +15,7 @@ from typing import Any
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError, first_words
 from rekindle.data.text_files import refuse_pointer
+from rekindle.train.model.unfinished import unfinished, usable_checkpoint
 
 log = logging.getLogger("rekindle")
 
@@ -84,6 +85,9 @@ def check_folder(directory: Path) -> None:
             f"{directory} holds an adapter's weights without {ADAPTER_FILE}, which names its "
             "base. Give the whole folder of the adapter"
         )
+    if (told := unfinished(directory)) is not None:
+        found = usable_checkpoint(directory)
+        raise InputError(f"{told}{f', or give a checkpoint of it: {found}' if found else ''}")
     raise InputError(
         f"{directory} is not a model directory: it has no {SETTINGS_FILE}. "
         "Give a directory written by save_pretrained"

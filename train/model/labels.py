@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("rekindle")
 
 SAY_SCORES = 'if they are scores, write "problem_type": "regression" into its config.json'
+# As transformers names them, of heads that judge whole texts.
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 _A_COUNT = 1009  # of labels, for looking which of a model's tensors have a row for each
+
+
+def problem_of_outputs(said: str | None, outputs: int) -> str:
+    """What kind of task so many outputs answer: what is ``said``, or, where that is nothing that
+    transformers knows, what it would take one output for, or several.
+    """
+    if said in PROBLEMS:
+        return said
+    return "regression" if outputs == 1 else "single_label_classification"
 
 
 def complete_labels(

@@ -1,16 +1,15 @@
 """A training run's checkpoints: whole or not there, safetensors and JSON only.
 
-``checkpoints/step-00000200/`` is a student directory plus ``optimizer.safetensors`` and
-``trainer.json``, which holds the position, the configuration, the cache's fingerprints, a sha256 of
-each file and a checksum of itself. It is written under a temporary name and renamed, so a kill
-leaves either the whole or nothing that is looked at. Weights are stored whole: a run may go on in
-another number of processes.
+``checkpoints/step-00000200/`` is a student directory with its tokenizer, plus
+``optimizer.safetensors`` and ``trainer.json``, which holds the position, the configuration, the
+cache's fingerprints, a sha256 of each file and a checksum of itself. It is written under a
+temporary name and renamed, so a kill leaves either the whole or nothing that is looked at. Weights
+are stored whole: a run may go on in another number of processes.
 """
 
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, like, whole
-from rekindle.train.record.identity import SUMMARY_FILE, had_checkpoint, note_checkpoint
+from rekindle.train.model.unfinished import SUMMARY_FILE, checkpoints_of
+from rekindle.train.record.identity import had_checkpoint, note_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, saved_weights
 
@@ -32,7 +33,6 @@ log = logging.getLogger("rekindle")
 
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-OWN = re.compile(r"step-\d{8,}")  # the names of checkpoints
 
 
 def restore(
@@ -63,9 +63,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` (steps done) and remove all but the last ``keep``, and the
-    best, that of ``state["best"]["step"]``. Every process takes part, the main one writes.
+    """Write the checkpoint of ``step`` (steps done), with the ``tokenizer`` that makes it a model
+    of its own; remove all but the last ``keep``, and the best, that of ``state["best"]["step"]``.
+    Every process takes part, the main one writes.
     """
     weights = gather_weights(student.student) if student.sharded else None
     moments = _optimizer_tensors(student.student, optimizer)
@@ -74,6 +76,8 @@ def save_checkpoint(
     def write() -> Path:
         with new_folder(target) as staged:
             student.student.save_pretrained(staged, tensors=weights)
+            if tokenizer is not None:
+                tokenizer.save(str(staged))
             save_file(moments, staged / OPTIMIZER_FILE)
             digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
             content = dict(state) | {"step": step, "files": digests}
@@ -90,7 +94,7 @@ def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
     """Leave the last ``keep`` checkpoints, and the best."""
     best, run = (state.get("best") or {}).get("step"), newest.parents[1]
     # A newer one is damaged, or it would have been gone on with: it must not take a place.
-    done = [path for path in _checkpoints(run) if path.name <= newest.name]
+    done = [path for path in checkpoints_of(run) if path.name <= newest.name]
     for old in done[:-keep]:
         if best is None or old != checkpoint_folder(run, best):
             remove(old)
@@ -101,7 +105,7 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     found = latest_checkpoint(run)
     if found is not None:
         return found
-    damaged = ", ".join(path.name for path in _checkpoints(run))
+    damaged = ", ".join(path.name for path in checkpoints_of(run))
     steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
     if not damaged and not had_checkpoint(run, steps) and not (run / SUMMARY_FILE).exists():
         return None
@@ -117,7 +121,7 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint and its state; damaged ones are passed over with a message."""
-    for path in reversed(_checkpoints(run)):
+    for path in reversed(checkpoints_of(run)):
         try:
             state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
             damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
@@ -139,13 +143,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def kept_of(run: Path) -> str:
     """Say what there is of a run to go on from."""
-    found = _checkpoints(run)
+    found = checkpoints_of(run)
     return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it begins again"
 
 
 def left_by_interrupt(run: Path) -> tuple[str, bool]:
     """What an interrupt that wrote no checkpoint of ``run`` leaves, and whether it is anything."""
-    found = _checkpoints(run)
+    found = checkpoints_of(run)
     if not found:
         return "there is no checkpoint yet", False
     return f"kept: {found[-1]}", True
@@ -192,12 +196,6 @@ def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> di
             found = found if found is value else found.cpu()
             tensors[f"{name}\0{key}"] = found.contiguous()
     return tensors
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """The run's own: what else lies beside them, a copy or an archive, is its owner's."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if OWN.fullmatch(path.name) and path.is_dir())
 
 
 def _sha256(path: Path) -> str:

@@ -22,13 +22,13 @@ from rekindle.train.measures import MEASURE, SECTION, measure_of
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
 from rekindle.train.step_config import LENGTH, recorded_steps
 from rekindle.train.student import ABOUT_FILE
 
 log = logging.getLogger("rekindle")
 
-RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
 VERSION = 3
 SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
 # The cache may have moved (its fingerprints say whether it is the same).

@@ -11,6 +11,7 @@ import pytest
 from rekindle.data.settings import keys_called
 from rekindle.pipeline.commands.keys import listed, settings_of
 from rekindle.pipeline.overrides import set_value
+from rekindle.train.answers.config import AskConfig, PerplexityConfig
 from rekindle.train.finetune.config import FinetuneConfig
 from testlib.command import pipeline
 
@@ -28,6 +29,10 @@ from testlib.command import pipeline
         ("cache-teachers r.yaml --replicas 3", "--set cache.replicas=3"),
         ("plan r.yaml --compile", "--set train.compile=true"),
         ("rekindle c.yaml --patience 5", "--set finetune.patience=5"),
+        ("evaluate cl --test F --batch-size 5", "--set batch_size=5"),
+        ("evaluate lm --text=F --tokens 9", "--set tokens=9"),
+        ("predict cl --text F --out o --max-length 9", "--set max_length=9"),
+        ("compare a b --test F --batch-size 9", "--set batch_size=9"),
     ],
 )
 def test_a_key_that_is_typed_as_an_option_is_answered_with_what_sets_it(
@@ -60,20 +65,33 @@ def command(capsys, monkeypatch):
     return run
 
 
-def test_the_help_of_finetune_names_every_key_with_a_default_that_set_takes():
-    shown = pipeline("finetune", "--help").stdout
+@pytest.mark.parametrize(
+    ("command", "beside", "settings"),
+    [
+        ("finetune", "", FinetuneConfig),
+        ("predict", "--text", AskConfig),
+        ("evaluate", "--test", AskConfig),
+        ("evaluate", "--text", PerplexityConfig),
+    ],
+)
+def test_help_names_every_key_with_a_default_that_set_takes(command, beside, settings):
+    shown = pipeline(command, "--help").stdout
     values: dict[str, object] = {}
-    for default, meaning in listed("finetune"):
+    for default, meaning in listed(command, [beside]):
         set_value(values, default)
         assert default in shown
         assert meaning.split()[0] in shown
-    assert set(values) == set(FinetuneConfig.model_fields)
-    assert FinetuneConfig.model_validate(values) == FinetuneConfig()
+    assert set(values) == set(settings.model_fields)
+    assert settings.model_validate(values) == settings()
 
 
-def test_the_help_of_finetune_imports_nothing_heavy():
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("finetune", "learning_rate"), ("evaluate", "batch_tokens"), ("predict", "threshold")],
+)
+def test_help_with_keys_imports_nothing_heavy(command, key):
     code = (
-        "import sys; sys.argv = ['pipeline', 'finetune', '--help']\n"
+        f"import sys; sys.argv = ['pipeline', '{command}', '--help']\n"
         "from rekindle.pipeline import cli\n"
         "try:\n    cli.main()\n"
         "except SystemExit:\n"
@@ -81,7 +99,7 @@ def test_the_help_of_finetune_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "set()\n"
-    assert "learning_rate" in done.stdout
+    assert key in done.stdout
 
 
 def test_other_names_of_keys_are_those_of_one_key_each():

@@ -156,7 +156,8 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
     def scored(name, scores, seed):
         run = write(name, seed=seed)
         for task, more in (("trec", 0.0), ("mood", 0.2 * (name == "b"))):
-            per_seed = [{"scores": {}, "test_scores": {"accuracy": s + more}} for s in scores]
+            own = [{"scores": {}, "test_scores": {"accuracy": s + more}} for s in scores]
+            per_seed = [{"seed": n} | one for n, one in enumerate(own)]
             (run / task).mkdir()
             metrics = {"metric": "accuracy", "mean": 0.5, "per_seed": per_seed}
             (run / task / "metrics.json").write_text(json.dumps(metrics))

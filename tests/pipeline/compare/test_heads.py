@@ -1,6 +1,7 @@
 """The runs' task heads on a labelled file: `pipeline compare A B --test HEAD=FILE`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,14 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
             with_heads(found, [asked], None, SILENT)
     with pytest.raises(InputError, match="no run has a task head"):
         with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
+    (students[2] / "summary.json").unlink()
+    checkpoint = students[2] / "checkpoints" / "step-00000003"
+    with pytest.raises(InputError, match=r"c is not finished \(no checkpoint yet\): go on with"):
+        with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
+    shutil.copytree(students[0], checkpoint)
+    line = f"pipeline evaluate {checkpoint} --test {test_file} --head trec"
+    with pytest.raises(InputError, match=rf"c is not finished \(step 3 of .* by `{line}`"):
+        with_heads(compare_runs(students[2:]), [f"trec={test_file}"], None, SILENT)
 
 
 def test_one_command_says_which_run_is_best(students, test_file):
@@ -106,6 +115,18 @@ def test_one_command_says_which_run_is_best(students, test_file):
     assert done.stdout.lstrip().startswith("a is best on trec by 0.")
     wrong = pipeline("compare", *students, "--metric", "f1")
     assert (wrong.returncode, "--metric is that of --test" in wrong.stderr) == (2, True)
+
+
+def test_a_file_with_other_columns_is_read_as_the_advice_says(students, test_file):
+    rows = [json.loads(line) for line in test_file.read_text().splitlines()]
+    named = [{"question": row["text"], "kind": row["label"]} for row in rows]
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in named))
+    typed = ["compare", *students[:2], "--test", test_file]
+    lost = pipeline(*typed)
+    assert (lost.returncode, "--text-field" in lost.stderr) == (2, True)
+    done = pipeline(*typed, "--text-field", "question", "--label-field", "kind")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.lstrip().startswith("a is best on trec by 0.")
 
 
 DRAW = np.random.default_rng(5)
@@ -127,9 +148,12 @@ def test_all_rows_together_score_what_the_model_scores(kind):
     logits = DRAW.normal(size=(len(data.labels), len(names) or 1)).astype(np.float32)
     whole = scores_of(data, logits)
     for metric, value in whole.items():
-        of = _score(data, logits, names, metric)
+        of, by_row = _score(data, logits, names, metric)
         assert of(np.arange(12)) == pytest.approx(value)
         assert of(np.tile(np.arange(12), 2)) == pytest.approx(value)
         if metric == "accuracy" and kind != "tags":
             right = logits.argmax(axis=1) == data.labels
             assert of(np.array([3, 3, 7])) == pytest.approx(right[[3, 3, 7]].mean())
+        assert (by_row is None) == ("accuracy" not in metric or kind == "tags")
+        if by_row is not None:
+            assert by_row.mean() == pytest.approx(value)

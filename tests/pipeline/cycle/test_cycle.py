@@ -193,7 +193,7 @@ def test_what_can_be_done_by_hand_is_done_with_files_that_it_leaves(config, tmp_
     run_cycle(config, tmp_path)
     config = load_cycle(tmp_path / "run.yaml")
     made = {"start", "cache", "students/mixture"}  # by jobs
-    for _, line in commands_of(tmp_path, config):
+    for _, line in commands_of(tmp_path, config, {}):
         words = [word for word in line.split() if word.startswith(str(tmp_path))]
         for path in (Path(word).relative_to(tmp_path) for word in words):
             assert path.parts[0] == "by-hand" or str(path) in made or (tmp_path / path).exists()

@@ -50,7 +50,7 @@ def test_the_arms_are_in_one_order_and_experts_among_them():
 
 def test_what_is_told_to_be_done_by_hand_has_only_options_that_there_are(tmp_path):
     known = typer.main.get_command(app).commands
-    for _, line in commands_of(tmp_path, config_of()):
+    for _, line in commands_of(tmp_path, config_of(), {}):
         _, name, *arguments = line.split()
         known[name].make_context(name, arguments)
 

@@ -6,14 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-from rekindle.pipeline.cycle.notes import UNHELPFUL
-from rekindle.pipeline.cycle.page import cycle_section, printed
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.notes import UNHELPFUL, UNLEARNED
+from rekindle.pipeline.cycle.page import (
+    commands_of,
+    cycle_section,
+    facts_of,
+    printed,
+    settings_used,
+)
+from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import ArmScores as Scores
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts, differences_of
 from rekindle.pipeline.report.cache import CacheFacts, TeacherFacts
 from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.page import Facts, Figures, Note, Page, as_html
 from rekindle.pipeline.report.table import Table
+from testlib.cycles import cycle, edit, finetuned
 
 ARMS = ["expert", "mlm", "both"]
 METRICS = {"cola": "matthews", "<b>sst2": "accuracy"}
@@ -101,3 +112,53 @@ def test_the_text_has_no_colours_even_on_a_terminal(results, tmp_path, monkeypat
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert printed(tmp_path, results) == plain
     assert "\x1b" not in plain
+
+
+def ran(out, rates, arms=("expert", "mlm"), used=()):
+    """What the page says of a cycle's fine-tuning that has searched ``rates``, and its lines; an
+    arm's own rate where ``used`` has it.
+    """
+    tasks = [{"name": name, "train": "a", "test": "b"} for name in ("cola", "mrpc")]
+    tasks[1]["finetune"] = {"epochs": 5}
+    values = {
+        "corpus": {"source": ["text.txt"], "tokenizer": "m"},
+        "student": {"model": "m"},
+        "tasks": tasks,
+        "arms": list(arms),
+        "search": {"learning_rate": rates},
+    }
+    config = parse_settings(CycleConfig, values)
+    for (arm, task), rate in dict(used).items():
+        epochs = {"cola": 3, "mrpc": 5}[task]
+        finetuned(out, arm, task, config={"learning_rate": rate, "epochs": epochs})
+    found = settings_used(out, config)
+    lines = [line for _, line in commands_of(out, config, found) if " finetune " in line]
+    return dict(facts_of(config, found))["fine-tuning"], lines
+
+
+def test_the_learning_rate_that_is_told_is_the_one_that_was_used(tmp_path):
+    told, lines = ran(tmp_path, [1e-3])
+    assert told.startswith("epochs 3 (cola), 5 (mrpc); learning rate 0.001; seeds: 5")
+    for line in lines:  # also what is usual in a cycle, and not in finetune
+        for option in ("learning_rate=0.001", "epochs=3", "batch_size=32", "patience=null"):
+            assert f"--set {option} " in line
+    told, lines = ran(tmp_path, [1e-3, 5e-5])
+    assert "; learning rate not chosen yet; " in told
+    rates = [0.001, 5e-05, 5e-05, 5e-05]
+    cells = [(arm, task) for task in ("cola", "mrpc") for arm in ("expert", "mlm")]
+    told, lines = ran(tmp_path, [1e-3, 5e-5], used=zip(cells, rates, strict=True))
+    assert "rate 0.001 (expert on cola), 5e-05 (mlm on cola; mrpc), chosen on dev; seeds" in told
+    assert ["learning_rate=0.001" in line for line in lines] == [True, False]
+    told, _ = ran(tmp_path, [1e-3, 5e-5], used=dict.fromkeys(cells, 1e-3).items())
+    assert "; learning rate 0.001, chosen on dev; " in told
+
+
+def test_where_next_to_nothing_was_learned_the_page_and_what_is_printed_name_it(tmp_path):
+    home = cycle(tmp_path, ["expert", "mlm"], ["cola"], search={}, seeds=2)
+    file = home / folder_of("mlm", "cola") / "metrics.json"
+    edit(file, lambda found: found["per_seed"][1].update(warning="warning: seed 1: …"))
+    results = read_results(home)
+    (note,) = (note for note in results.notes if note.startswith(UNLEARNED))
+    assert "learned by mlm on cola (seed 1): on dev" in note
+    assert "mlm on cola (seed 1)" in " ".join(printed(home, results).split())
+    assert of(cycle_section(results), Note)[0].warns

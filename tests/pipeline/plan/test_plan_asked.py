@@ -1,6 +1,7 @@
 """A plan for a corpus that is not there: of so many texts or tokens, or beside another's cache."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.text import shown_plan
+from rekindle.pipeline.train_student import describe_result, train_from_config
 
 TEXTS = [f"the old river runs over city {n} and " * (1 + n % 4) for n in range(30)]
 
@@ -95,7 +97,16 @@ def test_the_command_answers_and_leaves_no_trace(
 
 @pytest.mark.parametrize(
     ("texts", "tokens", "told"),
-    [("5B", None, "'5B'"), (None, "0", "'0'"), ("1.5", None, "--texts"), ("1", "1", "give one")],
+    [
+        ("5B", None, "'5B'.*write 5000000000$"),
+        ("1M", None, "write 1000000$"),
+        ("1.5k", None, "write 1500$"),
+        ("1,000,000", None, "write 1000000$"),
+        ("1,5", None, "as in 10000000 or 1e7$"),
+        (None, "0", "'0'.*as in 10000000 or 1e7$"),
+        ("1.5", None, "--texts"),
+        ("1", "1", "give one"),
+    ],
 )
 def test_what_is_no_number_is_told(texts, tokens, told):
     with pytest.raises(InputError, match=told):
@@ -120,3 +131,33 @@ def test_what_will_teach_nothing_or_repeat_is_told_before(tmp_path, configure, t
     caplog.clear()
     cache_teachers(configure(tmp_path / "d", teachers[5:6]))
     assert "no sequence has two sentences" not in caplog.text
+
+
+def test_an_expert_that_finds_few_pairs_is_told_of(tmp_path, configure, teachers, caplog):
+    """One text of 30 has two sentences: told when planned, when cached and when trained on, but not
+    of an expert that is for the domain of that text alone.
+    """
+    texts = [{"text": f"the river runs over city {n}", "domain": "short"} for n in range(30)]
+    texts.append({"text": "The river. The city is old.", "domain": "long"})
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    corpus = {"source": str(source), "domain_field": "domain", "limit_sequences": None}
+    both = [teachers[5], teachers[5] | {"name": "long", "domains": ["long"]}]
+    values = configure(tmp_path / "c", both, corpus).model_dump(mode="json", by_alias=True)
+    distill = [{"teachers": ["pairs", "long"]}]
+    few = {"steps": 1, "batch_sequences": 2, "held_out": 0.1}
+    train = few | {"objective": {"hard": {"weight": 0}, "distill": distill}}
+    values |= {"student": {"model": teachers[0]["model"]}, "train": train}
+    config = parse_settings(RunConfig, values)
+    (planned,) = plan_run(config, probe=False).warnings
+    cache_teachers(config)
+    (cached,) = [m for m in caplog.messages if "have a pair" in m]
+    caplog.clear()
+    result = train_from_config(config, tmp_path / "out")
+    (trained,) = [m for m in caplog.messages if "have a pair" in m]
+    assert planned == cached == trained
+    assert "teacher 'pairs', pairs: adjacent: only 3.2 % of the sequences" in trained
+    assert "pairs: random, which needs no neighbours" in trained
+    assert "tokens trained" not in describe_result(result)  # it has no word to predict
+    told = describe_result(replace(result, evaluation={})).splitlines()[0]
+    assert told.endswith(" s")

@@ -14,6 +14,7 @@ from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan.break_even import active_steps
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, TeacherWork, Totals
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.text import counted, shown_bytes, shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
 
@@ -84,6 +85,11 @@ def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
     told = plan_run(short, probe=False).break_even.assumes
     assert "25 % of the corpus" in told
     assert told.endswith("Runs that read all of it once: after 2.")
+    text = plan_run(short, probe=False, scale=Scale(texts=10**9)).break_even.assumes
+    assert "train.steps is the same at any size of the corpus" in text
+    longer = student(configure(tmp_path, teachers[:1]), epochs=2, batch_sequences=5, objective=lm)
+    told = plan_run(longer, probe=False).break_even.assumes
+    assert "runs of 2 epochs = 5 steps with 5 sequences each (train.epochs, batch_seq" in told
     assert "with lm, classes run beside the student" in found.assumes
     assert "weighed alike: not all were timed" in found.assumes
 

@@ -1,6 +1,8 @@
 """Scores on labelled rows without a train file: the labels are the model's own, by name."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.answers.predict import predict_file
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.run import finetune
+from rekindle.train.student import ABOUT_FILE
 from testlib.answers.judges import LABELS, classifier, lines, write
 
 
@@ -162,6 +166,35 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(tmp_path, trained):
     trained([{"sentence1": row["text"], "sentence2": "a", "label": row["label"]} for row in rows])
     with pytest.raises(InputError, match=r"fine-tuned on pairs of texts, and .* has single texts"):
         evaluate_file(str(tmp_path / "expert"), write(tmp_path / "plain.jsonl", rows))
+    (tmp_path / "x.txt").write_text("the river\n")
+    with pytest.raises(InputError, match=r"a txt has no columns; give a jsonl, csv, tsv or parq"):
+        predict_file(str(tmp_path / "expert"), str(tmp_path / "x.txt"), str(tmp_path / "o.jsonl"))
+
+
+def test_scores_that_are_all_the_same_are_said_to_have_no_correlation(
+    tmp_path, make_model, wordpiece, caplog
+):
+    scorer = classifier(make_model, wordpiece, 4, "x", problem_type="regression")
+    file = write(tmp_path / "s.jsonl", [{"text": t, "label": 2.5} for t in TEXTS])
+    assert evaluate_file(scorer, file).value == 0
+    assert f"every score of {file} is 2.5: a correlation is not defined" in caplog.text
+
+
+@pytest.mark.usefixtures("student")
+def test_a_students_head_reads_what_it_was_trained_with_and_says_what_is_cut(
+    tmp_path, folder, task, caplog
+):
+    """As its export does; more of a text is read on request."""
+    short = Path(shutil.copytree(folder / "student", tmp_path / "short"))
+    about = json.loads((short / ABOUT_FILE).read_text())
+    (short / ABOUT_FILE).write_text(json.dumps(about | {"sequence_length": 5}))
+    found = evaluate_file(str(short), task, head="a+b")
+    assert found.cut > 0
+    assert f"texts are cut at 5 tokens: {found.cut:.1%} of {task} (the longest has " in caplog.text
+    whole = evaluate_file(str(short), task, head="a+b", config=AskConfig(max_length=64))
+    before = evaluate_file(str(folder / "student"), task, head="a+b")
+    assert (whole.cut, before.cut) == (0, 0)
+    assert whole.scores == before.scores
 
 
 def test_nothing_is_written_where_it_fails(tmp_path, experts):

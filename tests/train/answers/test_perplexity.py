@@ -8,7 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import PerplexityConfig
@@ -54,9 +63,27 @@ def test_perplexity_is_transformers_own_loss_weighted_by_tokens(
     assert found.tokens == count
     assert found.ce == pytest.approx(total / count, abs=1e-4)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
-    size = sum(len(text.encode()) for text in TEXTS)
-    assert found.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-4)
+    assert found.told().splitlines()[1] == f"ce: {found.ce:.4f} nats per token"
     assert (found.measure, found.task, found.texts) == ("perplexity", "causal_lm", len(TEXTS))
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_guessing_bytes_costs_eight_bits_each_with_a_token_before_the_first_or_not(
+    tmp_path, make_model, begins
+):
+    signs = {one: number for number, one in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = HuggingFaceTokenizer(BPE(signs | {"<s>": 256} if begins else signs, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    if begins:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "bytes")
+    path = make_model(
+        "gpt2", "AutoModelForCausalLM", tmp_path / "bytes", initializer_range=1e-7, begins=begins
+    )
+    file = write(tmp_path / "short.jsonl", [{"text": text} for text in ("ab", "é!", " 🙂", "x")])
+    found = text_perplexity(str(path), file)
+    assert found.tokens == 2 + 3 + 5 + 1 - 4 * (not begins)
+    assert found.bits_per_byte == pytest.approx(math.log2(256 + begins))
 
 
 def test_longer_texts_are_read_in_windows_that_overlap(tmp_path, make_model, bytelevel):

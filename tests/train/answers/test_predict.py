@@ -185,7 +185,7 @@ def test_what_is_there_stays_unless_by_force_and_where_work_breaks_off(
     tmp_path, expert, monkeypatch
 ):
     file, out = write(tmp_path / "t.jsonl", [{"text": "a"}] * 7), tmp_path / "o.jsonl"
-    out.write_text("before")
+    out.write_text('{"score": 1}\n')
     with pytest.raises(InputError, match="is there already; give another --out, or --force"):
         predict_file(expert, file, str(out))
     with pytest.raises(InputError, match="is a folder"):
@@ -201,7 +201,7 @@ def test_what_is_there_stays_unless_by_force_and_where_work_breaks_off(
         patch.setattr(judge.Expert, "logits", broken)
         with pytest.raises(StopIteration):
             predict_file(expert, file, str(out), force=True)
-    assert out.read_text() == "before"
+    assert out.read_text() == '{"score": 1}\n'
     assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl", "o.jsonl"}
     predict_file(expert, file, str(out), force=True)
     assert len(lines(out)) == 7

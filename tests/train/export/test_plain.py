@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rekindle.data.errors import InputError
-from rekindle.train.export.plain import not_exportable, plain_labels, plain_model
+from rekindle.train.export.plain import not_exportable, plain_labels, plain_model, problem_of
 from rekindle.train.model.family_head import sample_inputs
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import Student
@@ -98,3 +98,13 @@ def test_a_head_with_other_weights_than_it_should_have_is_not_written(monkeypatc
 def test_labels_have_the_names_of_the_task(name, given, expected):
     head = HeadConfig(kind="sequence", num_labels=2, label_names=given)
     assert plain_labels(name, head) == expected
+
+
+@pytest.mark.parametrize("says", [None, "regression"])
+def test_one_output_is_a_score_where_nothing_else_is_said(says):
+    """evaluate reads it by the same function; transformers makes no choice of one class."""
+    head = HeadConfig(kind="sequence", num_labels=1, problem=says)
+    student = Student(language_model("bert"), "masked_lm", {"rating": head}).eval()
+    with torch.random.fork_rng():
+        model = plain_model(student, "rating")
+    assert model.config.problem_type == problem_of(head) == "regression"

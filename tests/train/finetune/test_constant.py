@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.train.finetune.constant import beyond_shuffled, weak_beside
+from rekindle.train.finetune.constant import Constant, Weak, beyond_shuffled, weak_beside
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 
@@ -23,7 +23,8 @@ def weak(metric, guesses, labels, names=NAMES, positive=None, **more):
     if names:
         said = guesses if guesses.ndim > 1 else guesses[:, None] == np.arange(len(names))
         logits = np.where(said, 9.0, -9.0).astype(np.float32)
-    return weak_beside(metric, scores_of(data, logits)[metric], logits, data)
+    found = weak_beside(metric, scores_of(data, logits)[metric], logits, data)
+    return found and found.constant
 
 
 def with_hits(labels, wrong):
@@ -52,6 +53,18 @@ def test_beyond_chance_but_near_the_commonest_class_is_weak():
     guesses = np.zeros(1000, np.int64)
     guesses[500:540] = 1
     assert weak("accuracy", guesses, labels) == ("no", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("near", "beyond", "told"),
+    [
+        (True, True, "is near 0.5000, that of always saying 'no'; little was learned"),
+        (True, False, "is near 0.5000, that of always saying 'no'; next to nothing was learned"),
+        (False, False, "may be chance on so few rows (beside 0.5000, that of always saying 'no')"),
+    ],
+)
+def test_what_is_weak_is_told_in_its_own_words(near, beyond, told):
+    assert str(Weak(Constant("no", 0.5), near, beyond)) == told
 
 
 def test_a_few_rows_must_say_more():
@@ -104,7 +117,7 @@ def test_where_dev_has_one_class_nothing_is_said():
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=5))
-def test_the_permutation_test_is_that_of_all_permutations(rows):
+def test_mean_and_deviation_are_those_of_all_permutations(rows):
     guesses, labels = (np.array(side) for side in zip(*rows, strict=True))
     hits = [(np.array(order) == labels).sum() for order in permutations(guesses)]
     spread = np.std(hits)

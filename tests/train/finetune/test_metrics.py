@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
-from rekindle.train.finetune.metrics import METRICS, all_scores, chosen_metric, score
+from rekindle.train.finetune.metrics import (
+    METRICS,
+    all_scores,
+    chosen_metric,
+    score,
+    tell_undefined,
+)
 from rekindle.train.finetune.task_data import TaskData
 
 CLASSES = "single_label_classification"
@@ -104,3 +110,23 @@ def test_f1_of_two_classes_needs_a_positive_one():
 def test_bad_calls_are_named():
     with pytest.raises(ValueError, match="2 predictions for 1 labels"):
         score("accuracy", np.array([1, 0]), np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "told"),
+    [
+        (np.float32([2.5, 2.5]), (), "every score of F is 2.5: a correlation is not defined, 0 is"),
+        (np.float32([[1, 3], [2, 3]]), (), "every score number 1 of F is 3: a correlation"),
+        (np.float32([2.5, 3]), (), ""),
+        (np.array([[True, False]]), ("a", "b"), "1 of 2 labels have rows; f1_macro is the mean"),
+        (np.array([[True, True]]), ("a", "b"), ""),
+        (np.array([0, 2]), ("a", "b", "c"), "2 of 3 classes have rows; f1 is the mean over these"),
+        (np.array([1, 1]), ("a", "b"), "every label of F is 'b': matthews is not defined"),
+        (np.array([1, 0]), ("a", "b"), ""),
+    ],
+)
+def test_what_is_not_defined_and_what_a_mean_is_over_are_said(labels, names, told, caplog):
+    caplog.set_level("INFO", "rekindle")
+    tell_undefined("F", TaskData(["t"] * len(labels), None, labels, names))
+    assert told in caplog.text
+    assert len(caplog.records) == bool(told)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from rekindle.pipeline.job_functions import FineTuning, search
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.result import SeedResult
 from rekindle.train.finetune.run import finetune
+from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.interrupts import Interrupted
+from rekindle.train.model.files import Placement
 
 SEEDS = 3
 
@@ -93,8 +98,8 @@ def test_it_goes_on_at_the_seed_it_was_in(bert, files, tmp_path, monkeypatch):
     ("number", "error", "kept"),
     [
         (1, KeyboardInterrupt(), False),
-        (2, InputError("training diverged"), False),  # as it would again
-        (2, MemoryError(), False),
+        (1, InputError("training diverged"), False),
+        (2, MemoryError(), True),
         (2, OSError(errno.ENOSPC, "No space left on device"), True),
     ],
 )
@@ -108,6 +113,79 @@ def test_what_is_kept_is_told(bert, files, tmp_path, monkeypatch, number, error,
     assert [path.name for path in home.iterdir()] == ([".out.seeds"] if kept else [])
     if isinstance(caught.value, Interrupted):
         assert not caught.value.kept
+
+
+def done(seed, accuracy):
+    return SeedResult(seed, {"accuracy": accuracy}, None, [], 1.0)
+
+
+def save(folder):
+    (folder / "weights").write_text("w")
+
+
+def left(out, about, planned, scores, error=None):
+    """Finish seeds with these scores, then end with ``error``; which were missing before."""
+    seeds = FinishedSeeds(out, range(planned), "accuracy")
+    with pytest.raises(type(error)) if error else nullcontext(), seeds.held(about):
+        missing = list(seeds.missing())
+        for seed, accuracy in scores.items():
+            seeds.add(done(seed, accuracy), save)
+        if error:
+            raise error
+        seeds.publish(out, lambda made: None)
+    return missing
+
+
+KEPT = {0: 0.5, 1: 0.9, 2: 0.6}
+
+
+def test_an_error_keeps_what_is_finished_and_says_so(tmp_path, caplog):
+    out = tmp_path / "out"
+    left(out, {"rate": 1}, 4, KEPT, InputError("training diverged"))
+    assert "3 seeds (0, 1, 2) of 4 finished, and kept for these settings" in caplog.text
+    assert left(out, {"rate": 1}, 3, {}) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fewer_seeds_take_what_is_planned_and_leave_the_others(tmp_path, caplog):
+    """The best of the fewer has lost its model to a better one: it alone is done again."""
+    caplog.set_level("INFO", "rekindle")
+    out, stop = tmp_path / "out", KeyboardInterrupt()
+    left(out, {"rate": 1}, 5, KEPT, stop)
+    assert left(out, {"rate": 1}, 1, {}, stop) == [0]
+    assert "2 seeds (1, 2) finished before, not asked for now" in caplog.text
+    assert "1 seed (0) finished before, done again for the model" in caplog.text
+    left(out, {"rate": 1}, 1, {0: 0.5}, stop)
+    assert left(out, {"rate": 1}, 1, {}, stop) == []
+    assert left(out, {"rate": 1}, 5, {}, stop) == [3, 4]
+    assert left(out, {"rate": 1}, 2, {}) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fewer_seeds_of_other_settings_are_refused_too(tmp_path):
+    out = tmp_path / "out"
+    left(out, {"rate": 1}, 5, KEPT, KeyboardInterrupt())
+    with pytest.raises(CheckpointError, match=r"rate: 1 there, 2 here.*3 seeds \(0, 1, 2\)"):
+        left(out, {"rate": 2}, 1, {})
+    (tmp_path / ".out.seeds" / "about.json").unlink()
+    with pytest.raises(CheckpointError, match=r"about.json is missing.*rm -r "):
+        left(out, {"rate": 1}, 1, {})
+    assert (tmp_path / ".out.seeds" / "best-1").is_dir()
+
+
+def test_another_tokenizer_device_or_precision_is_something_else(bert, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(bert, folder)
+    here = Placement(device="cuda:0", precision="bf16")
+    first = what_is_tuned(str(folder), {}, {}, here)
+    assert first == what_is_tuned(bert, {}, {}, Placement(device="cuda:1", precision="bf16"))
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    short = about | {"model_max_length": 7}  # the vocabulary stays
+    (folder / "tokenizer_config.json").write_text(json.dumps(short))
+    there = what_is_tuned(str(folder), {}, {}, Placement(device="cpu", precision="fp32"))
+    assert {key for key in first if first[key] != there[key]} == {
+        *("tokenizer", "device", "precision")
+    }
 
 
 def test_a_point_of_a_search_goes_on_too(bert, files, tmp_path, monkeypatch):

@@ -34,6 +34,46 @@ def read(path, **settings):
     return read_task(path, settings=TaskSettings(**settings))[0]
 
 
+@pytest.mark.parametrize(
+    ("train", "dev", "parts"),
+    [
+        (["a", "b", "a;b"], ["a"], ["a.csv, row 3: label 'a;b'", "1 row)", "'label_separator"]),
+        (["a;b", "c;b;d", "", "d"], ["a"], ["row 1", "2 rows)", "none holds in 1 row with an em"]),
+        (["1", "2", "1|2"], ["1"], ["row 3", """'label_separator="|"'"""]),
+        (["a", "b", "a, b"], ["a"], ["row 3", """'label_separator=","'"""]),
+        (["a", "b"], ["b", "a; b"], ["b.csv, row 2", """'label_separator=";"'"""]),
+    ],
+)
+def test_labels_that_join_others_are_doubtful_and_both_settings_work(tmp_path, train, dev, parts):
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    for path, labels in zip(paths, (train, dev), strict=True):
+        Path(path).write_text("text,label\n" + "".join(f't,"{one}"\n' for one in labels))
+    with pytest.raises(InputError) as caught:
+        read_task(*paths)
+    told = str(caught.value)
+    for part in [*parts, "finetune.label_separator", "--set problem=classification"]:
+        assert part in told
+    separator = told.partition('label_separator="')[2][0]
+    several = read_task(*paths, settings=TaskSettings(label_separator=separator))[0]
+    assert (several.problem, len(several)) == (SEVERAL, len(train))
+    if "" not in train and len(dev) == 1:
+        classes = read_task(*paths, settings=TaskSettings(problem="classification"))[0]
+        assert len(classes.label_names) == len(train)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["Salt Lake, Utah", "Provo, Utah", "Paris"],
+        ["a;b", "c;d"],
+        ["a;", "a"],
+        ["[1.5, 2.5]", "[1.5, 2.0]", "[2.0, 2.5]"],
+    ],
+)
+def test_names_that_contain_such_a_character_are_names(tmp_path, labels):
+    read(labelled(tmp_path / "a.jsonl", *labels))
+
+
 WRITTEN = {
     "a.jsonl": "".join(json.dumps({"text": "t", "label": one}) + "\n" for one in LISTS),
     "a.csv": 'text,label\nt,"[""a"", ""b""]"\nt,[]\nt,"[""b""]"\n',

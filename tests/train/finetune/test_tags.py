@@ -274,6 +274,7 @@ def test_words_that_are_cut_are_counted_and_said(tmp_path, make_model, wordpiece
     path, config = write(tmp_path / "t.jsonl", rows), FinetuneConfig(max_steps=1, max_length=6)
     result = finetune(str(bert), path, path, str(tmp_path / "out"), config=config)
     assert "6 words of dev: cut; they have no answer, and count as wrong" in caplog.text
+    assert "6 words of train: cut; they teach nothing" in caplog.text
     assert result.unread == {n: {"cut": 6, "without a token": 0} for n in ("train", "dev")}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["unread"] == result.unread
     assert result.per_seed[0].scores["accuracy"] <= 0.4

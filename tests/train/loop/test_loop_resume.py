@@ -13,10 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rekindle.data.errors import CheckpointError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.train import loop as module
+from rekindle.train.answers.judge import open_judge
+from rekindle.train.export.folder import export_head
+from rekindle.train.model.folder import resolve_model
 from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
 from testlib.students import metrics, same_weights, weights
 
@@ -43,6 +46,29 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(masked_world, whole, tmp_pa
     assert metrics(out) == metrics(whole.directory)
     assert result.coverage == whole.coverage
     assert result.evaluation == whole.evaluation
+
+
+def test_where_a_student_is_wanted_a_run_that_was_interrupted_says_what_can_be_given(
+    masked_world, tmp_path
+):
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, train_config(ALL), report=stop_at(9))
+    checkpoint = out / "checkpoints" / "step-00000008"
+    told = (
+        f"{out} is not finished (step 8 of 10): go on with `pipeline train-student … --out {out} "
+        "--resume`"
+    )
+    for ask in (resolve_model, open_judge, lambda model: export_head(model, str(tmp_path / "e"))):
+        with pytest.raises(InputError) as refused:
+            ask(str(out))
+        assert str(refused.value) == f"{told}, or give a checkpoint of it: {checkpoint}"
+    assert open_judge(str(checkpoint), "sense").labels
+    for file in checkpoint.glob("tokenizer*"):  # as older versions left it
+        file.unlink()
+    with pytest.raises(InputError) as refused:
+        resolve_model(str(out))
+    assert str(refused.value) == told
 
 
 def test_a_run_may_be_interrupted_again_and_again(masked_world, whole, tmp_path):

@@ -1,0 +1,73 @@
+"""Where predictions may be written: never over what they are made of, nor over what is none."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from rekindle.data.errors import InputError
+from rekindle.data.text_files import STDIN
+from rekindle.train.model.folder import base_of
+
+_ANSWERS = {"probabilities", "score", "scores"}  # one of them is in every line that was written
+_LONGEST_LINE = 1 << 24  # bytes of the first line that are read
+
+
+def check_target(out: str, read: str, model: str, force: bool) -> None:
+    """Raise InputError for an ``out`` that is the file ``read``, lies in the folder of ``model`` or
+    of its base, is there and no file of predictions, or is one and there is no ``force``.
+    """
+    if out == STDIN:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise InputError(
+            f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
+        )
+    for folder in _folders(model):
+        if any(folder in place.parents for place in (path.resolve(), _place(path))):
+            raise InputError(
+                f"{out!r} lies in {str(folder)!r}, a folder of the model; give another --out"
+            )
+    if not path.exists():
+        return
+    if _is_same(path, read):
+        raise InputError(f"{out!r} is the file that is read; give another --out")
+    if not force:
+        raise InputError(f"{out!r} is there already; give another --out, or --force to replace it")
+    if not _is_predictions(path):
+        raise InputError(
+            f"{out!r} is no file of predictions, and is left as it is; give another --out"
+        )
+
+
+def _folders(model: str) -> list[Path]:
+    """The model's own and its base's, where it is an adapter; none of a hub id."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return []
+    return [one.resolve() for one in (directory, base_of(directory)) if one is not None]
+
+
+def _place(path: Path) -> Path:
+    """Where its name stands, whatever a link of that name points to."""
+    return path.parent.resolve() / path.name
+
+
+def _is_same(path: Path, read: str) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(0) if read == STDIN else os.stat(read))
+    return False
+
+
+def _is_predictions(path: Path) -> bool:
+    """Whether it is empty, or its first line has an answer."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    try:
+        found = json.loads(line or b'{"score": 0}')
+    except ValueError:
+        return False
+    return isinstance(found, dict) and not _ANSWERS.isdisjoint(found)
