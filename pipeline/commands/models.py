@@ -57,7 +57,7 @@ def finetune(
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on a labelled task into an expert, or evaluate a student on the task."""
+    """Fine-tune a model on a labelled task into an expert."""
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
