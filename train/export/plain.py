@@ -8,7 +8,7 @@ whether they mean the same by trying.
 import torch
 from transformers import PreTrainedModel
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, first_words
 from rekindle.train.model.family_head import (
     SAME,
     FamilyHead,
@@ -19,7 +19,7 @@ from rekindle.train.model.family_head import (
 )
 from rekindle.train.model.labels import check_label_names, output_tensors, problem_of_outputs
 from rekindle.train.model.network import HeadConfig, StudentNetwork, TaskHead, head_key
-from rekindle.train.model.sight import evaluating
+from rekindle.train.model.sight import BROKEN, evaluating
 from rekindle.train.objective.label_union import bare_names
 
 # By family: what a configuration must say for the family's head to be a dense layer and tanh.
@@ -29,6 +29,7 @@ AS_OURS: dict[str, dict[str, object]] = {
     "mobilebert": {"classifier_activation": True},
 }
 TRIED = (3, 5)  # texts, tokens of each
+ANY_PADDING = 0  # an id to try a head with where neither it nor the model names one
 
 
 def plain_model(student: StudentNetwork, name: str) -> PreTrainedModel:
@@ -78,15 +79,16 @@ def not_exportable(student: StudentNetwork, name: str) -> str | None:
         )
     if head.form == "family":
         return None
-    sizes = (head.kind, head.num_labels, head.padding)
+    sizes = (head.kind, head.num_labels, head.padding or ANY_PADDING)
     try:
         place_of_ours(student, head)
-    except InputError as error:
-        told = f"the head {name!r} cannot be exported: {error}"
+    except (InputError, *BROKEN) as error:
+        told = f"the head {name!r} cannot be exported: {first_words(error, 200)}"
         try:
             FamilyHead.fresh(model, *sizes, causal=student.task == "causal_lm")
-        except InputError as worse:
-            return f"{told}; nor has its family a head of its own that could be ({worse})"
+        except (InputError, *BROKEN) as worse:
+            why = first_words(worse, 200)
+            return f"{told}; nor has its family a head of its own that could be ({why})"
         return (
             f"{told}. Train a student with `student.head: family`, whose heads are those of "
             f"{model.config.model_type}: `pipeline train-student RUN.yaml --set student.head=family"
@@ -102,7 +104,8 @@ def place_of_ours(student: StudentNetwork, head: HeadConfig) -> tuple[FamilyHead
     """
     model = student.model
     settings = AS_OURS.get(model.config.model_type, {})
-    made = FamilyHead.fresh(model, head.kind, head.num_labels, head.padding, settings=settings)
+    padding = head.padding or ANY_PADDING
+    made = FamilyHead.fresh(model, head.kind, head.num_labels, padding, settings=settings)
     frame = made.frame
     outputs = set(output_tensors(frame.config, auto_class(frame.config, head.kind)))
     body = {f"{frame.base_model_prefix}.{name}" for name in model.base_model.state_dict()}

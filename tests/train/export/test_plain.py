@@ -64,6 +64,14 @@ def test_elsewhere_the_reason_and_the_key_are_named(family):
     assert ("student.head=family" in str(told.value)) == (family != "bert causal")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_that_names_no_padding_is_tried_all_the_same(family):
+    model = language_model(family)
+    model.config.pad_token_id = None
+    student = Student(model, "causal_lm", {"sense": SENSE}).eval()
+    assert "student.head: family" in not_exportable(student, "sense")
+
+
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "gpt2"])
 def test_tags_need_a_head_of_the_family(family):
     assert "student.head=family" in (not_exportable(student_of(family), "tags") or "")
