@@ -154,6 +154,7 @@ def toy(bench, make_model, wordpiece, tmp_path_factory):
     bench.OTHERS = kept
 
 
+@pytest.mark.slow
 def test_students_see_every_text_by_itself_and_no_label(bench, toy) -> None:
     work = toy[0]
     seen, corpus = (bench.read_rows(work / "data" / f"{n}.jsonl") for n in ("seen", "corpus"))
@@ -165,6 +166,7 @@ def test_students_see_every_text_by_itself_and_no_label(bench, toy) -> None:
     assert set(batch.lengths) <= set(range(3, 41))
 
 
+@pytest.mark.slow
 def test_a_student_is_judged_as_the_command_scores_it(bench, tables, toy, tmp_path) -> None:
     work, test = toy[0], str(toy[0] / "data" / "test.jsonl")
     runs = tables.judged_runs(work, [bench.MUKI, bench.UNIFORM, bench.ORACLE])
@@ -181,6 +183,7 @@ def test_a_student_is_judged_as_the_command_scores_it(bench, tables, toy, tmp_pa
         assert steps["steps"] == supervised["per_seed"][0]["epochs"][-1]["steps"] == 10
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_done_again(bench, toy, monkeypatch) -> None:
     work, data, model, size = toy
     before = {file: file.stat().st_mtime_ns for file in work.glob("[ds]*/**/*") if file.is_file()}
@@ -193,6 +196,7 @@ def test_a_finished_run_is_not_done_again(bench, toy, monkeypatch) -> None:
     assert changed <= {"targets.json"}  # made from the cache each time
 
 
+@pytest.mark.slow
 def test_tables_of_what_is_there(bench, tables, toy, tmp_path, monkeypatch) -> None:
     found = bench.results(toy[0], toy[2], "toy")
     text = tables.markdown(found)

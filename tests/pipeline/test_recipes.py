@@ -105,6 +105,7 @@ def test_a_cycle_is_read_by_its_command_and_names_nothing_to_download(name):
     assert known >= {*config.corpus.source, config.corpus.tokenizer, config.student.model, *files}
 
 
+@pytest.mark.slow  # a whole cycle runs in tests/pipeline/cycle, and the demo is one
 @pytest.mark.parametrize("name", CYCLES)
 def test_a_cycle_runs(name, tmp_path, monkeypatch, hasty_home, command):
     monkeypatch.chdir(tmp_path)

@@ -268,6 +268,7 @@ def test_what_they_leave_behind_is_that_of_one(runs, name):
         assert_same_weights(load_file(runs / name / folder), load_file(runs / "alone" / folder))
 
 
+@pytest.mark.slow
 def test_one_process_out_of_memory_ends_all(masked_world, student, tmp_path):
     """It says what takes less; the others do not wait, and have no traceback of their own."""
     job = {"student": student, "train": train_config(**JOBS["ddp"]), "out": str(tmp_path / "run")}

@@ -229,7 +229,11 @@ def test_progress_counts_what_was_done(tmp_path, configure, stable):
     done = {name: (total, count, counts) for name, total, count, counts in noted}
     tokens = cache.corpus.tokens
     assert done["corpus"] == (None, 12, {"tokens": tokens})
-    assert done["lm"] == (24, 24, {"tokens": 2 * tokens, "bytes": cache.teachers["lm"].bytes})
+    assert done["lm, 2 maskings"] == (
+        24,
+        24,
+        {"tokens": 2 * tokens, "bytes": cache.teachers["lm"].bytes},
+    )
     assert done["mc"] == (12, 12, {"tokens": tokens, "bytes": cache.teachers["mc"].bytes})
 
 

@@ -316,7 +316,7 @@ def test_a_method_where_methods_were_once_is_told_the_new_place(tmp_path, monkey
         (tmp_path / f"method_{name}.py").touch()
     with pytest.raises(InputError, match=r"method_mine\.py.*move it to train/methods/mine\.py"):
         parse_settings(ObjectiveConfig, {"methods": [{"method": "mine"}]})
-    assert "did you mean" in unknown_method("names")
+    assert "there is no method 'names' (known" in unknown_method("names")
 
 
 def test_a_run_file_with_a_method_is_read_without_torch():
