@@ -109,8 +109,9 @@ class Store(ABC):
             yield
         except OSError as error:
             raise InputError(
-                f"cannot write {self.location}/{name}: {error.strerror or error}. Finished shards "
-                "are kept: make room or restore the permission, then run the same command again"
+                f"cannot write {self.location}/{name}: {error.strerror or error}. What is "
+                "there already stays: make room or restore the permission, then run the same "
+                "command again"
             ) from error
 
     @abstractmethod
@@ -297,7 +298,7 @@ class ObjectStore(Store):
                 raise
             raise InputError(
                 f"cannot reach {self.location}/{name}: {error}. Check the address, the credentials "
-                "and the network; finished shards are kept, and the same command goes on after them"
+                "and the network; what is there already stays, and the same command goes on"
             ) from error
 
     @property

@@ -100,7 +100,7 @@ def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows)
                 f"teacher {teacher.info.name!r} failed on a batch of "
                 f"{counted(len(rows), 'sequence')} (rows "
                 f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
-                "Finished shards are kept; when the model is mended, the same command goes on"
+                "When the model is mended, the same command goes on"
             ) from error
         return None
 

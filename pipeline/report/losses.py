@@ -111,7 +111,7 @@ def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
     training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
     # Where the objective is the cross-entropy alone in every run, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
-        training["the cross-entropy on the labels alone, in nats."] = "cross_entropy"
+        training["the cross-entropy on the text alone, in nats."] = "cross_entropy"
     for what, curve in training.items():
         lines = [(number, getattr(run, curve)) for number, run in enumerate(runs)]
         if any(points for _, points in lines):
