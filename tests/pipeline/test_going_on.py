@@ -19,7 +19,7 @@ from rekindle.train.finetune import run
 from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from testlib.command import pipeline, run_main
-from testlib.processes import Child
+from testlib.processes import Child, before_call
 
 LINE = re.compile(r"To (?:go on|begin again|run it again): (pipeline .*)$", re.MULTILINE)
 
@@ -52,19 +52,6 @@ def child(*arguments, before=lambda: None):
     return Child(work)
 
 
-def calling(owner, name, number, act):
-    """Patch for good: before the ``number``-th call of ``owner.name``, ``act``."""
-    real, calls = getattr(owner, name), []
-
-    def call(*arguments, **options):
-        calls.append(name)
-        if len(calls) == number:
-            act()
-        return real(*arguments, **options)
-
-    setattr(owner, name, call)
-
-
 def end_of(process, code):
     """What it said; it has ended with ``code``, and without a traceback."""
     assert process.wait() == code, process.errors
@@ -83,7 +70,7 @@ def test_an_interrupted_stage_one_goes_on_with_all_its_options(run_file, tmp_pat
     typed = ["cache-teachers", str(run_file), "--set", f"cache.path={path}", "--teacher", "lm"]
 
     def interrupt():
-        calling(UnitRunner, "make", 2, lambda: os.kill(os.getpid(), number))
+        before_call(UnitRunner, "make", 2, lambda: os.kill(os.getpid(), number))
 
     said = end_of(child(*typed, before=interrupt), 130)
     assert re.search(
@@ -104,7 +91,7 @@ def test_an_interrupted_student_goes_on_with_the_line(run_file, tmp_path, step, 
     where = (loop, "prepare", 1) if step is None else (loop, "_step", step)
 
     def interrupt():
-        calling(*where, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before_call(*where, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     said = end_of(child(*typed, before=interrupt), 130)
     told = "; there is no checkpoint yet. To begin again: "
@@ -208,7 +195,7 @@ def test_a_second_process_is_told_who_trains_there(run_file, tmp_path):
             os.write(ready[1], b".")
             os.read(go[0], 1)
 
-        calling(loop, "_step", 3, hold)
+        before_call(loop, "_step", 3, hold)
 
     first = child(*typed, before=wait)
     try:
@@ -226,7 +213,7 @@ def test_a_second_process_is_told_who_trains_there(run_file, tmp_path):
     killed = child(
         *typed[:-1],
         str(other),
-        before=lambda: calling(loop, "_step", 5, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+        before=lambda: before_call(loop, "_step", 5, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     )
     assert killed.wait() == -signal.SIGKILL
     end_of(child(*typed[:-1], str(other), "--resume"), 0)
@@ -242,7 +229,7 @@ def test_files_may_grow_no_further(run_file, tmp_path, size):
         def now():
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-        calling(loop, "_step", 6, now)
+        before_call(loop, "_step", 6, now)
 
     said = end_of(child(*typed, before=limit), 2)
     assert re.search(r"error: .* cannot be written: .*File too large", said)

@@ -91,3 +91,18 @@ def descendants(pid: int) -> set[int]:
     while more := {p for p, parent in parents.items() if parent in found | {pid}} - found:
         found |= more
     return found
+
+
+def before_call(owner, name, number, act, put=setattr):
+    """Before the ``number``-th call of ``owner.name``, ``act``: for good (in a child), or for as
+    long as ``put`` says (``monkeypatch.setattr``).
+    """
+    real, calls = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number:
+            act()
+        return real(*arguments, **options)
+
+    put(owner, name, call)

@@ -11,25 +11,13 @@ from rekindle.train.interrupts import SAME, Interrupted
 from rekindle.train.record import occasions
 from rekindle.train.record.checkpoint import latest_checkpoint
 from testlib.loop import ALL, no_reader_left, run, train_config
+from testlib.processes import before_call
 from testlib.students import metrics, same_weights
 
 
 def signalled(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
-
-
-def before_call(monkeypatch, owner, name, number, act):
-    """Before the ``number``-th call of ``owner.name``, ``act``."""
-    real, calls = getattr(owner, name), []
-
-    def call(*arguments, **options):
-        calls.append(name)
-        if len(calls) == number:
-            act()
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, call)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +36,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step(
     out, config = tmp_path / "run", train_config(ALL)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        before_call(patch, module, where, number, lambda: signalled(*signals))
+        before_call(module, where, number, lambda: signalled(*signals), patch.setattr)
         with pytest.raises(Interrupted) as caught:
             run(masked_world, out, config)
     assert caught.value.told == f" at step {step}; a checkpoint of it is written"
@@ -72,7 +60,7 @@ def test_a_second_signal_interrupts_at_once(masked_world, tmp_path, monkeypatch)
         now[0] += SAME + 0.1
         signalled(signal.SIGINT)
 
-    before_call(monkeypatch, module, "_step", 6, twice)
+    before_call(module, "_step", 6, twice, monkeypatch.setattr)
     with pytest.raises(Interrupted) as caught:
         run(masked_world, out, train_config(ALL))
     assert caught.value.told == f"; kept: {out}/checkpoints/step-00000005"
@@ -80,7 +68,7 @@ def test_a_second_signal_interrupts_at_once(masked_world, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("where", ["prepare", "RunLog"])
 def test_a_signal_before_the_first_step_ends_at_once(masked_world, tmp_path, monkeypatch, where):
-    before_call(monkeypatch, module, where, 1, lambda: signalled(signal.SIGINT))
+    before_call(module, where, 1, lambda: signalled(signal.SIGINT), monkeypatch.setattr)
     with pytest.raises(Interrupted) as caught:
         run(masked_world, tmp_path / "run", train_config(ALL))
     assert (caught.value.told, caught.value.kept) == ("; there is no checkpoint yet", False)
@@ -91,7 +79,7 @@ def test_a_handler_of_the_caller_stays(masked_world, tmp_path, monkeypatch):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        before_call(monkeypatch, module, "_step", 3, lambda: signalled(signal.SIGTERM))
+        before_call(module, "_step", 3, lambda: signalled(signal.SIGTERM), monkeypatch.setattr)
         assert run(masked_world, tmp_path / "run", train_config(ALL)).steps == 10
     finally:
         signal.signal(signal.SIGTERM, before)
