@@ -92,7 +92,7 @@ class FinishedSeeds:
         check_same(self.folder, before, about, rule)
         self.others = {seed: one for seed, one in kept.items() if seed not in self.planned}
         self.found = {seed: one for seed, one in kept.items() if seed in self.planned}
-        again = {}
+        again: dict[int, SeedResult] = {}
         # Only the best of all that were planned then has its model; of those planned now one must,
         # or every one.
         while lacking := [s for s in self._with_models() if not self._model(s).is_dir()]:
