@@ -23,7 +23,7 @@ TWINS: Mapping[Arm, tuple[Arm, str]] = {
     "committee": ("kd", "its teachers are those of kd"),
 }
 UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a model fine-tuned, without a student
-TAUGHT: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee", "mixture")  # by experts
+WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee", "mixture")
 MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # whose students learn masked LM
 # Arms whose students have one expert each, and so a student for every task.
 OF_ONE_EXPERT: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee")

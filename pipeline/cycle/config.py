@@ -5,7 +5,7 @@ made by ``cycle.configs``.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rekindle.pipeline.cycle.sections import (
     CycleTask,
     ExpertsConfig,
     PrimaryConfig,
+    check_names,
 )
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
@@ -144,7 +145,7 @@ class CycleConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "CycleConfig":
-        _check_names([task.name for task in self.tasks])
+        check_names([task.name for task in self.tasks])
         _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
@@ -158,6 +159,9 @@ class CycleConfig(Settings):
                 "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
                 "masked LM; the arm kd is without it, leave the others out of arms"
             )
+        for key in ("students", "label_draws"):
+            if getattr(self, key) > 1:
+                raise ValueError(f"{key} above 1 is not there yet")
         if self.students > self.seeds:
             raise ValueError(
                 f"students is {self.students} and seeds {self.seeds}: each student is fine-tuned "
@@ -240,6 +244,11 @@ class CycleConfig(Settings):
     def all_teach(self) -> bool:
         """Whether all seeds of an expert teach kd, both and mixture, and not the best alone."""
         return self.experts.teacher == "all" and self.seeds > 1
+
+    @property
+    def needs_every_seed(self) -> bool:
+        """Whether the model of every seed of an expert teaches somebody."""
+        return self.all_teach or "committee" in self.arms
 
     @property
     def twins(self) -> dict[Arm, Arm]:
@@ -349,22 +358,6 @@ def seed_name(task: str, seed: int) -> str:
 
 def _is_other(model: str | None, student: str) -> bool:
     return model is not None and not same_place(model, student)
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """ValueError for names of tasks that stand for something else, too."""
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
-    if "mean" in names:
-        raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
-    for name in names:
-        base, _, number = name.rpartition(".")
-        if base in names and number.isdecimal():
-            raise ValueError(
-                f"a task cannot be called {name!r} beside {base!r}: what is there several times "
-                "has such numbers. Give it another name"
-            )
 
 
 def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:

@@ -19,7 +19,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
-from rekindle.pipeline.cycle.arms import TAUGHT
+from rekindle.pipeline.cycle.arms import WITH_TEACHERS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
@@ -225,7 +225,7 @@ def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
                 f"{where} a regression, whose expert has no class that is most likely; the arm "
                 "pseudo would be kd: leave it out of arms"
             )
-        taught = [arm for arm in config.arms if arm in TAUGHT]
+        taught = [arm for arm in config.arms if arm in WITH_TEACHERS]
         together = [arm for arm in taught if len(config.teachers_of(one.task.name, arm)) > 1]
         if together and (one.regression or kind == SEVERAL):
             what = "a regression" if one.regression else "of lists of labels"

@@ -12,6 +12,7 @@ from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.result import seed_folder
 
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well
 START_EXPERT = "start-expert"  # the model of experts, where it is another one
@@ -99,11 +100,13 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             searched.append(f"search {point_name(point)} {arm} on {name}")
             yield Job(searched[-1], functions.search, (what, values), output=done, after=after)
     out = home / folder_of(arm, name)
-    what = functions.FineTuning(start, files, out, range(config.seeds), one.metric)
+    every = arm == "expert" and config.needs_every_seed
+    seeds = range(config.seeds)
+    what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
     yield Job(
         f"{arm} on {name}",
         functions.fine_tune,
         (what, tried),
-        output=out / "metrics.json",
+        output=seed_folder(out, seeds[-1]) if every else out / "metrics.json",
         after=(*after, *searched),
     )

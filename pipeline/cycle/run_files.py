@@ -9,10 +9,10 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles
 from rekindle.pipeline.cycle.students import Student, students_of, teachers_on
+from rekindle.train.finetune.result import seed_folder
 
 CORPUS_FILE = "corpus.yaml"
 CACHE_FILE = "stage1.yaml"
-SEEDS_FOLDER = "seeds"  # in an expert's folder: the models of all its seeds
 
 
 def of_text(file: str, text: str) -> str:
@@ -49,7 +49,7 @@ def _teacher(home: Path, name: str, one: TaskFiles, seed: int | None) -> dict[st
     model = home / "experts" / one.task.name
     return {
         "name": name,
-        "model": str(model if seed is None else model / SEEDS_FOLDER / f"seed-{seed}"),
+        "model": str(model if seed is None else seed_folder(model, seed)),
         "task": "regression" if one.regression else "sequence_classification",
         "pairs": one.pairs,
     }

@@ -1,5 +1,6 @@
 """The sections of a cycle's file that a run's has not: experts, tasks, what is compared first."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -101,3 +102,19 @@ class CycleTask(Settings):
     finetune: dict[str, object] = Field(
         default_factory=dict, description="over the file's finetune, for every arm alike"
     )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """ValueError for names of tasks that stand for something else, too."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
+    if "mean" in names:
+        raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
+    for name in names:
+        base, _, number = name.rpartition(".")
+        if base in names and number.isdecimal():
+            raise ValueError(
+                f"a task cannot be called {name!r} beside {base!r}: what is there several times "
+                "has such numbers. Give it another name"
+            )

@@ -142,7 +142,6 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("pseudo={confidence: 0.5}", "arm pseudo, which is not among"),
         ("tasks.a.corpus={source: [a.txt]}", "task 'b' has none"),
         ("corpus={tokenizer: model}", "corpus.source is missing"),
-        ("students=6", "students is 6 and seeds 5"),
         ("students=0", "students"),
         ("label_draws=0", "label_draws"),
         ("tasks.b.name=a.1", "cannot be called 'a.1' beside 'a'"),
