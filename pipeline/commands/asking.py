@@ -47,11 +47,12 @@ def compared(
     metric: str | None,
     fields: tuple[Sequence[str] | None, str | None],
     sets: Sequence[str] | None,
+    experts: Sequence[str],
 ) -> Comparison:
-    """Score the heads of several runs."""
+    """Score the heads of several runs, and experts beside them."""
     config = _config(AskConfig, sets, *fields)
     with Progress.to_terminal() as progress:
-        return with_heads(comparison, tests, metric, progress, config)
+        return with_heads(comparison, tests, metric, progress, config, experts)
 
 
 def perplexity(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rekindle.data.corpus.rows import read_rows
 from rekindle.data.corpus.sources import recorded_origin
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
@@ -58,6 +59,7 @@ class Evaluation:
         """The scores in lines, the one that counts first."""
         names = [self.metric, *(name for name in self.scores if name != self.metric)]
         lines = [f"{name} on {self.test}: {self.scores[name]:.4f}" for name in names]
+        lines[0] += f" ({counted(self.rows, 'row')})"
         return "\n".join([*lines, *([f"predictions: {self.predictions}"] * bool(self.predictions))])
 
 
@@ -80,12 +82,16 @@ def evaluate_file(
     ``force`` is given.
     """
     started = time.perf_counter()
+    if out == STDIN:
+        raise InputError("out is -, and only predictions of predict go to stdout; give a file")
     if out is not None:
         check_target(out, test, model, force)
     rows = read_rows(test)  # that it is there is checked before a model is loaded
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
-    settings = as_recorded(config or AskConfig(), before, next(rows, {}).keys())
+    # The size of a batch too: the last digits depend on it, and are to be those of metrics.json.
+    asked = config or AskConfig()
+    settings = as_recorded(asked, before, next(rows, {}).keys(), also=("batch_size",))
     data = read_labelled(test, judge, settings)
     check_pairs(before, data.pairs is not None, model, test)
     metric = _metric(metric, before, data)
