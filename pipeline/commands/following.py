@@ -29,5 +29,12 @@ def _teachers(expert: str, result: FinetuneResult) -> str:
     task = _TASKS.get(result.problem, "sequence_classification")
     entry = {"name": names_for([expert])[0], "model": expert, "task": task}
     entry |= {"pairs": "adjacent"} if result.pairs else {}
-    how = {"sort_keys": False, "allow_unicode": True, "default_flow_style": True, "width": _WIDEST}
-    return yaml.dump({"teachers": [entry]}, Dumper=Dumper, **how).strip()[1:-1]
+    line = yaml.dump(
+        {"teachers": [entry]},
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=_WIDEST,
+    )
+    return str(line).strip()[1:-1]
