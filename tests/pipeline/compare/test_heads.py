@@ -9,6 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.builtin.names import resolve_name
+from rekindle.pipeline.commands import asking
 from rekindle.pipeline.compare.heads import _score, with_heads
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import as_text
@@ -104,6 +106,17 @@ def test_an_expert_stands_among_the_runs_with_its_score_and_intervals(
         with_heads(compare_runs(students), [str(test_file)], None, SILENT, None, [expert])
     )
     assert name in [line[: len(name)] for line in shown.splitlines()]
+
+
+def test_places_of_compare_are_filled_in_behind_a_heads_name_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(asking, "make_missing", lambda *places: made.extend(places))
+    monkeypatch.setenv("WHERE", "/x")
+    given = ["trec=$WHERE/t.jsonl", "a=b.jsonl", "python-docs/expert-part"]
+    part = resolve_name("python-docs/expert-part")
+    assert asking._found(given) == ["trec=/x/t.jsonl", "a=b.jsonl", part]
+    assert asking._found(["part=python-docs/expert-part"]) == [f"part={part}"]
+    assert made == ["/x/t.jsonl", "b.jsonl", part, part]
 
 
 def test_an_expert_is_asked_with_the_length_it_was_fine_tuned_with(
