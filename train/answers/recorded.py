@@ -51,10 +51,11 @@ def as_recorded(
     """
     values = given.model_dump(exclude_unset=True)
     old, usual = before.settings, AskConfig().model_dump(mode="json")
-    names = [name for name in (*_READING, *also) if name in usual and old.get(name) != usual[name]]
+    names = [name for name in _READING if name in usual and old.get(name) != usual[name]]
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
+    names += also
     taken = {name: old[name] for name in names if name in old and name not in values}
     if not taken:
         return given

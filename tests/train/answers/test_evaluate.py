@@ -153,7 +153,8 @@ def test_how_it_was_fine_tuned_is_taken_over_and_said(tmp_path, trained, caplog)
     caplog.set_level("INFO", "rekindle")
     found = evaluate_file(expert, str(tmp_path / "rows.jsonl"))
     assert found.scores == pytest.approx(result.per_seed[0].scores)
-    told = 'as it was fine-tuned: positive=ham, text_field=["question"], label_field=kind'
+    told = 'as it was fine-tuned: positive=ham, text_field=["question"], label_field=kind, '
+    told += "batch_size=16"
     assert told in caplog.text
     plain = write(tmp_path / "plain.jsonl", rows_of("spam", "ham"))
     assert evaluate_file(expert, plain).rows == 8
