@@ -105,7 +105,7 @@ def test_an_expert_stands_among_the_runs_with_its_score_and_intervals(
     shown = as_text(
         with_heads(compare_runs(students), [str(test_file)], None, SILENT, None, [expert])
     )
-    assert name in [line[: len(name)] for line in shown.splitlines()]
+    assert name in [line.strip()[: len(name)] for line in shown.splitlines()]
 
 
 def test_places_of_compare_are_filled_in_behind_a_heads_name_too(monkeypatch):
