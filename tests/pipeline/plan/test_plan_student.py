@@ -3,8 +3,8 @@
 import pytest
 
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.step_config import usual_head_steps
 
 TEXT, KD = "has no language-model head", {"hard": {"weight": 0}}
@@ -19,9 +19,9 @@ def told(tmp_path_factory, configure, teachers, make_model, wordpiece):
         model = str(make_model("bert", kind, wordpiece, 3))
         chosen = [one for one in teachers if one["name"] in ("lm", "classes")]
         config = configure(tmp_path_factory.mktemp("plan"), chosen)
-        values = {"student": {"model": model} | (student or {}), "train": train}
-        own = parse_settings(RunConfig, values | {"corpus": {"source": "x", "tokenizer": "x"}})
-        config = config.model_copy(update={"student": own.student, "train": own.train})
+        own = StudentConfig(model=model, **student or {})
+        parts = {"student": own, "train": parse_settings(TrainConfig, train)}
+        config = config.model_copy(update=parts)
         return [one for one in plan_run(config, probe=False).warnings if TEXT in one]
 
     return plan
