@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rekindle.data.corpus.rows import read_rows
 from rekindle.data.corpus.sources import recorded_origin
-from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
@@ -59,7 +58,6 @@ class Evaluation:
         """The scores in lines, the one that counts first."""
         names = [self.metric, *(name for name in self.scores if name != self.metric)]
         lines = [f"{name} on {self.test}: {self.scores[name]:.4f}" for name in names]
-        lines[0] += f" ({counted(self.rows, 'row')})"
         return "\n".join([*lines, *([f"predictions: {self.predictions}"] * bool(self.predictions))])
 
 
