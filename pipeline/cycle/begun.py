@@ -1,7 +1,7 @@
 """What ``cycle.json`` says of a cycle, and whether a folder holds this very one, to go on with."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.arms import TWINS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
 
@@ -81,13 +82,12 @@ def look(
     described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
     if "start" in found:  # which says more than the place
         described += ["student.model", "experts.model", "corpus.tokenizer"]
-    if before["corpus"] != now["corpus"] and config.corpus.source:
-        same = is_same_source(open_store(config.cache.path), config.corpus.source)
-        described += ["corpus.source"] * same
+    described += _same_sources(home, config, before, now)
     if older:  # What its files mean was no setting; what was made of them is held against them.
         rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
         places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
         described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
+    described += _draws_added(home, before.get("label_draws") or 1, now["label_draws"])
     check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
     start = found.get("start", about["start"])  # of older versions: it was not recorded
     for key, whose in (("weights", "student"), ("expert_weights", "experts")):
@@ -103,6 +103,39 @@ def look(
             f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
             "taken away: name it again, or give another --out"
         )
+
+
+def _same_sources(
+    home: Path, config: CycleConfig, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield the keys of sources that are written otherwise, and are those of the cached text."""
+    if config.label_draws > 1:  # they all have this text
+        config = config.of_draw(0).with_cache_in(home / DRAWS_FOLDER / str(FIRST_DRAW))
+    for text in config.texts:
+        there, here = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
+        source = config.text_of(text).source
+        if there != here and is_same_source(open_store(config.cache_of(text).path), source):
+            yield f"tasks.{text}.corpus.source" if text else "corpus.source"
+
+
+def _draws_added(home: Path, before: int, now: int) -> list[str]:
+    """The key of the draws of the labels, where some were added. Raises CheckpointError where there
+    are fewer now, or one is to be several.
+    """
+    if before == now:
+        return []
+    if 1 in (before, now):
+        raise CheckpointError(
+            f"{home} was begun with label_draws: {before}, and {now} is asked for: several draws "
+            "have a folder each, and a single one none. Give another --out"
+        )
+    if now < before:
+        raise CheckpointError(
+            f"{home} has {before} draws of the labels, and {now} are asked for. Draws may be "
+            "added, not taken away: which ones are left out would be a choice. Give label_draws: "
+            f"{before}, or another --out"
+        )
+    return ["label_draws"]
 
 
 def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,9 +159,6 @@ class CycleConfig(Settings):
                 "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
                 "masked LM; the arm kd is without it, leave the others out of arms"
             )
-        for key in ("students", "label_draws"):
-            if getattr(self, key) > 1:
-                raise ValueError(f"{key} above 1 is not there yet")
         if self.students > self.seeds:
             raise ValueError(
                 f"students is {self.students} and seeds {self.seeds}: each student is fine-tuned "
@@ -294,6 +291,13 @@ class CycleConfig(Settings):
             return self
         cache = self.cache.model_copy(update={"path": str(home / "cache")})
         return self.model_copy(update={"cache": cache})
+
+    def of_draw(self, draw: int) -> "CycleConfig":
+        """One draw of the labels, as a cycle of its own."""
+        path = self.cache.path and f"{self.cache.path}/draw-{draw}"
+        cache = self.cache.model_copy(update={"path": path})
+        drawn = {"seed": self.seed + draw, "label_draws": 1, "cache": cache}
+        return self.model_copy(update=drawn)
 
     def cache_of(self, name: str) -> CacheConfig:
         """The cache of the text that is called so."""

@@ -130,6 +130,19 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
 
 
+def check_draws_differ(tasks: Sequence[TaskFiles], others: Sequence[TaskFiles]) -> None:
+    """Raise InputError for a task that has the same rows in every draw of the labels, as it has in
+    two.
+    """
+    for one, other in zip(tasks, others, strict=True):
+        if all(np.array_equal(one.rows[name], other.rows[name]) for name in ("train", "dev")):
+            raise InputError(
+                f"task {one.task.name!r}: label_draws asks for several draws, and all would be the "
+                f"same rows: dev is a file, and all {len(one.rows['train']):,} rows of train are "
+                "trained on. Give train_examples (fewer than these), or leave dev out"
+            )
+
+
 def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[str, str | None]]:
     return [(data.texts[r], data.pairs[r] if data.pairs else None) for r in rows]
 

@@ -4,15 +4,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rekindle.pipeline import job_functions as functions
-from rekindle.pipeline.cycle.arms import ORDER, Arm
-from rekindle.pipeline.cycle.config import CycleConfig, point_name
-from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.arms import ORDER, UNTAUGHT, WITH_TEACHERS, Arm
+from rekindle.pipeline.cycle.config import CycleConfig, Point, point_name
+from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder, student_part
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
+from rekindle.pipeline.cycle.searched import search_home
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.result import seed_folder
+from rekindle.train.finetune.result import RESULT_FILE, seed_folder
 
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well
 START_EXPERT = "start-expert"  # the model of experts, where it is another one
@@ -23,21 +24,30 @@ def start_folder(config: CycleConfig, arm: str) -> str:
     return START_EXPERT if arm == "expert" and config.has_other_experts else START_FOLDER
 
 
-def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
-    """Every job; of those that can start, the first does."""
+def plan_jobs(
+    home: Path, config: CycleConfig, tasks: Sequence[TaskFiles], only: str = ""
+) -> Iterator[Job]:
+    """Every job; of those that can start, the first does. ``only``: those that one task needs, of
+    tasks that have texts of their own.
+    """
     models = {START_FOLDER: config.student.model}
     if config.has_other_experts:
         models[START_EXPERT] = str(config.experts.model)
     for name, model in models.items():
         yield Job(name, functions.save_start, (model, home / name), output=home / name)
-    for text in config.texts:
+    texts = [text for text in config.texts if only in ("", text)]
+    for text in texts:
         done = _costs(home, text) / "corpus" / "done.json"
         arguments = (home / of_text(CORPUS_FILE, text), (), done)
         yield Job(_corpus(text), functions.cache, arguments, output=done)
+    teachers = {task for text in texts for _, task, _ in teachers_on(config, text)}
     for one in tasks:
-        yield from _fine_tuning(home, config, one, "expert")
-    yield from _caching(home, config)
+        if one.task.name in teachers:
+            yield from _fine_tuning(home, config, one, "expert")
+    yield from _caching(home, config, texts)
     for student in students_of(config).values():
+        if student.text not in texts:
+            continue
         run, file = home / "students" / student.name, home / "students" / f"{student.name}.yaml"
         taught = [name for task in student.tasks for name in config.teachers_of(task, student.arm)]
         yield Job(
@@ -50,13 +60,17 @@ def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> It
         )
     for arm in [arm for arm in ORDER if arm in config.arms]:
         for one in tasks:
-            yield from _fine_tuning(home, config, one, arm)
+            if only in ("", one.task.name):
+                yield from _fine_tuning(home, config, one, arm)
 
 
-def _caching(home: Path, config: CycleConfig) -> Iterator[Job]:
+# --- the experts on the text ----------------------------------------------------------------------
+
+
+def _caching(home: Path, config: CycleConfig, texts: Sequence[str]) -> Iterator[Job]:
     """One after another: a teacher's time is then its own."""
-    before: tuple[str, ...] = tuple(_corpus(text) for text in config.texts)
-    for text in config.texts:
+    before: tuple[str, ...] = tuple(map(_corpus, texts))
+    for text in texts:
         for name, task, _ in teachers_on(config, text):
             cost = _costs(home, text) / f"{name}.json"
             yield Job(
@@ -70,7 +84,7 @@ def _caching(home: Path, config: CycleConfig) -> Iterator[Job]:
 
 
 def _corpus(text: str) -> str:
-    return f"corpus {text}" if text else "corpus"
+    return f"corpus of {text}" if text else "corpus"
 
 
 def _cache(teacher: str, text: str) -> str:
@@ -81,32 +95,69 @@ def _costs(home: Path, text: str) -> Path:
     return home / "costs" / "texts" / text if text else home / "costs"
 
 
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def searched_files(
+    home: Path, config: CycleConfig, arm: Arm, task: str
+) -> list[tuple[Point, Path]]:
+    """What an arm tries on a task, and where the scores of it are; nothing without a search."""
+    points, folder = config.search_points(), search_home(home) / "search" / arm / task
+    if len(points) == 1:
+        return []
+    return [(point, folder / point_name(point) / RESULT_FILE) for point in points]
+
+
 def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
     """The search, and the fine-tunings that are compared, with what it has chosen."""
-    name, points = one.task.name, config.search_points()
-    student = student_of(config, arm, name)
-    start = home / "students" / student if student else home / start_folder(config, arm)
-    after: tuple[str, ...] = (f"student {student}",) if student else (start.name,)
-    files = home / TASKS_FOLDER / name
+    name, files = one.task.name, home / TASKS_FOLDER / one.task.name
     tried: list[tuple[FinetuneConfig, Path]] = []
     searched = []
-    for point in points:
+    start, after = _begins(home, config, arm, name)
+    for point, done in searched_files(home, config, arm, name):
         values = one.own_settings(config.finetune_of(one.task, point, arm))
-        folder = home / "search" / arm / name / point_name(point)
-        done = folder / "metrics.json"
         tried.append((values, done))
-        if len(points) > 1:
-            what = functions.FineTuning(start, files, folder, config.seeds_of_search, one.metric)
+        if search_home(home) == home:
+            what = functions.FineTuning(
+                start, files, done.parent, config.seeds_of_search, one.metric
+            )
             searched.append(f"search {point_name(point)} {arm} on {name}")
             yield Job(searched[-1], functions.search, (what, values), output=done, after=after)
-    out = home / folder_of(arm, name)
-    every = arm == "expert" and config.needs_every_seed
-    seeds = range(config.seeds)
-    what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
-    yield Job(
-        f"{arm} on {name}",
-        functions.fine_tune,
-        (what, tried),
-        output=seed_folder(out, seeds[-1]) if every else out / "metrics.json",
-        after=(*after, *searched),
-    )
+    usual = one.own_settings(config.finetune_of(one.task, config.search_points()[0], arm))
+    tried = tried or [(usual, home)]
+    students = 1 if arm in UNTAUGHT else config.students
+    for number in range(students):
+        start, after = _begins(home, config, arm, name, number)
+        out = home / student_part(folder_of(arm, name), number, students)
+        seeds = range(number, config.seeds, students)
+        every = arm == "expert" and config.needs_every_seed
+        what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
+        whose = f"{arm}, student {number}," if students > 1 else arm
+        yield Job(
+            f"{whose} on {name}",
+            functions.fine_tune,
+            (what, tried),
+            output=seed_folder(out, seeds[-1]) if every else out / RESULT_FILE,
+            after=(*after, *searched),
+        )
+        if arm in WITH_TEACHERS:
+            out = home / student_part(own_head_folder(arm, name), number, students)
+            itself = range(number, number + 1)
+            what = functions.FineTuning(start, files, out, itself, one.metric)
+            yield Job(
+                f"own head of {whose} on {name}",
+                functions.score_head,
+                (what, usual),
+                output=out / RESULT_FILE,
+                after=after,
+            )
+
+
+def _begins(
+    home: Path, config: CycleConfig, arm: Arm, task: str, number: int = 0
+) -> tuple[Path, tuple[str, ...]]:
+    """The model that a fine-tuning begins with, and the job that makes it."""
+    student = student_of(config, arm, task, number)
+    start = start_folder(config, arm)
+    made = (home / "students" / student, f"student {student}") if student else (home / start, start)
+    return made[0], (made[1],)

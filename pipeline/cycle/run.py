@@ -3,45 +3,76 @@
     OUT/cycle.json                  what the cycle is; OUT/run.yaml: its configuration
     OUT/tasks/TASK/                 the splits as every arm uses them
     OUT/start/                      the start model as students take it over, and so experts
-    OUT/experts/TASK/               the start model, fine-tuned: the arm ``expert``
+    OUT/start-expert/               that of the experts, where it is another one
+    OUT/experts/TASK/               the expert: its best seed; in seeds/seed-K all, for a committee
     OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
-    OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture
+    OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture, …
+    OUT/distilled/ARM/TASK/         scores of a student with the head that the experts left it
     OUT/fine-tuned/ARM/TASK/        each of them fine-tuned again with the same budget
     OUT/search/ARM/TASK/POINT/      scores of the search, the same for every arm
     OUT/results.json, report.html   what came out
+
+Tasks with texts of their own have OUT/cache/TASK, corpus-TASK.yaml and stage1-TASK.yaml, and every
+student is of one task. Of several ``students`` number j > 0 is students/NAME.j, and what is made of
+number j is in the folder student-j of fine-tuned/ARM/TASK and of distilled/ARM/TASK. Several
+``label_draws`` have a cycle each, OUT/draws/K, of which the first searches for all; OUT itself then
+has cycle.json, run.yaml, results.json and report.html alone.
 
 Each of these is what the command of that stage leaves, and can be used alone. A finished job is
 recognised by what it leaves, so the same command again goes on where it stopped.
 """
 
+import itertools
+import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
-from rekindle.pipeline.compare.runs import CYCLE_FILE, compare_runs
+from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
 from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, look
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.inputs import check_start, check_taught, read_tasks, write_tasks
-from rekindle.pipeline.cycle.jobs import plan_jobs
+from rekindle.pipeline.cycle.inputs import (
+    check_draws_differ,
+    check_start,
+    check_taught,
+    read_tasks,
+    write_tasks,
+)
+from rekindle.pipeline.cycle.jobs import plan_jobs, searched_files
 from rekindle.pipeline.cycle.page import cycle_html
-from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.results import RESULTS_FILE, read_results
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.scores import CycleResults
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, search_home
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_counted
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.train.record.run_folder import open_folder
+from rekindle.train.record.run_folder import alone_in, open_folder
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the jobs of a cycle are run; ``only``: those of one task (see ``plan_jobs``)."""
+
+    places: Sequence[Place]
+    progress: Progress
+    only: str
 
 
 def run_cycle(
     config: CycleConfig,
     out: Path,
     *,
+    draw: int | None = None,
+    task: str | None = None,
     workers: int | None = None,
     places: Sequence[Place] = (),
     beside: Collection[str] = (),
@@ -49,17 +80,47 @@ def run_cycle(
 ) -> CycleResults:
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
-    ``workers`` jobs at a time, or one at each of ``places``; by default one per CUDA device,
-    without one as many as there are cores, at most 4. ``beside`` names what else may be in ``out``
-    before the cycle begins. Raises InputError for wrong files, models and settings before anything
-    is run, and for an ``out`` that holds something else; CheckpointError for one that holds another
-    cycle.
+    ``draw`` and ``task`` limit the work to one draw of the labels, and to one of the tasks that
+    have texts of their own; what comes out is of all that is there. ``workers`` jobs at a time, or
+    one at each of ``places``; by default one per CUDA device, without one as many as there are
+    cores, at most 4. ``beside`` names what else may be in ``out`` before the cycle begins. Raises
+    InputError for wrong files, models and settings before anything is run, and for an ``out`` that
+    holds something else; CheckpointError for one that holds another cycle.
     """
     home = Path(os.path.abspath(out))
+    _check_part(config, draw, task)
+    places = places or places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
+    how = _How(places, progress, task or "")
+    if config.label_draws == 1:
+        return _run_one(config, home, how, beside)
+    config = as_it_was_begun(home, config)
+    make_missing(config)
+    tasks = read_tasks(config)
+    check_taught(config, tasks)
+    check_draws_differ(tasks, read_tasks(config.of_draw(1)))
+    about = about_cycle(config, tasks, check_start(config))
+    with open_folder(home, lambda: look(home, config, about, beside)):
+        write_json(home / CYCLE_FILE, about)
+        write_text(home / "run.yaml", dump_config(config))
+    for number in range(config.label_draws) if draw is None else [draw]:
+        log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
+        _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how)
+    with alone_in(home, wait=True):  # another process may have worked at another draw
+        results = read_results(home)
+        write_json(home / RESULTS_FILE, results.as_dict())
+        write_text(home / "report.html", cycle_html(home, (), results))
+    return results
+
+
+def _run_one(
+    config: CycleConfig, home: Path, how: _How, beside: Collection[str] = ()
+) -> CycleResults:
+    """``run_cycle`` of one draw of the labels."""
     config = as_it_was_begun(home, config.with_cache_in(home))
     make_missing(config)
     tasks = read_tasks(config)
     check_taught(config, tasks)
+    _check_searched(config, home, how.only)
     runs = configs(home, config, tasks)
     about = about_cycle(config, tasks, check_start(config))
     with open_folder(home, lambda: look(home, config, about, beside)):
@@ -72,22 +133,55 @@ def run_cycle(
         write_text(home / "run.yaml", dump_config(config))
         for name, run in runs.items():
             write_text(home / name, dump_config(run))
-        places = places or places_for(
-            workers or len(visible_devices()) or min(cores(), MOST_WORKERS)
-        )
-        if places[0].device is None:  # nothing may look at a device before a fork
+        if how.places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
-        jobs = list(plan_jobs(home, config, tasks))
-        run_counted(jobs, home / "cycle.log", progress, places)
+        jobs = list(plan_jobs(home, config, tasks, how.only))
+        run_counted(jobs, home / "cycle.log", how.progress, how.places)
         return _write_results(home)
 
 
+def _check_part(config: CycleConfig, draw: int | None, task: str | None) -> None:
+    """Raise InputError for a part of the cycle that there is not."""
+    draws, names = config.label_draws, [task.name for task in config.tasks]
+    if draw is not None and draws == 1:
+        raise InputError("--draw is for a cycle of several draws of the labels (label_draws: 5)")
+    if draw is not None and draw >= draws:
+        raise InputError(
+            f"there is no draw {draw}: label_draws is {draws}, which are 0 to {draws - 1}. Raise "
+            "label_draws in the file for more"
+        )
+    if task is not None and task not in names:
+        raise InputError(
+            f"no task {task!r} in the file{did_you_mean(task, names)} (it has: {', '.join(names)})"
+        )
+    if task is not None and task not in config.texts:
+        raise InputError(
+            "--task is for tasks that have texts of their own (tasks.….corpus); here all have the "
+            "same text, cache and students: leave it out"
+        )
+
+
+def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
+    """Raise InputError where the draw in ``home`` takes over a search that is not finished."""
+    if search_home(home) == home:
+        return
+    for arm, task in itertools.product(config.arms, config.tasks):
+        if only in ("", task.name) or arm == "expert":
+            for _, file in searched_files(home, config, arm, task.name):
+                if not file.exists():
+                    raise InputError(
+                        f"draw {home.name} of the labels takes over what draw 0 has searched, and "
+                        f"its search for {arm} on {task.name} is not finished: run --draw 0 first"
+                    )
+
+
 def _write_results(home: Path) -> CycleResults:
-    results, students = read_results(home), None
+    results, students = read_results(home), list[Comparison]()
     if any(home.glob("students/*/run.json")):
-        students = compare_runs([home])
-        cache, cost = cache_and_cost(students)
+        students = [compare_runs(runs) for runs in by_corpus([home])]
+    if len(students) == 1:
+        cache, cost = cache_and_cost(students[0])
         results = replace(results, cache=cache, cost=cost)
-    write_json(home / "results.json", results.as_dict())
+    write_json(home / RESULTS_FILE, results.as_dict())
     write_text(home / "report.html", cycle_html(home, students, results))
     return results
