@@ -162,6 +162,12 @@ def rekindle(
         int | None,
         typer.Option(min=1, help="jobs at a time; default: one per CUDA device, or per core (≤ 4)"),
     ] = None,
+    draw: Annotated[
+        int | None, typer.Option(min=0, help="only this of several label_draws, from 0")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="only this of tasks with their own corpus")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Knowledge rekindle, whole: experts, cache, guided students, experts again, compared.
@@ -178,7 +184,9 @@ def rekindle(
         config = load_cycle(run, set_)
         from rekindle.pipeline.cycle.run import run_cycle
 
-        results = run_cycle(config, target, workers=workers, progress=progress)
+        results = run_cycle(
+            config, target, draw=draw, task=task, workers=workers, progress=progress
+        )
     from rekindle.pipeline.cycle.page import printed
 
     typer.echo(json.dumps(results.as_dict()) if as_json else printed(target, results))

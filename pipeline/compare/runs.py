@@ -175,7 +175,9 @@ def _runs_in(directory: Path) -> list[RunFolder | None]:
     for file in (SWEEP_FILE, STAGES_FILE):
         if (recorded := read_runs(directory, file)) is not None:
             return [_open_run(directory / name, about) for name, about in recorded.items()]
-    folders = directory.glob("students/*") if is_cycle(directory) else [directory]
+    if not is_cycle(directory):
+        return [_open_run(directory)]
+    folders = [*directory.glob("students/*"), *directory.glob("draws/*/students/*")]
     return [_open_run(folder) for folder in sorted(folders)]
 
 

@@ -13,18 +13,28 @@ from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comp
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
 from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_finetuned
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_arm
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
 from rekindle.pipeline.cycle.jobs import start_folder
 from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, UNLEARNED, is_gain
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, of_text
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.pipeline.cycle.students import student_of, students_of
-from rekindle.pipeline.cycle.tables import as_text, own_tables
+from rekindle.pipeline.cycle.tables import as_text, own_tables, primary_tables, secondary
 from rekindle.pipeline.cycle.verdict import facts_of_results
-from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
-from rekindle.pipeline.report.scores import TaskScores, scores_section
+from rekindle.pipeline.report.page import (
+    Block,
+    Commands,
+    Facts,
+    Figures,
+    Note,
+    Page,
+    Section,
+    as_html,
+)
+from rekindle.pipeline.report.scores import TaskScores, difference_picture, scores_section
 from rekindle.pipeline.report.text import terminal_width, wrapped
 from rekindle.train.finetune.config import FinetuneConfig
 
@@ -39,7 +49,7 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     if cycle is None:
         return comparison_html(comparison)
     cache, cost = cache_and_cost(comparison)
-    return cycle_html(cycle, comparison, replace(read_results(cycle), cache=cache, cost=cost))
+    return cycle_html(cycle, [comparison], replace(read_results(cycle), cache=cache, cost=cost))
 
 
 def verdict_above(directories: Sequence[Path]) -> str:
@@ -50,9 +60,9 @@ def verdict_above(directories: Sequence[Path]) -> str:
     return "\n".join([*wrapped(told, terminal_width()), "", ""])
 
 
-def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults) -> str:
-    """The page of the cycle in ``home`` whose students are ``comparison``, whole; None: it has no
-    students.
+def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResults) -> str:
+    """The page of the cycle in ``home``, whole; ``comparisons`` are of the students on each text,
+    none where there are no students, or where the draws of the labels have pages of their own.
     """
     scores = cycle_section(results)
     about = results.settings.get("settings", {}).get("about") or (
@@ -60,18 +70,38 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
         "as that model, are guided on that text, and are fine-tuned again with the same budget."
     )
     lead = f"{about} {counted(len(results.tasks), 'task')}, {counted(len(results.arms), 'arm')}"
-    sections = [Section("In short", [Facts([*facts_of_results(results)])]), scores]
-    if comparison is None:
-        lead += "."
-    else:
+    short = Section("In short", [Facts([*facts_of_results(results)])])
+    sections = [*primary_section(results), short, scores]
+    pages = []
+    for comparison in comparisons:
         # A student that is an arm's only one has the line of that arm in all pictures.
         names = [run.name for run in comparison.runs]
         page = comparison_page(comparison, scores, list(dict.fromkeys([*results.arms, *names])))
         # What the cycle is about comes first; how the students were trained comes after it.
-        sections += [section for section in page.sections if section is not scores]
-        lead += f"; {page.lead}"
+        own = f" on the text of {_text_of(comparison)}" if len(comparisons) > 1 else ""
+        others = [one for one in page.sections if one is not scores]
+        sections += [replace(section, title=f"{section.title}{own}") for section in others]
+        pages.append(page)
+    lead += f"; {pages[0].lead}" if len(pages) == 1 else "."
     sections += _by_hand(home, results)
     return as_html(Page(TITLE, lead, sections, _sentence(results.verdict)))
+
+
+def _text_of(comparison: Comparison) -> str:
+    """The task whose text these students have read: its cache is called so."""
+    return Path(comparison.folders[0].cache.get("path", "")).name
+
+
+def primary_section(results: CycleResults) -> Iterator[Section]:
+    """The comparison that was named before anything ran; nothing where none was."""
+    if (primary := results.primary) is None:
+        return
+    blocks: list[Block] = [*primary_tables(results)]
+    if ones := primary.differences:
+        told = f"{primary.arm}: difference on the primary comparison"
+        figure = difference_picture(told, ones, [f"to {one.against}" for one in ones])
+        blocks.append(Figures([figure], small=True))
+    yield Section("Primary comparison", blocks)
 
 
 def cycle_section(results: CycleResults) -> Section:
@@ -80,15 +110,18 @@ def cycle_section(results: CycleResults) -> Section:
     tasks = [_task_scores(results, task) for task in results.tasks]
     best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
     warnings = [*map(_sentence, first)]
-    section = scores_section(results.arms, tasks, results.differences, warnings, best)
+    how = (results.unit, secondary(results))
+    section = scores_section(results.arms, tasks, results.differences, warnings, best, *how)
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
-    return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])
+    title = f"{section.title} (secondary)" if results.primary is not None else section.title
+    return Section(title, [arms, *section.blocks, *told, *own_tables(results)])
 
 
 def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
-    """The arm with the highest mean, if it has more than the expert by more than chance."""
-    ones = [one for one in results.differences if (one.task, one.against) == (task.task, EXPERT)]
+    """The arm with the highest mean, if it beats what is to be beaten by more than chance."""
+    base = (task.task, results.base)
+    ones = [one for one in results.differences if (one.task, one.against) == base]
     gained = [one for one in ones if is_gain(one)]
     best = max(ones, key=lambda one: one.mean, default=None)
     return best.arm if best is not None and best in gained else None
@@ -121,6 +154,8 @@ def _by_hand(home: Path, results: CycleResults) -> list[Section]:
         config = parse_settings(CycleConfig, results.settings.get("settings"), "cycle.json")
     except InputError:  # of another version
         return []
+    if config.label_draws > 1:
+        home, config = home / DRAWS_FOLDER / str(FIRST_DRAW), config.of_draw(FIRST_DRAW)
     used = settings_used(home, config)
     facts, commands = facts_of(config, used), commands_of(home.absolute(), config, used)
     return [Section("What was run", [Facts(facts)]), Section("By hand", [Commands(commands)])]
@@ -134,7 +169,8 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
     used: dict[tuple[str, str], Mapping[str, object]] = {}
     for task in config.tasks:
         for arm in config.arms:
-            found = read_finetuned(home, folder_of(arm, task.name), arm, task.name)
+            folder = folder_of(arm, task.name)
+            found = read_arm(home, folder, arm, task.name, config.students)
             if found is not None:
                 used[arm, task.name] = found.config
             elif len(points) == 1:
@@ -147,6 +183,9 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
     train = config.train
     sources = [one for text in config.texts for one in config.text_of(text).source]
+    who = "the experts that teach are the best on dev"
+    if config.all_teach:
+        who = "all seeds of an expert teach together"
     return [
         ("text", ", ".join(map(shown, sources))),
         ("start model", shown(config.student.model)),
@@ -157,8 +196,7 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
         ),
         (
             "fine-tuning",
-            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}; the experts that teach "
-            "are the best on dev",
+            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}; {who}",
         ),
     ]
 
@@ -248,12 +286,15 @@ def _short(results: CycleResults) -> Iterator[str]:
 def printed(home: Path, results: CycleResults) -> str:
     """What the command prints: the verdict, tables and notes, and where everything is."""
     where, task = shown(home.absolute()), results.tasks[0].name
+    first = (results.file.get("tasks") or [{}])[0]
+    stage = of_text(CACHE_FILE, task if first.get("corpus") else "")
+    draw = f"{DRAWS_FOLDER}/{FIRST_DRAW}/" if results.draws is not None else ""
     places = {
         "report": "report.html",
         "results": "results.json",
-        "experts": f"{folder_of('expert', task)}, …",
-        "students": "students/",
-        "configuration": f"run.yaml; of each stage: {CACHE_FILE}, students/*.yaml",
+        "experts": f"{draw}{folder_of('expert', task)}, …",
+        "students": f"{draw}students/",
+        "configuration": f"run.yaml; of each stage: {draw}{stage}, {draw}students/*.yaml",
     }
     lines = (f"{what + ':':15}{where}/{path}" for what, path in places.items())
     width = terminal_width()

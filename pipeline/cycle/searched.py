@@ -11,8 +11,11 @@ from pathlib import Path
 from statistics import fmean
 
 from rekindle.data.errors import CheckpointError
+from rekindle.pipeline.compare.runs import is_cycle
 from rekindle.pipeline.cycle.finetuned import FineTuned, Grid, read_finetuned
 
+DRAWS_FOLDER = "draws"  # in a cycle's: a cycle for each draw of the labels, by its number
+FIRST_DRAW = 0
 _EQUAL = 1e-9  # of two means: rounding decides between them
 
 
@@ -39,6 +42,14 @@ class Searched:
 def points_of(grid: Grid) -> list[tuple[object, ...]]:
     """All combinations of the values, in the order of the grid; none without a grid."""
     return list(product(*grid.values())) if grid else []
+
+
+def search_home(out: Path) -> Path:
+    """The cycle's folder whose search the one in ``out`` goes by: of several draws of the labels
+    the first one's, which is searched for all.
+    """
+    drawn = out.parent.name == DRAWS_FOLDER and is_cycle(out.parent.parent)
+    return out.parent / str(FIRST_DRAW) if drawn else out
 
 
 def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:

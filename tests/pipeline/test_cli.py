@@ -279,7 +279,7 @@ def test_the_command_line_is_frozen():
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
-        "rekindle": ["--json", "--out", "--set", "--workers"],
+        "rekindle": ["--draw", "--json", "--out", "--set", "--task", "--workers"],
         "compare": [
             *("--expert", "--json", "--label-field", "--metric", "--out", "--set", "--test"),
             "--text-field",

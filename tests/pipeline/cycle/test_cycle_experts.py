@@ -1,10 +1,12 @@
-"""A cycle whose experts are of another model: who teaches whom, and the whole of it."""
+"""A cycle's experts of another model, their committees, its students of several seeds and draws of
+the labels: what is planned, what is refused, and the whole of it.
+"""
 
 import json
-import random
-from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
@@ -13,83 +15,48 @@ from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.jobs import plan_jobs
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.run_files import configs
-from rekindle.pipeline.processes.jobs import Job, Report
-
-TINY = {"hidden_size": 16, "intermediate_size": 24}
-ARMS = ["pseudo", "kd", "committee"]
-
-
-def run_here(jobs: Sequence[Job], *_) -> None:
-    """What ``run_counted`` does, without processes of their own; jobs stand in an order that they
-    can be done in.
-    """
-    names = {job.name for job in jobs}
-    done: set[str] = set()
-    while names - done:
-        for job in jobs:
-            if job.name not in done and done.issuperset(job.after):
-                assert job.output is not None
-                if not job.output.exists():
-                    job.function(*job.arguments, Report())
-                assert job.output.exists(), job.name
-                done.add(job.name)
+from testlib.small_cycle.here import TINY, Here, sections, task_files
 
 
 @pytest.fixture(scope="module")
 def here():
     """Jobs are done in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rekindle.pipeline.cycle.run.run_counted", run_here)
+        runs = Here()
+        patch.setattr("rekindle.pipeline.cycle.run.run_counted", runs)
         patch.setattr("rekindle.pipeline.cycle.run.warm_up", lambda: None)
-        yield
-
-
-def task_files(folder, name, labels=("red", "green")):
-    draw, words = random.Random(name), ["river", "mountain", "city", "engine", "paper", "light"]
-    files = {}
-    for split, count in (("train", 24), ("dev", 8), ("test", 10)):
-        texts = [" ".join(draw.choices(words, k=6)) for _ in range(count)]
-        rows = [{"text": text, "label": labels["river" in text]} for text in texts]
-        files[split] = str(folder / f"{name}-{split}.jsonl")
-        with open(files[split], "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return {"name": name, **files}
+        yield runs
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory, corpus_file, wordpiece, bytelevel, make_model):
-    """A task, and experts of another size and tokenizer."""
+    """A task with few of its labels, and experts of another size and tokenizer."""
     folder = tmp_path_factory.mktemp("experts")
     student = make_model("bert", "AutoModelForMaskedLM", wordpiece, 3, **TINY)
     other = make_model("roberta", "AutoModelForMaskedLM", bytelevel, 4, **TINY)
-    return {
-        "corpus": {
-            "source": [str(corpus_file)],
-            "tokenizer": str(student),
-            "sequence_length": 24,
-            "limit_sequences": 16,
-        },
-        "cache": {"replicas": 1},
-        "student": {"model": str(student)},
-        "experts": {"model": str(other)},
-        "train": {"steps": 2, "batch_sequences": 4, "evaluate_every": 2, "warmup_steps": 1},
-        "tasks": [task_files(folder, "colour")],
-        "arms": ARMS,
-        "finetune": {"epochs": 1, "batch_size": 8, "max_length": 24, "learning_rate": 1e-3},
-        "seeds": 2,
+    task = task_files(folder, "colour") | {"train_examples": 24}
+    return sections(corpus_file, student, [task]) | {
+        "experts": {"model": str(other), "finetune": {"epochs": 2}},
+        "arms": ["committee"],
     }
+
+
+MANY = {"label_draws": 2, "students": 2, "search": {"learning_rate": [1e-3, 3e-3]}}
 
 
 def config_of(values, **changes):
     return parse_settings(CycleConfig, values | changes)
 
 
+def planned(home, config, only=""):
+    return {job.name: job for job in plan_jobs(home, config, read_tasks(config), only)}
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
 def test_each_student_waits_for_what_teaches_it(values, tmp_path):
-    config = config_of(values)
-    jobs = {job.name: job for job in plan_jobs(tmp_path, config, read_tasks(config))}
+    jobs = planned(tmp_path, config_of(values, arms=["pseudo", "kd", "committee"]))
     for arm, teachers in (
         ("pseudo", ["colour"]),
         ("kd", ["colour"]),
@@ -97,30 +64,58 @@ def test_each_student_waits_for_what_teaches_it(values, tmp_path):
     ):
         needed = ("corpus", *(f"cache {name}" for name in teachers))
         assert jobs[f"student {arm}-colour"].after == needed
+        assert jobs[f"own head of {arm} on colour"].after == (f"student {arm}-colour",)
     assert jobs["expert on colour"].after == ("start-expert",)
     assert jobs["start on colour"].after == ("start",)
-    together = config_of(values, arms=["kd"], experts={"teacher": "all"})
-    jobs = {job.name: job for job in plan_jobs(tmp_path, together, read_tasks(together))}
-    assert [name for name in jobs if name.startswith("cache")] == [
-        "cache colour.0",
-        "cache colour.1",
-    ]
+    jobs = planned(tmp_path, config_of(values, arms=["kd"], experts={"teacher": "all"}))
+    cached = [name for name in jobs if name.startswith("cache")]
+    assert cached == ["cache colour.0", "cache colour.1"]
 
 
 def test_the_seeds_of_an_expert_are_teachers_of_their_own(values, tmp_path):
-    config = config_of(values, cache={"path": str(tmp_path / "cache")})
+    config = config_of(values, cache={"path": str(tmp_path / "cache")}, students=2)
     runs = configs(tmp_path, config, read_tasks(config))
-    teachers = {one.name: one.model for one in runs["stage1.yaml"].teachers}
-    assert teachers == {
-        "colour": str(tmp_path / "experts" / "colour"),
-        "colour.0": str(tmp_path / "experts" / "colour" / "seeds" / "seed-0"),
-        "colour.1": str(tmp_path / "experts" / "colour" / "seeds" / "seed-1"),
+    expert = tmp_path / "experts" / "colour"
+    assert {one.name: one.model for one in runs["stage1.yaml"].teachers} == {
+        "colour": str(expert),
+        "colour.0": str(expert / "seeds" / "seed-0"),
+        "colour.1": str(expert / "seeds" / "seed-1"),
     }
-    for arm in ARMS:
-        objective = runs[f"students/{arm}-colour.yaml"].train.objective
-        assert objective.hard.weight == 0
-        (term,) = objective.distill
-        assert term.combine == ("mixture" if arm == "committee" else "separate")
+    each = [runs[f"students/committee-colour{number}.yaml"].train for number in ("", ".1")]
+    assert [one.seed for one in each] == [0, 1]
+    assert each[0] == each[1].model_copy(update={"seed": 0})
+    (term,) = each[0].objective.distill
+    assert (term.combine, each[0].objective.hard.weight) == ("mixture", 0)
+
+
+def test_tasks_with_texts_of_their_own_share_nothing_but_experts(values, tmp_path, corpus_file):
+    own = {"corpus": {"source": [str(corpus_file)], "sequence_length": 32}}
+    tasks = [task_files(tmp_path, name) | own for name in ("colour", "size")]
+    common = {key: one for key, one in values["corpus"].items() if key != "source"}
+    given = values | {"corpus": common, "tasks": tasks, "cache": {"path": str(tmp_path / "cache")}}
+    config = config_of(given, arms=["mlm", "kd", "mixture"])
+    runs = configs(tmp_path, config, read_tasks(config))
+    for task in ("colour", "size"):
+        stage = runs[f"stage1-{task}.yaml"]
+        assert stage.cache.path == str(tmp_path / "cache" / task)
+        assert [one.name for one in stage.teachers] == ["colour", "size"]
+        for arm in ("mlm", "kd", "mixture"):
+            student = runs[f"students/{arm}-{task}.yaml"]
+            assert (student.corpus, student.cache) == (stage.corpus, stage.cache)
+    jobs = planned(tmp_path, config)
+    assert len({job.output for job in jobs.values()}) == len(jobs)
+    one = planned(tmp_path, config, "size")
+    assert one.keys() < jobs.keys()
+    assert {job.output: job.arguments for job in one.values()}.items() <= {
+        job.output: job.arguments for job in jobs.values()
+    }.items()
+    left = jobs.keys() - one.keys()
+    assert "student kd-colour" in left
+    assert "expert on colour" in one  # which teaches mixture
+    less = planned(tmp_path, config_of(given, arms=["kd"]), "size")
+    assert not [name for name in less if "colour" in name]
+    with pytest.raises(InputError, match=r"no task 'sise'.*did you mean 'size'"):
+        run_cycle(config, tmp_path / "out", task="sise")
 
 
 # --- the whole of it ------------------------------------------------------------------------------
@@ -128,57 +123,142 @@ def test_the_seeds_of_an_expert_are_teachers_of_their_own(values, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(values, tmp_path_factory, here):
+    """Draw by draw, and interrupted in the second one."""
     out = tmp_path_factory.mktemp("experts") / "whole"
-    return out, run_cycle(config_of(values), out)
+    config = config_of(values, **MANY)
+    run_cycle(config, out, draw=0)
+    here.ends = len(here.done) + 5
+    with pytest.raises(KeyboardInterrupt):
+        run_cycle(config, out)
+    here.ends = None
+    return out, run_cycle(config, out)
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_no_job_is_done_twice(whole, here, values):
+    out, results = whole
+    assert results.draws == [0, 1]
+    assert len(set(here.done)) == len(here.done)
+    count = len(here.done)
+    assert run_cycle(config_of(values, **MANY), out).scores == results.scores
+    assert len(here.done) == count
 
 
 def test_every_arm_is_fine_tuned_from_its_own_model(whole):
-    out, results = whole
-    for arm, expected in (("start", "start"), *((arm, f"students/{arm}-colour") for arm in ARMS)):
-        metrics = json.loads((out / "fine-tuned" / arm / "colour" / "metrics.json").read_text())
-        assert metrics["model"] == str(out / expected)
-        assert metrics["config"]["epochs"] == 1
-    expert = json.loads((out / "experts" / "colour" / "metrics.json").read_text())
-    assert (expert["model"], expert["config"]["epochs"]) == (str(out / "start-expert"), 1)
-    shapes = [
-        json.loads((out / name / "config.json").read_text())["model_type"]
-        for name in ("start", "start-expert", "experts/colour/seeds/seed-1")
-    ]
-    assert shapes == ["bert", "roberta", "roberta"]
-    assert {one.arm for one in results.scores} >= {"expert", "start", *ARMS}
+    for draw in (whole[0] / "draws" / "0", whole[0] / "draws" / "1"):
+        expert = metrics_of(draw / "experts" / "colour")
+        assert (expert["model"], expert["config"]["epochs"]) == (str(draw / "start-expert"), 2)
+        start = metrics_of(draw / "fine-tuned" / "start" / "colour")
+        assert (start["model"], start["config"]["epochs"]) == (str(draw / "start"), 1)
+        for number, name in enumerate(("committee-colour", "committee-colour.1")):
+            for kind in ("fine-tuned", "distilled"):
+                one = metrics_of(draw / kind / "committee" / "colour" / f"student-{number}")
+                assert one["model"] == str(draw / "students" / name)
+                assert [seed["seed"] for seed in one["per_seed"]] == [number]
+        shapes = [
+            json.loads((draw / name / "config.json").read_text())["model_type"]
+            for name in ("start", "start-expert", "experts/colour/seeds/seed-1")
+        ]
+        assert shapes == ["bert", "roberta", "roberta"]
+    scored = {one.arm: one.seeds for one in whole[1].scores}
+    assert {"expert", "start", "committee", "committee (own head)"} <= scored.keys()
+    assert set(map(tuple, scored.values())) == {(0, 1)}  # draws
 
 
-def test_a_finished_cycle_is_left_as_it_is_and_its_models_are_held_to(
-    whole, values, make_model, bytelevel
-):
-    out, _ = whole
-    before = {path: path.stat().st_mtime_ns for path in out.glob("**/model.safetensors")}
-    run_cycle(config_of(values), out)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+def test_the_first_draw_searches_for_all(whole):
+    out = whole[0] / "draws"
+    assert not (out / "1" / "search").exists()
+    for arm, folder in (("expert", "experts"), ("start", "fine-tuned/start")):
+        tried = [metrics_of(path) for path in sorted((out / "0/search" / arm / "colour").iterdir())]
+        best = max(tried, key=lambda one: one["mean"])["config"]["learning_rate"]
+        rates = [metrics_of(out / n / folder / "colour")["config"] for n in "01"]
+        assert [one["learning_rate"] for one in rates] == [best, best]
+
+
+def test_each_draw_has_labels_of_its_own_and_the_same_again(whole, values, tmp_path, monkeypatch):
+    monkeypatch.setattr("rekindle.pipeline.cycle.run.run_counted", lambda *_: None)
+    again = config_of(values, **MANY | {"search": {}})
+    run_cycle(again, tmp_path)
+    rows = {}
+    for draw in ("0", "1"):
+        files = [
+            Path("draws", draw, "tasks/colour", f"{split}.jsonl") for split in ("train", "test")
+        ]
+        for file in files:
+            assert (tmp_path / file).read_bytes() == (whole[0] / file).read_bytes()
+        rows[draw], test = (set((tmp_path / file).read_text().splitlines()) for file in files)
+        assert len(test) == 10
+    assert rows["0"] != rows["1"]
+    alone = yaml.safe_load((tmp_path / "draws" / "1" / "run.yaml").read_text())
+    assert (alone["seed"], alone["label_draws"]) == (1, 1)
+
+
+def test_what_a_cycle_was_begun_with_is_held_to(whole, values, make_model, bytelevel):
     other = make_model("roberta", "AutoModelForMaskedLM", bytelevel, 9, **TINY)
+    experts = values["experts"]
     for changed, words in (
-        ({"model": str(other)}, "other weights of .*its experts"),
-        (values["experts"] | {"finetune": {"epochs": 3}}, r"experts\.finetune\.epochs: None there"),
-        (values["experts"] | {"teacher": "all"}, r"experts\.teacher: 'best' there"),
+        ({"experts": experts | {"model": str(other)}}, "other weights of .*its experts"),
+        ({"experts": experts | {"finetune": {"epochs": 3}}}, r"finetune\.epochs: 2 there"),
+        ({"experts": experts | {"teacher": "all"}}, r"experts\.teacher: 'best' there"),
+        ({"students": 1}, "students: 2 there, 1 here"),
+        ({"label_draws": 1}, "label_draws: 2, and 1 is asked for.*Give another --out"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            run_cycle(config_of(values, experts=changed), out)
+            run_cycle(config_of(values, **MANY | changed), whole[0])
 
 
 # --- what is refused before anything runs ---------------------------------------------------------
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    for name in ("run_counted", "warm_up"):
+        monkeypatch.setattr(f"rekindle.pipeline.cycle.run.{name}", lambda *_: None)
+
+
+def test_draws_are_added_and_not_taken_away(values, tmp_path, nothing_runs):
+    many = {number: config_of(values, label_draws=number) for number in (1, 2, 3)}
+    run_cycle(many[2], tmp_path)
+    run_cycle(many[3], tmp_path, draw=2)
+    assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["0", "1", "2"]
+    with pytest.raises(CheckpointError, match="has 3 draws of the labels, and 2 are asked for"):
+        run_cycle(many[2], tmp_path)
+    with pytest.raises(InputError, match="there is no draw 3: label_draws is 3, which are 0 to 2"):
+        run_cycle(many[3], tmp_path, draw=3)
+    with pytest.raises(InputError, match="--draw is for a cycle of several draws"):
+        run_cycle(many[1], tmp_path / "other", draw=0)
+    with pytest.raises(InputError, match="--task is for tasks that have texts of their own"):
+        run_cycle(many[3], tmp_path, task="colour")
+
+
+def test_a_search_that_is_not_finished_is_not_taken_over(values, tmp_path, nothing_runs):
+    with pytest.raises(InputError, match="search for expert on colour is not finished: run --draw"):
+        run_cycle(config_of(values, **MANY), tmp_path, draw=1)
+
+
+def test_draws_that_would_be_equal_are_refused(values, tmp_path):
+    for task in (
+        task_files(tmp_path, "colour"),
+        task_files(tmp_path, "colour") | {"train_examples": 40},
+    ):
+        with pytest.raises(InputError, match="all would be the same rows.*Give train_examples"):
+            run_cycle(config_of(values, label_draws=2, tasks=[task]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_scores_have_no_class_to_teach(values, tmp_path):
     task = task_files(tmp_path, "score", (0.5, 1.5))
-    for arms, words in (
-        (["pseudo"], "has no class that is most likely"),
-        (["committee"], "only classifiers of one label teach together.*leave it out of arms"),
+    together = values["experts"] | {"teacher": "all"}
+    for changes, words in (
+        ({"arms": ["pseudo"]}, "has no class that is most likely"),
+        ({"arms": ["committee"]}, "only classifiers of one label.*leave it out of arms"),
+        ({"arms": ["kd"], "experts": together}, r"the arm kd.*give experts\.teacher: best"),
     ):
         with pytest.raises(InputError, match=words):
-            run_cycle(config_of(values, tasks=[task], arms=arms), tmp_path / "out")
-    together = values["experts"] | {"teacher": "all"}
-    with pytest.raises(InputError, match=r"the arm kd.*give experts\.teacher: best"):
-        run_cycle(config_of(values, tasks=[task], arms=["kd"], experts=together), tmp_path / "out")
+            run_cycle(config_of(values, tasks=[task], **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -72,7 +72,7 @@ def test_page_and_stdout_begin_with_it_and_name_the_experts_and_the_rows(tmp_pat
     assert (kept.seed, kept.dev) == (dev.index(max(dev)), max(dev))
     text = printed(tmp_path, results)
     assert " ".join(text.split()).startswith(results.verdict[:1].upper() + results.verdict[1:])
-    page = cycle_html(tmp_path, None, results)
+    page = cycle_html(tmp_path, (), results)
     assert page.index(results.verdict[1:]) < page.index("<section>") < page.index(">In short<")
     folded = " ".join(text.split())
     for told in (
