@@ -3,8 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rekindle.pipeline.cycle.arms import MASKED, OF_ONE_EXPERT, ORDER, UNTAUGHT, Arm
-from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.arms import (
+    MASKED,
+    OF_ONE_EXPERT,
+    ORDER,
+    UNTAUGHT,
+    WITH_TEACHERS,
+    Arm,
+)
+from rekindle.pipeline.cycle.config import CycleConfig, seed_name
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,14 @@ def teachers_on(config: CycleConfig, text: str) -> Iterator[tuple[str, str, int 
     (None: the one that is best on dev).
     """
     for task in config.tasks:
-        here = text in ("", task.name)
-        if not here and "mixture" not in config.arms:
-            continue
-        if not config.all_teach or (here and "pseudo" in config.arms):
+        arms = [arm for arm in config.arms if arm in WITH_TEACHERS]
+        if text not in ("", task.name):
+            arms = [arm for arm in arms if arm == "mixture"]
+        elif not arms:  # whom they teach may come later
+            arms = ["kd"]
+        names = dict.fromkeys(n for arm in arms for n in config.teachers_of(task.name, arm))
+        if task.name in names:
             yield task.name, task.name, None
-        if config.all_teach or (here and "committee" in config.arms):
-            for seed, name in enumerate(config.teachers_of(task.name, "committee")):
+        for seed in range(config.seeds):
+            if (name := seed_name(task.name, seed)) in names:
                 yield name, task.name, seed

@@ -73,7 +73,8 @@ def test_each_student_waits_for_what_teaches_it(values, tmp_path):
 
 
 def test_the_seeds_of_an_expert_are_teachers_of_their_own(values, tmp_path):
-    config = config_of(values, cache={"path": str(tmp_path / "cache")}, students=2)
+    arms, cache = ["pseudo", "committee"], {"path": str(tmp_path / "cache")}
+    config = config_of(values, cache=cache, arms=arms, students=2)
     runs = configs(tmp_path, config, read_tasks(config))
     expert = tmp_path / "experts" / "colour"
     assert {one.name: one.model for one in runs["stage1.yaml"].teachers} == {
@@ -184,9 +185,8 @@ def test_each_draw_has_labels_of_its_own_and_the_same_again(whole, values, tmp_p
     run_cycle(again, tmp_path)
     rows = {}
     for draw in ("0", "1"):
-        files = [
-            Path("draws", draw, "tasks/colour", f"{split}.jsonl") for split in ("train", "test")
-        ]
+        task = Path("draws", draw, "tasks", "colour")
+        files = [task / "train.jsonl", task / "test.jsonl"]
         for file in files:
             assert (tmp_path / file).read_bytes() == (whole[0] / file).read_bytes()
         rows[draw], test = (set((tmp_path / file).read_text().splitlines()) for file in files)
@@ -244,7 +244,7 @@ def test_draws_that_would_be_equal_are_refused(values, tmp_path):
         task_files(tmp_path, "colour"),
         task_files(tmp_path, "colour") | {"train_examples": 40},
     ):
-        with pytest.raises(InputError, match="all would be the same rows.*Give train_examples"):
+        with pytest.raises(InputError, match=r"all would be the same rows.*Give train_examples"):
             run_cycle(config_of(values, label_draws=2, tasks=[task]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
