@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
 from rekindle.train.finetune.result import WRITER, FinetuneResult, best_of
 from rekindle.train.record.run_folder import read_record
 
@@ -25,7 +25,6 @@ START = "start"  # the students' model, fine-tuned, where experts are of another
 LONGER = "longer"  # the students' model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 PSEUDO = "pseudo"  # a student of the expert's most likely classes
-TAUGHT = ("kd", "both", "committee", "mixture")  # students of experts' probabilities
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
@@ -79,10 +78,11 @@ class FineTuned(FinetuneResult):
     @property
     def budget(self) -> dict[str, object]:
         """The settings; in the arm ``longer`` those that it would have at the common length."""
+        config = with_once_fixed(self.config)
         if self.arm != LONGER:
-            return self.config
-        halved = {key: self.config.get(key) for key in _DOUBLED}
-        return self.config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
+            return config
+        halved = {key: config.get(key) for key in _DOUBLED}
+        return config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
 
 
 Terms = Callable[[FineTuned], Mapping[str, object]]  # what is compared of a result

@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.cycle.arms import GUIDED
 from rekindle.pipeline.cycle.finetuned import (
     EXPERT,
     LONGER,
     MLM,
     PSEUDO,
     START,
-    TAUGHT,
     FineTuned,
     own_head,
 )
@@ -161,7 +161,7 @@ def differences_of(
     main = main_scores(scores, metrics)
     found = []
     for against in _BASES:
-        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
+        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
         if against == START:  # the other way about it is against the expert
             others = [arm for arm in arms if arm not in (EXPERT, START)]
         pairs = [(arm, task) for arm in others for task in (*metrics, MEAN)]
