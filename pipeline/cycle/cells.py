@@ -94,14 +94,15 @@ def read_students(out: Path) -> dict[str, StudentCost]:
 
 def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried) -> None:
     """Nothing is compared that had not the same data, seeds, budget and search."""
-    seeds = plan.settings.get("seeds")
+    common, experts = plan.settings.get("seeds"), plan.file.get("experts", {})
     for one in found.values():
         _check_scores(out, plan, one)
+        seeds = (one.arm == EXPERT and experts.get("seeds")) or common
         if isinstance(seeds, int) and len(one.seeds) != seeds:
             wrong = f"{counted(len(one.seeds), 'seed')}, and {CYCLE_FILE} says {seeds}"
             raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
-    # Experts of another model may have a budget of their own.
-    own = {EXPERT} if plan.file.get("experts", {}).get("finetune") else set()
+    # Experts may have a budget of their own: of another model, or in seeds.
+    own = {EXPERT} if experts.get("finetune") or experts.get("seeds") else set()
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
@@ -113,7 +114,8 @@ def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried
         both = [*searches[:1], *[*final.values()][:1]]
         check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
         check_search(out, grid, searches, final)
-    check_alike(out, list(found.values()), lambda one: {"seeds": one.seeds})
+    alike = [one for one in found.values() if one.arm not in own]
+    check_alike(out, alike, lambda one: {"seeds": one.seeds})
 
 
 def _check_scores(out: Path, plan: CycleResults, one: FineTuned) -> None:

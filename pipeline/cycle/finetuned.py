@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ START = "start"  # the students' model, fine-tuned, where experts are of another
 LONGER = "longer"  # the students' model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 PSEUDO = "pseudo"  # a student of the expert's most likely classes
-TAUGHT = ("kd", "both", "committee", "mixture")  # students of experts' probabilities
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
@@ -129,12 +129,17 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
         if values["written_by"] != WRITER:
             raise ValueError(f"written by {values['written_by']!r}")
         whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
-        return _checked(TypeAdapter(FineTuned).validate_json(whole, strict=True))
+        return _checked(_reader().validate_json(whole, strict=True))
     except (KeyError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
         ) from None
+
+
+@cache
+def _reader() -> TypeAdapter[FineTuned]:
+    return TypeAdapter(FineTuned)  # takes as long to make as several files to read
 
 
 def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> FineTuned | None:
@@ -151,7 +156,7 @@ def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> 
     parts = [one for one in read if one is not None]
     if len(parts) < students:
         return None
-    check_alike(out, parts, lambda one: {k: v for k, v in budget_of(one).items() if k != "seeds"})
+    check_alike(out, parts, lambda one: budget_of(one) | {"seeds": None})
     per_seed = sorted((seed for one in parts for seed in one.per_seed), key=lambda one: one.seed)
     seconds = sum(one.seconds for one in parts)
     best = best_of(per_seed, parts[0].metric)

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from rekindle.pipeline.cycle.arms import GUIDED
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
@@ -70,7 +71,7 @@ def _guidance(results: CycleResults) -> Iterator[str]:
     """One sentence where no student of experts beats the one of the text alone (else what is to be
     beaten): on the mean over tasks, or on the only task.
     """
-    taught = [one for one in results.differences if one.arm in TAUGHT]
+    taught = [one for one in results.differences if one.arm in GUIDED]
     for against in (MLM, results.base):
         ones = [one for one in taught if one.against == against]
         ones = [one for one in ones if one.task == MEAN] or ones

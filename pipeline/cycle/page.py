@@ -169,8 +169,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
     used: dict[tuple[str, str], Mapping[str, object]] = {}
     for task in config.tasks:
         for arm in config.arms:
-            folder = folder_of(arm, task.name)
-            found = read_arm(home, folder, arm, task.name, config.students)
+            found = read_arm(home, folder_of(arm, task.name), arm, task.name, config.students)
             if found is not None:
                 used[arm, task.name] = found.config
             elif len(points) == 1:

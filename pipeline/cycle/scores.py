@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.cycle.arms import GUIDED
 from rekindle.pipeline.cycle.finetuned import (
     EXPERT,
     LONGER,
     MLM,
     PSEUDO,
     START,
-    TAUGHT,
     FineTuned,
     own_head,
 )
@@ -51,6 +51,11 @@ class ArmScores:
     low: float | None
     high: float | None
 
+    @property
+    def by_number(self) -> dict[int, float]:
+        """The scores by seed, or by draw."""
+        return dict(zip(self.seeds, self.scores, strict=True))
+
     @classmethod
     def of(
         cls, arm: str, task: str, metric: str, seeds: list[int], scores: list[float]
@@ -72,7 +77,8 @@ def scores_of(
 
     There is a mean where there are several tasks, and the arm has them all. The expert that teaches
     stands behind the arm ``expert``, if one is ``selected``, and behind each arm its students with
-    their own heads. ``found``, ``heads``: by arm and task; the seeds are the same in all.
+    their own heads. ``found``, ``heads``: by arm and task; the seeds of an arm are the same in all
+    tasks.
     """
     scores: list[ArmScores] = []
     for arm in arms:
@@ -155,7 +161,7 @@ def differences_of(
     main = main_scores(scores, metrics)
     found = []
     for against in _BASES:
-        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
+        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
         if against == START:  # the other way about it is against the expert
             others = [arm for arm in arms if arm not in (EXPERT, START)]
         pairs = [(arm, task) for arm in others for task in (*metrics, MEAN)]
@@ -166,12 +172,16 @@ def differences_of(
 def _family(
     names: Sequence[tuple[str, str, str]], main: Mapping[tuple[str, str], ArmScores]
 ) -> list[Difference]:
-    """The differences of arm, other arm and task that are there, adjusted together."""
-    family = [
-        paired(main[against, task].scores, main[arm, task].scores, names=(arm, against, task))
-        for arm, against, task in names
-        if (arm, task) in main and (against, task) in main
-    ]
+    """The differences of arm, other arm and task that are there, adjusted together; by the seeds,
+    or draws, in common: of experts there may be more.
+    """
+    family = []
+    for arm, against, task in names:
+        if (arm, task) in main and (against, task) in main:
+            first, second = (main[one, task].by_number for one in (against, arm))
+            common = [number for number in first if number in second]
+            pairs = ([one[number] for number in common] for one in (first, second))
+            family.append(paired(*pairs, names=(arm, against, task)))
     adjusted = holm([one.p for one in family])
     return [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
 

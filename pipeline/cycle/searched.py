@@ -83,20 +83,20 @@ def check_search(
     ``tried``: of all arms, see ``read_search``; ``final``: by arm, what was fine-tuned with what
     the search chose, on dev, after all its points.
     """
-    points = points_of(grid)
+    points, searched = points_of(grid), search_home(out) / "search"
     for arm, one in final.items() if len(points) > 1 else ():
         dev = {other.point(grid): fmean(other.dev) for other in tried if other.arm == arm}
         if missing := [point for point in points if point not in dev]:
             raise CheckpointError(
-                f"{out / one.folder} is there, but its search in {out / 'search' / arm / one.task} "
-                f"lacks {_told(grid, missing[0])}: without it arms are not searched alike; remove "
+                f"{out / one.folder} is there, but its search in {searched / arm / one.task} lacks "
+                f"{_told(grid, missing[0])}: without it arms are not searched alike; remove "
                 "the first and resume"
             )
         taken = one.point(grid)
         if dev.get(taken, float("-inf")) < max(dev.values()) - _EQUAL:
             raise CheckpointError(
                 f"{out / one.folder} has {_told(grid, taken)}, which is not what its search in "
-                f"{out / 'search' / arm / one.task} found best on dev; remove it and resume"
+                f"{searched / arm / one.task} found best on dev; remove it and resume"
             )
 
 
