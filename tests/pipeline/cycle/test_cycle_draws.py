@@ -301,7 +301,7 @@ def test_what_is_not_recorded_is_named_and_in_no_sum(out):
 
 
 def test_page_and_text_begin_with_the_primary_comparison(results, made):
-    page = cycle_html(made, None, results)
+    page = cycle_html(made, (), results)
     heads = [
         page.index(f">{title}<")
         for title in ("Primary comparison", "In short", "Scores (secondary)")
