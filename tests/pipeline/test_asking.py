@@ -1,10 +1,9 @@
 """`pipeline evaluate` and `pipeline predict` as they are typed: what they print, and exit codes."""
 
-import io
 import json
+import os
 import shlex
-import subprocess
-import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -111,15 +110,30 @@ def test_predictions_are_written_and_summed_up(tmp_path, expert, rows):
 
 def test_in_a_pipe_rows_come_in_and_lines_go_out(expert):
     """Whoever reads may have enough before the end."""
-    command = [sys.executable, "-m", "rekindle.pipeline.cli", "predict", expert]
-    command += ["--text", "-", "--out", "-"]
     rows = "".join(json.dumps({"text": text, "é": "\x7f"}) + "\n" for text in TEXTS)
-    done = subprocess.run(command, input=rows.encode(), capture_output=True, check=True)
-    said = [json.loads(line) for line in io.BytesIO(done.stdout)]
+    with piped_in(rows):
+        done = pipeline("predict", expert, "--text", "-", "--out", "-")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["text"] for one in said] == TEXTS
     assert [one["é"] for one in said] == ["\x7f"] * 4
     assert done.stdout.isascii()
-    assert "Traceback" not in done.stderr.decode()
+
+
+@contextmanager
+def piped_in(text):
+    """A shell's pipe in place of this process's stdin."""
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def test_nothing_trained_points_to_evaluate(tmp_path, expert, rows):
