@@ -24,6 +24,7 @@ from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
+from rekindle.train.finetune.metric_names import printed_name
 from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
@@ -103,7 +104,7 @@ def _standing(
         if run not in having:
             why = "has no head" if run.finished else "has not ended: it has no head"
             log.info("%s %s %s, and is not scored on %s", run.name, why, head, file)
-    scores: dict[str, list[float]] = {}
+    measured, scores = "", dict[str, list[float]]()
     draws: dict[str, Draws] = {}
     rights: dict[str, Right] = {}
     with progress.task(f"scoring {head}", "runs", len(having)) as task:
@@ -111,13 +112,14 @@ def _standing(
             judge = open_judge(run.directory, head)
             data = read_labelled(file, judge, config)
             metric = chosen_metric(metric, data)
+            measured = printed_name(metric, data.problem, len(data.label_names))
             found, logits, _ = judged_scores(judge, data, config, name=file)
             scores[run.name] = [found[metric]]
             of_rows, right = _score(data, logits, judge.labels, metric)
             draws[run.name] = draw(of_rows, len(data))
             rights |= {} if right is None else {run.name: right}
             task.advance()
-    task_scores = TaskScores(head, metric or "", Path(file).name, scores)
+    task_scores = TaskScores(head, metric or "", Path(file).name, scores, measured=measured)
     standing = standing_of(task_scores, OnRows(len(data), draws, rights))
     assert standing is not None  # one at least has the head
     return standing

@@ -208,7 +208,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
     commands = [
         (f"The expert on {task.name}", finetune(EXPERT, START_FOLDER, task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
+        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
         ("What is in it", f"pipeline inspect {shown(config.cache.path or home / 'cache')}"),
     ]
     for student in list(student_names(config))[:1]:
@@ -216,7 +216,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         arm = next(arm for arm in config.arms if student_of(arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
-            (f"Stage 2: the student {student}", line),
+            (f"The student {student} from it (stage 2)", line),
             ("It on the task again", finetune(arm, run, name)),
             ("Its score on test", evaluate.format(name)),
         ]

@@ -83,7 +83,8 @@ def test_the_heads_stand_first_with_intervals_over_the_rows(students, test_file,
     assert any("c has no head trec, and is not scored" in line for line in caplog.messages)
     assert as_text(scored, 200).splitlines()[0].strip() == f"{standing.verdict}."
     again = with_heads(found, [str(test_file)], "f1", SILENT).standings[0]  # the only head
-    assert again.scores.metric == "f1"
+    assert (again.scores.metric, again.as_dict()["metric"]) == ("f1", "f1")
+    assert "(macro f1 0." in again.verdict  # of more than two classes
 
 
 def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(

@@ -113,7 +113,9 @@ def test_a_run_that_has_not_evaluated_is_named():
         RunCurves("evaluated", held_out={"loss": [(1, 3.0)]}),
         RunCurves("trained", objective=[(1, 3.0)]),
     ]
-    assert "No held-out values so far: trained." in notes_of(losses_section(runs))
+    assert "Nothing is measured yet on sequences held out of training: trained." in notes_of(
+        losses_section(runs)
+    )
     assert "No run has recorded a step" in notes_of(losses_section([RunCurves("a")]))
 
 
@@ -234,7 +236,7 @@ def test_a_typical_student_is_the_mean_of_those_that_are_taught_and_known():
     ("teachers", "student", "words"),
     [
         ({}, StudentCost("s", 1.0, (), 0.0), "No run learns from a teacher"),
-        ({"a": None}, StudentCost("s", 1.0, ("a",), 1.0), "stage 1 for a are not recorded"),
+        ({"a": None}, StudentCost("s", 1.0, ("a",), 1.0), "what caching a took is not recorded"),
         ({"a": 1.0}, StudentCost("s", None, ("a",), 1.0), "Unknown: what s took"),
         ({"a": 1.0}, StudentCost("s", 1.0, ("a",), None), "Unknown: what s took"),
     ],
