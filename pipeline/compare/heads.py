@@ -24,8 +24,13 @@ from rekindle.train.answers.labelled import read_labelled
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
-from rekindle.train.finetune.metric_names import printed_name
-from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
+from rekindle.train.finetune.metrics import (
+    chosen_metric,
+    named,
+    predictions_of,
+    printed_name,
+    score,
+)
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
 

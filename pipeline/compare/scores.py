@@ -7,7 +7,7 @@ from typing import Any
 
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.sweep.grid import shortest_tails
-from rekindle.train.finetune.metric_names import printed_name
+from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.record.run_folder import read_record
 
 ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it

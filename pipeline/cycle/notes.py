@@ -7,7 +7,7 @@ from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineT
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
-from rekindle.train.finetune.metric_names import printed_name
+from rekindle.train.finetune.metrics import printed_name
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
 UNLEARNED = "next to nothing was learned"  # the one that names where this is so

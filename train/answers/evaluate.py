@@ -17,8 +17,7 @@ from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.metric_names import printed_name
-from rekindle.train.finetune.metrics import METRICS, chosen_metric, tell_undefined
+from rekindle.train.finetune.metrics import METRICS, chosen_metric, printed_name, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model

@@ -10,7 +10,7 @@ import numpy as np
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.best_epoch import told_end
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.metric_names import printed_name
+from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import package_versions
 

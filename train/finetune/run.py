@@ -34,8 +34,7 @@ from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metric_names import printed_name
-from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
+from rekindle.train.finetune.metrics import chosen_metric, printed_name, scores_of, tell_undefined
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
