@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rekindle.data.counted import counted
-from rekindle.pipeline.cycle.config import ARMS
+from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from rekindle.pipeline.cycle.searched import Searched, Tried
 from rekindle.pipeline.report.cache import NOTE, teacher_table

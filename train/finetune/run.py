@@ -177,7 +177,8 @@ def _run_seed(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _start(job).to(job.device)
-        optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
+        rates = (config.learning_rate, config.weight_decay, config.betas, config.eps)
+        optimizer = adamw(model.parameters(), *rates)
         total, warmup = plan_steps(len(data["train"]), config)
         planned = config.epochs_of(len(data["train"]))
         best = BestEpoch(config.patience_of(planned))

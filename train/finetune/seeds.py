@@ -28,6 +28,7 @@ from rekindle.data.storage.atomic import (
     write_json,
 )
 from rekindle.train.finetune.classifier import padded_tokenizer
+from rekindle.train.finetune.config import with_once_fixed
 from rekindle.train.finetune.result import SeedResult, best_of, seed_folder
 from rekindle.train.interrupts import telling
 from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
@@ -88,6 +89,8 @@ class FinishedSeeds:
         held = f"It holds {_named(kept)} of a fine-tuning that did not end"
         if before is None:
             raise CheckpointError(f"{self.folder / ABOUT_FILE} is missing. {held}: {advice}")
+        if isinstance(settings := before.get("settings"), Mapping):
+            before = {**before, "settings": with_once_fixed(settings)}
         rule = f"{held}: give its own settings to go on with it, or {advice}"
         check_same(self.folder, before, about, rule)
         self.others = {seed: one for seed, one in kept.items() if seed not in self.planned}

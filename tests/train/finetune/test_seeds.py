@@ -217,6 +217,24 @@ def test_fewer_seeds_of_other_settings_are_refused_too(tmp_path):
     assert (tmp_path / ".out.seeds" / "best-1").is_dir()
 
 
+def test_seeds_of_an_older_version_go_on_with_the_adamw_that_it_had(tmp_path):
+    out, then = tmp_path / "out", {"rate": 1}
+    now = then | {"betas": (0.9, 0.999), "eps": 1e-8}
+    left(out, {"settings": then}, 2, {0: 0.5}, KeyboardInterrupt())
+    with pytest.raises(CheckpointError, match=r"settings\.eps: 1e-08 there, 1e-06 here"):
+        left(out, {"settings": now | {"eps": 1e-6}}, 2, {})
+    assert left(out, {"settings": now}, 2, {1: 0.6}) == [1]
+
+
+def test_adamw_has_the_betas_and_eps_of_the_settings(bert, files, tmp_path, monkeypatch):
+    def stop(parameters, *given):
+        raise InputError(str(given))
+
+    monkeypatch.setattr(module, "adamw", stop)
+    with pytest.raises(InputError, match=r"\(0.01, 0.01, \(0.5, 0.9\), 1e-06\)"):
+        tune(bert, files, tmp_path / "out", betas=(0.5, 0.9), eps=1e-6)
+
+
 def test_another_tokenizer_device_or_precision_is_something_else(bert, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
