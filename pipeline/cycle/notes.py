@@ -7,6 +7,7 @@ from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineT
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
+from rekindle.train.finetune.metrics import printed_name
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
 UNLEARNED = "next to nothing was learned"  # the one that names where this is so
@@ -26,6 +27,7 @@ def notes_of(results: CycleResults, found: Mapping[tuple[str, str], FineTuned]) 
         *_guidance(results.differences),
         *_tests(results.differences),
         *_seeds(len(next(iter(found.values())).seeds)),
+        *_metrics(found.values()),
         *_selected(results),
         *_budgets(results, found),
         *_searched(results.searched),
@@ -113,6 +115,15 @@ def _seeds(seeds: int) -> Iterator[str]:
         "one student per arm was pre-trained: how much another seed of pre-training, or another "
         "test split, would change is not in the intervals"
     )
+
+
+def _metrics(found: Collection[FineTuned]) -> Iterator[str]:
+    """What an F1 is of, where its name does not say that."""
+    names = {one.task: printed_name(one.metric, one.problem, len(one.label_names)) for one in found}
+    meanings = {"macro f1": "the unweighted mean over classes (macro)", "entity f1": "of entities"}
+    for name, meaning in meanings.items():
+        if tasks := ", ".join(task for task, own in names.items() if own == name):
+            yield f"f1 of {tasks} is {meaning}"
 
 
 def _selected(results: CycleResults) -> Iterator[str]:

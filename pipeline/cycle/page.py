@@ -214,7 +214,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
     commands = [
         (f"The expert on {task.name}", finetune(EXPERT, start_folder(config, EXPERT), task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{stage}"),
+        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {where}/{stage}"),
         ("What is in it", f"pipeline inspect {shown(config.cache_of(text).path)}"),
     ]
     for student in list(students_of(config))[:1]:
@@ -222,7 +222,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         arm = next(arm for arm in config.arms if student_of(config, arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
-            (f"Stage 2: the student {student}", line),
+            (f"The student {student} from it (stage 2)", line),
             ("It on the task again", finetune(arm, run, name)),
             ("Its score on test", evaluate.format(name)),
         ]
