@@ -1,14 +1,15 @@
 """`pipeline evaluate` and `pipeline predict` as they are typed: what they print, and exit codes."""
 
+import io
 import json
 import os
 import shlex
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
 from testlib.answers.judges import LABELS, classifier, lines, write
-from testlib.command import pipeline
+from testlib.command import pipeline, run_main
 
 TEXTS = ["the river", "a city", "light falls", "old water"]
 
@@ -112,13 +113,16 @@ def test_predictions_are_written_and_summed_up(tmp_path, expert, rows):
 def test_in_a_pipe_rows_come_in_and_lines_go_out(expert):
     """Whoever reads may have enough before the end."""
     rows = "".join(json.dumps({"text": text, "é": "\x7f"}) + "\n" for text in TEXTS)
-    with piped_in(rows):
-        done = pipeline("predict", expert, "--text", "-", "--out", "-")
-    assert done.returncode == 0, done.stderr
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    out = io.TextIOWrapper(io.BytesIO())
+    with piped_in(rows), redirect_stdout(out), pytest.raises(SystemExit) as left:
+        run_main("predict", expert, "--text", "-", "--out", "-")
+    assert not left.value.code
+    out.flush()
+    printed = out.buffer.getvalue()
+    said = [json.loads(line) for line in io.BytesIO(printed)]
     assert [one["text"] for one in said] == TEXTS
     assert [one["é"] for one in said] == ["\x7f"] * 4
-    assert done.stdout.isascii()
+    assert printed.isascii()
 
 
 @contextmanager
