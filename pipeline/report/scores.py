@@ -97,8 +97,8 @@ def scores_section(
             blocks.append(Facts(told, quiet=True))
         blocks.append(Figures([_picture(models, task, unit) for task in tasks], small=True))
     if differences:
-        told = difference_tables(differences, unit, before)
-        tables = [stacked(table, INTERVAL) for table in told]
+        found = difference_tables(differences, unit, before)
+        tables = [stacked(table, INTERVAL) for table in found]
         blocks += [*tables, _difference_pictures(differences)]
     return Section("Scores", blocks)
 
