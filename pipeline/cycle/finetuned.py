@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -158,10 +159,22 @@ def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> 
         return None
     check_alike(out, parts, lambda one: budget_of(one) | {"seeds": None})
     per_seed = sorted((seed for one in parts for seed in one.per_seed), key=lambda one: one.seed)
-    seconds = sum(one.seconds for one in parts)
     best = best_of(per_seed, parts[0].metric)
-    kept = {"best_seed": best.seed, "kept_epoch": best.kept_epoch}
-    return replace(parts[0], folder=folder, per_seed=tuple(per_seed), seconds=seconds, **kept)
+    together = replace(
+        parts[0],
+        folder=folder,
+        per_seed=tuple(per_seed),
+        best_seed=best.seed,
+        kept_epoch=best.kept_epoch,
+        seconds=sum(one.seconds for one in parts),
+    )
+    tests = [scores[together.metric] for scores in together.test]
+    return replace(
+        together,
+        mean=fmean(together.dev),
+        std=stdev(together.dev) if len(per_seed) > 1 else None,
+        test_mean=fmean(tests) if tests else None,
+    )
 
 
 def _checked(one: FineTuned) -> FineTuned:

@@ -8,6 +8,7 @@ from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
+from rekindle.train.finetune.metrics import printed_name
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
 UNLEARNED = "next to nothing was learned"  # the one that names where this is so
@@ -33,6 +34,7 @@ def notes_of(results: CycleResults, draws: Draws, said: Sequence[str] = ()) -> l
         *_guidance(results),
         *_tests(results),
         *_covered(results, found[0].seeds),
+        *_metrics(found),
         *_selected(results),
         *_budgets(results, {one.arm for one in found}),
         *_searched(results),
@@ -168,6 +170,15 @@ def _covered_by_draws(results: CycleResults, draws: int, seeds: int) -> Iterator
         "the test split, the unlabelled text and the seeds of pre-training and fine-tuning are the "
         "same in all draws: how much others would change is not in the intervals"
     )
+
+
+def _metrics(found: Collection[FineTuned]) -> Iterator[str]:
+    """What an F1 is of, where its name does not say that."""
+    names = {one.task: printed_name(one.metric, one.problem, len(one.label_names)) for one in found}
+    meanings = {"macro f1": "the unweighted mean over classes (macro)", "entity f1": "of entities"}
+    for name, meaning in meanings.items():
+        if tasks := ", ".join(task for task, own in names.items() if own == name):
+            yield f"f1 of {tasks} is {meaning}"
 
 
 def _selected(results: CycleResults) -> Iterator[str]:

@@ -34,7 +34,8 @@ from rekindle.pipeline.report.page import (
     Section,
     as_html,
 )
-from rekindle.pipeline.report.scores import TaskScores, difference_picture, scores_section
+from rekindle.pipeline.report.scores import INTERVAL, TaskScores, difference_picture, scores_section
+from rekindle.pipeline.report.table import stacked
 from rekindle.pipeline.report.text import terminal_width, wrapped
 from rekindle.train.finetune.config import FinetuneConfig
 
@@ -96,7 +97,7 @@ def primary_section(results: CycleResults) -> Iterator[Section]:
     """The comparison that was named before anything ran; nothing where none was."""
     if (primary := results.primary) is None:
         return
-    blocks: list[Block] = [*primary_tables(results)]
+    blocks: list[Block] = [stacked(table, INTERVAL) for table in primary_tables(results)]
     if ones := primary.differences:
         told = f"{primary.arm}: difference on the primary comparison"
         figure = difference_picture(told, ones, [f"to {one.against}" for one in ones])
@@ -251,7 +252,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
     commands = [
         (f"The expert on {task.name}", finetune(EXPERT, start_folder(config, EXPERT), task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{stage}"),
+        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {where}/{stage}"),
         ("What is in it", f"pipeline inspect {shown(config.cache_of(text).path)}"),
     ]
     for student in list(students_of(config))[:1]:
@@ -259,7 +260,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         arm = next(arm for arm in config.arms if student_of(config, arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
-            (f"Stage 2: the student {student}", line),
+            (f"The student {student} from it (stage 2)", line),
             ("It on the task again", finetune(arm, run, name)),
             ("Its score on test", evaluate.format(name)),
         ]

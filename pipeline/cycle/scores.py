@@ -180,8 +180,8 @@ def _family(
         if (arm, task) in main and (against, task) in main:
             first, second = (main[one, task].by_number for one in (against, arm))
             common = [number for number in first if number in second]
-            pairs = ([one[number] for number in common] for one in (first, second))
-            family.append(paired(*pairs, names=(arm, against, task)))
+            before, after = ([one[number] for number in common] for one in (first, second))
+            family.append(paired(before, after, names=(arm, against, task)))
     adjusted = holm([one.p for one in family])
     return [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
 

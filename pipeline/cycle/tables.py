@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rekindle.data.counted import counted
+from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, Searched, Tried
-from rekindle.pipeline.report.cache import teacher_table
+from rekindle.pipeline.report.cache import NOTE, teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import (
     TaskScores,
@@ -64,7 +65,7 @@ def saved_tables(results: CycleResults) -> Iterator[Table]:
         title = (
             f"the cache: {counted(cache.sequences, 'sequence')}, {counted(cache.tokens, 'token')}"
         )
-        yield teacher_table(cache.teachers, title)
+        yield teacher_table(cache.teachers, title, NOTE)
     if results.cost is not None:
         yield table_of("what it costs", ["", ""], cost_lines(results.cost), words=1)
 
@@ -185,5 +186,7 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     tables = [*tables_of(results), *saved_tables(results)]
     width = width or terminal_width()
     lines = [(*text_lines(table, width), "") for table in tables]
+    arms = [f"arm {arm}: {ARMS[arm]}" for arm in ARMS if arm in results.arms]
+    lines += [tuple(wrapped(arm, width)) for arm in arms]
     lines += [tuple(wrapped(f"note: {note}", width)) for note in results.notes]
     return "\n".join(line for block in lines for line in block)

@@ -104,7 +104,7 @@ def facts_of_results(results: CycleResults) -> Iterator[tuple[str, str]]:
     if (cache := results.cache) is not None:
         texts = "" if cache.documents is None else f"{counted(cache.documents, 'text')}, "
         sequences, tokens = counted(cache.sequences, "sequence"), counted(cache.tokens, "token")
-        yield "unlabelled text", f"{texts}{sequences} ({tokens})"
+        yield "unlabelled text", f"{texts}{sequences} (pieces that are read at once), {tokens}"
     for task in results.tasks:
         rows = f"{counted(task.train, 'labelled row')} to train on, {task.dev:,} dev, "
         yield task.name, f"{rows}{task.test:,} test"

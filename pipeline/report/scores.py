@@ -10,8 +10,9 @@ from typing import Any
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
 from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
-from rekindle.pipeline.report.table import NOTHING, Column, Table, table_of
+from rekindle.pipeline.report.table import NOTHING, Column, Table, stacked, table_of
 
+INTERVAL = "95 % interval"  # in the page below its difference
 _OVER = {"seed": "seeds of fine-tuning", "draw": "draws of the labels"}  # what scores differ in
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over {over} ± their sample deviation; below it, "
@@ -25,7 +26,9 @@ class TaskScores:
     """One task: for each model its scores as fractions, one for each seed.
 
     ``split`` is the one that was scored, ``chance`` what guessing scores, ``about`` a sentence.
-    ``seeds``: for each model the numbers of its scores' seeds, where they are known.
+    ``seeds``: for each model the numbers of its scores' seeds, where they are known. ``measured``
+    is the metric as it is printed, ``metric`` as it is recorded; ``selected``: the split also chose
+    the epoch of a model.
     """
 
     task: str
@@ -35,6 +38,11 @@ class TaskScores:
     chance: float | None = None
     about: str = ""
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    measured: str = ""
+    selected: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measured", self.measured or self.metric)
 
     def of(self, model: str) -> list[float]:
         """The model's scores that are numbers."""
@@ -54,7 +62,12 @@ class TaskScores:
     def title(self) -> str:
         """Task, metric and split, as far as they are told: what the numbers are."""
         split = f"({self.split})" if self.split else ""
-        return " ".join(word for word in (self.task, self.metric, split) if word)
+        return " ".join(word for word in (self.task, self.measured, split) if word)
+
+    @property
+    def scored_on(self) -> str:
+        """The split, and in a clause what else it did."""
+        return f"{self.split}, which also chose the epochs" if self.selected else self.split
 
 
 def scores_section(
@@ -84,7 +97,8 @@ def scores_section(
             blocks.append(Facts(told, quiet=True))
         blocks.append(Figures([_picture(models, task, unit) for task in tasks], small=True))
     if differences:
-        tables = difference_tables(differences, unit, before)
+        found = difference_tables(differences, unit, before)
+        tables = [stacked(table, INTERVAL) for table in found]
         blocks += [*tables, _difference_pictures(differences)]
     return Section("Scores", blocks)
 
@@ -148,7 +162,7 @@ def interval_words(values: Sequence[float], unit: str = "seed") -> str:
 
 def difference_head(unit: str) -> list[str]:
     """The headings of ``difference_cells``; ``unit`` is what pairs differ in: seed or draw."""
-    return ["difference", "95 % interval", "p", "p (Holm)", f"{unit}s"]
+    return ["difference", INTERVAL, "p", "p (Holm)", f"{unit}s"]
 
 
 def difference_cells(one: Difference | None) -> list[str]:

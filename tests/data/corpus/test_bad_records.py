@@ -19,7 +19,6 @@ from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import LocalStore
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
 GOOD = b'{"text": "good", "domain": "d"}\n'
 BAD = [
     (b'{"text": "a"', "not JSON", "not JSON"),
