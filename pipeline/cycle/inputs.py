@@ -79,11 +79,18 @@ class TaskFiles:
         }
 
 
-def read_tasks(config: CycleConfig) -> list[TaskFiles]:
-    """Read and divide the files of every task; InputError for whatever is wrong with them."""
-    return [
+def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
+    """Read and divide the files of every task, and ``tell`` what was read; InputError for whatever
+    is wrong with them.
+    """
+    found = [
         _read(task, config.seed, config.finetune_of(task, {}, "start")) for task in config.tasks
     ]
+    for one in found if tell else ():
+        for name, split in one.splits.items():
+            if name != "dev" or one.task.dev:  # or else it is of train
+                logger.info("task %s, %s: %s", one.task.name, name, split.described())
+    return found
 
 
 def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> TaskFiles:
@@ -96,8 +103,6 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
             "Make an expert of it with pipeline finetune, and name it as a teacher with task: "
             "token_classification in a run file (pipeline train-student)"
         )
-    for name, split in splits.items():
-        logger.info("task %s, %s: %s", task.name, name, split.described())
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
     if task.dev is None:

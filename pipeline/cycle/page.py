@@ -288,14 +288,14 @@ def printed(home: Path, results: CycleResults) -> str:
     where, task = shown(home.absolute()), results.tasks[0].name
     first = (results.file.get("tasks") or [{}])[0]
     stage = of_text(CACHE_FILE, task if first.get("corpus") else "")
-    draw = f"{DRAWS_FOLDER}/{FIRST_DRAW}/" if results.draws is not None else ""
-    places = {
-        "report": "report.html",
-        "results": "results.json",
-        "experts": f"{draw}{folder_of('expert', task)}, …",
-        "students": f"{draw}students/",
-        "configuration": f"run.yaml; of each stage: {draw}{stage}, {draw}students/*.yaml",
-    }
+    places = {"report": "report.html", "results": "results.json"}
+    if results.draws is None:
+        places["experts"] = f"{folder_of('expert', task)}, …"
+        places["students"] = "students/"
+        places["configuration"] = f"run.yaml; of each stage: {stage}, students/*.yaml"
+    else:
+        places["draws"] = f"{DRAWS_FOLDER}/{FIRST_DRAW}/, …, each a cycle with a report of its own"
+        places["configuration"] = "run.yaml"
     lines = (f"{what + ':':15}{where}/{path}" for what, path in places.items())
     width = terminal_width()
     short = [wrapped(line, width) for line in (*_short(results),)]

@@ -95,9 +95,9 @@ def run_cycle(
         return _run_one(config, home, how, beside)
     config = as_it_was_begun(home, config)
     make_missing(config)
-    tasks = read_tasks(config)
+    tasks = read_tasks(config, tell=False)  # each draw does
     check_taught(config, tasks)
-    check_draws_differ(tasks, read_tasks(config.of_draw(1)))
+    check_draws_differ(tasks, read_tasks(config.of_draw(1), tell=False))
     about = about_cycle(config, tasks, check_start(config))
     with open_folder(home, lambda: look(home, config, about, beside)):
         write_json(home / CYCLE_FILE, about)
