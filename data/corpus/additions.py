@@ -25,8 +25,11 @@ from rekindle.data.corpus.config import (
     TokenizerFacts,
     as_begun,
 )
-from rekindle.data.corpus.documents import LeftOut
-from rekindle.data.corpus.source_states import (
+from rekindle.data.corpus.stored_tokenizer import check_gaps
+from rekindle.data.errors import CacheMismatchError, InputError, unusable
+from rekindle.data.places import same_place
+from rekindle.data.source.documents import LeftOut
+from rekindle.data.source.source_states import (
     Present,
     States,
     found_again,
@@ -34,10 +37,7 @@ from rekindle.data.corpus.source_states import (
     states_of,
     usual_order,
 )
-from rekindle.data.corpus.sources import Origin
-from rekindle.data.corpus.stored_tokenizer import check_gaps
-from rekindle.data.errors import CacheMismatchError, InputError, unusable
-from rekindle.data.places import same_place
+from rekindle.data.source.sources import Origin
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.shards import Commit
 from rekindle.data.storage.store import Store

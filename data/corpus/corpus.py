@@ -34,14 +34,14 @@ from rekindle.data.corpus.config import (
     describe_corpus,
     tokenizer_facts,
 )
-from rekindle.data.corpus.documents import LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, pack
 from rekindle.data.corpus.packing import Sequence as PackedSequence
-from rekindle.data.corpus.sources import Origin
 from rekindle.data.corpus.special_names import SpecialNames
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.source.documents import LeftOut, read_documents
+from rekindle.data.source.sources import Origin
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version

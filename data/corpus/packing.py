@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer import Encoded, Tokenizer
+from rekindle.data.source.documents import Document
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
 

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
 from rekindle.data.corpus.packing import Position, lacks_end, pack
-from rekindle.data.corpus.records import arrow_batches
-from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
-from rekindle.data.corpus.tables import bytes_of_rows
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.records import arrow_batches
+from rekindle.data.source.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
+from rekindle.data.source.tables import bytes_of_rows
 from rekindle.data.text_files import compression_of, open_text
 
 SAMPLE_BYTES = 2_000_000  # of text

@@ -4,9 +4,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.packing import Position
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.source.documents import Document
 
 SHORTEST = 3  # shorter names, and those that are words, say nothing where they stand in a text
 

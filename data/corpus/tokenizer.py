@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer_files import read_tokenizer_files
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

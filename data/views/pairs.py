@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.sentences import split_sentences
 from rekindle.data.corpus.tokenizer import NEWEST_CUT
+from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.columns import Lists, list_type, list_views
 from rekindle.data.storage.shards import rows_in_batches
 from rekindle.data.storage.store import Store

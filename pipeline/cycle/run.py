@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.additions import is_same_source
-from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import CheckpointError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
+from rekindle.data.source.sources import source_files
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.builtin.missing import make_missing

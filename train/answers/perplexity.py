@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from rekindle.data.batch import length_buckets, pad
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
 from rekindle.data.corpus.tokenizer import Encoded, Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, LeftOut, read_documents
 from rekindle.train.answers.config import PerplexityConfig
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.answers.windows import (

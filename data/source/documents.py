@@ -10,10 +10,10 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from rekindle.data.corpus.python_docs import python_docs
-from rekindle.data.corpus.records import Bad, Record, read_records, shown
-from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, Origin, find_origins
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.source.python_docs import python_docs
+from rekindle.data.source.records import Bad, Record, read_records, shown
+from rekindle.data.source.sources import PYTHON_DOCS, TABLES, Origin, find_origins
 from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
