@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
-    bad_records,
     claim_addition,
     complete_addition,
+    counted_before_end,
     describe_addition,
     info_name,
     read_additions,
@@ -41,6 +41,7 @@ from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, sa
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.source.documents import LeftOut, read_documents
+from rekindle.data.source.held_texts import Found
 from rekindle.data.source.sources import Origin
 from rekindle.data.storage.columns import flat_lists, list_type, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
@@ -157,6 +158,11 @@ class Corpus(RowReader):
         """How many records of the source were left out as bad, by kind."""
         return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
 
+    @property
+    def held(self) -> Found:
+        """How many records of the source were left out because they hold a text of a test."""
+        return next((one.held for one in self.additions[::-1] if sum(one.held)), Found())
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the content: over every shard's sha256."""
@@ -251,7 +257,8 @@ def build_corpus(
     tokenizer = load_tokenizer(config.tokenizer)
     if config.special_tokens == "token":
         tokenizer = tokenizer.reading_special_tokens()
-    info = describe_corpus(config, tokenizer, sequences_per_shard)
+    held = config.held_texts()
+    info = describe_corpus(config, tokenizer, sequences_per_shard, held)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
     last = claim_addition(store, info, config, lambda: _grown(store, committed))
@@ -269,7 +276,7 @@ def build_corpus(
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
         source = last.origins[: len(addition.order)] or config.source
-        left_out = LeftOut() if config.on_bad_record == "skip" else None
+        left_out = LeftOut(config.on_bad_record == "skip", held)
         made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
         for shard, rows, where, named in made:
             count = shard + 1
@@ -288,10 +295,10 @@ def build_corpus(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; "
                 "give a source with at least one non-blank document, or the model's own tokenizer"
-                f"{f'; {told}' if left_out and (told := left_out.told()) else ''}"
+                f"{f'; {told}' if (told := left_out.told()) else ''}"
             )
         claim()
-        complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
+        complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -331,7 +338,7 @@ def _shards_after(
     addition: Addition,
     ends_at: int | None,
     source: Sequence[str | Origin],
-    left_out: LeftOut | None,
+    left_out: LeftOut,
 ) -> Iterator[tuple[int, list[PackedSequence], Position, int]]:
     """(shard number, its sequences, where the next begins, how many of the documents that begin in
     it hold names of special tokens) from the first missing shard on.
@@ -355,6 +362,8 @@ def _shards_after(
     remaining = None
     if ends_at is not None:
         remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
+        if not remaining:
+            next(left, None)  # nothing is to be made, but what is left out before the end counts
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
         end = taken[-1][1]

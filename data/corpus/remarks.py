@@ -2,6 +2,7 @@
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
+from rekindle.data.source.documents import told_of_bad, told_of_held
 
 
 def end_of_text(corpus: Corpus) -> int | None:
@@ -35,7 +36,8 @@ def remarks(corpus: Corpus) -> list[str]:
             f"documents with names of special tokens in their text: {count:,}; they are read as "
             f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
         )
-    if bad := corpus.bad_records:
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in bad.items())
-        lines.append(f"bad records left out: {kinds}")
+    if bad := told_of_bad(corpus.bad_records):
+        lines.append(bad)
+    if without := corpus.info["config"].get("without"):
+        lines.append(told_of_held(corpus.held, without["files"]))
     return lines

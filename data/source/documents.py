@@ -10,7 +10,10 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.source.fields import ABSENT, reach
+from rekindle.data.source.held_texts import Found, HeldTexts, Hold
 from rekindle.data.source.python_docs import python_docs
 from rekindle.data.source.records import Bad, Record, read_records, shown
 from rekindle.data.source.sources import PYTHON_DOCS, TABLES, Origin, find_origins
@@ -18,7 +21,6 @@ from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
-_ABSENT = object()
 _NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
 
 
@@ -35,31 +37,71 @@ class Document(NamedTuple):
 
 
 class LeftOut:
-    """Which bad records were left out: of each kind, how many documents were read before each."""
+    """Which records are left out, and were: the bad ones, unless they are errors, and those that
+    hold a text of a test; of each kind, how many documents were read before each.
+    """
 
-    def __init__(self) -> None:
-        self.first = ""  # what is wrong with the first one
+    def __init__(self, bad: bool = True, held: HeldTexts | None = None) -> None:
+        self.bad, self.texts = bad, held
+        self.first = ""  # what is wrong with the first bad one
+        self.first_held = ""  # which one holds a text first, and which
         self.documents = 0  # read so far
-        self._before: dict[str, array[int]] = {}
+        self._bad: dict[str, array[int]] = {}
+        self._held: dict[str, array[int]] = {}
 
     def add(self, bad: Bad) -> None:
-        """One more."""
+        """One more bad record."""
         self.first = self.first or bad.message
-        self._before.setdefault(bad.kind, array("q")).append(self.documents)
+        self._bad.setdefault(bad.kind, array("q")).append(self.documents)
+
+    def add_held(self, document: Document, hold: Hold) -> None:
+        """One more that holds a text."""
+        nearly = " nearly" * (hold.kind == "near")
+        self.first_held = self.first_held or f"{document.id} holds{nearly}: {hold.text}"
+        self._held.setdefault(hold.kind, array("q")).append(self.documents)
 
     def counts(self, last_document: int | None = None) -> dict[str, int]:
-        """How many of each kind, up to the document of that index or in all."""
-        found = {
-            kind: sum(last_document is None or before <= last_document for before in places)
-            for kind, places in sorted(self._before.items())
-        }
-        return {kind: number for kind, number in found.items() if number}
+        """How many bad ones of each kind, up to the document of that index or in all."""
+        return _counted(self._bad, last_document)
+
+    def held(self, last_document: int | None = None) -> Found:
+        """How many that hold a text, up to the document of that index or in all."""
+        return Found(**_counted(self._held, last_document))
+
+    @property
+    def total(self) -> int:
+        """How many were left out so far."""
+        return sum(map(len, (*self._bad.values(), *self._held.values())))
 
     def told(self) -> str:
         """What was left out, in words; nothing where there was nothing."""
-        counts = self.counts()
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-        return f"bad records left out: {kinds}; the first: {self.first}" if counts else ""
+        told = [told_of_bad(self.counts()), self.first and f"the first: {self.first}"]
+        if self.texts is not None and sum(self.held()):
+            told += [told_of_held(self.held()), f"the first: {self.first_held}"]
+        return "; ".join(filter(None, told))
+
+
+def _counted(left_out: "Mapping[str, array[int]]", last_document: int | None) -> dict[str, int]:
+    found = {
+        kind: sum(last_document is None or before <= last_document for before in places)
+        for kind, places in sorted(left_out.items())
+    }
+    return {kind: number for kind, number in found.items() if number}
+
+
+def told_of_bad(counts: Mapping[str, int]) -> str:
+    """How many bad records were left out of each kind, in words; nothing where there was none."""
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
+    return f"bad records left out: {kinds}" if counts else ""
+
+
+def told_of_held(found: Found, files: Sequence[str] = ()) -> str:
+    """How many records were left out because they hold a text, in words."""
+    of = f"of {', '.join(files)}" if files else "of corpus.without"
+    return (
+        f"{counted(sum(found), 'record')} left out that hold a text {of} "
+        f"({found.exact:,} as it stands, {found.near:,} nearly)"
+    )
 
 
 def read_documents(
@@ -82,10 +124,11 @@ def read_documents(
     Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
     are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
     null, a text that is not a string, a domain that is a mapping or a list, half a surrogate pair
-    in text, domain or id. With ``left_out`` they are put there, and what is left is read.
+    in text, domain or id. With ``left_out`` they are put there, unless that leaves only records out
+    that hold a text of a test, and what is left is read.
 
     Raises InputError: at the call for a source that does not exist or is of no known kind; while
-    reading for a damaged file, and without ``left_out`` for a bad record.
+    reading for a damaged file, and for a bad record that is not left out.
     """
     origins = [origin for origin in source if isinstance(origin, Origin)]
     if not origins:
@@ -98,20 +141,25 @@ def read_documents(
 def _documents(
     origins: Sequence[Origin], text_field: str, domain_field: str | None, left_out: LeftOut | None
 ) -> Iterator[Document]:
+    texts = left_out and left_out.texts
     for origin in origins:
         count = 0
         for document in _of_origin(origin, text_field, domain_field):
-            if isinstance(document, Document):
-                count += 1
-                yield document
-                if left_out is not None:
-                    left_out.documents += 1
-            elif left_out is None:
-                raise InputError(
-                    f"{document.message}; or leave such records out (corpus.on_bad_record: skip)"
-                )
-            else:
+            if isinstance(document, Bad):
+                if left_out is None or not left_out.bad:
+                    raise InputError(
+                        f"{document.message}; or leave such records out (corpus.on_bad_record: "
+                        "skip)"
+                    )
                 left_out.add(document)
+                continue
+            count += 1
+            if left_out and texts and (hold := texts.find(document.text)):
+                left_out.add_held(document, hold)
+                continue
+            yield document
+            if left_out is not None:
+                left_out.documents += 1
         if not count:
             log.warning("%s: there is no text in it", origin.place)
 
@@ -141,8 +189,8 @@ def _document(
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
-    text = _reach(record.values, text_field)
-    if text is None or text is _ABSENT:
+    text = reach(record.values, text_field)
+    if text is None or text is ABSENT:
         return _missing(record, text_field, "corpus.text_field", where, named)
     if not isinstance(text, str):
         return Bad(
@@ -151,8 +199,8 @@ def _document(
         )
     domain = None
     if domain_field is not None:
-        value = _reach(record.values, domain_field)
-        if value is None or value is _ABSENT:
+        value = reach(record.values, domain_field)
+        if value is None or value is ABSENT:
             return _missing(record, domain_field, "corpus.domain_field", where, named)
         if isinstance(value, _NO_NAME):
             return Bad(
@@ -170,22 +218,9 @@ def _document(
     return Document(identity, text, domain)
 
 
-def _reach(values: Mapping[str, object], field: str) -> object:
-    """The value of a field that may be inside others; _ABSENT where there is none."""
-    if field in values:
-        return values[field]
-    for at in range(len(field) - 1, 0, -1):  # the longest name that is there holds the rest
-        inside = values.get(field[:at]) if field[at] == "." else None
-        if isinstance(inside, Mapping):
-            found = _reach(inside, field[at + 1 :])
-            if found is not _ABSENT:
-                return found
-    return _ABSENT
-
-
 def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
     kind = "no text" if setting.endswith("text_field") else "no domain"
-    if _reach(record.values, field) is None:
+    if reach(record.values, field) is None:
         return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
     fields = list(record.values)
     has = ", ".join(map(str, fields)) or "no fields"

@@ -32,6 +32,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.permutation import permute
+from rekindle.data.source.held_texts import Found
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
@@ -130,7 +131,8 @@ def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[
     if scale is not None:
         return False, f"the figures are for a new cache; what is there is not counted: {there}"
     size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
-    info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
+    tokenizer, held = load_tokenizer(config.corpus.tokenizer), config.corpus.held_texts()
+    info = describe_corpus(config.corpus, tokenizer, size, held)
     here = (len(present.commits), len(present))
     try:
         addition = claim_addition(present.store, info, config.corpus, lambda: here)
@@ -155,7 +157,9 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     write_lines(path, (d._asdict() | {"domain": d.domain or ""} for d in sample.documents))
     field = "domain" if routed else None
     source = {"source": (str(path),), "text_field": "text", "domain_field": field}
-    return build_corpus(open_store(folder / "sample"), config.model_copy(update=source), 4096)
+    left_out = {"without": (), "without_fields": ()}  # they are
+    given = config.model_copy(update=source | left_out)
+    return build_corpus(open_store(folder / "sample"), given, 4096)
 
 
 def _extrapolated(
@@ -201,7 +205,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_addition(store, addition, count, {})
+    complete_addition(store, addition, count, {}, Found())
     return Corpus(store)
 
 
