@@ -196,6 +196,13 @@ def compare(
             "may be repeated, a file for each head",
         ),
     ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[HEAD=]DIR",
+            help="also score this expert on the --test of that head; may be repeated",
+        ),
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="of --test; default: accuracy, F1 or pearson, by the task")
     ] = None,
@@ -209,14 +216,14 @@ def compare(
     from rekindle.pipeline.compare.runs import compare_runs
 
     of_test = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
-    for option, value in ({"--metric": metric} | of_test).items():
+    for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
         if value and not test:
             raise InputError(f"{option} is that of --test: say which file is scored")
     found = compare_runs(runs)
     if test:
         from rekindle.pipeline.commands import asking
 
-        found = asking.compared(found, test, metric, (text_field, label_field), set_)
+        found = asking.compared(found, test, metric, (text_field, label_field), set_, expert or [])
     from rekindle.pipeline.compare.tables import as_text
 
     if out is not None:

@@ -145,7 +145,7 @@ def start_config(home: Path, settings: DemoSettings) -> RunConfig:
     targets = {"kind": "topk", "k": 16, "temperatures": [1.0]}
     shared = cycle.train.model_dump(include={"seed", "batch_sequences", "held_out"})
     values = {
-        "corpus": cycle.corpus,
+        "corpus": cycle.text_of(""),
         "cache": cycle.cache.model_dump(),
         "teachers": [
             {"name": LM, "model": str(made / "base"), "task": "masked_lm", "targets": targets}

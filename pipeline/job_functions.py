@@ -6,15 +6,17 @@ torch is imported within the functions only: the process that starts the jobs ha
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder, remove, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
@@ -62,13 +64,17 @@ def save_start(model: str, out: Path, report: Report) -> None:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """One or more fine-tunings of the model in a directory, on the files in a ``task``'s folder."""
+    """One or more fine-tunings of the model in a directory, on the files in a ``task``'s folder.
+
+    ``keep_every``: the model of every seed stays, where a committee is made of them.
+    """
 
     model: Path
     task: Path
     out: Path
     seeds: range
     metric: str | None = None
+    keep_every: bool = False
 
 
 def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
@@ -104,9 +110,46 @@ def _finetune(
         *(str(one.model), train, dev, str(out)),
         seeds=len(one.seeds),
         first_seed=one.seeds.start,
+        step=one.seeds.step,
+        keep_every=one.keep_every,
         metric=one.metric,
         test=test,
         config=config,
         force=True,
         report=report.note,
     )
+
+
+def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
+    """Score the head that a student's experts on a task have left it, on dev and test, as
+    ``pipeline evaluate`` does; nothing is trained. The one of ``seeds`` is the student's number.
+
+    ``config`` says what the files mean. Raises InputError where the student in ``one.model`` has no
+    such head, or several.
+    """
+    from rekindle.train.answers.score import score_model
+    from rekindle.train.student import saved_heads
+
+    task = one.task.name
+    there = [*saved_heads(one.model)]
+    heads = [name for name in there if _is_of(name, task)]
+    if len(heads) != 1:
+        raise InputError(
+            f"{one.model} has the heads {', '.join(there)} for the task {task}, where one of it is "
+            "to be scored"
+        )
+    meaning = {name: getattr(config, name) for name in TaskSettings.model_fields}
+    train, dev, test = (str(one.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
+    score_model(
+        *(str(one.model), train, dev, str(one.out)),
+        test=test,
+        metric=one.metric,
+        seed=one.seeds.start,
+        config=FinetuneConfig(epochs=0, head=heads[0], **meaning),
+        force=True,
+    )
+
+
+def _is_of(head: str, task: str) -> bool:
+    """Whether a head is that of the expert on ``task``, or of several seeds of it (TASK.0, …)."""
+    return all(re.fullmatch(rf"{re.escape(task)}(\.\d+)?", name) for name in head.split("+"))

@@ -1,13 +1,13 @@
 """What is checked and built before the first step: the loss, the student, what the run is."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.config import content_ids
@@ -24,17 +24,19 @@ from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World, blocks
 from rekindle.train.evaluate import EvaluationData
+from rekindle.train.export.plain import not_exportable
 from rekindle.train.growth.student import grow_student
 from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
+from rekindle.train.model.heads_told import told_of_fresh_head
 from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
-from rekindle.train.step_config import LENGTH, usual_head_steps
+from rekindle.train.step_config import LENGTH
 from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
@@ -106,6 +108,7 @@ def prepare(
     )
     student = _student(cache, student_config, config, objective, world)
     _check_head(student, student_config, config, objective)
+    _tell_not_exportable(student)
     ungrown = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
     return Prepared(
@@ -278,17 +281,20 @@ def _check_head(
     if not objective.trains_text:
         log.info("student: nothing trains its fresh language-model head, which stays as it is")
         return
-    first = objective.plan(0)
-    vocabulary = student.vocabulary_size
-    taught = "" if first.hard > 0 else ", from its teachers' words alone"
-    log.warning(
-        f"student {config.model!r} has no language-model head: a fresh one, with random weights, "
-        f"is trained{taught}. Its cross-entropy begins near {math.log(vocabulary):.1f} nats (a "
-        f"guess among {vocabulary:,} tokens), where a teacher's divergence is about 1: at first "
-        "the loss, and most of the gradient that reaches the body, are this head's learning. "
-        f"Either train it alone at first (train.warm_head_steps: {usual_head_steps(train.steps)}), "
-        "or, where its words do not matter, leave the text out (train.objective.hard.weight: 0)"
-    )
+    taught = "" if objective.plan(0).hard > 0 else ", from its teachers' words alone"
+    sizes = (student.vocabulary_size, train.steps)
+    log.warning("%s", told_of_fresh_head(config.model, *sizes, taught))
+
+
+def _tell_not_exportable(student: Student) -> None:
+    """Say of which heads there will be no export, and why: after training it is too late."""
+    with torch.random.fork_rng(devices=[]):  # heads that it is tried with draw their weights
+        each = {name: not_exportable(student, name) for name in student.head_configs}
+    told = {name: why for name, why in each.items() if why is not None}
+    if told:
+        first, *others = told
+        more = f" (nor can {', '.join(map(repr, others))})" if others else ""
+        log.info("student: %s%s", told[first], more)
 
 
 def _built(

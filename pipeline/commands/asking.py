@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from rekindle.data.errors import InputError
+from rekindle.data.places import expanded
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.builtin.names import resolve_name, resolve_values
@@ -47,11 +48,13 @@ def compared(
     metric: str | None,
     fields: tuple[Sequence[str] | None, str | None],
     sets: Sequence[str] | None,
+    experts: Sequence[str],
 ) -> Comparison:
-    """Score the heads of several runs."""
+    """Score the heads of several runs, and experts beside them."""
     config = _config(AskConfig, sets, *fields)
+    tests, experts = map(_found, (tests, experts))
     with Progress.to_terminal() as progress:
-        return with_heads(comparison, tests, metric, progress, config)
+        return with_heads(comparison, tests, metric, progress, config, experts)
 
 
 def perplexity(
@@ -80,6 +83,14 @@ def predictions(
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
         return predict_file(*places, out, head=head, config=config, force=force, watch=task)
+
+
+def _found(given: Sequence[str]) -> list[str]:
+    """Each ``[HEAD=]PLACE`` with its place as a path; what is missing of built-in ones is made."""
+    parted = [one.rpartition("=") for one in given]
+    places = [expanded(resolve_name(place)) for *_, place in parted]
+    make_missing(*places)
+    return [f"{head}{equals}{at}" for (head, equals, _), at in zip(parted, places, strict=True)]
 
 
 def _places(model: str, file: str) -> tuple[str, str]:

@@ -103,6 +103,4 @@ def _words(annotation: Any) -> list[str]:
 
 def _written(value: object) -> str:
     """A default as YAML."""
-    if isinstance(value, tuple):
-        return "[]"
     return value if isinstance(value, str) else json.dumps(value)

@@ -107,6 +107,12 @@ def finetune(
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+    if config.epochs:
+        from rekindle.pipeline.commands.following import after_finetune
+
+        say("Next, with a FILE of yours:")
+        for line in after_finetune(str(out), result):
+            say(f"  {line}")
 
 
 def _as_evaluate(
@@ -131,7 +137,10 @@ def evaluate(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="plain text: perplexity (txt, jsonl, csv, tsv or parquet)"),
+        typer.Option(
+            help="plain text: perplexity (jsonl, csv, tsv, parquet: each row is a text; txt: what "
+            "stands between blank lines)"
+        ),
     ] = None,
     head: HeadName = None,
     metric: Metric = None,
@@ -169,7 +178,11 @@ def evaluate(
 def predict(
     model: ModelPlace,
     text: Annotated[
-        str, typer.Option(help="rows: jsonl, csv, tsv, txt, parquet, arrow; - is jsonl from stdin")
+        str,
+        typer.Option(
+            help="rows: jsonl, csv, tsv, parquet, arrow, txt (each line is a text); - is jsonl "
+            "from stdin"
+        ),
     ],
     out: Annotated[str, typer.Option(help="the file of what is said (jsonl); - is stdout")],
     head: HeadName = None,

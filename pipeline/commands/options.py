@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rekindle.data.errors import InputError
 from rekindle.data.places import expanded
 
 # Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
@@ -53,6 +54,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         for name, value in ctx.params.items():
+            if name == "out" and value == Path("-"):
+                raise InputError(
+                    "--out -: only the rows of `pipeline predict` go to stdout; give a name"
+                )
             if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):
                 ctx.params[name] = type(value)(expanded(str(value)))
             elif isinstance(value, list | tuple) and all(isinstance(one, Path) for one in value):

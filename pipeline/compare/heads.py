@@ -1,4 +1,5 @@
-"""The task heads of runs on a labelled file: what each scores, and on draws of its rows.
+"""The task heads of runs on a labelled file, and experts beside them: what each scores, and on
+draws of its rows.
 
 Runs that have no such head, or no student yet, are left out and named.
 """
@@ -6,7 +7,7 @@ Runs that have no such head, or no student yet, are left out and named.
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,37 @@ from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, d
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.evaluate import check_pairs
 from rekindle.train.answers.judge import open_judge
-from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.answers.labelled import as_asked, read_labelled
+from rekindle.train.answers.recorded import Recorded, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.finetune.task_files import read_file
+from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.student import ABOUT_FILE, saved_heads
 
 log = logging.getLogger("rekindle")
 
 Score = Callable[[NDArray[np.int64]], float]  # of some rows
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """What is scored: a run's student, or an expert, which has no ``head``."""
+
+    name: str
+    place: str
+    head: str | None = None
+
+    @property
+    def before(self) -> Recorded:
+        """How an expert was fine-tuned."""
+        return Recorded() if self.head is not None else recorded(resolve_model(self.place))
 
 
 def with_heads(
@@ -39,16 +59,26 @@ def with_heads(
     metric: str | None,
     progress: Progress,
     config: AskConfig | None = None,
+    experts: Sequence[str] = (),
 ) -> Comparison:
     """The comparison with the standings of the runs' heads on ``tests`` before its own.
 
-    A test is ``HEAD=FILE``, or a file alone where every run has one head; ``config``
-    says how they are read and asked. Raises InputError for
-    files and heads that are not there, and as ``read_labelled`` does.
+    A test is ``HEAD=FILE``, or a file alone where every run has one head; so is each of the
+    ``experts`` a place with a head or without, and stands beside the runs' heads on that head's
+    file. ``config`` says how all are read and asked; an expert cuts texts as it was fine-tuned.
+    Raises InputError for files, heads and experts that are not there, and as ``read_labelled``
+    does; for files without the columns before any model is loaded.
     """
-    asked = [_asked(test, comparison.runs) for test in tests]
-    config = config or AskConfig()
-    found = [_standing(comparison.runs, *one, metric, config, progress) for one in asked]
+    runs, config = comparison.runs, config or AskConfig()
+    asked = [_asked(test, runs) for test in tests]
+    beside = _experts(experts, list(dict.fromkeys(head for head, _ in asked)), runs)
+    for head, file in asked:
+        read_file(file, as_asked(config, TAGS if _tags(head, runs) else ""))
+    found = []
+    for head, file in asked:
+        own = _students(head, file, runs)
+        with progress.task(f"scoring {head}", "runs", len(own) + len(beside[head])) as task:
+            found.append(_standing(head, file, own, beside[head], metric, config, task.advance))
     return replace(comparison, standings=[*found, *comparison.standings])
 
 
@@ -90,37 +120,77 @@ def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]
     raise InputError(f"--test {test}: {'; '.join(told)}{also}")
 
 
-def _standing(
-    runs: Sequence[RunFacts],
-    head: str,
-    file: str,
-    metric: str | None,
-    config: AskConfig,
-    progress: Progress,
-) -> Standing:
-    having = [run for run in runs if head in run.heads]
+def _experts(
+    given: Sequence[str], heads: Sequence[str], runs: Sequence[RunFacts]
+) -> dict[str, list[_Entrant]]:
+    """The experts beside each head; InputError where it is not clear whose one is, and for what is
+    none.
+    """
+    found: dict[str, list[_Entrant]] = {head: [] for head in heads}
+    taken = {run.name for run in runs}
+    for one in given:
+        head, equals, place = one.partition("=")
+        if not equals or (head not in heads and Path(one).exists()):
+            head, place = "", one
+        told = f"--expert {one}: --test gives a file for {', '.join(heads)}"
+        if head and head not in heads:
+            raise InputError(f"{told}, and none for {head!r}")
+        if not head and len(heads) > 1:
+            raise InputError(f"{told}; say whose expert it is, as in {heads[0]}={place}")
+        if (resolve_model(place) / ABOUT_FILE).is_file():
+            raise InputError(f"--expert {one}: it is a student; name its directory among the runs")
+        names = (f"expert {Path(place).name}", f"expert {place}")
+        name = next((name for name in names if name not in taken), names[-1])
+        taken.add(name)
+        found[head or heads[0]].append(_Entrant(name, place))
+    return found
+
+
+def _students(head: str, file: str, runs: Sequence[RunFacts]) -> list[_Entrant]:
+    """The runs' students that have a head; the others are named."""
     for run in runs:
-        if run not in having:
+        if head not in run.heads:
             why = "has no head" if run.finished else "has not ended: it has no head"
             log.info("%s %s %s, and is not scored on %s", run.name, why, head, file)
-    scores: dict[str, list[float]] = {}
+    return [_Entrant(run.name, run.directory, head) for run in runs if head in run.heads]
+
+
+def _standing(
+    head: str,
+    file: str,
+    students: Sequence[_Entrant],
+    experts: Sequence[_Entrant],
+    metric: str | None,
+    config: AskConfig,
+    done: Callable[[], None],
+) -> Standing:
+    """How they stand on a file. Experts are asked first: what is wrong with one is said at once."""
+    scores: dict[str, list[float]] = {one.name: [] for one in (*students, *experts)}
     draws: dict[str, Draws] = {}
     rights: dict[str, Right] = {}
-    with progress.task(f"scoring {head}", "runs", len(having)) as task:
-        for run in having:
-            judge = open_judge(run.directory, head)
-            data = read_labelled(file, judge, config)
-            metric = chosen_metric(metric, data)
-            found, logits, _ = judged_scores(judge, data, config, name=file)
-            scores[run.name] = [found[metric]]
-            of_rows, right = _score(data, logits, judge.labels, metric)
-            draws[run.name] = draw(of_rows, len(data))
-            rights |= {} if right is None else {run.name: right}
-            task.advance()
+    for one in (*experts, *students):
+        judge, before = open_judge(one.place, one.head), one.before
+        data = read_labelled(file, judge, config)
+        check_pairs(before, data.pairs is not None, one.place, file)
+        metric = chosen_metric(metric, data)
+        length = config.max_length or before.settings.get("max_length")
+        asked = config.model_copy(update={"max_length": length})
+        found, logits, _ = judged_scores(judge, data, asked, name=file)
+        scores[one.name] = [found[metric]]
+        of_rows, right = _score(data, logits, judge.labels, metric)
+        draws[one.name] = draw(of_rows, len(data))
+        rights |= {} if right is None else {one.name: right}
+        done()
     task_scores = TaskScores(head, metric or "", Path(file).name, scores)
     standing = standing_of(task_scores, OnRows(len(data), draws, rights))
     assert standing is not None  # one at least has the head
     return standing
+
+
+def _tags(head: str, runs: Sequence[RunFacts]) -> bool:
+    """Whether a head is one of tokens."""
+    having = next(run for run in runs if head in run.heads)
+    return saved_heads(Path(having.directory))[head].kind == "token"
 
 
 def _score(

@@ -117,7 +117,7 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
     """The task scores of the runs; a star where one is the best by more than chance."""
     for one in comparison.standings:
         against = {each.against: each for each in one.differences}
-        names = [run.name for run in comparison.runs if one.scores.of(run.name)]
+        names = [name for name in one.scores.scores if one.scores.of(name)]  # also experts'
         names.sort(key=lambda name: -one.mean(name))
         starred = frozenset(range(one.is_best))
         columns = [

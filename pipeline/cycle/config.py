@@ -5,19 +5,27 @@ made by ``cycle.configs``.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
-from rekindle.data.settings import Place, Settings, parse_settings
-from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.data.places import same_place
+from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.config import CacheConfig, read_values
+from rekindle.pipeline.cycle.arms import ARMS, MASKED, TWINS, USUAL, Arm
+from rekindle.pipeline.cycle.sections import (
+    CycleCacheConfig,
+    CycleCorpusConfig,
+    CycleTask,
+    ExpertsConfig,
+    PrimaryConfig,
+    check_names,
+)
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 from rekindle.train.schedules import Seed
@@ -25,25 +33,6 @@ from rekindle.train.schedules import Seed
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
 Search = dict[str, tuple[Setting, ...]]
-Metric = Literal[
-    "accuracy",
-    "f1",
-    "matthews",
-    "f1_micro",
-    "f1_macro",
-    "subset_accuracy",
-    "pearson",
-    "spearman",
-]
-Arm = Literal["expert", "longer", "mlm", "kd", "both", "mixture"]
-ARMS: dict[Arm, str] = {
-    "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
-    "longer": "the start model, fine-tuned for twice the epochs",
-    "mlm": "pre-trained further on the text with masked LM alone, fine-tuned",
-    "kd": "on the same text with the task's expert alone, fine-tuned",
-    "both": "with masked LM and the task's expert (UEGP), fine-tuned",
-    "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
-}
 # What a search may not change: the budget is the same for all.
 _BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
 _ARMS_SET = "is what the arms set"
@@ -66,56 +55,19 @@ _NOT_OF_ITS_FINE_TUNING = {
 }
 
 
-class CycleCacheConfig(CacheConfig):
-    """Where the experts' outputs go; as in a run, but for the path's default."""
-
-    path: Place = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
-
-
-class CycleTask(Settings):
-    """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
-
-    name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
-    about: str = Field("", description="what it asks, for the report")
-    train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
-    test: Place = Field(description="scored once for each fine-tuning; selects nothing")
-    dev: Place | None = Field(
-        None, description="what selects; null: dev_examples are taken out of train, at random"
-    )
-    dev_examples: int = Field(
-        500, gt=0, description="so many, where dev is null; at most a fifth of train"
-    )
-    train_examples: int | None = Field(
-        None, gt=0, description="at most so many, chosen at random after dev; null: all"
-    )
-    metric: Metric | None = Field(
-        None,
-        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
-        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
-    )
-    pairs: Literal["adjacent", "same-document", "random"] | None = Field(
-        None,
-        description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
-        "task has sentence2",
-    )
-    distill: dict[str, object] = Field(
-        default_factory=dict, description="of its expert's term, over the file's distill"
-    )
-    finetune: dict[str, object] = Field(
-        default_factory=dict, description="over the file's finetune, for every arm alike"
-    )
-
-
 class CycleConfig(Settings):
     """The whole file."""
 
     about: str = Field("", description="what is compared on which text, for the report")
-    corpus: CorpusConfig = Field(description="the unlabelled text")
+    corpus: CycleCorpusConfig = Field(description="the unlabelled text")
     cache: CycleCacheConfig = Field(
         default_factory=lambda: CycleCacheConfig(), description="where the cache is"
     )
     student: StudentConfig = Field(
-        description="the model that experts are fine-tuned from, and students begin as"
+        description="the model that students begin as, and that experts are fine-tuned from"
+    )
+    experts: ExpertsConfig = Field(
+        default_factory=ExpertsConfig, description="where experts are of another model; who teaches"
     )
     train: TrainConfig = Field(
         default_factory=TrainConfig,
@@ -127,8 +79,16 @@ class CycleConfig(Settings):
         description="of every expert's term (weight is λ, temperature, view, …); regressions "
         "have divergence mse unless told",
     )
+    pseudo: dict[str, object] = Field(
+        default_factory=dict,
+        description="of the term of the arm pseudo (confidence, weight, view); confidence is 0 "
+        "unless told",
+    )
     arms: tuple[Arm, ...] = Field(
-        tuple(ARMS), description="what is compared; expert is always among them"
+        USUAL,
+        validate_default=True,
+        description=f"what is compared, of {', '.join(ARMS)}; expert is always among them, and "
+        "start where experts.model is another one",
     )
     finetune: FixedBudget = Field(
         default_factory=FixedBudget, description="how every model is fine-tuned"
@@ -139,12 +99,31 @@ class CycleConfig(Settings):
     )
     search_seeds: int = Field(1, gt=0, description="fine-tunings for each point of the search")
     seeds: int = Field(5, gt=0, description="fine-tunings of every arm on every task, scored")
+    students: int = Field(
+        1,
+        gt=0,
+        description="students of every kind, each trained with a seed of its own; the fine-tunings "
+        "are shared out among them",
+    )
     seed: Seed = Field(0, description="of what is taken out of train")
+    label_draws: int = Field(
+        1,
+        gt=0,
+        description="times that train (and dev, where it is taken out of train) is drawn anew: a "
+        "whole cycle for each, in OUT/draws",
+    )
+    primary: PrimaryConfig | None = Field(
+        None, description="the comparison that is named before anything runs"
+    )
 
     @field_validator("arms")
     @classmethod
-    def _with_experts(cls, value: tuple[Arm, ...]) -> tuple[Arm, ...]:
-        return tuple(arm for arm in ARMS if arm == "expert" or arm in value)
+    def _with_experts(cls, value: tuple[Arm, ...], info: ValidationInfo) -> tuple[Arm, ...]:
+        experts, student = info.data.get("experts"), info.data.get("student")
+        always = {"expert"}
+        if experts and student and _is_other(experts.model, student.model):
+            always.add("start")
+        return tuple(arm for arm in ARMS if arm in always or arm in value)
 
     @field_validator("search")
     @classmethod
@@ -166,12 +145,7 @@ class CycleConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "CycleConfig":
-        names = [task.name for task in self.tasks]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
-        if "mean" in names:
-            raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
+        check_names([task.name for task in self.tasks])
         _refuse_set(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
@@ -180,34 +154,153 @@ class CycleConfig(Settings):
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
                 "loss, or null for none"
             )
-        if self.train.objective.hard.weight == 0 and {"mlm", "both", "mixture"} & {*self.arms}:
+        if self.train.objective.hard.weight == 0 and {*MASKED} & {*self.arms}:
             raise ValueError(
                 "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
                 "masked LM; the arm kd is without it, leave the others out of arms"
             )
-        for task in self.tasks:
+        for key in ("students", "label_draws"):
+            if getattr(self, key) > 1:
+                raise ValueError(f"{key} above 1 is not there yet")
+        if self.students > self.seeds:
+            raise ValueError(
+                f"students is {self.students} and seeds {self.seeds}: each student is fine-tuned "
+                "with seeds of its own, so that there must be as many seeds or more"
+            )
+        for task, arm in itertools.product(self.tasks, self.arms):
             for point in self.search_points():
-                config = self.finetune_of(task, point)
+                config = self.finetune_of(task, point, arm)
                 _refuse_set(config, _NOT_OF_ITS_FINE_TUNING, "finetune.")
                 if config.epochs == 0:
                     raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
-            if {"teachers"} & {*self.distill, *task.distill}:
-                raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
-            if self.term_of(task, regression=False).weight == 0:
+        if self.primary is not None:
+            self._check_primary(self.primary)
+        return self
+
+    @model_validator(mode="after")
+    def _experts_teach(self) -> "CycleConfig":
+        if self.experts.finetune and not self.has_other_experts:
+            raise ValueError(
+                "experts.finetune is for experts of another model (experts.model): of the same "
+                "model they are an arm as the others are, with the same budget. Use finetune"
+            )
+        for key in {*self.experts.finetune} & {*TaskSettings.model_fields, *FORMER_FIELDS}:
+            raise ValueError(f"experts.finetune.{key} says what the files mean, for all arms alike")
+        if any("teachers" in given for given in (self.distill, *(t.distill for t in self.tasks))):
+            raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
+        if self.pseudo and "pseudo" not in self.arms:
+            raise ValueError("pseudo is of the arm pseudo, which is not among the arms; add it")
+        for key in {*self.pseudo} & {"teachers", "divergence", "combine", "temperature"}:
+            raise ValueError(f"pseudo.{key} {_ARMS_SET}; leave it out")
+        for task, arm in itertools.product(self.tasks, ("kd", "pseudo")):
+            if self.term_of(task, False, arm).weight == 0:
                 raise ValueError(
                     f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; "
                     "the arm mlm is without experts"
                 )
         return self
 
-    def without_twins(self) -> "CycleConfig":
-        """With one task the experts of all tasks are the task's: ``mixture`` would be ``both``
-        again, and ``both`` stands in its place.
+    @model_validator(mode="after")
+    def _has_texts(self) -> "CycleConfig":
+        own = [task.name for task in self.tasks if task.corpus]
+        for task in self.tasks if own else ():
+            if not task.corpus:
+                raise ValueError(
+                    f"task {own[0]!r} has a corpus of its own, and task {task.name!r} has none; "
+                    "give every task one, or none"
+                )
+            if "tokenizer" in task.corpus:
+                raise ValueError(
+                    f"the corpus of task {task.name!r} names a tokenizer: students read with that "
+                    "of student.model, whatever the text; leave it to corpus.tokenizer"
+                )
+            self.text_of(task.name)
+        if not own and not self.corpus.source:
+            raise ValueError("corpus.source is missing: name the unlabelled text")
+        return self
+
+    def _check_primary(self, primary: PrimaryConfig) -> None:
+        there = {*self.arms} | {arm for arm, twin in self.twins.items() if twin in self.arms}
+        for arm in (primary.arm, *primary.against):
+            if arm not in there:
+                raise ValueError(
+                    f"primary names {arm}, which is not among the arms ({', '.join(self.arms)}); "
+                    "add it to them"
+                )
+        named = [self.twins.get(arm, arm) for arm in (primary.arm, *primary.against)]
+        for arm in named:
+            if named.count(arm) > 1:
+                same = [f"{one} is {arm}" for one in self.twins if self.twins[one] == arm]
+                raise ValueError(f"primary names {arm} twice{f' ({same[0]} here)' if same else ''}")
+
+    # --- arms -------------------------------------------------------------------------------------
+
+    @property
+    def has_other_experts(self) -> bool:
+        """Whether experts are fine-tuned from another model than students begin as."""
+        return _is_other(self.experts.model, self.student.model)
+
+    @property
+    def all_teach(self) -> bool:
+        """Whether all seeds of an expert teach kd, both and mixture, and not the best alone."""
+        return self.experts.teacher == "all" and self.seeds > 1
+
+    @property
+    def needs_every_seed(self) -> bool:
+        """Whether the model of every seed of an expert teaches somebody."""
+        return self.all_teach or "committee" in self.arms
+
+    @property
+    def twins(self) -> dict[Arm, Arm]:
+        """The arms that would be another one again, and which."""
+        same = {
+            "mixture": len(self.tasks) == 1,
+            "start": not self.has_other_experts,
+            "committee": self.all_teach or self.seeds == 1,
+        }
+        return {arm: twin for arm, (twin, _) in TWINS.items() if same[arm]}
+
+    def without_twins(self, begun: Collection[str] = ()) -> "CycleConfig":
+        """Leave out each arm that would be another one again, which then stands in its place; not
+        those with which the cycle was ``begun``.
         """
-        if len(self.tasks) > 1 or "mixture" not in self.arms:
+        twins = {arm: twin for arm, twin in self.twins.items() if arm not in begun}
+        arms = {twins.get(arm, arm) for arm in self.arms}
+        changed: dict[str, object] = {"arms": tuple(arm for arm in ARMS if arm in arms)}
+        if self.primary is not None:
+            against = tuple(twins.get(arm, arm) for arm in self.primary.against)
+            named = {"arm": twins.get(self.primary.arm, self.primary.arm), "against": against}
+            changed["primary"] = self.primary.model_copy(update=named)
+        return self.model_copy(update=changed)
+
+    # --- the text ---------------------------------------------------------------------------------
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The tasks that have a text of their own; a single empty name where all have the same."""
+        own = tuple(task.name for task in self.tasks if task.corpus)
+        return own or ("",)
+
+    def text_of(self, name: str) -> CorpusConfig:
+        """The text that is called so (see ``texts``)."""
+        common = self.corpus.model_dump(mode="json", exclude_unset=True)
+        own = next((task.corpus for task in self.tasks if task.name == name), {})
+        where = f"corpus of task {name!r}" if own else "corpus"
+        return parse_settings(CorpusConfig, common | own, where)
+
+    def with_cache_in(self, home: Path) -> "CycleConfig":
+        """The same, with its cache in the cycle's folder where it has no place yet."""
+        if self.cache.path:
             return self
-        arms = {"both" if arm == "mixture" else arm for arm in self.arms}
-        return self.model_copy(update={"arms": tuple(arm for arm in ARMS if arm in arms)})
+        cache = self.cache.model_copy(update={"path": str(home / "cache")})
+        return self.model_copy(update={"cache": cache})
+
+    def cache_of(self, name: str) -> CacheConfig:
+        """The cache of the text that is called so."""
+        path = f"{self.cache.path}/{name}" if name else self.cache.path
+        return self.cache.model_copy(update={"path": path})
+
+    # --- fine-tuning ------------------------------------------------------------------------------
 
     @property
     def seeds_of_search(self) -> range:
@@ -219,22 +312,52 @@ class CycleConfig(Settings):
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
-    def finetune_of(self, task: CycleTask, point: Point, longer: bool = False) -> FixedBudget:
-        """How a model is fine-tuned on ``task``; ``longer``: for twice the epochs and steps."""
-        given = task.finetune | point
-        own = parse_settings(FixedBudget, given, f"finetune of task {task.name!r}")
-        changed: dict[str, object] = {key: getattr(own, key) for key in own.model_fields_set}
-        config = self.finetune.model_copy(update=changed)
-        if not longer:
+    def finetune_of(self, task: CycleTask, point: Point, arm: str) -> FixedBudget:
+        """How the model of ``arm`` is fine-tuned on ``task``: ``longer`` has twice the epochs."""
+        config = self.finetune
+        experts = self.experts.finetune if arm == "expert" else {}
+        for given, where in (
+            (task.finetune | point, f"finetune of task {task.name!r}"),
+            (experts | point if experts else {}, "experts.finetune"),
+        ):
+            own = parse_settings(FixedBudget, given, where)
+            changed: dict[str, object] = {key: getattr(own, key) for key in own.model_fields_set}
+            config = config.model_copy(update=changed)
+        if arm != "longer":
             return config
         steps = config.max_steps and 2 * config.max_steps
         return config.model_copy(update={"epochs": 2 * config.epochs, "max_steps": steps})
 
-    def term_of(self, task: CycleTask, regression: bool) -> DistillTerm:
-        """The distillation term of the expert on ``task``."""
+    # --- teaching ---------------------------------------------------------------------------------
+
+    def teachers_of(self, task: str, arm: str) -> list[str]:
+        """The names in the cache of what teaches an arm's student: the expert on ``task`` that is
+        best on dev, or every seed of it.
+        """
+        every = arm == "committee" or (self.all_teach and arm != "pseudo")
+        return [seed_name(task, seed) for seed in range(self.seeds)] if every else [task]
+
+    def term_of(self, task: CycleTask, regression: bool, arm: str) -> DistillTerm:
+        """The distillation term of the expert on ``task``, of an arm."""
         usual = {"divergence": "mse"} if regression else {}
-        values = usual | self.distill | task.distill | {"teachers": [task.name]}
-        return parse_settings(DistillTerm, values, f"distill of task {task.name!r}")
+        values = usual | self.distill | task.distill
+        where = f"distill of task {task.name!r}"
+        if arm == "pseudo":
+            values = {key: values[key] for key in ("weight", "view") if key in values}
+            values |= {"divergence": "pseudo_label", "confidence": 0.0} | self.pseudo
+            where = "pseudo"
+        teachers = self.teachers_of(task.name, arm)
+        together = {"combine": "mixture"} if len(teachers) > 1 else {}
+        return parse_settings(DistillTerm, values | together | {"teachers": teachers}, where)
+
+
+def seed_name(task: str, seed: int) -> str:
+    """What one seed of an expert is called in the cache, beside the others."""
+    return f"{task}.{seed}"
+
+
+def _is_other(model: str | None, student: str) -> bool:
+    return model is not None and not same_place(model, student)
 
 
 def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:

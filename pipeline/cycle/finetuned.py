@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
-from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings
+from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
 from rekindle.train.finetune.result import WRITER, FinetuneResult
 from rekindle.train.record.run_folder import read_record
 
@@ -76,10 +76,11 @@ class FineTuned(FinetuneResult):
     @property
     def budget(self) -> dict[str, object]:
         """The settings; in the arm ``longer`` those that it would have at the common length."""
+        config = with_once_fixed(self.config)
         if self.arm != LONGER:
-            return self.config
-        halved = {key: self.config.get(key) for key in _DOUBLED}
-        return self.config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
+            return config
+        halved = {key: config.get(key) for key in _DOUBLED}
+        return config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
 
 
 Terms = Callable[[FineTuned], Mapping[str, object]]  # what is compared of a result

@@ -19,7 +19,9 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import write_lines
-from rekindle.pipeline.cycle.config import CycleConfig, CycleTask
+from rekindle.pipeline.cycle.arms import WITH_TEACHERS
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import chosen_metric
@@ -79,7 +81,9 @@ class TaskFiles:
 
 def read_tasks(config: CycleConfig) -> list[TaskFiles]:
     """Read and divide the files of every task; InputError for whatever is wrong with them."""
-    return [_read(task, config.seed, config.finetune_of(task, {})) for task in config.tasks]
+    return [
+        _read(task, config.seed, config.finetune_of(task, {}, "start")) for task in config.tasks
+    ]
 
 
 def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> TaskFiles:
@@ -174,18 +178,16 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def check_start(config: CycleConfig) -> dict[str, str]:
-    """What ``cycle.json`` says of the start model: the fingerprint of its weights.
+    """What ``cycle.json`` says of the start model, and of that of experts where it is another one:
+    the fingerprints of their weights.
 
     Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
-    corpus has another one: experts are fine-tuned with the model's, students see the corpus's.
+    corpus has another one than the students: they see the corpus's.
     """
     from rekindle.train.model.files import weights_fingerprint
-    from rekindle.train.model.folder import resolve_model, tokenizer_folder
-    from rekindle.train.model.headers import check_expert_files, check_student_files
+    from rekindle.train.model.folder import tokenizer_folder
 
-    directory = resolve_model(config.student.model)
-    check_expert_files(directory)
-    check_student_files(directory, "masked_lm", f"student.model {config.student.model!r}")
+    directory = _check_model(config.student.model, "student.model")
     own = load_tokenizer(str(tokenizer_folder(directory)))
     theirs = load_tokenizer(config.corpus.tokenizer)
     other = differing_ids(theirs, own)
@@ -195,4 +197,41 @@ def check_start(config: CycleConfig) -> dict[str, str]:
             f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would read "
             "other words: name the model's own"
         )
-    return {"weights": weights_fingerprint(directory)}
+    found = {"weights": weights_fingerprint(directory)}
+    if config.has_other_experts:
+        expert = _check_model(str(config.experts.model), "experts.model")
+        load_tokenizer(str(tokenizer_folder(expert)))
+        found["expert_weights"] = weights_fingerprint(expert)
+    return found
+
+
+def _check_model(model: str, key: str) -> Path:
+    """The folder of a model that experts or students can begin as."""
+    from rekindle.train.model.folder import resolve_model
+    from rekindle.train.model.headers import check_expert_files, check_student_files
+
+    directory = resolve_model(model)
+    check_expert_files(directory)
+    check_student_files(directory, "masked_lm", f"{key} {model!r}")
+    return directory
+
+
+def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
+    """Raise InputError for a task whose expert cannot teach an arm as that asks."""
+    for one in tasks:
+        where, kind = f"task {one.task.name!r} is", one.splits["train"].problem
+        if "pseudo" in config.arms and one.regression:
+            raise InputError(
+                f"{where} a regression, whose expert has no class that is most likely; the arm "
+                "pseudo would be kd: leave it out of arms"
+            )
+        taught = [arm for arm in config.arms if arm in WITH_TEACHERS]
+        together = [arm for arm in taught if len(config.teachers_of(one.task.name, arm)) > 1]
+        if together and (one.regression or kind == SEVERAL):
+            what = "a regression" if one.regression else "of lists of labels"
+            alone = together == ["committee"]
+            how = "leave it out of arms" if alone else "give experts.teacher: best"
+            raise InputError(
+                f"{where} {what}, and only classifiers of one label teach together (the arm "
+                f"{together[0]}, with all seeds of the expert): {how}"
+            )

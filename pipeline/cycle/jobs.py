@@ -4,86 +4,94 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rekindle.pipeline import job_functions as functions
-from rekindle.pipeline.cycle.config import Arm, CycleConfig, point_name
+from rekindle.pipeline.cycle.arms import ORDER, Arm
+from rekindle.pipeline.cycle.config import CycleConfig, point_name
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
+from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.result import seed_folder
 
-CACHE_FILE = "stage1.yaml"
 START_FOLDER = "start"  # the start model as students take it over, and so experts as well
-# Arms whose students have one expert each, and so a student for every task.
-_OF_ONE_EXPERT: tuple[Arm, ...] = ("kd", "both")
-# The longest chain first: what else there is fills the places that wait for it.
-_ORDER: tuple[Arm, ...] = ("mixture", "both", "kd", "mlm", "longer")
+START_EXPERT = "start-expert"  # the model of experts, where it is another one
 
 
-def student_of(arm: Arm, task: str) -> str:
-    """The name of the student that ``arm`` fine-tunes on ``task``; empty for the start model."""
-    if arm in ("expert", "longer"):
-        return ""
-    return f"{arm}-{task}" if arm in _OF_ONE_EXPERT else arm
-
-
-def student_names(config: CycleConfig) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """For each student the experts that teach it, and whether it learns masked LM."""
-    names = tuple(task.name for task in config.tasks)
-    found: dict[str, tuple[tuple[str, ...], bool]] = {}
-    for arm in [arm for arm in _ORDER if arm in config.arms]:
-        for name in names:
-            student = student_of(arm, name)
-            taught = {"mlm": (), "mixture": names}.get(arm, (name,))
-            if student:
-                found[student] = (taught, arm != "kd")
-    return found
+def start_folder(config: CycleConfig, arm: str) -> str:
+    """Where the model is that the fine-tuning of an arm without students begins with."""
+    return START_EXPERT if arm == "expert" and config.has_other_experts else START_FOLDER
 
 
 def plan_jobs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> Iterator[Job]:
     """Every job; of those that can start, the first does."""
-    start, corpus = home / START_FOLDER, home / "costs" / "corpus" / "done.json"
-    yield Job("start", functions.save_start, (config.student.model, start), output=start)
-    yield Job("corpus", functions.cache, (home / "corpus.yaml", (), corpus), output=corpus)
+    models = {START_FOLDER: config.student.model}
+    if config.has_other_experts:
+        models[START_EXPERT] = str(config.experts.model)
+    for name, model in models.items():
+        yield Job(name, functions.save_start, (model, home / name), output=home / name)
+    for text in config.texts:
+        done = _costs(home, text) / "corpus" / "done.json"
+        arguments = (home / of_text(CORPUS_FILE, text), (), done)
+        yield Job(_corpus(text), functions.cache, arguments, output=done)
     for one in tasks:
         yield from _fine_tuning(home, config, one, "expert")
-    # One after another: a teacher's time is then its own.
-    before: tuple[str, ...] = ("corpus",)
-    for one in tasks:
-        name = one.task.name
-        cost = home / "costs" / f"{name}.json"
+    yield from _caching(home, config)
+    for student in students_of(config).values():
+        run, file = home / "students" / student.name, home / "students" / f"{student.name}.yaml"
+        taught = [name for task in student.tasks for name in config.teachers_of(task, student.arm)]
         yield Job(
-            f"cache {name}",
-            functions.cache,
-            (home / CACHE_FILE, (name,), cost),
-            output=cost,
-            after=(*before, f"expert on {name}"),
-        )
-        before = (f"cache {name}",)
-    for student, (taught, _) in student_names(config).items():
-        run, file = home / "students" / student, home / "students" / f"{student}.yaml"
-        yield Job(
-            f"student {student}",
+            f"student {student.name}",
             functions.train,
             (file, run),
             output=run / "run.yaml",
-            after=("corpus", *(f"cache {name}" for name in taught)),
+            after=(_corpus(student.text), *(_cache(name, student.text) for name in taught)),
             steps=config.train.steps or None,
         )
-    for arm in [arm for arm in _ORDER if arm in config.arms]:
+    for arm in [arm for arm in ORDER if arm in config.arms]:
         for one in tasks:
             yield from _fine_tuning(home, config, one, arm)
+
+
+def _caching(home: Path, config: CycleConfig) -> Iterator[Job]:
+    """One after another: a teacher's time is then its own."""
+    before: tuple[str, ...] = tuple(_corpus(text) for text in config.texts)
+    for text in config.texts:
+        for name, task, _ in teachers_on(config, text):
+            cost = _costs(home, text) / f"{name}.json"
+            yield Job(
+                _cache(name, text),
+                functions.cache,
+                (home / of_text(CACHE_FILE, text), (name,), cost),
+                output=cost,
+                after=(*before, f"expert on {task}"),
+            )
+            before = (_cache(name, text),)
+
+
+def _corpus(text: str) -> str:
+    return f"corpus {text}" if text else "corpus"
+
+
+def _cache(teacher: str, text: str) -> str:
+    return f"cache {teacher} on the text of {text}" if text else f"cache {teacher}"
+
+
+def _costs(home: Path, text: str) -> Path:
+    return home / "costs" / "texts" / text if text else home / "costs"
 
 
 def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
     """The search, and the fine-tunings that are compared, with what it has chosen."""
     name, points = one.task.name, config.search_points()
-    student = student_of(arm, name)
-    start = home / "students" / student if student else home / START_FOLDER
-    after: tuple[str, ...] = (f"student {student}",) if student else ("start",)
+    student = student_of(config, arm, name)
+    start = home / "students" / student if student else home / start_folder(config, arm)
+    after: tuple[str, ...] = (f"student {student}",) if student else (start.name,)
     files = home / TASKS_FOLDER / name
     tried: list[tuple[FinetuneConfig, Path]] = []
     searched = []
     for point in points:
-        values = one.own_settings(config.finetune_of(one.task, point, longer=arm == "longer"))
+        values = one.own_settings(config.finetune_of(one.task, point, arm))
         folder = home / "search" / arm / name / point_name(point)
         done = folder / "metrics.json"
         tried.append((values, done))
@@ -92,11 +100,13 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
             searched.append(f"search {point_name(point)} {arm} on {name}")
             yield Job(searched[-1], functions.search, (what, values), output=done, after=after)
     out = home / folder_of(arm, name)
-    what = functions.FineTuning(start, files, out, range(config.seeds), one.metric)
+    every = arm == "expert" and config.needs_every_seed
+    seeds = range(config.seeds)
+    what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
     yield Job(
         f"{arm} on {name}",
         functions.fine_tune,
         (what, tried),
-        output=out / "metrics.json",
+        output=seed_folder(out, seeds[-1]) if every else out / "metrics.json",
         after=(*after, *searched),
     )

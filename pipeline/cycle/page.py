@@ -11,13 +11,16 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
-from rekindle.pipeline.cycle.config import ARMS, CycleConfig
+from rekindle.pipeline.cycle.arms import ARMS
+from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_finetuned
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
-from rekindle.pipeline.cycle.jobs import CACHE_FILE, START_FOLDER, student_names, student_of
+from rekindle.pipeline.cycle.jobs import start_folder
 from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, UNLEARNED, is_gain
 from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.run_files import CACHE_FILE, of_text
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
+from rekindle.pipeline.cycle.students import student_of, students_of
 from rekindle.pipeline.cycle.tables import as_text, own_tables
 from rekindle.pipeline.cycle.verdict import facts_of_results
 from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
@@ -135,7 +138,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
             if found is not None:
                 used[arm, task.name] = found.config
             elif len(points) == 1:
-                planned = config.finetune_of(task, points[0], longer=arm == LONGER)
+                planned = config.finetune_of(task, points[0], arm)
                 used[arm, task.name] = planned.model_dump(mode="json")
     return used
 
@@ -143,8 +146,9 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
     train = config.train
+    sources = [one for text in config.texts for one in config.text_of(text).source]
     return [
-        ("text", ", ".join(map(shown, config.corpus.source))),
+        ("text", ", ".join(map(shown, sources))),
         ("start model", shown(config.student.model)),
         (
             "students",
@@ -192,13 +196,15 @@ def _whose(cells: Sequence[tuple[str, str]], used: Used) -> str:
 
 def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Every kind of stage by hand, into a directory of its own, as pairs of what for and line."""
-    where, task = shown(home), config.tasks[0]
+    where, task, text = shown(home), config.tasks[0], config.texts[0]
+    config = config.with_cache_in(home)
+    stage = of_text(CACHE_FILE, text)
     files = f"{where}/{TASKS_FOLDER}/{task.name}"
     metric = [f"--metric {task.metric}"] if task.metric else []
 
     def finetune(arm: str, start: str, name: str) -> str:
         splits = (f"--{split} {files}/{split}.jsonl" for split in ("train", "dev"))
-        settings = used.get((arm, task.name)) or config.finetune_of(task, {}).model_dump(
+        settings = used.get((arm, task.name)) or config.finetune_of(task, {}, arm).model_dump(
             mode="json"
         )
         options = " ".join([*splits, f"--seeds {config.seeds}", *metric, *_changed(settings)])
@@ -206,14 +212,14 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
 
     evaluate = f"pipeline evaluate {where}/by-hand/{{}} --test {files}/test.jsonl"
     commands = [
-        (f"The expert on {task.name}", finetune(EXPERT, START_FOLDER, task.name)),
+        (f"The expert on {task.name}", finetune(EXPERT, start_folder(config, EXPERT), task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{CACHE_FILE}"),
-        ("What is in it", f"pipeline inspect {shown(config.cache.path or home / 'cache')}"),
+        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{stage}"),
+        ("What is in it", f"pipeline inspect {shown(config.cache_of(text).path)}"),
     ]
-    for student in list(student_names(config))[:1]:
+    for student in list(students_of(config))[:1]:
         run, name = f"students/{student}", f"{student}-{task.name}"
-        arm = next(arm for arm in config.arms if student_of(arm, task.name) == student)
+        arm = next(arm for arm in config.arms if student_of(config, arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
             (f"Stage 2: the student {student}", line),

@@ -26,6 +26,8 @@ from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher, plans_at_hand
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
+from rekindle.train.model.headers import has_fresh_head
+from rekindle.train.model.heads_told import told_of_fresh_head
 from rekindle.train.order.sequences import told_of_few
 
 
@@ -74,9 +76,29 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     """What will be said of the corpus when it is made and trained on."""
     told = told_of_pairs(survey.steps, views, config.teachers)
+    told += _told_of_fresh_head(config, survey)
     if config.student is not None and not survey.estimated:
         told += told_of_few(config.train, survey.sequences)
     return told
+
+
+def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
+    """What `pipeline train-student` says of a student without a trained language-model head."""
+    student, train = config.student, config.train
+    if student is None or student.from_scratch or train.warm_head_steps:
+        return []
+    masked = student.language_task == "masked_lm"  # a causal LM without its head is refused
+    folder = at_hand(student.model, must_be=False) if masked else None
+    if folder is None or not has_fresh_head(folder, student.language_task):
+        return []
+    known = {teacher.name: teacher.vocabulary for teacher in config.teachers}
+    terms = train.objective.distill
+    words = any(t.weight != 0 and any(known.get(name) for name in t.teachers) for t in terms)
+    hard = train.objective.hard.weight != 0
+    if not hard and not words:
+        return []
+    taught = "" if hard else ", from its teachers' words alone"
+    return [told_of_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught)]
 
 
 def _check_files(config: RunConfig, must_be: bool) -> None:

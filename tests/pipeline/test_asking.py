@@ -75,6 +75,7 @@ def test_a_language_model_is_measured_on_text(tmp_path, model, expert, rows):
         (["--test", "none.jsonl"], "no such file: 'none.jsonl'"),
         (["--text", "none.jsonl"], "none.jsonl"),
         (["--text", "x.jsonl", "--head", "a"], "--head is for labelled rows (--test)"),
+        (["--test", "x.jsonl", "--out", "-"], "only the rows of `pipeline predict` go to stdout"),
         (["--text", "x.jsonl", "--metric", "f1"], "--metric is for labelled rows (--test)"),
     ],
 )

@@ -281,7 +281,8 @@ def test_the_command_line_is_frozen():
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
         "rekindle": ["--json", "--out", "--set", "--workers"],
         "compare": [
-            *("--json", "--label-field", "--metric", "--out", "--set", "--test", "--text-field")
+            *("--expert", "--json", "--label-field", "--metric", "--out", "--set", "--test"),
+            "--text-field",
         ],
         "doctor": [],
     }

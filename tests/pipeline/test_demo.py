@@ -15,7 +15,7 @@ import pytest
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.config import load_cycle
-from rekindle.pipeline.cycle.jobs import student_names
+from rekindle.pipeline.cycle.students import students_of
 from rekindle.pipeline.demo import (
     FULL,
     QUICK,
@@ -54,10 +54,10 @@ def test_the_configurations_are_files_that_the_commands_read(
     assert load_config(tmp_path / "start.yaml") == start
     assert load_cycle(tmp_path / "cycle.yaml") == cycle
     # The text is tokenized once, and all teachers are in one cache.
-    assert (start.corpus, start.cache.path) == (cycle.corpus, cycle.cache.path)
+    assert (start.corpus, start.cache.path) == (cycle.text_of(""), cycle.cache.path)
     assert [teacher.name for teacher in start.teachers] == ["base-lm"]
     assert cycle.arms == ("expert", "mlm", "mixture")
-    assert student_names(cycle) == {
+    assert {name: (one.tasks, one.masked) for name, one in students_of(cycle).items()} == {
         "mixture": (("part", "kind", "next"), True),
         "mlm": ((), True),
     }

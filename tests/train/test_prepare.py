@@ -12,8 +12,9 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import blocks
 from rekindle.train.loop import train_student
+from rekindle.train.prepare import _tell_not_exportable
 from rekindle.train.record.run_log import read_metrics
-from rekindle.train.student import build_student
+from rekindle.train.student import Student, build_student
 from testlib.models import STILL
 
 DISTILL = [{"teachers": ["big"], "temperature": 2.0}, {"teachers": ["sense", "tags"]}]
@@ -53,6 +54,19 @@ def test_computing_activations_again_changes_no_bit(masked_world, plain, tmp_pat
     assert losses(out) == losses(plain)
     ours, theirs = (load_file(o / "model.safetensors") for o in (out, plain))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_heads_that_will_not_be_exported_are_told_before_training(plain, caplog):
+    """A student of heads on tokens; what it is told draws nothing that training draws."""
+    student = Student.from_pretrained(plain)
+    assert {one.kind for one in student.head_configs.values()} == {"sequence", "token"}
+    state = torch.get_rng_state()
+    with caplog.at_level("INFO", logger="rekindle"):
+        _tell_not_exportable(student)
+    assert torch.equal(torch.get_rng_state(), state)
+    (line,) = caplog.messages
+    assert "the head 'tags' cannot be exported: BertForTokenClassification has no place" in line
+    assert "--set student.head=family" in line
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -80,12 +80,16 @@ def evaluate_file(
     ``force`` is given.
     """
     started = time.perf_counter()
+    if out == STDIN:
+        raise InputError("out is -, and only predictions of predict go to stdout; give a file")
     if out is not None:
         check_target(out, test, model, force)
     rows = read_rows(test)  # that it is there is checked before a model is loaded
     judge = open_judge(model, head)
     before = recorded(resolve_model(model)) if judge.head is None else Recorded()
-    settings = as_recorded(config or AskConfig(), before, next(rows, {}).keys())
+    # The size of a batch too: the last digits depend on it, and are to be those of metrics.json.
+    asked = config or AskConfig()
+    settings = as_recorded(asked, before, next(rows, {}).keys(), also=("batch_size",))
     data = read_labelled(test, judge, settings)
     check_pairs(before, data.pairs is not None, model, test)
     metric = _metric(metric, before, data)

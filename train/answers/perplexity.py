@@ -35,6 +35,7 @@ from rekindle.data.corpus.tokenizer import Encoded, Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.sources import recorded_origin
 from rekindle.train.answers.config import PerplexityConfig
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.answers.windows import (
@@ -91,6 +92,8 @@ class Perplexity:
         low, high = (_exp(self.ce + side * 1.96 * self.standard_error) for side in (-1, 1))
         of = "" if self.tokens >= self.tokens_in_all else f" of {self.tokens_in_all:,}"
         texts = counted(self.texts, "text")
+        if recorded_origin(self.text).format == "txt":
+            texts += " between blank lines"
         lines = [
             f"{self.measure} on {self.text}: {self.perplexity:.4f} per token of its tokenizer "
             f"(95 %: {low:.4g} to {high:.4g}; {self.tokens:,}{of} tokens of {texts})",

@@ -20,6 +20,7 @@ import numpy as np
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.source.rows import Row, read_rows, texts_of
+from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
@@ -74,7 +75,10 @@ class Predicted:
         each = [f"{name} {count:,}" for name, count in self.said.items()]
         said = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
         kept = [f"{name} of {self.text} is kept as {to}" for name, to in self.renamed.items()]
-        return "\n".join([f"{counted(self.rows, 'row')}{said}", *kept, f"predictions: {self.out}"])
+        # No name ends so of what is piped in, which is jsonl.
+        each_line = " (each line a text)" if recorded_origin(self.text).format == "txt" else ""
+        read = f"{counted(self.rows, 'row')}{each_line}{said}"
+        return "\n".join([read, *kept, f"predictions: {self.out}"])
 
 
 def predict_file(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,11 @@ def recorded(directory: Path) -> Recorded:
         return Recorded()
 
 
-def as_recorded(given: AskConfig, before: Recorded, columns: Collection[str]) -> AskConfig:
-    """``given``, and of what it leaves open what was recorded, as far as a file has the columns.
+def as_recorded(
+    given: AskConfig, before: Recorded, columns: Collection[str], also: Sequence[str] = ()
+) -> AskConfig:
+    """``given``, and of what it leaves open what was recorded, as far as a file has the columns;
+    ``also`` of these further settings.
 
     What is taken over is said in a line.
     """
@@ -52,6 +55,7 @@ def as_recorded(given: AskConfig, before: Recorded, columns: Collection[str]) ->
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
+    names += also
     taken = {name: old[name] for name in names if name in old and name not in values}
     if not taken:
         return given

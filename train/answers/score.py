@@ -39,11 +39,14 @@ def score_model(
     dev: str,
     out: str,
     *,
+    test: str | None = None,
     metric: str | None = None,
+    seed: int = 0,
     config: FinetuneConfig,
     force: bool = False,
 ) -> FinetuneResult:
-    """Score ``model`` on the file ``dev``; ``out`` receives ``metrics.json`` and no model.
+    """Score ``model`` on the file ``dev``, and on ``test`` where it is given; ``out`` receives
+    ``metrics.json`` and no model. ``seed`` is what the scores are filed under.
 
     ``model`` is a student's directory, whose task head ``config.head`` is scored, or an expert's.
     With ``config.merge``, ``baselines`` are the scores of every expert and of every way to merge
@@ -54,17 +57,24 @@ def score_model(
     """
     started = time.perf_counter()
     _check_target(Path(out), [model, *(config.merge.experts if config.merge else ())], force)
-    data = read_task(train, dev, settings=config)[1]
-    metric = chosen_metric(metric, data)
-    logger.info("%s: %s", dev, data.described())
-    tell_undefined(dev, data)
+    scored = {"dev": dev} | ({"test": test} if test else {})
+    read = read_task(train, *scored.values(), settings=config)[1:]
+    data = dict(zip(scored, read, strict=True))
+    metric = chosen_metric(metric, data["dev"])
+    for name, split in data.items():
+        logger.info("%s: %s", scored[name], split.described())
+        tell_undefined(scored[name], split)
     with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
-        found, cut = _scores_by_way(model, data, config)
+        found, cut = _scores_by_way(model, data["dev"], config)
+        tests = None
+        if test:
+            by_way, test_cut = _scores_by_way(model, data["test"], config)
+            tests, cut = next(iter(by_way.values())), cut | {"test": test_cut["dev"]}
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
-    files, only = {"train": train, "dev": dev}, SeedResult(0, scores, None, [], seconds)
+    files, only = {"train": train} | scored, SeedResult(seed, scores, tests, [], seconds)
     about = (config, "fp32", seconds, baselines)
-    result = FinetuneResult.of(model, files, {"dev": data}, metric, [only], *about, cut=cut)
+    result = FinetuneResult.of(model, files, data, metric, [only], *about, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
     return result

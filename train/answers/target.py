@@ -6,16 +6,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import STDIN
+from rekindle.data.source.sources import recorded_origin
+from rekindle.data.text_files import PACKED_SUFFIXES, STDIN
 from rekindle.train.model.folder import base_of
 
 _ANSWERS = {"probabilities", "score", "scores"}  # one of them is in every line that was written
+_OTHERS, _BOOKS = ("csv", "tsv", "txt", "parquet", "arrow"), (".xlsx", ".xls", ".ods")
 _LONGEST_LINE = 1 << 24  # bytes of the first line that are read
 
 
 def check_target(out: str, read: str, model: str, force: bool) -> None:
-    """Raise InputError for an ``out`` that is the file ``read``, lies in the folder of ``model`` or
-    of its base, is there and no file of predictions, or is one and there is no ``force``.
+    """Raise InputError for an ``out`` that is named as another kind of file, is the file ``read``,
+    lies in the folder of ``model`` or of its base, is there and no file of predictions, or is one
+    and there is no ``force``.
     """
     if out == STDIN:
         return
@@ -23,6 +26,11 @@ def check_target(out: str, read: str, model: str, force: bool) -> None:
     if path.is_dir():
         raise InputError(
             f"{out!r} is a folder; give the path of a file, such as {out}/predictions.jsonl"
+        )
+    if recorded_origin(out).format in _OTHERS or path.suffix.lower() in (*PACKED_SUFFIXES, *_BOOKS):
+        raise InputError(
+            f"{out!r} is the name of another kind of file; predictions are written as JSON lines, "
+            "one for each row: give a name that ends in .jsonl"
         )
     for folder in _folders(model):
         if any(folder in place.parents for place in (path.resolve(), _place(path))):

@@ -1,13 +1,15 @@
 """What the configuration says of fine-tuning and scoring. Torch is not imported here."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
-from rekindle.train.schedules import Seed
+from rekindle.train.schedules import Positive, Seed
+from rekindle.train.step_config import Memory
 
 FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
@@ -123,6 +125,10 @@ class FinetuneConfig(TaskSettings):
     )
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
+    betas: tuple[Memory, Memory] = Field(
+        (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares move"
+    )
+    eps: Positive = Field(1e-8, description="AdamW's: added to the root of the mean square")
     max_length: Annotated[int | None, Formerly(128)] = Field(
         None,
         ge=4,
@@ -158,6 +164,14 @@ class FinetuneConfig(TaskSettings):
         if self.patience != "auto":
             return self.patience
         return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
+
+
+_ONCE_FIXED = {"betas": [0.9, 0.999], "eps": 1e-8}  # what older versions trained with
+
+
+def with_once_fixed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with what an older version, which had no key for it, trained with."""
+    return _ONCE_FIXED | dict(recorded)
 
 
 class FixedBudget(FinetuneConfig):

@@ -4,6 +4,7 @@ What a single one means is said in ``labels``, and is the same here. Knows no fi
 """
 
 import json
+import logging
 import re
 import shlex
 from collections import Counter
@@ -25,6 +26,8 @@ from rekindle.train.finetune.labels import (
     leave_out,
     read_label,
 )
+
+log = logging.getLogger("rekindle")
 
 SEVERAL, TAGS = "multi_label_classification", "token_classification"
 SAY_TAGS = "--set problem=token_classification (every number is the name of a tag)"
@@ -119,13 +122,22 @@ def _is_whole(value: object) -> bool:
 
 def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset[str]) -> None:
     """Raise InputError for single labels that join others of the task's ``files``, as ``a;b`` does:
-    they may be several labels of one text. "Salt Lake, Utah" alone joins none.
+    they may be several labels of one text. "Salt Lake, Utah" alone joins none, and paths in a tree,
+    as ``animal|dog`` is beside ``animal|cat``, are classes, which is said.
     """
     texts = [(path, [_single(raw) for raw in labels]) for path, labels in files]
     names = {name for _, each in texts for name in each if name} - dropped
     for separator in ";|,":
         uses = Counter(part for name in names for part in {*_parts(name, separator)})
         joined = {name for name in names if _joins(_parts(name, separator), separator, uses)}
+        if joined and separator == "|" and _are_paths([_parts(n, separator) for n in names if n]):
+            log.info(
+                "labels such as %r are classes as they are written: paths in a tree, as long as "
+                "each other; if they are several labels of one text, say --set %s",
+                min(joined),
+                _say_separator(separator),
+            )
+            continue
         for path, each in texts if joined else ():
             if row := next((row for row, name in enumerate(each, 1) if name in joined), 0):
                 _refuse_join(path, row, each, separator, joined)
@@ -147,10 +159,27 @@ def _joins(parts: Sequence[str], separator: str, uses: Counter[str]) -> bool:
     return len(parts) > 1 and (all(elsewhere) if separator == "," else any(elsewhere))
 
 
+def _are_paths(names: Sequence[Sequence[str]]) -> bool:
+    """Whether labels are paths in a tree: as many parts each, and each part below one other only.
+    Several labels of one text are hardly ever so.
+    """
+    above: dict[str, tuple[int, str]] = {}
+    for parts in names:
+        for depth, part in enumerate(parts):
+            place = (depth, parts[depth - 1] if depth else "")
+            if above.setdefault(part, place) != place:
+                return False
+    return len({len(parts) for parts in names}) == 1
+
+
+def _say_separator(separator: str) -> str:
+    return shlex.quote(f'label_separator="{separator}"')
+
+
 def _refuse_join(
     path: str, row: int, each: Sequence[str | None], separator: str, joined: set[str]
 ) -> NoReturn:
-    setting = shlex.quote(f'label_separator="{separator}"')
+    setting = _say_separator(separator)
     empty = each.count("")
     without = f"; then none holds in {counted(empty, 'row')} with an empty label" if empty else ""
     rows = counted(sum(one in joined for one in each), "row")

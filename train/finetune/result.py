@@ -126,6 +126,11 @@ class FinetuneResult:
         (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def seed_folder(out: Path, seed: int) -> Path:
+    """Where a fine-tuning that keeps every seed's model puts one: an expert's folder by itself."""
+    return out / "seeds" / f"seed-{seed}"
+
+
 def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:
     """Return the result with the highest dev score, the first one of equals."""
     return max(results, key=lambda result: result.scores[metric])

@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,20 +77,24 @@ def finetune(
     *,
     seeds: int = 1,
     first_seed: int = 0,
+    step: int = 1,
     metric: str | None = None,
     config: FinetuneConfig | None = None,
     test: str | None = None,
     force: bool = False,
+    keep_every: bool = False,
     report: Report = lambda line: None,
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
+    The seeds are ``first_seed``, ``first_seed + step``, … .
     ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
     pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
     not at all, and replaces only an empty directory or, with ``force``, an earlier result.
-    ``test`` is scored per seed and selects nothing. On the CPU a seed gives the same bits again.
-    ``report`` is told of every epoch. Seeds that are finished when it is interrupted are kept
-    beside ``out``: it goes on after them.
+    With ``keep_every`` it also has the model of every seed, each in ``seeds/seed-K`` as an expert's
+    folder by itself. ``test`` is scored per seed and selects nothing. On the CPU a seed gives the
+    same bits again. ``report`` is told of every epoch. Seeds that are finished when it is
+    interrupted are kept beside ``out``: it goes on after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
@@ -111,7 +116,8 @@ def finetune(
         if name != "train":
             tell_undefined(files[name], split)
     home = Path(out).resolve()
-    seeds_done = FinishedSeeds(home, range(first_seed, first_seed + seeds), metric)
+    planned = range(first_seed, first_seed + step * seeds, step)
+    seeds_done = FinishedSeeds(home, planned, metric, every=keep_every)
     settings, where = {"metric": metric} | config.model_dump(mode="json"), place(config.precision)
     with quiet_transformers():
         about = what_is_tuned(model, files, settings, where)
@@ -124,14 +130,15 @@ def finetune(
             network, found, dev_logits = _run_seed(job, seed, progress)
             seeds_done.add(found, functools.partial(_save_model, network, job, dev_logits))
             del network
-        results = seeds_done.results
-        took = (config, job.precision, seconds + sum(one.seconds for one in results))
         unread = {n: texts.unread for n, texts in job.encoded.items() if texts.words is not None}
-        result = FinetuneResult.of(
-            model, files, data, metric, results, *took, cut=job.cut, unread=unread
-        )
-        seeds_done.publish(home, result.save)
-    return result
+
+        def result_of(ones: Sequence[SeedResult]) -> FinetuneResult:
+            took = (config, job.precision, seconds + sum(one.seconds for one in ones))
+            about = (model, files, data, metric, ones, *took)
+            return FinetuneResult.of(*about, cut=job.cut, unread=unread)
+
+        seeds_done.publish(home, lambda folder, ones: result_of(ones).save(folder))
+    return result_of(seeds_done.results)
 
 
 def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
@@ -164,7 +171,8 @@ def _run_seed(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _start(job).to(job.device)
-        optimizer = adamw(model.parameters(), config.learning_rate, config.weight_decay)
+        rates = (config.learning_rate, config.weight_decay, config.betas, config.eps)
+        optimizer = adamw(model.parameters(), *rates)
         total, warmup = plan_steps(len(data["train"]), config)
         planned = config.epochs_of(len(data["train"]))
         best = BestEpoch(config.patience_of(planned))

@@ -3,10 +3,12 @@
 .OUT.seeds/about.json    what is fine-tuned, on what, and how
 .OUT.seeds/seed-0.json   what came out of seed 0
 .OUT.seeds/best-0/       its model, while it is the best; at the end it becomes OUT
+.OUT.seeds/model-0/      the same, where every seed's model is kept; a copy becomes OUT/seeds/seed-0
 """
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,23 +28,28 @@ from rekindle.data.storage.atomic import (
     write_json,
 )
 from rekindle.train.finetune.classifier import padded_tokenizer
-from rekindle.train.finetune.result import SeedResult, best_of
+from rekindle.train.finetune.config import with_once_fixed
+from rekindle.train.finetune.result import SeedResult, best_of, seed_folder
 from rekindle.train.interrupts import telling
 from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import LOCK_FILE, alone_in, check_same, read_record, reading
 
 ABOUT_FILE = "about.json"
+Write = Callable[[Path, Sequence[SeedResult]], None]
 
 logger = logging.getLogger("rekindle")
 
 
 class FinishedSeeds:
-    """Those of ``planned`` that are finished, beside ``out``; by ``metric`` one is the best."""
+    """Those of ``planned`` that are finished, beside ``out``; by ``metric`` one is the best.
 
-    def __init__(self, out: Path, planned: Sequence[int], metric: str):
+    ``every``: not the best one's model alone is kept, but that of every seed.
+    """
+
+    def __init__(self, out: Path, planned: Sequence[int], metric: str, every: bool = False):
         self.folder = out.parent / f".{out.name}.seeds"
-        self.planned, self.metric = planned, metric
+        self.planned, self.metric, self.every = planned, metric, every
         self.found: dict[int, SeedResult] = {}
         self.others: dict[int, SeedResult] = {}  # of an earlier call, and not planned now
 
@@ -82,14 +89,17 @@ class FinishedSeeds:
         held = f"It holds {_named(kept)} of a fine-tuning that did not end"
         if before is None:
             raise CheckpointError(f"{self.folder / ABOUT_FILE} is missing. {held}: {advice}")
+        if isinstance(settings := before.get("settings"), Mapping):
+            before = {**before, "settings": with_once_fixed(settings)}
         rule = f"{held}: give its own settings to go on with it, or {advice}"
         check_same(self.folder, before, about, rule)
         self.others = {seed: one for seed, one in kept.items() if seed not in self.planned}
         self.found = {seed: one for seed, one in kept.items() if seed in self.planned}
-        again = {}
-        # Only the best of all that were planned then has its model; of those planned now one must.
-        while self.found and not self._model((best := self._best()).seed).is_dir():
-            again[best.seed] = self.found.pop(best.seed)
+        again: dict[int, SeedResult] = {}
+        # Only the best of all that were planned then has its model; of those planned now one must,
+        # or every one.
+        while lacking := [s for s in self._with_models() if not self._model(s).is_dir()]:
+            again |= {seed: self.found.pop(seed) for seed in lacking}
         for seeds, told in (
             (self.found, "finished before, and kept"),
             (again, "finished before, done again for the model, which is not kept"),
@@ -119,20 +129,32 @@ class FinishedSeeds:
     def add(self, result: SeedResult, save: Callable[[Path], None]) -> None:
         """Keep what came out of a seed; ``save`` writes its model, where it is the best yet."""
         best = best_of([*self.results, result], self.metric)
-        if result is best:
+        if self.every or result is best:
             remove(self._result(result.seed))  # of a seed done again: it is of another model
             with new_folder(self._model(result.seed)) as staged:
                 save(staged)
         write_json(self._result(result.seed), asdict(result))
         self.found[result.seed] = result
-        for seed in self.found.keys() - {best.seed}:
+        for seed in set() if self.every else self.found.keys() - {best.seed}:
             remove(self._model(seed))
 
-    def publish(self, out: Path, write: Callable[[Path], None]) -> None:
-        """Make the best one's folder, with what ``write`` adds to it, ``out``; nothing is left."""
+    def publish(self, out: Path, write: Write) -> None:
+        """Make the best one's folder ``out``, and put those of every seed into it where they are
+        kept; ``write`` adds to each what came out of its seeds. Nothing else is left.
+        """
         made = self._model(self._best().seed)
-        write(made)
-        publish_folder(made, out)
+        if not self.every:
+            write(made, self.results)
+            publish_folder(made, out)
+            return
+        whole = self.folder / "whole"
+        with new_folder(whole) as staged:  # of copies: after a kill every seed is here still
+            shutil.copytree(made, staged, dirs_exist_ok=True)
+            write(staged, self.results)
+            for one in self.results:
+                shutil.copytree(self._model(one.seed), seed_folder(staged, one.seed))
+                write(seed_folder(staged, one.seed), [one])
+        publish_folder(whole, out)
 
     def told(self) -> tuple[str, bool]:
         """What an interrupt leaves, and whether that is anything."""
@@ -147,6 +169,10 @@ class FinishedSeeds:
         only = " for these settings; other settings need another --out," if kept else ""
         return f"{told[0].upper()}{told[1:]}{only}".rstrip(",")
 
+    def _with_models(self) -> list[int]:
+        """The seeds whose models are needed: the best one, or all."""
+        return [*self.found] if self.every or not self.found else [self._best().seed]
+
     def _best(self) -> SeedResult:
         return best_of(self.results, self.metric)
 
@@ -154,7 +180,7 @@ class FinishedSeeds:
         return self.folder / f"seed-{seed}.json"
 
     def _model(self, seed: int) -> Path:
-        return self.folder / f"best-{seed}"
+        return self.folder / f"{'model' if self.every else 'best'}-{seed}"
 
 
 def _named(seeds: Mapping[int, object]) -> str:

@@ -67,6 +67,15 @@ def check_student_files(
     return config
 
 
+def has_fresh_head(directory: Path, task: str) -> bool:
+    """Whether a student of what is there would begin with a fresh language-model head, as far as
+    the files say it.
+    """
+    kind = AUTO_CLASSES[task]
+    found = _misfit(directory, kind, load_config(directory, kind), TRAINED)
+    return found is not None and bool(found.head)
+
+
 def check_expert_files(directory: Path) -> None:
     """Check what a classifier is to be made of: a body; a head of other labels is no matter."""
     kind = "AutoModelForSequenceClassification"

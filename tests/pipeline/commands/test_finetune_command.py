@@ -31,6 +31,11 @@ def test_fields_are_options_the_kept_epoch_is_told_and_a_result_is_replaced_by_f
     assert kept.startswith("kept: epoch ")
     assert kept.endswith(" of 2, best on dev")
     assert expert.startswith("expert: ")
+    following = done.stderr.partition("Next, with a FILE of yours:\n")[2].splitlines()
+    asked = shlex.split(following[0].replace("FILE", typed[typed.index("--dev") + 1]))
+    found = pipeline(*asked[1:])
+    assert found.stdout.startswith(score), found.stderr
+    assert "pairs: adjacent" in following[-1]
     again = pipeline(*typed)
     assert (again.returncode, again.stdout) == (2, "")
     told, _, line = again.stderr.splitlines()[-1].partition("--force to replace it: ")

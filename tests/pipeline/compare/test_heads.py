@@ -9,6 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from rekindle.data.errors import InputError
+from rekindle.pipeline.builtin.names import resolve_name
+from rekindle.pipeline.commands import asking
 from rekindle.pipeline.compare.heads import _score, with_heads
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import as_text
@@ -22,6 +24,7 @@ from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
+from testlib.answers.judges import classifier
 from testlib.command import pipeline
 
 NAMES = ("desc", "enty", "num")
@@ -86,6 +89,50 @@ def test_the_heads_stand_first_with_intervals_over_the_rows(students, test_file,
     assert again.scores.metric == "f1"
 
 
+def test_an_expert_stands_among_the_runs_with_its_score_and_intervals(
+    students, test_file, make_model, wordpiece
+):
+    expert = classifier(make_model, wordpiece, 7, *reversed(NAMES))
+    name = f"expert {expert.rpartition('/')[2]}"
+    own = evaluate_file(expert, str(test_file))
+    for given in (expert, f"trec={expert}"):
+        done = pipeline("compare", *students, "--test", test_file, "--expert", given, "--json")
+        (task,) = json.loads(done.stdout)["tasks"]
+        assert [*task["scores"]] == ["a", "b", name]
+        assert task["scores"][name] == [own.value]
+        (one,) = [one for one in task["differences"] if one["against"] == name]
+        assert one["low"] < one["difference"] < one["high"]
+    shown = as_text(
+        with_heads(compare_runs(students), [str(test_file)], None, SILENT, None, [expert])
+    )
+    assert name in [line.strip()[: len(name)] for line in shown.splitlines()]
+
+
+def test_places_of_compare_are_filled_in_behind_a_heads_name_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(asking, "make_missing", lambda *places: made.extend(places))
+    monkeypatch.setenv("WHERE", "/x")
+    given = ["trec=$WHERE/t.jsonl", "a=b.jsonl", "python-docs/expert-part"]
+    part = resolve_name("python-docs/expert-part")
+    assert asking._found(given) == ["trec=/x/t.jsonl", "a=b.jsonl", part]
+    assert asking._found(["part=python-docs/expert-part"]) == [f"part={part}"]
+    assert made == ["/x/t.jsonl", "b.jsonl", part, part]
+
+
+def test_an_expert_is_asked_with_the_length_it_was_fine_tuned_with(
+    students, test_file, make_model, wordpiece, tmp_path
+):
+    expert = tmp_path / "expert"
+    shutil.copytree(classifier(make_model, wordpiece, 7, *NAMES), expert)
+    record = {"written_by": "rekindle finetune", "metric": "accuracy", "config": {"max_length": 4}}
+    (expert / "metrics.json").write_text(json.dumps(record))
+    asked = [compare_runs(students), [str(test_file)], None, SILENT, None, [str(expert)]]
+    (standing,) = with_heads(*asked).standings
+    short = evaluate_file(str(expert), str(test_file), config=AskConfig(max_length=4))
+    assert standing.scores.scores["expert expert"] == [short.value]
+    assert short.cut > 0
+
+
 def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     students, test_file, monkeypatch
 ):
@@ -97,6 +144,15 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
     ):
         with pytest.raises(InputError, match=words):
             with_heads(found, [asked], None, SILENT)
+    with pytest.raises(InputError, match=r"has no column 'txt' .*--text-field"):
+        with_heads(found, [str(test_file)], None, SILENT, AskConfig(text_field=("txt",)))
+    for expert, words in (
+        (f"mood={students[0]}", "a file for trec, and none for 'mood'"),
+        (str(students[0]), "it is a student; name its directory among the runs"),
+        ("no/such/place", "model 'no/such/place'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_heads(found, [str(test_file)], None, SILENT, None, [expert])
     with pytest.raises(InputError, match="no run has a task head"):
         with_heads(compare_runs(students[2:]), [str(test_file)], None, SILENT)
     (students[2] / "summary.json").unlink()

@@ -12,24 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
-from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheMismatchError, CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline import job_functions as stages
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.config import ARMS, CycleConfig, load_cycle
+from rekindle.pipeline.cycle.arms import USUAL as ARMS
+from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.finetuned import folder_of
 from rekindle.pipeline.cycle.inputs import read_tasks
-from rekindle.pipeline.cycle.jobs import plan_jobs, student_names
+from rekindle.pipeline.cycle.jobs import plan_jobs
 from rekindle.pipeline.cycle.page import commands_of
-from rekindle.pipeline.cycle.run import configs, run_cycle
-from rekindle.pipeline.job_functions import save_start
+from rekindle.pipeline.cycle.run import run_cycle
+from rekindle.pipeline.cycle.run_files import configs
+from rekindle.pipeline.cycle.students import students_of
 from rekindle.pipeline.processes.jobs import Report
-from rekindle.train.model.files import load_language_model
 from rekindle.train.record import run_folder
 from rekindle.train.record.run_folder import alone_in
 from rekindle.train.record.run_log import read_metrics
@@ -129,7 +127,8 @@ def test_without_a_search_nothing_is_searched(config, tasks, tmp_path):
 
 
 def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, tasks, tmp_path):
-    assert student_names(config) == {
+    learned = {name: (one.tasks, one.masked) for name, one in students_of(config).items()}
+    assert learned == {
         "mixture": (("colour", "alike"), True),
         "both-colour": (("colour",), True),
         "both-alike": (("alike",), True),
@@ -140,9 +139,9 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
     cache = config.cache.model_copy(update={"path": str(tmp_path / "cache")})
     runs = configs(tmp_path, config.model_copy(update={"cache": cache}), tasks)
     students = {Path(name).stem: run for name, run in runs.items() if name.startswith("students/")}
-    assert set(students) == set(student_names(config))
+    assert set(students) == set(students_of(config))
     for name, run in students.items():
-        taught, masked = student_names(config)[name]
+        taught, masked = learned[name]
         terms = run.train.objective.distill
         assert sorted(n for term in terms for n in term.teachers) == sorted(taught)
         assert {t.teachers[0]: t.divergence for t in terms} == {
@@ -151,7 +150,7 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
         assert run.train.objective.hard.weight == (1.0 if masked else 0.0)
         same = run.train.model_copy(update={"objective": config.train.objective})
         assert same == config.train
-        assert (run.corpus, run.student) == (config.corpus, config.student)
+        assert (run.corpus, run.student) == (config.text_of(""), config.student)
     assert [t.task for t in runs["stage1.yaml"].teachers] == [
         "sequence_classification",
         "regression",
@@ -172,7 +171,7 @@ def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
     run_cycle(config, tmp_path / "out")
     out = tmp_path / "out"
     assert load_cycle(out / "run.yaml").cache.path == str(out / "cache")
-    for name in ("corpus", "stage1", *(f"students/{s}" for s in student_names(config))):
+    for name in ("corpus", "stage1", *(f"students/{s}" for s in students_of(config))):
         assert load_config(out / f"{name}.yaml").cache.path == str(out / "cache")
     about = json.loads((out / "cycle.json").read_text())
     assert about["tasks"]["colour"] | {"files": None} == {
@@ -346,26 +345,6 @@ def test_a_start_model_that_has_changed_is_refused(
     run_cycle(config, out)
 
 
-def test_experts_and_students_begin_with_the_same_weights(tmp_path, make_model, wordpiece):
-    """A masked LM has no pooler, and a classifier's head is another model's: no arm keeps either.
-
-    What both begin with is, bit by bit, that of the model; its tokenizer gives the same ids.
-    """
-    for number, kind in enumerate(("AutoModel", "AutoModelForSequenceClassification")):
-        model, out = make_model("bert", kind, wordpiece, 3, **SMALL), tmp_path / f"start-{number}"
-        save_start(str(model), out, Report())
-        own, saved = (
-            {k.removeprefix("bert."): v for k, v in load_file(d / "model.safetensors").items()}
-            for d in (model, out)
-        )
-        body = {k for k in own if k.startswith(("embeddings.", "encoder."))}
-        assert body == {k for k in saved if not k.startswith("cls.")}
-        assert all(torch.equal(own[key], saved[key]) for key in body)
-        assert load_tokenizer(str(out)).digest == load_tokenizer(str(model)).digest
-        student = load_language_model(model, "masked_lm").state_dict()
-        assert all(torch.equal(saved[key], student[f"bert.{key}"]) for key in body)
-
-
 def test_a_missing_text_is_said_before_the_directory_is_made(config, tmp_path, nothing_runs):
     """And not later on, when the cache has it."""
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
@@ -469,9 +448,9 @@ def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, co
             assert metrics["config"]["learning_rate"] == best["config"]["learning_rate"]
             assert [one["seed"] for one in best["per_seed"]] == [2]
             assert best["per_seed"][0]["test_scores"] is None
-    for name in student_names(config):
+    for name in students_of(config):
         steps = [r for r in read_metrics(out / "students" / name) if r["kind"] == "train"]
-        taught, _ = student_names(config)[name]
+        taught = students_of(config)[name].tasks
         for task in ("colour", "alike"):
             assert any(task in key for key in steps[-1]) == (task in taught)
     assert command("verify", out / "cache")[0] == 0
@@ -531,7 +510,7 @@ def test_the_report_shows_every_arm_and_student(whole, command, tmp_path):
     }
     assert len(results["searched"]) == 2 * len(ARMS)
     page = (out / "report.html").read_text()
-    for name in (*ARMS, *student_names(config_in(out))):
+    for name in (*ARMS, *students_of(config_in(out))):
         assert f">{name}<" in page
     assert "http" not in page
     code, said, errors = command("compare", out, "--out", tmp_path / "page.html")

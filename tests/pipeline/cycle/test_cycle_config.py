@@ -11,12 +11,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
-from rekindle.pipeline.cycle.config import (
-    ARMS,
-    CycleConfig,
-    load_cycle,
-    point_name,
-)
+from rekindle.pipeline.cycle.arms import USUAL
+from rekindle.pipeline.cycle.config import CycleConfig, load_cycle, point_name
 from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.overrides import set_value
 
@@ -39,7 +35,7 @@ def config_of(*overrides):
 
 def test_without_more_everything_is_compared_over_five_seeds():
     config = config_of()
-    assert config.arms == tuple(ARMS)
+    assert config.arms == USUAL
     assert config.seeds == 5
     assert config.search_points() == [{}]
 
@@ -75,7 +71,7 @@ def test_a_searched_value_is_the_one_that_is_used():
     config = config_of("search.learning_rate=[1e-5,2.0e-5]", "search.batch_size=['16',32]")
     assert config.search == {"learning_rate": (1e-5, 2e-5), "batch_size": (16, 32)}
     for point in config.search_points():
-        used = config.finetune_of(config.tasks[0], point).model_dump()
+        used = config.finetune_of(config.tasks[0], point, "kd").model_dump()
         assert {key: used[key] for key in point} == point
 
 
@@ -86,8 +82,8 @@ def test_masked_lm_may_be_off_where_no_arm_has_it():
 def test_every_arm_has_the_same_budget_but_longer_which_has_twice_it():
     config = config_of("finetune.max_steps=30", "finetune.learning_rate=1e-5")
     for task, epochs in zip(config.tasks, (3, 5), strict=True):
-        usual = config.finetune_of(task, {"learning_rate": 2e-5})
-        longer = config.finetune_of(task, {"learning_rate": 2e-5}, longer=True)
+        usual = config.finetune_of(task, {"learning_rate": 2e-5}, "kd")
+        longer = config.finetune_of(task, {"learning_rate": 2e-5}, "longer")
         assert (usual.epochs, usual.max_steps, usual.learning_rate) == (epochs, 30, 2e-5)
         assert longer == usual.model_copy(update={"epochs": 2 * epochs, "max_steps": 60})
 
@@ -96,10 +92,10 @@ def test_a_tasks_own_settings_are_over_the_files():
     config = config_of(
         "distill.weight=2", "distill.temperature=3", "tasks.b.distill={temperature: 4}"
     )
-    a, b = (config.term_of(task, regression=False) for task in config.tasks)
+    a, b = (config.term_of(task, False, "kd") for task in config.tasks)
     assert (a.teachers, a.weight, a.temperature, a.divergence) == (("a",), 2, 3, "forward_kl")
     assert (b.teachers, b.weight, b.temperature) == (("b",), 2, 4)
-    assert config.term_of(config.tasks[0], regression=True).divergence == "mse"
+    assert config.term_of(config.tasks[0], True, "kd").divergence == "mse"
 
 
 @pytest.mark.parametrize(
@@ -137,11 +133,108 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("train.objective.hard.weight=0", "mlm would learn nothing"),
         ("distill.teachers=[b]", "what the arms set"),
         ("tasks.b.distill={weight: 0}", "teach nothing"),
+        ("experts.finetune={epochs: 9}", "experts of another model"),
+        ("experts={model: model, finetune: {epochs: 9}}", "experts of another model"),
+        ("experts={model: other, finetune: {epochs: 0}}", "nothing would be fine-tuned"),
+        ("experts={model: other, finetune: {epoch: 2}}", "experts.finetune.*'epochs' here"),
+        ("experts={model: other, finetune: {label_field: y}}", "what the files mean"),
+        ("experts.teacher=both", "experts.teacher: Input should be 'best' or 'all'"),
+        ("pseudo={confidence: 0.5}", "arm pseudo, which is not among"),
+        ("tasks.a.corpus={source: [a.txt]}", "task 'b' has none"),
+        ("corpus={tokenizer: model}", "corpus.source is missing"),
+        ("students=0", "students"),
+        ("label_draws=0", "label_draws"),
+        ("tasks.b.name=a.1", "cannot be called 'a.1' beside 'a'"),
+        ("primary={arm: kd, against: [start, pseudo]}", "primary names pseudo.*not among"),
+        ("primary={arm: kd, against: [kd]}", "primary names kd twice"),
+        ("primary={arm: kd, against: [expert, start]}", "expert twice .start is expert here"),
+        ("primary={arm: kd, against: []}", "primary.against"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(override, words):
     with pytest.raises(InputError, match=words):
         config_of(override)
+
+
+@pytest.mark.parametrize(
+    ("pseudo", "words"),
+    [
+        ({"divergence": "mse"}, "pseudo.divergence is what the arms set"),
+        ({"temperature": 2}, "pseudo.temperature"),
+        ({"weight": 0}, "would teach nothing"),
+        ({"confidense": 0.5}, "did you mean 'confidence'"),
+    ],
+)
+def test_a_term_of_hard_labels_is_checked(pseudo, words):
+    with pytest.raises(InputError, match=words):
+        parse_settings(CycleConfig, VALUES | {"arms": ["pseudo"], "pseudo": pseudo})
+
+
+def test_hard_labels_are_taken_from_the_best_expert_whatever_teaches_the_others():
+    config = config_of(
+        *("arms=[pseudo,kd,both,mixture]", "experts.teacher=all", "seeds=2"),
+        *("distill={temperature: 2, weight: 3, view: masked}", "pseudo={confidence: 0.4}"),
+    )
+    hard = config.term_of(config.tasks[0], False, "pseudo")
+    assert (hard.teachers, hard.divergence, hard.confidence) == (("a",), "pseudo_label", 0.4)
+    assert (hard.weight, hard.view, hard.temperature) == (3, "masked", 1)
+    for arm in ("kd", "both", "mixture"):
+        term = config.term_of(config.tasks[0], False, arm)
+        assert (term.teachers, term.combine, term.temperature) == (("a.0", "a.1"), "mixture", 2)
+    plain = parse_settings(CycleConfig, VALUES | {"arms": ["pseudo"]})
+    assert plain.term_of(plain.tasks[0], False, "pseudo").confidence == 0
+
+
+def test_experts_of_another_model_are_beside_the_students_own_model():
+    config = config_of(
+        *("experts={model: other, finetune: {epochs: 9, learning_rate: 1e-3}}", "arms=[kd]"),
+        *("search.learning_rate=[1e-5,2e-5]", "finetune.batch_size=7"),
+    )
+    assert config.arms == config.without_twins().arms == ("expert", "start", "kd")
+    tuned = {
+        arm: config.finetune_of(config.tasks[1], {"learning_rate": 2e-5}, arm)
+        for arm in ("expert", "start", "longer")
+    }
+    assert {arm: one.epochs for arm, one in tuned.items()} == {
+        "expert": 9,
+        "start": 5,
+        "longer": 10,
+    }
+    assert {one.batch_size for one in tuned.values()} == {7}
+    assert {one.learning_rate for one in tuned.values()} == {2e-5}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arms"),
+    [
+        (("arms=[start,committee]",), ("expert", "committee")),
+        (("arms=[start,committee]", "seeds=1"), ("expert", "kd")),
+        (("arms=[committee]", "experts.teacher=all"), ("expert", "kd")),
+        (("arms=[committee,kd]", "experts.model=other"), ("expert", "start", "kd", "committee")),
+    ],
+)
+def test_an_arm_that_is_another_one_again_is_left_out(overrides, arms):
+    assert config_of(*overrides).without_twins().arms == arms
+
+
+def test_what_is_named_before_holds_for_what_stands_in():
+    config = config_of("arms=[mlm,longer,kd]", "primary={arm: kd, against: [start, longer, mlm]}")
+    assert config.without_twins().primary.against == ("expert", "longer", "mlm")
+
+
+def test_every_task_may_have_a_text_of_its_own():
+    config = config_of(
+        *("corpus={tokenizer: model, sequence_length: 32}", "tasks.a.corpus={source: [a.txt]}"),
+        "tasks.b.corpus={source: [b.txt], sequence_length: 64}",
+    )
+    texts = {name: config.text_of(name) for name in config.texts}
+    assert {name: one.source for name, one in texts.items()} == {"a": ("a.txt",), "b": ("b.txt",)}
+    assert [one.sequence_length for one in texts.values()] == [32, 64]
+    assert [config.cache_of(name).path for name in texts] == ["/a", "/b"]
+    with pytest.raises(InputError, match=r"corpus of task 'a'.*did you mean 'source'"):
+        config_of("tasks.a.corpus={sorce: [a.txt]}", "tasks.b.corpus={source: [b.txt]}")
+    with pytest.raises(InputError, match=r"students read with that of student\.model"):
+        config_of("tasks.a.corpus={tokenizer: x}", "tasks.b.corpus={source: [b.txt]}")
 
 
 def test_what_is_written_is_read_as_the_same(tmp_path):
@@ -175,6 +268,6 @@ def test_the_files_of_the_measurements_are_cycles(name):
     config = load_cycle(BENCHMARKS / f"{name}.yaml")
     assert [task.name for task in config.tasks] == ["cola", "sst2", "mrpc", "stsb"]
     assert config.seeds >= 5
-    assert config.arms == tuple(ARMS)
+    assert config.arms == USUAL
     head = load_config(BENCHMARKS / "glue_mlm_head.yaml")
     assert not head.teachers

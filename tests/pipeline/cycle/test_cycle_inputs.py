@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.cycle.config import CycleTask
 from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
+from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
 from rekindle.train.finetune.task_data import read_task
 
@@ -172,7 +172,7 @@ def test_a_missing_file_is_named(tmp_path):
         tasks = (CycleTask(name="t", train=str(tmp_path / "none.jsonl"), test="x"),)
         seed = 0
 
-        def finetune_of(self, task, point):
+        def finetune_of(self, task, point, arm):
             return FixedBudget()
 
     with pytest.raises(InputError, match=r"none\.jsonl"):

@@ -17,13 +17,22 @@ from testlib.cycles import ARMS, TASKS, about, cycle, edit, finetuned, metrics_o
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("epochs", 4), ("batch_size", 16), ("warmup", 0.2), ("patience", 2), ("max_steps", 100)],
+    [
+        *(("epochs", 4), ("batch_size", 16), ("warmup", 0.2), ("patience", 2), ("max_steps", 100)),
+        *(("betas", [0.9, 0.98]), ("eps", 1e-6)),
+    ],
 )
 def test_another_budget_is_refused_with_both_folders(out, key, value):
     path = out / "fine-tuned/kd/mrpc/metrics.json"
     edit(path, lambda metrics: metrics["config"].update({key: value}))
     with pytest.raises(CheckpointError, match=rf"experts/mrpc and .*kd/mrpc .*{key}"):
         read_results(out)
+
+
+def test_results_without_keys_of_adamw_are_alike_those_with_what_it_was(out):
+    path = out / "fine-tuned/kd/mrpc/metrics.json"
+    edit(path, lambda metrics: metrics["config"].update(betas=[0.9, 0.999], eps=1e-8))
+    assert read_results(out).differences
 
 
 @pytest.mark.parametrize(("positive", "same"), [("yes", True), ("no", False)])

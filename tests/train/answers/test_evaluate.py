@@ -65,7 +65,7 @@ def test_it_gives_what_finetune_gave_on_dev(tmp_path, trained, bytelevel, family
     expert, test = str(tmp_path / "expert"), str(tmp_path / "rows.jsonl")
     out = tmp_path / "said.jsonl"
     found = evaluate_file(expert, test, metric=settings.get("metric"), out=str(out))
-    assert found.scores == pytest.approx(result.per_seed[0].scores, abs=1e-6)
+    assert found.scores == result.per_seed[0].scores  # to the last digit
     assert (found.metric, found.cut) == (settings.get("metric", result.metric), result.cut["dev"])
     assert found.cut > 0 or "max_length" not in settings
     for one, before in zip(lines(out), lines(Path(expert) / "predictions.jsonl"), strict=True):
@@ -153,7 +153,8 @@ def test_how_it_was_fine_tuned_is_taken_over_and_said(tmp_path, trained, caplog)
     caplog.set_level("INFO", "rekindle")
     found = evaluate_file(expert, str(tmp_path / "rows.jsonl"))
     assert found.scores == pytest.approx(result.per_seed[0].scores)
-    told = 'as it was fine-tuned: positive=ham, text_field=["question"], label_field=kind'
+    told = 'as it was fine-tuned: positive=ham, text_field=["question"], label_field=kind, '
+    told += "batch_size=16"
     assert told in caplog.text
     plain = write(tmp_path / "plain.jsonl", rows_of("spam", "ham"))
     assert evaluate_file(expert, plain).rows == 8

@@ -170,11 +170,12 @@ def test_texts_are_read_as_a_corpus_reads_them(tmp_path, make_model, bytelevel):
     write(tmp_path / "t.jsonl", rows)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     found = {
-        name: text_perplexity(path, str(tmp_path / name), text_field="body").ce
+        name: text_perplexity(path, str(tmp_path / name), text_field="body")
         for name in ("t.jsonl", "t.csv", "t.parquet", "t.txt")
     }
-    del found["t.txt"]  # whose texts lose the blanks at their ends
-    assert [*found.values()] == pytest.approx([found["t.jsonl"]] * 3)
+    texts = found.pop("t.txt")  # which lose the blanks at their ends
+    assert f" tokens of {len(TEXTS)} texts between blank lines)" in texts.told()
+    assert [one.ce for one in found.values()] == pytest.approx([found["t.jsonl"].ce] * 3)
     with pytest.raises(InputError, match=r"no field 'text' \(--text-field\)"):
         text_perplexity(path, str(tmp_path / "t.jsonl"))
 

@@ -14,6 +14,19 @@ from testlib.answers.judges import lines, write
 
 
 @pytest.mark.parametrize("ask", [evaluate_file, predict_file])
+@pytest.mark.parametrize("name", ["x.csv", "x.TSV", "x.txt", "x.parquet", "x.xlsx", "x.jsonl.gz"])
+def test_a_name_of_another_kind_of_file_is_refused(tmp_path, experts, task, ask, name):
+    with pytest.raises(InputError, match=r"JSON lines.*: give a name that ends in .jsonl"):
+        ask(experts[0], task, out=str(tmp_path / name))
+    check_target(str(tmp_path / "x.json"), task, experts[0], force=False)
+
+
+def test_evaluate_writes_no_file_that_is_called_as_stdout(experts, task):
+    with pytest.raises(InputError, match="give a file"):
+        evaluate_file(experts[0], task, out="-")
+
+
+@pytest.mark.parametrize("ask", [evaluate_file, predict_file])
 @pytest.mark.parametrize("force", [True, False])
 def test_what_they_are_made_of_is_never_replaced(tmp_path, experts, task, ask, force):
     expert, file = experts[0], tmp_path / "rows.jsonl"

@@ -13,8 +13,9 @@ from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.job_functions import FineTuning, search
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.finetune import run as module
+from rekindle.train.finetune import seeds as seeds_module
 from rekindle.train.finetune.config import FinetuneConfig
-from rekindle.train.finetune.result import SeedResult
+from rekindle.train.finetune.result import SeedResult, seed_folder
 from rekindle.train.finetune.run import finetune
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.interrupts import Interrupted
@@ -123,20 +124,63 @@ def save(folder):
     (folder / "weights").write_text("w")
 
 
-def left(out, about, planned, scores, error=None):
+def left(out, about, planned, scores, error=None, every=False):
     """Finish seeds with these scores, then end with ``error``; which were missing before."""
-    seeds = FinishedSeeds(out, range(planned), "accuracy")
+    seeds = FinishedSeeds(out, range(planned), "accuracy", every)
     with pytest.raises(type(error)) if error else nullcontext(), seeds.held(about):
         missing = list(seeds.missing())
         for seed, accuracy in scores.items():
             seeds.add(done(seed, accuracy), save)
         if error:
             raise error
-        seeds.publish(out, lambda made: None)
+        seeds.publish(out, lambda made, ones: None)
     return missing
 
 
 KEPT = {0: 0.5, 1: 0.9, 2: 0.6}
+
+
+def test_where_every_model_is_kept_those_that_are_not_there_are_done_again(tmp_path):
+    """Begun with the best one's alone, and the other way about."""
+    out, stop = tmp_path / "out", KeyboardInterrupt()
+    left(out, {"rate": 1}, 4, KEPT, stop)
+    assert left(out, {"rate": 1}, 4, {0: 0.5, 1: 0.9}, stop, every=True) == [0, 1, 2, 3]
+    assert left(out, {"rate": 1}, 4, {2: 0.6, 3: 0.1}, stop, every=True) == [2, 3]
+    assert left(out, {"rate": 1}, 4, {}, stop) == []  # the first beginning's best is there
+    assert left(out, {"rate": 1}, 4, {}, every=True) == []
+    assert sorted(path.name for path in (out / "seeds").iterdir()) == [
+        *(f"seed-{n}" for n in range(4))
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_every_seeds_model_is_an_experts_folder_and_a_kill_costs_none(
+    bert, files, tmp_path, monkeypatch
+):
+    """Killed in its second seed, and then while the result is put together."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    config = FinetuneConfig(epochs=1, batch_size=12, learning_rate=1e-2)
+    given = {"seeds": 2, "first_seed": 1, "step": 2, "config": config}
+    with monkeypatch.context() as patch:
+        ending_in_seed(patch, 2, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            finetune(bert, *files, str(out), **given, keep_every=True)
+    begun = ending_in_seed(monkeypatch, 9, KeyboardInterrupt())
+    with monkeypatch.context() as patch:
+        patch.setattr(seeds_module, "seed_folder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(bert, *files, str(out), **given, keep_every=True)
+    assert not out.exists()
+    finetune(bert, *files, str(out), **given, keep_every=True)
+    assert begun == [3]
+    best = json.loads((out / "metrics.json").read_text())["best_seed"]
+    for seed in (1, 3):
+        finetune(bert, *files, str(alone), first_seed=seed, config=config, force=True)
+        assert found_in(seed_folder(out, seed)) == found_in(alone)
+        weights = [load_file(f / "model.safetensors") for f in (out, alone)]
+        same = all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+        assert same == (seed == best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
 def test_an_error_keeps_what_is_finished_and_says_so(tmp_path, caplog):
@@ -171,6 +215,24 @@ def test_fewer_seeds_of_other_settings_are_refused_too(tmp_path):
     with pytest.raises(CheckpointError, match=r"about.json is missing.*rm -r "):
         left(out, {"rate": 1}, 1, {})
     assert (tmp_path / ".out.seeds" / "best-1").is_dir()
+
+
+def test_seeds_of_an_older_version_go_on_with_the_adamw_that_it_had(tmp_path):
+    out, then = tmp_path / "out", {"rate": 1}
+    now = then | {"betas": (0.9, 0.999), "eps": 1e-8}
+    left(out, {"settings": then}, 2, {0: 0.5}, KeyboardInterrupt())
+    with pytest.raises(CheckpointError, match=r"settings\.eps: 1e-08 there, 1e-06 here"):
+        left(out, {"settings": now | {"eps": 1e-6}}, 2, {})
+    assert left(out, {"settings": now}, 2, {1: 0.6}) == [1]
+
+
+def test_adamw_has_the_betas_and_eps_of_the_settings(bert, files, tmp_path, monkeypatch):
+    def stop(parameters, *given):
+        raise InputError(str(given))
+
+    monkeypatch.setattr(module, "adamw", stop)
+    with pytest.raises(InputError, match=r"\(0.01, 0.01, \(0.5, 0.9\), 1e-06\)"):
+        tune(bert, files, tmp_path / "out", betas=(0.5, 0.9), eps=1e-6)
 
 
 def test_another_tokenizer_device_or_precision_is_something_else(bert, tmp_path):

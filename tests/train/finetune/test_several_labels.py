@@ -159,6 +159,31 @@ def test_doubtful_lists_are_refused_with_the_setting_that_decides(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "paths"),
+    [
+        (["animal|dog", "animal|cat", "plant|rose"], True),
+        (["a|b|c", "a|b|d", "a|e|f"], True),
+        (["animal|dog", "animal|cat", "plant"], False),  # of another length
+        (["red|big", "red|small", "blue|big"], False),  # big is below two
+        (["dog|animal", "animal|cat"], False),  # at two depths
+        (["animal;dog", "animal;cat", "plant;rose"], False),
+    ],
+)
+def test_paths_in_a_tree_are_classes_and_what_may_be_lists_is_asked_with_both_settings(
+    tmp_path, labels, paths, caplog
+):
+    path = labelled(tmp_path / "a.jsonl", *labels)
+    if paths:
+        with caplog.at_level("INFO", "rekindle"):
+            assert read(path).label_names == tuple(sorted(labels))
+        (told,) = [one for one in caplog.messages if "paths in a tree" in one]
+        assert """--set 'label_separator="|"'""" in told
+        return
+    with pytest.raises(InputError, match=r"--set 'label_separator=.*--set problem=classification"):
+        read(path)
+
+
 def test_numbers_of_single_labels_may_have_names_too(tmp_path):
     data = read(labelled(tmp_path / "a.jsonl", 1, 0, 1), label_names=["no", "yes"])
     assert (data.label_names, data.labels.tolist()) == (("no", "yes"), [1, 0, 1])

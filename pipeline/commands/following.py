@@ -1,0 +1,40 @@
+"""What comes after an expert is made, as lines to type or to paste."""
+
+import shlex
+
+import yaml
+
+from rekindle.pipeline.builtin.names import PREFIX
+from rekindle.pipeline.yaml_text import Dumper
+from rekindle.train.answers.score import names_for
+from rekindle.train.finetune.label_lists import TAGS
+from rekindle.train.finetune.result import FinetuneResult
+
+_TASKS = {TAGS: "token_classification", "regression": "regression"}  # of a teacher, by problem
+_WIDEST = 10_000  # columns: an entry is one line
+
+
+def after_finetune(out: str, result: FinetuneResult) -> list[str]:
+    """How an expert in ``out`` is scored, asked, and made a teacher: a line each."""
+    expert = f"./{out}" if out.startswith(("-", PREFIX)) else out
+    return [
+        shlex.join(["pipeline", "evaluate", expert, "--test", "FILE"]),
+        shlex.join(["pipeline", "predict", expert, "--text", "FILE", "--out", "answers.jsonl"]),
+        f"as a teacher, in a run file: {_teachers(expert, result)}",
+    ]
+
+
+def _teachers(expert: str, result: FinetuneResult) -> str:
+    """The entry of a run file."""
+    task = _TASKS.get(result.problem, "sequence_classification")
+    entry = {"name": names_for([expert])[0], "model": expert, "task": task}
+    entry |= {"pairs": "adjacent"} if result.pairs else {}
+    line = yaml.dump(
+        {"teachers": [entry]},
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=_WIDEST,
+    )
+    return str(line).strip()[1:-1]

@@ -1,0 +1,34 @@
+"""The arms of a cycle: what each is, whose student it needs, and when it is another one again."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+Arm = Literal["expert", "start", "longer", "mlm", "pseudo", "kd", "both", "committee", "mixture"]
+ARMS: dict[Arm, str] = {
+    "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
+    "start": "the model that students begin as, fine-tuned, where experts are of another one",
+    "longer": "the start model, fine-tuned for twice the epochs",
+    "mlm": "pre-trained further on the text with masked LM alone, fine-tuned",
+    "pseudo": "on the same text with the class that the expert finds most likely, as a label",
+    "kd": "on the same text with the task's expert alone, fine-tuned",
+    "both": "with masked LM and the task's expert (UEGP), fine-tuned",
+    "committee": "on the same text with all seeds of the task's expert together, fine-tuned",
+    "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
+}
+USUAL: tuple[Arm, ...] = ("expert", "longer", "mlm", "kd", "both", "mixture")
+# Of each arm that may be the same as another one: which, and why it is left out then.
+TWINS: Mapping[Arm, tuple[Arm, str]] = {
+    "mixture": ("both", "with one task it is the same student as both"),
+    "start": ("expert", "experts are of the same model, so that it is expert again"),
+    "committee": ("kd", "its teachers are those of kd"),
+}
+UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a model fine-tuned, without a student
+WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee", "mixture")
+MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # whose students learn masked LM
+# Arms whose students have one expert each, and so a student for every task.
+OF_ONE_EXPERT: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee")
+# The longest chain first: what else there is fills the places that wait for it.
+ORDER: tuple[Arm, ...] = (
+    *("mixture", "both", "committee", "kd", "pseudo", "mlm"),
+    *("longer", "start"),
+)

@@ -1,0 +1,111 @@
+"""What ``cycle.json`` says of a cycle, and whether a folder holds this very one, to go on with."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.corpus.additions import is_same_source
+from rekindle.data.errors import CheckpointError, naming
+from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.settings import parse_settings
+from rekindle.data.source.sources import source_files
+from rekindle.data.storage.store import open_store
+from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
+from rekindle.pipeline.cycle.arms import TWINS
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.inputs import TaskFiles
+from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
+
+log = logging.getLogger("rekindle")
+
+ELSEWHERE = "give another --out"
+_MADE = {"student": "models", "experts": "experts"}  # what begins as a model of the file
+_SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
+
+
+def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
+    """``config``, by the defaults of the version that began the cycle in ``home``, and without arms
+    that are another one again; what was begun with such an arm goes on with it.
+    """
+    begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
+    if begun:
+        with reading(home / CYCLE_FILE, ELSEWHERE):
+            was = as_begun(config, begun["settings"])
+        if was is not config:
+            with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
+                config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
+    arms = begun.get("arms")
+    arms = arms if isinstance(arms, list) else []
+    for arm in [arm for arm in config.twins if arm in config.arms and arm not in arms]:
+        log.info("arm %s: left out, for %s", arm, TWINS[arm][1])
+    return config.without_twins(arms)
+
+
+def about_cycle(
+    config: CycleConfig, tasks: Sequence[TaskFiles], start: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``cycle.json`` says."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    return {
+        "written_by": CYCLE_WRITER,
+        "arms": list(config.arms),
+        "tasks": {one.task.name: one.facts for one in tasks},
+        "search": settings["search"],
+        "seeds": config.seeds,
+        "finetune": settings["finetune"],
+        "settings": settings,
+        "start": start,
+    }
+
+
+def look(
+    home: Path, config: CycleConfig, about: Mapping[str, Any], beside: Collection[str]
+) -> None:
+    """Check that the directory is free, or holds this very cycle."""
+    if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
+        for text in config.texts:  # later on it may be gone: it is in the cache
+            source_files(config.text_of(text).source)
+        return
+    found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
+    with reading(home / CYCLE_FILE, ELSEWHERE):
+        if found["written_by"] != CYCLE_WRITER:
+            raise ValueError("it is not of a cycle")
+        older = "problem" not in found["settings"]["finetune"]
+        found["settings"] = with_defaults(CycleConfig, found["settings"])
+        before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+        before = {key: before.get(key) for key in now}
+    rule = "Go on with its own (run.yaml in it), or give another --out"
+    # Arms may be added; the others only describe, and older versions did not record them.
+    described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
+    if "start" in found:  # which says more than the place
+        described += ["student.model", "experts.model", "corpus.tokenizer"]
+    if before["corpus"] != now["corpus"] and config.corpus.source:
+        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        described += ["corpus.source"] * same
+    if older:  # What its files mean was no setting; what was made of them is held against them.
+        rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
+        places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
+        described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
+    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
+    start = found.get("start", about["start"])  # of older versions: it was not recorded
+    for key, whose in (("weights", "student"), ("expert_weights", "experts")):
+        if start.get(key) != about["start"].get(key):
+            model = about["settings"][whose]["model"]
+            raise CheckpointError(
+                f"{home} was begun with other weights of {model}: not all of its {_MADE[whose]} "
+                "would begin as the same model. Put those back, or give another --out"
+            )
+    gone = [arm for arm in found["arms"] if arm not in about["arms"]]
+    if gone:
+        raise CheckpointError(
+            f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
+            "taken away: name it again, or give another --out"
+        )
+
+
+def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks as settings and as what was read of their files."""
+    settings = {task["name"]: task for task in about["settings"]["tasks"]}
+    return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}

@@ -1,0 +1,69 @@
+"""The run files of a cycle's stages: what one can run by hand. Nothing is written here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.inputs import TaskFiles
+from rekindle.pipeline.cycle.students import Student, students_of, teachers_on
+from rekindle.train.finetune.result import seed_folder
+
+CORPUS_FILE = "corpus.yaml"
+CACHE_FILE = "stage1.yaml"
+
+
+def of_text(file: str, text: str) -> str:
+    """The name of a file that there is for each text (see ``CycleConfig.texts``)."""
+    stem, _, ending = file.partition(".")
+    return f"{stem}-{text}.{ending}" if text else file
+
+
+def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict[str, RunConfig]:
+    """The run of every stage by the name of its file."""
+    settings = config.model_dump(mode="json", by_alias=True)
+    found: dict[str, dict[str, Any]] = {}
+    corpora = {}
+    for text in config.texts:
+        shared = {
+            "corpus": config.text_of(text).model_dump(mode="json", by_alias=True),
+            "cache": config.cache_of(text).model_dump(mode="json", by_alias=True),
+        }
+        corpora[text] = shared | {"student": settings["student"]}
+        teachers = [
+            _teacher(home, name, next(one for one in tasks if one.task.name == task), seed)
+            for name, task, seed in teachers_on(config, text)
+        ]
+        found[of_text(CORPUS_FILE, text)] = corpora[text]
+        found[of_text(CACHE_FILE, text)] = shared | {"teachers": teachers}
+    for name, student in students_of(config).items():
+        train = settings["train"] | {"seed": config.train.seed + student.number}
+        train["objective"] = _objective(config, tasks, student)
+        found[f"students/{name}.yaml"] = corpora[student.text] | {"train": train}
+    return {name: parse_settings(RunConfig, values, name) for name, values in found.items()}
+
+
+def _teacher(home: Path, name: str, one: TaskFiles, seed: int | None) -> dict[str, object]:
+    model = home / "experts" / one.task.name
+    return {
+        "name": name,
+        "model": str(model if seed is None else seed_folder(model, seed)),
+        "task": "regression" if one.regression else "sequence_classification",
+        "pairs": one.pairs,
+    }
+
+
+def _objective(
+    config: CycleConfig, tasks: Sequence[TaskFiles], student: Student
+) -> dict[str, object]:
+    terms = [
+        config.term_of(one.task, one.regression, student.arm).model_dump(
+            mode="json", by_alias=True, exclude_unset=True
+        )
+        for one in tasks
+        if one.task.name in student.tasks
+    ]
+    hard = config.train.objective.hard.model_dump(mode="json", by_alias=True)
+    return {"hard": hard if student.masked else {"weight": 0.0}, "distill": terms}

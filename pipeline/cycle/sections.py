@@ -1,0 +1,120 @@
+"""The sections of a cycle's file that a run's has not: experts, tasks, what is compared first."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.settings import Place, Settings
+from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.pipeline.config import CacheConfig
+from rekindle.pipeline.cycle.arms import Arm
+
+Metric = Literal[
+    "accuracy",
+    "f1",
+    "matthews",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
+    "pearson",
+    "spearman",
+]
+
+
+class CycleCacheConfig(CacheConfig):
+    """Where the experts' outputs go; as in a run, but for the path's default."""
+
+    path: Place = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+
+
+class CycleCorpusConfig(CorpusConfig):
+    """The unlabelled text of all tasks; or what is common to the texts that they have each."""
+
+    source: tuple[Place, ...] = Field(
+        (), description=f"{CorpusConfig.model_fields['source'].description}"
+    )
+
+
+class ExpertsConfig(Settings):
+    """What the experts are made from, and how they teach."""
+
+    model: Place | None = Field(
+        None,
+        description="the model that experts are fine-tuned from, of its own size and tokenizer; "
+        "null: student.model",
+    )
+    teacher: Literal["best", "all"] = Field(
+        "best",
+        description="who teaches kd, both and mixture: the expert's seed that is best on dev, or "
+        "all its seeds together (the mean of their probabilities)",
+    )
+    finetune: dict[str, object] = Field(
+        default_factory=dict,
+        description="over the file's and the task's finetune, for the experts alone; where model "
+        "is another one",
+    )
+
+
+class PrimaryConfig(Settings):
+    """The one comparison that was named before anything ran; all others are secondary."""
+
+    arm: Arm = Field(description="the arm that is to be better")
+    against: tuple[Arm, ...] = Field(min_length=1, description="than each of these")
+    about: str = Field("", description="why this one, for the report")
+
+
+class CycleTask(Settings):
+    """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
+
+    name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
+    about: str = Field("", description="what it asks, for the report")
+    train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
+    test: Place = Field(description="scored once for each fine-tuning; selects nothing")
+    dev: Place | None = Field(
+        None, description="what selects; null: dev_examples are taken out of train, at random"
+    )
+    dev_examples: int = Field(
+        500, gt=0, description="so many, where dev is null; at most a fifth of train"
+    )
+    train_examples: int | None = Field(
+        None, gt=0, description="at most so many, chosen at random after dev; null: all"
+    )
+    metric: Metric | None = Field(
+        None,
+        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
+        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
+    )
+    pairs: Literal["adjacent", "same-document", "random"] | None = Field(
+        None,
+        description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
+        "task has sentence2",
+    )
+    corpus: dict[str, object] = Field(
+        default_factory=dict,
+        description="its own unlabelled text: keys of corpus, over the file's; all tasks have one, "
+        "or none",
+    )
+    distill: dict[str, object] = Field(
+        default_factory=dict, description="of its expert's term, over the file's distill"
+    )
+    finetune: dict[str, object] = Field(
+        default_factory=dict, description="over the file's finetune, for every arm alike"
+    )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """ValueError for names of tasks that stand for something else, too."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
+    if "mean" in names:
+        raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
+    for name in names:
+        base, _, number = name.rpartition(".")
+        if base in names and number.isdecimal():
+            raise ValueError(
+                f"a task cannot be called {name!r} beside {base!r}: what is there several times "
+                "has such numbers. Give it another name"
+            )

@@ -1,0 +1,64 @@
+"""The students of a cycle: what each learns, from whom, on which text; and whose arm each is of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rekindle.pipeline.cycle.arms import MASKED, OF_ONE_EXPERT, ORDER, UNTAUGHT, Arm
+from rekindle.pipeline.cycle.config import CycleConfig
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student: ``students/NAME``. ``tasks`` are those whose experts teach it, ``text`` is what
+    it reads (see ``CycleConfig.texts``); ``number`` j is trained with the seed train.seed + j.
+    """
+
+    name: str
+    arm: Arm
+    tasks: tuple[str, ...]
+    text: str
+    number: int = 0
+
+    @property
+    def masked(self) -> bool:
+        """Whether it learns masked LM."""
+        return self.arm in MASKED
+
+
+def students_of(config: CycleConfig) -> dict[str, Student]:
+    """Every student by its name, those first that wait longest for their teachers."""
+    found = {}
+    for arm in [arm for arm in ORDER if arm in config.arms and arm not in UNTAUGHT]:
+        for task in config.tasks:
+            for number in range(config.students):
+                one = _student(config, arm, task.name, number)
+                found[one.name] = one
+    return found
+
+
+def student_of(config: CycleConfig, arm: Arm, task: str, number: int = 0) -> str:
+    """The name of the student that ``arm`` fine-tunes on ``task``; empty for the start model."""
+    return "" if arm in UNTAUGHT else _student(config, arm, task, number).name
+
+
+def _student(config: CycleConfig, arm: Arm, task: str, number: int) -> Student:
+    names = tuple(one.name for one in config.tasks)
+    tasks = {"mlm": (), "mixture": names}.get(arm, (task,))
+    text = task if task in config.texts else ""
+    name = f"{arm}-{task}" if arm in OF_ONE_EXPERT or text else arm
+    return Student(f"{name}.{number}" if number else name, arm, tasks, text, number)
+
+
+def teachers_on(config: CycleConfig, text: str) -> Iterator[tuple[str, str, int | None]]:
+    """Yield each teacher of a text: its name in the cache, its task, and which of the seeds it is
+    (None: the one that is best on dev).
+    """
+    for task in config.tasks:
+        here = text in ("", task.name)
+        if not here and "mixture" not in config.arms:
+            continue
+        if not config.all_teach or (here and "pseudo" in config.arms):
+            yield task.name, task.name, None
+        if config.all_teach or (here and "committee" in config.arms):
+            for seed, name in enumerate(config.teachers_of(task.name, "committee")):
+                yield name, task.name, seed
