@@ -14,9 +14,12 @@ TWENTY = (
 )
 
 
+FREQUENCIES = [1 / (rank + 2.7) for rank in range(len(WORDS))]
+
+
 def prose(random, length):
-    """Words of which few are frequent, as in a language."""
-    return [WORDS[min(int(random.paretovariate(0.6)), len(WORDS)) - 1] for _ in range(length)]
+    """Words as frequent as those of a language (Zipf's law)."""
+    return random.choices(WORDS, FREQUENCIES, k=length)
 
 
 def kind(texts, *record):
