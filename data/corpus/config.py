@@ -31,6 +31,11 @@ class CorpusConfig(Settings):
         "text",
         description="the field (column) of a record that holds its text; inside a field: meta.text",
     )
+    pair_field: str | None = Field(
+        None,
+        description="the field of a second text: each record is a pair of texts, and a sequence "
+        "holds both, as the tokenizer joins pairs; experts of sequences read them as pairs",
+    )
     domain_field: str | None = Field(
         None, description="the field that names a record's domain: text or a number"
     )
@@ -77,6 +82,22 @@ class CorpusConfig(Settings):
             raise ValueError("without_fields are those of the files in without, which names none")
         return self
 
+    @model_validator(mode="after")
+    def _one_pair_a_sequence(self) -> "CorpusConfig":
+        if self.pair_field is None:
+            return self
+        if self.packing != "document":
+            raise ValueError(
+                f"packing {self.packing} joins records, and with pair_field each is a sequence of "
+                "its own; leave packing out"
+            )
+        if self.pair_field == self.text_field:
+            raise ValueError(
+                f"pair_field and text_field are both {self.pair_field}; name the two texts of a "
+                "pair, such as text_field: sentence1, pair_field: sentence2"
+            )
+        return self
+
     def held_texts(self) -> HeldTexts | None:
         """Read the texts that no record may hold; None where there are none.
 
@@ -84,7 +105,8 @@ class CorpusConfig(Settings):
         """
         if not self.without:
             return None
-        return read_held(self.without, self.without_fields, [self.text_field])
+        fields = [self.text_field, *filter(None, [self.pair_field])]
+        return read_held(self.without, self.without_fields, fields)
 
 
 class WithoutFacts(TypedDict):
@@ -105,7 +127,8 @@ class PackingFacts(TypedDict):
     with the corpus's end. Left out where they are as they always were, so that corpora of other
     versions are the same: end_of_text, where the end-of-text token comes after each document of a
     tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
-    without, where records are left out that hold a text of a test.
+    without, where records are left out that hold a text of a test; pair_field, where they are
+    pairs.
     """
 
     source: list[str]
@@ -118,10 +141,11 @@ class PackingFacts(TypedDict):
     end_of_text: NotRequired[bool]
     special_tokens: NotRequired[Literal["text", "token"]]
     without: NotRequired[WithoutFacts]
+    pair_field: NotRequired[str]
 
 
 # What is meant where nothing is said.
-UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing"}
+UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing", "pair_field": None}
 _NOT_RECORDED = {"tokenizer", "on_bad_record", "without", "without_fields"}  # as they are given
 
 
@@ -169,7 +193,9 @@ def describe_corpus(
     values = config.model_dump(mode="json", exclude=_NOT_RECORDED)
     if config.special_tokens == "text":
         del values["special_tokens"]
-    if config.packing == "document" and lacks_end(tokenizer):
+    if config.pair_field is None:
+        del values["pair_field"]
+    if config.packing == "document" and config.pair_field is None and lacks_end(tokenizer):
         values["end_of_text"] = True
     if held is not None:
         files = [*config.without]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.packing import Position, lacks_end, pack
+from rekindle.data.corpus.packing import lacks_end, pack_documents
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.source.documents import Document, LeftOut, read_documents
@@ -44,7 +44,8 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     left_out = LeftOut(config.on_bad_record == "skip", config.held_texts())
     for place, size in _places(config.source):
         full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-        stream = read_documents([place], config.text_field, config.domain_field, left_out)
+        fields = (config.text_field, config.domain_field, left_out, config.pair_field)
+        stream = read_documents([place], *fields)
         before = left_out.total
         taken = list(_until_full(stream, documents))
         rows = len(taken) + left_out.total - before
@@ -95,7 +96,7 @@ def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterat
 
 
 def _text_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(document.text.encode()) for document in documents)
+    return sum(len(text.encode()) for document in documents for text in document.texts)
 
 
 def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float:
@@ -143,12 +144,12 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     sample = sample_source(config)
     if sample.share is None:
         return config.limit_sequences
-    sequences = pack(
-        tokenizer.encode_documents(sample.documents),
+    sequences = pack_documents(
+        sample.documents,
         sequence_length=config.sequence_length,
         packing=config.packing,
         tokenizer=tokenizer,
-        start=Position(0, 0),
+        pairs=config.pair_field is not None,
         end_of_text=config.packing == "document" and lacks_end(tokenizer),
     )
     whole = max(1, round(sum(1 for _ in sequences) / sample.share))

@@ -29,11 +29,26 @@ class Document(NamedTuple):
 
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
+    ``pair``: the second text of a record that is a pair.
     """
 
     id: str
     text: str
     domain: str | None
+    pair: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text, and the other of its pair."""
+        return (self.text,) if self.pair is None else (self.text, self.pair)
+
+
+class Fields(NamedTuple):
+    """Which fields of a record hold its text, the second text of a pair, and its domain."""
+
+    text: str = "text"
+    domain: str | None = None
+    pair: str | None = None
 
 
 class LeftOut:
@@ -109,6 +124,7 @@ def read_documents(
     text_field: str = "text",
     domain_field: str | None = None,
     left_out: LeftOut | None = None,
+    pair_field: str | None = None,
 ) -> Iterator[Document]:
     """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
 
@@ -119,13 +135,14 @@ def read_documents(
     A field may be dotted, ``meta.set_name`` being ``set_name`` inside ``meta``; a field that is
     called so comes first. ``domain`` is the value of ``domain_field`` as text, be it text, a number
     or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
-    ``domain_field`` says.
+    ``domain_field`` says. With ``pair_field`` each record is a pair of texts, both of which it must
+    have; .txt files and python-docs have none.
 
     Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
     are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
     null, a text that is not a string, a domain that is a mapping or a list, half a surrogate pair
-    in text, domain or id. With ``left_out`` they are put there, unless that leaves only records out
-    that hold a text of a test, and what is left is read.
+    in text, domain or id, an empty text of a pair. With ``left_out`` they are put there, unless
+    that leaves only records out that hold a text of a test, and what is left is read.
 
     Raises InputError: at the call for a source that does not exist or is of no known kind; while
     reading for a damaged file, and for a bad record that is not left out.
@@ -135,16 +152,16 @@ def read_documents(
         origins = find_origins(
             [str(entry) for entry in ([source] if isinstance(source, str) else source)]
         )
-    return _documents(origins, text_field, domain_field, left_out)
+    return _documents(origins, Fields(text_field, domain_field, pair_field), left_out)
 
 
 def _documents(
-    origins: Sequence[Origin], text_field: str, domain_field: str | None, left_out: LeftOut | None
+    origins: Sequence[Origin], fields: Fields, left_out: LeftOut | None
 ) -> Iterator[Document]:
     texts = left_out and left_out.texts
     for origin in origins:
         count = 0
-        for document in _of_origin(origin, text_field, domain_field):
+        for document in _of_origin(origin, fields):
             if isinstance(document, Bad):
                 if left_out is None or not left_out.bad:
                     raise InputError(
@@ -154,7 +171,7 @@ def _documents(
                 left_out.add(document)
                 continue
             count += 1
-            if left_out and texts and (hold := texts.find(document.text)):
+            if left_out and texts and (hold := texts.find(*document.texts)):
                 left_out.add_held(document, hold)
                 continue
             yield document
@@ -164,62 +181,78 @@ def _documents(
             log.warning("%s: there is no text in it", origin.place)
 
 
-def _of_origin(
-    origin: Origin, text_field: str, domain_field: str | None
-) -> Iterator[Document | Bad]:
+def _of_origin(origin: Origin, fields: Fields) -> Iterator[Document | Bad]:
+    if fields.pair is not None and origin.format in (PYTHON_DOCS, "txt"):
+        raise InputError(
+            f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
+            f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field out"
+        )
     if origin.format == PYTHON_DOCS:
         for page in python_docs():
             yield Document(page.id, page.text, page.part)
         return
-    fields = [text_field, "id", *([domain_field] if domain_field is not None else [])]
-    for record in read_records(origin, fields):
-        found = (
-            record
-            if isinstance(record, Bad)
-            else _document(record, origin, text_field, domain_field)
-        )
+    for record in read_records(origin, [*filter(None, fields), "id"]):
+        found = record if isinstance(record, Bad) else _document(record, origin, fields)
         if found is not None:
             yield found
 
 
-def _document(
-    record: Record, origin: Origin, text_field: str, domain_field: str | None
-) -> Document | Bad | None:
-    """The document of a record; None where its text is blank."""
+def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad | None:
+    """The document of a record; None where its text is blank, unless that is one of a pair."""
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
-    text = reach(record.values, text_field)
+    read = [_text(record, fields.text, "corpus.text_field", where, named)]
+    if fields.pair is not None:
+        read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
+    domain = None
+    if fields.domain is not None:
+        domain = _domain(record, fields.domain, where, named)
+    if isinstance(domain, Bad) or any(isinstance(text, Bad) for text in read):
+        return next(found for found in (*read, domain) if isinstance(found, Bad))
+    texts = [text for text in read if isinstance(text, str)]
+    blank = [not text or text.isspace() for text in texts]
+    if fields.pair is None and blank[0]:
+        return None
+    if any(blank):
+        field = (fields.text, fields.pair)[blank.index(True)]
+        told = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
+        return Bad("an empty text of a pair", told)
+    identity = _identity(record, origin)
+    known = [*(("text", text) for text in texts), ("id", identity), ("domain", domain or "")]
+    for what, value in known:
+        if told := half_a_pair(what, str(value)):
+            return Bad("half a surrogate pair", f"{where}: {told}")
+    return Document(identity, texts[0], domain, texts[1] if len(texts) > 1 else None)
+
+
+def _text(record: Record, field: str, setting: str, where: str, named: str) -> str | Bad:
+    text = reach(record.values, field)
     if text is None or text is ABSENT:
-        return _missing(record, text_field, "corpus.text_field", where, named)
+        return _missing(record, field, setting, where, named)
     if not isinstance(text, str):
         return Bad(
             "text is no string",
-            f"{where}: the field {text_field!r} holds {shown(text)}; the text must be a string",
+            f"{where}: the field {field!r} holds {shown(text)}; the text must be a string",
         )
-    domain = None
-    if domain_field is not None:
-        value = reach(record.values, domain_field)
-        if value is None or value is ABSENT:
-            return _missing(record, domain_field, "corpus.domain_field", where, named)
-        if isinstance(value, _NO_NAME):
-            return Bad(
-                "domain is no name",
-                f"{where}: the field {domain_field!r} (corpus.domain_field) holds {shown(value)}; "
-                f"a domain is a name or a number{_inside(domain_field, value)}",
-            )
-        domain = str(value)
-    if not text or text.isspace():
-        return None
-    identity = _identity(record, origin)
-    for what, value in (("text", text), ("id", identity), ("domain", domain or "")):
-        if told := half_a_pair(what, value):
-            return Bad("half a surrogate pair", f"{where}: {told}")
-    return Document(identity, text, domain)
+    return text
+
+
+def _domain(record: Record, field: str, where: str, named: str) -> str | Bad:
+    value = reach(record.values, field)
+    if value is None or value is ABSENT:
+        return _missing(record, field, "corpus.domain_field", where, named)
+    if isinstance(value, _NO_NAME):
+        return Bad(
+            "domain is no name",
+            f"{where}: the field {field!r} (corpus.domain_field) holds {shown(value)}; a domain is "
+            f"a name or a number{_inside(field, value)}",
+        )
+    return str(value)
 
 
 def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
-    kind = "no text" if setting.endswith("text_field") else "no domain"
+    kind = "no domain" if setting.endswith("domain_field") else "no text"
     if reach(record.values, field) is None:
         return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
     fields = list(record.values)

@@ -18,9 +18,9 @@ from rekindle.data.corpus.additions import (
     describe_addition,
     recorded_shard_size,
 )
+from rekindle.data.corpus.columns import fields_of
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
-    FIELDS,
     Corpus,
     about_shard,
     build_corpus,
@@ -157,8 +157,9 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     write_lines(path, (d._asdict() | {"domain": d.domain or ""} for d in sample.documents))
     field = "domain" if routed else None
     source = {"source": (str(path),), "text_field": "text", "domain_field": field}
+    pair = {"pair_field": config.pair_field and "pair"}
     left_out = {"without": (), "without_fields": ()}  # they are
-    given = config.model_copy(update=source | left_out)
+    given = config.model_copy(update=source | pair | left_out)
     return build_corpus(open_store(folder / "sample"), given, 4096)
 
 
@@ -192,6 +193,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
     addition, tokenizer = begun_addition(corpus.info["config"], []), corpus.info["tokenizer"]
+    fields = fields_of(addition.config)
     describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
@@ -201,7 +203,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(FIELDS, about_shard(count, addition, tokenizer))
+        schema = describe(fields, about_shard(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size

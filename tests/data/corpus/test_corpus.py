@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rekindle.data.corpus.columns import BUCKETS
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.corpus import BUCKETS, Corpus, build_corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
 from rekindle.data.corpus.packing import pack
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
