@@ -9,7 +9,8 @@ task are often one short sentence, so here n-grams are short, and must lie toget
 The rule. Words are runs of letters and digits in lower case (NFKC, case folded; a character of a
 script without blanks is a word), so that case, punctuation and white space make no difference.
 A record **holds** a text
-- of fewer than LEAST_WORDS words: where the record, or a sentence of it, is the text and no more;
+- of fewer than LEAST_WORDS words: where the record, or a sentence or line of it, is the text and no
+  more;
 - of others **exactly**: where the text's words stand in the record one after another;
 - of NEAR_WORDS or more **nearly**: where GRAM or more words in a row that are in both cover at
   least NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
@@ -134,9 +135,10 @@ class HeldTexts:
         # Sentences take long to find, and hardly any record has the words at all.
         if not any(self._short.intersection(_grams(words, n)) for n in range(1, LEAST_WORDS)):
             return None
-        for begin, end in split_sentences(field):
-            if (sentence := tuple(_words(field[begin:end]))) in self._short:
-                return sentence
+        sentences = (field[begin:end] for begin, end in split_sentences(field))
+        for part in chain(field.splitlines(), sentences):
+            if (found := tuple(_words(part))) in self._short:
+                return found
         return None
 
 
