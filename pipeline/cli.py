@@ -154,7 +154,7 @@ def train_student(
 
 def rekindle(
     run: Annotated[
-        Path, typer.Argument(metavar="CYCLE.yaml", help="the cycle: text, model, tasks (`init`)")
+        Path, typer.Argument(metavar="CYCLE.yaml", help="a cycle; `pipeline init rekindle` has one")
     ],
     out: Annotated[Path | None, typer.Option(help="where everything goes")] = None,
     set_: Overrides = None,

@@ -131,7 +131,7 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
     shape = (made / "corpus.jsonl", model, settings.vocabulary, bert)
     run, steps = made / "base.yaml", int(settings.base["steps"])
     return [
-        Job("tokenizer", make_model, shape, output=model, steps=1),
+        Job("tokenizer", make_model, shape, output=model),
         Job("base", pretrain, (run, base), base / "run.yaml", after=("tokenizer",), steps=steps),
         Job(f"cache {LM}", cache, (run, (), cached), output=cached, after=("base",)),
     ]

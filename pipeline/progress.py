@@ -27,7 +27,8 @@ Show = Callable[["ProgressTask", str | None], None]
 class ProgressTask:
     """One line of progress: drawn, logged now and then, or only counted.
 
-    ``show`` is called at each change with the task and the note, if there is a new one.
+    ``show`` is called at each change with the task and the note, if there is a new one. ``unit`` is
+    empty where nothing is counted: the work is going on, or done.
     """
 
     def __init__(self, name: str, unit: str, total: int | None = None, show: Show | None = None):
@@ -60,14 +61,25 @@ class ProgressTask:
         self._show(self, text)
 
     def rates(self) -> str:
-        """Say units per second, tokens per second and bytes so far."""
+        """Say units per second, tokens per second and bytes so far; as far as they are known."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        parts = [f"{(self.done - self.before) / seconds:,.1f} {self.unit}/s"]
+        made, parts = self.done - self.before, list[str]()
+        if made > 1 and self.unit:  # one is no rate
+            parts.append(f"{made / seconds:,.1f} {self.unit}/s")
         if "tokens" in self.counts:
             parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
         if "bytes" in self.counts:
             parts.append(f"{self.counts['bytes'] / 1e6:,.1f} MB")
         return " · ".join(parts)
+
+    def counted(self) -> str:
+        """Say how many units are done, of how many; nothing where none are counted."""
+        if not self.unit:
+            return ""
+        one = self.unit.removesuffix("s")
+        if self.total:
+            return f"{self.done:,} of {counted(self.total, one)}"
+        return counted(self.done, one)
 
 
 class _Lines:
@@ -87,13 +99,12 @@ class _Lines:
         self.said, spent = time.monotonic(), time.monotonic() - task.started
         left = ""
         made = task.done - task.before
-        text = self.note or (task.rates() if made else f"at work for {_clock(spent)}")
+        rates = task.rates() if made else ""
+        text = self.note or rates or f"at work for {_clock(spent)}"
         if task.total and made:
             left = f" · {_clock(spent / made * (task.total - task.done))} left"
-        done = counted(task.done, task.unit.removesuffix("s"))
-        if task.total:
-            done = f"{task.done:,} of {counted(task.total, task.unit.removesuffix('s'))}"
-        log.info("%s: %s · %s%s", task.name, done, text, left)
+        told = " · ".join(filter(None, [task.counted(), text]))
+        log.info("%s: %s%s", task.name, told, left)
 
 
 def _clock(seconds: float) -> timedelta:
@@ -147,7 +158,7 @@ class Progress:
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
         """Show a task of ``total`` units, which are in the plural (None: unknown), while the block
-        runs.
+        runs. Without a name for them, ``unit`` is empty, it is only said to be at work and done.
         """
         bars = self._bars
         if bars is None:
@@ -160,8 +171,9 @@ class Progress:
                 del self._at_work[task]
             if not self._quiet and task.done:
                 seconds = time.monotonic() - task.started
-                done = counted(task.done, unit.removesuffix("s"))
-                log.info("%s: %s in %.1f s (%s)", name, done, seconds, task.rates())
+                rates = f" ({told})" if (told := task.rates()) else ""
+                done = counted(task.done, unit.removesuffix("s")) if unit else "done"
+                log.info("%s: %s in %.1f s%s", name, done, seconds, rates)
             return
         bar = bars.add_task(in_line(name), total=total, note="")
 

@@ -47,9 +47,10 @@ def train_from_config(
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
+            speed = filter(None, [task.rates()])
             terms = [f"{k} {v:.3f}" for k, v in values.items() if k == "ce" or "/" in k]
             wait = f"wait {values['data_wait']:.1%}"
-            task.note(" · ".join([f"loss {values['loss']:.3f}", task.rates(), wait, *terms]))
+            task.note(" · ".join([f"loss {values['loss']:.3f}", *speed, wait, *terms]))
 
         if resume:
             begun = config

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 MEASURE = 3
 TEACHERS_SINCE = 2  # kl and agreement are measured as they are today
 SECTION = "evaluation"  # of a run's record; its key is `measure`
+UNSEEN = "on sequences held out of training"  # what held-out values are of, where they are printed
 
 Value = TypeVar("Value")
 

@@ -104,7 +104,7 @@ def cache_teachers(
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
-            log.info("another process works on %s: its units are shared out", store.location)
+            log.info("another process works on %s: the work is shared out", store.location)
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
@@ -159,9 +159,9 @@ def cache_teachers(
 def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
     """What an interrupt leaves of this call's work, and whether there is anything to go on with."""
     if not made:
-        return "no unit was finished", bool(store.names("corpus/commits"))
-    told = [f"{counted(made['corpus'], 'shard')} of the corpus"] if made["corpus"] else []
-    told += [f"{counted(n, 'unit')} of {name}" for name, n in made.items() if name != "corpus"]
+        return "no file was finished", bool(store.names("corpus/commits"))
+    told = [f"{counted(made['corpus'], 'file')} of the corpus"] if made["corpus"] else []
+    told += [f"{counted(n, 'file')} of {name}" for name, n in made.items() if name != "corpus"]
     return f"made and kept: {', '.join(told)}", True
 
 

@@ -57,7 +57,7 @@ def finetune(
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on a labelled task into an expert."""
+    """Fine-tune a model on a labelled task into an expert: a classifier that can teach."""
     from rekindle.data.settings import parse_settings
     from rekindle.pipeline.builtin.missing import make_missing
     from rekindle.pipeline.builtin.names import resolve_name, resolve_values
@@ -103,7 +103,7 @@ def finetune(
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     chosen = ", at their best epochs" if spread and config.patience else ""
-    typer.echo(f"{result.metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
+    typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")

@@ -27,7 +27,13 @@ from rekindle.train.answers.recorded import Recorded, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
-from rekindle.train.finetune.metrics import chosen_metric, named, predictions_of, score
+from rekindle.train.finetune.metrics import (
+    chosen_metric,
+    named,
+    predictions_of,
+    printed_name,
+    score,
+)
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
 from rekindle.train.model.folder import resolve_model
@@ -181,7 +187,8 @@ def _standing(
         draws[one.name] = draw(of_rows, len(data))
         rights |= {} if right is None else {one.name: right}
         done()
-    task_scores = TaskScores(head, metric or "", Path(file).name, scores)
+    measured = printed_name(metric or "", data.problem, len(data.label_names))
+    task_scores = TaskScores(head, metric or "", Path(file).name, scores, measured=measured)
     standing = standing_of(task_scores, OnRows(len(data), draws, rights))
     assert standing is not None  # one at least has the head
     return standing

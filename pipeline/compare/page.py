@@ -13,6 +13,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.runs import Comparison, RunFolder
 from rekindle.pipeline.compare.tables import (
+    ABOUT_RUNS,
+    INTERVAL,
     INTERVALS,
     cost_tables,
     domain_tables,
@@ -29,7 +31,7 @@ from rekindle.pipeline.report.cost import ESTIMATED, Cost, StudentCost, cost_sec
 from rekindle.pipeline.report.losses import curves_of, losses_section
 from rekindle.pipeline.report.page import Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import scores_section
-from rekindle.pipeline.report.table import Column, Table
+from rekindle.pipeline.report.table import Column, Table, stacked
 from rekindle.train.config import TrainConfig
 
 MARKED = (
@@ -37,8 +39,8 @@ MARKED = (
     "first). Settings that are not here are the same in all runs."
 )
 HELD_OUT = (
-    "Held-out values are those of the last evaluation, of one run each: whether a difference is "
-    "more than chance, they do not say."
+    f"{ABOUT_RUNS[:1].upper()}{ABOUT_RUNS[1:]}. What is measured is of the last "
+    "evaluation, of one run each: whether a difference is more than chance, it does not say."
 )
 
 
@@ -104,7 +106,7 @@ def _own_scores(comparison: Comparison) -> Section:
     return Section(
         found.title,
         [
-            *score_tables(comparison),
+            *(stacked(table, INTERVAL) for table in score_tables(comparison)),
             Note(f"{INTERVALS[:1].upper()}{INTERVALS[1:]}."),
             *found.blocks,
         ],

@@ -19,7 +19,7 @@ from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.report.table import best_rows
 from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, read_runs
 from rekindle.pipeline.sweep.grid import shortest_tails
-from rekindle.train.measures import MEASURE, measure_of, true_names
+from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import read_metrics
@@ -228,7 +228,7 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
             for corpus, folders in groups.items()
         )
         raise InputError(
-            "these runs are from caches of different corpora, so their held-out values are of "
+            f"these runs are from caches of different corpora, so their values {UNSEEN} are of "
             f"different texts: {told}. Compare runs of one corpus at a time"
         )
     return next(iter(groups))
@@ -319,9 +319,9 @@ def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object])
     below = [f"{key}." for key in differing]
     keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
-        yield f"{', '.join(keys)} differ: held-out values are not of the same positions"
+        yield f"{', '.join(keys)} differ: values {UNSEEN} are not of the same tokens"
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
-        yield "the runs see different masks: held-out values are not of the same positions"
+        yield f"the runs see different masks: values {UNSEEN} are not of the same tokens"
 
 
 def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:

@@ -7,29 +7,56 @@ from typing import Any
 
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.record.run_folder import read_record
 
 ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it
 Facts = dict[str, Any]
+_What = tuple[tuple[str, ...], str, str, str]  # folder, metric, split, the metric as printed
 
 
 def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
     """What was fine-tuned into folders below the runs, each by its name: of each seed the score on
     test, where all seeds have one, else on dev. A task is called by its folder.
     """
-    found: dict[tuple[tuple[str, ...], str, str], dict[str, list[float]]] = {}
-    seeds: dict[tuple[tuple[str, ...], str, str], dict[str, list[int]]] = {}
+    found: dict[_What, dict[str, list[float]]] = {}
+    seeds: dict[_What, dict[str, list[int]]] = {}
+    selected: set[_What] = set()
     for run, directory in runs.items():
         for folder, metrics in fine_tuned(directory):
             for metric, split, scores, own in _seeds(metrics):
-                found.setdefault((folder, metric, split), {})[run] = scores
-                seeds.setdefault((folder, metric, split), {})[run] = own
-    folders = sorted({folder for folder, _, _ in found})
+                what = folder, metric, split, _printed(metric, metrics)
+                found.setdefault(what, {})[run] = scores
+                seeds.setdefault(what, {})[run] = own
+                if split == "dev" and _chose_epochs(metrics):
+                    selected.add(what)
+    folders = sorted({what[0] for what in found})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
     return [
-        TaskScores(tails[at[0]], *at[1:], scores, seeds=seeds[at])
-        for at, scores in sorted(found.items())
+        TaskScores(
+            *(tails[folder], metric, split, scores),
+            seeds=seeds[what],
+            measured=measured,
+            selected=what in selected,
+        )
+        for what, scores in sorted(found.items())
+        for folder, metric, split, measured in [what]
     ]
+
+
+def _printed(metric: str, metrics: Facts) -> str:
+    """The metric as it is printed; older results may not say what it is of."""
+    names = metrics.get("label_names")
+    classes = len(names) if isinstance(names, list) else 0
+    return printed_name(metric, str(metrics.get("problem")), classes)
+
+
+def _chose_epochs(metrics: Facts) -> bool:
+    """Whether the epoch of each seed is the best on dev."""
+    config, seeds = metrics.get("config"), metrics["per_seed"]
+    if not isinstance(config, dict) or config.get("patience") is None:
+        return False
+    return all(seed.get("kept_epoch") is not None for seed in seeds)
 
 
 def _seeds(metrics: Facts) -> list[tuple[str, str, list[float], list[int]]]:

@@ -58,7 +58,7 @@ class Standing:
     def verdict(self) -> str:
         """All of it in a sentence, without its full stop."""
         task, value = self.scores, self.mean(self.best)
-        what = f"{task.metric} {value:.4f} on {task.split}"
+        what = f"{task.measured} {value:.4f} on {task.scored_on}"
         if not self.differences:
             return f"{self.best} alone has a score on {task.task}: {what}"
         near = [one for one in self.differences if one not in self.beaten]

@@ -23,15 +23,24 @@ from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, ta
 from rekindle.pipeline.report.text import WIDEST, terminal_width, text_lines, wrapped
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.config import DistillTerm
+from rekindle.train.measures import UNSEEN
 
 COST = (
-    "cost: seconds of the run so far and of stage 1 for the teachers that it uses; (steps) of the "
+    "cost: seconds of the run so far and of caching the teachers that it uses; (steps) of the "
     "last evaluation that had cost no more, nothing is interpolated"
 )
+INTERVAL = "interval"
 INTERVALS = (
     "intervals: 95 %, of all comparisons of a task at once; of another draw of the test rows "
     f"(none below {LEAST_ROWS} rows; of accuracy they also hold 0 where an exact sign test sees no "
     "difference), or of seeds where there are several; one student was trained for each run"
+)
+ABOUT_RUNS = (
+    "loss (what is trained), ce (cross-entropy of the language model), kl/… (divergence from that "
+    "teacher) and agreement/… (share in which both have the same first choice) are measured "
+    f"{UNSEEN}; KD sequences, KD tokens: those trained with a teacher's targets (knowledge "
+    "distillation), of all that were trained on; data wait: the share of the time in which steps "
+    "waited for data"
 )
 _MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
 
@@ -66,14 +75,14 @@ def step_tables(comparison: Comparison) -> Iterator[Table]:
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
         every = range(len(comparison.runs))
         columns = _matched(comparison, every, comparison.matched_steps, "steps", "{:,.0f}")
-        yield Table(f"held-out {comparison.compared} at equal steps", columns)
+        yield Table(f"{comparison.compared} {UNSEEN}, at equal steps", columns)
 
 
 def cost_tables(comparison: Comparison) -> Iterator[Table]:
     """What is compared, at equal total cost, of the runs that have something there; nothing where
     no cost is known, and a sentence where one run alone has.
     """
-    title = f"held-out {comparison.compared} at equal total cost"
+    title = f"{comparison.compared} {UNSEEN}, at equal total cost"
     matches, runs = comparison.matched_cost, comparison.runs
     evaluated = [run for run in runs if run.curve.points]
     unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
@@ -122,15 +131,15 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
         starred = frozenset(range(one.is_best))
         columns = [
             Column("run", names, words=True),
-            Column(one.scores.metric, [f"{one.mean(name):.4f}" for name in names], starred),
-            Column("seeds", [str(len(one.scores.of(name))) for name in names]),
+            Column(one.scores.measured, [f"{one.mean(name):.4f}" for name in names], starred),
             Column(f"{one.best} better by", [_difference(against.get(name)) for name in names]),
-            Column("interval", [_interval(against.get(name)) for name in names]),
+            Column(INTERVAL, [_interval(against.get(name)) for name in names]),
+            Column("seeds", [str(len(one.scores.of(name))) for name in names]),
         ]
         columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
         columns = [c for c in columns if {*c.cells} != {NOTHING}]  # one run, or no interval
         rows = "" if one.rows is None else f", {counted(one.rows, 'row')}"
-        yield Table(f"{one.scores.task} ({one.scores.split}{rows})", columns)
+        yield Table(f"{one.scores.task} ({one.scores.scored_on}{rows})", columns)
 
 
 def _difference(one: Difference | None) -> str:
@@ -171,7 +180,7 @@ def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
             [name, *(formatted(value, "{:,.2f}") for value in values)]
             for name, values in zip(matrix.runs, matrix.perplexity, strict=True)
         ]
-        title = "held-out perplexity by domain, at the last evaluation"
+        title = f"perplexity by domain, {UNSEEN}, at the last evaluation"
         yield table_of(title, ["run", *matrix.domains], rows, words=1)
 
 
@@ -189,7 +198,8 @@ def domain_matrix(runs: Sequence[Path]) -> str:
 
 def _settings(runs: list[RunFacts]) -> Iterator[Column]:
     keys = [key for key in runs[0].settings if key != "train.steps"]  # it has a column anyway
-    tails = shortest_tails([key.split(".") for key in keys])
+    # A weight says nothing without what it weighs; "train" says nothing itself.
+    tails = shortest_tails([key.removeprefix("train.").split(".") for key in keys], least=2)
     for key, tail in zip(keys, tails, strict=True):
         values = [run.settings[key] for run in runs]
         words = any(isinstance(value, str | dict | list) for value in values)
@@ -243,7 +253,8 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
         lines += wrapped("* the best by more than chance", width)
     if scores:
         lines += wrapped(INTERVALS, width)
-    lines += [""] * bool(lines) + text_lines(Table("", columns_of(comparison)), width)
+    runs = Table("", columns_of(comparison), ABOUT_RUNS)
+    lines += [""] * bool(lines) + text_lines(runs, width)
     notes = [*comparison.notes, *filter(None, [way_to_scores(comparison)])]
     lines += [line for note in notes for line in wrapped(f"note: {note}", width)]
     more = [*step_tables(comparison), *cost_tables(comparison), *domain_tables(comparison.domains)]

@@ -24,6 +24,7 @@ TWINS: Mapping[Arm, tuple[Arm, str]] = {
 }
 UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a model fine-tuned, without a student
 WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee", "mixture")
+GUIDED: tuple[Arm, ...] = tuple(arm for arm in WITH_TEACHERS if arm != "pseudo")  # by probabilities
 MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # whose students learn masked LM
 # Arms whose students have one expert each, and so a student for every task.
 OF_ONE_EXPERT: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee")

@@ -8,21 +8,24 @@ A search is part of the budget: every arm must have tried the same settings with
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
 from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
-from rekindle.train.finetune.result import WRITER, FinetuneResult
+from rekindle.train.finetune.result import WRITER, FinetuneResult, best_of
 from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
-LONGER = "longer"  # the start model, fine-tuned with twice the epochs
+START = "start"  # the students' model, fine-tuned, where experts are of another one
+LONGER = "longer"  # the students' model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
-TAUGHT = ("kd", "both", "mixture")  # students of experts
+PSEUDO = "pseudo"  # a student of the expert's most likely classes
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
@@ -91,6 +94,23 @@ def folder_of(arm: str, task: str) -> str:
     return f"experts/{task}" if arm == EXPERT else f"fine-tuned/{arm}/{task}"
 
 
+def own_head(arm: str) -> str:
+    """What the students of an arm are called that are scored as their experts left them."""
+    return f"{arm} (own head)"
+
+
+def own_head_folder(arm: str, task: str) -> str:
+    """Where the scores of an arm's student with its own head are, in the cycle's directory."""
+    return f"distilled/{arm}/{task}"
+
+
+def student_part(folder: str, number: int, students: int) -> str:
+    """The part of an arm's folder that is of the student with that number, where there are
+    several ``students``; else the folder.
+    """
+    return folder if students == 1 else f"{folder}/student-{number}"
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None without a file. CheckpointError for anything else."""
     return read_record(path, _AGAIN, _refuse)
@@ -110,12 +130,51 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
         if values["written_by"] != WRITER:
             raise ValueError(f"written by {values['written_by']!r}")
         whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
-        return _checked(TypeAdapter(FineTuned).validate_json(whole, strict=True))
+        return _checked(_reader().validate_json(whole, strict=True))
     except (KeyError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
         ) from None
+
+
+@cache
+def _reader() -> TypeAdapter[FineTuned]:
+    return TypeAdapter(FineTuned)  # takes as long to make as several files to read
+
+
+def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> FineTuned | None:
+    """The result in ``out / folder``; of several ``students`` those of all together, by seed. None
+    where one is not there yet. CheckpointError for what is damaged, or not alike.
+    """
+    one = read_finetuned(out, folder, arm, task)
+    if one is not None or students == 1:
+        return one
+    read = (
+        read_finetuned(out, student_part(folder, number, students), arm, task)
+        for number in range(students)
+    )
+    parts = [one for one in read if one is not None]
+    if len(parts) < students:
+        return None
+    check_alike(out, parts, lambda one: budget_of(one) | {"seeds": None})
+    per_seed = sorted((seed for one in parts for seed in one.per_seed), key=lambda one: one.seed)
+    best = best_of(per_seed, parts[0].metric)
+    together = replace(
+        parts[0],
+        folder=folder,
+        per_seed=tuple(per_seed),
+        best_seed=best.seed,
+        kept_epoch=best.kept_epoch,
+        seconds=sum(one.seconds for one in parts),
+    )
+    tests = [scores[together.metric] for scores in together.test]
+    return replace(
+        together,
+        mean=fmean(together.dev),
+        std=stdev(together.dev) if len(per_seed) > 1 else None,
+        test_mean=fmean(tests) if tests else None,
+    )
 
 
 def _checked(one: FineTuned) -> FineTuned:

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from rekindle.pipeline.cycle.arms import GUIDED
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
+from rekindle.train.finetune.metrics import printed_name
 
 UNFINISHED = "unfinished"  # how the note begins that says what is not there
 UNLEARNED = "next to nothing was learned"  # the one that names where this is so
@@ -15,21 +17,28 @@ _SURE = 0.05  # adjusted p below which a difference counts as more than chance
 FEWEST_SEEDS = 5  # below, an interval is little more than a guess
 
 
-def notes_of(results: CycleResults, found: Mapping[tuple[str, str], FineTuned]) -> list[str]:
-    """The notes, those first that say what is not there. ``found``: by arm and task."""
-    missing = list(_missing(results, found))
+Draws = Mapping[int, Mapping[tuple[str, str], FineTuned]]  # by arm and task, of every draw
+
+
+def notes_of(results: CycleResults, draws: Draws, said: Sequence[str] = ()) -> list[str]:
+    """The notes, those first that say what is not there, as ``said`` does. ``draws``: what was
+    fine-tuned in each draw of the labels, of which there is one where they are not drawn anew.
+    """
+    found = [one for cells in draws.values() for one in cells.values()]
+    missing = [*_missing(results, {cell for cells in draws.values() for cell in cells}), *said]
     if not found:
         return [*missing, f"{UNFINISHED}: nothing is fine-tuned yet"]
     return [
         *missing,
-        *_unlearned(found.values()),
-        *_guidance(results.differences),
-        *_tests(results.differences),
-        *_seeds(len(next(iter(found.values())).seeds)),
+        *_unlearned(draws),
+        *_guidance(results),
+        *_tests(results),
+        *_covered(results, found[0].seeds),
+        *_metrics(found),
         *_selected(results),
-        *_budgets(results, found),
-        *_searched(results.searched),
-        *_versions(list(found.values())),
+        *_budgets(results, {one.arm for one in found}),
+        *_searched(results),
+        *_versions(found),
     ]
 
 
@@ -42,13 +51,16 @@ def _missing(results: CycleResults, found: Collection[tuple[str, str]]) -> Itera
         yield f"{UNFINISHED}, not there yet: {listed}{means}"
 
 
-def _unlearned(found: Collection[FineTuned]) -> Iterator[str]:
+def _unlearned(draws: Draws) -> Iterator[str]:
     """One sentence of the fine-tunings that `pipeline finetune` warns of."""
     told = []
-    for one in found:
-        if weak := [seed.seed for seed in one.per_seed if seed.warning]:
-            of = "" if len(weak) == len(one.seeds) else f" (seed {', '.join(map(str, weak))})"
-            told.append(f"{one.arm} on {one.task}{of}")
+    for draw, cells in draws.items():
+        for one in cells.values():
+            if weak := [seed.seed for seed in one.per_seed if seed.warning]:
+                of = [f"draw {draw}"] if len(draws) > 1 else []
+                if len(weak) < len(one.seeds):
+                    of.append(f"seed {', '.join(map(str, weak))}")
+                told.append(f"{one.arm} on {one.task}" + (f" ({', '.join(of)})" if of else ""))
     if told:
         yield (
             f"{UNLEARNED} by {'; '.join(told)}: on dev this is near what the same answer for every "
@@ -57,18 +69,19 @@ def _unlearned(found: Collection[FineTuned]) -> Iterator[str]:
         )
 
 
-def _guidance(differences: Sequence[Difference]) -> Iterator[str]:
-    """One sentence where no student of experts beats the one of the text alone (else the expert):
-    on the mean over tasks, or on the only task.
+def _guidance(results: CycleResults) -> Iterator[str]:
+    """One sentence where no student of experts beats the one of the text alone (else what is to be
+    beaten): on the mean over tasks, or on the only task.
     """
-    taught = [one for one in differences if one.arm in TAUGHT]
-    for against in (MLM, EXPERT):
+    taught = [one for one in results.differences if one.arm in GUIDED]
+    for against in (MLM, results.base):
         ones = [one for one in taught if one.against == against]
         ones = [one for one in ones if one.task == MEAN] or ones
         if len({one.task for one in ones}) != 1:
             continue
         if not any(is_gain(one) for one in ones):
-            spread = [f"({one.interval})" if one.n > 1 else "with one seed" for one in ones]
+            once = f"with one {results.unit}"
+            spread = [f"({one.interval})" if one.n > 1 else once for one in ones]
             gains = [f"{one.arm} {100 * one.mean:+.2f}" for one in ones]
             listed = ", ".join(f"{gain} {w}" for gain, w in zip(gains, spread, strict=True))
             where = "the mean over tasks" if ones[0].task == MEAN else ones[0].task
@@ -85,34 +98,87 @@ def is_gain(one: Difference) -> bool:
     return one.mean > 0 and (one.n > 1 if p is None else p < _SURE)
 
 
-def _tests(differences: Sequence[Difference]) -> Iterator[str]:
+def _tests(results: CycleResults) -> Iterator[str]:
+    differences, unit = results.differences, results.unit
+    if (primary := results.primary) is not None:
+        yield (
+            f"the comparison of {primary.arm} with {', '.join(primary.against)} is the primary "
+            "one, named before anything ran: its p are adjusted by Holm's method over these "
+            f"{len(primary.against)} alone. All other comparisons are secondary: they say what to "
+            "look at next, and prove nothing"
+        )
     if counts := Counter(one.against for one in differences if one.p is not None):
         listed = ", ".join(f"{count} against {against}" for against, count in counts.items())
         means = " and on the mean over tasks" if any(o.task == MEAN for o in differences) else ""
         across = ", not across these groups" if len(counts) > 1 else ""
+        secondary = " secondary" if primary is not None else ""
         yield (
-            f"{counts.total()} paired t-tests were made (two-sided, by seed, on each task's main "
-            f"metric{means}): {listed}; p is adjusted by Holm's method over all tests against the "
-            f"same arm{across}; the intervals are not adjusted"
+            f"{counts.total()}{secondary} paired t-tests were made (two-sided, by {unit}, on each "
+            f"task's main metric{means}): {listed}; p is adjusted by Holm's method over all tests "
+            f"against the same arm{across}; the intervals are not adjusted"
         )
     if equal := [one for one in differences if one.p is None and one.n > 1]:
         listed = ", ".join(f"{one.arm} − {one.against} on {one.task}" for one in equal)
-        yield f"the same difference with every seed, so that no test can be made: {listed}"
+        yield f"the same difference with every {unit}, so that no test can be made: {listed}"
 
 
-def _seeds(seeds: int) -> Iterator[str]:
-    few = f"fewer than {FEWEST_SEEDS} seeds: " if seeds < FEWEST_SEEDS else ""
-    if seeds == 1:
+def _covered(results: CycleResults, seeds: Sequence[int]) -> Iterator[str]:
+    """What the intervals cover, and what not."""
+    if results.draws is not None:
+        yield from _covered_by_draws(results, len(results.draws), len(seeds))
+        return
+    few = f"fewer than {FEWEST_SEEDS} seeds: " if len(seeds) < FEWEST_SEEDS else ""
+    if len(seeds) == 1:
         yield f"{few}one fine-tuning of each arm; nothing is known of their spread"
         return
     yield (
-        f"{few}intervals (95 %, Student's t) and tests are over {seeds} fine-tunings, which differ "
-        "in their seed (order of the data, dropout, the weights of a new head), on one test split"
+        f"{few}intervals (95 %, Student's t) and tests are over {len(seeds)} fine-tunings, which "
+        "differ in their seed (order of the data, dropout, the weights of a new head), on one test "
+        "split"
+    )
+    if results.students == 1:
+        yield (
+            "one student per arm was pre-trained: how much another seed of pre-training, or "
+            "another test split, would change is not in the intervals"
+        )
+        return
+    shared = (
+        "each fine-tuned once"
+        if results.students == len(seeds)
+        else "which share the fine-tunings: those of one student are alike, so that the intervals "
+        "are somewhat too narrow"
     )
     yield (
-        "one student per arm was pre-trained: how much another seed of pre-training, or another "
-        "test split, would change is not in the intervals"
+        f"{results.students} students of every kind were pre-trained, each with a seed of its own, "
+        f"{shared}. How much another test split would change is not in the intervals"
     )
+
+
+def _covered_by_draws(results: CycleResults, draws: int, seeds: int) -> Iterator[str]:
+    few = f"fewer than {FEWEST_SEEDS} draws of the labels: " if draws < FEWEST_SEEDS else ""
+    each = f"the mean of {seeds} fine-tunings" if seeds > 1 else "one fine-tuning"
+    students = f" of {results.students} students" if results.students > 1 else ""
+    if draws == 1:
+        yield f"{few}{each}{students} of each arm; nothing is known of the spread over draws"
+        return
+    yield (
+        f"{few}intervals (95 %, Student's t) and tests are over {draws} draws of the labels; the "
+        f"score of a draw is {each}{students}. Each draw has its own rows to train on, and all "
+        "that is made of them: its experts, what these say of the text, its students"
+    )
+    yield (
+        "the test split, the unlabelled text and the seeds of pre-training and fine-tuning are the "
+        "same in all draws: how much others would change is not in the intervals"
+    )
+
+
+def _metrics(found: Collection[FineTuned]) -> Iterator[str]:
+    """What an F1 is of, where its name does not say that."""
+    names = {one.task: printed_name(one.metric, one.problem, len(one.label_names)) for one in found}
+    meanings = {"macro f1": "the unweighted mean over classes (macro)", "entity f1": "of entities"}
+    for name, meaning in meanings.items():
+        if tasks := ", ".join(task for task, own in names.items() if own == name):
+            yield f"f1 of {tasks} is {meaning}"
 
 
 def _selected(results: CycleResults) -> Iterator[str]:
@@ -120,10 +186,11 @@ def _selected(results: CycleResults) -> Iterator[str]:
     main = results.main
     if not any(arm == SELECTED for arm, _ in main):
         return
+    spread = ", without an interval" if results.draws is None else ", in each draw"
     yield (
         "the expert that teaches is the best of its seeds on dev, so that its students start from "
         f"a selected one: a gain over the mean of {EXPERT} includes that selection. "
-        f"`{SELECTED}` is the test score of that one, without an interval"
+        f"`{SELECTED}` is the test score of that one{spread}"
     )
     for arm in results.arms:
         gains = [
@@ -135,15 +202,20 @@ def _selected(results: CycleResults) -> Iterator[str]:
             yield f"mean of {arm} − {SELECTED}, in points: {', '.join(gains)}"
 
 
-def _budgets(results: CycleResults, found: Collection[tuple[str, str]]) -> Iterator[str]:
-    if any(arm == LONGER for arm, _ in found):
-        yield f"{LONGER}: fine-tuned with twice the epochs; all other arms had the same budget"
+def _budgets(results: CycleResults, arms: Collection[str]) -> Iterator[str]:
+    own = bool(results.file.get("experts", {}).get("finetune"))
+    if LONGER in arms:
+        others = f"all other arms but {EXPERT}" if own else "all other arms"
+        yield f"{LONGER}: fine-tuned with twice the epochs; {others} had the same budget"
+    if own:
+        yield f"{EXPERT}: of another model, with a budget of its own (experts.finetune)"
     tasks = [task for task in results.tasks if task.test_in_train]
     if shared := ", ".join(f"{task.test_in_train:,} of {task.name}" for task in tasks):
         yield f"test examples whose text is also in train: {shared}"
 
 
-def _searched(searched: Sequence[Searched]) -> Iterator[str]:
+def _searched(results: CycleResults) -> Iterator[str]:
+    searched = results.searched
     if not searched:
         return
     points = max(len(one.tried) for one in searched)
@@ -151,6 +223,7 @@ def _searched(searched: Sequence[Searched]) -> Iterator[str]:
         f"{', '.join(searched[0].tried[0].settings)}: chosen on dev for each arm and task among "
         f"the same {points} settings, with the same seeds, none of which is compared; test scores "
         "have chosen nothing"
+        + ("; searched in draw 0, and taken over in the others" if results.draws else "")
     )
     if edges := "; ".join(f"{one.arm} on {one.task}" for one in searched if _at_edge(one)):
         yield f"the choice is at an edge of what was tried, and more may help: {edges}"

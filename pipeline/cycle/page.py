@@ -13,7 +13,7 @@ from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comp
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
 from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_finetuned
+from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_arm
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
 from rekindle.pipeline.cycle.jobs import start_folder
 from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, UNLEARNED, is_gain
@@ -21,10 +21,20 @@ from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, of_text
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.students import student_of, students_of
-from rekindle.pipeline.cycle.tables import as_text, own_tables
+from rekindle.pipeline.cycle.tables import as_text, own_tables, primary_tables, secondary
 from rekindle.pipeline.cycle.verdict import facts_of_results
-from rekindle.pipeline.report.page import Commands, Facts, Note, Page, Section, as_html
-from rekindle.pipeline.report.scores import TaskScores, scores_section
+from rekindle.pipeline.report.page import (
+    Block,
+    Commands,
+    Facts,
+    Figures,
+    Note,
+    Page,
+    Section,
+    as_html,
+)
+from rekindle.pipeline.report.scores import INTERVAL, TaskScores, difference_picture, scores_section
+from rekindle.pipeline.report.table import stacked
 from rekindle.pipeline.report.text import terminal_width, wrapped
 from rekindle.train.finetune.config import FinetuneConfig
 
@@ -60,7 +70,8 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
         "as that model, are guided on that text, and are fine-tuned again with the same budget."
     )
     lead = f"{about} {counted(len(results.tasks), 'task')}, {counted(len(results.arms), 'arm')}"
-    sections = [Section("In short", [Facts([*facts_of_results(results)])]), scores]
+    short = Section("In short", [Facts([*facts_of_results(results)])])
+    sections = [*primary_section(results), short, scores]
     if comparison is None:
         lead += "."
     else:
@@ -74,21 +85,36 @@ def cycle_html(home: Path, comparison: Comparison | None, results: CycleResults)
     return as_html(Page(TITLE, lead, sections, _sentence(results.verdict)))
 
 
+def primary_section(results: CycleResults) -> Iterator[Section]:
+    """The comparison that was named before anything ran; nothing where none was."""
+    if (primary := results.primary) is None:
+        return
+    blocks: list[Block] = [stacked(table, INTERVAL) for table in primary_tables(results)]
+    if ones := primary.differences:
+        told = f"{primary.arm}: difference on the primary comparison"
+        figure = difference_picture(told, ones, [f"to {one.against}" for one in ones])
+        blocks.append(Figures([figure], small=True))
+    yield Section("Primary comparison", blocks)
+
+
 def cycle_section(results: CycleResults) -> Section:
     """Scores on test by arm and task, differences, and what must be said beside them."""
     first = [note for note in results.notes if note.startswith(_FIRST)]
     tasks = [_task_scores(results, task) for task in results.tasks]
     best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
     warnings = [*map(_sentence, first)]
-    section = scores_section(results.arms, tasks, results.differences, warnings, best)
+    how = (results.unit, secondary(results))
+    section = scores_section(results.arms, tasks, results.differences, warnings, best, *how)
     arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
-    return Section(section.title, [arms, *section.blocks, *told, *own_tables(results)])
+    title = f"{section.title} (secondary)" if results.primary is not None else section.title
+    return Section(title, [arms, *section.blocks, *told, *own_tables(results)])
 
 
 def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
-    """The arm with the highest mean, if it has more than the expert by more than chance."""
-    ones = [one for one in results.differences if (one.task, one.against) == (task.task, EXPERT)]
+    """The arm with the highest mean, if it beats what is to be beaten by more than chance."""
+    base = (task.task, results.base)
+    ones = [one for one in results.differences if (one.task, one.against) == base]
     gained = [one for one in ones if is_gain(one)]
     best = max(ones, key=lambda one: one.mean, default=None)
     return best.arm if best is not None and best in gained else None
@@ -134,7 +160,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
     used: dict[tuple[str, str], Mapping[str, object]] = {}
     for task in config.tasks:
         for arm in config.arms:
-            found = read_finetuned(home, folder_of(arm, task.name), arm, task.name)
+            found = read_arm(home, folder_of(arm, task.name), arm, task.name, config.students)
             if found is not None:
                 used[arm, task.name] = found.config
             elif len(points) == 1:
@@ -214,7 +240,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
     commands = [
         (f"The expert on {task.name}", finetune(EXPERT, start_folder(config, EXPERT), task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("Stage 1: the experts into the cache", f"pipeline cache-teachers {where}/{stage}"),
+        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {where}/{stage}"),
         ("What is in it", f"pipeline inspect {shown(config.cache_of(text).path)}"),
     ]
     for student in list(students_of(config))[:1]:
@@ -222,7 +248,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         arm = next(arm for arm in config.arms if student_of(config, arm, task.name) == student)
         line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
         commands += [
-            (f"Stage 2: the student {student}", line),
+            (f"The student {student} from it (stage 2)", line),
             ("It on the task again", finetune(arm, run, name)),
             ("Its score on test", evaluate.format(name)),
         ]

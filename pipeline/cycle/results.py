@@ -4,67 +4,151 @@ It reads what the stages leave in the cycle's directory, finished or not, and tr
 does not fit together (other seeds, other budgets, other files) is refused, never compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
-from rekindle.pipeline.cycle.finetuned import (
-    EXPERT,
-    FineTuned,
-    Grid,
-    budget_of,
-    check_alike,
-    folder_of,
-    read_finetuned,
-    read_json,
-)
-from rekindle.pipeline.cycle.notes import notes_of
+from rekindle.pipeline.cycle.cells import Cells, check_draws, read_cells
+from rekindle.pipeline.cycle.costs import arm_costs, mean_costs, stage_costs
+from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, Grid, read_json
+from rekindle.pipeline.cycle.notes import UNFINISHED, notes_of
 from rekindle.pipeline.cycle.scores import (
     MEAN,
+    ArmScores,
     CycleResults,
     KeptExpert,
+    Primary,
     TaskFacts,
     differences_of,
+    over_draws,
     scores_of,
 )
-from rekindle.pipeline.cycle.searched import check_search, read_search, searched_of
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW, searched_of
 from rekindle.pipeline.cycle.verdict import verdict_of
 
-Found = Mapping[tuple[str, str], FineTuned]  # by arm and task
-Tried = Mapping[tuple[str, str], Sequence[FineTuned]]
+RESULTS_FILE = "results.json"  # there once a cycle, or a draw of it, has come to its end
 
 
 def read_results(out: Path) -> CycleResults:
-    """The results so far in the cycle's directory ``out``.
+    """The results so far in the cycle's directory ``out``: of several draws of the labels, of those
+    that have come to their end.
 
     Raises InputError where ``out`` is no cycle, CheckpointError where its parts are damaged or do
     not belong together.
     """
     plan, grid = _read_plan(out)
-    cells = [(arm, task) for arm in plan.arms for task in plan.metrics]
-    read = {cell: read_finetuned(out, folder_of(*cell), *cell) for cell in cells}
-    found = {cell: one for cell, one in read.items() if one is not None}
-    tried = {cell: read_search(out, *cell, grid) for cell in cells}
-    _check(out, plan, grid, found, tried)
-    scores = scores_of(plan.arms, list(plan.metrics), found)
-    differences = differences_of(plan.arms, plan.metrics, scores)
-    searched = [searched_of(*c, grid, tried[c], found.get(c)) for c in cells if tried[c]]
-    costs = _costs(out, found, tried)
-    experts = [_kept(found[EXPERT, task]) for task in plan.metrics if (EXPERT, task) in found]
-    results = replace(plan, scores=scores, differences=differences, searched=searched, costs=costs)
-    notes, verdict = notes_of(results, found), verdict_of(results)
-    return replace(results, notes=notes, verdict=verdict, experts=experts)
+    planned = int(plan.file.get("label_draws") or 1)
+    if planned == 1:
+        cells = read_cells(out, plan, grid)
+        return _results(plan, grid, {0: cells}, _scores(plan, cells), [])
+    folders = {draw: out / DRAWS_FOLDER / str(draw) for draw in range(planned)}
+    ended = {draw: one for draw, one in folders.items() if (one / RESULTS_FILE).is_file()}
+    draws = {draw: read_cells(one, plan, grid) for draw, one in ended.items()}
+    draws = {draw: _of_draw(cells, draw) for draw, cells in draws.items()}
+    check_draws(out, [cells.found for cells in draws.values()])
+    scores, lacking = over_draws({draw: _scores(plan, one) for draw, one in draws.items()})
+    plan = replace(plan, draws=[*draws])
+    said = list(_left_out([draw for draw in folders if draw not in ended], planned, lacking))
+    return _results(plan, grid, draws, scores, said)
 
 
-def _kept(one: FineTuned) -> KeptExpert:
-    dev = one.dev[one.seeds.index(one.best_seed)]
-    return KeptExpert(one.task, one.folder, one.best_seed, len(one.seeds), one.metric, dev)
+def _scores(plan: CycleResults, cells: Cells) -> list[ArmScores]:
+    selected = plan.file.get("experts", {}).get("teacher") != "all"
+    return scores_of(plan.arms, list(plan.metrics), cells.found, cells.heads, selected)
+
+
+def _results(
+    plan: CycleResults,
+    grid: Grid,
+    draws: Mapping[int, Cells],
+    scores: list[ArmScores],
+    said: list[str],
+) -> CycleResults:
+    """All that is made of the scores; ``draws`` by number, of which there is one without any."""
+    first = next(iter(draws.values()), Cells({}, {}, {}, {}))
+    searched = [
+        searched_of(*cell, grid, ones, first.found.get(cell))
+        for cell, ones in first.tried.items()
+        if ones
+    ]
+    experts = [one for cells in draws.values() for one in _kept(plan, cells)]
+    costs = {stage: s for cells in draws.values() for stage, s in stage_costs(cells).items()}
+    by_draw = [arm_costs(plan.arms, list(plan.metrics), cells) for cells in draws.values()]
+    results = replace(
+        plan,
+        scores=scores,
+        differences=differences_of(plan.arms, plan.metrics, scores),
+        searched=searched,
+        costs=dict(sorted(costs.items())),
+        experts=experts,
+        arm_costs=mean_costs(by_draw),
+    )
+    primary = Primary.of(plan.file.get("primary"), results.main, results.where)
+    results = replace(results, primary=primary)
+    notes = notes_of(results, {draw: cells.found for draw, cells in draws.items()}, said)
+    return replace(results, notes=notes, verdict=verdict_of(results))
+
+
+def _kept(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
+    """The experts that are best on dev, of every task."""
+    for task in plan.metrics:
+        if (one := cells.found.get((EXPERT, task))) is not None:
+            dev = one.dev[one.seeds.index(one.best_seed)]
+            yield KeptExpert(task, one.folder, one.best_seed, len(one.seeds), one.metric, dev)
+
+
+# --- several draws of the labels ------------------------------------------------------------------
+
+
+def _of_draw(cells: Cells, draw: int) -> Cells:
+    """The same, with folders relative to the whole cycle's."""
+    where = f"{DRAWS_FOLDER}/{draw}"
+
+    def moved(one: FineTuned, where: str = where) -> FineTuned:
+        return replace(one, folder=f"{where}/{one.folder}")
+
+    first = f"{DRAWS_FOLDER}/{FIRST_DRAW}"  # which is searched for all
+    return Cells(
+        {cell: moved(one) for cell, one in cells.found.items()},
+        {cell: moved(one) for cell, one in cells.heads.items()},
+        {cell: [moved(one, first) for one in ones] for cell, ones in cells.tried.items()},
+        {name: one.moved(where) for name, one in cells.students.items()},
+    )
+
+
+def _left_out(
+    draws: Sequence[int], planned: int, lacking: Mapping[tuple[str, str], Sequence[int]]
+) -> Iterator[str]:
+    """Sentences of the draws that have not come to their end, and of arms that some draws lack."""
+    if draws:
+        yield (
+            f"{UNFINISHED}, not there yet: draw {_listed(draws)} of the {planned} draws of the "
+            "labels (from 0): nothing here is of them"
+        )
+    told = [
+        f"{arm} on {task} (draw {_listed(missing)})"
+        for (arm, task), missing in lacking.items()
+        if task != MEAN
+    ]
+    if told:
+        yield (
+            f"{UNFINISHED}, and left out, for they are not there in every draw: {'; '.join(told)}. "
+            "The mean of fewer draws would be of other labels than the other arms have"
+        )
+    if means := [arm for arm, task in lacking if task == MEAN]:
+        arms = ", ".join(means)
+        yield f"{UNFINISHED}, without a mean over tasks, which not every draw has: {arms}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# --- what was planned -----------------------------------------------------------------------------
 
 
 def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
@@ -95,48 +179,3 @@ def _name(name: object) -> str:
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..", MEAN):
         raise ValueError(f"{name!r} is no name")
     return name
-
-
-def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried) -> None:
-    """Nothing is compared that had not the same data, seeds, budget and search."""
-    seeds = plan.settings.get("seeds")
-    for one in found.values():
-        metric = plan.metrics[one.task]
-        if not one.test:
-            wrong = "no test scores"
-        elif isinstance(seeds, int) and len(one.seeds) != seeds:
-            wrong = f"{counted(len(one.seeds), 'seed')}, and {CYCLE_FILE} says {seeds}"
-        elif one.metric != metric:
-            wrong = f"the metric {one.metric}, and {CYCLE_FILE} says {metric}"
-        else:
-            continue
-        raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
-    for task in plan.tasks:
-        final = {arm: one for (arm, name), one in found.items() if name == task.name}
-        searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
-        for ones in (list(final.values()), searches):
-            check_alike(out, ones, partial(budget_of, searched=grid))
-        # The files that a search has in common with what it chooses for.
-        both = [*searches[:1], *[*final.values()][:1]]
-        check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
-        check_search(out, grid, searches, final)
-    check_alike(out, list(found.values()), lambda one: {"seeds": one.seeds})
-
-
-# --- what it cost ---------------------------------------------------------------------------------
-
-
-def _costs(out: Path, found: Found, tried: Tried) -> dict[str, float]:
-    """Seconds of the stages that are finished and have recorded them, by their folder."""
-    costs = {one.folder: one.seconds for one in found.values()}
-    for (arm, task), ones in tried.items():
-        if ones:
-            costs[f"search/{arm}/{task}"] = sum(one.seconds for one in ones)
-    for folder in sorted((out / "students").glob("*/")):
-        summary = read_json(folder / "summary.json") or {}
-        about = read_json(folder / "run.json") or {}
-        passes = about.get("cache", {}).get("teacher_seconds") or {}
-        recorded = {f"cache/{name}": seconds for name, seconds in passes.items()}
-        recorded[f"students/{folder.name}"] = summary.get("seconds")
-        costs |= {stage: float(s) for stage, s in recorded.items() if s is not None}
-    return dict(sorted(costs.items()))

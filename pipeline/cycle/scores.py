@@ -10,7 +10,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, TAUGHT, FineTuned
+from rekindle.pipeline.cycle.arms import GUIDED
+from rekindle.pipeline.cycle.finetuned import (
+    EXPERT,
+    LONGER,
+    MLM,
+    PSEUDO,
+    START,
+    FineTuned,
+    own_head,
+)
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.cache import CacheFacts
 from rekindle.pipeline.report.cost import Cost
@@ -22,7 +31,9 @@ MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' m
 
 @dataclass(frozen=True)
 class ArmScores:
-    """An arm's test scores, as fractions, by seed in the order of ``seeds``.
+    """An arm's test scores, as fractions, by seed in the order of ``seeds``; where there are
+    several draws of the labels, by draw: ``seeds`` are then the draws' numbers, and a score is the
+    mean of the draw's seeds. Of students with their own heads, ``seeds`` are the students' numbers.
 
     ``std`` is the sample deviation, ``low`` to ``high`` the 95 % interval of the mean; None for a
     single seed. ``task`` and ``metric`` are "mean" for the mean of the tasks' main metrics. The arm
@@ -40,6 +51,11 @@ class ArmScores:
     low: float | None
     high: float | None
 
+    @property
+    def by_number(self) -> dict[int, float]:
+        """The scores by seed, or by draw."""
+        return dict(zip(self.seeds, self.scores, strict=True))
+
     @classmethod
     def of(
         cls, arm: str, task: str, metric: str, seeds: list[int], scores: list[float]
@@ -51,20 +67,29 @@ class ArmScores:
 
 
 def scores_of(
-    arms: Sequence[str], tasks: Sequence[str], found: Mapping[tuple[str, str], FineTuned]
+    arms: Sequence[str],
+    tasks: Sequence[str],
+    found: Mapping[tuple[str, str], FineTuned],
+    heads: Mapping[tuple[str, str], FineTuned] = {},
+    selected: bool = True,
 ) -> list[ArmScores]:
     """Arm by arm: each task's main metric and the second one, and the mean over tasks.
 
-    There is a mean where there are several tasks, and the arm has them all. The selected expert
-    stands behind the arm ``expert``. ``found``: by arm and task; the seeds are the same in all.
+    There is a mean where there are several tasks, and the arm has them all. The expert that teaches
+    stands behind the arm ``expert``, if one is ``selected``, and behind each arm its students with
+    their own heads. ``found``, ``heads``: by arm and task; the seeds of an arm are the same in all
+    tasks.
     """
     scores: list[ArmScores] = []
     for arm in arms:
         ones = [found[arm, task] for task in tasks if (arm, task) in found]
         whole = len(ones) == len(tasks) > 1
         scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole)
-        if arm == EXPERT:
+        if arm == EXPERT and selected:
             scores += _of_arm(SELECTED, [(one, [one.best_seed]) for one in ones], whole)
+        own = [heads[arm, task] for task in tasks if (arm, task) in heads]
+        whole = len(own) == len(tasks) > 1
+        scores += _of_arm(own_head(arm), [(one, one.seeds) for one in own], whole)
     return scores
 
 
@@ -91,27 +116,98 @@ def main_scores(
     return {(one.arm, one.task): one for one in scores if main[one.task] == one.metric}
 
 
+def over_draws(
+    draws: Mapping[int, Sequence[ArmScores]],
+) -> tuple[list[ArmScores], dict[tuple[str, str], list[int]]]:
+    """The scores of several draws of the labels as one: by draw, each the mean over its seeds.
+
+    An arm that a draw lacks on a task, where other arms have it, is left out on that task: means of
+    other draws cannot be compared. Of these, by arm and task, the draws that lack it.
+    """
+    by_cell: dict[tuple[str, str, str], dict[int, float]] = {}
+    for draw, scores in draws.items():
+        for one in scores:
+            by_cell.setdefault((one.arm, one.task, one.metric), {})[draw] = one.mean
+    have = {
+        name: {d for (_, t, _), v in by_cell.items() if t == name for d in v}
+        for name in {task for _, task, _ in by_cell}
+    }
+    if MEAN in have:
+        have[MEAN] = {draw for those in have.values() for draw in those}
+    found, lacking = [], {}
+    for (arm, task, metric), values in by_cell.items():
+        if missing := sorted(have[task] - values.keys()):
+            lacking[arm, task] = missing
+        else:
+            numbers = sorted(values)
+            found.append(ArmScores.of(arm, task, metric, numbers, [values[n] for n in numbers]))
+    return found, lacking
+
+
+# Against these, in this order: all arms against the first two, students of experts against others.
+_BASES = (EXPERT, START, MLM, LONGER, PSEUDO)
+
+
 def differences_of(
     arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
 ) -> list[Difference]:
-    """Every arm against ``expert``; those that experts taught also against ``mlm`` and ``longer``.
+    """Every arm against ``expert``, and against ``start``; those that experts taught also against
+    ``mlm``, ``longer`` and ``pseudo``: against each as far as it is there.
 
-    ``metrics``: each task's main one. The last two comparisons are the ones that decide whether it
-    is the experts that help, and not the text or the longer training.
+    ``metrics``: each task's main one. The last three comparisons are the ones that decide whether
+    it is the experts' probabilities that help, and not the text, the longer training, or labels
+    that an expert has given.
     """
     main = main_scores(scores, metrics)
     found = []
-    for against in (EXPERT, MLM, LONGER):
-        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in TAUGHT)]
-        family = [
-            paired(main[against, task].scores, main[arm, task].scores, names=(arm, against, task))
-            for arm in others
-            for task in (*metrics, MEAN)
-            if (arm, task) in main and (against, task) in main
-        ]
-        adjusted = holm([one.p for one in family])
-        found += [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
+    for against in _BASES:
+        others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
+        if against == START:  # the other way about it is against the expert
+            others = [arm for arm in arms if arm not in (EXPERT, START)]
+        pairs = [(arm, task) for arm in others for task in (*metrics, MEAN)]
+        found += _family([(arm, against, task) for arm, task in pairs], main)
     return found
+
+
+def _family(
+    names: Sequence[tuple[str, str, str]], main: Mapping[tuple[str, str], ArmScores]
+) -> list[Difference]:
+    """The differences of arm, other arm and task that are there, adjusted together; by the seeds,
+    or draws, in common: of experts there may be more.
+    """
+    family = []
+    for arm, against, task in names:
+        if (arm, task) in main and (against, task) in main:
+            first, second = (main[one, task].by_number for one in (against, arm))
+            common = [number for number in first if number in second]
+            before, after = ([one[number] for number in common] for one in (first, second))
+            family.append(paired(before, after, names=(arm, against, task)))
+    adjusted = holm([one.p for one in family])
+    return [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The one comparison that was named before anything ran: ``arm`` against others on the mean
+    over tasks, or the only task. Its p are adjusted over ``differences`` alone, which has those
+    that are there.
+    """
+
+    arm: str
+    against: list[str]
+    about: str
+    differences: list[Difference]
+
+    @classmethod
+    def of(
+        cls, named: Mapping[str, Any] | None, main: Mapping[tuple[str, str], ArmScores], where: str
+    ) -> "Primary | None":
+        """What the cycle's file has ``named``, on the task (or MEAN) ``where``."""
+        if not named:
+            return None
+        arm, against = named["arm"], list(named["against"])
+        differences = _family([(arm, one, where) for one in against], main)
+        return cls(arm, against, named.get("about") or "", differences)
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -148,6 +244,18 @@ class KeptExpert:
 
 
 @dataclass(frozen=True)
+class ArmCost:
+    """Seconds of all that an arm needs, from the labels and the text to its scores, by kind of
+    stage; ``unknown`` are the stages that have recorded none, which are not in the sums.
+    """
+
+    arm: str
+    by_kind: dict[str, float]
+    seconds: float
+    unknown: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class CycleResults:
     """Everything that a cycle found.
 
@@ -155,7 +263,8 @@ class CycleResults:
     a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
     beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
     the cache, and what a student costs with it and without; None where that is not known.
-    ``verdict`` is all of it in a sentence, ``experts`` are those that teach.
+    ``verdict`` is all of it in a sentence, ``experts`` are those that teach. ``draws``: those of
+    the labels that are finished, where there are several; scores are then by draw.
     """
 
     arms: list[str]
@@ -170,6 +279,34 @@ class CycleResults:
     cost: Cost | None = None
     verdict: str = ""
     experts: list[KeptExpert] = field(default_factory=list)
+    draws: list[int] | None = None
+    primary: Primary | None = None
+    arm_costs: list[ArmCost] = field(default_factory=list)
+
+    @property
+    def file(self) -> dict[str, Any]:
+        """The cycle's file, as it was begun; empty where that is not recorded."""
+        return dict(self.settings.get("settings") or {})
+
+    @property
+    def students(self) -> int:
+        """Students of every kind, each of a pre-training of its own."""
+        return int(self.file.get("students") or 1)
+
+    @property
+    def unit(self) -> str:
+        """What the scores of an arm differ in: "seed" or "draw"."""
+        return "seed" if self.draws is None else "draw"
+
+    @property
+    def base(self) -> str:
+        """The arm that is to be beaten: the students' model fine-tuned, or else the expert."""
+        return START if START in self.arms else EXPERT
+
+    @property
+    def where(self) -> str:
+        """On what arms are judged: the mean over tasks, or the only task."""
+        return MEAN if len(self.tasks) > 1 else self.tasks[0].name
 
     @property
     def metrics(self) -> dict[str, str]:

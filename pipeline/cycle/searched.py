@@ -11,8 +11,11 @@ from pathlib import Path
 from statistics import fmean
 
 from rekindle.data.errors import CheckpointError
+from rekindle.pipeline.compare.runs import is_cycle
 from rekindle.pipeline.cycle.finetuned import FineTuned, Grid, read_finetuned
 
+DRAWS_FOLDER = "draws"  # in a cycle's: a cycle for each draw of the labels, by its number
+FIRST_DRAW = 0
 _EQUAL = 1e-9  # of two means: rounding decides between them
 
 
@@ -39,6 +42,14 @@ class Searched:
 def points_of(grid: Grid) -> list[tuple[object, ...]]:
     """All combinations of the values, in the order of the grid; none without a grid."""
     return list(product(*grid.values())) if grid else []
+
+
+def search_home(out: Path) -> Path:
+    """The cycle's folder whose search the one in ``out`` goes by: of several draws of the labels
+    the first one's, which is searched for all.
+    """
+    drawn = out.parent.name == DRAWS_FOLDER and is_cycle(out.parent.parent)
+    return out.parent / str(FIRST_DRAW) if drawn else out
 
 
 def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
@@ -72,20 +83,20 @@ def check_search(
     ``tried``: of all arms, see ``read_search``; ``final``: by arm, what was fine-tuned with what
     the search chose, on dev, after all its points.
     """
-    points = points_of(grid)
+    points, searched = points_of(grid), search_home(out) / "search"
     for arm, one in final.items() if len(points) > 1 else ():
         dev = {other.point(grid): fmean(other.dev) for other in tried if other.arm == arm}
         if missing := [point for point in points if point not in dev]:
             raise CheckpointError(
-                f"{out / one.folder} is there, but its search in {out / 'search' / arm / one.task} "
-                f"lacks {_told(grid, missing[0])}: without it arms are not searched alike; remove "
+                f"{out / one.folder} is there, but its search in {searched / arm / one.task} lacks "
+                f"{_told(grid, missing[0])}: without it arms are not searched alike; remove "
                 "the first and resume"
             )
         taken = one.point(grid)
         if dev.get(taken, float("-inf")) < max(dev.values()) - _EQUAL:
             raise CheckpointError(
                 f"{out / one.folder} has {_told(grid, taken)}, which is not what its search in "
-                f"{out / 'search' / arm / one.task} found best on dev; remove it and resume"
+                f"{searched / arm / one.task} found best on dev; remove it and resume"
             )
 
 

@@ -7,25 +7,56 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rekindle.data.counted import counted
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults
-from rekindle.pipeline.cycle.searched import Searched, Tried
-from rekindle.pipeline.report.cache import teacher_table
+from rekindle.pipeline.cycle.arms import ARMS
+from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, Searched, Tried
+from rekindle.pipeline.report.cache import NOTE, teacher_table
 from rekindle.pipeline.report.cost import cost_lines
-from rekindle.pipeline.report.scores import TaskScores, difference_tables, score_table
+from rekindle.pipeline.report.scores import (
+    TaskScores,
+    difference_cells,
+    difference_head,
+    difference_tables,
+    score_table,
+)
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines, wrapped
 
+SHARED = ("experts", "caching")  # kinds of stages that serve several arms
+_BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are told apart
+
 
 def tables_of(results: CycleResults) -> list[Table]:
-    """Scores, differences, search, tasks and seconds, without those that are empty."""
+    """The primary comparison, scores, differences, search, tasks and seconds, without those that
+    are empty.
+    """
     own = own_tables(results)
-    return [*own[:1], *difference_tables(results.differences), *own[1:]]
+    differences = difference_tables(results.differences, results.unit, secondary(results))
+    return [*primary_tables(results), *own[:1], *differences, *own[1:]]
 
 
 def own_tables(results: CycleResults) -> list[Table]:
     """Those of ``tables_of`` that no other page has."""
-    tables = [_scores(results), *_searches(results.searched), _tasks(results), _costs(results)]
+    tables = [_scores(results), *_searches(results), _tasks(results)]
+    tables += [*_arm_costs(results), _costs(results)]
     return [table for table in tables if table.columns[0].cells]
+
+
+def secondary(results: CycleResults) -> str:
+    """How what is not the primary comparison is headed, where there is one."""
+    return "secondary: " if results.primary is not None else ""
+
+
+def primary_tables(results: CycleResults) -> Iterator[Table]:
+    """The comparison that was named before anything ran; nothing where none was."""
+    if (primary := results.primary) is None:
+        return
+    ones = {one.against: one for one in primary.differences}
+    rows = [[arm, *difference_cells(ones.get(arm))] for arm in primary.against]
+    head = [f"{primary.arm} against", *difference_head(results.unit)]
+    where = "the mean over tasks" if results.where == MEAN else results.where
+    title = f"primary comparison, named before anything ran: on {where}, in points of 100"
+    yield table_of(title, head, rows, words=1, note=primary.about)
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:
@@ -34,7 +65,7 @@ def saved_tables(results: CycleResults) -> Iterator[Table]:
         title = (
             f"the cache: {counted(cache.sequences, 'sequence')}, {counted(cache.tokens, 'token')}"
         )
-        yield teacher_table(cache.teachers, title)
+        yield teacher_table(cache.teachers, title, NOTE)
     if results.cost is not None:
         yield table_of("what it costs", ["", ""], cost_lines(results.cost), words=1)
 
@@ -51,14 +82,16 @@ def _scores(results: CycleResults) -> Table:
         for task, metric in sorted(by_column, key=lambda column: order.index(column[0]))
     ]
     arms = list(dict.fromkeys(one.arm for one in results.scores))
-    title = "test scores in %: mean ± standard deviation over seeds"
+    over = "draws of the labels" if results.unit == "draw" else "seeds"
+    title = f"{secondary(results)}test scores in %: mean ± standard deviation over {over}"
     table = score_table("arm", arms, columns, title)
-    seeds = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
+    counts = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
     names, *scores = table.columns
-    return replace(table, columns=[names, Column("seeds", seeds), *scores])
+    return replace(table, columns=[names, Column(f"{results.unit}s", counts), *scores])
 
 
-def _searches(searched: Sequence[Searched]) -> Iterator[Table]:
+def _searches(results: CycleResults) -> Iterator[Table]:
+    searched = results.searched
     if not searched:
         return
     names = list(dict.fromkeys(_point(point) for one in searched for point in one.tried))
@@ -98,12 +131,48 @@ def _tasks(results: CycleResults) -> Table:
     return table_of("tasks and their examples", head, rows, words=2)
 
 
+def _arm_costs(results: CycleResults) -> Iterator[Table]:
+    """What each arm needs, and that some of it serves several arms."""
+    costs = results.arm_costs
+    kinds = list(dict.fromkeys(kind for one in costs for kind in one.by_kind))
+    if not kinds:
+        return
+    rows = [
+        [one.arm, *(formatted(one.by_kind.get(k), "{:,.1f}") for k in kinds), f"{one.seconds:,.1f}"]
+        for one in costs
+    ]
+    mean = f", mean of {len(results.draws)} draws of the labels" if results.draws else ""
+    title = f"seconds of all that an arm needs, from labels and text to its scores{mean}"
+    note = " ".join([*_shared(costs), *_unrecorded(costs)])
+    yield table_of(title, ["arm", *kinds, "seconds"], rows, words=1, note=note)
+
+
+def _shared(costs: Sequence[ArmCost]) -> Iterator[str]:
+    """Which kinds of stages serve several arms, and are counted for each."""
+    told = []
+    for kind in SHARED:
+        if len(arms := [one.arm for one in costs if kind in one.by_kind]) > 1:
+            told.append(f"{kind} ({', '.join(arms)})")
+    if told:
+        yield (
+            f"Shared, and counted for every arm that needs them: {'; '.join(told)}. The sum of the "
+            "arms is more than the cycle took."
+        )
+
+
+def _unrecorded(costs: Sequence[ArmCost]) -> Iterator[str]:
+    if told := [f"{one.arm}: {', '.join(one.unknown)}" for one in costs if one.unknown]:
+        yield f"Not recorded, and in no sum: {'; '.join(told)}."
+
+
 def _costs(results: CycleResults) -> Table:
     """By kind of stage, or arm: the single folders are in the JSON."""
     sums: dict[str, list[float]] = {}
     for folder, seconds in results.costs.items():
         kind, *rest = folder.split("/")
-        name = f"{kind}/{rest[0]}" if kind in ("fine-tuned", "students") else kind
+        if kind == DRAWS_FOLDER:
+            _, kind, *rest = rest
+        name = f"{kind}/{rest[0]}" if kind in _BY_ARM else kind
         sums.setdefault(name, []).append(seconds)
     rows = [[name, str(len(s)), f"{sum(s):,.1f}"] for name, s in sums.items()]
     return table_of("seconds, as recorded", ["stage", "parts", "seconds"], rows, words=1)
@@ -117,5 +186,7 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     tables = [*tables_of(results), *saved_tables(results)]
     width = width or terminal_width()
     lines = [(*text_lines(table, width), "") for table in tables]
+    arms = [f"arm {arm}: {ARMS[arm]}" for arm in ARMS if arm in results.arms]
+    lines += [tuple(wrapped(arm, width)) for arm in arms]
     lines += [tuple(wrapped(f"note: {note}", width)) for note in results.notes]
     return "\n".join(line for block in lines for line in block)

@@ -1,50 +1,87 @@
 """A cycle in a few words: which arm is best and whether that is chance, and what it was made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rekindle.data.counted import counted
-from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM
+from rekindle.pipeline.cycle.finetuned import LONGER, MLM, PSEUDO
 from rekindle.pipeline.cycle.notes import is_gain
-from rekindle.pipeline.cycle.scores import MEAN, CycleResults
-from rekindle.pipeline.report.significance import Difference
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults, KeptExpert, Primary
+from rekindle.pipeline.report.significance import Difference, p_words
 
-_WHO = {MLM: "mlm (the text alone)", LONGER: "longer (twice the epochs)"}
+_WHO = {
+    MLM: "mlm (the text alone)",
+    LONGER: "longer (twice the epochs)",
+    PSEUDO: "pseudo (the expert's classes as labels)",
+}
 
 
 def verdict_of(results: CycleResults) -> str:
-    """One sentence, without its full stop: the best arm on the mean over tasks, or on the only
-    task, held against the expert, and, if experts taught it, against text and training alone.
+    """One sentence, without its full stop. Of a cycle that has named a primary comparison, what
+    came of that; else the best arm on the mean over tasks, or on the only task, held against what
+    is to be beaten, and, if experts taught it, against text, training and labels alone.
     """
-    main, where = results.main, MEAN if len(results.tasks) > 1 else results.tasks[0].name
+    if results.primary is not None:
+        return _of_primary(results, results.primary)
+    main, where, base = results.main, results.where, results.base
     scores = {arm: main[arm, where].mean for arm in results.arms if (arm, where) in main}
-    place = f"the mean over {len(results.tasks)} tasks" if where == MEAN else where
+    place = _place(results)
     if not scores:
         return f"nothing is known yet on {place}"
     found = {(one.arm, one.against): one for one in results.differences if one.task == where}
     best = max(scores, key=lambda arm: scores[arm])
-    gains = [arm for arm in scores if (arm, EXPERT) in found and is_gain(found[arm, EXPERT])]
+    gains = [arm for arm in scores if (arm, base) in found and is_gain(found[arm, base])]
     metric = "" if where == MEAN else f"{results.metrics[where]} "
     if len(scores) == 1:
         return f"only {best} is scored yet on {place}: {metric}{100 * scores[best]:.2f}"
     if not gains:
-        return f"no arm is shown to beat {EXPERT} on {place}: " + _highest(best, scores, found)
+        one = found.get((best, base))
+        sure = "" if one is None else _sure(one, results.unit)
+        told = _highest(best, base, scores, one, sure)
+        return f"no arm is shown to beat {base} on {place}: {told}"
     shown = max(gains, key=lambda arm: scores[arm])
-    told = f"{shown} beats {EXPERT} on {place}: {metric}{100 * scores[shown]:.2f}, "
-    told += f"{_points(found[shown, EXPERT])} over {EXPERT}, more than chance"
-    others = [found[shown, arm] for arm in (MLM, LONGER) if (shown, arm) in found]
-    more = [f"over {_WHO[one.against]} {_points(one)}, {_sure(one)}" for one in others]
+    told = f"{shown} beats {base} on {place}: {metric}{100 * scores[shown]:.2f}, "
+    told += f"{_points(found[shown, base])} over {base}, more than chance"
+    others = [found[shown, arm] for arm in _WHO if (shown, arm) in found]
+    more = [f"over {_WHO[o.against]} {_points(o)}, {_sure(o, results.unit)}" for o in others]
     if best != shown:
-        more.append(f"{best} has {100 * scores[best]:.2f}, not told apart from {EXPERT}")
+        more.append(f"{best} has {100 * scores[best]:.2f}, not told apart from {base}")
     return "; ".join([told, *more])
 
 
-def _highest(best: str, scores: dict[str, float], found: dict[tuple[str, str], Difference]) -> str:
-    if best == EXPERT:
-        next_one = max((arm for arm in scores if arm != EXPERT), key=lambda arm: scores[arm])
+def _place(results: CycleResults) -> str:
+    many = results.where == MEAN
+    return f"the mean over {len(results.tasks)} tasks" if many else results.where
+
+
+def _of_primary(results: CycleResults, primary: Primary) -> str:
+    """What came of the comparison that was named before anything ran, against each arm."""
+    ones, place = primary.differences, _place(results)
+    if lacking := [arm for arm in primary.against if arm not in {one.against for one in ones}]:
+        them = "" if len(lacking) == len(primary.against) else f" with {', '.join(lacking)}"
+        return f"the primary comparison, of {primary.arm}{them} on {place}, is not known yet"
+    beaten = [one.against for one in ones if one.n > 1 and is_gain(one)]
+    lost = [one.against for one in ones if one.n > 1 and is_gain(replace(one, mean=-one.mean))]
+    apart = [one.against for one in ones if one.against not in (*beaten, *lost)]
+    told = [f"beats {', '.join(beaten)}"] if beaten else []
+    told += [f"is worse than {', '.join(lost)}"] if lost else []
+    told += [f"is not told apart from {', '.join(apart)}"] if apart else []
+    each = [f"over {one.against} {_points(one)}{_p(one)}" for one in ones]
+    return f"{primary.arm} {' and '.join(told)} on {place} (primary comparison): {'; '.join(each)}"
+
+
+def _p(one: Difference) -> str:
+    return "" if one.p_adjusted is None else f", p {p_words(one.p_adjusted)}"
+
+
+def _highest(
+    best: str, base: str, scores: dict[str, float], one: Difference | None, sure: str
+) -> str:
+    if best == base:
+        next_one = max((arm for arm in scores if arm != base), key=lambda arm: scores[arm])
         return f"it has {100 * scores[best]:.2f}, the next, {next_one}, {_of(next_one, scores)}"
     told = f"{best} has the highest score, {_of(best, scores)}"
-    one = found.get((best, EXPERT))
-    return told if one is None else f"{told}, {_points(one)} over {EXPERT}, {_sure(one)}"
+    return told if one is None else f"{told}, {_points(one)} over {base}, {sure}"
 
 
 def _of(arm: str, scores: dict[str, float]) -> str:
@@ -56,9 +93,9 @@ def _points(one: Difference) -> str:
     return f"{100 * one.mean:+.2f}{interval} points"
 
 
-def _sure(one: Difference) -> str:
+def _sure(one: Difference, unit: str) -> str:
     if one.n == 1:
-        return "and one seed says nothing of chance"
+        return f"and one {unit} says nothing of chance"
     return "more than chance" if is_gain(one) else "not told apart"
 
 
@@ -67,13 +104,27 @@ def facts_of_results(results: CycleResults) -> Iterator[tuple[str, str]]:
     if (cache := results.cache) is not None:
         texts = "" if cache.documents is None else f"{counted(cache.documents, 'text')}, "
         sequences, tokens = counted(cache.sequences, "sequence"), counted(cache.tokens, "token")
-        yield "unlabelled text", f"{texts}{sequences} ({tokens})"
+        yield "unlabelled text", f"{texts}{sequences} (pieces that are read at once), {tokens}"
     for task in results.tasks:
         rows = f"{counted(task.train, 'labelled row')} to train on, {task.dev:,} dev, "
         yield task.name, f"{rows}{task.test:,} test"
-    for one in results.experts:
-        among = f" of {one.seeds}, the best on dev" if one.seeds > 1 else ", the only one"
+    for name in results.metrics:
+        experts = [one for one in results.experts if one.task == name]
+        yield from ((f"expert of {name}", words) for words in _kept(experts))
+
+
+def _kept(experts: Sequence[KeptExpert]) -> Iterator[str]:
+    """Which expert of a task was kept: in all draws of the labels together, where there are several
+    of them.
+    """
+    if not experts:
+        return
+    one, scores = experts[0], [expert.dev for expert in experts]
+    among = f" of {one.seeds}, the best on dev" if one.seeds > 1 else ", the only one"
+    if len(experts) == 1:
+        yield f"seed {one.seed}{among}: {one.metric} {one.dev:.4f} on dev ({one.folder})"
+    else:
         yield (
-            f"expert of {one.task}",
-            f"seed {one.seed}{among}: {one.metric} {one.dev:.4f} on dev ({one.folder})",
+            f"one seed{among}, in each of {len(experts)} draws: {one.metric} {min(scores):.4f} to "
+            f"{max(scores):.4f} on dev ({one.folder}, …)"
         )

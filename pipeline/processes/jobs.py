@@ -81,7 +81,8 @@ class Job:
     """``function(*arguments, report)``, in a process of its own; both must be picklable.
 
     ``output`` is a path that is there exactly when the job is finished (None: nobody knows, so it
-    is run). ``after`` names the jobs that must be finished before it starts.
+    is run). ``after`` names the jobs that must be finished before it starts; ``steps`` is how many
+    it reports, None where that is not known.
     """
 
     name: str
@@ -118,7 +119,8 @@ def run_jobs(
             for job in ready[: len(free)]:
                 waiting.remove(job)
                 shown = ExitStack()
-                task = shown.enter_context(progress.task(job.name, unit="steps", total=job.steps))
+                unit = "" if job.steps is None else "steps"
+                task = shown.enter_context(progress.task(job.name, unit, total=job.steps))
                 worker = Worker(job.name, partial(_do, job), free.pop(0), log_file)
                 running[worker] = job, task, shown
             for worker in Worker.with_messages(running):
@@ -140,7 +142,7 @@ def run_jobs(
                         cast(_Tell, message)(task)
                         continue
                     results[job.name] = message.value
-                    if not task.done:  # a job of one step needs not say that it is done
+                    if not task.done:  # a job that is one piece needs not say that it is done
                         task.advance()
                     shown.close()
                 del running[worker]

@@ -9,9 +9,11 @@ from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
 
 NOTE = (
-    "A target is a masked token, or a sequence for a task's expert. Bytes/token: for each token of "
-    "the corpus, of all masked replicas together. Ms/sequence: of stage 1, for each sequence that "
-    f"the teacher was run on ({NOTHING}: not recorded)."
+    "A sequence is a piece of text that a model reads at once. A target is what a teacher said of "
+    "a masked token, or, as a task's expert, of a sequence; the tail is the probability of all "
+    "that is not kept. Bytes/token: for each token of the text, of all its maskings together. "
+    "Ms/sequence: of caching, for each sequence that the teacher was run on "
+    f"({NOTHING}: not recorded)."
 )
 
 
@@ -45,9 +47,7 @@ def _facts_of(cache: Cache) -> CacheFacts:
     tokens, teachers = cache.corpus.tokens, []
     for name, reader in sorted(cache.teachers.items()):
         masked = reader.masked and reader.kind.has_tail
-        kept = reader.kind.sentence + (
-            f", {counted(reader.replicas, 'masked replica')}" if masked else ""
-        )
+        kept = reader.kind.sentence + (f", {counted(reader.replicas, 'masking')}" if masked else "")
         rows = sum(commit.rows for commit in reader.commits.values())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
         facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)

@@ -16,11 +16,12 @@ from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
 from rekindle.pipeline.report.table import formatted, table_of
 
 ESTIMATED = (
-    "Live teachers were not run: their cost is estimated, as the recorded seconds of stage 1 for "
-    "each sequence that a teacher was run on, times the sequences of the steps at which the run "
-    "learnt from it. That leaves out that a student's batches are shuffled, not sorted by length "
-    "as in stage 1, that teachers and student then share one memory, and the loading of teachers; "
-    "it counts the encoding of what they say, which live teachers would not need."
+    "Live teachers, run beside the student without a cache, were not run: their cost is estimated, "
+    "as the recorded seconds of caching for each sequence that a teacher was run on, times the "
+    "sequences of the steps at which the run learnt from it. That leaves out that a student's "
+    "batches are shuffled, not sorted by length as in caching, that teachers and student then "
+    "share one memory, and the loading of teachers; it counts the encoding of what they say, which "
+    "live teachers would not need."
 )
 UNKNOWN = "unknown"  # in a cell: it was not recorded
 _UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0))
@@ -80,7 +81,7 @@ def typical_cost(
         return None, "No run learns from a teacher: there is nothing that a cache could save."
     used = list(dict.fromkeys(name for one in taught for name in one.teachers))
     if missing := [name for name in used if teachers.get(name) is None]:
-        return None, f"Unknown: the seconds of stage 1 for {', '.join(missing)} are not recorded."
+        return None, f"Unknown: what caching {', '.join(missing)} took is not recorded."
     known = [one for one in taught if one.seconds is not None and one.live is not None]
     unknown = ", ".join(one.name for one in taught if one not in known)
     if not known:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, Legend, Note, Section
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
+from rekindle.train.measures import UNSEEN
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -25,8 +26,8 @@ MEANINGS = {
     "loss/": "the objective on domain {}",
 }
 WHOLE = {
-    LOSS: "The objective on held-out sequences, at the weights of the last step: lower is better.",
-    CROSS_ENTROPY: "Cross-entropy on held-out sequences, in nats for each target: lower is better.",
+    LOSS: f"The objective {UNSEEN}, at the weights of the last step: lower is better.",
+    CROSS_ENTROPY: f"Cross-entropy {UNSEEN}, in nats for each token: lower is better.",
 }
 Points = list[tuple[int, float]]  # (steps done, value)
 
@@ -131,7 +132,7 @@ def _meaning(name: str) -> str:
     for prefix, words in MEANINGS.items():
         if name.startswith(prefix):
             return f"{name}: {words.format(name.removeprefix(prefix))}"
-    return f"{name}, held out"
+    return f"{name}, {UNSEEN}"
 
 
 def _picture(
@@ -180,7 +181,7 @@ def _notes(runs: Sequence[RunCurves]) -> Iterator[str]:
     if any(len(run.objective) == MOST_POINTS for run in runs):
         yield f"Curves of training have {MOST_POINTS} points: means of neighbouring steps."
     if without := ", ".join(run.name for run in runs if not run.held_out):
-        yield f"No held-out values so far: {without}."
+        yield f"Nothing is measured yet {UNSEEN}: {without}."
     values = [v for run in runs for points in run.held_out.values() for _, v in points]
     if not all(map(math.isfinite, values)):
         yield "Gaps in lines are values that were no finite numbers."

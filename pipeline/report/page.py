@@ -109,6 +109,8 @@ def as_html(page: Page) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """Escape a text that may be broken where names of runs and settings have their joints."""
-    joints = re.compile(r"(?<=[,=])|(?<=[a-z][./])(?=[a-z])")
+    """Escape a text that may be broken where names of runs and settings have their joints, but not
+    within a number.
+    """
+    joints = re.compile(r"(?<=,)(?!\d)|(?<==)|(?<=[a-z][./])(?=[a-z])")
     return Markup("<wbr>").join(joints.split(text))

@@ -10,12 +10,14 @@ from typing import Any
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
 from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
-from rekindle.pipeline.report.table import NOTHING, Column, Table, table_of
+from rekindle.pipeline.report.table import NOTHING, Column, Table, stacked, table_of
 
+INTERVAL = "95 % interval"  # in the page below its difference
+_OVER = {"seed": "seeds of fine-tuning", "draw": "draws of the labels"}  # what scores differ in
 ABOUT = (
-    "Scores × 100, as GLUE prints them: the mean over seeds of fine-tuning ± their sample "
-    "deviation; below it, the 95 % interval of the mean by Student's t over the seeds, and their "
-    "number. What stands out in a column is the best by more than chance."
+    "Scores × 100, as GLUE prints them: the mean over {over} ± their sample deviation; below it, "
+    "the 95 % interval of the mean by Student's t over the {unit}s, and their number. What stands "
+    "out in a column is the best by more than chance."
 )
 
 
@@ -24,7 +26,9 @@ class TaskScores:
     """One task: for each model its scores as fractions, one for each seed.
 
     ``split`` is the one that was scored, ``chance`` what guessing scores, ``about`` a sentence.
-    ``seeds``: for each model the numbers of its scores' seeds, where they are known.
+    ``seeds``: for each model the numbers of its scores' seeds, where they are known. ``measured``
+    is the metric as it is printed, ``metric`` as it is recorded; ``selected``: the split also chose
+    the epoch of a model.
     """
 
     task: str
@@ -34,6 +38,11 @@ class TaskScores:
     chance: float | None = None
     about: str = ""
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    measured: str = ""
+    selected: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measured", self.measured or self.metric)
 
     def of(self, model: str) -> list[float]:
         """The model's scores that are numbers."""
@@ -53,7 +62,12 @@ class TaskScores:
     def title(self) -> str:
         """Task, metric and split, as far as they are told: what the numbers are."""
         split = f"({self.split})" if self.split else ""
-        return " ".join(word for word in (self.task, self.metric, split) if word)
+        return " ".join(word for word in (self.task, self.measured, split) if word)
+
+    @property
+    def scored_on(self) -> str:
+        """The split, and in a clause what else it did."""
+        return f"{self.split}, which also chose the epochs" if self.selected else self.split
 
 
 def scores_section(
@@ -62,24 +76,30 @@ def scores_section(
     differences: Sequence[Difference] = (),
     notes: Sequence[str] = (),
     best: Mapping[str, str] = {},
+    unit: str = "seed",
+    before: str = "",
 ) -> Section:
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere.
 
     ``best``: by a task's title the model that is the best by more than chance, if there is one.
+    ``unit``: what a model's scores differ in; ``before``: how titles of differences begin.
     """
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
         scored = [name for name in models if any(task.of(name) for task in tasks)]
         means = mean_scores(scored, tasks) if len(tasks) > 1 else None
         mean_of_tasks = [TaskScores("mean of tasks", "", "", means)] if means else []
-        table = score_table("model", scored, [*tasks, *mean_of_tasks], best=best)
+        table = score_table("model", scored, [*tasks, *mean_of_tasks], best=best, unit=unit)
         samples = [models.index(name) for name in scored]
-        blocks += [replace(table, samples=samples), Note(ABOUT)]
+        about = ABOUT.format(over=_OVER[unit], unit=unit)
+        blocks += [replace(table, samples=samples), Note(about)]
         if told := [(task.task, task.about) for task in tasks if task.about]:
             blocks.append(Facts(told, quiet=True))
-        blocks.append(Figures([_picture(models, task) for task in tasks], small=True))
+        blocks.append(Figures([_picture(models, task, unit) for task in tasks], small=True))
     if differences:
-        blocks += [*difference_tables(differences), _difference_pictures(differences)]
+        found = difference_tables(differences, unit, before)
+        tables = [stacked(table, INTERVAL) for table in found]
+        blocks += [*tables, _difference_pictures(differences)]
     return Section("Scores", blocks)
 
 
@@ -92,6 +112,7 @@ def score_table(
     tasks: Sequence[TaskScores],
     title: str = "",
     best: Mapping[str, str] = {},
+    unit: str = "seed",
 ) -> Table:
     """A line for each model, a column for each task; last what guessing scores, where known. The
     model that is ``best`` at a task stands out.
@@ -102,7 +123,8 @@ def score_table(
         every = [task.of(name) for name in models]
         marked = frozenset(n for n, name in enumerate(models) if name == best.get(task.title))
         every += [[] if task.chance is None else [task.chance] for _ in guessed]
-        below = [interval_words(values) for values in every[: len(models)]] + ["" for _ in guessed]
+        known = every[: len(models)]
+        below = [interval_words(values, unit) for values in known] + ["" for _ in guessed]
         columns.append(Column(task.title, [*map(percent, every)], marked, below=below))
     return Table(title, columns)
 
@@ -130,29 +152,38 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.2f}{spread}"
 
 
-def interval_words(values: Sequence[float]) -> str:
-    """The interval of the mean × 100, and over how many seeds."""
+def interval_words(values: Sequence[float], unit: str = "seed") -> str:
+    """The interval of the mean × 100, and over how many seeds, or draws."""
     found = mean_interval(values)
     if found is None:
-        return "1 seed" if values else ""
+        return f"1 {unit}" if values else ""
     return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
 
 
-def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
+def difference_head(unit: str) -> list[str]:
+    """The headings of ``difference_cells``; ``unit`` is what pairs differ in: seed or draw."""
+    return ["difference", INTERVAL, "p", "p (Holm)", f"{unit}s"]
+
+
+def difference_cells(one: Difference | None) -> list[str]:
+    """A difference as cells of a table; dashes where there is none yet."""
+    if one is None:
+        return [NOTHING] * 5
+    tested = (p_words(one.p), p_words(one.p_adjusted))
+    return [f"{100 * one.mean:+.2f}", one.interval, *tested, str(one.n)]
+
+
+def difference_tables(
+    differences: Sequence[Difference], unit: str = "seed", before: str = ""
+) -> Iterator[Table]:
     """A table for each arm that others are compared with, of what is known: one seed has no
-    intervals.
+    intervals. ``before`` is how the titles begin.
     """
-    head = ["arm", "task", "difference", "95 % interval", "p", "p (Holm)", "seeds"]
+    head = ["arm", "task", *difference_head(unit)]
     for against in dict.fromkeys(one.against for one in differences):
-        rows = [
-            [
-                *(one.arm, one.task, f"{100 * one.mean:+.2f}", one.interval),
-                *(p_words(one.p), p_words(one.p_adjusted), str(one.n)),
-            ]
-            for one in differences
-            if one.against == against
-        ]
-        title = f"differences to {against} on test, main metrics, in points of 100"
+        ones = [one for one in differences if one.against == against]
+        rows = [[one.arm, one.task, *difference_cells(one)] for one in ones]
+        title = f"{before}differences to {against} on test, main metrics, in points of 100"
         table = table_of(title, head, rows, words=2)
         yield replace(table, columns=[c for c in table.columns if {*c.cells} != {NOTHING}])
 
@@ -160,10 +191,10 @@ def difference_tables(differences: Sequence[Difference]) -> Iterator[Table]:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def _picture(models: Sequence[str], task: TaskScores) -> Figure:
+def _picture(models: Sequence[str], task: TaskScores, unit: str) -> Figure:
     rows = [(n, name, scores) for n, name in enumerate(models) if (scores := task.of(name))]
     caption = (
-        f"{task.title}, × 100. A dot for each seed, a bar at the mean, a line for its interval."
+        f"{task.title}, × 100. A dot for each {unit}, a bar at the mean, a line for its interval."
     )
 
     def draw(axes: Any) -> None:
@@ -191,12 +222,18 @@ def _difference_pictures(differences: Sequence[Difference]) -> Figures:
         groups.setdefault((one.task, one.against), []).append(one)
     figures = []
     for (task, against), ones in groups.items():
-        caption = f"{task}: difference to {against}, × 100, with its interval; right is better."
-        figures.append(Figure(caption, partial(_draw_differences, ones), _size(len(ones))))
+        told = f"{task}: difference to {against}"
+        figures.append(difference_picture(told, ones, [one.arm for one in ones]))
     return Figures(figures, small=True)
 
 
-def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
+def difference_picture(told: str, ones: Sequence[Difference], names: Sequence[str]) -> Figure:
+    """The picture of differences, each called by one of the ``names``."""
+    caption = f"{told}, × 100, with its interval; right is better."
+    return Figure(caption, partial(_draw_differences, ones, names), _size(len(ones)))
+
+
+def _draw_differences(ones: Sequence[Difference], names: Sequence[str], axes: Any) -> None:
     """Draw differences below each other, with intervals, around a line at none."""
     seen = [0.0]
     for place, one in enumerate(ones):
@@ -206,7 +243,7 @@ def _draw_differences(ones: Sequence[Difference], axes: Any) -> None:
         axes.plot([middle], [place], "o", ms=5, mew=0, color=colour(0))
         if len(bounds) == 2:
             axes.hlines(place, *bounds, color=colour(0), lw=1.4)
-    _score_axis(axes, seen, [one.arm for one in ones])
+    _score_axis(axes, seen, names)
     axes.axvline(0, color=INK, lw=0.8)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 NOTHING = "–"  # for what is not there
@@ -44,6 +44,18 @@ def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: s
         for number, name in enumerate(head)
     ]
     return Table(title, columns, note)
+
+
+def stacked(table: Table, title: str) -> Table:
+    """The table with its column ``title``, if it has it, below the one before: less to scroll."""
+    titles = [column.title for column in table.columns]
+    if title not in titles:
+        return table
+    at = titles.index(title)
+    below = ["" if cell == NOTHING else cell for cell in table.columns[at].cells]
+    before = table.columns[at - 1]
+    both = replace(before, title=f"{before.title}, {title}", below=below)
+    return replace(table, columns=[*table.columns[: at - 1], both, *table.columns[at + 1 :]])
 
 
 def best_rows(

@@ -113,16 +113,16 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
     return config
 
 
-def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".") -> list[str]:
-    """Shorten each path to its last parts, joined: as few as tell it from the others, and never
-    numbers alone.
+def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".", least: int = 1) -> list[str]:
+    """Shorten each path to its last parts, joined: as few as tell it from the others, and at least
+    ``least`` beside numbers.
     """
 
     def tail(path: Sequence[str]) -> str:
         for length in range(1, len(path)):
             end = path[-length:]
             alone = sum(other[-length:] == end for other in paths) == 1
-            if alone and not all(part.isdecimal() for part in end):
+            if alone and sum(not part.isdecimal() for part in end) >= least:
                 return joint.join(end)
         return joint.join(path)
 

@@ -35,7 +35,7 @@ def test_scores_are_printed_and_predictions_written_on_request(tmp_path, expert,
     done = pipeline("evaluate", expert, "--test", rows, *named, "--metric", "f1", "--out", out)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
-    assert first.startswith(f"f1 on {rows}: 0.")
+    assert first.startswith(f"macro f1 on {rows}: 0.")
     assert last == f"predictions: {out}"
     assert [[*one] for one in lines(out)] == [["question", "kind", "label", "probabilities"]] * 4
     assert "classification: 4 rows, 4 classes: cat 1" in done.stderr

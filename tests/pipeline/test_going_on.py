@@ -73,9 +73,7 @@ def test_an_interrupted_stage_one_goes_on_with_all_its_options(run_file, tmp_pat
         before_call(UnitRunner, "make", 2, lambda: os.kill(os.getpid(), number))
 
     said = end_of(child(*typed, before=interrupt), 130)
-    assert re.search(
-        r"\ninterrupted; made and kept: \d shards? of the corpus, 1 unit of lm\.", said
-    )
+    assert re.search(r"\ninterrupted; made and kept: \d files? of the corpus, 1 file of lm\.", said)
     (line,) = LINE.findall(said)
     assert shlex.split(line) == ["pipeline", *typed]
     done = pipeline(*shlex.split(line)[1:])

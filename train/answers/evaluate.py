@@ -17,7 +17,7 @@ from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.finetune.metrics import METRICS, chosen_metric, tell_undefined
+from rekindle.train.finetune.metrics import METRICS, chosen_metric, printed_name, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model
@@ -57,7 +57,8 @@ class Evaluation:
     def told(self) -> str:
         """The scores in lines, the one that counts first."""
         names = [self.metric, *(name for name in self.scores if name != self.metric)]
-        lines = [f"{name} on {self.test}: {self.scores[name]:.4f}" for name in names]
+        shown = {name: printed_name(name, self.problem, len(self.class_counts)) for name in names}
+        lines = [f"{shown[name]} on {self.test}: {self.scores[name]:.4f}" for name in names]
         return "\n".join([*lines, *([f"predictions: {self.predictions}"] * bool(self.predictions))])
 
 

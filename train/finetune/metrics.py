@@ -52,6 +52,17 @@ def chosen_metric(metric: str | None, data: TaskData) -> str:
     return metric or fitting[0]
 
 
+def printed_name(metric: str, problem: str, classes: int) -> str:
+    """Return the name of ``metric`` where it is printed, with what its F1 is of: entities, or the
+    mean over more than two ``classes``. That of one class of two is ``f1``, as GLUE has it.
+    """
+    if metric != "f1":
+        return metric
+    if problem == TAGS:
+        return "entity f1"
+    return "macro f1" if classes > 2 else metric
+
+
 def score(
     metric: str,
     predictions: np.ndarray,

@@ -10,6 +10,7 @@ import numpy as np
 from rekindle.data.errors import InputError
 from rekindle.train.finetune.best_epoch import told_end
 from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.files import package_versions
 
@@ -105,6 +106,11 @@ class FinetuneResult:
             pairs=data.pairs is not None,
             unread=dict(unread or {}),
         )
+
+    @property
+    def shown_metric(self) -> str:
+        """The name of the metric where it is printed."""
+        return printed_name(self.metric, self.problem, len(self.label_names))
 
     @property
     def kept(self) -> str | None:

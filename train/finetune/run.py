@@ -34,7 +34,7 @@ from rekindle.train.finetune.config import FinetuneConfig, less_memory
 from rekindle.train.finetune.constant import weak_beside
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_cut
 from rekindle.train.finetune.loss import loss_of
-from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
+from rekindle.train.finetune.metrics import chosen_metric, printed_name, scores_of, tell_undefined
 from rekindle.train.finetune.predictions import Answers, write_predictions
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
@@ -67,6 +67,12 @@ class _Job:
     metric: str
     device: torch.device
     precision: str
+
+    @property
+    def shown_metric(self) -> str:
+        """The name of the metric where it is printed."""
+        train = self.data["train"]
+        return printed_name(self.metric, train.problem, len(train.label_names))
 
 
 def finetune(
@@ -205,7 +211,7 @@ def _run_seed(
                     progress.step(bar, step, told)
             scores, dev_logits = judged("dev")
             epochs.append({"epoch": epoch + 1, "steps": step, "loss": mean_loss, "scores": scores})
-            progress.tell(f"{told}  dev {job.metric} {scores[job.metric]:.4f}")
+            progress.tell(f"{told}  dev {job.shown_metric} {scores[job.metric]:.4f}")
             best.look(job.metric, scores, dev_logits, model)
             if step == total or best.ran_out:
                 short = PATIENCE if best.ran_out and step < total else MAX_STEPS
@@ -224,10 +230,11 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
     weak = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if weak is None:
         return None
+    found = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
     line = (
-        f"warning: seed {seed}: {job.metric} {best.scores[job.metric]:.4f} on dev {weak}. Train "
-        f"longer ({_longer(job, best)}), at another learning_rate (now "
-        f"{job.config.learning_rate:g}), or see whether the labels fit the texts"
+        f"warning: seed {seed}: {found} on dev {weak}. Train longer ({_longer(job, best)}), at "
+        f"another learning_rate (now {job.config.learning_rate:g}), or see whether the "
+        "labels fit the texts"
     )
     logger.warning(line)
     return line

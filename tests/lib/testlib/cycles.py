@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from statistics import fmean, stdev
 
-from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.cycle.tables import tables_of
 from rekindle.pipeline.report.table import Table
@@ -17,6 +17,7 @@ TASKS = {
     "mrpc": {"metric": "f1", "train": 3300, "dev": 368, "test": 408, "pairs": True},
     "stsb": {"metric": "pearson", "train": 5000, "dev": 749, "test": 1500, "pairs": True},
 }
+MORE_ARMS = ["start", "pseudo", "committee"]
 GRID = {"learning_rate": [2e-5, 5e-5, 1e-4]}
 SEEDS = 5
 CONFIG = {
@@ -35,10 +36,12 @@ CONFIG = {
 }
 
 
-def score(arm, task, seed):
+def score(arm, task, seed, draw=0):
     """Anything that is neither equal nor in order."""
-    gain = 0.01 * ARMS.index(arm) * (1 + list(TASKS).index(task))
-    return 0.5 + gain + 0.011 * math.sin(17 * seed + 5 * ARMS.index(arm)) + 0.003 * seed
+    place = [*ARMS, *MORE_ARMS].index(arm)
+    gain = 0.01 * place * (1 + list(TASKS).index(task))
+    drawn = 0.013 * math.sin(7 * draw * (1 + place) + draw)
+    return 0.5 + gain + 0.011 * math.sin(17 * seed + 5 * place) + 0.003 * seed + drawn
 
 
 def scores_of(task, main):
@@ -47,7 +50,7 @@ def scores_of(task, main):
     return {"accuracy": main + 0.2, "f1": main, "matthews": main}
 
 
-def metrics_of(out, arm, task, *, seeds=SEEDS, config=None, test=True, dev=None):
+def metrics_of(out, arm, task, *, seeds=SEEDS, config=None, test=True, dev=None, draw=0):
     """What `pipeline finetune` writes (FinetuneResult.as_dict), with the scores above."""
     splits = ("train", "dev", "test") if test else ("train", "dev")
     dev = dev or [0.4 + 0.05 * ((3 * seed + 1) % 5) for seed in range(seeds)]
@@ -55,7 +58,7 @@ def metrics_of(out, arm, task, *, seeds=SEEDS, config=None, test=True, dev=None)
         {
             "seed": seed,
             "scores": scores_of(task, dev[seed]),
-            "test_scores": scores_of(task, score(arm, task, seed)) if test else None,
+            "test_scores": scores_of(task, score(arm, task, seed, draw)) if test else None,
             "epochs": [],
             "seconds": 1.5,
         }
@@ -107,8 +110,9 @@ def searched(out, arm, task, **changes):
         write(out / "search" / arm / task / f"{value:g}" / "metrics.json", metrics)
 
 
-def about(arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS):
-    return {
+def about(arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, **settings):
+    told = {"settings": settings} if settings else {}
+    return told | {
         "written_by": "rekindle cycle",
         "arms": list(arms),
         "tasks": {name: TASKS[name] for name in tasks},
@@ -119,13 +123,31 @@ def about(arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS):
     }
 
 
-def cycle(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS):
-    write(out / "cycle.json", about(arms, tasks, search, seeds))
+def cycle(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draw=0, **settings):
+    write(out / "cycle.json", about(arms, tasks, search, seeds, **settings))
     for arm, task in product(arms, tasks):
-        if search:
+        if search and draw == 0:
             searched(out, arm, task)
-        finetuned(out, arm, task, seeds=seeds)
+        finetuned(out, arm, task, seeds=seeds, draw=draw)
     return out
+
+
+def drawn(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draws=3, **settings):
+    """A cycle with draws of the labels that have all come to their end."""
+    write(out / "cycle.json", about(arms, tasks, search, seeds, label_draws=draws, **settings))
+    for draw in range(draws):
+        one = cycle(out / "draws" / str(draw), arms, tasks, search, seeds, draw, **settings)
+        write(one / "results.json", {})
+    return out
+
+
+def own_head_scored(out, arm, task, *, student=0, draw=0):
+    """What the score of a student's own head leaves: a tenth more than the first seed's."""
+    metrics = metrics_of(out, arm, task, seeds=1, draw=draw)
+    (one,) = metrics["per_seed"]
+    one["seed"] = metrics["best_seed"] = student
+    one["test_scores"] = scores_of(task, score(arm, task, student, draw) + 0.1)
+    write(out / own_head_folder(arm, task) / "metrics.json", metrics)
 
 
 def student(out, name, seconds, **passes):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -109,15 +110,15 @@ def test_terms_are_compared_one_by_one_or_as_a_whole(write):
     cooler = {"distill": [LM | {"temperature": 1.0, "weight": {"over": 0.5}}]}
     one, other = write("a"), write("b", objective=cooler)
     table = rows_of(as_text(compare_runs([one, other]), 999))
-    assert table["temperature"] == ["2", "1"]
-    assert table["weight"] == [
+    assert table["distill.0.temperature"] == ["2", "1"]
+    assert table["distill.0.weight"] == [
         "1",
         "{schedule: linear, from: 1.0, to: 0.0, over: 0.5}",
     ]
     none = write("c", objective={"distill": []})
     table = rows_of(as_text(compare_runs([one, none]), 999))
-    assert table["distill"] == ["[{teachers: [lm], temperature: 2.0}]", "[]"]
-    assert "temperature" not in table
+    assert table["objective.distill"] == ["[{teachers: [lm], temperature: 2.0}]", "[]"]
+    assert not any("temperature" in name for name in table)
 
 
 def test_a_table_that_is_too_wide_lies_down(write):
@@ -127,7 +128,7 @@ def test_a_table_that_is_too_wide_lies_down(write):
     upright, lying = (as_text(comparison, width) for width in (999, 60))
     assert max(map(len, lying.splitlines())) < 60 < max(map(len, upright.splitlines()))
     standing = rows_of(upright)
-    lines = lying.split(" note:")[0].splitlines()[2:]
+    lines = lying.split(" loss (what")[0].splitlines()[2:]
     found = {line[2:].split("  ")[0]: line.split()[-2:] for line in lines}
     assert found == {name: cells for name, cells in standing.items() if name != "run"}
     assert lying.splitlines()[0].split()[1:] == ["a", "b"]
@@ -174,9 +175,31 @@ def test_task_scores_stand_first_with_a_verdict_and_a_star_for_what_is_no_chance
     assert (mood["run"], mood["accuracy"]) == (["b", "a"], ["0.9133*", "0.7100"])
     assert trec["accuracy"] == ["0.7133", "0.7100"]
     assert text.index("trec (test)") < text.index("tokens/s")
+    assert [*mood][2:4] == ["b better by", "interval"]
     page = comparison_html(comparison)
+    assert re.search(r"0\.2033<small>0\.15\d\d … 0\.25\d\d</small>", page)  # seen on a telephone
     assert page.index("b is best on mood") < page.index(">Scores<") < page.index(">Runs<")
     assert [one["is_best"] for one in comparison.as_dict()["tasks"]] == [True, False]
+
+
+def test_a_score_on_dev_says_what_dev_has_chosen_and_an_f1_what_it_is_of(write):
+    """Where the best epoch on dev is kept; the recorded name is still that of the metric."""
+    runs = [write("a"), write("b", seed=1)]
+    for run, patience in zip(runs, (5, None), strict=True):
+        for task, names in (("trec", ["x", "y", "z"]), ("mood", ["no", "yes"])):
+            seeds = [{"seed": 0, "scores": {"f1": 0.5 + 0.1 * (run == runs[0])}, "kept_epoch": 2}]
+            metrics = {"metric": "f1", "per_seed": seeds, "label_names": names}
+            config = {"patience": patience if task == "trec" else None}
+            metrics |= {"problem": "single_label_classification", "config": config}
+            (run / task).mkdir()
+            (run / task / "metrics.json").write_text(json.dumps(metrics))
+    comparison = compare_runs(runs)
+    text = as_text(comparison, 999)
+    chosen = "dev, which also chose the epochs"
+    assert f"trec (macro f1 0.6000 on {chosen})" in text
+    assert f" trec ({chosen})" in text
+    assert "mood (f1 0.6000 on dev)" in text
+    assert [one["metric"] for one in comparison.as_dict()["tasks"]] == ["f1", "f1"]
 
 
 def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):

@@ -25,7 +25,7 @@ def test_losses_are_compared_at_the_steps_that_all_have_evaluated(curve):
     comparison = compare_runs(runs)
     assert matched(comparison.matched_steps) == {4: [4.0, 3.9], 6: [3.0, 3.5]}
     text = as_text(comparison, 999)
-    shown = text[text.index("at equal steps") : text.index(" held-out ce at equal total")]
+    shown = text[text.index("at equal steps") : text.index("at equal total")]
     assert rows_of(shown) == {
         "steps": ["4", "6"],
         "a": ["4.0000", "3.0000"],
@@ -51,7 +51,7 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     assert table["taught"] == ["4.0000 (2)"]
     assert "nothing is interpolated" in text
     page = comparison_html(comparison)
-    assert "held-out ce at equal total cost" in page
+    assert "ce on sequences held out of training, at equal total cost" in page
     assert "4.0000 (2)" in page
 
 

@@ -86,7 +86,8 @@ def test_the_heads_stand_first_with_intervals_over_the_rows(students, test_file,
     assert any("c has no head trec, and is not scored" in line for line in caplog.messages)
     assert as_text(scored, 200).splitlines()[0].strip() == f"{standing.verdict}."
     again = with_heads(found, [str(test_file)], "f1", SILENT).standings[0]  # the only head
-    assert again.scores.metric == "f1"
+    assert (again.scores.metric, again.as_dict()["metric"]) == ("f1", "f1")
+    assert "(macro f1 0." in again.verdict  # of more than two classes
 
 
 def test_an_expert_stands_among_the_runs_with_its_score_and_intervals(

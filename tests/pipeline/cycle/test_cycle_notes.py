@@ -40,3 +40,11 @@ def test_without_the_student_of_the_text_guidance_is_held_against_the_expert(tmp
 
 def test_without_students_of_experts_nothing_is_said_of_guidance(tmp_path):
     assert guided(tmp_path / "c", [0.01, -0.01, 0.02], ("expert", "mlm"), ["cola"]) == []
+
+
+def test_an_f1_of_more_than_two_classes_is_said_to_be_their_mean(tmp_path):
+    cycle(tmp_path, ("expert",), ("mrpc",), search={})
+    assert not any(note.startswith("f1 of") for note in read_results(tmp_path).notes)
+    names = {"label_names": ["no", "yes", "perhaps"]}
+    edit(tmp_path / folder_of("expert", "mrpc") / "metrics.json", lambda one: one.update(names))
+    assert "f1 of mrpc is the unweighted mean over classes (macro)" in read_results(tmp_path).notes

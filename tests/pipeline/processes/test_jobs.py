@@ -1,6 +1,8 @@
 """Jobs: each after what it needs, once, at one place at a time; failures and Ctrl-C stop all."""
 
+import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -115,6 +117,14 @@ def test_a_job_has_one_thread(work: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "threads"
     run([Job("threads", work.threads, (out,), output=out)], tmp_path)
     assert out.read_text() == "1"
+
+
+def test_a_job_of_unknown_length_is_done_and_has_no_rate(work: ModuleType, tmp_path: Path, caplog):
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO, "rekindle"):
+        job = Job("expert on trec", work.write, (out, [], 0.0), output=out)
+        run_jobs([job], tmp_path / "log", Progress(quiet=False))
+    assert re.fullmatch(r"expert on trec: done in \d+\.\d s", caplog.messages[-1])
 
 
 @pytest.mark.parametrize(

@@ -169,5 +169,6 @@ def test_what_is_best_and_what_is_unlike_is_told_without_colours() -> None:
 def test_long_names_may_be_broken_at_their_joints() -> None:
     assert breakable("learning_rate=0.002,seed=1") == ("learning_rate=<wbr>0.002,<wbr>seed=<wbr>1")
     assert breakable("train.objective") == "train.<wbr>objective"
+    assert breakable("9,018 of 4,000") == "9,018 of 4,000"  # a number stays whole
     assert breakable("a,<b>") == "a,<wbr>&lt;b&gt;"
     assert breakable("[12.5, 13.5] 0.5") == "[12.5,<wbr> 13.5] 0.5"

@@ -113,7 +113,9 @@ def test_a_run_that_has_not_evaluated_is_named():
         RunCurves("evaluated", held_out={"loss": [(1, 3.0)]}),
         RunCurves("trained", objective=[(1, 3.0)]),
     ]
-    assert "No held-out values so far: trained." in notes_of(losses_section(runs))
+    assert "Nothing is measured yet on sequences held out of training: trained." in notes_of(
+        losses_section(runs)
+    )
     assert "No run has recorded a step" in notes_of(losses_section([RunCurves("a")]))
 
 
@@ -188,11 +190,11 @@ def test_differences_have_their_intervals_and_both_p():
         ["kd", "mlm"],
         ["cola", "cola"],
         ["+2.00", "-2.00"],
-        ["+1.00 … +3.00", "–"],
         ["< 0.001", "–"],
         ["0.012", "–"],
         ["5", "1"],
     ]
+    assert table.columns[2].below == ["+1.00 … +3.00", ""]  # in sight on a telephone
     (figure,) = figures_of(section)
     assert "difference to expert" in figure.caption
 
@@ -234,7 +236,7 @@ def test_a_typical_student_is_the_mean_of_those_that_are_taught_and_known():
     ("teachers", "student", "words"),
     [
         ({}, StudentCost("s", 1.0, (), 0.0), "No run learns from a teacher"),
-        ({"a": None}, StudentCost("s", 1.0, ("a",), 1.0), "stage 1 for a are not recorded"),
+        ({"a": None}, StudentCost("s", 1.0, ("a",), 1.0), "what caching a took is not recorded"),
         ({"a": 1.0}, StudentCost("s", None, ("a",), 1.0), "Unknown: what s took"),
         ({"a": 1.0}, StudentCost("s", 1.0, ("a",), None), "Unknown: what s took"),
     ],

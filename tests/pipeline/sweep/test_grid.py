@@ -169,6 +169,8 @@ def test_tails_are_ends_that_tell_paths_apart(paths):
 def test_tails_are_short_but_no_mere_number():
     assert shortest_tails([("a", "b", "k"), ("a", "c", "k"), ("d",)]) == ["b.k", "c.k", "d"]
     assert shortest_tails([("a", "teachers", "0"), ("x", "y")]) == ["teachers.0", "y"]
+    paths = [("objective", "hard", "weight"), ("objective", "distill", "0", "weight"), ("seed",)]
+    assert shortest_tails(paths, least=2) == ["hard.weight", "distill.0.weight", "seed"]
     assert shortest_tails([("", "runs", "a"), ("", "old", "a")], "/") == ["runs/a", "old/a"]
 
 

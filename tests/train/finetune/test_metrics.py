@@ -12,6 +12,7 @@ from rekindle.train.finetune.metrics import (
     METRICS,
     all_scores,
     chosen_metric,
+    printed_name,
     score,
     tell_undefined,
 )
@@ -105,6 +106,14 @@ def test_f1_of_two_classes_needs_a_positive_one():
     assert chosen_metric("f1", replace(two, positive="ham")) == "f1"
     guess, truth = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])
     assert score("f1", guess, truth, positive=0) == pytest.approx(4 / 5)
+
+
+def test_an_f1_is_printed_with_what_it_is_of():
+    single = "single_label_classification"
+    names = [printed_name("f1", *of) for of in ((single, 2), (single, 3), (TAGS, 5))]
+    assert names == ["f1", "macro f1", "entity f1"]
+    assert printed_name("f1_macro", SEVERAL, 3) == "f1_macro"
+    assert printed_name("accuracy", single, 3) == "accuracy"
 
 
 def test_bad_calls_are_named():

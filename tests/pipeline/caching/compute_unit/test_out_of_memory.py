@@ -123,7 +123,7 @@ def test_a_teacher_that_does_not_fit_is_named(
 
     monkeypatch.setattr(teachers_module, "load_model", no_room)
     teacher = teachers_of_all_kinds(make_model, wordpiece)[0]
-    kept = "made and kept: 3 shards of the corpus$"
+    kept = "made and kept: 3 files of the corpus$"
     with pytest.raises(InputError, match=rf"^out of memory .*'masked_lm' .*precision .*{kept}"):
         cache_teachers(configure(tmp_path, [teacher]))
 

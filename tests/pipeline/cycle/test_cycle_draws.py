@@ -1,0 +1,338 @@
+"""Several draws of the labels, students and arms: what is compared, over what, and what it cost."""
+
+import shutil
+from itertools import product
+from statistics import fmean
+
+import pytest
+from scipy import stats
+
+from rekindle.data.errors import CheckpointError
+from rekindle.pipeline.cycle.finetuned import folder_of, own_head
+from rekindle.pipeline.cycle.page import cycle_html, printed
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
+from rekindle.pipeline.cycle.tables import as_text, tables_of
+from rekindle.pipeline.report.significance import holm
+from testlib.cycles import (
+    cycle,
+    drawn,
+    edit,
+    finetuned,
+    metrics_of,
+    own_head_scored,
+    rows_of,
+    score,
+    scores_of,
+    student,
+    write,
+)
+
+DRAWS, SEEDS = 4, 2
+ARMS = ["expert", "longer", "mlm", "pseudo", "kd", "committee"]
+FEW = ["cola", "mrpc"]
+PRIMARY = {"arm": "kd", "against": ["expert", "longer", "mlm"], "about": "said before"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("draws") / "whole"
+    drawn(out, ARMS, FEW, seeds=SEEDS, draws=DRAWS, primary=PRIMARY)
+    for draw, task in product(range(DRAWS), FEW):
+        home = out / "draws" / str(draw)
+        own_head_scored(home, "kd", task, draw=draw)
+        student(home, f"kd-{task}", 50.0 + draw, **{task: 7.0})
+        student(home, f"committee-{task}", 40.0, **{f"{task}.{n}": 2.0 for n in range(SEEDS)})
+        student(home, "mlm", 30.0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(made):
+    return read_results(made)
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def by_draw(arm, task):
+    return [fmean(score(arm, task, seed, draw) for seed in range(SEEDS)) for draw in range(DRAWS)]
+
+
+def one_difference(results, *names):
+    (one,) = [d for d in results.differences if (d.arm, d.against, d.task) == names]
+    return one
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def test_a_draw_counts_once_however_many_seeds_it_has(results):
+    for arm, task in product(ARMS, FEW):
+        one = results.main[arm, task]
+        assert one.seeds == list(range(DRAWS))
+        assert one.scores == pytest.approx(by_draw(arm, task))
+    means = [fmean(both) for both in zip(*(by_draw("kd", task) for task in FEW), strict=True)]
+    assert results.main["kd", MEAN].scores == pytest.approx(means)
+    for against in ("expert", "longer", "mlm", "pseudo"):
+        one = one_difference(results, "committee", against, "mrpc")
+        test = stats.ttest_rel(by_draw("committee", "mrpc"), by_draw(against, "mrpc"))
+        assert one.p == pytest.approx(test.pvalue)
+        assert (one.low, one.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+        assert one.n == DRAWS
+
+
+def test_the_primary_comparison_is_a_family_of_its_own(results):
+    primary = results.primary
+    assert [(d.arm, d.against, d.task) for d in primary.differences] == [
+        ("kd", against, MEAN) for against in PRIMARY["against"]
+    ]
+    tests = [
+        stats.ttest_rel(results.main["kd", MEAN].scores, results.main[against, MEAN].scores).pvalue
+        for against in PRIMARY["against"]
+    ]
+    assert [d.p for d in primary.differences] == pytest.approx(tests)
+    assert [d.p_adjusted for d in primary.differences] == pytest.approx(holm(tests))
+    among = [one_difference(results, "kd", arm, MEAN).p_adjusted for arm in PRIMARY["against"]]
+    assert among != [d.p_adjusted for d in primary.differences]  # of other families
+    assert results.verdict.startswith("kd ")
+    assert "(primary comparison): over expert +" in results.verdict
+    assert any("over these 3 alone" in note for note in results.notes)
+    first, *others = tables_of(results)
+    assert first.title.startswith("primary comparison, named before anything ran: on the mean")
+    assert [row[0] for row in rows_of(first)] == PRIMARY["against"]
+    assert others[0].title.startswith("secondary: test scores")
+    assert all(t.title.startswith("secondary") for t in others if "differences" in t.title)
+
+
+def test_an_arm_that_a_draw_lacks_is_said_and_left_out(out):
+    shutil.rmtree(out / "draws/2" / folder_of("longer", "mrpc"))
+    shutil.rmtree(out / "draws/1" / "distilled")
+    results = read_results(out)
+    (said,) = [note for note in results.notes if "not there in every draw" in note]
+    assert "longer on mrpc (draw 2); kd (own head) on cola (draw 1)" in said
+    assert ("longer", "mrpc") not in results.main
+    assert ("longer", MEAN) not in results.main
+    assert results.main["longer", "cola"].seeds == list(range(DRAWS))
+    assert results.main["kd", MEAN].seeds == list(range(DRAWS))
+    assert "longer" not in {one.arm for one in results.arm_costs}
+    assert [one.against for one in results.primary.differences] == ["expert", "mlm"]
+    assert "with longer on the mean over 2 tasks, is not known yet" in results.verdict
+
+
+def test_draws_that_have_not_ended_are_said_and_not_read(out):
+    (out / "draws/1/results.json").unlink()
+    write(out / "draws/1" / folder_of("kd", "cola") / "metrics.json", {"half": "written"})
+    shutil.rmtree(out / "draws/3")
+    results = read_results(out)
+    assert results.draws == results.main["kd", "cola"].seeds == [0, 2]
+    assert "not there yet: draw 1, 3 of the 4 draws of the labels" in results.notes[0]
+    assert any("fewer than 5 draws of the labels" in note for note in results.notes)
+    for draw in (0, 2):
+        (out / f"draws/{draw}/results.json").unlink()
+    nothing = read_results(out)
+    assert nothing.scores == []
+    assert (
+        nothing.verdict
+        == "the primary comparison, of kd on the mean over 2 tasks, is not known yet"
+    )
+    assert "nothing is fine-tuned yet" in as_text(nothing, 300)
+
+
+def test_a_task_that_has_fewer_draws_has_no_part_in_a_mean(out):
+    """As while the cells of the tasks are run one after another."""
+    for draw, arm in product((1, 2, 3), ARMS):
+        shutil.rmtree(out / f"draws/{draw}" / folder_of(arm, "mrpc"))
+        shutil.rmtree(out / f"draws/{draw}" / "distilled/kd/mrpc", ignore_errors=True)
+    results = read_results(out)
+    assert results.main["kd", "cola"].seeds == list(range(DRAWS))
+    assert results.main["kd", "mrpc"].seeds == [0]
+    assert not any(task == MEAN for _, task in results.main)
+    assert any("without a mean over tasks" in note for note in results.notes)
+
+
+def test_the_search_is_of_the_first_draw_and_goes_for_all(out):
+    results = read_results(out)
+    assert {one.task for one in results.searched} == {*FEW}
+    assert any("searched in draw 0, and taken over" in note for note in results.notes)
+    alone = read_results(out / "draws" / "2")
+    assert alone.searched[0].chosen == {"learning_rate": 5e-5}
+    other = {"learning_rate": 2e-5}
+    finetuned(out / "draws/2", "kd", "cola", seeds=SEEDS, config=other, draw=2)
+    with pytest.raises(CheckpointError, match=r"not what its search in .*/0/search/kd/cola found"):
+        read_results(out)
+
+
+def test_draws_of_other_budgets_are_refused(out):
+    for arm, task in product(ARMS, FEW):
+        other = {"batch_size": 8}
+        finetuned(out / "draws/3", arm, task, seeds=SEEDS, config=other, draw=3)
+    with pytest.raises(
+        CheckpointError, match=r"draws/0/experts/cola .*cannot be compared: batch_size"
+    ):
+        read_results(out)
+
+
+# --- students, seeds, arms ------------------------------------------------------------------------
+
+
+def parts(out, arm, task, seeds, students):
+    """The seeds of an arm shared out among its students."""
+    whole = metrics_of(out, arm, task, seeds=seeds)
+    for number in range(students):
+        own = whole["per_seed"][number::students]
+        dev = [one["scores"][whole["metric"]] for one in own]
+        best = own[dev.index(max(dev))]["seed"]
+        folder = out / folder_of(arm, task)
+        shutil.rmtree(folder / f"student-{number}", ignore_errors=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        part = whole | {"per_seed": own, "best_seed": best, "mean": fmean(dev), "seconds": 2.0}
+        write(folder / f"student-{number}" / "metrics.json", part)
+
+
+def test_the_seeds_of_several_students_come_together(tmp_path):
+    out = cycle(tmp_path, ["expert", "kd"], ["cola"], {}, seeds=5, students=2)
+    parts(out, "kd", "cola", 5, 2)
+    results = read_results(out)
+    one = results.main["kd", "cola"]
+    assert (one.seeds, one.scores) == (list(range(5)), [score("kd", "cola", s) for s in range(5)])
+    assert results.costs["fine-tuned/kd/cola"] == 4.0
+    (told,) = [note for note in results.notes if "2 students of every kind" in note]
+    assert "somewhat too narrow" in told
+    path = out / folder_of("kd", "cola") / "student-1"
+    edit(path / "metrics.json", lambda m: m["config"].update(batch_size=8))
+    with pytest.raises(
+        CheckpointError, match=r"student-0 and .*student-1 cannot be compared: batch"
+    ):
+        read_results(out)
+    shutil.rmtree(path)
+    assert "kd on cola" in read_results(out).notes[0]
+
+
+def test_own_heads_stand_behind_their_arms_and_are_not_tested(results, made):
+    names = list(dict.fromkeys(one.arm for one in results.scores))
+    assert names[names.index("kd") + 1] == own_head("kd")
+    for task in FEW:
+        expected = [score("kd", task, 0, draw) + 0.1 for draw in range(DRAWS)]
+        assert results.main[own_head("kd"), task].scores == pytest.approx(expected)
+    assert not any("own head" in one.arm + one.against for one in results.differences)
+    table = next(t for t in tables_of(results) if "test scores" in t.title)
+    assert own_head("kd") in [row[0] for row in rows_of(table)]
+    assert CycleResults.from_dict(results.as_dict()) == results
+
+
+def test_more_seeds_of_the_experts_alone(tmp_path):
+    """By those in common: the others have no more."""
+    out = cycle(tmp_path, ["expert", "mlm"], ["cola"], {}, seeds=2, experts={"seeds": 3})
+    with pytest.raises(CheckpointError, match=r"2 seeds, and cycle\.json says 3"):
+        read_results(out)
+    finetuned(out, "expert", "cola", seeds=3)
+    results = read_results(out)
+    assert results.main["expert", "cola"].seeds == [0, 1, 2]
+    first, second = ([score(a, "cola", s) for s in range(2)] for a in ("expert", "mlm"))
+    (one,) = results.differences
+    assert (one.n, one.p) == (2, pytest.approx(stats.ttest_rel(second, first).pvalue))
+
+
+def test_where_experts_are_of_another_model_the_students_model_is_to_be_beaten(tmp_path):
+    arms = ["expert", "start", "mlm", "pseudo", "kd"]
+    settings = {"experts": {"model": "small", "finetune": {"epochs": 9}}}
+    out = cycle(tmp_path, arms, ["cola"], {}, **settings)
+    finetuned(out, "expert", "cola", config={"epochs": 9})
+    results = read_results(out)
+    told = [(one.arm, one.against) for one in results.differences]
+    assert told == [
+        *((arm, "expert") for arm in arms[1:]),
+        *((arm, "start") for arm in ("mlm", "pseudo", "kd")),
+        *(("kd", "mlm"), ("kd", "pseudo")),
+    ]
+    assert "start on cola" in results.verdict
+    assert any("with a budget of its own" in note for note in results.notes)
+    finetuned(out, "mlm", "cola", config={"epochs": 9})
+    with pytest.raises(CheckpointError, match="epochs is 3 in the first, 9 in the second"):
+        read_results(out)
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def test_what_an_arm_costs_is_the_sum_of_all_that_it_needs(made, results):
+    """The recorded seconds of every stage that the arm needs, no other, each once."""
+    draw = read_results(made / "draws" / "1")
+    experts = [f"experts/{task}" for task in FEW] + [f"search/expert/{task}" for task in FEW]
+    own = [f"{kind}/kd/{task}" for kind, task in product(("search", "fine-tuned"), FEW)]
+    needed = {
+        "expert": experts,
+        "mlm": ["students/mlm", *(part.replace("kd", "mlm") for part in own)],
+        "kd": [*experts, *own, *(f"{k}{task}" for k in ("cache/", "students/kd-") for task in FEW)],
+        own_head("kd"): [*experts, *(f"{k}{t}" for k in ("cache/", "students/kd-") for t in FEW)],
+    }
+    told = {one.arm: one for one in draw.arm_costs}
+    for arm, stages in needed.items():
+        assert told[arm].seconds == pytest.approx(sum(draw.costs[stage] for stage in stages))
+        assert sum(told[arm].by_kind.values()) == pytest.approx(told[arm].seconds)
+        assert told[arm].unknown == []
+    assert told["committee"].by_kind["caching"] == 2.0 * SEEDS * len(FEW)
+    whole = {one.arm: one for one in results.arm_costs}
+    each = [read_results(made / "draws" / str(draw)) for draw in range(DRAWS)]
+    kds = [one.seconds for found in each for one in found.arm_costs if one.arm == "kd"]
+    assert len({*kds}) == DRAWS
+    assert whole["kd"].seconds == pytest.approx(fmean(kds))
+    assert results.costs["draws/3/students/kd-cola"] == 53.0
+    table = next(t for t in tables_of(results) if t.title.startswith("seconds of all that an arm"))
+    assert "Shared" in table.note
+    assert "experts (kd, kd (own head), committee)" in table.note
+
+
+def test_what_is_not_recorded_is_named_and_in_no_sum(out):
+    edit(out / "draws/0/students/kd-cola/run.json", lambda r: r["cache"]["teacher_seconds"].clear())
+    edit(out / "draws/0/students/kd-cola/summary.json", lambda s: s.update(seconds=None))
+    results = read_results(out / "draws/0")
+    (kd,) = [one for one in results.arm_costs if one.arm == "kd"]
+    assert kd.unknown == ["students/kd-cola"]
+    table = next(t for t in tables_of(results) if t.title.startswith("seconds of all that an arm"))
+    assert "Not recorded, and in no sum: kd: students/kd-cola" in table.note
+
+
+# --- page and text --------------------------------------------------------------------------------
+
+
+def test_page_and_text_begin_with_the_primary_comparison(results, made):
+    page = cycle_html(made, None, results)
+    heads = [
+        page.index(f">{title}<")
+        for title in ("Primary comparison", "In short", "Scores (secondary)")
+    ]
+    assert heads == sorted(heads)
+    assert "said before" in page
+    assert "4 draws of the labels" in page
+    assert "A dot for each draw" in page
+    text = printed(made, results)
+    assert text.index("primary comparison, named") < text.index("secondary: test scores")
+    assert max(map(len, as_text(results, 80).splitlines())) <= 80
+
+
+def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
+    for sign, word in ((1, "beats"), (-1, "is worse than")):
+        out = drawn(
+            tmp_path / word,
+            ["expert", "kd"],
+            ["cola"],
+            {},
+            1,
+            3,
+            primary={"arm": "kd", "against": ["expert"]},
+        )
+        for draw in range(3):
+
+            def gain(metrics, more=sign * (0.05 + 0.001 * draw), draw=draw):
+                for run in metrics["per_seed"]:
+                    run["test_scores"] = scores_of("cola", score("expert", "cola", 0, draw) + more)
+
+            edit(out / "draws" / str(draw) / folder_of("kd", "cola") / "metrics.json", gain)
+        assert read_results(out).verdict.startswith(
+            f"kd {word} expert on cola (primary comparison)"
+        )
