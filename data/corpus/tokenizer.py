@@ -50,7 +50,8 @@ class Encoded(NamedTuple):
 
     def first(self, count: int) -> "Encoded":
         """The first tokens, so many."""
-        return Encoded(*(column[:count] for column in self))
+        ids, starts, ends, words = self
+        return Encoded(ids[:count], starts[:count], ends[:count], words[:count])
 
     def tokens_at(self, characters: NDArray[np.int64], room: int) -> NDArray[np.int64]:
         """The first token that stands for each of some characters of the text; -1 where none of the
@@ -132,9 +133,11 @@ class Tokenizer:
         for one, encodings in self._encoded_ahead(documents, batch_characters):
             whole = [_encoded(*pair) for pair in zip(one.texts, encodings, strict=True)]
             joined = self._joined(encodings[0], encodings[1], max_length, NEWEST_CUT)
-            of = np.array([-1 if n is None else n for n in joined.sequence_ids], np.int32)
-            parts = (whole[0].first(int((of == 0).sum())), whole[1].first(int((of == 1).sum())))
-            lost = sum(len(part.ids) for part in whole) - int((of >= 0).sum())
+            kept = [len(encoding) for encoding in encodings]  # they were shortened
+            of = np.full(len(joined), -1, np.int32)
+            of[np.array(joined.special_tokens_mask) == 0] = np.repeat([0, 1], kept)
+            parts = (whole[0].first(kept[0]), whole[1].first(kept[1]))
+            lost = sum(len(part.ids) for part in whole) - sum(kept)
             yield one, EncodedPair(*_ids_and_types(joined), of, parts, lost)
 
     def encode_pair(

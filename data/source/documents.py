@@ -91,7 +91,7 @@ class LeftOut:
     def told(self) -> str:
         """What was left out, in words; nothing where there was nothing."""
         told = [told_of_bad(self.counts()), self.first and f"the first: {self.first}"]
-        if self.texts is not None and sum(self.held()):
+        if self.texts is not None and any(self.held()):
             told += [told_of_held(self.held()), f"the first: {self.first_held}"]
         return "; ".join(filter(None, told))
 
@@ -216,8 +216,8 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
         return None
     if any(blank):
         field = (fields.text, fields.pair)[blank.index(True)]
-        told = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
-        return Bad("an empty text of a pair", told)
+        empty = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
+        return Bad("an empty text of a pair", empty)
     identity = _identity(record, origin)
     known = [*(("text", text) for text in texts), ("id", identity), ("domain", domain or "")]
     for what, value in known:

@@ -33,7 +33,7 @@ def home(tmp_path):
 def build(home, wordpiece):
     def made(cache, stop=None, meanwhile=None, files=FILES, **values):
         given = {"source": str(home / "d.jsonl"), "tokenizer": str(wordpiece)}
-        given |= {"sequence_length": 16, "on_bad_record": "skip"}
+        given |= {"sequence_length": 64, "on_bad_record": "skip"}
         given |= {"without": [str(home / name) for name in files]} if files else {}
         done = []
 
@@ -106,7 +106,7 @@ def test_what_grows_leaves_out_further_ones(home, build):
     (home / "e.jsonl").write_text(json.dumps({"text": "Well: WHAT runs over the 2 hills?"}))
     more = build("cache", source=[str(home / "d.jsonl"), str(home / "e.jsonl")])
     assert more.held == Found(exact=7)
-    assert more.fingerprint == build("cache").fingerprint
+    assert len(more) == len(TEXTS) - len(ASKED)
 
 
 def test_files_are_known_by_their_texts_in_any_order_at_any_place(home, build):
