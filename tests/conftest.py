@@ -108,6 +108,33 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.dist = "worksteal"
 
 
+# Their fixtures, or single tests, take many seconds.
+DEAR = {
+    *(f"train/{name}" for name in ("test_distributed", "test_evaluate", "loop/test_loop")),
+    *("train/methods/test_method_replaced_tokens", "train/record/test_resume"),
+    *("train/objective/test_estimator_targets", "kernels/test_distributed"),
+    *("pipeline/test_torchrun", "pipeline/test_recipes", "pipeline/test_cli"),
+    *("pipeline/cycle/test_cycle", "pipeline/plan/test_plan", "pipeline/stages/test_stages"),
+    *("pipeline/builtin/test_builtin", "pipeline/builtin/test_tasks"),
+    *("pipeline/sweep/test_sweep", "pipeline/report/test_page_browser"),
+    *("pipeline/caching/test_object_store", "pipeline/caching/test_repair"),
+    *("pipeline/caching/self_evolution/test_hard_masks", "pipeline/checks/test_audit_judges"),
+    *("pipeline/caching/estimators/test_estimator_codecs", "golden/test_digests"),
+    *("pipeline/caching/compute_unit/test_vocabulary_targets", "data/corpus/test_python_docs"),
+    "pipeline/caching/compute_unit/test_expert_targets",
+}
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the DEAR files: tests near the end of the list are taken by the other process,
+    which would set up their fixtures once more, or wait for one long test.
+    """
+    dear = {TESTS / f"{name}.py" for name in DEAR}
+    assert all(path.is_file() for path in dear)
+    items.sort(key=lambda item: item.path not in dear)
+
+
 FILLED = [Path(__file__).parent / folder for folder in ("kernels", "train")]
 
 
@@ -138,12 +165,14 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def quick_disk():
-    """For modules in which no test pulls the plug."""
-    from testlib.disk import without_fsync
+    """A disk that answers at once: no test pulls the plug, and what a killed process wrote stays.
 
-    with without_fsync():
+    Tests of what a disk is asked for, or of its errors, put their own over it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

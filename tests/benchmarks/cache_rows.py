@@ -75,7 +75,7 @@ def make_corpus(folder: Path, sequences: int, length: int, shard: int) -> Corpus
     return build_corpus(store, config, shard)
 
 
-def draw_columns(positions: int, seed: int, codec: str) -> Columns:
+def draw_columns(positions: int, seed: int, codec: str, targets: int = TARGETS) -> Columns:
     """Targets of a made-up teacher: about 2 nats of entropy, ids Zipf-like and distinct in a row.
 
     Independent of the context, which is hard on compression. ``compact`` is made of the default
@@ -92,7 +92,7 @@ def draw_columns(positions: int, seed: int, codec: str) -> Columns:
     odds = np.log(kept / (1 - kept)) / np.array(TEMPERATURES)
     log_probs, odds = log_probs.astype(np.float32), odds.astype(np.float32)
     columns: Columns = {
-        "positions": np.tile(np.arange(TARGETS, dtype=np.uint16), positions // TARGETS),
+        "positions": np.tile(np.arange(targets, dtype=np.uint16), positions // targets),
         "gold_log_prob": fixed_point(draw.exponential(2.0, positions)),
         "gold_rank": draw.geometric(0.1, positions).astype(np.uint16),
         "entropy": fixed_point(draw.uniform(0, 4, positions)),
@@ -105,8 +105,9 @@ def draw_columns(positions: int, seed: int, codec: str) -> Columns:
 class Ours:
     """One codec of the cache: written by ``write_unit``, read by ``Cache.gather``."""
 
-    def __init__(self, corpus: Corpus, codec: str):
+    def __init__(self, corpus: Corpus, codec: str, targets: int = TARGETS):
         self.corpus, self.codec, self.name = corpus, codec, f"teacher-{codec}"
+        self.targets = targets  # of each sequence
         self.info = TeacherInfo(
             name=self.name,
             task="causal_lm",
@@ -122,8 +123,8 @@ class Ours:
 
     def _unit(self, shard: int) -> UnitResult:
         sequences = self.corpus.commits[shard].rows
-        columns = draw_columns(sequences * TARGETS, shard, self.codec)
-        return UnitResult(np.repeat(np.arange(sequences), TARGETS), columns)
+        columns = draw_columns(sequences * self.targets, shard, self.codec, self.targets)
+        return UnitResult(np.repeat(np.arange(sequences), self.targets), columns)
 
     def write(self) -> None:
         shutil.rmtree(Path(self.corpus.store.location) / "targets" / self.name, ignore_errors=True)

@@ -32,7 +32,7 @@ from testlib.fuzz.signed import batches_of
 from testlib.fuzz.strangers import Stranger, sealed_record
 from testlib.fuzz.templates import GOLDEN, TEACHERS, VOCABULARY_TASKS, corpus_at, write_teacher
 
-pytestmark = pytest.mark.usefixtures("quick_disk", "same_attempts")
+pytestmark = pytest.mark.usefixtures("same_attempts")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,5 @@
-"""The fused loss under DistributedDataParallel and FSDP2: two processes give one's gradient.
+"""The fused loss under DistributedDataParallel and FSDP2: two processes give one's gradient."""
 
-The file runs itself as a script, once per process.
-"""
-
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +9,8 @@ from torch import Tensor, nn
 
 from rekindle.kernels.hidden import HiddenTargets
 from rekindle.kernels.losses import linear_kd_loss
+from testlib.several.forked import PROCESSES, end_well, forked_world
 
-WORLD = 2
 KINDS = ("ddp", "fsdp", "hidden-ddp", "hidden-fsdp")
 ROWS, HIDDEN, VOCABULARY, KEPT, TEACHER_HIDDEN = 8, 16, 40, 5, 6
 
@@ -115,43 +108,33 @@ def gradients_of(kind: str, rank: int) -> dict[str, Tensor]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (WORLD,))
+        mesh = init_device_mesh("cpu", (PROCESSES,))
         for part in (net.body, net.out, net):
             fully_shard(part, mesh=mesh)
-    net(*batch(kind, slice(rank, None, WORLD))).backward()
+    net(*batch(kind, slice(rank, None, PROCESSES))).backward()
     return {
         name.removeprefix("module."): p.grad.full_tensor() if kind.endswith("fsdp") else p.grad
         for name, p in net.named_parameters()
     }
 
 
-def worker(rank: int, port: int, out: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def worker(out: Path) -> None:
     torch.set_num_threads(1)
-    torch.set_deterministic_debug_mode("warn")  # NaN in new memory: see testlib.kernels.memory
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     try:
         for kind in KINDS:
-            gradients = gradients_of(kind, rank)
-            if rank == 0:
+            gradients = gradients_of(kind, dist.get_rank())
+            if dist.get_rank() == 0:
                 torch.save(gradients, out / kind)
     finally:
         dist.destroy_process_group()
-    # Without the interpreter's own end: a thread of gloo that still holds a tensor there aborts
-    # the process (pytorch/pytorch#179291).
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with those of every kind, by its name."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     out = tmp_path_factory.mktemp("gradients")
-    command = [sys.executable, __file__, str(port), str(out)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(WORLD)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    end_well(forked_world(lambda: worker(out)))
     return out
 
 
@@ -162,7 +145,3 @@ def test_two_processes_give_the_gradient_of_one(kind: str, gradients: Path) -> N
     found = torch.load(gradients / kind, weights_only=True)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2]))

@@ -213,6 +213,7 @@ def test_a_flipped_byte_is_exit_code_3_and_named(run_file, tmp_path):
     assert victim.name in result.stdout
 
 
+@pytest.mark.slow  # forked: caching/kill/test_kill_command.py
 def test_ctrl_c_leaves_quickly_and_the_same_command_goes_on(run_file, tmp_path):
     teachers = run_file.values["teachers"]
     slow = run_file(

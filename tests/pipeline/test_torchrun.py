@@ -1,4 +1,4 @@
-"""`pipeline train-student` under torchrun, as a user starts it: killed, gone on with, refused."""
+"""`pipeline train-student` in two processes: killed, gone on with, refused; and under torchrun."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from rekindle.pipeline.config import load_config
 from rekindle.train.model.files import weights_fingerprint
 from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_log import read_metrics
+from testlib.command import run_main
+from testlib.processes import until
+from testlib.several.forked import end_well, forked_world
 from testlib.students import metrics
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher):
+def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher, one_thread):
     """A run of 40 steps with dropout, and its cache."""
     home = tmp_path_factory.mktemp("torchrun")
     targets = {"kind": "topk", "k": 8, "temperatures": [2.0]}
@@ -50,12 +54,15 @@ def run_file(tmp_path_factory, small_corpus, wordpiece, make_model, make_teacher
     return path
 
 
+def typed(run_file, out, *options):
+    return ["train-student", str(run_file), "--out", str(out), *options]
+
+
 def start(run_file, out, *options):
     """Two processes, as a user would start them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "rekindle.pipeline.cli", "train-student", str(run_file), "--out", str(out)]
     return subprocess.Popen(
-        [*command, *options],
+        [*command, "-m", "rekindle.pipeline.cli", *typed(run_file, out, *options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,44 +76,63 @@ def finish(process):
     return process.returncode, out, err
 
 
-def kill_all(process):
-    """torchrun first, so that it tells nobody; its workers have sessions of their own."""
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
-    assert len(workers) == 2
+def fork(run_file, out, *options):
+    """The two without torchrun; what they print is in the file ``out`` with .said."""
+
+    def work():
+        with open(f"{out}.said", "a") as said, redirect_stdout(said):
+            run_main(*typed(run_file, out, *options))
+
+    return forked_world(work)
 
 
-def tell_to_end(process):
+def assert_same_bits(ours, theirs):
+    assert metrics(ours) == metrics(theirs)
+    for file in ("model.safetensors", "heads.safetensors"):
+        found, expected = load_file(ours / file), load_file(theirs / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.fixture(scope="module")
+def whole(run_file, tmp_path_factory):
+    """A run of nobody's end."""
+    out = tmp_path_factory.mktemp("whole") / "whole"
+    end_well(fork(run_file, out))
+    assert Path(f"{out}.said").read_text().count("40 steps in") == 1  # one of them talks
+    assert [r["step"] for r in metrics(out) if r["kind"] == "train"] == list(range(1, 41))
+    return out
+
+
+def test_killed_processes_go_on_to_the_same_bits(run_file, whole, tmp_path):
+    broken = tmp_path / "broken"
+    children = fork(run_file, broken)
+    until(lambda: len(read_metrics(broken)) >= 12 or any(child.ended() for child in children))
+    for child in children:
+        os.kill(child.pid, signal.SIGKILL)
+    assert [child.wait() for child in children] == [-signal.SIGKILL] * 2
+    assert not (broken / "summary.json").exists()
+    children = fork(run_file, broken, "--resume")
+    end_well(children)
+    assert "resuming" in children[0].errors
+    assert_same_bits(broken, whole)
+
+
+@pytest.mark.slow
+def test_processes_that_are_told_to_end_go_on_to_the_same_bits(run_file, whole, tmp_path):
     """As a scheduler does: torchrun passes it on to its workers."""
-    process.send_signal(signal.SIGTERM)
-
-
-@pytest.mark.parametrize("end", [kill_all, pytest.param(tell_to_end, marks=pytest.mark.slow)])
-def test_ended_processes_go_on_to_the_same_bits(run_file, tmp_path, end):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, out, err = finish(start(run_file, whole))
-    assert code == 0, err
-    assert out.count("40 steps in") == 1  # one of them talks
-    assert [r["step"] for r in metrics(whole) if r["kind"] == "train"] == list(range(1, 41))
+    broken = tmp_path / "broken"
     process = start(run_file, broken)
     while process.poll() is None and len(read_metrics(broken)) < 12:
         time.sleep(0.005)
-    end(process)
+    process.send_signal(signal.SIGTERM)
     _, _, err = finish(process)
     assert not (broken / "summary.json").exists()
-    if end is tell_to_end:
-        (step,) = re.findall(r"interrupted at step (\d+); a checkpoint of it is written\. To", err)
-        assert latest_checkpoint(broken)[1]["step"] == int(step) == read_metrics(broken)[-1]["step"]
-    code, out, err = finish(start(run_file, broken, "--resume"))
+    (step,) = re.findall(r"interrupted at step (\d+); a checkpoint of it is written\. To", err)
+    assert latest_checkpoint(broken)[1]["step"] == int(step) == read_metrics(broken)[-1]["step"]
+    code, _, err = finish(start(run_file, broken, "--resume"))
     assert code == 0, err
-    assert "resuming" in err
-    assert metrics(broken) == metrics(whole)
-    for file in ("model.safetensors", "heads.safetensors"):
-        ours, theirs = load_file(broken / file), load_file(whole / file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_bits(broken, whole)
 
 
 def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path):
@@ -127,17 +153,28 @@ def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path)
     assert (tmp_path / "out" / "second" / "run.yaml").is_file()
 
 
+@pytest.mark.slow  # forked, below
+def test_torchrun_says_a_mistake_once(run_file, tmp_path):
+    option = ("--set", "train.batch_sequences=3")
+    code, out, err = finish(start(run_file, tmp_path / "out", *option))
+    assert (code != 0, out) == (True, "")
+    said = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, err
+    assert "batch_sequences" in said[0]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        pytest.param("train.batch_sequences=3", "batch_sequences", marks=pytest.mark.slow),
+        ("train.batch_sequences=3", "batch_sequences"),
         ("train.objective.distill.0.temperature=3", "stores the temperatures"),
     ],
 )
 def test_a_mistake_is_said_and_nothing_is_written(run_file, tmp_path, option, message):
-    code, out, err = finish(start(run_file, tmp_path / "out", "--set", option))
-    assert code != 0
-    assert out == ""
+    children = fork(run_file, tmp_path / "out", "--set", option)
+    assert all(child.wait() == 2 for child in children)
+    assert (tmp_path / "out.said").read_text() == ""
+    err = "".join(child.errors for child in children)
     said = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(said) == 1, err
     assert message in said[0]

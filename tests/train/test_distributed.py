@@ -1,7 +1,8 @@
-"""Stage 2 under torchrun with gloo: DDP and FSDP2 train the student that one process trains."""
+"""Stage 2 in two processes with gloo: DDP and FSDP2 train the student that one process trains."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from testlib.models import NARROW, STILL
+from testlib.several.forked import end_well, forked_world
 from testlib.students import weights
 
 SCRIPT = Path(__file__).with_name("torchrun_jobs.py")
@@ -97,20 +99,11 @@ def train_config(**values):
     return quick | values
 
 
-def torchrun(folder, cache, jobs, processes=2, check=True, **more):
+def written(folder, cache, jobs, **more):
+    """The file that ``SCRIPT`` is to be given."""
     given = folder / "jobs.json"
     given.write_text(json.dumps({"cache": str(cache), "jobs": jobs} | more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(SCRIPT), str(given)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +143,13 @@ def in_two_processes(world, student, folder, names):
         more, values = TRAINS[name]
         job = {"student": student | (more or {}), "train": train_config(**values)}
         jobs.append(job | {"out": str(folder / name)})
-    torchrun(folder, world.path, jobs)
+    given = written(folder, world.path, jobs)
+
+    def work():
+        sys.argv = [str(SCRIPT), str(given)]
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    end_well(forked_world(work))
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +271,17 @@ def test_what_they_leave_behind_is_that_of_one(runs, name):
 def test_one_process_out_of_memory_ends_all(masked_world, student, tmp_path):
     """It says what takes less; the others do not wait, and have no traceback of their own."""
     job = {"student": student, "train": train_config(**JOBS["ddp"]), "out": str(tmp_path / "run")}
+    given = written(tmp_path, masked_world.path, [job], out_of_memory=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), str(given)]
     began = time.monotonic()
-    done = torchrun(tmp_path, masked_world.path, [job], check=False, out_of_memory=1)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode != 0
     assert time.monotonic() - began < 60
     told = [line for line in done.stderr.splitlines() if line.startswith("error: out of memory")]

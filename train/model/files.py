@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,7 +121,8 @@ def load_config(
     """
     import transformers
 
-    settings, file = read_settings(directory), settings_folder(directory) / SETTINGS_FILE
+    file = settings_folder(directory) / SETTINGS_FILE
+    read_settings(directory)  # says more of a file that is none than transformers does
     with refusing(f"{file} cannot be used"):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
@@ -132,14 +133,20 @@ def load_config(
     drop_outside_padding(config, f"{file}")
     asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
-    classifies = auto_class is not None and auto_class.endswith("Classification")
-    if auto_class is not None and classifies and quantised_by(settings) is None:
-        complete_labels(config, auto_class, stored_tensors(file.parent), file.parent)
     if is_adapter(directory):
         need_peft(directory)
-        if auto_class is not None:
-            complete_config(config, directory, auto_class)
+    if auto_class is not None:
+        suit(config, directory, auto_class)
     return config
+
+
+def suit(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
+    """Make a configuration that was read for no class one for ``auto_class``: see load_config."""
+    whole = settings_folder(directory)
+    if auto_class.endswith("Classification") and quantised_by(read_settings(directory)) is None:
+        complete_labels(config, auto_class, stored_tensors(whole), whole)
+    if is_adapter(directory):
+        complete_config(config, directory, auto_class)
 
 
 def load_weights(
@@ -328,12 +335,18 @@ def place(precision: str) -> Placement:
 def package_versions() -> dict[str, str]:
     """What a run was made with; informative. Our own version is told under the import's name."""
     import platform
+
+    names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    found = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), "rekindle": _version(DISTRIBUTION)} | found
+
+
+@cache
+def _version(name: str) -> str:
+    """Of a distribution; to find it takes milliseconds, and every teacher's plan asks."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        own = version(DISTRIBUTION)
+        return version(name)
     except PackageNotFoundError:  # run from a folder on the path
-        own = "not installed"
-    names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
-    found = {name: version(name) for name in names}
-    return {"python": platform.python_version(), "rekindle": own} | found
+        return "not installed"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rekindle.data.errors import naming
 from rekindle.train.model.adapter import refuse_other_base, whole_tensors
 from rekindle.train.model.causes import MERGED, TRAINED, check_quantisation, quantised_by
-from rekindle.train.model.files import load_config, refuse_body
+from rekindle.train.model.files import load_config, refuse_body, suit
 from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, check_fits
 from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
 from rekindle.train.model.meta import (
@@ -32,11 +32,11 @@ def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConf
     """
     auto_class = AUTO_CLASSES[task]
     with naming(who):
-        plain = load_config(directory)
+        config = load_config(directory)
     # An adapter brings a head of its own; what its base was saved as says nothing of that.
-    check_fits(plain, task, who, base_of(directory) is None or task in LANGUAGE)
+    check_fits(config, task, who, base_of(directory) is None or task in LANGUAGE)
     with naming(who):
-        config = load_config(directory, auto_class)
+        suit(config, directory, auto_class)
         found = _misfit(directory, auto_class, config)
         if found is not None:
             refuse_shapes(f"{directory} cannot be loaded as {auto_class}", found.shapes)
@@ -55,8 +55,9 @@ def check_student_files(
     # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
     # embeddings, which no file would be seen to lack.
     trained = task == "causal_lm" and not from_scratch
-    check_fits(load_config(directory, attention=attention), task, who, trained)
-    config = load_config(directory, kind, attention)
+    config = load_config(directory, attention=attention)
+    check_fits(config, task, who, trained)
+    suit(config, directory, kind)
     if from_scratch:
         shape_only(config, kind)
         return config

@@ -5,9 +5,10 @@ them a folder has not. Nothing is read but headers.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rekindle.data.errors import InputError
 from rekindle.train.model.causes import refusing
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
+FILLING = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "zero_", "fill_"}
 
 
 class Misfit(NamedTuple):
@@ -35,9 +37,19 @@ def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel"
     import transformers
 
     where = config.name_or_path or "the configuration"
-    with refusing(f"{where} cannot be made as {auto_class}"), torch.device("meta"):
+    with refusing(f"{where} cannot be made as {auto_class}"), torch.device("meta"), _Unfilled():
         made: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
     return made
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what gives a tensor its first values: without memory it is half of the work."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Misfit | None:

@@ -6,7 +6,6 @@ import pytest
 
 from rekindle.data.cache import Cache
 from testlib.cache_format import PER_SHARD, SMALL
-from testlib.disk import without_fsync
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +26,7 @@ def made(tmp_path_factory, make_teacher, make_cache):
     ]
     corpus = {"sequence_length": 12, "limit_sequences": None}
     where = {"sequences_per_shard": PER_SHARD, "mask": {}}
-    with without_fsync():
-        make_cache(path, teachers, corpus, where)
+    make_cache(path, teachers, corpus, where)
     return path
 
 

@@ -20,8 +20,6 @@ from testlib.cache_format import (
     write_teacher,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_sees_the_same_rows(cache, tmp_path, reader):

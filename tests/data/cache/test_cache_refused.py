@@ -15,8 +15,6 @@ from rekindle.data.storage.shards import ShardSet, describe
 from rekindle.data.storage.store import LocalStore
 from testlib.cache_format import write_teacher
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 
 def too_large_an_id(columns):
     columns["ids"][3, 1], columns["ids_high"][3] = 0xFFFF, 0xFF  # 262,143 of 200,000

@@ -19,7 +19,6 @@ from rekindle.data.source import records
 from rekindle.data.source.documents import Document, LeftOut, read_documents
 from rekindle.data.storage.store import LocalStore
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
 GOOD = b'{"text": "good", "domain": "d"}\n'
 BAD = [
     (b'{"text": "a"', "not JSON", "not JSON"),

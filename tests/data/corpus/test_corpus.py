@@ -27,7 +27,6 @@ from rekindle.data.storage.store import LocalStore
 
 PER_SHARD = 16
 PACKINGS = ("document", "contiguous")
-pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture

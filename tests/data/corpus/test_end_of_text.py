@@ -13,8 +13,6 @@ from rekindle.data.errors import CacheMismatchError
 from rekindle.data.storage.store import LocalStore
 from testlib.vocabularies.changed import that_begins_only
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 PER_SHARD = 4
 
 

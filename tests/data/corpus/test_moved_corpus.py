@@ -21,7 +21,6 @@ from rekindle.data.source.source_states import usual_order
 from rekindle.data.storage.seal import SEAL, read_sealed, seal
 from rekindle.data.storage.store import LocalStore
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
 PER_SHARD = 4
 WORDS = [
     "the",

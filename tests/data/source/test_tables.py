@@ -31,7 +31,6 @@ def table(name, rows):
     return stream.getvalue().encode()
 
 
-@pytest.mark.usefixtures("quick_disk")
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.bz2", "a.csv.zst"])
 def test_a_corpus_of_a_table_is_that_of_lines_and_is_resumed_and_moved(tmp_path, wordpiece, name):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

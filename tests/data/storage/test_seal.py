@@ -1,7 +1,6 @@
 """What a cache says about itself: every changed byte of it is found, and its version is known."""
 
 import json
-import os
 
 import pytest
 from hypothesis import given, settings
@@ -39,8 +38,7 @@ KEYS = st.text(max_size=6).filter(lambda key: key not in (SEAL, VERSION))
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test here pulls the plug
+def store(tmp_path):
     return LocalStore(tmp_path)
 
 

@@ -20,7 +20,6 @@ PER_SHARD = 140  # two record batches
 SMALL = NARROW | {"num_hidden_layers": 1}
 SCORES = list(Score.__args__)
 CAUSAL = ["top", "packed", "exact", "sample", "draws", "dense", "states", "odd"]
-pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,6 @@ MASKS = [
     MaskConfig(unit="span", probability=0.3, mask_token=0.5, random_token=0.5),
     MaskConfig(policy="cover", unit="word"),
 ]
-pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def corpus_in(root, source, tokenizer, **values):

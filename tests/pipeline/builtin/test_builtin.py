@@ -5,6 +5,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,7 +403,11 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, hasty_home):
+    make_missing(resolve_name("python-docs/corpus"))
+    (made := tmp_path / "home" / folder().name).mkdir(parents=True)
+    shutil.copytree(folder() / "documents", made / "documents")
+    kept = (made / "documents" / "corpus.jsonl").stat().st_mtime_ns
     environment = os.environ | {"REKINDLE_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(
         [sys.executable, "-m", "rekindle.pipeline.cli", "cache-teachers", str(run_file(tmp_path))],
@@ -420,12 +425,11 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path):
     _, errors = process.communicate(timeout=60)  # also that nobody is left who holds its stderr
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    (made,) = (tmp_path / "home").iterdir()
+    assert list((tmp_path / "home").iterdir()) == [made]
     there = {path.name for path in made.iterdir()}
     assert there <= {"documents", "tokenizer", "bert-larger", "log"}
-    assert (made / "documents" / "corpus.jsonl").is_file()
+    assert (made / "documents" / "corpus.jsonl").stat().st_mtime_ns == kept
 
-    kept = (made / "documents" / "corpus.jsonl").stat().st_mtime_ns
     process = subprocess.run(
         [sys.executable, "-m", "rekindle.pipeline.make_builtin", "python-docs/bert-larger"],
         env=environment,

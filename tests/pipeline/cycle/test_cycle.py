@@ -31,6 +31,7 @@ from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.record import run_folder
 from rekindle.train.record.run_folder import alone_in
 from rekindle.train.record.run_log import read_metrics
+from testlib.command import pipeline
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24}
 COLOURS = ["red", "green", "blue"]
@@ -422,10 +423,9 @@ def file(config, folder):
 @pytest.fixture(scope="module")
 def whole(file, folder):
     out = folder / "whole"
-    process = start(file, out)
-    text, errors = process.communicate(timeout=560)
-    assert process.returncode == 0, errors
-    return out, text
+    done = pipeline("rekindle", file, "--out", out, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def test_every_stage_leaves_a_directory_that_can_be_used_alone(whole, config, command, tmp_path):

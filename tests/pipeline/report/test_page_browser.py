@@ -204,8 +204,7 @@ def edges(view, number: int) -> tuple[float, float]:
     return abs(usual[0] - ground), abs(usual[1] - ground)
 
 
-@pytest.mark.parametrize("mode", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "mode"), [(1280, "dark"), (390, "light")])
 def test_a_table_that_is_wider_than_the_window_shows_that_it_scrolls(browser, files, width, mode):
     """A shadow where there is more and none at the end, and a bar below."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=mode)

@@ -5,10 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,8 @@ from rekindle.pipeline.sweep.run import SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.checkpoint import latest_checkpoint
 from rekindle.train.record.run_folder import alone_in
-from testlib.processes import alive, descendants, until
+from testlib.command import run_main
+from testlib.processes import Child, alive, descendants, until
 from testlib.students import same_weights
 
 TEMPERATURE = "train.objective.distill.0.temperature"
@@ -273,21 +272,23 @@ def test_a_killed_worker_is_one_failure_and_resumes(run_file, tmp_path, alone):
     "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
 )
 def test_students_end_with_the_command(run_file, tmp_path, how):
-    command = [sys.executable, "-m", "rekindle.pipeline.cli", "train-student", str(run_file)]
     options = ["--sweep", "train.seed=0,1", "--workers", "2", "--set", "train.steps=100000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path), *options], stderr=subprocess.PIPE, text=True
-    )
+
+    def work():
+        # The server of students that an earlier test has started is no child of this process.
+        vars(forkserver._forkserver).update(vars(forkserver.ForkServer()))
+        run_main("train-student", run_file, "--out", tmp_path, *options)
+
+    process = Child(work)
     logs = [tmp_path / f"seed={seed}" / "metrics.jsonl" for seed in (0, 1)]
-    while process.poll() is None and not all(log.is_file() and log.stat().st_size for log in logs):
-        time.sleep(0.05)
+    begun = lambda: all(log.is_file() and log.stat().st_size for log in logs)  # noqa: E731
+    assert until(lambda: process.ended() or begun(), 120)
     children = descendants(process.pid)
     assert len(children) >= 3  # two students, and the server that they were forked from
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), errors
+    os.kill(process.pid, how)
+    assert process.wait() == (130 if how is signal.SIGINT else -signal.SIGKILL), process.errors
     if how is signal.SIGINT:
-        line = errors.strip().splitlines()[-1]
+        line = process.errors.strip().splitlines()[-1]
         assert line.startswith("interrupted; 0 of 2 students are finished; ")
         for log in logs:
             step = json.loads(log.read_text().splitlines()[-1])["step"]

@@ -21,8 +21,6 @@ from rekindle.train.student import build_student
 from testlib.models import AUTO, NARROW
 from testlib.vocabularies.changed import that_begins_only
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 
 @pytest.fixture(autouse=True)
 def _told_anew():

@@ -23,8 +23,6 @@ from testlib.models import NARROW
 from testlib.run_alone import check_distribution, logits_of
 from testlib.vocabularies.changed import with_gaps
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 MASKED = "AutoModelForMaskedLM"
 LIFTED = ["the", "a", "ri", "##er"]
 KINDS = {

@@ -23,8 +23,6 @@ from testlib.models import NARROW
 from testlib.run_alone import NOISE, logits_of
 from testlib.vocabularies.changed import renumbered, with_gaps, with_more
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 CAUSAL = "AutoModelForCausalLM"
 CHAT = ["<|im_start|>", "<|im_end|>"]
 KINDS = {

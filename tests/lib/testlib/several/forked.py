@@ -1,0 +1,36 @@
+"""The processes of one world, as torchrun starts them, but forked: their imports cost seconds."""
+
+import os
+import socket
+from collections.abc import Callable
+
+from testlib.processes import Child
+
+PROCESSES = 2
+
+
+def forked_world(work: Callable[[], object]) -> list[Child]:
+    """Processes that run ``work``, each with what torchrun would say in its environment.
+
+    This process is to have one thread: OpenMP's others do not come along.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": PROCESSES}
+    shared |= {"LOCAL_WORLD_SIZE": PROCESSES, "OMP_NUM_THREADS": 1}
+
+    def begin(rank: int) -> Child:
+        def run() -> None:
+            own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            os.environ |= {name: str(value) for name, value in own.items()}
+            work()
+
+        return Child(run)
+
+    return [begin(rank) for rank in range(PROCESSES)]
+
+
+def end_well(children: list[Child]) -> None:
+    for child in children:
+        assert child.wait(300) == 0, child.errors
