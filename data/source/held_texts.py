@@ -97,7 +97,7 @@ class HeldTexts:
             for gram in rare or [min(grams, key=lambda gram: (shared[gram], gram))]:
                 leads[gram].append(number)
         self._leads: Mapping[_Gram, list[int]] = leads
-        self._leading = frozenset(leads)
+        self._leading = leads.keys()
 
     def find(self, *fields: str) -> Hold | None:
         """A text that one of a record's ``fields`` holds, exactly if there is such a one."""
@@ -113,21 +113,23 @@ class HeldTexts:
         words = _words(field)
         if self._short and (short := self._short_in(field, words)):
             return Hold("exact", " ".join(short))
-        leading = self._leading.intersection(_grams(words))
-        if not leading:
+        known = {*_grams(words)}
+        if not (leading := self._leading & known):
             return None
         tried = sorted({number for gram in leading for number in self._leads[gram]})
         whole = f" {' '.join(words)} "
-        for number in tried:
-            if f" {(text := ' '.join(self._long[number]))} " in whole:
-                return Hold("exact", text)
+        near: list[Sequence[str]] = []
+        for text in (self._long[number] for number in tried):
+            grams = [*_grams(text)]
+            shared = sum(gram in known for gram in grams)
+            if shared == len(grams) and f" {' '.join(text)} " in whole:
+                return Hold("exact", " ".join(text))
+            if len(text) >= NEAR_WORDS and GRAM * shared >= NEAR_SHARE * len(text):
+                near.append(text)
         places: defaultdict[_Gram, list[int]] = defaultdict(list)
-        for place, gram in enumerate(_grams(words)):
+        for place, gram in enumerate(_grams(words) if near else ()):
             places[gram].append(place)
-        for number in tried:
-            if _is_near(self._long[number], places):
-                return Hold("near", " ".join(self._long[number]))
-        return None
+        return next((Hold("near", " ".join(t)) for t in near if _is_near(t, places)), None)
 
     def _short_in(self, field: str, words: Sequence[str]) -> _Gram | None:
         if len(words) < LEAST_WORDS:
@@ -145,8 +147,6 @@ class HeldTexts:
 def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
     """Whether a record, with its grams at those ``places``, nearly holds the words of ``text``."""
     length = len(text)
-    if length < NEAR_WORDS:
-        return False
     hits = sorted(
         (there - here, here)
         for here, gram in enumerate(_grams(text))
