@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rekindle.data.errors import InputError, did_you_mean, naming
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
 from rekindle.data.source.held_texts import HeldTexts
 from rekindle.data.source.records import Bad, read_records
@@ -21,13 +21,17 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
     of a .txt file each line. Raises InputError for a file that is not there or has none of them,
     and for a value that is no text.
     """
-    with naming("corpus.without"):
+    try:
         held = HeldTexts(
             text for origin in _origins(files) for text in _texts(origin, fields, corpus)
         )
-        if not held.size:
-            raise InputError(f"no text with a letter or a digit in {', '.join(files)}")
-        return held
+    except InputError as error:  # which speaks of sources
+        told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
+        raise InputError(f"corpus.without: {told}") from None
+    if not held.size:
+        told = f"no text with a letter or a digit in {', '.join(files)}"
+        raise InputError(f"corpus.without: {told}; give files with the texts of a test")
+    return held
 
 
 def _origins(files: Sequence[str]) -> list[Origin]:
