@@ -32,6 +32,7 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.permutation import permute
+from rekindle.data.source.documents import told_of_held
 from rekindle.data.source.held_texts import Found
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -91,6 +92,8 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     texts = None
     if present is not None and whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
+        if without := present.info["config"].get("without"):
+            basis += f"; {told_of_held(present.held, without['files'])}"
         sequences, tokens = len(present), present.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
