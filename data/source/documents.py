@@ -44,11 +44,11 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold its text, the second text of a pair, and its domain."""
+    """Which fields of a record hold its text, its domain, and the second text of a pair."""
 
-    text: str = "text"
-    domain: str | None = None
-    pair: str | None = None
+    text: str
+    domain: str | None
+    pair: str | None
 
 
 class LeftOut:
@@ -112,10 +112,10 @@ def told_of_bad(counts: Mapping[str, int]) -> str:
 
 def told_of_held(found: Found, files: Sequence[str] = ()) -> str:
     """How many records were left out because they hold a text, in words."""
-    of = f"of {', '.join(files)}" if files else "of corpus.without"
+    of = ", ".join(files) or "corpus.without"
     return (
-        f"{counted(sum(found), 'record')} left out that hold a text {of} "
-        f"({found.exact:,} as it stands, {found.near:,} nearly)"
+        f"{counted(sum(found), 'record')} left out for texts of {of} "
+        f"({found.exact:,} hold one as it stands, {found.near:,} nearly)"
     )
 
 

@@ -64,8 +64,8 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     assert corpus.bad_records == {"not JSON": 1}
     assert corpus.info["config"]["without"]["texts"] == 6
     (line,) = [line for line in remarks(corpus) if "a.jsonl" in line]
-    assert line.startswith("6 records left out that hold a text of ")
-    assert line.endswith(" (6 as it stands, 0 nearly)")
+    assert line.startswith("6 records left out for texts of ")
+    assert line.endswith(" (6 hold one as it stands, 0 nearly)")
     assert "d.jsonl:3 holds: what runs over the 2 hills" in caplog.text
 
 
@@ -73,7 +73,7 @@ def test_without_such_files_a_corpus_is_as_it_was(build):
     corpus = build("cache", files=())
     assert len(corpus) == 40
     assert "without" not in corpus.info["config"]
-    assert not [line for line in remarks(corpus) if "left out that hold" in line]
+    assert not [line for line in remarks(corpus) if "left out for texts" in line]
     end = corpus.store.read_bytes("corpus/complete.json")
     assert b"held" not in end
 
@@ -129,7 +129,7 @@ def test_other_texts_are_another_corpus(home, build, files):
 
 def test_nothing_but_texts_of_tests_is_an_empty_corpus(home, build):
     (home / "few.jsonl").write_text(json.dumps({"text": TEXTS[2]}))
-    told = r"corpus is empty.*1 record left out that hold.*first: few\.jsonl:1 holds: what runs"
+    told = r"corpus is empty.*1 record left out for texts.*first: few\.jsonl:1 holds: what runs"
     with pytest.raises(InputError, match=told):
         build("empty", source=str(home / "few.jsonl"))
     assert not (home / "empty" / "corpus" / "corpus.json").exists()

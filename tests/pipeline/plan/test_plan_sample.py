@@ -114,10 +114,10 @@ def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configu
     cache_teachers(config)
     real = Cache.open(tmp_path / "cache").corpus
     assert (planned.sequences, planned.tokens) == (len(real), real.tokens) == (200, real.tokens)
-    assert "100 records left out that hold a text of corpus.without (100 as it" in planned.basis
-    assert "in the cache; 100 records left out that hold a" in plan_run(config).corpus.basis
+    assert "100 records left out for texts of corpus.without (100 hold one" in planned.basis
+    assert "in the cache; 100 records left out for texts" in plan_run(config).corpus.basis
     assert real.held == Found(exact=100)
-    assert "100 records left out that hold a text of " in inspect_cache(str(tmp_path / "cache"))
+    assert "100 records left out for texts of " in inspect_cache(str(tmp_path / "cache"))
     monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
     assert sample_source(config.corpus).share == pytest.approx(0.5, rel=0.05)
 
