@@ -353,7 +353,7 @@ def _shards_after(
     remaining = None
     if ends_at is not None:
         remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
-        if not remaining:
+        if not remaining and (left_out.bad or left_out.texts):
             next(left, None)  # nothing is to be made, but what is left out before the end counts
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
