@@ -6,6 +6,8 @@ import pytest
 
 from rekindle.data.source import held_texts
 from rekindle.data.source.held_texts import Found, HeldTexts, find_held, normalised
+from rekindle.data.source.rows import read_rows
+from testlib.corpora import SHARED
 
 WORDS = [f"w{number}" for number in range(3000)]
 TWENTY = (
@@ -118,3 +120,15 @@ def test_other_scripts():
     assert normalised("E\u0301cole") == "école"
     assert kind(["长江是亚洲第一长河"], "众所周知，长江是亚洲第一长河。") == "exact"
     assert kind(["长江是亚洲第一长河"], "长江很长。") is None
+
+
+def test_of_real_text_hardly_anything_holds_real_questions():
+    wiki, trec = SHARED / "corpus/wiki_heldout.jsonl", SHARED / "cls/trec6_test.jsonl"
+    if not (wiki.exists() and trec.exists()):
+        pytest.skip(f"the real corpora are not here: {wiki}, {trec}")
+    questions, records = ([row["text"] for row in read_rows(str(p))] for p in (trec, wiki))
+    assert sum(find_held(questions, records)) <= 0.01 * len(records)
+    among = [
+        f"{record[:2000]}\n{question}" for record, question in zip(records, questions, strict=False)
+    ]
+    assert find_held(questions, among) == Found(exact=len(among))
