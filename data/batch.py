@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.columns import TYPES
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
@@ -206,6 +207,16 @@ def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
     return pad_cuts(cuts, lengths, "input_ids", corpus.info["tokenizer"]["pad_id"]), lengths
 
 
+def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
+    """Read the segments of the sequences ``where`` [B,S], 0 where padded; None where the corpus has
+    no pairs.
+    """
+    if not corpus.has_pairs:
+        return None
+    cuts = [corpus.cut(place) for place in where]
+    return pad_cuts(cuts, cut_lengths(cuts), TYPES, 0)
+
+
 def read_masked(
     view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
@@ -268,6 +279,7 @@ class Batch:
     targets: dict[str, TargetBatch]  # by teacher name
     epoch: int = 0  # for what is drawn anew in every epoch
     documents: Sequence[str | None] = ()  # [B] ids, where they are known
+    token_types: Tokens | None = None  # [B,S] the segments, where each sequence is a pair
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:
@@ -287,6 +299,7 @@ class Batch:
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
+            token_types=None if self.token_types is None else self.token_types[part],
         )
 
 

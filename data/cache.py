@@ -15,7 +15,15 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.batch import Batch, Ints, read_clean, read_masked, read_pairs, read_targets
+from rekindle.data.batch import (
+    Batch,
+    Ints,
+    read_clean,
+    read_masked,
+    read_pairs,
+    read_targets,
+    read_types,
+)
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
@@ -225,6 +233,7 @@ class Cache:
             },
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
+            token_types=read_types(self.corpus, where),
         )
 
     def scores(

@@ -23,6 +23,8 @@ _OTHERS: Mapping[str, tuple[str, ...]] = {
     "temperatures": ("temps", "taus"),
     "probability": ("mlm_probability", "mask_probability", "mask_prob"),
     "text_field": ("text_column", "text_columns", "text_fields", "text_key"),
+    "pair_field": ("text_pair", "pair_column", "second_field", "text_field_b"),
+    "without": ("exclude", "decontaminate", "test_files"),
     "label_field": ("label_column", "label_columns", "label_key", "target_column"),
     "model": ("model_name", "model_name_or_path", "checkpoint", "base_model"),
 }

@@ -16,6 +16,7 @@ from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.data.views.masking import MaskConfig
+from rekindle.data.views.pairs import RECORD
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.overrides import put_value, set_value
 from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
@@ -148,10 +149,36 @@ class RunConfig(Settings):
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
+        teachers = tuple(map(self._reading_records, self.teachers))
+        object.__setattr__(self, "teachers", teachers)  # frozen: the same, as they are meant
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)
         return self
+
+    def _reading_records(self, teacher: TeacherConfig) -> TeacherConfig:
+        """The teacher as it reads a corpus of pairs; ValueError for one that cannot."""
+        who, field = f"teacher {teacher.name!r}", self.corpus.pair_field
+        if field is None:
+            if teacher.pairs == RECORD:
+                raise ValueError(
+                    f"{who}: pairs: record are the two texts of a record, and corpus.pair_field, "
+                    "which names the second, is not given"
+                )
+            return teacher
+        if teacher.pairs not in (None, RECORD):
+            raise ValueError(
+                f"{who}: pairs is {teacher.pairs}, but with corpus.pair_field the records are the "
+                "pairs; leave pairs out"
+            )
+        if teacher.task == "token_classification":
+            raise ValueError(
+                f"{who} tags the words of single texts, and with corpus.pair_field each record is "
+                "two; cache it over a corpus of single texts"
+            )
+        if teacher.vocabulary or teacher.pairs == RECORD:
+            return teacher
+        return teacher.model_copy(update={"pairs": RECORD})
 
     def check_single(self) -> None:
         """Raise InputError for a file of several stages: what follows is about one of them."""

@@ -114,7 +114,7 @@ def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
     made = home / MADE
     warm_up()  # while the documents are read
     if not (made / "corpus.jsonl").exists():
-        from rekindle.data.corpus.python_docs import python_docs
+        from rekindle.data.source.python_docs import python_docs
 
         with progress.task("documents", unit="documents") as task:
             pages = list(python_docs())

@@ -90,8 +90,10 @@ class TeacherConfig(Settings):
     monte_carlo: MonteCarloConfig = Field(
         default_factory=MonteCarloConfig, description="dropout passes"
     )
-    pairs: Literal["adjacent", "same-document", "random"] | None = Field(
-        None, description="how text pairs are made, for an expert on pairs; null for single texts"
+    pairs: Literal["adjacent", "same-document", "random", "record"] | None = Field(
+        None,
+        description="how text pairs are made, for an expert on pairs; null for single texts. With "
+        "corpus.pair_field it is record (the two texts of a record), and needs not be given",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"

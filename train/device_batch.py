@@ -188,12 +188,12 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
     if task == "masked_lm":
         assert batch.masked is not None
         rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
-        inputs = model_inputs(batch.masked.input_ids, batch.lengths, device)
+        inputs = model_inputs(batch.masked.input_ids, batch.lengths, device, batch.token_types)
     else:
         rows = np.repeat(np.arange(len(batch.lengths)), np.maximum(batch.lengths - 1, 0))
         positions = np.concatenate([np.arange(max(n - 1, 0)) for n in batch.lengths])
         labels = batch.input_ids[rows, positions + 1].astype(np.int64)
-        inputs = model_inputs(batch.input_ids, batch.lengths, device)
+        inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
     keys = rows * width + positions
     return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
 

@@ -254,7 +254,7 @@ def _task_sums(
     if head is None:
         return {}
     name_of_head, places = head
-    inputs = inputs_of(student, batch, target.info.view, device)
+    inputs = inputs_of(batch, target.info.view, device)
     found = run_heads(student, inputs, batch, {name_of_head: target})
     logits, wanted = taught_rows(found.logits[name_of_head], target)
     logits = logits.float()[:, places]

@@ -7,7 +7,8 @@
 
 A description has the size and a checksum of samples of every source file, by the path it then had
 (``sources``), and in which ``order`` they were read, with what is no file; an end has the
-``bad_records`` that were left out, by kind. What older ones lack is taken as it was then.
+``bad_records`` that were left out, by kind, and how many were that ``held`` a text of a test. What
+older ones lack is taken as it was then.
 """
 
 import logging
@@ -18,15 +19,20 @@ from itertools import count, pairwise
 from typing import cast
 
 from rekindle.data.corpus.config import (
-    UNSTATED,
     CorpusConfig,
     CorpusInfo,
     PackingFacts,
     TokenizerFacts,
     as_begun,
+    differing_keys,
+    told_of,
 )
-from rekindle.data.corpus.documents import LeftOut
-from rekindle.data.corpus.source_states import (
+from rekindle.data.corpus.stored_tokenizer import check_gaps
+from rekindle.data.errors import CacheMismatchError, InputError, unusable
+from rekindle.data.places import same_place
+from rekindle.data.source.documents import LeftOut
+from rekindle.data.source.held_texts import Found
+from rekindle.data.source.source_states import (
     Present,
     States,
     found_again,
@@ -34,10 +40,7 @@ from rekindle.data.corpus.source_states import (
     states_of,
     usual_order,
 )
-from rekindle.data.corpus.sources import Origin
-from rekindle.data.corpus.stored_tokenizer import check_gaps
-from rekindle.data.errors import CacheMismatchError, InputError, unusable
-from rekindle.data.places import same_place
+from rekindle.data.source.sources import Origin
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
 from rekindle.data.storage.shards import Commit
 from rekindle.data.storage.store import Store
@@ -51,7 +54,8 @@ class Addition:
 
     ``sources`` and ``order``: the files and everything that it and those before it read, in reading
     order; ``origins``: where that is now, and what is new, once it was looked for. ``bad_records``:
-    how many were left out of it and those before it, by kind.
+    how many were left out of it and those before it, by kind; ``held``: how many because they hold
+    a text of a test.
     """
 
     number: int
@@ -62,6 +66,7 @@ class Addition:
     first_sequence: int = 0
     shards: int | None = None  # shards at its end, of all additions; None while it is being made
     bad_records: Mapping[str, int] = field(default_factory=dict)
+    held: Found = field(default_factory=Found)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
@@ -104,12 +109,14 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
-        name, ends, bad = complete_name(number), None, {}
+        name, ends, bad, held = complete_name(number), None, {}, Found()
         with suppress(FileNotFoundError), _stated(store, name):
             end = read_sealed(store, name)
             ends = int(end["shards"])
             bad = {str(kind): int(count) for kind, count in end.get("bad_records", {}).items()}
-        additions.append(Addition(number, config, sources, order, shards, sequences, ends, bad))
+            held = Found(*(int(end.get("held", {}).get(kind, 0)) for kind in Found._fields))
+        one = Addition(number, config, sources, order, shards, sequences, ends, bad, held)
+        additions.append(one)
     raise AssertionError  # count() does not end
 
 
@@ -171,14 +178,11 @@ def claim_addition(
     order = (*last.order, *unknown)
     read, added = ([], []) if present is None else found_again(order, last.sources, present)
     last = replace(last, origins=(*read, *added))
-    # Where the files are is no part of what the corpus is made of: they were found by content.
-    keys = (last.config.keys() | new.keys()) - {"source"}
-    changed = sorted(k for k in keys if last.config.get(k) != new.get(k))
+    changed = differing_keys(last.config, new)
     if not changed and not added and not (unknown and last.shards is None):
         return last
     if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
-        old, now = UNSTATED | last.config, UNSTATED | new
-        shown = (f"{k}: {old.get(k)!r} there, {now.get(k)!r} here" for k in changed)
+        shown = (f"{k}: {told_of(last.config, k)} there, {told_of(new, k)} here" for k in changed)
         raise _made_differently(store, "; ".join(shown))
     if unknown:
         raise CacheMismatchError(
@@ -226,26 +230,32 @@ def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFact
 
 
 def complete_addition(
-    store: Store, addition: Addition, shards: int, bad_records: Mapping[str, int]
+    store: Store, addition: Addition, shards: int, bad_records: Mapping[str, int], held: Found
 ) -> None:
     """Record that an addition's last shard is there, and what was left out on the way."""
     body: dict[str, object] = {"shards": shards}
     if bad_records:
         body["bad_records"] = dict(bad_records)
+    if sum(held):
+        body["held"] = held._asdict()
     store.create(complete_name(addition.number), seal(body))
 
 
-def bad_records(
-    left_out: LeftOut | None, committed: Mapping[str, Commit], ends_at: int | None
-) -> dict[str, int]:
-    """How many bad records stood before the corpus's end, by kind; said in a line, too."""
-    if left_out is None or not left_out.counts():
-        return {}
-    log.warning("the first bad record that was left out: %s", left_out.first)
-    if ends_at is None or sum(commit.rows for commit in committed.values()) < ends_at:
-        return left_out.counts()
-    document, token = committed[max(committed)].facts["next"]
-    return left_out.counts(document - (token == 0))  # text is read ahead of the end
+def counted_before_end(
+    left_out: LeftOut, committed: Mapping[str, Commit], ends_at: int | None
+) -> tuple[dict[str, int], Found]:
+    """How many records were left out before the corpus's end: bad ones, by kind, and those that
+    hold a text of a test. The first of each is said in a line, too.
+    """
+    if left_out.first:
+        log.warning("the first bad record that was left out: %s", left_out.first)
+    if left_out.first_held:
+        log.info("the first record left out for a test's text: %s", left_out.first_held)
+    last = None
+    if ends_at is not None and sum(commit.rows for commit in committed.values()) >= ends_at:
+        document, token = committed[max(committed)].facts["next"]
+        last = document - (token == 0)  # text is read ahead of the end
+    return left_out.counts(last), left_out.held(last)
 
 
 def _longer(old: PackingFacts, new: PackingFacts) -> bool:

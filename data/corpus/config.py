@@ -1,14 +1,18 @@
 """Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
 
+import os
 from typing import Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.counted import counted
 from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.source.held_texts import RULE, HeldTexts
+from rekindle.data.source.without import USUAL, read_held
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
@@ -26,6 +30,11 @@ class CorpusConfig(Settings):
     text_field: str = Field(
         "text",
         description="the field (column) of a record that holds its text; inside a field: meta.text",
+    )
+    pair_field: str | None = Field(
+        None,
+        description="the field of a second text: each record is a pair of texts, and a sequence "
+        "holds both, as the tokenizer joins pairs; experts of sequences read them as pairs",
     )
     domain_field: str | None = Field(
         None, description="the field that names a record's domain: text or a number"
@@ -51,11 +60,64 @@ class CorpusConfig(Settings):
         "it is left out and counted",
     )
     limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
+    without: tuple[Place, ...] = Field(
+        (),
+        description="files with texts of tests: records that hold one of them, as it stands or "
+        "nearly, are left out and counted",
+    )
+    without_fields: tuple[str, ...] = Field(
+        (),
+        description="the fields of those files that hold their texts; empty: those called as the "
+        f"corpus's own, and {', '.join(USUAL)}",
+    )
 
-    @field_validator("source", mode="before")
+    @field_validator("source", "without", "without_fields", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fields_of_files(self) -> "CorpusConfig":
+        if self.without_fields and not self.without:
+            raise ValueError("without_fields are those of the files in without, which names none")
+        return self
+
+    @model_validator(mode="after")
+    def _one_pair_a_sequence(self) -> "CorpusConfig":
+        if self.pair_field is None:
+            return self
+        if self.packing != "document":
+            raise ValueError(
+                f"packing {self.packing} joins records, and with pair_field each is a sequence of "
+                "its own; leave packing out"
+            )
+        if self.pair_field == self.text_field:
+            raise ValueError(
+                f"pair_field and text_field are both {self.pair_field}; name the two texts of a "
+                "pair, such as text_field: sentence1, pair_field: sentence2"
+            )
+        return self
+
+    def held_texts(self) -> HeldTexts | None:
+        """Read the texts that no record may hold; None where there are none.
+
+        Raises InputError as ``read_held`` does.
+        """
+        if not self.without:
+            return None
+        fields = [self.text_field, *filter(None, [self.pair_field])]
+        return read_held(self.without, self.without_fields, fields)
+
+
+class WithoutFacts(TypedDict):
+    """Which texts no record of a corpus holds: how they were looked for, their identity, how many
+    there are, and the files as they were called.
+    """
+
+    rule: int
+    digest: str
+    texts: int
+    files: list[str]
 
 
 class PackingFacts(TypedDict):
@@ -64,7 +126,9 @@ class PackingFacts(TypedDict):
     Not ``on_bad_record``: the good records are the same, and how many were left out is recorded
     with the corpus's end. Left out where they are as they always were, so that corpora of other
     versions are the same: end_of_text, where the end-of-text token comes after each document of a
-    tokenizer that begins a text and does not end it; special_tokens, where they are read as such.
+    tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
+    without, where records are left out that hold a text of a test; pair_field, where they are
+    pairs.
     """
 
     source: list[str]
@@ -76,9 +140,13 @@ class PackingFacts(TypedDict):
     sequences_per_shard: int
     end_of_text: NotRequired[bool]
     special_tokens: NotRequired[Literal["text", "token"]]
+    without: NotRequired[WithoutFacts]
+    pair_field: NotRequired[str]
 
 
-UNSTATED: dict[str, object] = {"special_tokens": "text"}  # what is meant where nothing is said
+# What is meant where nothing is said.
+UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing", "pair_field": None}
+_NOT_RECORDED = {"tokenizer", "on_bad_record", "without", "without_fields"}  # as they are given
 
 
 class TokenizerFacts(TypedDict):
@@ -119,14 +187,21 @@ def usual_shard_size(sequences: int | None) -> int:
 
 
 def describe_corpus(
-    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int
+    config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int, held: HeldTexts | None
 ) -> CorpusInfo:
-    """Return what the corpus will be made of."""
-    values = config.model_dump(mode="json", exclude={"tokenizer", "on_bad_record"})
+    """Return what the corpus will be made of; ``held`` are the configuration's texts of tests."""
+    values = config.model_dump(mode="json", exclude=_NOT_RECORDED)
     if config.special_tokens == "text":
         del values["special_tokens"]
-    if config.packing == "document" and lacks_end(tokenizer):
+    if config.pair_field is None:
+        del values["pair_field"]
+    if config.packing == "document" and config.pair_field is None and lacks_end(tokenizer):
         values["end_of_text"] = True
+    if held is not None:
+        files = [*config.without]
+        values["without"] = WithoutFacts(
+            rule=RULE, digest=held.digest, texts=held.size, files=files
+        )
     packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
     return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
 
@@ -138,6 +213,28 @@ def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
     if "end_of_text" in begun:
         return new
     return cast("PackingFacts", {key: what for key, what in new.items() if key != "end_of_text"})
+
+
+def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
+    """The keys of what decides the sequences that differ. Where files are decides nothing: they
+    are known by their content.
+    """
+    facts: list[dict[str, object]] = []
+    for config in (one, other):
+        found: dict[str, object] = {key: what for key, what in config.items() if key != "source"}
+        if without := config.get("without"):
+            found["without"] = (without["rule"], without["digest"])
+        facts.append(found)
+    return sorted(k for k in facts[0].keys() | facts[1] if facts[0].get(k) != facts[1].get(k))
+
+
+def told_of(config: PackingFacts, key: str) -> str:
+    """What it says of a key, in a message."""
+    if key == "without" and (without := config.get("without")):
+        names = ", ".join(map(os.path.basename, without["files"]))
+        return f"{counted(without['texts'], 'text')} of {names} ({without['digest'][:8]})"
+    value = (UNSTATED | config).get(key)
+    return str(value) if key == "without" else repr(value)
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

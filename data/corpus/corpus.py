@@ -14,18 +14,18 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
-    bad_records,
     claim_addition,
     complete_addition,
+    counted_before_end,
     describe_addition,
     info_name,
     read_additions,
 )
+from rekindle.data.corpus.columns import TYPES, Column, columns_of, fields_of
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
@@ -34,15 +34,16 @@ from rekindle.data.corpus.config import (
     describe_corpus,
     tokenizer_facts,
 )
-from rekindle.data.corpus.documents import LeftOut, read_documents
-from rekindle.data.corpus.packing import Position, pack
+from rekindle.data.corpus.packing import PIECE_SEPARATOR, Position, pack_documents
 from rekindle.data.corpus.packing import Sequence as PackedSequence
-from rekindle.data.corpus.sources import Origin
 from rekindle.data.corpus.special_names import SpecialNames
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.storage.columns import flat_lists, list_type, list_views
+from rekindle.data.source.documents import LeftOut, read_documents
+from rekindle.data.source.held_texts import Found
+from rekindle.data.source.sources import Origin
+from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR
@@ -56,35 +57,7 @@ from rekindle.data.storage.shards import (
 )
 from rekindle.data.storage.store import Store
 
-BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
-
-
-def digest_of(sequence: PackedSequence) -> str:
-    """The identity of an example: 128 bits over its token ids and its text, as 32 hex digits."""
-    state = xxhash.xxh3_128(sequence.input_ids.astype("<i4").tobytes())
-    state.update(sequence.text.encode("utf-8", "surrogatepass"))
-    return str(state.hexdigest())
-
-
-def _bucket(sequence: PackedSequence) -> int:
-    document = sequence.document.encode("utf-8", "surrogatepass")
-    return int(xxhash.xxh3_64_intdigest(document)) % BUCKETS
-
-
-COLUMNS: dict[str, tuple[pa.DataType, Callable[[PackedSequence], object]]] = {
-    "digest": (pa.string(), digest_of),
-    "input_ids": (list_type(pa.int32()), lambda sequence: sequence.input_ids),
-    "char_starts": (list_type(pa.int32()), lambda sequence: sequence.char_starts),
-    "word_starts": (list_type(pa.bool_()), lambda sequence: sequence.word_starts),
-    "document_starts": (list_type(pa.int32()), lambda sequence: sequence.document_starts),
-    "document": (pa.string(), lambda sequence: sequence.document),
-    "domain": (pa.string(), lambda sequence: sequence.domain),
-    "span_start": (pa.int64(), lambda sequence: sequence.span[0]),
-    "span_end": (pa.int64(), lambda sequence: sequence.span[1]),
-    "text": (pa.string(), lambda sequence: sequence.text),
-    "bucket": (pa.uint16(), _bucket),
-}
-FIELDS = [pa.field(name, dtype) for name, (dtype, _) in COLUMNS.items()]
+CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
 
 
 def unit_of(shard: int, replica: int | None = None) -> str:
@@ -157,6 +130,11 @@ class Corpus(RowReader):
         """How many records of the source were left out as bad, by kind."""
         return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
 
+    @property
+    def held(self) -> Found:
+        """How many records of the source were left out because they hold a text of a test."""
+        return next((one.held for one in self.additions[::-1] if sum(one.held)), Found())
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the content: over every shard's sha256."""
@@ -173,13 +151,15 @@ class Corpus(RowReader):
             addition = [s for s in self.additions if s.first_shard <= index][-1]
             about = about_shard(index, addition, self.info["tokenizer"])
             commit = self.commits[index]
-            self._open[index] = self.shards.open(commit, about, FIELDS, self._check_batch)
+            fields = fields_of(self.info["config"])
+            self._open[index] = self.shards.open(commit, about, fields, self._check_batch)
         return self._open[index]
 
     def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
         """CacheFormatError for what no writer of ours would have written."""
         required = ("digest", "document", "span_start", "span_end", "text", "bucket")
-        lists = {n: list_views(batch[n], n) for n in ("input_ids", "char_starts", "word_starts")}
+        names = ("input_ids", "char_starts", "word_starts", *[TYPES] * self.has_pairs)
+        lists = {name: list_views(batch[name], name) for name in names}
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
         ids = ids[offsets[0] : offsets[-1]]
@@ -198,7 +178,8 @@ class Corpus(RowReader):
         return self.shard(shard).batch(index).slice(local, count)
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
-        return flat_lists(self.shard(shard).batch(index), ["input_ids"])
+        names = ["input_ids", *[TYPES] * self.has_pairs]
+        return flat_lists(self.shard(shard).batch(index), names)
 
     def text(self, name: str, place: Place) -> str | None:
         """What the text column ``name`` has for a row."""
@@ -227,6 +208,17 @@ class Corpus(RowReader):
         """The global number of a shard's first row."""
         return int(self._firsts[shard])
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each of its sequences is a pair of texts."""
+        return "pair_field" in self.info["config"]
+
+    def pairs(self, batch: pa.RecordBatch) -> list[tuple[str, str]]:
+        """The two texts of each row of a record batch, whole, of a corpus of pairs."""
+        ends, texts = batch["span_end"].to_pylist(), batch["text"].to_pylist()
+        cuts = [(end, end + len(PIECE_SEPARATOR)) for end in ends]
+        return [(text[:a], text[b:]) for text, (a, b) in zip(texts, cuts, strict=True)]
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the cache, reading texts as the corpus was read."""
@@ -251,7 +243,8 @@ def build_corpus(
     tokenizer = load_tokenizer(config.tokenizer)
     if config.special_tokens == "token":
         tokenizer = tokenizer.reading_special_tokens()
-    info = describe_corpus(config, tokenizer, sequences_per_shard)
+    held = config.held_texts()
+    info = describe_corpus(config, tokenizer, sequences_per_shard, held)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
     last = claim_addition(store, info, config, lambda: _grown(store, committed))
@@ -269,7 +262,7 @@ def build_corpus(
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
         source = last.origins[: len(addition.order)] or config.source
-        left_out = LeftOut() if config.on_bad_record == "skip" else None
+        left_out = LeftOut(config.on_bad_record == "skip", held)
         made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
         for shard, rows, where, named in made:
             count = shard + 1
@@ -279,8 +272,11 @@ def build_corpus(
             tokens = sum(len(row.input_ids) for row in rows)
             facts = {"tokens": tokens, "next": list(where), "domains": _domains(rows)}
             facts |= {"special_names": named} if named else {}
-            schema = describe(FIELDS, about_shard(shard, addition, info["tokenizer"]))
-            written = shards.write(unit_of(shard), schema, _batches(rows, schema), facts)
+            facts |= _cut(rows) if "pair_field" in addition.config else {}
+            fields = fields_of(addition.config)
+            schema = describe(fields, about_shard(shard, addition, info["tokenizer"]))
+            batches = _batches(rows, schema, columns_of(addition.config))
+            written = shards.write(unit_of(shard), schema, batches, facts)
             committed[unit_of(shard)] = written
             progress(len(rows), tokens)
         if not count and not following:
@@ -288,10 +284,10 @@ def build_corpus(
                 f"the corpus is empty: no text in {', '.join(config.source)} (field "
                 f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; "
                 "give a source with at least one non-blank document, or the model's own tokenizer"
-                f"{f'; {told}' if left_out and (told := left_out.told()) else ''}"
+                f"{f'; {told}' if (told := left_out.told()) else ''}"
             )
         claim()
-        complete_addition(store, addition, count, bad_records(left_out, committed, ends_at))
+        complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -331,7 +327,7 @@ def _shards_after(
     addition: Addition,
     ends_at: int | None,
     source: Sequence[str | Origin],
-    left_out: LeftOut | None,
+    left_out: LeftOut,
 ) -> Iterator[tuple[int, list[PackedSequence], Position, int]]:
     """(shard number, its sequences, where the next begins, how many of the documents that begin in
     it hold names of special tokens) from the first missing shard on.
@@ -341,20 +337,24 @@ def _shards_after(
     shard = max(first_missing(committed), addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    documents = read_documents(source, config["text_field"], config["domain_field"], left_out)
+    fields = (config["text_field"], config["domain_field"], left_out, config.get("pair_field"))
+    documents = read_documents(source, *fields)
     names = SpecialNames(tokenizer)
     left = names.watch(islice(documents, start.document_index, None), start.document_index)
-    sequences = pack(
-        tokenizer.encode_documents(left),
+    sequences = pack_documents(
+        left,
         sequence_length=config["sequence_length"],
         packing=config["packing"],
         tokenizer=tokenizer,
+        pairs="pair_field" in config,
         start=start,
         end_of_text=config.get("end_of_text", False),
     )
     remaining = None
     if ends_at is not None:
         remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
+        if not remaining and (left_out.bad or left_out.texts):
+            next(left, None)  # nothing is to be made, but what is left out before the end counts
     limited = islice(sequences, remaining)
     while taken := list(islice(limited, config["sequences_per_shard"])):
         end = taken[-1][1]
@@ -367,8 +367,15 @@ def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:
     return dict(sorted(Counter(row.domain for row in rows if row.domain is not None).items()))
 
 
-def _batches(rows: Sequence[PackedSequence], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _cut(rows: Sequence[PackedSequence]) -> dict[str, int]:
+    """How many of these pairs were cut, and how many tokens they lost."""
+    return {CUT[0]: sum(row.lost > 0 for row in rows), CUT[1]: sum(row.lost for row in rows)}
+
+
+def _batches(
+    rows: Sequence[PackedSequence], schema: pa.Schema, columns: Mapping[str, Column]
+) -> Iterator[pa.RecordBatch]:
     for first, last in rows_in_batches(len(rows)):
         part = rows[first:last]
-        columns = [pa.array([of(row) for row in part], dtype) for dtype, of in COLUMNS.values()]
-        yield pa.record_batch(columns, schema=schema)
+        made = [pa.array([of(row) for row in part], dtype) for dtype, of in columns.values()]
+        yield pa.record_batch(made, schema=schema)

@@ -1,8 +1,8 @@
 """Cuts or joins documents into sequences: pure index arithmetic, no input or output.
 
 Two packings. "document": no sequence crosses a document. "contiguous": documents follow each other
-and fill every sequence but the last. Packing can begin at any Position it has yielded and then
-gives exactly the remaining sequences.
+and fill every sequence but the last. Documents that are pairs of texts are a sequence each. Packing
+can begin at any Position it has yielded and then gives exactly the remaining sequences.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.documents import Document
-from rekindle.data.corpus.tokenizer import Encoded, Tokenizer
+from rekindle.data.corpus.tokenizer import Encoded, EncodedPair, Tokenizer
+from rekindle.data.source.documents import Document
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
 
@@ -26,6 +26,9 @@ class Sequence(NamedTuple):
     on with a word of the sequence before. document, domain: of the first token's document; span:
     the characters of that document. text: the sequence's own text, the documents' parts joined by
     a blank line. document_starts [D] int32: positions where a document begins or is resumed.
+    token_types [L] int32: the segments of a pair, of which ``span`` is the first text's and
+    ``text`` has both whole, whatever was cut of their tokens; None of other sequences. lost: the
+    tokens of a pair that were cut.
     """
 
     input_ids: NDArray[np.int32]
@@ -36,6 +39,8 @@ class Sequence(NamedTuple):
     span: tuple[int, int]
     text: str
     document_starts: NDArray[np.int32]
+    token_types: NDArray[np.int32] | None = None
+    lost: int = 0
 
 
 class Position(NamedTuple):
@@ -61,6 +66,67 @@ class _Piece(NamedTuple):
 
 _Planned = tuple[list[_Piece], Position]
 _Left = tuple[int, int, Document, Encoded]  # index, first token, document, its tokens
+
+
+def pack_documents(
+    documents: Iterable[Document],
+    *,
+    sequence_length: int,
+    packing: Literal["document", "contiguous"],
+    tokenizer: Tokenizer,
+    pairs: bool,
+    start: Position = BEGINNING,
+    end_of_text: bool = True,
+) -> Iterator[tuple[Sequence, Position]]:
+    """The sequences of ``documents``, which are pairs of texts or single ones, as ``pack_pairs`` or
+    ``pack`` make them.
+    """
+    if pairs:
+        return pack_pairs(tokenizer.encode_pairs(documents, sequence_length), start)
+    return pack(
+        tokenizer.encode_documents(documents),
+        sequence_length=sequence_length,
+        packing=packing,
+        tokenizer=tokenizer,
+        start=start,
+        end_of_text=end_of_text,
+    )
+
+
+def pack_pairs(
+    documents: Iterable[tuple[Document, EncodedPair]], start: Position = BEGINNING
+) -> Iterator[tuple[Sequence, Position]]:
+    """A sequence of each pair, as the tokenizer joined it, and the Position after it; nothing of a
+    pair without a token. What was cut of a pair is in no sequence.
+
+    ``documents`` begins with the document of index start.document_index.
+    """
+    for index, (document, encoded) in enumerate(documents, start.document_index):
+        if (encoded.of >= 0).any():
+            yield _pair(document, encoded), Position(index + 1, 0)
+
+
+def _pair(document: Document, encoded: EncodedPair) -> Sequence:
+    char_starts = np.full(len(encoded.ids), -1, np.int32)
+    word_starts = np.zeros(len(encoded.ids), np.bool_)
+    before = 0
+    for number, (text, part) in enumerate(zip(document.texts, encoded.parts, strict=True)):
+        here = encoded.of == number
+        char_starts[here] = part.starts + before
+        word_starts[here] = part.word_starts
+        before += len(text) + len(PIECE_SEPARATOR)
+    return Sequence(
+        input_ids=encoded.ids,
+        char_starts=char_starts,
+        word_starts=word_starts,
+        document=document.id,
+        domain=document.domain,
+        span=(0, len(document.text)),
+        text=PIECE_SEPARATOR.join(document.texts),
+        document_starts=np.flatnonzero(encoded.of >= 0)[:1].astype(np.int32),
+        token_types=encoded.types,
+        lost=encoded.lost,
+    )
 
 
 def pack(

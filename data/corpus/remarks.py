@@ -1,7 +1,9 @@
 """What was decided for the text of a corpus without being asked for: told in a line each."""
 
-from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.corpus import CUT, Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
+from rekindle.data.counted import counted
+from rekindle.data.source.documents import told_of_bad, told_of_held
 
 
 def end_of_text(corpus: Corpus) -> int | None:
@@ -9,6 +11,8 @@ def end_of_text(corpus: Corpus) -> int | None:
     or nothing does.
     """
     config = corpus.info["config"]
+    if corpus.has_pairs:
+        return None
     if config["packing"] == "contiguous":
         end = document_separators(corpus.tokenizer)[1]
     else:
@@ -23,9 +27,19 @@ def special_names(corpus: Corpus) -> int:
     return sum(c.count("special_names") for c in corpus.commits if "special_names" in c.facts)
 
 
+def _of_pairs(corpus: Corpus) -> list[str]:
+    config = corpus.info["config"]
+    if not corpus.has_pairs:
+        return []
+    names = f"{config['text_field']} and {config['pair_field']}"
+    pairs, tokens = (sum(commit.count(name) for commit in corpus.commits) for name in CUT)
+    cut = f"; {counted(pairs, 'pair')} cut, the longer text first: {counted(tokens, 'token')} lost"
+    return [f"each sequence is a pair of texts: {names}{cut if pairs else ''}"]
+
+
 def remarks(corpus: Corpus) -> list[str]:
     """What of that a user should know, in words."""
-    lines, number = [], end_of_text(corpus)
+    lines, number = _of_pairs(corpus), end_of_text(corpus)
     if number is not None:
         token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
         lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")
@@ -35,7 +49,8 @@ def remarks(corpus: Corpus) -> list[str]:
             f"documents with names of special tokens in their text: {count:,}; they are read as "
             f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
         )
-    if bad := corpus.bad_records:
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in bad.items())
-        lines.append(f"bad records left out: {kinds}")
+    if bad := told_of_bad(corpus.bad_records):
+        lines.append(bad)
+    if without := corpus.info["config"].get("without"):
+        lines.append(told_of_held(corpus.held, without["files"]))
     return lines

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.packing import Position, lacks_end, pack
-from rekindle.data.corpus.records import arrow_batches
-from rekindle.data.corpus.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
-from rekindle.data.corpus.tables import bytes_of_rows
+from rekindle.data.corpus.packing import lacks_end, pack_documents
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.records import arrow_batches
+from rekindle.data.source.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
+from rekindle.data.source.tables import bytes_of_rows
 from rekindle.data.text_files import compression_of, open_text
 
 SAMPLE_BYTES = 2_000_000  # of text
@@ -31,7 +31,7 @@ class SourceSample:
 
     documents: list[Document]
     share: float | None  # 1: all there is; None: the size of the source is not known
-    left_out: str = ""  # bad records before their end, in words
+    left_out: str = ""  # records before their end, in words
 
 
 def sample_source(config: CorpusConfig) -> SourceSample:
@@ -41,11 +41,14 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     """
     documents: list[Document] = []
     read = total = 0.0
-    left_out = LeftOut() if config.on_bad_record == "skip" else None
+    left_out = LeftOut(config.on_bad_record == "skip", config.held_texts())
     for place, size in _places(config.source):
         full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-        stream = read_documents([place], config.text_field, config.domain_field, left_out)
+        fields = (config.text_field, config.domain_field, left_out, config.pair_field)
+        stream = read_documents([place], *fields)
+        before = left_out.total
         taken = list(_until_full(stream, documents))
+        rows = len(taken) + left_out.total - before
         if place == PYTHON_DOCS:  # it is no file, and small
             read += _text_bytes(taken)
             total += _text_bytes(taken) + _text_bytes(stream)
@@ -55,8 +58,10 @@ def sample_source(config: CorpusConfig) -> SourceSample:
         else:
             total += size
             if not full:
-                read += size if next(stream, None) is None else _bytes_read(place, size, taken)
-    told = f"; {left_out.told()}" if left_out and left_out.counts() else ""
+                read += (
+                    size if next(stream, None) is None else _bytes_read(place, size, taken, rows)
+                )
+    told = f"; {left_out.told()}" if left_out.total else ""
     if not documents:
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "
@@ -91,23 +96,23 @@ def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterat
 
 
 def _text_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(document.text.encode()) for document in documents)
+    return sum(len(text.encode()) for document in documents for text in document.texts)
 
 
-def _bytes_read(path: str, size: int, taken: list[Document]) -> float:
-    """About how many bytes of a file its first documents ``taken`` are."""
+def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float:
+    """About how many bytes of a file its first ``rows`` are, of which ``taken`` is the text."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1] == ".parquet":
-        return size * min(1.0, len(taken) / pq.read_metadata(path).num_rows)
+        return size * min(1.0, rows / pq.read_metadata(path).num_rows)
     if suffixes[-1] == ".arrow":
-        return size * min(1.0, len(taken) / sum(batch.num_rows for batch in arrow_batches(path)))
+        return size * min(1.0, rows / sum(batch.num_rows for batch in arrow_batches(path)))
     compression, table = compression_of(path), recorded_origin(path).format
     if ".txt" in suffixes:
         plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
     elif table in TABLES:
-        plain = bytes_of_rows(path, table == "tsv", len(taken))
+        plain = bytes_of_rows(path, table == "tsv", rows)
     else:
-        plain = _bytes_of_lines(path, len(taken))
+        plain = _bytes_of_lines(path, rows)
     return min(size, plain / (_density(path, compression) if compression else 1.0))
 
 
@@ -139,12 +144,12 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     sample = sample_source(config)
     if sample.share is None:
         return config.limit_sequences
-    sequences = pack(
-        tokenizer.encode_documents(sample.documents),
+    sequences = pack_documents(
+        sample.documents,
         sequence_length=config.sequence_length,
         packing=config.packing,
         tokenizer=tokenizer,
-        start=Position(0, 0),
+        pairs=config.pair_field is not None,
         end_of_text=config.packing == "document" and lacks_end(tokenizer),
     )
     whole = max(1, round(sum(1 for _ in sequences) / sample.share))

@@ -4,9 +4,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.packing import Position
 from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.source.documents import Document
 
 SHORTEST = 3  # shorter names, and those that are words, say nothing where they stand in a text
 
@@ -23,7 +23,8 @@ class SpecialNames:
     def watch(self, documents: Iterable[Document], first: int) -> Iterator[Document]:
         """The documents as they come; ``first`` is the index of the first one in the corpus."""
         for index, document in enumerate(documents, first):
-            if self._pattern is not None and self._pattern.search(document.text):
+            pattern = self._pattern
+            if pattern is not None and any(map(pattern.search, document.texts)):
                 self._holders.append(index)
             yield document
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer_files import read_tokenizer_files
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -48,6 +48,11 @@ class Encoded(NamedTuple):
     ends: NDArray[np.int32]
     word_starts: NDArray[np.bool_]
 
+    def first(self, count: int) -> "Encoded":
+        """The first tokens, so many."""
+        ids, starts, ends, words = self
+        return Encoded(ids[:count], starts[:count], ends[:count], words[:count])
+
     def tokens_at(self, characters: NDArray[np.int64], room: int) -> NDArray[np.int64]:
         """The first token that stands for each of some characters of the text; -1 where none of the
         first ``room`` tokens does.
@@ -55,6 +60,20 @@ class Encoded(NamedTuple):
         token = np.searchsorted(self.ends[:room], characters, side="right")
         begins = np.append(self.starts[:room], _NOWHERE)  # none covers what was cut off
         return np.where(begins[token] <= characters, token, -1)
+
+
+class EncodedPair(NamedTuple):
+    """Two texts as the tokenizer joins a pair, L tokens with the special ones.
+
+    ids, types (segments) [L] int32. of [L] int32: 0 for a token of the first text, 1 of the second,
+    -1 for special tokens. parts: the tokens of each text that are kept. lost: how many are not.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    of: NDArray[np.int32]
+    parts: tuple[Encoded, Encoded]
+    lost: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +120,25 @@ class Tokenizer:
         Works in batches of about ``batch_characters``; while one is handed out the next is already
         being encoded.
         """
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: tuple[list[Document], Future[list[Encoding]]] | None = None
-            for batch in chain(_batches(documents, batch_characters), [[]]):
-                running = pool.submit(self._encodings, [document.text for document in batch])
-                if waiting:
-                    pairs = zip(waiting[0], waiting[1].result(), strict=True)
-                    yield from ((one, _encoded(one.text, encoding)) for one, encoding in pairs)
-                waiting = (batch, running)
+        for one, encodings in self._encoded_ahead(documents, batch_characters):
+            yield one, _encoded(one.text, encodings[0])
+
+    def encode_pairs(
+        self, documents: Iterable[Document], max_length: int, batch_characters: int = 1 << 20
+    ) -> Iterator[tuple[Document, EncodedPair]]:
+        """``documents``, each of two texts, in their order, with what ``encode_pair`` makes of it.
+
+        Works in batches as ``encode_documents`` does.
+        """
+        for one, encodings in self._encoded_ahead(documents, batch_characters):
+            whole = [_encoded(*pair) for pair in zip(one.texts, encodings, strict=True)]
+            joined = self._joined(encodings[0], encodings[1], max_length, NEWEST_CUT)
+            kept = [len(encoding) for encoding in encodings]  # they were shortened
+            of = np.full(len(joined), -1, np.int32)
+            of[np.array(joined.special_tokens_mask) == 0] = np.repeat([0, 1], kept)
+            parts = (whole[0].first(kept[0]), whole[1].first(kept[1]))
+            lost = sum(len(part.ids) for part in whole) - sum(kept)
+            yield one, EncodedPair(*_ids_and_types(joined), of, parts, lost)
 
     def encode_pair(
         self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
@@ -119,15 +149,33 @@ class Tokenizer:
         tokenizers library does it (``cut`` 1: as older caches have it). Raises ValueError when
         ``max_length`` leaves no room for a token of each.
         """
+        first, second = self._encodings([a, b])
+        return _ids_and_types(self._joined(first, second, max_length, cut))
+
+    def _joined(
+        self, first: "Encoding", second: "Encoding", max_length: int, cut: int
+    ) -> "Encoding":
+        """The two, shortened in place, with special tokens."""
         room = max_length - self._backend.num_special_tokens_to_add(is_pair=True)
         if room < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
-        first, second = self._encodings([a, b])
         keep_first, keep_second = _CUTS[cut](len(first), len(second), room)
         first.truncate(keep_first)
         second.truncate(keep_second)
-        joined = self._backend.post_process(first, second, True)
-        return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
+        return self._backend.post_process(first, second, True)
+
+    def _encoded_ahead(
+        self, documents: Iterable[Document], batch_characters: int
+    ) -> "Iterator[tuple[Document, list[Encoding]]]":
+        """Each of the documents with an encoding of each of its texts."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: tuple[list[Document], Future[list[Encoding]]] | None = None
+            for batch in chain(_batches(documents, batch_characters), [[]]):
+                running = pool.submit(self._encodings, [t for one in batch for t in one.texts])
+                if waiting:
+                    found = iter(waiting[1].result())
+                    yield from ((one, [next(found) for _ in one.texts]) for one in waiting[0])
+                waiting = (batch, running)
 
     def tokens(self) -> frozenset[tuple[int, str]]:
         """Every (id, token)."""
@@ -227,6 +275,10 @@ def _encoded(text: str, encoding: "Encoding") -> Encoded:
     return Encoded(np.array(encoding.ids, np.int32), starts, ends, word_starts)
 
 
+def _ids_and_types(encoding: "Encoding") -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    return np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+
+
 def _word_starts(word_ids: NDArray[np.int64], words: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[L]: the pre-tokenizer's word changes, or white space lies between.
 
@@ -257,7 +309,7 @@ def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[l
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += sum(map(len, document.texts))
         if characters >= batch_characters:
             yield batch
             batch, characters = [], 0

@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.sentences import split_sentences
 from rekindle.data.corpus.tokenizer import NEWEST_CUT
+from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.columns import Lists, list_type, list_views
 from rekindle.data.storage.shards import rows_in_batches
 from rekindle.data.storage.store import Store
 from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import generator
 
-PairKind = Literal["adjacent", "same-document", "random"]
+PairKind = Literal["adjacent", "same-document", "random", "record"]
+RECORD = "record"
 Pair = tuple[str, str] | None
 CUT = "cut"  # of ``view.json``; older views lack it
 NO_PAIR = (np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -41,7 +42,8 @@ class PairView(StoredView):
     ``adjacent``: two neighbouring sentences of the sequence, of one document. ``same-document``: a
     sentence of the sequence and another sentence of the same document. ``random``: a sentence of
     the sequence and one of another document. Partners come from the same corpus shard. A sequence
-    without a pair has nulls.
+    without a pair has nulls. ``record``: the two texts that a sequence is made of, in a corpus of
+    pairs.
     """
 
     kind = "pairs"
@@ -86,6 +88,9 @@ class PairView(StoredView):
 
     def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
         shard = self.corpus.shard(number)
+        if self.pairs == RECORD:
+            yield from map(self._of_records, shard.batches())
+            return
         table = shard.table()
         digests = table["digest"].to_pylist()
         pairs = make_pairs(
@@ -105,6 +110,11 @@ class PairView(StoredView):
             columns += [[pair and pair[text] for pair in part] for text in (0, 1)]
             columns += [[ids for ids, _ in encoded], [types.astype("u1") for _, types in encoded]]
             yield [pa.array(column, f.type) for column, f in zip(columns, self.fields, strict=True)]
+
+    def _of_records(self, batch: pa.RecordBatch) -> list[pa.Array]:
+        texts = zip(*self.corpus.pairs(batch), strict=True)
+        columns = [pa.array(column, pa.string()) for column in texts]
+        return [batch["digest"], *columns, batch["input_ids"], batch["token_types"]]
 
 
 def _parts(batch: pa.RecordBatch) -> list[list[str]]:
@@ -192,7 +202,7 @@ def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | 
     """Say that an expert has a pair in less than FEW_PAIRS of the sequences that it ``could`` teach
     (those of its domains), of which ``found`` have one; None where it has enough.
     """
-    if not could or found >= FEW_PAIRS * could:
+    if kind == RECORD or not could or found >= FEW_PAIRS * could:
         return None
     what, use = _NEEDS[kind]
     if not found:

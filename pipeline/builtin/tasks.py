@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rekindle.data.corpus.python_docs import PARTS, PythonDoc, python_docs
-from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.source.python_docs import PARTS, PythonDoc, python_docs
+from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.atomic import write_lines
 
 Split = Literal["corpus", "train", "dev", "test"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import pad
+from rekindle.data.corpus.columns import TYPES
 from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.corpus.tokenizer import Encoded
 from rekindle.data.errors import InputError
@@ -124,7 +125,8 @@ class UnitRun:
             )
             return joined_columns([*scored])
 
-        return self._run(seen, forward, positions)
+        types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
+        return self._run(seen, forward, positions, types)
 
     def token_labels(self) -> UnitResult:
         """Logits of the first token of each word, at the corpus position that begins it."""
@@ -149,21 +151,16 @@ class UnitRun:
 
     def sequences(self) -> UnitResult:
         """Logits of each sequence, or of each pair."""
-        teacher = self.teacher
         seen, types = self._expert_inputs()
 
         def forward(rows: Rows, inputs: Inputs) -> Columns:
-            if types is not None and teacher.token_types:
-                kinds = [types[r] for r in rows]
-                padded = pad(kinds, np.array([len(k) for k in kinds]), 0)
-                inputs["token_type_ids"] = teacher.tensor(padded)
             logits = self._finite(self._logits(inputs))
             columns = {"logits": logits.cpu().numpy()}
             if self.info.monte_carlo_passes:
                 columns |= self._monte_carlo(inputs, rows, logits)
             return columns
 
-        return self._run(seen, forward)
+        return self._run(seen, forward, types=types)
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """What an expert says, in fp32; InputError, naming it, where its own code fails."""
@@ -252,9 +249,14 @@ class UnitRun:
         return logits
 
     def _run(
-        self, seen: list[NDArray], forward: Forward, positions: list[Rows] | None = None
+        self,
+        seen: list[NDArray],
+        forward: Forward,
+        positions: list[Rows] | None = None,
+        types: list[NDArray] | None = None,
     ) -> UnitResult:
         """Columns of the rows that the teacher is for, ``seen`` by it, in the order of the corpus.
+        ``types``: the segments of rows that are pairs.
 
         ``forward`` gives those of a batch: an entry for each of their ``positions``, which ascend,
         or for each row. Rows without a token or a position are left out.
@@ -264,7 +266,12 @@ class UnitRun:
             lengths *= np.array([len(row) > 0 for row in positions])
 
         def of_batch(rows: Rows) -> Columns:
-            return forward(rows, padded_inputs(self.teacher, [seen[r] for r in rows]))
+            inputs = padded_inputs(self.teacher, [seen[r] for r in rows])
+            if types is not None and self.teacher.token_types:
+                kinds = [types[r] for r in rows]
+                padded = pad(kinds, np.array([len(k) for k in kinds]), 0)
+                inputs["token_type_ids"] = self.teacher.tensor(padded)
+            return forward(rows, inputs)
 
         finished = list(run_batches(self.teacher, lengths, of_batch))
         if not finished:

@@ -9,9 +9,9 @@ from collections.abc import Collection
 
 from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
 from rekindle.data.corpus.corpus import unit_of
-from rekindle.data.corpus.source_states import look_at
 from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
+from rekindle.data.source.source_states import look_at
 from rekindle.data.storage.seal import damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore, Store

@@ -25,10 +25,12 @@ from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
 from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.answers.recorded import recorded
 from rekindle.train.model.files import (
     Placement,
     adapted_fingerprints,
@@ -109,6 +111,11 @@ def plan_teacher(
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
+        if config.pairs == RECORD and recorded(directory).pairs is False:
+            raise InputError(
+                f"{who} was fine-tuned on single texts, and with corpus.pair_field each record is "
+                "a pair; give an expert on pairs, or cache this one over a corpus of single texts"
+            )
         info |= configured(config, views, size, int(settings.num_labels))
         info |= _head_info(config, settings)
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:

@@ -74,6 +74,8 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
         "bad_records": corpus.bad_records,
+        "without": corpus.info["config"].get("without"),
+        "held": corpus.held._asdict(),
         "end_of_text": end_of_text(corpus),
         "special_names": special_names(corpus),
     }

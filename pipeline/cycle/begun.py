@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.additions import is_same_source
-from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import CheckpointError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
+from rekindle.data.source.sources import source_files
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.arms import TWINS

@@ -27,13 +27,16 @@ def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict
     found: dict[str, dict[str, Any]] = {}
     corpora = {}
     for text in config.texts:
+        corpus = config.text_of(text)
         shared = {
-            "corpus": config.text_of(text).model_dump(mode="json", by_alias=True),
+            "corpus": corpus.model_dump(mode="json", by_alias=True),
             "cache": config.cache_of(text).model_dump(mode="json", by_alias=True),
         }
         corpora[text] = shared | {"student": settings["student"]}
         teachers = [
             _teacher(home, name, next(one for one in tasks if one.task.name == task), seed)
+            # The two texts of a record are the pairs then.
+            | ({"pairs": None} if corpus.pair_field else {})
             for name, task, seed in teachers_on(config, text)
         ]
         found[of_text(CORPUS_FILE, text)] = corpora[text]

@@ -18,9 +18,9 @@ from rekindle.data.corpus.additions import (
     describe_addition,
     recorded_shard_size,
 )
+from rekindle.data.corpus.columns import fields_of
 from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
-    FIELDS,
     Corpus,
     about_shard,
     build_corpus,
@@ -32,6 +32,8 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.permutation import permute
+from rekindle.data.source.documents import told_of_held
+from rekindle.data.source.held_texts import Found
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
@@ -90,6 +92,8 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     texts = None
     if present is not None and whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
+        if without := present.info["config"].get("without"):
+            basis += f"; {told_of_held(present.held, without['files'])}"
         sequences, tokens = len(present), present.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
@@ -130,7 +134,8 @@ def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[
     if scale is not None:
         return False, f"the figures are for a new cache; what is there is not counted: {there}"
     size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
-    info = describe_corpus(config.corpus, load_tokenizer(config.corpus.tokenizer), size)
+    tokenizer, held = load_tokenizer(config.corpus.tokenizer), config.corpus.held_texts()
+    info = describe_corpus(config.corpus, tokenizer, size, held)
     here = (len(present.commits), len(present))
     try:
         addition = claim_addition(present.store, info, config.corpus, lambda: here)
@@ -155,7 +160,10 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     write_lines(path, (d._asdict() | {"domain": d.domain or ""} for d in sample.documents))
     field = "domain" if routed else None
     source = {"source": (str(path),), "text_field": "text", "domain_field": field}
-    return build_corpus(open_store(folder / "sample"), config.model_copy(update=source), 4096)
+    pair = {"pair_field": config.pair_field and "pair"}
+    left_out = {"without": (), "without_fields": ()}  # they are
+    given = config.model_copy(update=source | pair | left_out)
+    return build_corpus(open_store(folder / "sample"), given, 4096)
 
 
 def _extrapolated(
@@ -188,6 +196,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
     addition, tokenizer = begun_addition(corpus.info["config"], []), corpus.info["tokenizer"]
+    fields = fields_of(addition.config)
     describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
@@ -197,11 +206,11 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(FIELDS, about_shard(count, addition, tokenizer))
+        schema = describe(fields, about_shard(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_addition(store, addition, count, {})
+    complete_addition(store, addition, count, {}, Found())
     return Corpus(store)
 
 

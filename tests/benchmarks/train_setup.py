@@ -22,8 +22,8 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.python_docs import python_docs
 from rekindle.data.settings import parse_settings
+from rekindle.data.source.python_docs import python_docs
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import StudentConfig

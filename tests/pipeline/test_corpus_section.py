@@ -12,6 +12,9 @@ WRONG += ["99999999999999999999", "[*", "{{a}}", "$NOWHERE", "~nobody-here", "s3
 GOOD = {  # what is right after all
     "domain_field": {"", "~"},
     "limit_sequences": {"", "~", "3"},
+    "pair_field": {"", "~"},
+    "without": {"", "~", "[]"},
+    "without_fields": {"", "~", "[]"},
 }
 
 

@@ -5,9 +5,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rekindle.data.corpus.rows import read_rows
-from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError
+from rekindle.data.source.rows import read_rows
+from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig

@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from rekindle.data.batch import length_buckets, pad
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.corpus.tokenizer import Encoded, Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.sources import recorded_origin
 from rekindle.train.answers.config import PerplexityConfig
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.answers.windows import (

@@ -17,10 +17,10 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from rekindle.data.corpus.rows import Row, read_rows, texts_of
-from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.source.rows import Row, read_rows, texts_of
+from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig

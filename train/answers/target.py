@@ -5,8 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from rekindle.data.corpus.sources import recorded_origin
 from rekindle.data.errors import InputError
+from rekindle.data.source.sources import recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, STDIN
 from rekindle.train.model.folder import base_of
 

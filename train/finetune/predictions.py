@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from scipy.special import expit, softmax
 
-from rekindle.data.corpus.rows import Row, read_rows
 from rekindle.data.errors import InputError
+from rekindle.data.source.rows import Row, read_rows
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import predictions_of
 from rekindle.train.finetune.task_data import TaskData

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from rekindle.data.corpus.records import Bad, read_records
-from rekindle.data.corpus.sources import Origin, recorded_origin
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.sources import Origin, recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import TAGS, words_in

@@ -129,7 +129,7 @@ class ReplacedTokens(Method):
         """The batch's text with its replacements, the same for an example in every batch."""
         target = self._target(batch)
         sampled = self._sample(batch, target, device)
-        inputs = model_inputs(batch.input_ids, batch.lengths, device)
+        inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
         original = inputs["input_ids"].flatten()
         places = send(target.rows * batch.input_ids.shape[1] + target.positions, device)
         changed = original.index_copy(0, places, sampled)

@@ -17,9 +17,11 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.model.family_head import FamilyHead
+from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
+SEGMENTS = "token_type_ids"
 PLACE = 1  # of a domain's prompt in what the model reads
 HEADS_FILE = "heads.safetensors"  # beside a model: the weights of its heads
 
@@ -105,7 +107,7 @@ class DomainPrompts(nn.Module):
         embedded = words(ids)
         prompt = self.vectors(numbers).to(embedded.dtype)[:, None]
         longer = {"inputs_embeds": _inserted(embedded, prompt)}
-        for name in ("attention_mask", "token_type_ids"):
+        for name in ("attention_mask", SEGMENTS):
             if (found := inputs.get(name)) is not None:  # a prompt is to the model as the first is
                 longer[name] = _inserted(found, found[:, :1])
         return longer
@@ -245,8 +247,9 @@ class StudentNetwork(nn.Module):
     ) -> StudentOutput:
         """Run the body once.
 
-        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids?, and what
-        ``with_domains`` adds (without it prompts are those of no domain). ``select`` [N]: flat
+        ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? (left out for a model
+        without segments), and what ``with_domains`` adds (without it prompts are those of no
+        domain). ``select`` [N]: flat
         indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
         the pooled state (first token; last token of a causal LM; or as the family's own head has
         it). ``token_heads``: head -> flat indices [P].
@@ -298,8 +301,10 @@ class StudentNetwork(nn.Module):
         self, inputs: Mapping[str, Tensor], select: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         read = inputs
+        if SEGMENTS in inputs and not knows_segments(self.model.config):
+            read = {name: value for name, value in inputs.items() if name != SEGMENTS}
         if self.prompts is not None:
-            read = self.prompts.insert(inputs, self.model.get_input_embeddings())
+            read = self.prompts.insert(read, self.model.get_input_embeddings())
             select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
         hidden, states = (
             (None, self._split.states(read)) if select is None else self._split.hidden(read, select)

@@ -247,7 +247,7 @@ class Objective:
                 share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
                 add(ROUTER, share * self.balance, share)
         for view, own in sorted(passes.by_view.items()):
-            inputs = inputs_of(student, batch, view, device)
+            inputs = inputs_of(batch, view, device)
             self._imitate(student, inputs, batch, own, counts, add)
 
     def _by_pass(self, plan: StepPlan) -> "_Passes":

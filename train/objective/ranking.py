@@ -124,7 +124,7 @@ def score_errors(
     if term.view == "masked":
         inputs = language_rows(batch, task, device).inputs
     else:
-        inputs = inputs_of(student, batch, target.info.view, device)
+        inputs = inputs_of(batch, target.info.view, device)
     logits = run_heads(student, inputs, batch, {name: target}).logits[name]
     own, wanted = taught_rows(logits, target)
     return (own.float() - wanted)[:, 0]

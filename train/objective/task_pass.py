@@ -13,21 +13,19 @@ from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLa
 from rekindle.data.views.registry import view_kind
 from rekindle.train.device_batch import model_inputs, send
 from rekindle.train.model.network import StudentOutput
-from rekindle.train.model.segments import knows_segments
 from rekindle.train.student import Student
 
 
-def inputs_of(student: Student, batch: Batch, view: str, device: torch.device) -> dict[str, Tensor]:
+def inputs_of(batch: Batch, view: str, device: torch.device) -> dict[str, Tensor]:
     """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
     view, or the clean text.
     """
     if not view_kind(view).paired:
-        return model_inputs(batch.input_ids, batch.lengths, device)
+        return model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.
     lengths = np.maximum(pairs.lengths, 1)
-    types = knows_segments(student.model.config)
-    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types if types else None)
+    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types)
 
 
 def run_heads(

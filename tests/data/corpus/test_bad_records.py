@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rekindle.data.corpus import records
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
+from rekindle.data.source import records
+from rekindle.data.source.documents import Document, LeftOut, read_documents
 from rekindle.data.storage.store import LocalStore
 
 GOOD = b'{"text": "good", "domain": "d"}\n'

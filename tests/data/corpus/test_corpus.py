@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rekindle.data.corpus.columns import BUCKETS
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.corpus import BUCKETS, Corpus, build_corpus, unit_of
-from rekindle.data.corpus.documents import read_documents
+from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
 from rekindle.data.corpus.packing import pack
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.source.documents import read_documents
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.data.storage.store import LocalStore

@@ -16,8 +16,8 @@ from rekindle.data.corpus import additions
 from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.source_states import usual_order
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.source.source_states import usual_order
 from rekindle.data.storage.seal import SEAL, read_sealed, seal
 from rekindle.data.storage.store import LocalStore
 
@@ -180,7 +180,7 @@ def test_a_saved_dataset_may_move_too(tmp_path, build):
 
 
 def test_beside_what_is_no_file_nothing_moves_in_order(tmp_path, build, monkeypatch):
-    monkeypatch.setattr("rekindle.data.corpus.documents.python_docs", lambda: iter(()))
+    monkeypatch.setattr("rekindle.data.source.documents.python_docs", lambda: iter(()))
     folder = write(tmp_path / "texts", (1, 2))
     files = [folder / "part-1.jsonl", folder / "part-2.jsonl"]
     begun = rows(build([files[0], "python-docs", files[1]])[0])

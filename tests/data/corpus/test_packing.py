@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.documents import Document, read_documents
 from rekindle.data.corpus.packing import BEGINNING, Position, pack
 from rekindle.data.corpus.tokenizer import Encoded, load_tokenizer
+from rekindle.data.source.documents import Document, read_documents
 from testlib.corpora import SHARED
 
 

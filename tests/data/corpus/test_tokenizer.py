@@ -11,10 +11,10 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processo
 from tokenizers import Tokenizer as Backend
 from transformers import BertTokenizerFast, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from rekindle.data.corpus.documents import Document
 from rekindle.data.corpus.tokenizer import load_tokenizer, wrap_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document
 from testlib.command import python
 from testlib.corpora import SHARED
 

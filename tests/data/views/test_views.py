@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
-from rekindle.data.corpus.documents import read_documents
-from rekindle.data.corpus.sentences import split_sentences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.source.documents import read_documents
+from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import (

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rekindle.data.corpus.python_docs import PARTS, PythonDoc
 from rekindle.data.errors import InputError, RekindleError
+from rekindle.data.source.python_docs import PARTS, PythonDoc
 from rekindle.pipeline import make_builtin
 from rekindle.pipeline.builtin import missing as launcher
 from rekindle.pipeline.builtin import names as names_module

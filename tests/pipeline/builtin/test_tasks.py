@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.python_docs import PythonDoc, part_of, python_docs
-from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.source.python_docs import PythonDoc, part_of, python_docs
+from rekindle.data.source.sentences import split_sentences
 from rekindle.pipeline.builtin.tasks import (
     LABELLED,
     TASKS,

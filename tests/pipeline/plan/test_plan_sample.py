@@ -13,7 +13,9 @@ from rekindle.data.corpus import source_sample
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.source_sample import about_sequences, sample_source
 from rekindle.data.errors import InputError
+from rekindle.data.source.held_texts import Found
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.progress import Progress
 from testlib.planned import WHOLE
@@ -98,6 +100,26 @@ def test_a_corpus_that_is_not_built_is_estimated(tmp_path, configure, monkeypatc
     assert found.sequences == pytest.approx(len(real), rel=0.1)
     assert found.tokens == pytest.approx(real.tokens, rel=0.1)
     assert found.bytes == pytest.approx(sum(c.bytes for c in real.commits), rel=0.2)
+
+
+def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configure, monkeypatch):
+    """Counted where the sample is all there is; else the share is that of the rows read."""
+    texts = [f"number {n} of those that are here" for n in range(300)]
+    write(tmp_path / "a.jsonl", texts)
+    write(tmp_path / "test.jsonl", texts[::3])
+    corpus = {"source": str(tmp_path / "a.jsonl"), "domain_field": None, "limit_sequences": None}
+    corpus["without"] = str(tmp_path / "test.jsonl")
+    config = configure(tmp_path / "cache", [], corpus=corpus)
+    planned = plan_run(config).corpus
+    cache_teachers(config)
+    real = Cache.open(tmp_path / "cache").corpus
+    assert (planned.sequences, planned.tokens) == (len(real), real.tokens) == (200, real.tokens)
+    assert "100 records left out for texts of corpus.without (100 hold one" in planned.basis
+    assert "in the cache; 100 records left out for texts" in plan_run(config).corpus.basis
+    assert real.held == Found(exact=100)
+    assert "100 records left out for texts of " in inspect_cache(str(tmp_path / "cache"))
+    monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
+    assert sample_source(config.corpus).share == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("packing", ["document", "contiguous"])

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.documents import read_documents
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.source.documents import read_documents
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import PromptsConfig, fill_template, load_config
 from rekindle.pipeline.stages.prompts import most_probable, write_prompts

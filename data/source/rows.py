@@ -7,9 +7,9 @@ the column ``text``. ``-`` is jsonl that is piped in.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rekindle.data.corpus.records import Bad, read_records
-from rekindle.data.corpus.sources import HUB, PYTHON_DOCS, Origin, recorded_origin
 from rekindle.data.errors import InputError
+from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, STDIN, half_a_pair, open_text
 
 LONGEST_LINE = 1 << 28  # bytes of a line of a txt file, which is held in memory

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rekindle.data.corpus.documents import Document, read_documents
-from rekindle.data.corpus.python_docs import (
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.python_docs import (
     PARTS,
     SHORTEST,
     _docs_in,
@@ -136,7 +136,7 @@ def test_files_that_do_not_parse_or_are_of_a_test_package_are_passed_over(tmp_pa
 
 def test_read_documents_gives_them_with_their_part_as_domain(docs, monkeypatch):
     monkeypatch.setattr(
-        "rekindle.data.corpus.documents.python_docs", lambda: iter(docs)
+        "rekindle.data.source.documents.python_docs", lambda: iter(docs)
     )  # read once
     expected = [Document(doc.id, doc.text, doc.part) for doc in docs]
     assert list(read_documents(["python-docs"], domain_field="ignored")) == expected
@@ -144,7 +144,7 @@ def test_read_documents_gives_them_with_their_part_as_domain(docs, monkeypatch):
 
 def test_the_library_is_read_and_not_imported():
     code = (
-        "import sys; from rekindle.data.corpus.python_docs import python_docs; n = sum(1 for _ in "
+        "import sys; from rekindle.data.source.python_docs import python_docs; n = sum(1 for _ in "
         "python_docs()); assert n; print({'antigravity', 'tkinter', 'this'} & set(sys.modules))"
     )
     assert python(code) == "set()"

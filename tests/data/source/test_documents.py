@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.documents import Document, read_documents
-from rekindle.data.corpus.records import TEXT_DOCUMENT_BYTES
-from rekindle.data.corpus.sources import source_files
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.records import TEXT_DOCUMENT_BYTES
+from rekindle.data.source.sources import source_files
 from testlib.command import python
 from testlib.corpora import SHARED
 
@@ -376,7 +376,7 @@ def test_record_batches_are_streamed(tmp_path, name):
 
 def test_importing_it_is_cheap():
     code = (
-        "import sys, rekindle.data.corpus.documents\n"
+        "import sys, rekindle.data.source.documents\n"
         "print({'torch', 'datasets'} & set(sys.modules))"
     )
     assert python(code) == "set()"

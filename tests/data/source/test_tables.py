@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus
-from rekindle.data.corpus.documents import Document, LeftOut, read_documents
-from rekindle.data.corpus.tables import bytes_of_rows, table_rows
 from rekindle.data.errors import InputError
+from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.tables import bytes_of_rows, table_rows
 from rekindle.data.storage.store import LocalStore
 
 ROWS = [

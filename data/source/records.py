@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rekindle.data.corpus.sources import HUB, TABLES, Origin, no_such_source
-from rekindle.data.corpus.tables import table_rows
 from rekindle.data.errors import InputError
+from rekindle.data.source.sources import HUB, TABLES, Origin, no_such_source
+from rekindle.data.source.tables import table_rows
 from rekindle.data.text_files import open_text, refuse_pointer
 
 TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer

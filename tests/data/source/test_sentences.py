@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.sentences import split_sentences
+from rekindle.data.source.sentences import split_sentences
 
 
 def sentences(text):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from rekindle.data.corpus.sources import Origin, find_origins, named_again, recorded_origin
 from rekindle.data.errors import CacheMismatchError
+from rekindle.data.source.sources import Origin, find_origins, named_again, recorded_origin
 
 log = logging.getLogger("rekindle")
 

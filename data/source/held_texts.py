@@ -1,0 +1,175 @@
+"""Finds the texts of test files in records: as they stand there, or nearly. Reads no file.
+
+Why: a student that has read the texts it is tested on, taught by an expert that answered them, has
+seen the test. Published work looks for long word n-grams: of 13 words (GPT-3, 8 to 13 by the length
+of a task's texts), of 8 of which 70 % are shared (PaLM), or counts the words of a text that lie in
+shared n-grams, and calls one of 80 % dirty (Llama 2). That is for texts of web pages; those of a
+task are often one short sentence, so here n-grams are short, and must lie together.
+
+The rule. Words are runs of letters and digits in lower case (NFKC, case folded; a character of a
+script without blanks is a word), so that case, punctuation and white space make no difference.
+A record **holds** a text
+- of fewer than LEAST_WORDS words: where the record, or a sentence or line of it, is the text and no
+  more;
+- of others **exactly**: where the text's words stand in the record one after another;
+- of NEAR_WORDS or more **nearly**: where GRAM or more words in a row that are in both cover at
+  least NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
+  against each other by a quarter of the text's words at most: long records have all usual phrases
+  somewhere. One word in fifteen or more that is changed, left out or put in is always forgiven. A
+  text is compared only where three words stand that few of the texts share (or its rarest ones):
+  questions that differ in a name alone are different questions.
+A text without a letter or a digit is held nowhere.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Literal, NamedTuple
+
+from rekindle.data.source.sentences import split_sentences
+
+RULE = 1  # of this module, as a cache records it: raise it when other records would be found
+LEAST_WORDS = 4
+NEAR_WORDS = 13
+GRAM = 3
+NEAR_SHARE = 0.8
+FEW = 64  # texts that share three words: where more do, these do not lead to any of them
+
+Kind = Literal["exact", "near"]
+_Gram = tuple[str, ...]
+
+# Thai to Myanmar, Khmer; kana; Han: what is written without blanks between words.
+_ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_ALONE += "\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[^\W_{_ALONE}]+|[{_ALONE}]")
+
+
+class Hold(NamedTuple):
+    """A text that a record holds: how, and the text, as its words."""
+
+    kind: Kind
+    text: str
+
+
+class Found(NamedTuple):
+    """How many records hold a text exactly, and how many only nearly."""
+
+    exact: int = 0
+    near: int = 0
+
+
+def normalised(text: str) -> str:
+    """The words of a text with a blank between them: what is equal is the same text here."""
+    return " ".join(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    known = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return _WORD.findall(known.casefold())
+
+
+def _grams(words: Sequence[str], size: int = GRAM) -> Iterator[_Gram]:
+    return zip(*(words[first:] for first in range(size)), strict=False)
+
+
+class HeldTexts:
+    """Texts that are looked for in records; see the module for the rule.
+
+    Takes memory for these texts alone. ``size``: how many there are, without repetitions; their
+    order makes no difference. ``digest``: their identity.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        known = sorted({normalised(text) for text in texts} - {""})
+        self.size = len(known)
+        self.digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
+        words = [text.split(" ") for text in known]
+        self._short = frozenset(tuple(of) for of in words if len(of) < LEAST_WORDS)
+        self._long = [of for of in words if len(of) >= LEAST_WORDS]
+        shared = Counter(chain.from_iterable(set(_grams(of)) for of in self._long))
+        leads: defaultdict[_Gram, list[int]] = defaultdict(list)
+        for number, of in enumerate(self._long):
+            grams = {*_grams(of)}
+            rare = [gram for gram in grams if shared[gram] <= FEW]
+            for gram in rare or [min(grams, key=lambda gram: (shared[gram], gram))]:
+                leads[gram].append(number)
+        self._leads: Mapping[_Gram, list[int]] = leads
+        self._leading = leads.keys()
+
+    def find(self, *fields: str) -> Hold | None:
+        """A text that one of a record's ``fields`` holds, exactly if there is such a one."""
+        near = None
+        for field in fields:
+            found = self._in_field(field)
+            if found and found.kind == "exact":
+                return found
+            near = near or found
+        return near
+
+    def _in_field(self, field: str) -> Hold | None:
+        words = _words(field)
+        if self._short and (short := self._short_in(field, words)):
+            return Hold("exact", " ".join(short))
+        known = {*_grams(words)}
+        if not (leading := self._leading & known):
+            return None
+        tried = sorted({number for gram in leading for number in self._leads[gram]})
+        whole = f" {' '.join(words)} "
+        near: list[Sequence[str]] = []
+        for text in (self._long[number] for number in tried):
+            grams = [*_grams(text)]
+            shared = sum(gram in known for gram in grams)
+            if shared == len(grams) and f" {' '.join(text)} " in whole:
+                return Hold("exact", " ".join(text))
+            if len(text) >= NEAR_WORDS and GRAM * shared >= NEAR_SHARE * len(text):
+                near.append(text)
+        places: defaultdict[_Gram, list[int]] = defaultdict(list)
+        for place, gram in enumerate(_grams(words) if near else ()):
+            places[gram].append(place)
+        return next((Hold("near", " ".join(t)) for t in near if _is_near(t, places)), None)
+
+    def _short_in(self, field: str, words: Sequence[str]) -> _Gram | None:
+        if len(words) < LEAST_WORDS:
+            return tuple(words) if tuple(words) in self._short else None
+        # Sentences take long to find, and hardly any record has the words at all.
+        if not any(self._short.intersection(_grams(words, n)) for n in range(1, LEAST_WORDS)):
+            return None
+        sentences = (field[begin:end] for begin, end in split_sentences(field))
+        for part in chain(field.splitlines(), sentences):
+            if (found := tuple(_words(part))) in self._short:
+                return found
+        return None
+
+
+def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
+    """Whether a record, with its grams at those ``places``, nearly holds the words of ``text``."""
+    length = len(text)
+    hits = sorted(
+        (there - here, here)
+        for here, gram in enumerate(_grams(text))
+        for there in places.get(gram, ())
+    )
+    covering, covered, first = [0] * length, 0, 0
+    for shift, here in hits:
+        for word in range(here, here + GRAM):
+            covered += not covering[word]
+            covering[word] += 1
+        while shift - hits[first][0] > length // 4:
+            for word in range(hits[first][1], hits[first][1] + GRAM):
+                covering[word] -= 1
+                covered -= not covering[word]
+            first += 1
+        if covered >= NEAR_SHARE * length:
+            return True
+    return False
+
+
+def find_held(texts: Iterable[str], records: Iterable[str | Sequence[str]]) -> Found:
+    """How many of ``records`` (texts, or the fields of each) hold one of the test's ``texts``."""
+    held = HeldTexts(texts)
+    fields = ((one,) if isinstance(one, str) else one for one in records)
+    kinds = Counter(found.kind for one in fields if (found := held.find(*one)))
+    return Found(kinds["exact"], kinds["near"])

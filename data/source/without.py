@@ -1,0 +1,96 @@
+"""Reads the texts of test files, which a corpus is to be without."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.source.fields import ABSENT, reach
+from rekindle.data.source.held_texts import HeldTexts
+from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.rows import read_rows
+from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, find_origins
+from rekindle.data.text_files import half_a_pair
+
+USUAL = ("text", "sentence", "sentence1", "sentence2", "tokens")  # fields of a labelled task
+
+
+def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]) -> HeldTexts:
+    """The texts of ``files``: files, globs, datasets ids.
+
+    Each value of ``fields`` is a text of its own, and tokens are one together; without ``fields``
+    those are read that the corpus's own fields (``corpus``) or those of a labelled task are called;
+    of a .txt file each line. Raises InputError for a file that is not there or has none of them,
+    and for a value that is no text.
+    """
+    try:
+        held = HeldTexts(
+            text for origin in _origins(files) for text in _texts(origin, fields, corpus)
+        )
+    except InputError as error:  # which speaks of sources
+        told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
+        raise InputError(f"corpus.without: {told}") from None
+    if not held.size:
+        told = f"no text with a letter or a digit in {', '.join(files)}"
+        raise InputError(f"corpus.without: {told}; give files with the texts of a test")
+    return held
+
+
+def _origins(files: Sequence[str]) -> list[Origin]:
+    found = find_origins(files)
+    if any(origin.format == PYTHON_DOCS for origin in found):
+        raise InputError(f"{PYTHON_DOCS} is no test; give the files that the student is tested on")
+    return found
+
+
+def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Iterator[str]:
+    fields: Sequence[str] = ()
+    number = 0
+    for number, row in enumerate(_rows(origin), start=1):
+        if not fields:
+            fields = _fields_of(row, origin, given, corpus)
+        for field in fields:
+            yield _text(reach(row, field), f"{origin.place}, row {number}: {field}")
+    if not number:
+        raise InputError(f"{origin.place} has no rows; give a file with texts")
+
+
+def _rows(origin: Origin) -> Iterator[Mapping[str, object]]:
+    if origin.format != HUB:
+        yield from read_rows(origin.place)
+        return
+    for record in read_records(origin, None):
+        if isinstance(record, Bad):
+            raise InputError(record.message)
+        yield record.values
+
+
+def _fields_of(
+    row: Mapping[str, object], origin: Origin, given: Sequence[str], corpus: Sequence[str]
+) -> Sequence[str]:
+    has = ", ".join(map(str, row)) or "no fields"
+    if origin.format == "txt":
+        return ("text",)
+    for field in given:
+        if reach(row, field) is ABSENT:
+            near = did_you_mean(field, map(str, row))
+            raise InputError(
+                f"{origin.place} has no field {field!r} (corpus.without_fields); it has: "
+                f"{has}{near}"
+            )
+    found = given or [f for f in dict.fromkeys((*corpus, *USUAL)) if reach(row, f) is not ABSENT]
+    if not found:
+        raise InputError(
+            f"{origin.place} has none of the fields {', '.join(dict.fromkeys((*corpus, *USUAL)))} "
+            f"(it has: {has}); name those of its texts with corpus.without_fields"
+        )
+    return found
+
+
+def _text(value: object, where: str) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        value = " ".join(value)
+    if not isinstance(value, str):
+        given = "missing" if value is None or value is ABSENT else f"a {type(value).__name__}"
+        raise InputError(f"{where} must be a string or a list of words (given: {given})")
+    if told := half_a_pair("text", value):
+        raise InputError(f"{where}: {told}")
+    return value
