@@ -8,8 +8,10 @@ torch is imported within the functions only: the process that starts the jobs ha
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rekindle.data.errors import InputError
@@ -43,6 +45,33 @@ def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) 
     began = time.perf_counter()
     cache_teachers(load_config(config_file), only, progress=StepReports(report))
     write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
+
+
+def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Report) -> None:
+    """Count the records of a cached text that hold a text of ``tests``, and those that were left
+    out for it; neither where the text is gone.
+    """
+    from rekindle.data.corpus.corpus import Corpus
+    from rekindle.data.source.documents import LeftOut, read_documents
+    from rekindle.data.source.held_texts import Found
+    from rekindle.data.source.without import read_held
+    from rekindle.data.storage.store import open_store
+
+    config = load_config(config_file)
+    text, corpus = config.corpus, Corpus(open_store(config.cache.path))
+    removed = {*map(str, tests)} <= {*text.without}
+    found: dict[str, object] = corpus.held._asdict()
+    if not removed:
+        held = read_held([str(file) for file in tests], (), ())
+        left_out = LeftOut(held=text.held_texts())
+        fields = (text.text_field, text.domain_field, left_out, text.pair_field)
+        try:
+            documents = islice(read_documents(text.source, *fields), corpus.documents)
+            kinds = Counter(hold.kind for one in documents if (hold := held.find(*one.texts)))
+            found = Found(kinds["exact"], kinds["near"])._asdict()
+        except InputError:
+            found = dict.fromkeys(Found._fields)
+    write_json(out, found | {"removed": removed})
 
 
 def save_start(model: str, out: Path, report: Report) -> None:

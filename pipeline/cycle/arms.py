@@ -23,13 +23,10 @@ TWINS: Mapping[Arm, tuple[Arm, str]] = {
     "committee": ("kd", "its teachers are those of kd"),
 }
 UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a model fine-tuned, without a student
-WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee", "mixture")
+WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "committee", "both", "mixture")
 GUIDED: tuple[Arm, ...] = tuple(arm for arm in WITH_TEACHERS if arm != "pseudo")  # by probabilities
 MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # whose students learn masked LM
 # Arms whose students have one expert each, and so a student for every task.
-OF_ONE_EXPERT: tuple[Arm, ...] = ("pseudo", "kd", "both", "committee")
+OF_ONE_EXPERT: tuple[Arm, ...] = tuple(arm for arm in WITH_TEACHERS if arm != "mixture")
 # The longest chain first: what else there is fills the places that wait for it.
-ORDER: tuple[Arm, ...] = (
-    *("mixture", "both", "committee", "kd", "pseudo", "mlm"),
-    *("longer", "start"),
-)
+ORDER: tuple[Arm, ...] = (*WITH_TEACHERS[::-1], "mlm", "longer", "start")

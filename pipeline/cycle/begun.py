@@ -22,6 +22,7 @@ from rekindle.train.record.run_folder import check_same, goes_on, read_record, r
 log = logging.getLogger("rekindle")
 
 ELSEWHERE = "give another --out"
+_BEFORE = {"test_texts": "keep"}  # what is meant where older versions had no such key
 _MADE = {"student": "models", "experts": "experts"}  # what begins as a model of the file
 _SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
 
@@ -33,7 +34,7 @@ def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
     begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
     if begun:
         with reading(home / CYCLE_FILE, ELSEWHERE):
-            was = as_begun(config, begun["settings"])
+            was = as_begun(config, _BEFORE | begun["settings"])
         if was is not config:
             with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
                 config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
@@ -74,12 +75,13 @@ def look(
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it is not of a cycle")
         older = "problem" not in found["settings"]["finetune"]
-        found["settings"] = with_defaults(CycleConfig, found["settings"])
+        found["settings"] = with_defaults(CycleConfig, _BEFORE | found["settings"])
         before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
     # Arms may be added; the others only describe, and older versions did not record them.
-    described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in ("about", "chance")]
+    facts = ("about", "chance", "held")
+    described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in facts]
     if "start" in found:  # which says more than the place
         described += ["student.model", "experts.model", "corpus.tokenizer"]
     described += _same_sources(home, config, before, now)

@@ -8,11 +8,13 @@ import itertools
 from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
+from rekindle.data.former import Formerly
 from rekindle.data.places import same_place
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
@@ -23,18 +25,16 @@ from rekindle.pipeline.cycle.sections import (
     CycleCorpusConfig,
     CycleTask,
     ExpertsConfig,
+    Point,
     PrimaryConfig,
+    Search,
     check_names,
+    checked_search,
 )
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 from rekindle.train.schedules import Seed
 
-Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
-Point = dict[str, Setting]  # what a search tries
-Search = dict[str, tuple[Setting, ...]]
-# What a search may not change: the budget is the same for all.
-_BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
 _ARMS_SET = "is what the arms set"
 _OTHER_MODEL = (
     "makes a student that is not the model which its expert was fine-tuned from, and the "
@@ -112,6 +112,11 @@ class CycleConfig(Settings):
         description="times that train (and dev, where it is taken out of train) is drawn anew: a "
         "whole cycle for each, in OUT/draws",
     )
+    test_texts: Annotated[Literal["remove", "keep"], Formerly("keep")] = Field(
+        "remove",
+        description="records of the text that hold a test text of any task, and rows of train and "
+        "dev that are one of their task: left out, or kept; they are counted all the same",
+    )
     primary: PrimaryConfig | None = Field(
         None, description="the comparison that is named before anything runs"
     )
@@ -128,20 +133,7 @@ class CycleConfig(Settings):
     @field_validator("search")
     @classmethod
     def _searched(cls, value: Search) -> Search:
-        found: Search = {}
-        for key, values in value.items():
-            if key in _BUDGET:
-                raise ValueError(f"{key} is the budget, which is the same for every arm")
-            if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
-                raise ValueError(f"{key} says what the files mean, which is not searched for")
-            if not values:
-                raise ValueError(f"{key} has no values")
-            # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
-            read = [parse_settings(FixedBudget, {key: one}) for one in values]
-            found[key] = tuple(getattr(one, key) for one in read)
-            if len(set(found[key])) < len(values):
-                raise ValueError(f"{key} has a value twice; every arm tries each of them once")
-        return found
+        return checked_search(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CycleConfig":
@@ -212,6 +204,11 @@ class CycleConfig(Settings):
                     "of student.model, whatever the text; leave it to corpus.tokenizer"
                 )
             self.text_of(task.name)
+        if self.test_texts == "remove" and any(self.text_of(t).without_fields for t in self.texts):
+            raise ValueError(
+                "corpus.without_fields would be of the tasks' test files, too, which have their "
+                "own: leave it out, or give test_texts: keep"
+            )
         if not own and not self.corpus.source:
             raise ValueError("corpus.source is missing: name the unlabelled text")
         return self
@@ -380,11 +377,3 @@ def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleCon
             "an example. Runs of one student are for `pipeline train-student`"
         )
     return parse_settings(CycleConfig, resolve_values(values), str(path))
-
-
-def point_name(point: Point) -> str:
-    """A point of the search as the name of a folder."""
-    name = ",".join(f"{key}={value}" for key, value in point.items())
-    if "/" in name:
-        raise InputError(f"search: {name!r} cannot be the name of a folder")
-    return name

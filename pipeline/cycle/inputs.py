@@ -18,10 +18,12 @@ from rekindle.data.corpus.shared_ids import described, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.source.held_texts import normalised
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.arms import WITH_TEACHERS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.sections import CycleTask
+from rekindle.pipeline.cycle.students import teachers_on
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import chosen_metric
@@ -45,6 +47,7 @@ class TaskFiles:
     splits: dict[str, TaskData]
     rows: dict[str, np.ndarray]  # of each split, ascending
     digests: dict[str, str]  # sha256 of the files it comes from
+    held: dict[str, int]  # rows of the files of train and dev that are a row of test
 
     @property
     def chance(self) -> float | None:
@@ -74,6 +77,7 @@ class TaskFiles:
             "pairs": self.pairs,
             **counts,
             "test_in_train": shared,
+            "held": self.held,
             "chance": self.chance,
             "files": self.digests,
         }
@@ -83,8 +87,10 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     """Read and divide the files of every task, and ``tell`` what was read; InputError for whatever
     is wrong with them.
     """
+    remove = config.test_texts == "remove"
     found = [
-        _read(task, config.seed, config.finetune_of(task, {}, "start")) for task in config.tasks
+        _read(task, config.seed, config.finetune_of(task, {}, "start"), remove)
+        for task in config.tasks
     ]
     for one in found if tell else ():
         for name, split in one.splits.items():
@@ -93,7 +99,10 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     return found
 
 
-def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> TaskFiles:
+def _read(
+    task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS, remove: bool = False
+) -> TaskFiles:
+    """One task; ``remove``: without the rows of train and dev that are one of test."""
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
     splits = dict(zip(paths, read_task(*paths.values(), settings=settings), strict=True))
     train = splits["train"]
@@ -105,8 +114,17 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
         )
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
+    tests = {*map(_normalised, _examples(splits["test"], rows["test"]))}
+    held = {
+        name: np.array([_normalised(one) in tests for one in _examples(split, rows[name])])
+        for name, split in splits.items()
+        if name != "test"
+    }
+    if remove:
+        order = order[~held["train"][order]]
+        rows |= {name: rows[name][~of_test] for name, of_test in held.items()}
     if task.dev is None:
-        count = min(task.dev_examples, len(train) // _MOST_DEV)
+        count = min(task.dev_examples, len(order) // _MOST_DEV)
         if count == 0:
             raise InputError(
                 f"task {task.name!r}: {task.train} has {counted(len(train), 'example')}, too "
@@ -132,7 +150,8 @@ def _read(task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS) -> Tas
             "dev_examples, or give a dev file"
         )
     digests = {p: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths.values()}
-    return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests)
+    counts = {name: int(of_test.sum()) for name, of_test in held.items()}
+    return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
 
 
 def check_draws_differ(tasks: Sequence[TaskFiles], others: Sequence[TaskFiles]) -> None:
@@ -152,7 +171,16 @@ def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[st
     return [(data.texts[r], data.pairs[r] if data.pairs else None) for r in rows]
 
 
+def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
+    return tuple(normalised(text) for text in example if text is not None)
+
+
 # --- writing --------------------------------------------------------------------------------------
+
+
+def test_files(home: Path, config: CycleConfig) -> list[Path]:
+    """Where the test splits of all tasks are, which no text may hold."""
+    return [home / TASKS_FOLDER / task.name / "test.jsonl" for task in config.tasks]
 
 
 def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
@@ -236,6 +264,8 @@ def _check_model(model: str, key: str) -> Path:
 
 def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
     """Raise InputError for a task whose expert cannot teach an arm as that asks."""
+    for text in config.texts:
+        _check_pairs(config, text, tasks)
     for one in tasks:
         where, kind = f"task {one.task.name!r} is", one.splits["train"].problem
         if "pseudo" in config.arms and one.regression:
@@ -252,4 +282,24 @@ def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
             raise InputError(
                 f"{where} {what}, and only classifiers of one label teach together (the arm "
                 f"{together[0]}, with all seeds of the expert): {how}"
+            )
+
+
+def _check_pairs(config: CycleConfig, text: str, tasks: Sequence[TaskFiles]) -> None:
+    """Raise InputError for an expert that cannot read a text whose records are pairs."""
+    if config.text_of(text).pair_field is None:
+        return
+    taught = {task for _, task, _ in teachers_on(config, text)}
+    where = f"the text of task {text!r}" if text else "the text"
+    for one in [one for one in tasks if one.task.name in taught]:
+        if one.pairs is None:
+            raise InputError(
+                f"{where} has pairs (corpus.pair_field), and the expert on {one.task.name} is on "
+                "single texts: give that task a corpus of its own without pair_field, and leave "
+                "the arm mixture out"
+            )
+        if one.task.pairs is not None:
+            raise InputError(
+                f"task {one.task.name!r}: pairs is {one.task.pairs}, and {where} has pairs already "
+                "(corpus.pair_field): leave tasks.….pairs out"
             )

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from rekindle.pipeline import job_functions as functions
 from rekindle.pipeline.cycle.arms import ORDER, UNTAUGHT, WITH_TEACHERS, Arm
-from rekindle.pipeline.cycle.config import CycleConfig, Point, point_name
+from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder, student_part
-from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles
+from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles, test_files
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
+from rekindle.pipeline.cycle.scores import HELD_FILE
 from rekindle.pipeline.cycle.searched import search_home
+from rekindle.pipeline.cycle.sections import Point, point_name
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig
@@ -40,6 +42,11 @@ def plan_jobs(
         done = _costs(home, text) / "corpus" / "done.json"
         arguments = (home / of_text(CORPUS_FILE, text), (), done)
         yield Job(_corpus(text), functions.cache, arguments, output=done)
+        held = done.parent / HELD_FILE
+        tests = test_files(home, config)
+        counted = (arguments[0], tests, held)
+        name = f"test texts in {_corpus(text)}"
+        yield Job(name, functions.count_held, counted, output=held, after=(_corpus(text),))
     teachers = {task for text in texts for _, task, _ in teachers_on(config, text)}
     for one in tasks:
         if one.task.name in teachers:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import GUIDED
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
@@ -209,9 +210,30 @@ def _budgets(results: CycleResults, arms: Collection[str]) -> Iterator[str]:
         yield f"{LONGER}: fine-tuned with twice the epochs; {others} had the same budget"
     if own:
         yield f"{EXPERT}: of another model, with a budget of its own (experts.finetune)"
+    yield from _held(results)
     tasks = [task for task in results.tasks if task.test_in_train]
     if shared := ", ".join(f"{task.test_in_train:,} of {task.name}" for task in tasks):
         yield f"test examples whose text is also in train: {shared}"
+
+
+def _held(results: CycleResults) -> Iterator[str]:
+    """What is known of test texts in what was trained on."""
+    for one in results.texts:
+        where = f"the text of {one.task}" if one.task else "the unlabelled text"
+        if one.exact is None or one.near is None:
+            yield f"test texts in {where} were not counted: it was gone"
+        elif not one.exact + one.near:
+            yield f"no record of {where} holds a test text, or nearly"
+        else:
+            records = f"{counted(one.exact + one.near, 'record')} of {where}"
+            how = f"a test text ({one.exact:,} as it stands, {one.near:,} nearly)"
+            end = "left out" if one.removed else "kept (test_texts: keep), and students read them"
+            yield f"{records} with {how}: {end}"
+    for task in results.tasks:
+        if rows := [f"{count:,} of {split}" for split, count in task.held.items() if count]:
+            removed = results.file.get("test_texts") == "remove"
+            end = "left out" if removed else "kept (test_texts: keep)"
+            yield f"rows of {task.name} that are a row of its test: {', '.join(rows)}, {end}"
 
 
 def _searched(results: CycleResults) -> Iterator[str]:

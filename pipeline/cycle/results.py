@@ -17,12 +17,14 @@ from rekindle.pipeline.cycle.costs import arm_costs, mean_costs, stage_costs
 from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, Grid, read_json
 from rekindle.pipeline.cycle.notes import UNFINISHED, notes_of
 from rekindle.pipeline.cycle.scores import (
+    HELD_FILE,
     MEAN,
     ArmScores,
     CycleResults,
     KeptExpert,
     Primary,
     TaskFacts,
+    TextFacts,
     differences_of,
     over_draws,
     scores_of,
@@ -44,6 +46,7 @@ def read_results(out: Path) -> CycleResults:
     planned = int(plan.file.get("label_draws") or 1)
     if planned == 1:
         cells = read_cells(out, plan, grid)
+        plan = replace(plan, texts=read_texts(out))
         return _results(plan, grid, {0: cells}, _scores(plan, cells), [])
     folders = {draw: out / DRAWS_FOLDER / str(draw) for draw in range(planned)}
     ended = {draw: one for draw, one in folders.items() if (one / RESULTS_FILE).is_file()}
@@ -51,7 +54,8 @@ def read_results(out: Path) -> CycleResults:
     draws = {draw: _of_draw(cells, draw) for draw, cells in draws.items()}
     check_draws(out, [cells.found for cells in draws.values()])
     scores, lacking = over_draws({draw: _scores(plan, one) for draw, one in draws.items()})
-    plan = replace(plan, draws=[*draws])
+    texts = read_texts(next(iter(ended.values()), out))  # all have the same
+    plan = replace(plan, draws=[*draws], texts=texts)
     said = list(_left_out([draw for draw in folders if draw not in ended], planned, lacking))
     return _results(plan, grid, draws, scores, said)
 
@@ -149,6 +153,19 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 # --- what was planned -----------------------------------------------------------------------------
+
+
+def read_texts(out: Path) -> list[TextFacts]:
+    """What was counted of test texts in the unlabelled text, or in that of each task."""
+    found = []
+    for file in sorted(out.glob(f"costs/**/corpus/{HELD_FILE}")):
+        of_task = file.parents[1] != out / "costs"
+        values = {**(read_json(file) or {}), "task": file.parents[1].name if of_task else ""}
+        try:
+            found.append(TypeAdapter(TextFacts).validate_python(values))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged ({error}); remove it and resume") from None
+    return found
 
 
 def _read_plan(out: Path) -> tuple[CycleResults, Grid]:

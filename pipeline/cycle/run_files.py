@@ -7,7 +7,7 @@ from typing import Any
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.inputs import TaskFiles
+from rekindle.pipeline.cycle.inputs import TaskFiles, test_files
 from rekindle.pipeline.cycle.students import Student, students_of, teachers_on
 from rekindle.train.finetune.result import seed_folder
 
@@ -28,6 +28,9 @@ def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict
     corpora = {}
     for text in config.texts:
         corpus = config.text_of(text)
+        if config.test_texts == "remove":
+            tests = [str(file) for file in test_files(home, config)]
+            corpus = corpus.model_copy(update={"without": (*corpus.without, *tests)})
         shared = {
             "corpus": corpus.model_dump(mode="json", by_alias=True),
             "cache": config.cache_of(text).model_dump(mode="json", by_alias=True),

@@ -26,6 +26,7 @@ from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
 SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
+HELD_FILE = "held.json"  # beside what the making of a text has cost
 MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' main metrics
 
 
@@ -216,7 +217,8 @@ class Primary:
 @dataclass(frozen=True)
 class TaskFacts:
     """A task: its main metric, the examples in each split, those of test that train has, what
-    guessing scores (None: unknown), and what it asks.
+    guessing scores (None: unknown), what it asks, and how many rows of the files of train and dev
+    are a row of test.
     """
 
     name: str
@@ -227,6 +229,20 @@ class TaskFacts:
     test_in_train: int = 0
     chance: float | None = None
     about: str = ""
+    held: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The records of an unlabelled text that hold a test text of any task, as it stands or nearly:
+    ``removed``, they are in no sequence. ``exact`` and ``near`` are None where the text was gone
+    before they were counted. ``task``: whose own text it is; empty where all tasks have the same.
+    """
+
+    task: str
+    exact: int | None
+    near: int | None
+    removed: bool
 
 
 @dataclass(frozen=True)
@@ -280,6 +296,7 @@ class CycleResults:
     verdict: str = ""
     experts: list[KeptExpert] = field(default_factory=list)
     draws: list[int] | None = None
+    texts: list[TextFacts] = field(default_factory=list)
     primary: Primary | None = None
     arm_costs: list[ArmCost] = field(default_factory=list)
 

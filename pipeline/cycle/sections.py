@@ -6,11 +6,18 @@ from typing import Literal
 from pydantic import Field
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.settings import Place, Settings
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Place, Settings, parse_settings
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.cycle.arms import Arm
+from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 
+Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
+Point = dict[str, Setting]  # what a search tries
+Search = dict[str, tuple[Setting, ...]]
+# What a search may not change: the budget is the same for all.
+_BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
 Metric = Literal[
     "accuracy",
     "f1",
@@ -118,3 +125,32 @@ def check_names(names: Sequence[str]) -> None:
                 f"a task cannot be called {name!r} beside {base!r}: what is there several times "
                 "has such numbers. Give it another name"
             )
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def checked_search(value: Search) -> Search:
+    """The values that are tried, as they are used; ValueError for what cannot be searched."""
+    found: Search = {}
+    for key, values in value.items():
+        if key in _BUDGET:
+            raise ValueError(f"{key} is the budget, which is the same for every arm")
+        if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
+            raise ValueError(f"{key} says what the files mean, which is not searched for")
+        if not values:
+            raise ValueError(f"{key} has no values")
+        # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
+        read = [parse_settings(FixedBudget, {key: one}) for one in values]
+        found[key] = tuple(getattr(one, key) for one in read)
+        if len(set(found[key])) < len(values):
+            raise ValueError(f"{key} has a value twice; every arm tries each of them once")
+    return found
+
+
+def point_name(point: Point) -> str:
+    """A point of the search as the name of a folder."""
+    name = ",".join(f"{key}={value}" for key, value in point.items())
+    if "/" in name:
+        raise InputError(f"search: {name!r} cannot be the name of a folder")
+    return name

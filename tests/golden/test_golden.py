@@ -187,6 +187,7 @@ def test_what_was_begun_goes_on_as_it_was_begun(which, begun):
         about = json.loads((home / which / "cycle.json").read_text())
         assert about["settings"]["finetune"]["max_length"] == 128  # the default that it had
         assert about["settings"]["train"]["warmup_steps"] == 100
+        assert about["settings"]["test_texts"] == "keep"  # no text is taken away on the way
         made.begin(home, which)
 
 

@@ -12,8 +12,9 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.arms import USUAL
-from rekindle.pipeline.cycle.config import CycleConfig, load_cycle, point_name
+from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.page import commands_of
+from rekindle.pipeline.cycle.sections import point_name
 from rekindle.pipeline.overrides import set_value
 
 VALUES = {
@@ -143,6 +144,12 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("tasks.a.corpus={source: [a.txt]}", "task 'b' has none"),
         ("corpus={tokenizer: model}", "corpus.source is missing"),
         ("students=0", "students"),
+        ("students=6", "students is 6 and seeds 5"),
+        ("test_texts=drop", "test_texts: Input should be 'remove' or 'keep'"),
+        (
+            "corpus={source: [a], tokenizer: m, without: [b], without_fields: [q]}",
+            "the tasks' test files, too.*test_texts: keep",
+        ),
         ("label_draws=0", "label_draws"),
         ("tasks.b.name=a.1", "cannot be called 'a.1' beside 'a'"),
         ("primary={arm: kd, against: [start, pseudo]}", "primary names pseudo.*not among"),

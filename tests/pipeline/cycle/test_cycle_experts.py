@@ -10,12 +10,15 @@ import yaml
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline import job_functions as functions
+from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.jobs import plan_jobs
 from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.run_files import configs
-from testlib.small_cycle.here import TINY, Here, sections, task_files
+from rekindle.pipeline.processes.jobs import Report
+from testlib.small_cycle.here import TINY, WORDS, Here, sections, task_files
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,70 @@ def test_what_a_cycle_was_begun_with_is_held_to(whole, values, make_model, bytel
     ):
         with pytest.raises(CheckpointError, match=words):
             run_cycle(config_of(values, **MANY | changed), whole[0])
+
+
+def test_no_text_of_a_test_is_read_and_that_is_said(whole, values, tmp_path):
+    out, results = whole
+    (text,) = results.texts
+    assert (text.task, text.removed) == ("", True)
+    assert any("test text" in note for note in results.notes)
+    for draw in (out / "draws" / "0", out / "draws" / "1"):
+        tests = draw / "tasks" / "colour" / "test.jsonl"
+        assert load_config(draw / "stage1.yaml").corpus.without == (str(tests),)
+        assert json.loads((draw / "costs" / "corpus" / "held.json").read_text())["removed"]
+
+
+def test_test_texts_that_are_kept_are_counted(values, tmp_path):
+    """In the text that is cached, of which there may be more."""
+    documents = [f"the {word} is old and the {word} is far away" for word in WORDS]
+    corpus = tmp_path / "text.jsonl"
+    lines = [documents[0], f"they say that {documents[1]}, or so", *documents[2:]]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    tests = tmp_path / "test.jsonl"
+    rows = [{"text": text, "label": 0} for text in (documents[1].upper(), documents[5], "x")]
+    tests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "corpus": values["corpus"] | {"source": [str(corpus)], "limit_sequences": 3},
+        "cache": {"path": str(tmp_path / "cache")},
+    }
+    file, out = tmp_path / "run.yaml", tmp_path / "held.json"
+    file.write_text(yaml.safe_dump(run))
+    functions.cache(file, (), tmp_path / "done.json", Report())
+    functions.count_held(file, [tests], out, Report())
+    assert json.loads(out.read_text()) == {"exact": 1, "near": 0, "removed": False}
+    corpus.unlink()
+    functions.count_held(file, [tests], out, Report())
+    assert json.loads(out.read_text()) == {"exact": None, "near": None, "removed": False}
+
+
+@pytest.mark.slow
+def test_tasks_with_texts_of_their_own_one_after_the_other(values, tmp_path, here):
+    """One of them of pairs, whose text is of pairs."""
+    single, pairs = task_files(tmp_path, "colour"), task_files(tmp_path, "alike")
+    for split in ("train", "dev", "test"):
+        rows = [json.loads(line) for line in Path(pairs[split]).read_text().splitlines()]
+        rows = [{"sentence1": r["text"], "sentence2": WORDS[0], "label": r["label"]} for r in rows]
+        Path(pairs[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = tmp_path / "pairs.jsonl"
+    rows = [{"sentence1": f"{a} and {b}", "sentence2": b} for a in WORDS for b in WORDS]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"text_field": "sentence1", "pair_field": "sentence2"}
+    pairs["corpus"] = {"source": [str(text)], **fields}
+    single["corpus"] = {"source": values["corpus"]["source"]}
+    common = {key: one for key, one in values["corpus"].items() if key != "source"}
+    given = values | {"corpus": common, "tasks": [single, pairs], "test_texts": "keep"}
+    config, out = config_of(given, arms=["mlm", "pseudo", "kd"]), tmp_path / "out"
+    first = run_cycle(config, out, task="alike")
+    assert {one.task for one in first.scores} == {"alike"}
+    assert {one.arm for one in first.scores} >= {"expert", "start", "mlm", "pseudo", "kd"}
+    whole = run_cycle(config, out)
+    assert {one.task for one in whole.scores} == {"colour", "alike", "mean"}
+    assert [one.task for one in whole.texts] == ["alike", "colour"]
+    page = (out / "report.html").read_text()
+    assert "on the text of alike" in page
+    wrong = config_of(given, arms=["mixture"])
+    with pytest.raises(InputError, match="expert on colour is on single texts"):
+        run_cycle(wrong, tmp_path / "other")
 
 
 # --- what is refused before anything runs ---------------------------------------------------------

@@ -167,8 +167,33 @@ def test_a_pair_task_is_shown_pairs(tmp_path):
     assert other.pairs == "random"
 
 
+@pytest.mark.parametrize("dev", [False, True])
+def test_rows_that_are_tested_are_counted_and_taken_out(tmp_path, dev):
+    """Whatever their case and punctuation; the others stay in the splits that they were in."""
+    rows, tests = numbered(40), [{"text": f"TEXT, {n}!", "label": "no"} for n in (3, 7, 500)]
+    values = {"dev": lines(tmp_path / "dev.jsonl", numbered(12))} if dev else {"dev_examples": 6}
+    task = task_of(tmp_path, rows, test=tests, **values)
+    kept, removed = _read(task, 0), _read(task, 0, remove=True)
+    assert kept.held == removed.held == {"train": 2} | ({"dev": 2} if dev else {})
+    for name in ("train", "dev"):
+        left = [removed.splits[name].texts[row] for row in removed.rows[name]]
+        assert not {"text 3", "text 7"} & {*left}
+    assert sum(map(len, kept.rows.values())) - sum(map(len, removed.rows.values())) == 2 + 2 * dev
+    assert removed.facts["test_in_train"] == 0
+    other = _read(task_of(tmp_path, rows, **values), 0, remove=True)
+    plain = _read(task_of(tmp_path, rows, **values), 0)
+    assert all(np.array_equal(other.rows[name], plain.rows[name]) for name in ("train", "dev"))
+
+
+def test_a_pair_is_tested_only_as_a_pair(tmp_path):
+    pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n % 2} for n in range(20)]
+    tests = [pairs[4], pairs[5] | {"sentence2": "another"}]
+    assert _read(task_of(tmp_path, pairs, test=tests), 0).held == {"train": 1}
+
+
 def test_a_missing_file_is_named(tmp_path):
     class Config:
+        test_texts = "keep"
         tasks = (CycleTask(name="t", train=str(tmp_path / "none.jsonl"), test="x"),)
         seed = 0
 
