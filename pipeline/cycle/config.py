@@ -237,7 +237,12 @@ class CycleConfig(Settings):
     @property
     def all_teach(self) -> bool:
         """Whether all seeds of an expert teach kd, both and mixture, and not the best alone."""
-        return self.experts.teacher == "all" and self.seeds > 1
+        return self.experts.teacher == "all" and self.expert_seeds > 1
+
+    @property
+    def expert_seeds(self) -> int:
+        """How many fine-tunings of each expert there are."""
+        return self.experts.seeds or self.seeds
 
     @property
     def needs_every_seed(self) -> bool:
@@ -250,7 +255,7 @@ class CycleConfig(Settings):
         same = {
             "mixture": len(self.tasks) == 1,
             "start": not self.has_other_experts,
-            "committee": self.all_teach or self.seeds == 1,
+            "committee": self.all_teach or self.expert_seeds == 1,
         }
         return {arm: twin for arm, (twin, _) in TWINS.items() if same[arm]}
 
@@ -306,7 +311,8 @@ class CycleConfig(Settings):
     @property
     def seeds_of_search(self) -> range:
         """None of those that are compared: these have selected nothing."""
-        return range(self.seeds, self.seeds + self.search_seeds)
+        first = max(self.seeds, self.expert_seeds)
+        return range(first, first + self.search_seeds)
 
     def search_points(self) -> list[Point]:
         """Every combination of the searched values; [{}] where nothing is searched."""
@@ -336,7 +342,7 @@ class CycleConfig(Settings):
         best on dev, or every seed of it.
         """
         every = arm == "committee" or (self.all_teach and arm != "pseudo")
-        return [seed_name(task, seed) for seed in range(self.seeds)] if every else [task]
+        return [seed_name(task, seed) for seed in range(self.expert_seeds)] if every else [task]
 
     def term_of(self, task: CycleTask, regression: bool, arm: str) -> DistillTerm:
         """The distillation term of the expert on ``task``, of an arm."""

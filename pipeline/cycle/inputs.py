@@ -131,6 +131,7 @@ def _read(
                 "few to take any for dev; give a dev file"
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
+    order = _of_each_class(task, train, order)
     rows["train"] = np.sort(order[: task.train_examples])
     metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:
@@ -154,6 +155,29 @@ def _read(
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
 
 
+def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray) -> np.ndarray:
+    """The first ``train_per_class`` rows of each class in ``order``; all where it is not given."""
+    if task.train_per_class is None:
+        return order
+    if not train.label_names or train.problem == SEVERAL:
+        what = "lists of labels" if train.label_names else "scores"
+        raise InputError(
+            f"task {task.name!r}: train_per_class is for rows of one class each, and "
+            f"{task.train} has {what}; give train_examples"
+        )
+    chosen = []
+    for number, name in enumerate(train.label_names):
+        of_class = order[train.labels[order] == number][: task.train_per_class]
+        if len(of_class) < task.train_per_class:
+            logger.info(
+                "task %s: %s of class %s are trained on, and train_per_class is %d: there are no "
+                "more",
+                *(task.name, counted(len(of_class), "row"), name, task.train_per_class),
+            )
+        chosen.append(of_class)
+    return np.concatenate(chosen)
+
+
 def check_draws_differ(tasks: Sequence[TaskFiles], others: Sequence[TaskFiles]) -> None:
     """Raise InputError for a task that has the same rows in every draw of the labels, as it has in
     two.
@@ -163,7 +187,8 @@ def check_draws_differ(tasks: Sequence[TaskFiles], others: Sequence[TaskFiles]) 
             raise InputError(
                 f"task {one.task.name!r}: label_draws asks for several draws, and all would be the "
                 f"same rows: dev is a file, and all {len(one.rows['train']):,} rows of train are "
-                "trained on. Give train_examples (fewer than these), or leave dev out"
+                "trained on. Give train_examples (fewer than these) or train_per_class, or leave "
+                "dev out"
             )
 
 

@@ -136,7 +136,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
     for number in range(students):
         start, after = _begins(home, config, arm, name, number)
         out = home / student_part(folder_of(arm, name), number, students)
-        seeds = range(number, config.seeds, students)
+        seeds = range(number, config.expert_seeds if arm == "expert" else config.seeds, students)
         every = arm == "expert" and config.needs_every_seed
         what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
         whose = f"{arm}, student {number}," if students > 1 else arm

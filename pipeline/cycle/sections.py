@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
@@ -57,6 +57,9 @@ class ExpertsConfig(Settings):
         description="who teaches kd, both and mixture: the expert's seed that is best on dev, or "
         "all its seeds together (the mean of their probabilities)",
     )
+    seeds: int | None = Field(
+        None, gt=0, description="fine-tunings of each expert; null: as many as of every arm"
+    )
     finetune: dict[str, object] = Field(
         default_factory=dict,
         description="over the file's and the task's finetune, for the experts alone; where model "
@@ -88,6 +91,9 @@ class CycleTask(Settings):
     train_examples: int | None = Field(
         None, gt=0, description="at most so many, chosen at random after dev; null: all"
     )
+    train_per_class: int | None = Field(
+        None, gt=0, description="in place of train_examples: so many of each class; null: all"
+    )
     metric: Metric | None = Field(
         None,
         description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
@@ -109,6 +115,14 @@ class CycleTask(Settings):
     finetune: dict[str, object] = Field(
         default_factory=dict, description="over the file's finetune, for every arm alike"
     )
+
+    @model_validator(mode="after")
+    def _one_number(self) -> "CycleTask":
+        if self.train_examples and self.train_per_class:
+            raise ValueError(
+                "train_examples and train_per_class both say how many rows are trained on; give one"
+            )
+        return self
 
 
 def check_names(names: Sequence[str]) -> None:

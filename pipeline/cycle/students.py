@@ -69,6 +69,6 @@ def teachers_on(config: CycleConfig, text: str) -> Iterator[tuple[str, str, int 
         names = dict.fromkeys(n for arm in arms for n in config.teachers_of(task.name, arm))
         if task.name in names:
             yield task.name, task.name, None
-        for seed in range(config.seeds):
+        for seed in range(config.expert_seeds):
             if (name := seed_name(task.name, seed)) in names:
                 yield name, task.name, seed

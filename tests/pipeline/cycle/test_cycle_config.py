@@ -144,6 +144,8 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("tasks.a.corpus={source: [a.txt]}", "task 'b' has none"),
         ("corpus={tokenizer: model}", "corpus.source is missing"),
         ("students=0", "students"),
+        ("experts.seeds=0", "experts.seeds"),
+        ("tasks.a={name: a, train: t, test: u, train_examples: 9, train_per_class: 3}", "give one"),
         ("students=6", "students is 6 and seeds 5"),
         ("test_texts=drop", "test_texts: Input should be 'remove' or 'keep'"),
         (
@@ -209,6 +211,15 @@ def test_experts_of_another_model_are_beside_the_students_own_model():
     }
     assert {one.batch_size for one in tuned.values()} == {7}
     assert {one.learning_rate for one in tuned.values()} == {2e-5}
+
+
+def test_experts_may_have_seeds_of_their_own():
+    config = config_of("experts.seeds=3", "seeds=1", "search.batch_size=[8,16]", "search_seeds=2")
+    assert config.teachers_of("a", "committee") == ["a.0", "a.1", "a.2"]
+    assert config.seeds_of_search == range(3, 5)
+    assert config_of("experts.seeds=2").seeds_of_search == range(5, 6)
+    assert "committee" not in config.twins
+    assert config_of("experts.seeds=1").twins["committee"] == "kd"
 
 
 @pytest.mark.parametrize(

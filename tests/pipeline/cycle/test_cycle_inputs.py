@@ -191,6 +191,26 @@ def test_a_pair_is_tested_only_as_a_pair(tmp_path):
     assert _read(task_of(tmp_path, pairs, test=tests), 0).held == {"train": 1}
 
 
+def test_so_many_of_each_class_are_trained_on_as_far_as_there_are(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = numbered(30) + [{"text": f"rare {n}", "label": "rare"} for n in range(4)]
+    task = task_of(tmp_path, rows, dev_examples=2, train_per_class=5)
+    drawn = []
+    for seed in (0, 1):
+        found = _read(task, seed)
+        labels = [rows[row]["label"] for row in found.rows["train"]]
+        assert labels.count("no") == labels.count("yes") == 5
+        assert labels.count("rare") == 4 - [rows[r]["label"] for r in found.rows["dev"]].count(
+            "rare"
+        )
+        drawn.append(found.rows["train"].tolist())
+    assert drawn[0] != drawn[1]
+    assert "of class rare are trained on, and train_per_class is 5" in caplog.text
+    scores = [{"text": f"text {n}", "label": n / 7} for n in range(20)]
+    with pytest.raises(InputError, match=r"has scores; give train_examples"):
+        _read(task_of(tmp_path, scores, test=scores[:2], train_per_class=5), 0)
+
+
 def test_a_missing_file_is_named(tmp_path):
     class Config:
         test_texts = "keep"
