@@ -166,7 +166,8 @@ def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
     if search_home(home) == home:
         return
     for arm, task in itertools.product(config.arms, config.tasks):
-        if only in ("", task.name) or arm == "expert":
+        teaches = arm == "expert" and "mixture" in config.arms
+        if only in ("", task.name) or teaches:
             for _, file in searched_files(home, config, arm, task.name):
                 if not file.exists():
                     raise InputError(
