@@ -43,6 +43,7 @@ class DemoSettings(Settings):
     sizes: TaskSizes
     base: Mapping[str, int | float]  # of the start model's `train` section
     overrides: tuple[str, ...] = ()  # of the cycle's file, as --set has them
+    without_tests: bool = True  # its text; that of demos of older versions was not
 
 
 FULL = DemoSettings(
