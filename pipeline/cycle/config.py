@@ -192,6 +192,8 @@ class CycleConfig(Settings):
     @model_validator(mode="after")
     def _has_texts(self) -> "CycleConfig":
         own = [task.name for task in self.tasks if task.corpus]
+        if not own and not self.corpus.source:
+            raise ValueError("corpus.source is missing: name the unlabelled text")
         for task in self.tasks if own else ():
             if not task.corpus:
                 raise ValueError(
@@ -209,8 +211,6 @@ class CycleConfig(Settings):
                 "corpus.without_fields would be of the tasks' test files, too, which have their "
                 "own: leave it out, or give test_texts: keep"
             )
-        if not own and not self.corpus.source:
-            raise ValueError("corpus.source is missing: name the unlabelled text")
         return self
 
     def _check_primary(self, primary: PrimaryConfig) -> None:

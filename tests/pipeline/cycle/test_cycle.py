@@ -111,7 +111,8 @@ def test_every_job_comes_after_what_it_needs_and_writes_its_own(config, tasks, t
         for arm in ("kd", "both", "mixture"):
             assert f"cache {task}" in before(f"{arm} on {task}")
         for arm in ARMS:
-            searches = {name for name in jobs if name.endswith(f" {arm} on {task}")}
+            ends = f" {arm} on {task}"
+            searches = {n for n in jobs if n.startswith("search") and n.endswith(ends)}
             assert len(searches) == 2
             assert searches <= before(f"{arm} on {task}")
         assert not any("student" in name for name in before(f"longer on {task}"))
@@ -151,7 +152,9 @@ def test_students_differ_in_who_teaches_them_and_in_masked_lm_alone(config, task
         assert run.train.objective.hard.weight == (1.0 if masked else 0.0)
         same = run.train.model_copy(update={"objective": config.train.objective})
         assert same == config.train
-        assert (run.corpus, run.student) == (config.text_of(""), config.student)
+        text = config.text_of("").model_copy(update={"without": run.corpus.without})
+        assert (run.corpus, run.student) == (text, config.student)
+        assert len(run.corpus.without) == 2  # the tests of both tasks
     assert [t.task for t in runs["stage1.yaml"].teachers] == [
         "sequence_classification",
         "regression",
@@ -183,6 +186,7 @@ def test_the_files_it_leaves_are_run_files(config, tmp_path, nothing_runs):
         "dev": 4,
         "test": 10,
         "test_in_train": 0,
+        "held": {"train": 0},
         "chance": 0.7,  # seven of the ten are one colour
         "files": None,
     }
