@@ -120,7 +120,7 @@ DEAR = {
     *("pipeline/caching/test_object_store", "pipeline/caching/test_repair"),
     *("pipeline/caching/self_evolution/test_hard_masks", "pipeline/checks/test_audit_judges"),
     *("pipeline/caching/estimators/test_estimator_codecs", "golden/test_digests"),
-    *("pipeline/caching/compute_unit/test_vocabulary_targets", "data/corpus/test_python_docs"),
+    *("pipeline/caching/compute_unit/test_vocabulary_targets", "data/source/test_python_docs"),
     "pipeline/caching/compute_unit/test_expert_targets",
 }
 TESTS = Path(__file__).parent

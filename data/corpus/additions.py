@@ -251,11 +251,18 @@ def counted_before_end(
         log.warning("the first bad record that was left out: %s", left_out.first)
     if left_out.first_held:
         log.info("the first record left out for a test's text: %s", left_out.first_held)
-    last = None
-    if ends_at is not None and sum(commit.rows for commit in committed.values()) >= ends_at:
-        document, token = committed[max(committed)].facts["next"]
-        last = document - (token == 0)  # text is read ahead of the end
+    last = last_document([committed[unit] for unit in sorted(committed)], ends_at)
     return left_out.counts(last), left_out.held(last)
+
+
+def last_document(commits: Sequence[Commit], ends_at: int | None) -> int | None:
+    """The index of the last document of a corpus of so many sequences, ahead of whose end text is
+    read; None where its end is the source's.
+    """
+    if ends_at is None or sum(commit.rows for commit in commits) < ends_at:
+        return None
+    document, token = commits[-1].facts["next"]
+    return int(document) - (token == 0)
 
 
 def _longer(old: PackingFacts, new: PackingFacts) -> bool:

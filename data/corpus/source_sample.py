@@ -31,7 +31,7 @@ class SourceSample:
 
     documents: list[Document]
     share: float | None  # 1: all there is; None: the size of the source is not known
-    left_out: str = ""  # records before their end, in words
+    left_out: LeftOut  # of the records before their end
 
 
 def sample_source(config: CorpusConfig) -> SourceSample:
@@ -61,15 +61,15 @@ def sample_source(config: CorpusConfig) -> SourceSample:
                 read += (
                     size if next(stream, None) is None else _bytes_read(place, size, taken, rows)
                 )
-    told = f"; {left_out.told()}" if left_out.total else ""
     if not documents:
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "
-            f"{config.text_field!r}); give a source with at least one non-blank document{told}"
+            f"{config.text_field!r}); give a source with at least one non-blank document"
+            f"{f'; {told}' if (told := left_out.told()) else ''}"
         )
     if np.isnan(total):
-        return SourceSample(documents, None, told)
-    return SourceSample(documents, read / total if 0 < read < total else 1.0, told)
+        return SourceSample(documents, None, left_out)
+    return SourceSample(documents, read / total if 0 < read < total else 1.0, left_out)
 
 
 def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:

@@ -88,12 +88,16 @@ class LeftOut:
         """How many were left out so far."""
         return sum(map(len, (*self._bad.values(), *self._held.values())))
 
-    def told(self) -> str:
-        """What was left out, in words; nothing where there was nothing."""
-        told = [told_of_bad(self.counts()), self.first and f"the first: {self.first}"]
-        if self.texts is not None and any(self.held()):
-            told += [told_of_held(self.held()), f"the first: {self.first_held}"]
-        return "; ".join(filter(None, told))
+    def told(self, last_document: int | None = None) -> str:
+        """What was left out, up to the document of that index or in all, in words; nothing where
+        there was nothing.
+        """
+        told = []
+        if bad := self.counts(last_document):
+            told += [told_of_bad(bad), f"the first: {self.first}"]
+        if any(held := self.held(last_document)):
+            told += [told_of_held(held), f"the first: {self.first_held}"]
+        return "; ".join(told)
 
 
 def _counted(left_out: "Mapping[str, array[int]]", last_document: int | None) -> dict[str, int]:

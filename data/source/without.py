@@ -27,6 +27,7 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
         )
     except InputError as error:  # which speaks of sources
         told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
+        told = told.replace(", a datasets id", ", or a datasets id")
         raise InputError(f"corpus.without: {told}") from None
     if not held.size:
         told = f"no text with a letter or a digit in {', '.join(files)}"

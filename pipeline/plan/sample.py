@@ -16,6 +16,7 @@ from rekindle.data.corpus.additions import (
     claim_addition,
     complete_addition,
     describe_addition,
+    last_document,
     recorded_shard_size,
 )
 from rekindle.data.corpus.columns import fields_of
@@ -108,7 +109,8 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
             few = " (few: the figures are rough)" if read < FEW else ""
             basis = f"scaled from {counted(read, 'text')} of the source{few}"
-        basis += sample.left_out
+        if told := sample.left_out.told(last_document(reference.commits, corpus.limit_sequences)):
+            basis += f"; {told}"
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything
     if present is not None:

@@ -118,6 +118,10 @@ def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configu
     assert "in the cache; 100 records left out for texts" in plan_run(config).corpus.basis
     assert real.held == Found(exact=100)
     assert "100 records left out for texts of " in inspect_cache(str(tmp_path / "cache"))
+    few = configure(tmp_path / "few", [], corpus=corpus | {"limit_sequences": 10})
+    assert "; 5 records left out for texts" in plan_run(few).corpus.basis  # before its end
+    cache_teachers(few)
+    assert Cache.open(tmp_path / "few").corpus.held == Found(exact=5)
     monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
     assert sample_source(config.corpus).share == pytest.approx(0.5, rel=0.05)
 
