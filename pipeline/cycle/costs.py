@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from rekindle.pipeline.cycle.cells import Cells
-from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, own_head
+from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned
 from rekindle.pipeline.cycle.scores import ArmCost
 
 # What an arm may need, in the order in which it is done.
 KINDS = ("experts", "caching", "students", "search", "fine-tuning")
+SHARED_KINDS = KINDS[:2]  # what serves several arms
 
 
 def stage_costs(cells: Cells) -> dict[str, float]:
@@ -29,18 +30,13 @@ def stage_costs(cells: Cells) -> dict[str, float]:
 
 
 def arm_costs(arms: Sequence[str], tasks: Sequence[str], cells: Cells) -> list[ArmCost]:
-    """What each arm has cost that has all tasks; behind it what its students' own heads have, which
-    need no fine-tuning.
-    """
-    costs, told = stage_costs(cells), []
-    for arm in arms:
-        if not all((arm, task) in cells.found for task in tasks):
-            continue
-        needs = {kind: list(_stages(kind, arm, tasks, cells)) for kind in KINDS}
-        told.append(_sum(arm, needs, costs))
-        if all((arm, task) in cells.heads for task in tasks):
-            told.append(_sum(own_head(arm), needs | {"search": [], "fine-tuning": []}, costs))
-    return told
+    """What each arm has cost that has all tasks."""
+    costs = stage_costs(cells)
+    whole = [arm for arm in arms if all((arm, task) in cells.found for task in tasks)]
+    return [
+        _sum(arm, {kind: list(_stages(kind, arm, tasks, cells)) for kind in KINDS}, costs)
+        for arm in whole
+    ]
 
 
 def _stages(kind: str, arm: str, tasks: Sequence[str], cells: Cells) -> Iterator[str]:

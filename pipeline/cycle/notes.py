@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import GUIDED
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
 from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
@@ -33,10 +34,11 @@ def notes_of(results: CycleResults, draws: Draws, said: Sequence[str] = ()) -> l
         *_unlearned(draws),
         *_guidance(results),
         *_tests(results),
-        *_covered(results, found[0].seeds),
+        *_covered(results, found),
         *_metrics(found),
         *_selected(results),
         *_budgets(results, {one.arm for one in found}),
+        *_held(results),
         *_searched(results),
         *_versions(found),
     ]
@@ -122,8 +124,9 @@ def _tests(results: CycleResults) -> Iterator[str]:
         yield f"the same difference with every {unit}, so that no test can be made: {listed}"
 
 
-def _covered(results: CycleResults, seeds: Sequence[int]) -> Iterator[str]:
+def _covered(results: CycleResults, found: Sequence[FineTuned]) -> Iterator[str]:
     """What the intervals cover, and what not."""
+    seeds = next((one for one in found if one.arm != EXPERT), found[0]).seeds
     if results.draws is not None:
         yield from _covered_by_draws(results, len(results.draws), len(seeds))
         return
@@ -157,6 +160,8 @@ def _covered(results: CycleResults, seeds: Sequence[int]) -> Iterator[str]:
 def _covered_by_draws(results: CycleResults, draws: int, seeds: int) -> Iterator[str]:
     few = f"fewer than {FEWEST_SEEDS} draws of the labels: " if draws < FEWEST_SEEDS else ""
     each = f"the mean of {seeds} fine-tunings" if seeds > 1 else "one fine-tuning"
+    if (own := results.file.get("experts", {}).get("seeds") or seeds) != seeds:
+        each += f" ({EXPERT}: {own})"
     students = f" of {results.students} students" if results.students > 1 else ""
     if draws == 1:
         yield f"{few}{each}{students} of each arm; nothing is known of the spread over draws"
@@ -187,10 +192,13 @@ def _selected(results: CycleResults) -> Iterator[str]:
     if not any(arm == SELECTED for arm, _ in main):
         return
     spread = ", without an interval" if results.draws is None else ", in each draw"
+    what = f"`{SELECTED}` is the test score of that one{spread}"
+    if results.base != EXPERT:
+        yield f"the expert that teaches is the best of its seeds on dev: {what}"
+        return
     yield (
         "the expert that teaches is the best of its seeds on dev, so that its students start from "
-        f"a selected one: a gain over the mean of {EXPERT} includes that selection. "
-        f"`{SELECTED}` is the test score of that one{spread}"
+        f"a selected one: a gain over the mean of {EXPERT} includes that selection. {what}"
     )
     for arm in results.arms:
         gains = [
@@ -212,6 +220,29 @@ def _budgets(results: CycleResults, arms: Collection[str]) -> Iterator[str]:
     tasks = [task for task in results.tasks if task.test_in_train]
     if shared := ", ".join(f"{task.test_in_train:,} of {task.name}" for task in tasks):
         yield f"test examples whose text is also in train: {shared}"
+
+
+def _held(results: CycleResults) -> Iterator[str]:
+    """How many texts of a test were found where models learn."""
+    looked = {task.name: task.held for task in results.tasks if task.held is not None}
+    for removed in (True, False):
+        told = []
+        for name, held in looked.items():
+            text, near, rows = held.exact + held.near, held.near, held.train + held.dev
+            if held.removed == removed and text + rows:
+                nearly = f" ({near:,} of them nearly)" if near else ""
+                told.append(f"{name} {counted(text, 'record')}{nearly}, {counted(rows, 'label')}")
+        if told:
+            what = "and were left out" if removed else "and were kept (test_texts: keep)"
+            yield (
+                "of the unlabelled text and of the labels of train and dev these hold a text of "
+                f"the task's test, {what}: {'; '.join(told)}"
+            )
+    if looked and not any(h.exact + h.near + h.train + h.dev for h in looked.values()):
+        yield (
+            "no record of the unlabelled text, and no label of train and dev, holds a text of a "
+            "test, or nearly one"
+        )
 
 
 def _searched(results: CycleResults) -> Iterator[str]:

@@ -11,7 +11,6 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, is_cycle
-from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_arm
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
@@ -21,7 +20,7 @@ from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, of_text
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
 from rekindle.pipeline.cycle.students import student_of, students_of
-from rekindle.pipeline.cycle.tables import as_text, own_tables, primary_tables, secondary
+from rekindle.pipeline.cycle.tables import arms_told, as_text, own_tables, primary_tables, secondary
 from rekindle.pipeline.cycle.verdict import facts_of_results
 from rekindle.pipeline.report.page import (
     Block,
@@ -104,8 +103,13 @@ def cycle_section(results: CycleResults) -> Section:
     best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
     warnings = [*map(_sentence, first)]
     how = (results.unit, secondary(results))
-    section = scores_section(results.arms, tasks, results.differences, warnings, best, *how)
-    arms = Facts([(arm, ARMS[arm]) for arm in ARMS if arm in results.arms], quiet=True)
+    ones = results.differences
+    if results.primary is not None:  # a picture of every other one would be a page of its own
+        ones = [one for one in ones if one.task == results.where]
+    section = scores_section(
+        results.arms, tasks, results.differences, warnings, best, *how, pictured=ones
+    )
+    arms = Facts(arms_told(results), quiet=True)
     told = [Note(_sentence(note)) for note in results.notes if note not in first]
     title = f"{section.title} (secondary)" if results.primary is not None else section.title
     return Section(title, [arms, *section.blocks, *told, *own_tables(results)])
@@ -171,11 +175,12 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
-    train = config.train
+    train, own = config.train, config.experts.model
     sources = [one for text in config.texts for one in config.text_of(text).source]
     return [
         ("text", ", ".join(map(shown, sources))),
         ("start model", shown(config.student.model)),
+        *([("model of the experts", shown(str(own)))] if config.has_other_experts else []),
         (
             "students",
             f"{train.length} of {counted(train.batch_sequences, 'sequence')}, all "

@@ -214,9 +214,23 @@ class Primary:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What holds texts of a task's test: records of the unlabelled text (``exact``, or ``near``),
+    and rows of its ``train`` and ``dev``; ``removed``: before anything was run.
+    """
+
+    exact: int = 0
+    near: int = 0
+    train: int = 0
+    dev: int = 0
+    removed: bool = True
+
+
+@dataclass(frozen=True)
 class TaskFacts:
     """A task: its main metric, the examples in each split, those of test that train has, what
-    guessing scores (None: unknown), and what it asks.
+    guessing scores (None: unknown), what it asks, and what holds texts of its test (None: it was
+    not looked for).
     """
 
     name: str
@@ -227,6 +241,7 @@ class TaskFacts:
     test_in_train: int = 0
     chance: float | None = None
     about: str = ""
+    held: Held | None = None
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def search_home(out: Path) -> Path:
     """The cycle's folder whose search the one in ``out`` goes by: of several draws of the labels
     the first one's, which is searched for all.
     """
-    drawn = out.parent.name == DRAWS_FOLDER and is_cycle(out.parent.parent)
-    return out.parent / str(FIRST_DRAW) if drawn else out
+    draws = out.absolute().parent
+    drawn = draws.name == DRAWS_FOLDER and is_cycle(draws.parent)
+    return draws / str(FIRST_DRAW) if drawn else out
 
 
 def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import ARMS
+from rekindle.pipeline.cycle.costs import KINDS, SHARED_KINDS
+from rekindle.pipeline.cycle.finetuned import EXPERT, START, own_head
 from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, Searched, Tried
 from rekindle.pipeline.report.cache import NOTE, teacher_table
@@ -22,7 +24,6 @@ from rekindle.pipeline.report.scores import (
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines, wrapped
 
-SHARED = ("experts", "caching")  # kinds of stages that serve several arms
 _BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are told apart
 
 
@@ -134,7 +135,7 @@ def _tasks(results: CycleResults) -> Table:
 def _arm_costs(results: CycleResults) -> Iterator[Table]:
     """What each arm needs, and that some of it serves several arms."""
     costs = results.arm_costs
-    kinds = list(dict.fromkeys(kind for one in costs for kind in one.by_kind))
+    kinds = [kind for kind in KINDS if any(kind in one.by_kind for one in costs)]
     if not kinds:
         return
     rows = [
@@ -143,20 +144,22 @@ def _arm_costs(results: CycleResults) -> Iterator[Table]:
     ]
     mean = f", mean of {len(results.draws)} draws of the labels" if results.draws else ""
     title = f"seconds of all that an arm needs, from labels and text to its scores{mean}"
-    note = " ".join([*_shared(costs), *_unrecorded(costs)])
+    heads = any(one.arm == own_head(arm.arm) for one in results.scores for arm in costs)
+    own = ["Students with their own heads need no search and no fine-tuning."] * heads
+    note = " ".join([*_shared(costs), *own, *_unrecorded(costs)])
     yield table_of(title, ["arm", *kinds, "seconds"], rows, words=1, note=note)
 
 
 def _shared(costs: Sequence[ArmCost]) -> Iterator[str]:
     """Which kinds of stages serve several arms, and are counted for each."""
     told = []
-    for kind in SHARED:
+    for kind in SHARED_KINDS:
         if len(arms := [one.arm for one in costs if kind in one.by_kind]) > 1:
             told.append(f"{kind} ({', '.join(arms)})")
     if told:
         yield (
-            f"Shared, and counted for every arm that needs them: {'; '.join(told)}. The sum of the "
-            "arms is more than the cycle took."
+            f"Shared, and counted for every arm that needs them: {'; '.join(told)}. So the arms' "
+            "sum is more than the cycle took."
         )
 
 
@@ -178,15 +181,30 @@ def _costs(results: CycleResults) -> Table:
     return table_of("seconds, as recorded", ["stage", "parts", "seconds"], rows, words=1)
 
 
+def arms_told(results: CycleResults) -> list[tuple[str, str]]:
+    """Each arm and what it is; whose model experts are, where that is another one."""
+    told: dict[str, str] = {arm: words for arm, words in ARMS.items() if arm in results.arms}
+    if results.base == START:
+        model = results.file.get("experts", {}).get("model") or "another model"
+        told |= {EXPERT: f"{model}, fine-tuned: what teaches"}
+        told |= {START: "the model that students begin as, fine-tuned: what is to be beaten"}
+    return list(told.items())
+
+
 def as_text(results: CycleResults, width: int | None = None) -> str:
     """The tables in plain text, ``width`` characters wide (default: the terminal's), and notes.
 
-    Where one does not fit, a row is a column, if that is narrower. Nothing is ever cut.
+    Where one does not fit, a row is a column, if that is narrower. Nothing is ever cut. Where one
+    comparison is the primary one, the others are told on the mean over tasks alone.
     """
-    tables = [*tables_of(results), *saved_tables(results)]
+    shown, note = results, []
+    if results.primary is not None and any(o.task == MEAN for o in results.differences):
+        means = [one for one in results.differences if one.task == MEAN]
+        shown = replace(results, differences=means)
+        note = ["differences on each task are in the report and in results.json"]
+    tables = [*tables_of(shown), *saved_tables(results)]
     width = width or terminal_width()
     lines = [(*text_lines(table, width), "") for table in tables]
-    arms = [f"arm {arm}: {ARMS[arm]}" for arm in ARMS if arm in results.arms]
-    lines += [tuple(wrapped(arm, width)) for arm in arms]
-    lines += [tuple(wrapped(f"note: {note}", width)) for note in results.notes]
+    lines += [tuple(wrapped(f"arm {arm}: {what}", width)) for arm, what in arms_told(results)]
+    lines += [tuple(wrapped(f"note: {one}", width)) for one in (*note, *results.notes)]
     return "\n".join(line for block in lines for line in block)

@@ -63,11 +63,17 @@ def _of_primary(results: CycleResults, primary: Primary) -> str:
     beaten = [one.against for one in ones if one.n > 1 and is_gain(one)]
     lost = [one.against for one in ones if one.n > 1 and is_gain(replace(one, mean=-one.mean))]
     apart = [one.against for one in ones if one.against not in (*beaten, *lost)]
-    told = [f"beats {', '.join(beaten)}"] if beaten else []
-    told += [f"is worse than {', '.join(lost)}"] if lost else []
-    told += [f"is not told apart from {', '.join(apart)}"] if apart else []
+    told = [f"beats {_listed(beaten)}"] if beaten else []
+    told += [f"is worse than {_listed(lost)}"] if lost else []
+    told += [f"is not told apart from {_listed(apart)}"] if apart else []
     each = [f"over {one.against} {_points(one)}{_p(one)}" for one in ones]
-    return f"{primary.arm} {' and '.join(told)} on {place} (primary comparison): {'; '.join(each)}"
+    each += [f"one {results.unit} says nothing of chance"] * any(one.n == 1 for one in ones)
+    return f"{primary.arm} {', '.join(told)} on {place} (primary comparison): {'; '.join(each)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _p(one: Difference) -> str:

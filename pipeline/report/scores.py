@@ -78,11 +78,13 @@ def scores_section(
     best: Mapping[str, str] = {},
     unit: str = "seed",
     before: str = "",
+    pictured: Sequence[Difference] | None = None,
 ) -> Section:
     """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere.
 
     ``best``: by a task's title the model that is the best by more than chance, if there is one.
-    ``unit``: what a model's scores differ in; ``before``: how titles of differences begin.
+    ``unit``: what a model's scores differ in; ``before``: how titles of differences begin;
+    ``pictured``: those of which there is a picture, if not all.
     """
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
@@ -99,7 +101,7 @@ def scores_section(
     if differences:
         found = difference_tables(differences, unit, before)
         tables = [stacked(table, INTERVAL) for table in found]
-        blocks += [*tables, _difference_pictures(differences)]
+        blocks += [*tables, _difference_pictures(differences if pictured is None else pictured)]
     return Section("Scores", blocks)
 
 

@@ -251,6 +251,7 @@ def test_where_experts_are_of_another_model_the_students_model_is_to_be_beaten(t
     ]
     assert "start on cola" in results.verdict
     assert any("with a budget of its own" in note for note in results.notes)
+    assert "arm expert: small, fine-tuned: what teaches" in as_text(results, 300)
     finetuned(out, "mlm", "cola", config={"epochs": 9})
     with pytest.raises(CheckpointError, match="epochs is 3 in the first, 9 in the second"):
         read_results(out)
@@ -268,7 +269,6 @@ def test_what_an_arm_costs_is_the_sum_of_all_that_it_needs(made, results):
         "expert": experts,
         "mlm": ["students/mlm", *(part.replace("kd", "mlm") for part in own)],
         "kd": [*experts, *own, *(f"{k}{task}" for k in ("cache/", "students/kd-") for task in FEW)],
-        own_head("kd"): [*experts, *(f"{k}{t}" for k in ("cache/", "students/kd-") for t in FEW)],
     }
     told = {one.arm: one for one in draw.arm_costs}
     for arm, stages in needed.items():
@@ -284,7 +284,8 @@ def test_what_an_arm_costs_is_the_sum_of_all_that_it_needs(made, results):
     assert results.costs["draws/3/students/kd-cola"] == 53.0
     table = next(t for t in tables_of(results) if t.title.startswith("seconds of all that an arm"))
     assert "Shared" in table.note
-    assert "experts (kd, kd (own head), committee)" in table.note
+    assert "experts (kd, committee)" in table.note
+    assert "own heads need no search" in table.note
 
 
 def test_what_is_not_recorded_is_named_and_in_no_sum(out):
@@ -308,24 +309,22 @@ def test_page_and_text_begin_with_the_primary_comparison(results, made):
     ]
     assert heads == sorted(heads)
     assert "said before" in page
-    assert "4 draws of the labels" in page
     assert "A dot for each draw" in page
     text = printed(made, results)
     assert text.index("primary comparison, named") < text.index("secondary: test scores")
     assert max(map(len, as_text(results, 80).splitlines())) <= 80
+    assert rows_of(tables_of(results)[2])[0][1] == "cola"  # by task on the page alone
+    assert "cola" not in text[text.index("secondary: differences") : text.index("search over")]
+    for told in (page, " ".join(text.split())):
+        assert (
+            "over 4 draws of the labels; the score of a draw is the mean of 2 fine-tunings" in told
+        )
 
 
 def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
     for sign, word in ((1, "beats"), (-1, "is worse than")):
-        out = drawn(
-            tmp_path / word,
-            ["expert", "kd"],
-            ["cola"],
-            {},
-            1,
-            3,
-            primary={"arm": "kd", "against": ["expert"]},
-        )
+        named = {"primary": {"arm": "kd", "against": ["expert"]}}
+        out = drawn(tmp_path / word, ["expert", "kd"], ["cola"], {}, 1, 3, **named)
         for draw in range(3):
 
             def gain(metrics, more=sign * (0.05 + 0.001 * draw), draw=draw):
@@ -333,6 +332,25 @@ def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
                     run["test_scores"] = scores_of("cola", score("expert", "cola", 0, draw) + more)
 
             edit(out / "draws" / str(draw) / folder_of("kd", "cola") / "metrics.json", gain)
-        assert read_results(out).verdict.startswith(
-            f"kd {word} expert on cola (primary comparison)"
-        )
+        told = read_results(out).verdict
+        assert told.startswith(f"kd {word} expert on cola (primary comparison)")
+    for draw in (0, 2):
+        (out / f"draws/{draw}/results.json").unlink()
+    told = read_results(out).verdict
+    assert told.startswith("kd is not told apart from expert")
+    assert told.endswith("one draw says nothing of chance")
+
+
+def test_texts_of_a_test_that_models_could_learn_are_counted(tmp_path):
+    out = cycle(tmp_path, ["expert", "kd"], FEW, {})
+
+    def notes(**held):
+        edit(out / "cycle.json", lambda v: v["tasks"]["cola"].update(held=held))
+        return [note for note in read_results(out).notes if "a text of" in note]
+
+    (note,) = notes(exact=3, near=2, train=1, dev=0, removed=True)
+    assert note.endswith("were left out: cola 5 records (2 of them nearly), 1 label")
+    (note,) = notes(exact=1, near=0, train=0, dev=0, removed=False)
+    assert note.endswith("were kept (test_texts: keep): cola 1 record, 0 labels")
+    (note,) = notes()
+    assert note.startswith("no record of the unlabelled text, and no label")
