@@ -316,8 +316,8 @@ class TrainConfig(StepConfig):
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(
         "loss",
-        description="also keep the checkpoint with the best held-out value of this name "
-        "(loss: the objective, at the weights of the last step; ce: the cross-entropy on the "
+        description="also keep the checkpoint with the best value of this name on sequences held "
+        "out (loss: the objective, at the weights of the last step; ce: the cross-entropy on the "
         "text; kl/…, mse/…: lowest; agreement/…: highest; of a teacher while its weight is above "
         "0); null for none",
     )

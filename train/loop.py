@@ -29,7 +29,7 @@ from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.export.card import CARD_FILE, student_card
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
-from rekindle.train.measures import MEASURE
+from rekindle.train.measures import MEASURE, UNSEEN
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
@@ -89,7 +89,7 @@ class TrainResult:
         if self.best is None:
             return f"the model is that of step {self.steps}, the last; no best one was looked for"
         step, name, value = self.best["step"], self.best["name"], self.best["value"]
-        best = f"the best held-out {name} was {value:.4f} at step {step}"
+        best = f"the best {name} {UNSEEN} was {value:.4f} at step {step}"
         if step == self.steps:
             return f"{best}, the last: that is the model"
         where = self.best_elsewhere

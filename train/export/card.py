@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rekindle.train.export.plain import not_exportable, plain_labels, problem_of
 from rekindle.train.export.result import Exported
+from rekindle.train.measures import UNSEEN
 from rekindle.train.model.network import HeadConfig, StudentNetwork
 
 CARD_FILE = "README.md"
@@ -46,7 +47,8 @@ def student_card(student: StudentNetwork, directory: Path, best: Path | None = N
         f"As a language model it needs no export: `{auto}.from_pretrained({json.dumps(where)})`.",
     ]
     if best is not None:
-        lines += ["", f"The best held-out value was that of `{best}`, which is used the same way."]
+        told = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
+        lines += ["", told]
     return "\n".join(lines) + "\n"
 
 

@@ -323,15 +323,8 @@ def test_page_and_text_begin_with_the_primary_comparison(results, made):
 
 def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
     for sign, word in ((1, "beats"), (-1, "is worse than")):
-        out = drawn(
-            tmp_path / word,
-            ["expert", "kd"],
-            ["cola"],
-            {},
-            1,
-            3,
-            primary={"arm": "kd", "against": ["expert"]},
-        )
+        named = {"primary": {"arm": "kd", "against": ["expert"]}}
+        out = drawn(tmp_path / word, ["expert", "kd"], ["cola"], {}, 1, 3, **named)
         for draw in range(3):
 
             def gain(metrics, more=sign * (0.05 + 0.001 * draw), draw=draw):
@@ -339,9 +332,13 @@ def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
                     run["test_scores"] = scores_of("cola", score("expert", "cola", 0, draw) + more)
 
             edit(out / "draws" / str(draw) / folder_of("kd", "cola") / "metrics.json", gain)
-        assert read_results(out).verdict.startswith(
-            f"kd {word} expert on cola (primary comparison)"
-        )
+        told = read_results(out).verdict
+        assert told.startswith(f"kd {word} expert on cola (primary comparison)")
+    for draw in (0, 2):
+        (out / f"draws/{draw}/results.json").unlink()
+    told = read_results(out).verdict
+    assert told.startswith("kd is not told apart from expert")
+    assert told.endswith("one draw says nothing of chance")
 
 
 def test_texts_of_a_test_that_models_could_learn_are_counted(tmp_path):

@@ -95,8 +95,8 @@ def test_the_best_checkpoint_is_named(masked_world, whole, tmp_path):
     assert json.loads((whole.directory / "summary.json").read_text())["best"] == whole.best
     earlier = replace(whole, best={"step": 5, "name": "kl/big", "value": 0.25})
     assert earlier.told_of_best() == (
-        f"the best held-out kl/big was 0.2500 at step 5 ({whole.directory}/checkpoints/"
-        "step-00000005); the model is that of step 10, the last"
+        "the best kl/big on sequences held out of training was 0.2500 at step 5 "
+        f"({whole.directory}/checkpoints/step-00000005); the model is that of step 10, the last"
     )
     last = run(masked_world, tmp_path / "run", train_config(steps=1, keep_best=None))
     assert last.best is None
