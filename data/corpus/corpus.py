@@ -270,25 +270,28 @@ def build_corpus(
             if unit_of(shard) in committed:
                 continue
             claim()
-            columns = columns_of(addition.config)
             about = about_shard(shard, addition, info["tokenizer"])
             schema = describe(fields_of(addition.config), about)
             facts = _facts(rows, where, named)
-            batches = _batches(rows, schema, columns)
+            batches = _batches(rows, schema, columns_of(addition.config))
             committed[unit_of(shard)] = shards.write(unit_of(shard), schema, batches, facts)
             progress(len(rows), committed[unit_of(shard)].count("tokens"))
         if not count and not following:
-            raise InputError(
-                f"the corpus is empty: no text in {', '.join(config.source)} (field "
-                f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; "
-                "give a source with at least one non-blank document, or the model's own tokenizer"
-                f"{f'; {told}' if (told := left_out.told()) else ''}"
-            )
+            raise _empty(config, left_out)
         claim()
         if tell:
             left_out.tell_first()
         complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
     return Corpus(store)
+
+
+def _empty(config: CorpusConfig, left_out: LeftOut) -> InputError:
+    return InputError(
+        f"the corpus is empty: no text in {', '.join(config.source)} (field "
+        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; give a "
+        "source with at least one non-blank document, or the model's own tokenizer"
+        f"{f'; {told}' if (told := left_out.told()) else ''}"
+    )
 
 
 def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
