@@ -9,6 +9,7 @@ from scipy import stats
 
 from rekindle.data.errors import CheckpointError
 from rekindle.pipeline.cycle.finetuned import folder_of, own_head
+from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
@@ -164,6 +165,14 @@ def test_the_search_is_of_the_first_draw_and_goes_for_all(out):
     finetuned(out / "draws/2", "kd", "cola", seeds=SEEDS, config=other, draw=2)
     with pytest.raises(CheckpointError, match=r"not what its search in .*/0/search/kd/cola found"):
         read_results(out)
+
+
+def test_what_has_learned_nothing_is_named_with_its_draws(out):
+    for draw, task in [*product(range(DRAWS), ["cola"]), (1, "mrpc")]:
+        path = out / "draws" / str(draw) / folder_of("mlm", task) / "metrics.json"
+        edit(path, lambda m: m["per_seed"][0].update(warning="weak"))
+    (note,) = [note for note in read_results(out).notes if note.startswith(UNLEARNED)]
+    assert note.startswith(f"{UNLEARNED} by mlm on cola; mlm on mrpc (draw 1): on dev")
 
 
 def test_draws_of_other_budgets_are_refused(out):
