@@ -245,12 +245,8 @@ def counted_before_end(
     left_out: LeftOut, committed: Mapping[str, Commit], ends_at: int | None
 ) -> tuple[dict[str, int], Found]:
     """How many records were left out before the corpus's end: bad ones, by kind, and those that
-    hold a text of a test. The first of each is said in a line, too.
+    hold a text of a test.
     """
-    if left_out.first:
-        log.warning("the first bad record that was left out: %s", left_out.first)
-    if left_out.first_held:
-        log.info("the first record left out for a test's text: %s", left_out.first_held)
     last = last_document([committed[unit] for unit in sorted(committed)], ends_at)
     return left_out.counts(last), left_out.held(last)
 

@@ -232,13 +232,14 @@ def build_corpus(
     config: CorpusConfig,
     sequences_per_shard: int,
     progress: Callable[[int, int], None] = lambda sequences, tokens: None,
+    tell: bool = True,
 ) -> Corpus:
     """Make the corpus, or what is missing of it: after an interruption, a shard taken away, a
     larger limit or appended source files.
 
-    ``progress(sequences, tokens)`` is called with what each finished shard added. Raises InputError
-    for a source without text, CacheMismatchError when the cache holds a corpus of another
-    configuration or when the source was changed since.
+    ``progress(sequences, tokens)`` is called with what each finished shard added; ``tell``: say the
+    first records that are left out. Raises InputError for a source without text, CacheMismatchError
+    when the cache holds a corpus of another configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.special_tokens == "token":
@@ -269,26 +270,28 @@ def build_corpus(
             if unit_of(shard) in committed:
                 continue
             claim()
-            tokens = sum(len(row.input_ids) for row in rows)
-            facts = {"tokens": tokens, "next": list(where), "domains": _domains(rows)}
-            facts |= {"special_names": named} if named else {}
-            facts |= _cut(rows) if "pair_field" in addition.config else {}
-            fields = fields_of(addition.config)
-            schema = describe(fields, about_shard(shard, addition, info["tokenizer"]))
+            about = about_shard(shard, addition, info["tokenizer"])
+            schema = describe(fields_of(addition.config), about)
+            facts = _facts(rows, where, named)
             batches = _batches(rows, schema, columns_of(addition.config))
-            written = shards.write(unit_of(shard), schema, batches, facts)
-            committed[unit_of(shard)] = written
-            progress(len(rows), tokens)
+            committed[unit_of(shard)] = shards.write(unit_of(shard), schema, batches, facts)
+            progress(len(rows), committed[unit_of(shard)].count("tokens"))
         if not count and not following:
-            raise InputError(
-                f"the corpus is empty: no text in {', '.join(config.source)} (field "
-                f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; "
-                "give a source with at least one non-blank document, or the model's own tokenizer"
-                f"{f'; {told}' if (told := left_out.told()) else ''}"
-            )
+            raise _empty(config, left_out)
         claim()
+        if tell:
+            left_out.tell_first()
         complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
     return Corpus(store)
+
+
+def _empty(config: CorpusConfig, left_out: LeftOut) -> InputError:
+    return InputError(
+        f"the corpus is empty: no text in {', '.join(config.source)} (field "
+        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; give a "
+        "source with at least one non-blank document, or the model's own tokenizer"
+        f"{f'; {told}' if (told := left_out.told()) else ''}"
+    )
 
 
 def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
@@ -362,14 +365,18 @@ def _shards_after(
         shard, start = shard + 1, end
 
 
-def _domains(rows: Sequence[PackedSequence]) -> dict[str, int]:
-    """How many sequences each domain has, by name."""
-    return dict(sorted(Counter(row.domain for row in rows if row.domain is not None).items()))
-
-
-def _cut(rows: Sequence[PackedSequence]) -> dict[str, int]:
-    """How many of these pairs were cut, and how many tokens they lost."""
-    return {CUT[0]: sum(row.lost > 0 for row in rows), CUT[1]: sum(row.lost for row in rows)}
+def _facts(rows: Sequence[PackedSequence], where: Position, named: int) -> dict[str, object]:
+    """What a shard's record says of it: how many tokens, sequences of each domain, documents with
+    names of special tokens, pairs that were cut and tokens that they lost; where the next begins.
+    """
+    domains = Counter(row.domain for row in rows if row.domain is not None)
+    tokens = sum(len(row.input_ids) for row in rows)
+    facts = {"tokens": tokens, "next": list(where), "domains": dict(sorted(domains.items()))}
+    facts |= {"special_names": named} if named else {}
+    if rows[0].token_types is not None:
+        lost = [row.lost for row in rows if row.lost]
+        facts |= dict(zip(CUT, (len(lost), sum(lost)), strict=True))
+    return facts
 
 
 def _batches(

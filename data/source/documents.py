@@ -83,6 +83,13 @@ class LeftOut:
         """How many that hold a text, up to the document of that index or in all."""
         return Found(**_counted(self._held, last_document))
 
+    def tell_first(self) -> None:
+        """Say the first one of each in a line."""
+        if self.first:
+            log.warning("the first bad record that was left out: %s", self.first)
+        if self.first_held:
+            log.info("the first record left out for a test's text: %s", self.first_held)
+
     @property
     def total(self) -> int:
         """How many were left out so far."""

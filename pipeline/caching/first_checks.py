@@ -65,6 +65,7 @@ def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store)
             LocalStore(Path(folder)),
             config.corpus.model_copy(update={"limit_sequences": few}),
             SEQUENCES,
+            tell=False,
         )
         plan_all(corpus, config, teachers)
 

@@ -165,7 +165,7 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     pair = {"pair_field": config.pair_field and "pair"}
     left_out = {"without": (), "without_fields": ()}  # they are
     given = config.model_copy(update=source | pair | left_out)
-    return build_corpus(open_store(folder / "sample"), given, 4096)
+    return build_corpus(open_store(folder / "sample"), given, 4096, tell=False)
 
 
 def _extrapolated(
