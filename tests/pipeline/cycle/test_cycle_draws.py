@@ -1,5 +1,6 @@
 """Several draws of the labels, students and arms: what is compared, over what, and what it cost."""
 
+import json
 import shutil
 from itertools import product
 from statistics import fmean
@@ -51,6 +52,11 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(made):
     return read_results(made)
+
+
+@pytest.fixture(scope="module")
+def page(made, results):
+    return cycle_html(made, (), results)
 
 
 @pytest.fixture
@@ -310,8 +316,7 @@ def test_what_is_not_recorded_is_named_and_in_no_sum(out):
 # --- page and text --------------------------------------------------------------------------------
 
 
-def test_page_and_text_begin_with_the_primary_comparison(results, made):
-    page = cycle_html(made, (), results)
+def test_page_and_text_begin_with_the_primary_comparison(results, made, page):
     heads = [
         page.index(f">{title}<")
         for title in ("Primary comparison", "In short", "Scores (secondary)")
@@ -328,6 +333,16 @@ def test_page_and_text_begin_with_the_primary_comparison(results, made):
         assert (
             "over 4 draws of the labels; the score of a draw is the mean of 2 fine-tunings" in told
         )
+
+
+def test_compare_shows_the_scores_of_a_cycle_whose_draws_have_corpora_of_their_own(
+    made, results, page, command, tmp_path
+):
+    code, told, _ = command("compare", made, "--out", tmp_path / "page.html")
+    assert (code, told.strip()) == (0, printed(made, results).strip())
+    assert (tmp_path / "page.html").read_text() == page
+    code, told, _ = command("compare", made, "--json")
+    assert CycleResults.from_dict(json.loads(told)) == results
 
 
 def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
