@@ -227,6 +227,11 @@ def compare(
     for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
         if value and not test:
             raise InputError(f"{option} is that of --test: say which file is scored")
+    from rekindle.pipeline.cycle.page import compare_cycle
+
+    if not test and (told := compare_cycle(runs, out, as_json)) is not None:
+        typer.echo(told)
+        return
     found = compare_runs(runs)
     if test:
         from rekindle.pipeline.commands import asking

@@ -55,15 +55,18 @@ def _missing(results: CycleResults, found: Collection[tuple[str, str]]) -> Itera
 
 def _unlearned(draws: Draws) -> Iterator[str]:
     """One sentence of the fine-tunings that `pipeline finetune` warns of."""
-    told = []
+    found: dict[str, list[str]] = {}
     for draw, cells in draws.items():
         for one in cells.values():
             if weak := [seed.seed for seed in one.per_seed if seed.warning]:
-                of = [f"draw {draw}"] if len(draws) > 1 else []
-                if len(weak) < len(one.seeds):
-                    of.append(f"seed {', '.join(map(str, weak))}")
-                told.append(f"{one.arm} on {one.task}" + (f" ({', '.join(of)})" if of else ""))
-    if told:
+                seeds = [f"seed {', '.join(map(str, weak))}"] * (len(weak) < len(one.seeds))
+                of = [f"draw {draw}"] if len(draws) > 1 else seeds
+                found.setdefault(f"{one.arm} on {one.task}", []).extend(of)
+    if found:
+        told = [
+            name + (f" ({', '.join(of)})" if of and not len(of) == len(draws) > 1 else "")
+            for name, of in found.items()
+        ]
         yield (
             f"{UNLEARNED} by {'; '.join(told)}: on dev this is near what the same answer for every "
             "text scores, and differences say little. Train longer (finetune.epochs), at another "

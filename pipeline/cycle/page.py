@@ -9,8 +9,9 @@ from pathlib import Path
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.atomic import write_text
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
-from rekindle.pipeline.compare.runs import Comparison, is_cycle
+from rekindle.pipeline.compare.runs import Comparison, by_corpus, compare_runs, is_cycle
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_arm
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
@@ -50,6 +51,24 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
         return comparison_html(comparison)
     cache, cost = cache_and_cost(comparison)
     return cycle_html(cycle, [comparison], replace(read_results(cycle), cache=cache, cost=cost))
+
+
+def compare_cycle(directories: Sequence[Path], out: Path | None, as_json: bool) -> str | None:
+    """What ``pipeline compare`` says of a cycle of several draws or texts, where that alone is
+    given: its students are of different corpora, and only their scores can be compared. ``out``
+    receives the page. None for anything else.
+    """
+    home = directories[0]
+    if len(directories) > 1 or not is_cycle(home):
+        return None
+    drawn = (home / DRAWS_FOLDER).is_dir()
+    groups = [] if drawn else by_corpus([home])
+    if len(groups) < 2 and not drawn:
+        return None
+    results = read_results(home)
+    if out is not None:
+        write_text(out, cycle_html(home, [*map(compare_runs, groups)], results))
+    return json.dumps(results.as_dict()) if as_json else printed(home, results)
 
 
 def verdict_above(directories: Sequence[Path]) -> str:

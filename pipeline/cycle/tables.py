@@ -142,7 +142,8 @@ def _arm_costs(results: CycleResults) -> Iterator[Table]:
         [one.arm, *(formatted(one.by_kind.get(k), "{:,.1f}") for k in kinds), f"{one.seconds:,.1f}"]
         for one in costs
     ]
-    mean = f", mean of {len(results.draws)} draws of the labels" if results.draws else ""
+    draws = results.draws
+    mean = f", mean of {counted(len(draws), 'draw')} of the labels" if draws else ""
     title = f"seconds of all that an arm needs, from labels and text to its scores{mean}"
     heads = any(one.arm == own_head(arm.arm) for one in results.scores for arm in costs)
     own = ["Students with their own heads need no search and no fine-tuning."] * heads

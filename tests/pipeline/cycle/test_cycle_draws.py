@@ -1,5 +1,6 @@
 """Several draws of the labels, students and arms: what is compared, over what, and what it cost."""
 
+import json
 import shutil
 from itertools import product
 from statistics import fmean
@@ -9,6 +10,7 @@ from scipy import stats
 
 from rekindle.data.errors import CheckpointError
 from rekindle.pipeline.cycle.finetuned import folder_of, own_head
+from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
@@ -50,6 +52,11 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(made):
     return read_results(made)
+
+
+@pytest.fixture(scope="module")
+def page(made, results):
+    return cycle_html(made, (), results)
 
 
 @pytest.fixture
@@ -164,6 +171,14 @@ def test_the_search_is_of_the_first_draw_and_goes_for_all(out):
     finetuned(out / "draws/2", "kd", "cola", seeds=SEEDS, config=other, draw=2)
     with pytest.raises(CheckpointError, match=r"not what its search in .*/0/search/kd/cola found"):
         read_results(out)
+
+
+def test_what_has_learned_nothing_is_named_with_its_draws(out):
+    for draw, task in [*product(range(DRAWS), ["cola"]), (1, "mrpc")]:
+        path = out / "draws" / str(draw) / folder_of("mlm", task) / "metrics.json"
+        edit(path, lambda m: m["per_seed"][0].update(warning="weak"))
+    (note,) = [note for note in read_results(out).notes if note.startswith(UNLEARNED)]
+    assert note.startswith(f"{UNLEARNED} by mlm on cola; mlm on mrpc (draw 1): on dev")
 
 
 def test_draws_of_other_budgets_are_refused(out):
@@ -301,8 +316,7 @@ def test_what_is_not_recorded_is_named_and_in_no_sum(out):
 # --- page and text --------------------------------------------------------------------------------
 
 
-def test_page_and_text_begin_with_the_primary_comparison(results, made):
-    page = cycle_html(made, (), results)
+def test_page_and_text_begin_with_the_primary_comparison(results, made, page):
     heads = [
         page.index(f">{title}<")
         for title in ("Primary comparison", "In short", "Scores (secondary)")
@@ -319,6 +333,16 @@ def test_page_and_text_begin_with_the_primary_comparison(results, made):
         assert (
             "over 4 draws of the labels; the score of a draw is the mean of 2 fine-tunings" in told
         )
+
+
+def test_compare_shows_the_scores_of_a_cycle_whose_draws_have_corpora_of_their_own(
+    made, results, page, command, tmp_path
+):
+    code, told, _ = command("compare", made, "--out", tmp_path / "page.html")
+    assert (code, told.strip()) == (0, printed(made, results).strip())
+    assert (tmp_path / "page.html").read_text() == page
+    code, told, _ = command("compare", made, "--json")
+    assert CycleResults.from_dict(json.loads(told)) == results
 
 
 def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
