@@ -17,7 +17,7 @@ import numpy as np
 from rekindle.data.corpus.shared_ids import described, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 from rekindle.data.source.held_texts import normalised
 from rekindle.data.storage.atomic import write_lines
 from rekindle.pipeline.cycle.arms import WITH_TEACHERS
@@ -281,8 +281,9 @@ def _check_model(model: str, key: str) -> Path:
     from rekindle.train.model.folder import resolve_model
     from rekindle.train.model.headers import check_expert_files, check_student_files
 
-    directory = resolve_model(model)
-    check_expert_files(directory)
+    with naming(key):
+        directory = resolve_model(model)
+        check_expert_files(directory)
     check_student_files(directory, "masked_lm", f"{key} {model!r}")
     return directory
 
