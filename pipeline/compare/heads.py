@@ -23,7 +23,7 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import check_pairs
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import as_asked, read_labelled
-from rekindle.train.answers.recorded import Recorded, recorded
+from rekindle.train.answers.recorded import Recorded, as_its_own, recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
@@ -71,7 +71,8 @@ def with_heads(
 
     A test is ``HEAD=FILE``, or a file alone where every run has one head; so is each of the
     ``experts`` a place with a head or without, and stands beside the runs' heads on that head's
-    file. ``config`` says how all are read and asked; an expert cuts texts as it was fine-tuned.
+    file. ``config`` says how all are read and asked; what it leaves open of how an expert cuts
+    texts, and from which probability its labels hold, is as it was fine-tuned.
     Raises InputError for files, heads and experts that are not there, and as ``read_labelled``
     does; for files without the columns before any model is loaded.
     """
@@ -176,11 +177,10 @@ def _standing(
     rights: dict[str, Right] = {}
     for one in (*experts, *students):
         judge, before = open_judge(one.place, one.head), one.before
-        data = read_labelled(file, judge, config)
+        asked = as_its_own(config, before, one.name)
+        data = read_labelled(file, judge, asked)
         check_pairs(before, data.pairs is not None, one.place, file)
         metric = chosen_metric(metric, data)
-        length = config.max_length or before.settings.get("max_length")
-        asked = config.model_copy(update={"max_length": length})
         found, logits, _ = judged_scores(judge, data, asked, name=file)
         scores[one.name] = [found[metric]]
         of_rows, right = _score(data, logits, judge.labels, metric)

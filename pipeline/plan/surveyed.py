@@ -89,7 +89,9 @@ def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
         return []
     masked = student.language_task == "masked_lm"  # a causal LM without its head is refused
     folder = at_hand(student.model, must_be=False) if masked else None
-    if folder is None or not has_fresh_head(folder, student.language_task):
+    if folder is None:
+        return []
+    if not has_fresh_head(folder, student.language_task, student.chosen_attention):
         return []
     known = {teacher.name: teacher.vocabulary for teacher in config.teachers}
     terms = train.objective.distill

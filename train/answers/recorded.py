@@ -16,6 +16,9 @@ log = logging.getLogger("rekindle")
 
 # Settings of the fine-tuning that say how texts and labels are read.
 _READING = ("max_length", "problem", "label_separator", "label_names", "threshold", "positive")
+# Those that are an expert's own, whatever it is compared with on the same rows; the last digits
+# depend on the size of a batch.
+_OWN = ("max_length", "threshold", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,34 @@ def as_recorded(
 
     What is taken over is said in a line.
     """
-    values = given.model_dump(exclude_unset=True)
-    old, usual = before.settings, AskConfig().model_dump(mode="json")
-    names = [name for name in _READING if name in usual and old.get(name) != usual[name]]
+    old, names = before.settings, _unusual(before, _READING)
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
-    names += also
+    return _taken_over(given, before, [*names, *also])
+
+
+def as_its_own(given: AskConfig, before: Recorded, who: str) -> AskConfig:
+    """``given``, and of what it leaves open what is an expert's own, in a comparison: how it cuts
+    texts, and from which probability a label holds. It is said in a line that begins with ``who``.
+    """
+    return _taken_over(given, before, _unusual(before, _OWN), f"{who}, ")
+
+
+def _unusual(before: Recorded, names: Sequence[str]) -> list[str]:
+    usual = AskConfig().model_dump(mode="json")
+    return [name for name in names if name in usual and before.settings.get(name) != usual[name]]
+
+
+def _taken_over(
+    given: AskConfig, before: Recorded, names: Sequence[str], who: str = ""
+) -> AskConfig:
+    values, old = given.model_dump(exclude_unset=True), before.settings
     taken = {name: old[name] for name in names if name in old and name not in values}
     if not taken:
         return given
     told = ", ".join(f"{name}={_written(value)}" for name, value in taken.items())
-    log.info("as it was fine-tuned: %s", told)
+    log.info("%sas it was fine-tuned: %s", who, told)
     return parse_settings(AskConfig, values | taken, RESULT_FILE)
 
 

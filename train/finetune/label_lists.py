@@ -8,7 +8,7 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple, NoReturn
@@ -123,17 +123,18 @@ def _is_whole(value: object) -> bool:
 def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset[str]) -> None:
     """Raise InputError for single labels that join others of the task's ``files``, as ``a;b`` does:
     they may be several labels of one text. "Salt Lake, Utah" alone joins none, and paths in a tree,
-    as ``animal|dog`` is beside ``animal|cat``, are classes, which is said.
+    ``animal|dog``, ``animal|cat``, ``plant|rose``, ``plant|oak``, are classes, which is said.
     """
     texts = [(path, [_single(raw) for raw in labels]) for path, labels in files]
     names = {name for _, each in texts for name in each if name} - dropped
+    whole = all(name for _, each in texts for name in each)  # empty ones: none holds of that text
     for separator in ";|,":
         uses = Counter(part for name in names for part in {*_parts(name, separator)})
         joined = {name for name in names if _joins(_parts(name, separator), separator, uses)}
-        if joined and separator == "|" and _are_paths([_parts(n, separator) for n in names if n]):
-            log.info(
-                "labels such as %r are classes as they are written: paths in a tree, as long as "
-                "each other; if they are several labels of one text, say --set %s",
+        if joined and separator == "|" and whole and _are_paths(names):
+            log.warning(
+                "labels such as %r are taken for classes as they are written: paths in a tree, as "
+                "long as each other; if they are several labels of one text, say --set %s",
                 min(joined),
                 _say_separator(separator),
             )
@@ -159,17 +160,21 @@ def _joins(parts: Sequence[str], separator: str, uses: Counter[str]) -> bool:
     return len(parts) > 1 and (all(elsewhere) if separator == "," else any(elsewhere))
 
 
-def _are_paths(names: Sequence[Sequence[str]]) -> bool:
-    """Whether labels are paths in a tree: as many parts each, and each part below one other only.
-    Several labels of one text are hardly ever so.
+def _are_paths(names: Collection[str]) -> bool:
+    """Whether labels are paths in trees, two at least, each of which branches at its root: as many
+    parts each, and each part below one other only. Several labels of one text are hardly ever so.
     """
     above: dict[str, tuple[int, str]] = {}
-    for parts in names:
+    paths = [_parts(name, "|") for name in names]
+    for parts in paths:
         for depth, part in enumerate(parts):
             place = (depth, parts[depth - 1] if depth else "")
             if above.setdefault(part, place) != place:
                 return False
-    return len({len(parts) for parts in names}) == 1
+    branches = Counter(root for depth, root in above.values() if depth == 1)
+    roots = [part for part, (depth, _) in above.items() if not depth]
+    alike = len({len(parts) for parts in paths}) == 1
+    return alike and len(roots) > 1 and all(branches[root] > 1 for root in roots)
 
 
 def _say_separator(separator: str) -> str:

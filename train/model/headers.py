@@ -68,12 +68,12 @@ def check_student_files(
     return config
 
 
-def has_fresh_head(directory: Path, task: str) -> bool:
+def has_fresh_head(directory: Path, task: str, attention: str | None = None) -> bool:
     """Whether a student of what is there would begin with a fresh language-model head, as far as
     the files say it.
     """
     kind = AUTO_CLASSES[task]
-    found = _misfit(directory, kind, load_config(directory, kind), TRAINED)
+    found = _misfit(directory, kind, load_config(directory, kind, attention), TRAINED)
     return found is not None and bool(found.head)
 
 

@@ -32,13 +32,13 @@ WORDS = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
 
 
 @pytest.fixture
-def students(write, make_model, wordpiece):
-    """Runs a and b, whose heads say different things of texts, and c, which has none."""
-    found = []
-    for name, seed in (("a", 1), ("b", 2), ("c", 0)):
+def student(write, make_model, wordpiece):
+    """student(name, seed, **head): a run whose head says by its seed what texts are; 0: no head."""
+
+    def make(name, seed, **about):
         run = write(name, seed=seed)
         model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
-        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES)
+        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
         heads = {"trec": head} if seed else {}
         student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
         with torch.no_grad():
@@ -46,27 +46,35 @@ def students(write, make_model, wordpiece):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(seed)))
         student.save_pretrained(run)
         AutoTokenizer.from_pretrained(str(model)).save_pretrained(run)
-        found.append(run)
-    return found
+        return run
+
+    return make
+
+
+@pytest.fixture
+def students(student):
+    """Runs a and b, whose heads say different things of texts, and c, which has none."""
+    return [student(name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 0))]
 
 
 @pytest.fixture
 def test_file(students, tmp_path):
     """What a says of 60 texts, but for every tenth."""
-    draw = np.random.default_rng(3)
-    texts = [" ".join(draw.choice(WORDS, 1 + n % 9)) for n in range(60)]
     path = tmp_path / "test.jsonl"
-
-    def labelled(labels):
-        rows = [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    labelled([NAMES[n % 3] for n in range(60)])
+    write_labelled(path, [NAMES[n % 3] for n in range(60)])
     judge = open_judge(str(students[0]), "trec")
     logits, _ = judged(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
     said = [judge.labels[n] for n in logits.argmax(axis=1)]
-    labelled([NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)])
+    labels = [NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)]
+    write_labelled(path, labels)
     return path
+
+
+def write_labelled(path, labels):
+    draw = np.random.default_rng(3)
+    texts = [" ".join(draw.choice(WORDS, 1 + n % 9)) for n in range(len(labels))]
+    rows = [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_heads_stand_first_with_intervals_over_the_rows(students, test_file, caplog):
@@ -132,6 +140,31 @@ def test_an_expert_is_asked_with_the_length_it_was_fine_tuned_with(
     short = evaluate_file(str(expert), str(test_file), config=AskConfig(max_length=4))
     assert standing.scores.scores["expert expert"] == [short.value]
     assert short.cut > 0
+
+
+def test_an_experts_labels_hold_from_the_probability_it_was_fine_tuned_with(
+    student, make_model, wordpiece, tmp_path, caplog
+):
+    """Unless --set gives another."""
+    several = {"problem_type": "multi_label_classification"}
+    expert, path = tmp_path / "expert", tmp_path / "test.jsonl"
+    shutil.copytree(classifier(make_model, wordpiece, 7, *NAMES, **several), expert)
+    record = {"written_by": "rekindle finetune", "metric": "f1_micro", "config": {"threshold": 0.6}}
+    (expert / "metrics.json").write_text(json.dumps(record))
+    write_labelled(path, [[NAMES[n % 3], *NAMES[n % 2 : n % 3]] for n in range(60)])
+    found = compare_runs([student("a", 1, problem="multi_label_classification")])
+    scores = []
+    for given in (AskConfig(), AskConfig(threshold=0.5)):
+        with caplog.at_level("INFO", "rekindle"):
+            (standing,) = with_heads(
+                found, [str(path)], None, SILENT, given, [str(expert)]
+            ).standings
+        own = evaluate_file(str(expert), str(path), config=given)
+        scores += standing.scores.scores["expert expert"]
+        assert scores[-1] == own.value
+    assert scores[0] != scores[1]
+    told = [line for line in caplog.messages if line.startswith("expert expert, ")]
+    assert told == ["expert expert, as it was fine-tuned: threshold=0.6"]
 
 
 def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(

@@ -162,8 +162,12 @@ def test_doubtful_lists_are_refused_with_the_setting_that_decides(
 @pytest.mark.parametrize(
     ("labels", "paths"),
     [
-        (["animal|dog", "animal|cat", "plant|rose"], True),
-        (["a|b|c", "a|b|d", "a|e|f"], True),
+        (["animal|dog", "animal|cat", "plant|rose", "plant|oak"], True),
+        (["a|b|c", "a|b|d", "a|e|f", "g|h|i", "g|j|k"], True),
+        (["toxic|insult", "toxic|threat", "toxic|obscene"], False),  # what all are, and more
+        (["comedy|drama", "comedy|romance", "action|war"], False),  # one root has no branches
+        (["a|b", "a|c", "d|e", "d|f", ""], False),  # of one text none holds
+        (["a|b", "a|c", "d|e", "d|f", None], False),
         (["animal|dog", "animal|cat", "plant"], False),  # of another length
         (["red|big", "red|small", "blue|big"], False),  # big is below two
         (["dog|animal", "animal|cat"], False),  # at two depths
@@ -175,7 +179,7 @@ def test_paths_in_a_tree_are_classes_and_what_may_be_lists_is_asked_with_both_se
 ):
     path = labelled(tmp_path / "a.jsonl", *labels)
     if paths:
-        with caplog.at_level("INFO", "rekindle"):
+        with caplog.at_level("WARNING", "rekindle"):
             assert read(path).label_names == tuple(sorted(labels))
         (told,) = [one for one in caplog.messages if "paths in a tree" in one]
         assert """--set 'label_separator="|"'""" in told
