@@ -232,7 +232,8 @@ def told_of(config: PackingFacts, key: str) -> str:
     """What it says of a key, in a message."""
     if key == "without" and (without := config.get("without")):
         names = ", ".join(map(os.path.basename, without["files"]))
-        return f"{counted(without['texts'], 'text')} of {names} ({without['digest'][:8]})"
+        how = f"{without['digest'][:8]}, found by rule {without['rule']}"
+        return f"{counted(without['texts'], 'text')} of {names} ({how})"
     value = (UNSTATED | config).get(key)
     return str(value) if key == "without" else repr(value)
 

@@ -6,18 +6,20 @@ of a task's texts), of 8 of which 70 % are shared (PaLM), or counts the words of
 shared n-grams, and calls one of 80 % dirty (Llama 2). That is for texts of web pages; those of a
 task are often one short sentence, so here n-grams are short, and must lie together.
 
-The rule. Words are runs of letters and digits in lower case (NFKC, case folded; a character of a
-script without blanks is a word), so that case, punctuation and white space make no difference.
+The rule. Words are runs of letters and digits, each with its combining marks, in lower case (NFKC,
+case folded), so that case, punctuation and white space make no difference: "what's", "what 's" and
+"what s" are the same. A character of a script without blanks is a word, and counts as half a one.
 A record **holds** a text
 - of fewer than LEAST_WORDS words: where the record, or a sentence or line of it, is the text and no
-  more;
+  more (within a sentence so few words are a usual phrase, as often as not);
 - of others **exactly**: where the text's words stand in the record one after another;
 - of NEAR_WORDS or more **nearly**: where GRAM or more words in a row that are in both cover at
   least NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
   against each other by a quarter of the text's words at most: long records have all usual phrases
-  somewhere. One word in fifteen or more that is changed, left out or put in is always forgiven. A
-  text is compared only where three words stand that few of the texts share (or its rarest ones):
-  questions that differ in a name alone are different questions.
+  somewhere. One word in fifteen or more that is changed, left out or put in is always forgiven,
+  whatever it is: a name or a number too. A text is compared only where three words stand that few
+  of the texts share (or its rarest ones): many questions that differ in a name alone are different
+  questions. Three words that recur, "0 0 0" in a table, count for nothing (see PAIRS).
 A text without a letter or a digit is held nowhere.
 """
 
@@ -26,17 +28,19 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from rekindle.data.source.sentences import split_sentences
 
-RULE = 1  # of this module, as a cache records it: raise it when other records would be found
-LEAST_WORDS = 4
+RULE = 2  # of this module, as a cache records it: raise it when other records would be found
+LEAST_WORDS = 8
 NEAR_WORDS = 13
 GRAM = 3
 NEAR_SHARE = 0.8
 FEW = 64  # texts that share three words: where more do, these do not lead to any of them
+PAIRS = 4096  # places of three words in a text, times those in a record: where more, it is no sign
 
 Kind = Literal["exact", "near"]
 _Gram = tuple[str, ...]
@@ -44,7 +48,8 @@ _Gram = tuple[str, ...]
 # Thai to Myanmar, Khmer; kana; Han: what is written without blanks between words.
 _ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _ALONE += "\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[^\W_{_ALONE}]+|[{_ALONE}]")
+_MARKED = range(0x300, 0x20000)  # where combining marks are
+_HALF = re.compile(f"[{_ALONE}]")
 
 
 class Hold(NamedTuple):
@@ -68,7 +73,17 @@ def normalised(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     known = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return _WORD.findall(known.casefold())
+    return _word().findall(known.casefold())
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    marks = "".join(c for c in map(chr, _MARKED) if unicodedata.category(c).startswith("M"))
+    return re.compile(rf"[^\W_{_ALONE}](?:[^\W_{_ALONE}]|[{marks}])*|[{_ALONE}][{marks}]*")
+
+
+def _length(words: Sequence[str]) -> float:
+    return len(words) - sum(map(bool, map(_HALF.match, words))) / 2
 
 
 def _grams(words: Sequence[str], size: int = GRAM) -> Iterator[_Gram]:
@@ -87,8 +102,12 @@ class HeldTexts:
         self.size = len(known)
         self.digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
         words = [text.split(" ") for text in known]
-        self._short = frozenset(tuple(of) for of in words if len(of) < LEAST_WORDS)
-        self._long = [of for of in words if len(of) >= LEAST_WORDS]
+        lengths = [*map(_length, words)]
+        self._short: defaultdict[_Gram, set[str]] = defaultdict(set)  # by its first words
+        for text, of, length in zip(known, words, lengths, strict=True):
+            if length < LEAST_WORDS:
+                self._short[tuple(of[:GRAM])].add(text)
+        self._long = [of for of, n in zip(words, lengths, strict=True) if n >= LEAST_WORDS]
         shared = Counter(chain.from_iterable(set(_grams(of)) for of in self._long))
         leads: defaultdict[_Gram, list[int]] = defaultdict(list)
         for number, of in enumerate(self._long):
@@ -111,46 +130,47 @@ class HeldTexts:
 
     def _in_field(self, field: str) -> Hold | None:
         words = _words(field)
-        if self._short and (short := self._short_in(field, words)):
-            return Hold("exact", " ".join(short))
+        whole = f" {' '.join(words)} "
+        if self._short and (short := self._short_in(field, words, whole)):
+            return Hold("exact", short)
         known = {*_grams(words)}
         if not (leading := self._leading & known):
             return None
         tried = sorted({number for gram in leading for number in self._leads[gram]})
-        whole = f" {' '.join(words)} "
         near: list[Sequence[str]] = []
         for text in (self._long[number] for number in tried):
             grams = [*_grams(text)]
             shared = sum(gram in known for gram in grams)
             if shared == len(grams) and f" {' '.join(text)} " in whole:
                 return Hold("exact", " ".join(text))
-            if len(text) >= NEAR_WORDS and GRAM * shared >= NEAR_SHARE * len(text):
+            if GRAM * shared >= NEAR_SHARE * len(text) and _length(text) >= NEAR_WORDS:
                 near.append(text)
-        places: defaultdict[_Gram, list[int]] = defaultdict(list)
+        places: dict[_Gram, list[int]] = {gram: [] for text in near for gram in _grams(text)}
         for place, gram in enumerate(_grams(words) if near else ()):
-            places[gram].append(place)
+            if gram in places:
+                places[gram].append(place)
         return next((Hold("near", " ".join(t)) for t in near if _is_near(t, places)), None)
 
-    def _short_in(self, field: str, words: Sequence[str]) -> _Gram | None:
-        if len(words) < LEAST_WORDS:
-            return tuple(words) if tuple(words) in self._short else None
+    def _short_in(self, field: str, words: Sequence[str], whole: str) -> str | None:
+        begun = chain.from_iterable(_grams(words, n) for n in range(1, GRAM + 1))
+        texts = {text for first in self._short.keys() & {*begun} for text in self._short[first]}
         # Sentences take long to find, and hardly any record has the words at all.
-        if not any(self._short.intersection(_grams(words, n)) for n in range(1, LEAST_WORDS)):
+        if not (texts := {text for text in texts if f" {text} " in whole}):
             return None
         sentences = (field[begin:end] for begin, end in split_sentences(field))
-        for part in chain(field.splitlines(), sentences):
-            if (found := tuple(_words(part))) in self._short:
-                return found
-        return None
+        parts = map(normalised, chain((field,), field.splitlines(), sentences))
+        return next((part for part in parts if part in texts), None)
 
 
 def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
     """Whether a record, with its grams at those ``places``, nearly holds the words of ``text``."""
-    length = len(text)
+    length, grams = len(text), [*_grams(text)]
+    times = Counter(grams)
     hits = sorted(
         (there - here, here)
-        for here, gram in enumerate(_grams(text))
-        for there in places.get(gram, ())
+        for here, gram in enumerate(grams)
+        if times[gram] * len(places[gram]) <= PAIRS
+        for there in places[gram]
     )
     covering, covered, first = [0] * length, 0, 0
     for shift, here in hits:

@@ -1,5 +1,6 @@
 """Reads the texts of test files, which a corpus is to be without."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from rekindle.data.errors import InputError, did_you_mean
@@ -10,7 +11,11 @@ from rekindle.data.source.rows import read_rows
 from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, find_origins
 from rekindle.data.text_files import half_a_pair
 
-USUAL = ("text", "sentence", "sentence1", "sentence2", "tokens")  # fields of a labelled task
+log = logging.getLogger("rekindle")
+
+_PAIRS = ("sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
+USUAL = ("text", "sentence", *_PAIRS, "tokens")  # fields of a labelled task
+LABEL_WORDS = 3  # hardly any label has more: what has is a text
 
 
 def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]) -> HeldTexts:
@@ -18,8 +23,9 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
 
     Each value of ``fields`` is a text of its own, and tokens are one together; without ``fields``
     those are read that the corpus's own fields (``corpus``) or those of a labelled task are called;
-    of a .txt file each line. Raises InputError for a file that is not there or has none of them,
-    and for a value that is no text.
+    of a .txt file each line. A line in the log says which are read of each file, a warning where
+    others look like texts in the first row. Raises InputError for a file that is not there or has
+    none of them, and for a value that is no text.
     """
     try:
         held = HeldTexts(
@@ -48,6 +54,7 @@ def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Itera
     for number, row in enumerate(_rows(origin), start=1):
         if not fields:
             fields = _fields_of(row, origin, given, corpus)
+            _tell_fields(row, origin, fields, chosen=bool(given))
         for field in fields:
             yield _text(reach(row, field), f"{origin.place}, row {number}: {field}")
     if not number:
@@ -84,6 +91,28 @@ def _fields_of(
             f"(it has: {has}); name those of its texts with corpus.without_fields"
         )
     return found
+
+
+def _tell_fields(
+    row: Mapping[str, object], origin: Origin, fields: Sequence[str], chosen: bool
+) -> None:
+    if origin.format == "txt":
+        return
+    told = f"corpus.without: texts of {origin.place} are {', '.join(fields)}"
+    others = [name for name, value in row.items() if _like_text(value) and name not in fields]
+    if not others or chosen:
+        log.info("%s", told)
+        return
+    log.warning(
+        "%s; %s not read: where tests have their texts there, name all fields of texts with "
+        "corpus.without_fields",
+        told,
+        f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}",
+    )
+
+
+def _like_text(value: object) -> bool:
+    return isinstance(value, str) and len(value.split()) > LABEL_WORDS
 
 
 def _text(value: object, where: str) -> str:

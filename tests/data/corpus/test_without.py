@@ -13,7 +13,9 @@ from rekindle.data.source.held_texts import Found
 from rekindle.data.source.without import read_held
 from rekindle.data.storage.store import LocalStore
 
-TEXTS = [f"question {number}: what runs over the {number} hills" for number in range(40)]
+TEXTS = [
+    f"question {number}: what runs over the {number} hills on days of rain" for number in range(40)
+]
 ASKED = [2, 3, 11, 20, 29, 39]  # of these each has a test
 FILES = ("a.jsonl", "b.csv")
 
@@ -23,7 +25,7 @@ def home(tmp_path):
     lines = [json.dumps({"text": text}) for text in TEXTS]
     lines.insert(20, "bad")
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    tests = [f"What runs over the {number} hills?" for number in ASKED]
+    tests = [f"What runs over the {number} hills on days of rain?" for number in ASKED]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in tests[:3]))
     (tmp_path / "b.csv").write_text("label,sentence\n" + "".join(f"x,{t}\n" for t in tests[3:]))
     return tmp_path
@@ -67,6 +69,7 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     assert line.startswith("6 records left out for texts of ")
     assert line.endswith(" (6 hold one as it stands, 0 nearly)")
     assert "d.jsonl:3 holds: what runs over the 2 hills" in caplog.text
+    assert f"texts of {home / 'b.csv'} are sentence\n" in caplog.text
 
 
 def test_without_such_files_a_corpus_is_as_it_was(build):
@@ -103,7 +106,9 @@ def test_what_grows_leaves_out_further_ones(home, build):
     first = build("cache", limit_sequences=9)
     assert first.held == Found(exact=2)
     assert build("cache").held == Found(exact=6)
-    (home / "e.jsonl").write_text(json.dumps({"text": "Well: WHAT runs over the 2 hills?"}))
+    (home / "e.jsonl").write_text(
+        json.dumps({"text": "Well: WHAT runs over the 2 hills on days of rain?"})
+    )
     more = build("cache", source=[str(home / "d.jsonl"), str(home / "e.jsonl")])
     assert more.held == Found(exact=7)
     assert len(more) == len(TEXTS) - len(ASKED)
@@ -150,6 +155,8 @@ def held(path, fields=(), corpus=("text",)):
         ({"question": "a b", "text": "c d"}, ["question"], 1),
         ({"meta": {"q": "a b"}}, ["meta.q"], 1),
         ({"body": "a b"}, (), 1),
+        ({"question": "a b", "sentence": "c d"}, (), 2),
+        ({"premise": "a b", "hypothesis": "c d", "label": "no text"}, (), 2),
     ],
 )
 def test_the_fields_that_are_read(tmp_path, row, fields, size):
@@ -160,6 +167,22 @@ def test_the_fields_that_are_read(tmp_path, row, fields, size):
     assert not found.find("no text")
 
 
+@pytest.mark.parametrize(
+    ("row", "fields", "told"),
+    [
+        ({"text": "a", "context": "a text it is", "label": "b c"}, (), "text; context is not read"),
+        ({"text": "a", "x": "a b c d", "y": "a b c d"}, (), "text; x, y are not read"),
+        ({"text": "a", "context": "a text it is"}, ["text"], None),
+        ({"text": "a", "label": "credit card lost"}, (), None),
+    ],
+)
+def test_fields_that_look_like_texts_and_are_not_read_are_said(tmp_path, caplog, row, fields, told):
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    held(tmp_path / "t.jsonl", fields)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [told in line for line in warned] == ([True] if told else [])
+
+
 def test_each_line_of_a_txt_file_is_a_text(tmp_path):
     (tmp_path / "t.txt").write_text("a b\nc d\n\ne f\n")
     assert held(tmp_path / "t.txt").size == 3
@@ -168,7 +191,7 @@ def test_each_line_of_a_txt_file_is_a_text(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fields", "told"),
     [
-        ('{"question": "a"}', (), r"has none of the fields text, sentence.*\(it has: question\)"),
+        ('{"query": "a"}', (), r"has none of the fields text, sentence.*\(it has: query\)"),
         ('{"question": "a"}', ["questio"], r"no field 'questio'.*did you mean 'question'"),
         ('{"text": "a"}\n{"text": null}', (), r"row 2: text must be a string.*missing"),
         ('{"text": 3}', (), r"row 1: text must be a string.*an? int"),

@@ -104,7 +104,7 @@ def test_a_corpus_that_is_not_built_is_estimated(tmp_path, configure, monkeypatc
 
 def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configure, monkeypatch):
     """Counted where the sample is all there is; else the share is that of the rows read."""
-    texts = [f"number {n} of those that are here" for n in range(300)]
+    texts = [f"number {n} of those that are here today" for n in range(300)]
     write(tmp_path / "a.jsonl", texts)
     write(tmp_path / "test.jsonl", texts[::3])
     corpus = {"source": str(tmp_path / "a.jsonl"), "domain_field": None, "limit_sequences": None}
