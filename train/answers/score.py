@@ -72,7 +72,7 @@ def score_model(
             tests, _, cut["test"] = judged_scores(judge, data["test"], _asked(config), name="test")
         elif test:
             by_way, by_expert = _scores_by_way(model, judge, data["test"], config, "test")
-            tests, cut["test"] = (next(iter(each.values())) for each in (by_way, by_expert))
+            tests, cut["test"] = next(iter(by_way.values())), next(iter(by_expert.values()))
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train} | scored, SeedResult(seed, scores, tests, [], seconds)
