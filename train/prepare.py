@@ -36,6 +36,7 @@ from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
+from rekindle.train.schedules import is_used
 from rekindle.train.step_config import LENGTH
 from rekindle.train.student import Student, build_student, check_student
 
@@ -281,7 +282,7 @@ def _check_head(
     if not objective.trains_text:
         log.info("student: nothing trains its fresh language-model head, which stays as it is")
         return
-    taught = "" if objective.plan(0).hard > 0 else ", from its teachers' words alone"
+    taught = "" if is_used(train.objective.hard.weight) else ", from its teachers' words alone"
     sizes = (student.vocabulary_size, train.steps)
     log.warning("%s", told_of_fresh_head(config.model, *sizes, taught))
 

@@ -82,9 +82,12 @@ def usual_warmup(steps: int) -> int:
 
 
 def is_used(weight: Weight) -> bool:
-    """Tell whether a weight is above 0 at some step: every schedule rises or falls all the way."""
-    ends = (weight.start, weight.end) if isinstance(weight, Schedule) else (weight,)
-    return any(end > 0 for end in ends)
+    """Tell whether a weight is above 0 at some step: every schedule rises or falls all the way, or
+    stays where it is.
+    """
+    if not isinstance(weight, Schedule):
+        return weight > 0
+    return weight.start > 0 or (weight.end > 0 and weight.schedule != "constant")
 
 
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:

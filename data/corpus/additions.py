@@ -253,10 +253,12 @@ def counted_before_end(
 
 def last_document(commits: Sequence[Commit], ends_at: int | None) -> int | None:
     """The index of the last document of a corpus of so many sequences, ahead of whose end text is
-    read; None where its end is the source's.
+    read; None where its end is the source's, -1 where it ends before the first.
     """
     if ends_at is None or sum(commit.rows for commit in commits) < ends_at:
         return None
+    if not commits:
+        return -1
     document, token = commits[-1].facts["next"]
     return int(document) - (token == 0)
 

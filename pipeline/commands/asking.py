@@ -1,5 +1,6 @@
 """Asks finished models for the commands: resolves names, reads settings, shows progress."""
 
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -8,7 +9,7 @@ from rekindle.data.places import expanded
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.builtin.names import resolve_name, resolve_values
-from rekindle.pipeline.compare.heads import with_heads
+from rekindle.pipeline.compare.heads import head_and_place, with_heads
 from rekindle.pipeline.compare.runs import Comparison
 from rekindle.pipeline.overrides import set_value
 from rekindle.pipeline.progress import Progress
@@ -87,10 +88,11 @@ def predictions(
 
 def _found(given: Sequence[str]) -> list[str]:
     """Each ``[HEAD=]PLACE`` with its place as a path; what is missing of built-in ones is made."""
-    parted = [one.rpartition("=") for one in given]
-    places = [expanded(resolve_name(place)) for *_, place in parted]
+    parted = [("", one) if os.path.exists(one) else head_and_place(one) for one in given]
+    places = [expanded(resolve_name(place)) for _, place in parted]
     make_missing(*places)
-    return [f"{head}{equals}{at}" for (head, equals, _), at in zip(parted, places, strict=True)]
+    each = zip(parted, places, strict=True)
+    return [f"{head}={place}" if head else place for (head, _), place in each]
 
 
 def _places(model: str, file: str) -> tuple[str, str]:

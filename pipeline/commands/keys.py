@@ -4,7 +4,9 @@ gives one as an option. Reads the settings, so it is imported only where one of 
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -65,33 +67,53 @@ def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
     keys = keys_called(settings, option.lstrip("-"))[:3]
     if not keys:
         return
-    value = _value_of(option, arguments)
-    typed = [f"{key}={value or ('true' if _is_switch(settings, key) else 'VALUE')}" for key in keys]
+    values = _values_of(option, arguments)
+    typed = [f"{key}={_typed(_annotation(settings, key), values)}" for key in keys]
     raise InputError(
         f"{option} is no option of `pipeline {command}`: it is a key of the configuration, which "
         f"is set with --set. Type: {' or '.join(f'--set {shlex.quote(one)}' for one in typed)}"
     )
 
 
-def _value_of(option: str, arguments: Sequence[str]) -> str:
-    """What stands behind an option; empty where nothing does."""
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What stands behind an option, until the next one."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == option:
-            after = [value] if equals else arguments[place + 1 : place + 2]
-            return "".join(one for one in after if equals or not one.startswith("--"))
-    return ""
+            after = arguments[place + 1 :]
+            return [value] if equals else [*takewhile(lambda one: one[:2] != "--", after)]
+    return []
 
 
-def _is_switch(settings: type[BaseModel], key: str) -> bool:
-    """Whether the value at a dotted key is true or false."""
+def _typed(annotation: Any, values: Sequence[str]) -> str:
+    """The first value, or all of a list, as ``--set`` takes them; what to put where there is none.
+
+    A list has its own brackets, or gets them.
+    """
+    if not values:
+        return "true" if annotation is bool else "VALUE"
+    if (most := _longest(annotation)) and not values[0].startswith("["):
+        return f"[{', '.join(values[:most])}]"
+    return values[0]
+
+
+def _longest(annotation: Any) -> int:
+    """How many values a list takes at most; 0 for what is no list."""
+    origin, each = get_origin(annotation), get_args(annotation)
+    if origin in (tuple, list):
+        return sys.maxsize if origin is list or each[-1] is ... else len(each)
+    return 0 if origin is dict else max(map(_longest, each), default=0)
+
+
+def _annotation(settings: type[BaseModel], key: str) -> Any:
+    """What the value at a dotted key may be; None where that is not known."""
     here, annotation = [settings], None
     for part in key.split("."):
         if not part.isdecimal():
             fields = [one.model_fields[part] for one in here if part in one.model_fields]
             annotation = fields[0].annotation if fields else None
             here = sections_in(annotation)
-    return annotation is bool
+    return annotation
 
 
 def _words(annotation: Any) -> list[str]:

@@ -5,6 +5,7 @@ Runs that have no such head, or no student yet, are left out and named.
 """
 
 import logging
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -84,16 +85,22 @@ def with_heads(
     found = []
     for head, file in asked:
         own = _students(head, file, runs)
-        with progress.task(f"scoring {head}", "runs", len(own) + len(beside[head])) as task:
+        with progress.task(f"scoring {head}", "models", len(own) + len(beside[head])) as task:
             found.append(_standing(head, file, own, beside[head], metric, config, task.advance))
     return replace(comparison, standings=[*found, *comparison.standings])
 
 
+def head_and_place(given: str) -> tuple[str, str]:
+    """The parts of ``[HEAD=]PLACE``; no head is called as a path is, with a slash, ~ or $."""
+    head, equals, place = given.partition("=")
+    return (head, place) if equals and not re.search(r"^~|[/$]", head) else ("", given)
+
+
 def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     """The head and the file that a test names."""
-    head, equals, file = test.partition("=")
+    head, file = head_and_place(test)
     known = list(dict.fromkeys(name for run in runs for name in run.heads))
-    if not equals or (head not in known and Path(test).exists()):
+    if head and head not in known and Path(test).exists():
         head, file = "", test
     told = f"the runs have the heads {', '.join(known)}" if known else "no run has a task head"
     if not known:
@@ -135,21 +142,28 @@ def _experts(
     """
     found: dict[str, list[_Entrant]] = {head: [] for head in heads}
     taken = {run.name for run in runs}
+    there: set[tuple[str, Path]] = set()
     for one in given:
-        head, equals, place = one.partition("=")
-        if not equals or (head not in heads and Path(one).exists()):
+        head, place = head_and_place(one)
+        if head and head not in heads and Path(one).exists():
             head, place = "", one
         told = f"--expert {one}: --test gives a file for {', '.join(heads)}"
         if head and head not in heads:
             raise InputError(f"{told}, and none for {head!r}")
         if not head and len(heads) > 1:
             raise InputError(f"{told}; say whose expert it is, as in {heads[0]}={place}")
-        if (resolve_model(place) / ABOUT_FILE).is_file():
+        directory = resolve_model(place)
+        if (directory / ABOUT_FILE).is_file():
             raise InputError(f"--expert {one}: it is a student; name its directory among the runs")
+        own = head or heads[0], directory.resolve()
+        if own in there:
+            log.info("--expert %s is given twice, and scored once", one)
+            continue
+        there.add(own)
         names = (f"expert {Path(place).name}", f"expert {place}")
         name = next((name for name in names if name not in taken), names[-1])
         taken.add(name)
-        found[head or heads[0]].append(_Entrant(name, place))
+        found[own[0]].append(_Entrant(name, place))
     return found
 
 

@@ -7,29 +7,39 @@ from typing import Any
 
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.sweep.grid import shortest_tails
+from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.record.run_folder import read_record
 
 ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it
 Facts = dict[str, Any]
-_What = tuple[tuple[str, ...], str, str, str]  # folder, metric, split, the metric as printed
+_Of = tuple[tuple[str, ...], str, str]  # folder, metric, split
+_What = tuple[tuple[str, ...], str, str, str]  # and the metric as it is printed
 
 
 def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
     """What was fine-tuned into folders below the runs, each by its name: of each seed the score on
     test, where all seeds have one, else on dev. A task is called by its folder.
     """
+    each = [
+        (run, (folder, metric, split), _printed(metric, metrics), scores, own, metrics)
+        for run, directory in runs.items()
+        for folder, metrics in fine_tuned(directory)
+        for metric, split, scores, own in _seeds(metrics)
+    ]
+    told: dict[_Of, set[str]] = {}
+    for _, of, printed, *_ in each:
+        told.setdefault(of, set()).update([printed] if printed else [])
     found: dict[_What, dict[str, list[float]]] = {}
     seeds: dict[_What, dict[str, list[int]]] = {}
     selected: set[_What] = set()
-    for run, directory in runs.items():
-        for folder, metrics in fine_tuned(directory):
-            for metric, split, scores, own in _seeds(metrics):
-                what = folder, metric, split, _printed(metric, metrics)
-                found.setdefault(what, {})[run] = scores
-                seeds.setdefault(what, {})[run] = own
-                if split == "dev" and _chose_epochs(metrics):
-                    selected.add(what)
+    for run, of, printed, scores, own, metrics in each:
+        # What does not say what its F1 is of is compared with all that do, if they agree.
+        what = (*of, printed or (min(told[of]) if len(told[of]) == 1 else of[1]))
+        found.setdefault(what, {})[run] = scores
+        seeds.setdefault(what, {})[run] = own
+        if of[2] == "dev" and _chose_epochs(metrics):
+            selected.add(what)
     folders = sorted({what[0] for what in found})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
     return [
@@ -45,10 +55,11 @@ def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
 
 
 def _printed(metric: str, metrics: Facts) -> str:
-    """The metric as it is printed; older results may not say what it is of."""
-    names = metrics.get("label_names")
-    classes = len(names) if isinstance(names, list) else 0
-    return printed_name(metric, str(metrics.get("problem")), classes)
+    """The metric as it is printed; empty where older results do not say what it is of."""
+    names, problem = metrics.get("label_names"), str(metrics.get("problem"))
+    if metric == "f1" and not names and problem != TAGS:
+        return ""
+    return printed_name(metric, problem, len(names) if isinstance(names, list) else 0)
 
 
 def _chose_epochs(metrics: Facts) -> bool:

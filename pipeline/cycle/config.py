@@ -33,7 +33,7 @@ from rekindle.pipeline.cycle.sections import (
 )
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
-from rekindle.train.schedules import Seed
+from rekindle.train.schedules import Seed, is_used
 
 _ARMS_SET = "is what the arms set"
 _OTHER_MODEL = (
@@ -146,7 +146,7 @@ class CycleConfig(Settings):
                 f"train.keep_best is {self.train.keep_best!r}, which not all students have; use "
                 "loss, or null for none"
             )
-        if self.train.objective.hard.weight == 0 and {*MASKED} & {*self.arms}:
+        if not is_used(self.train.objective.hard.weight) and {*MASKED} & {*self.arms}:
             raise ValueError(
                 "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
                 "masked LM; the arm kd is without it, leave the others out of arms"
@@ -182,7 +182,7 @@ class CycleConfig(Settings):
         for key in {*self.pseudo} & {"teachers", "divergence", "combine", "temperature"}:
             raise ValueError(f"pseudo.{key} {_ARMS_SET}; leave it out")
         for task, arm in itertools.product(self.tasks, ("kd", "pseudo")):
-            if self.term_of(task, False, arm).weight == 0:
+            if not is_used(self.term_of(task, False, arm).weight):
                 raise ValueError(
                     f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; "
                     "the arm mlm is without experts"

@@ -29,6 +29,7 @@ from rekindle.pipeline.progress import Progress
 from rekindle.train.model.headers import has_fresh_head
 from rekindle.train.model.heads_told import told_of_fresh_head
 from rekindle.train.order.sequences import told_of_few
+from rekindle.train.schedules import is_used
 
 
 class Surveyed(NamedTuple):
@@ -95,8 +96,8 @@ def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
         return []
     known = {teacher.name: teacher.vocabulary for teacher in config.teachers}
     terms = train.objective.distill
-    words = any(t.weight != 0 and any(known.get(name) for name in t.teachers) for t in terms)
-    hard = train.objective.hard.weight != 0
+    words = any(is_used(t.weight) and any(map(known.get, t.teachers)) for t in terms)
+    hard = is_used(train.objective.hard.weight)
     if not hard and not words:
         return []
     taught = "" if hard else ", from its teachers' words alone"

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shlex
+import subprocess
+import sys
 from contextlib import contextmanager, redirect_stdout
 
 import pytest
@@ -123,6 +125,28 @@ def test_in_a_pipe_rows_come_in_and_lines_go_out(expert):
     assert [one["text"] for one in said] == TEXTS
     assert [one["é"] for one in said] == ["\x7f"] * 4
     assert printed.isascii()
+
+
+@pytest.mark.slow
+def test_in_a_shells_pipe_whoever_reads_may_have_enough_before_the_end(expert, tmp_path):
+    """As `| head -1` does: more rows than a pipe holds, and no complaint of a broken one."""
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 3000)
+    given = tmp_path / "rows.jsonl"
+    given.write_text(rows)
+    command = [sys.executable, "-m", "rekindle.pipeline.cli", "predict", expert]
+    with given.open("rb") as stdin:
+        process = subprocess.Popen(
+            [*command, "--text", "-", "--out", "-"],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    assert json.loads(process.stdout.readline())["text"] == TEXTS[0]
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(60) == 0, errors
+    assert "error" not in errors.lower()
+    assert "Traceback" not in errors
 
 
 @contextmanager

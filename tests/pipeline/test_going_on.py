@@ -116,7 +116,7 @@ def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
     monkeypatch.setattr(Progress, "to_terminal", interrupt)
     monkeypatch.setattr(run, "finetune", interrupt)
     monkeypatch.setattr(exits, "leave", sys.exit)
-    known = {"set_": "epochs=1", "metric": "f1", "seeds": "2", "workers": "2"}
+    known = {"set_": "epochs=1", "metric": "f1", "seeds": "2", "workers": "2", "draw": "1"}
     typed = [name]
     for one in typer.main.get_command(app).commands[name].params:
         value = known.get(one.name, f"the {one.name}'s")

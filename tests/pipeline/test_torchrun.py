@@ -118,6 +118,32 @@ def test_killed_processes_go_on_to_the_same_bits(run_file, whole, tmp_path):
     assert_same_bits(broken, whole)
 
 
+def kill_all(process):
+    """torchrun first, so that it tells nobody; its workers have sessions of their own."""
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    assert len(workers) == 2
+
+
+@pytest.mark.slow  # forked, above
+def test_torchrun_and_its_workers_that_are_killed_go_on_to_the_same_bits(run_file, whole, tmp_path):
+    broken = tmp_path / "broken"
+    process = start(run_file, broken)
+    while process.poll() is None and len(read_metrics(broken)) < 12:
+        time.sleep(0.005)
+    kill_all(process)
+    code, out, _ = finish(process)
+    assert (code, out) == (-signal.SIGKILL, "")
+    assert not (broken / "summary.json").exists()
+    code, out, err = finish(start(run_file, broken, "--resume"))
+    assert code == 0, err
+    assert out.count("40 steps in") == 1
+    assert "resuming" in err
+    assert_same_bits(broken, whole)
+
+
 @pytest.mark.slow
 def test_processes_that_are_told_to_end_go_on_to_the_same_bits(run_file, whole, tmp_path):
     """As a scheduler does: torchrun passes it on to its workers."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.train.schedules import Schedule, learning_rate_factor, weight_at
+from rekindle.train.schedules import Schedule, is_used, learning_rate_factor, weight_at
 
 KINDS = ("linear", "cosine", "step", "constant")
 weights = st.floats(0, 10)
@@ -66,6 +66,23 @@ def test_a_weight_that_fell_to_zero_is_zero_where_the_fraction_ends(steps, perce
             fall = schedule(kind, over=percent / 100)
             assert fall.value(end, steps) == 0.0
             assert fall.value(end - 1, steps) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("weight", "used"),
+    [
+        (0.0, False),
+        (0.5, True),
+        ({"from": 0, "to": 0}, False),
+        ({"from": 0, "to": 1}, True),
+        ({"from": 1, "to": 0}, True),
+        ({"schedule": "constant", "from": 0, "to": 1}, False),
+    ],
+)
+def test_a_weight_is_used_that_is_above_0_at_some_step(weight, used):
+    weight = Schedule.model_validate(weight) if isinstance(weight, dict) else weight
+    assert is_used(weight) == used
+    assert any(weight_at(weight, step, 10) > 0 for step in range(10)) == used
 
 
 def test_weight_at_takes_numbers_and_schedules():

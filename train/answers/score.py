@@ -65,11 +65,14 @@ def score_model(
         logger.info("%s: %s", scored[name], split.described())
         tell_undefined(scored[name], split)
     with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
-        found, cut = _scores_by_way(model, data["dev"], config)
+        judge = _judge(model, data["dev"], config)
+        found, cut = _scores_by_way(model, judge, data["dev"], config, "dev")
         tests = None
-        if test:
-            by_way, test_cut = _scores_by_way(model, data["test"], config)
-            tests, cut = next(iter(by_way.values())), cut | {"test": test_cut["dev"]}
+        if test and judge is not None:
+            tests, _, cut["test"] = judged_scores(judge, data["test"], _asked(config), name="test")
+        elif test:
+            by_way, by_expert = _scores_by_way(model, judge, data["test"], config, "test")
+            tests, cut["test"] = next(iter(by_way.values())), next(iter(by_expert.values()))
     scores, baselines = next(iter(found.values())), found if config.merge is not None else None
     seconds = time.perf_counter() - started
     files, only = {"train": train} | scored, SeedResult(seed, scores, tests, [], seconds)
@@ -100,30 +103,39 @@ def _check_target(out: Path, models: list[str], force: bool) -> None:
     check_out(out, force)
 
 
-def _scores_by_way(
-    model: str, data: TaskData, config: FinetuneConfig
-) -> tuple[dict[str, Scores], dict[str, float]]:
-    """The scores of the student or expert, and with ``merge`` those of each expert, of each way to
-    merge them, and of the oracle; and the share of texts that was cut for whom.
+def _judge(model: str, data: TaskData, config: FinetuneConfig) -> Judge | None:
+    """The student or expert that is scored; None for an expert that is merged with others, among
+    whom it is asked.
     """
-    found: dict[str, Scores] = {}
-    cut: dict[str, float] = {}
-    sizes = config.max_length, config.batch_size
-    models, merge = [model], config.merge
-    if merge is not None and data.problem != "single_label_classification":
+    if config.merge is not None and data.problem != "single_label_classification":
         raise InputError(
             f"merge is of classes that exclude each other, and the task is a {data.problem}: leave "
             "merge out, and score each model by itself"
         )
-    if merge is None or (resolve_model(model) / ABOUT_FILE).is_file():
-        judge = open_judge(model, config.head, data.problem)
+    if config.merge is None or (resolve_model(model) / ABOUT_FILE).is_file():
+        return open_judge(model, config.head, data.problem)
+    return None
+
+
+def _asked(config: FinetuneConfig) -> AskConfig:
+    return AskConfig(max_length=config.max_length, batch_size=config.batch_size)
+
+
+def _scores_by_way(
+    model: str, judge: Judge | None, data: TaskData, config: FinetuneConfig, split: str
+) -> tuple[dict[str, Scores], dict[str, float]]:
+    """The scores of the ``judge`` on the ``split``, and with ``merge`` those of each expert, of
+    each way to merge them, and of the oracle; and the share of texts that was cut for whom.
+    """
+    found: dict[str, Scores] = {}
+    cut: dict[str, float] = {}
+    if judge is not None:
         way = "expert" if judge.head is None else f"student, head {judge.head}"
-        asked = AskConfig(max_length=config.max_length, batch_size=config.batch_size)
-        found[way], _, cut["dev"] = judged_scores(judge, data, asked, name="dev")
-        models = []
-    if merge is None:
+        found[way], _, cut[split] = judged_scores(judge, data, _asked(config), name=split)
+    if (merge := config.merge) is None:
         return found, cut
-    models += merge.experts
+    sizes = config.max_length, config.batch_size
+    models = [*([model] if judge is None else []), *merge.experts]
     outputs = [
         expert_output(name, directory, data, merge.passes, merge.seed, *sizes)
         for name, directory in zip(names_for(models), models, strict=True)

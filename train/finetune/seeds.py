@@ -2,8 +2,8 @@
 
 .OUT.seeds/about.json    what is fine-tuned, on what, and how
 .OUT.seeds/seed-0.json   what came out of seed 0
-.OUT.seeds/best-0/       its model, while it is the best; at the end it becomes OUT
-.OUT.seeds/model-0/      the same, where every seed's model is kept; a copy becomes OUT/seeds/seed-0
+.OUT.seeds/model-0/      its model, while it is the best; at the end it becomes OUT. Where every
+                         seed's is kept, a copy becomes OUT/seeds/seed-0
 """
 
 import hashlib
@@ -77,6 +77,7 @@ class FinishedSeeds:
     def _read(self, about: Mapping[str, object]) -> None:
         """Take up what an earlier call has left. CheckpointError where it was of something else."""
         remove_leftovers(self.folder)
+        self._take_up_older()
         advice = f"remove it (`rm -r {quote(str(self.folder))}`), or give another --out"
         kept = self._kept(advice)
         before = read_record(self.folder / ABOUT_FILE, advice)
@@ -107,6 +108,16 @@ class FinishedSeeds:
         ):
             if seeds:
                 logger.info("%s %s in %s", _named(seeds), told, self.folder)
+
+    def _take_up_older(self) -> None:
+        """Older versions had a folder best-0, too: of which of two the scores are, nothing says."""
+        for older in self.folder.glob("best-*"):
+            model = self.folder / older.name.replace("best-", "model-")
+            if model.exists():
+                remove(model)
+                remove(older)
+            else:
+                older.rename(model)
 
     def _kept(self, advice: str) -> dict[int, SeedResult]:
         """Every result that an earlier call has left, planned now or not."""
@@ -180,7 +191,7 @@ class FinishedSeeds:
         return self.folder / f"seed-{seed}.json"
 
     def _model(self, seed: int) -> Path:
-        return self.folder / f"{'model' if self.every else 'best'}-{seed}"
+        return self.folder / f"model-{seed}"
 
 
 def _named(seeds: Mapping[int, object]) -> str:

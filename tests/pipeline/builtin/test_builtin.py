@@ -403,11 +403,15 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, hasty_home):
-    make_missing(resolve_name("python-docs/corpus"))
-    (made := tmp_path / "home" / folder().name).mkdir(parents=True)
-    shutil.copytree(folder() / "documents", made / "documents")
-    kept = (made / "documents" / "corpus.jsonl").stat().st_mtime_ns
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, hasty_home, fresh):
+    """Also in a ``fresh`` home, where the command writes the documents first."""
+    made, kept = tmp_path / "home" / folder().name, None
+    corpus = made / "documents" / "corpus.jsonl"
+    if not fresh:
+        make_missing(resolve_name("python-docs/corpus"))
+        shutil.copytree(folder() / "documents", made / "documents")
+        kept = corpus.stat().st_mtime_ns
     environment = os.environ | {"REKINDLE_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(
         [sys.executable, "-m", "rekindle.pipeline.cli", "cache-teachers", str(run_file(tmp_path))],
@@ -428,7 +432,8 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, hasty
     assert list((tmp_path / "home").iterdir()) == [made]
     there = {path.name for path in made.iterdir()}
     assert there <= {"documents", "tokenizer", "bert-larger", "log"}
-    assert (made / "documents" / "corpus.jsonl").stat().st_mtime_ns == kept
+    kept = kept or corpus.stat().st_mtime_ns
+    assert corpus.stat().st_mtime_ns == kept
 
     process = subprocess.run(
         [sys.executable, "-m", "rekindle.pipeline.make_builtin", "python-docs/bert-larger"],
@@ -436,5 +441,5 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, hasty
     )
     assert process.returncode == 0
     assert (made / "bert-larger" / "config.json").is_file()
-    assert (made / "documents" / "corpus.jsonl").stat().st_mtime_ns == kept
+    assert corpus.stat().st_mtime_ns == kept
     assert not list(made.glob(".begun-*"))

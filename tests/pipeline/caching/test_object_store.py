@@ -37,10 +37,10 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
         teachers[0] | {"targets": {"kind": "topk", "k": 5, "temperatures": [1.0, 3.0]}},
         *teachers[1:],
     ]
-    once = {"replicas": 1, "mask": {}}
+    once, twice = ({"replicas": n, "mask": {}} for n in (1, 2))
     for where in (tmp_path / "cache", url):
         cache_teachers(configure(where, teachers, cache=once))
-        cache_teachers(configure(where, later, corpus={"limit_sequences": 13}, cache=once))
+        cache_teachers(configure(where, later, corpus={"limit_sequences": 13}, cache=twice))
     local, remote = open_store(tmp_path / "cache"), open_store(url)
     assert contents(remote) == contents(local)
     here, there = Cache.open(tmp_path / "cache"), Cache.open(url)
@@ -61,7 +61,7 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
     remote.replace(damaged, bytes(content))
     (problem,) = verify_cache(url).problems
     assert damaged.split("/")[-1] in problem
-    config = configure(url, later, corpus={"limit_sequences": 13}, cache=once)
+    config = configure(url, later, corpus={"limit_sequences": 13}, cache=twice)
     assert cache_teachers(config).repaired == 0  # all of it would have to be fetched
     again = cache_teachers(config, check=True)
     assert (again.units_done, again.repaired) == (1, 1)

@@ -24,6 +24,11 @@ from testlib.command import pipeline
         ("finetune m --batch-size 8", "--set batch_size=8"),
         ("finetune m --epochs --out o", "--set epochs=VALUE"),
         ("finetune m --drop-labels '[a, b]'", "--set 'drop_labels=[a, b]'"),
+        ("finetune m --drop-labels a b --out o", "--set 'drop_labels=[a, b]'"),
+        ("finetune --betas 0.9 0.98 m --out o", "--set 'betas=[0.9, 0.98]'"),
+        ("finetune m --betas=0.9,0.98", "--set 'betas=[0.9,0.98]'"),
+        ("train-student r.yaml --betas 0.9 0.98", "--set 'train.betas=[0.9, 0.98]'"),
+        ("finetune m --label-names no yes", "--set 'label_names=[no, yes]'"),
         ("train-student r.yaml --steps 5", "--set train.steps=5"),
         ("train-student r.yaml --bs 8", "--set train.batch_sequences=8"),
         ("cache-teachers r.yaml --replicas 3", "--set cache.replicas=3"),
@@ -41,6 +46,10 @@ def test_a_key_that_is_typed_as_an_option_is_answered_with_what_sets_it(
     code, told = command(typed)
     assert code == 2
     assert told.endswith(f"Type: {answer}\n")
+    values: dict[str, object] = {}
+    set_value(values, shlex.split(answer)[1])
+    if typed.startswith("finetune") and "VALUE" not in answer:
+        FinetuneConfig.model_validate(values)
 
 
 @pytest.mark.parametrize("typed", ["finetune m --seed 3", "finetune m --nonsense", "doctor --lr 1"])

@@ -202,6 +202,22 @@ def test_a_score_on_dev_says_what_dev_has_chosen_and_an_f1_what_it_is_of(write):
     assert [one["metric"] for one in comparison.as_dict()["tasks"]] == ["f1", "f1"]
 
 
+@pytest.mark.parametrize(("names", "shown"), [("xyz", "macro f1"), ("xy", "f1")])
+def test_a_score_of_an_older_version_is_compared_with_one_that_says_what_its_f1_is_of(
+    write, names, shown
+):
+    for run, told in ((write("a"), None), (write("b", seed=1), [*names])):
+        seeds = [{"seed": n, "scores": {"f1": 0.5 + 0.01 * n}} for n in range(5)]
+        metrics = {"metric": "f1", "per_seed": seeds}
+        if told:
+            metrics |= {"problem": "single_label_classification", "label_names": told}
+        (run / "trec").mkdir()
+        (run / "trec" / "metrics.json").write_text(json.dumps(metrics))
+    (standing,) = compare_runs([run.parent / "a", run.parent / "b"]).standings
+    assert [*standing.scores.scores] == ["a", "b"]
+    assert standing.scores.measured == shown
+
+
 def test_runs_with_heads_and_no_score_say_how_one_gets_it(write):
     runs = [write("a"), write("b", seed=1)]
     assert "`pipeline finetune RUN … --out RUN/TASK`" in as_text(compare_runs(runs), 999)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.builtin.names import resolve_name
 from rekindle.pipeline.commands import asking
+from rekindle.pipeline.compare import heads
 from rekindle.pipeline.compare.heads import _score, with_heads
 from rekindle.pipeline.compare.runs import compare_runs
 from rekindle.pipeline.compare.tables import as_text
@@ -126,6 +127,35 @@ def test_places_of_compare_are_filled_in_behind_a_heads_name_too(monkeypatch):
     assert asking._found(given) == ["trec=/x/t.jsonl", "a=b.jsonl", part]
     assert asking._found(["part=python-docs/expert-part"]) == [f"part={part}"]
     assert made == ["/x/t.jsonl", "b.jsonl", part, part]
+
+
+def test_a_place_may_have_an_equals_sign_with_a_heads_name_and_without(
+    students, test_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lr=1").mkdir()
+    own = test_file.rename(tmp_path / "lr=1" / "t.jsonl")
+    found = compare_runs(students)
+    for given in ("trec=~/lr=1/t.jsonl", "~/lr=1/t.jsonl", "trec=$HOME/lr=1/t.jsonl", str(own)):
+        (place,) = asking._found([given])
+        assert place == ("trec=" if given.startswith("trec") else "") + str(own)
+        assert heads._asked(place, found.runs) == ("trec", str(own))
+    monkeypatch.chdir(tmp_path)
+    assert asking._found(["lr=1/t.jsonl"]) == ["lr=1/t.jsonl"]
+    assert heads._asked("lr=1/t.jsonl", found.runs) == ("trec", "lr=1/t.jsonl")
+    with pytest.raises(InputError, match="there is no file /no/lr=1"):
+        heads._asked("/no/lr=1", found.runs)
+
+
+def test_an_expert_that_is_given_twice_is_scored_once(
+    students, test_file, make_model, wordpiece, caplog
+):
+    expert = classifier(make_model, wordpiece, 7, *NAMES)
+    given = [compare_runs(students), [f"trec={test_file}"], None, SILENT, None]
+    with caplog.at_level("INFO", "rekindle"):
+        (standing,) = with_heads(*given, [expert, f"trec={expert}/."]).standings
+    assert [*standing.scores.scores] == ["a", "b", f"expert {expert.rpartition('/')[2]}"]
+    assert f"--expert trec={expert}/. is given twice, and scored once" in caplog.messages
 
 
 def test_an_expert_is_asked_with_the_length_it_was_fine_tuned_with(

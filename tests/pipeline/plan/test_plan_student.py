@@ -12,6 +12,7 @@ from rekindle.train.step_config import usual_head_steps
 
 FLASH = {"_attn_implementation": "flash_attention_2"}  # not installed, and not asked for
 TEXT, KD = "has no language-model head", {"hard": {"weight": 0}}
+NEVER, LATER = ({"hard": {"weight": {"from": 0.0, "to": to}}} for to in (0.0, 1.0))
 WORDS, CLASSES = [{"teachers": ["lm"]}], [{"teachers": ["classes"]}]
 
 
@@ -45,6 +46,8 @@ def test_a_fresh_head_that_is_trained_is_told_before_anything_is_made(told):
     assert "train.warm_head_steps: N, a fifth of the steps" in line
     (line,) = told(objective=KD | {"distill": WORDS})
     assert "is trained, from its teachers' words alone" in line
+    (line,) = told(objective=LATER | {"distill": WORDS})
+    assert "is trained. Its cross-entropy" in line
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def test_a_fresh_head_that_is_trained_is_told_before_anything_is_made(told):
     [
         ("AutoModelForMaskedLM", {}),
         ("AutoModel", {"objective": KD | {"distill": CLASSES}}),
+        ("AutoModel", {"objective": NEVER | {"distill": CLASSES}}),
         ("AutoModel", {"warm_head_steps": 5, "steps": 50}),
         ("AutoModel", {"student": {"from_scratch": True}}),
         ("AutoModelForMaskedLM", {"student": {"attention": "eager"}, "settings": FLASH}),

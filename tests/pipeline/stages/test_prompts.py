@@ -140,7 +140,8 @@ def test_braces_in_the_text_are_no_placeholders():
 def test_the_new_corpus_can_be_read(cache, tmp_path):
     write_prompts(cache, "classes", tmp_path / "p.jsonl")
     found = list(read_documents([str(tmp_path / "p.jsonl")], "text", "domain"))
-    assert [document._asdict() for document in found] == lines_of(tmp_path / "p.jsonl")
+    read = [{"id": one.id, "text": one.text, "domain": one.domain} for one in found]
+    assert read == lines_of(tmp_path / "p.jsonl")
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cli import app
-from rekindle.train.answers.judge import StudentHead
+from rekindle.train.answers.judge import StudentHead, open_judge
 from rekindle.train.answers.score import (
     baselines_table,
     expert_output,
@@ -168,6 +168,32 @@ def test_without_a_student_the_model_is_the_first_expert(experts, task, tmp_path
     result = score_model(experts[0], task, task, str(tmp_path / "s"), config=config)
     assert list(result.baselines) == [f"{Path(e).name} alone" for e in experts] + WAYS[:2]
     assert result.mean == result.baselines[f"{Path(experts[0]).name} alone"]["accuracy"]
+
+
+def test_dev_and_test_are_called_by_name_and_the_model_is_opened_once(
+    experts, folder, task, tmp_path, monkeypatch, caplog
+):
+    opened = []
+
+    def opening(*given):
+        opened.append(given)
+        return open_judge(*given)
+
+    monkeypatch.setattr("rekindle.train.answers.score.open_judge", opening)
+    student = str(folder / "student")
+    for number, (model, merge) in enumerate(
+        [(student, None), (experts[0], MergeConfig(experts=experts[1:], passes=0))]
+    ):
+        head = "a+b" if merge is None else None
+        config = FinetuneConfig(epochs=0, head=head, max_length=4, merge=merge)
+        given = (model, task, task, str(tmp_path / f"s{number}"))
+        result = score_model(*given, test=task, config=config)
+        (seed,) = result.per_seed
+        assert seed.test_scores == seed.scores
+        assert result.cut["test"] > 0
+    assert len(opened) == 1  # one of the experts that are merged is asked among them
+    told = [line for line in caplog.messages if " of test" in line or " of dev" in line]
+    assert [line.partition(" of ")[2].partition(" ")[0] for line in told] == ["dev", "test"]
 
 
 def test_names_of_experts_are_their_directories_and_differ():

@@ -120,17 +120,17 @@ def done(seed, accuracy):
     return SeedResult(seed, {"accuracy": accuracy}, None, [], 1.0)
 
 
-def save(folder):
-    (folder / "weights").write_text("w")
-
-
 def left(out, about, planned, scores, error=None, every=False):
-    """Finish seeds with these scores, then end with ``error``; which were missing before."""
+    """Finish seeds with these scores, also as their weights, then end with ``error``; which were
+    missing before.
+    """
     seeds = FinishedSeeds(out, range(planned), "accuracy", every)
     with pytest.raises(type(error)) if error else nullcontext(), seeds.held(about):
         missing = list(seeds.missing())
         for seed, accuracy in scores.items():
-            seeds.add(done(seed, accuracy), save)
+            seeds.add(
+                done(seed, accuracy), lambda made, a=accuracy: (made / "weights").write_text(str(a))
+            )
         if error:
             raise error
         seeds.publish(out, lambda made, ones: None)
@@ -138,20 +138,46 @@ def left(out, about, planned, scores, error=None, every=False):
 
 
 KEPT = {0: 0.5, 1: 0.9, 2: 0.6}
+KEPT_OF_TWO = {0: 0.5, 1: 0.9}
 
 
 def test_where_every_model_is_kept_those_that_are_not_there_are_done_again(tmp_path):
-    """Begun with the best one's alone, and the other way about."""
+    """Begun with the best one's alone, which is there, and the other way about."""
     out, stop = tmp_path / "out", KeyboardInterrupt()
     left(out, {"rate": 1}, 4, KEPT, stop)
-    assert left(out, {"rate": 1}, 4, {0: 0.5, 1: 0.9}, stop, every=True) == [0, 1, 2, 3]
+    assert left(out, {"rate": 1}, 4, {0: 0.5}, stop, every=True) == [0, 2, 3]
     assert left(out, {"rate": 1}, 4, {2: 0.6, 3: 0.1}, stop, every=True) == [2, 3]
-    assert left(out, {"rate": 1}, 4, {}, stop) == []  # the first beginning's best is there
+    assert left(out, {"rate": 1}, 4, {}, stop) == []
     assert left(out, {"rate": 1}, 4, {}, every=True) == []
     assert sorted(path.name for path in (out / "seeds").iterdir()) == [
         *(f"seed-{n}" for n in range(4))
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_weights_are_those_of_the_scores_though_what_is_kept_changes(tmp_path):
+    """On a GPU a seed that is done again has another score."""
+    out, stop = tmp_path / "out", KeyboardInterrupt()
+    left(out, {"rate": 1}, 2, {0: 0.5, 1: 0.6}, stop)
+    assert left(out, {"rate": 1}, 2, {0: 0.8}, stop, every=True) == [0]
+    assert left(out, {"rate": 1}, 2, {}, stop) == []
+    assert left(out, {"rate": 1}, 3, {2: 0.9}, stop) == [2]
+    assert left(out, {"rate": 1}, 3, {0: 0.7, 1: 0.5}, stop, every=True) == [0, 1]
+    assert left(out, {"rate": 1}, 2, {}) == []
+    assert (out / "weights").read_text() == "0.7"
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_model_that_an_older_version_kept_is_taken_up_unless_there_are_two(tmp_path, twice):
+    out, stop = tmp_path / "out", KeyboardInterrupt()
+    left(out, {"rate": 1}, 2, KEPT_OF_TWO, stop)
+    model = tmp_path / ".out.seeds" / "model-1"
+    older = shutil.copytree(model, model.with_name("best-1"))
+    if not twice:
+        shutil.rmtree(model)
+    assert left(out, {"rate": 1}, 2, KEPT_OF_TWO if twice else {}) == [0, 1] * twice
+    assert (out / "weights").read_text() == "0.9"
+    assert not older.exists()
 
 
 def test_every_seeds_model_is_an_experts_folder_and_a_kill_costs_none(
@@ -214,7 +240,7 @@ def test_fewer_seeds_of_other_settings_are_refused_too(tmp_path):
     (tmp_path / ".out.seeds" / "about.json").unlink()
     with pytest.raises(CheckpointError, match=r"about.json is missing.*rm -r "):
         left(out, {"rate": 1}, 1, {})
-    assert (tmp_path / ".out.seeds" / "best-1").is_dir()
+    assert (tmp_path / ".out.seeds" / "model-1").is_dir()
 
 
 def test_seeds_of_an_older_version_go_on_with_the_adamw_that_it_had(tmp_path):

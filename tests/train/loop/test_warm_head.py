@@ -121,6 +121,11 @@ def test_a_fresh_head_says_what_it_does_and_what_to_do(masked_world, body, tmp_p
     for part in ("begins near", "train.warm_head_steps: 1)", "train.objective.hard.weight: 0"):
         assert part in told.getMessage()
     caplog.clear()
+    later = train_config(DISTILL, steps=2, hard={"from": 0.0, "to": 1.0})
+    run(masked_world, tmp_path / "later", later, model=body)
+    (told,) = [line for line in caplog.messages if word in line]
+    assert "is trained. Its cross-entropy" in told  # not by its teachers' words alone
+    caplog.clear()
     run(masked_world, tmp_path / "whole", train_config(DISTILL, steps=1))  # has one
     run(masked_world, tmp_path / "warm", train_config(DISTILL, **WARM), model=body)
     alone = train_config([{"teachers": ["sense"]}], steps=1, hard=0.0)
