@@ -8,7 +8,6 @@ torch is imported within the functions only: the process that starts the jobs ha
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -53,8 +52,7 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     """
     from rekindle.data.corpus.corpus import Corpus
     from rekindle.data.source.documents import LeftOut, read_documents
-    from rekindle.data.source.held_texts import Found
-    from rekindle.data.source.without import read_held
+    from rekindle.data.source.held_texts import Found, HeldTexts, find_held
     from rekindle.data.storage.store import open_store
 
     config = load_config(config_file)
@@ -62,13 +60,13 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     removed = {*map(str, tests)} <= {*text.without}
     found: dict[str, object] = corpus.held._asdict()
     if not removed:
-        held = read_held([str(file) for file in tests], (), ())
+        asked = {"without": tuple(map(str, tests)), "without_fields": ()}
+        held = text.model_copy(update=asked).held_texts() or HeldTexts(())
         left_out = LeftOut(held=text.held_texts())
         fields = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
             documents = islice(read_documents(text.source, *fields), corpus.documents)
-            kinds = Counter(hold.kind for one in documents if (hold := held.find(*one.texts)))
-            found = Found(kinds["exact"], kinds["near"])._asdict()
+            found = find_held(held, (one.texts for one in documents))._asdict()
         except InputError:
             found = dict.fromkeys(Found._fields)
     write_json(out, found | {"removed": removed})
