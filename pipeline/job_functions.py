@@ -17,7 +17,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder, remove, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
-from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import FinetuneConfig
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
@@ -151,8 +151,8 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """Score the head that a student's experts on a task have left it, on dev and test, as
     ``pipeline evaluate`` does; nothing is trained. The one of ``seeds`` is the student's number.
 
-    ``config`` says what the files mean. Raises InputError where the student in ``one.model`` has no
-    such head, or several.
+    ``config`` says what the files mean, and how long a text may be. Raises InputError where the
+    student in ``one.model`` has no such head, or several.
     """
     from rekindle.train.answers.score import score_model
     from rekindle.train.student import saved_heads
@@ -165,14 +165,13 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
             f"{one.model} has the heads {', '.join(there)} for the task {task}, where one of it is "
             "to be scored"
         )
-    meaning = {name: getattr(config, name) for name in TaskSettings.model_fields}
     train, dev, test = (str(one.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     score_model(
         *(str(one.model), train, dev, str(one.out)),
         test=test,
         metric=one.metric,
         seed=one.seeds.start,
-        config=FinetuneConfig(epochs=0, head=heads[0], **meaning),
+        config=config.model_copy(update={"epochs": 0, "head": heads[0]}),
         force=True,
     )
 
