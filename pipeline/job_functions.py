@@ -8,7 +8,6 @@ torch is imported within the functions only: the process that starts the jobs ha
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder, remove, write_json
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.processes.jobs import Report, StepReports
-from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
+from rekindle.train.finetune.config import FinetuneConfig
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
@@ -53,8 +52,7 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     """
     from rekindle.data.corpus.corpus import Corpus
     from rekindle.data.source.documents import LeftOut, read_documents
-    from rekindle.data.source.held_texts import Found
-    from rekindle.data.source.without import read_held
+    from rekindle.data.source.held_texts import Found, HeldTexts, find_held
     from rekindle.data.storage.store import open_store
 
     config = load_config(config_file)
@@ -62,13 +60,13 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     removed = {*map(str, tests)} <= {*text.without}
     found: dict[str, object] = corpus.held._asdict()
     if not removed:
-        held = read_held([str(file) for file in tests], (), ())
+        asked = {"without": tuple(map(str, tests)), "without_fields": ()}
+        held = text.model_copy(update=asked).held_texts() or HeldTexts(())
         left_out = LeftOut(held=text.held_texts())
         fields = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
             documents = islice(read_documents(text.source, *fields), corpus.documents)
-            kinds = Counter(hold.kind for one in documents if (hold := held.find(*one.texts)))
-            found = Found(kinds["exact"], kinds["near"])._asdict()
+            found = find_held(held, (one.texts for one in documents))._asdict()
         except InputError:
             found = dict.fromkeys(Found._fields)
     write_json(out, found | {"removed": removed})
@@ -153,8 +151,8 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """Score the head that a student's experts on a task have left it, on dev and test, as
     ``pipeline evaluate`` does; nothing is trained. The one of ``seeds`` is the student's number.
 
-    ``config`` says what the files mean. Raises InputError where the student in ``one.model`` has no
-    such head, or several.
+    ``config`` says what the files mean, and how long a text may be. Raises InputError where the
+    student in ``one.model`` has no such head, or several.
     """
     from rekindle.train.answers.score import score_model
     from rekindle.train.student import saved_heads
@@ -167,14 +165,13 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
             f"{one.model} has the heads {', '.join(there)} for the task {task}, where one of it is "
             "to be scored"
         )
-    meaning = {name: getattr(config, name) for name in TaskSettings.model_fields}
     train, dev, test = (str(one.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     score_model(
         *(str(one.model), train, dev, str(one.out)),
         test=test,
         metric=one.metric,
         seed=one.seeds.start,
-        config=FinetuneConfig(epochs=0, head=heads[0], **meaning),
+        config=config.model_copy(update={"epochs": 0, "head": heads[0]}),
         force=True,
     )
 

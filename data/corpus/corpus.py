@@ -286,10 +286,12 @@ def build_corpus(
 
 
 def _empty(config: CorpusConfig, left_out: LeftOut) -> InputError:
+    advice = left_out.advice(
+        "give a source with at least one non-blank document, or the model's own tokenizer"
+    )
     return InputError(
         f"the corpus is empty: no text in {', '.join(config.source)} (field "
-        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; give a "
-        "source with at least one non-blank document, or the model's own tokenizer"
+        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
         f"{f'; {told}' if (told := left_out.told()) else ''}"
     )
 

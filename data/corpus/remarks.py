@@ -52,5 +52,7 @@ def remarks(corpus: Corpus) -> list[str]:
     if bad := told_of_bad(corpus.bad_records):
         lines.append(bad)
     if without := corpus.info["config"].get("without"):
-        lines.append(told_of_held(corpus.held, without["files"]))
+        later = f"records that hold texts of {', '.join(without['files'])} are left out: "
+        later += "counted when the corpus is finished"
+        lines.append(told_of_held(corpus.held, without["files"]) if corpus.complete else later)
     return lines

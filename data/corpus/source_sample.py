@@ -62,9 +62,10 @@ def sample_source(config: CorpusConfig) -> SourceSample:
                     size if next(stream, None) is None else _bytes_read(place, size, taken, rows)
                 )
     if not documents:
+        advice = left_out.advice("give a source with at least one non-blank document")
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.source)} (field "
-            f"{config.text_field!r}); give a source with at least one non-blank document"
+            f"{config.text_field!r}); {advice}"
             f"{f'; {told}' if (told := left_out.told()) else ''}"
         )
     if np.isnan(total):

@@ -21,6 +21,7 @@ from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
+LONGEST_TOLD = 100  # characters of a test's text in a message
 _NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
 
 
@@ -72,7 +73,8 @@ class LeftOut:
     def add_held(self, document: Document, hold: Hold) -> None:
         """One more that holds a text."""
         nearly = " nearly" * (hold.kind == "near")
-        self.first_held = self.first_held or f"{document.id} holds{nearly}: {hold.text}"
+        text = f"{hold.text[:LONGEST_TOLD]}{'…' * (len(hold.text) > LONGEST_TOLD)}"
+        self.first_held = self.first_held or f"{document.id} holds{nearly}: {text}"
         self._held.setdefault(hold.kind, array("q")).append(self.documents)
 
     def counts(self, last_document: int | None = None) -> dict[str, int]:
@@ -94,6 +96,12 @@ class LeftOut:
     def total(self) -> int:
         """How many were left out so far."""
         return sum(map(len, (*self._bad.values(), *self._held.values())))
+
+    def advice(self, usual: str) -> str:
+        """What to do where no document is left: ``usual``, unless texts of tests were all."""
+        if any(self.held()) and not self._bad:
+            return "give other text, or other files in corpus.without: it held texts of these"
+        return usual
 
     def told(self, last_document: int | None = None) -> str:
         """What was left out, up to the document of that index or in all, in words; nothing where

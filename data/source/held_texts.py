@@ -17,9 +17,10 @@ A record **holds** a text
   least NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
   against each other by a quarter of the text's words at most: long records have all usual phrases
   somewhere. One word in fifteen or more that is changed, left out or put in is always forgiven,
-  whatever it is: a name or a number too. A text is compared only where three words stand that few
-  of the texts share (or its rarest ones): many questions that differ in a name alone are different
-  questions. Three words that recur, "0 0 0" in a table, count for nothing (see PAIRS).
+  whatever it is, a name too; but each number of the text must stand in the record. A text is
+  compared only where three words stand that few of the texts share (or its rarest ones): many
+  questions that differ in a name alone are different questions. Three words that recur, "0 0 0" in
+  a table, count for nothing (see PAIRS).
 A text without a letter or a digit is held nowhere.
 """
 
@@ -143,7 +144,9 @@ class HeldTexts:
             shared = sum(gram in known for gram in grams)
             if shared == len(grams) and f" {' '.join(text)} " in whole:
                 return Hold("exact", " ".join(text))
-            if GRAM * shared >= NEAR_SHARE * len(text) and _length(text) >= NEAR_WORDS:
+            if GRAM * shared < NEAR_SHARE * len(text) or _length(text) < NEAR_WORDS:
+                continue
+            if {*filter(str.isdigit, text)} <= {*words}:
                 near.append(text)
         places: dict[_Gram, list[int]] = {gram: [] for text in near for gram in _grams(text)}
         for place, gram in enumerate(_grams(words) if near else ()):
@@ -152,7 +155,7 @@ class HeldTexts:
         return next((Hold("near", " ".join(t)) for t in near if _is_near(t, places)), None)
 
     def _short_in(self, field: str, words: Sequence[str], whole: str) -> str | None:
-        begun = chain.from_iterable(_grams(words, n) for n in range(1, GRAM + 1))
+        begun = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
         texts = {text for first in self._short.keys() & {*begun} for text in self._short[first]}
         # Sentences take long to find, and hardly any record has the words at all.
         if not (texts := {text for text in texts if f" {text} " in whole}):
@@ -187,9 +190,9 @@ def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
     return False
 
 
-def find_held(texts: Iterable[str], records: Iterable[str | Sequence[str]]) -> Found:
+def find_held(texts: Iterable[str] | HeldTexts, records: Iterable[str | Sequence[str]]) -> Found:
     """How many of ``records`` (texts, or the fields of each) hold one of the test's ``texts``."""
-    held = HeldTexts(texts)
+    held = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)
     fields = ((one,) if isinstance(one, str) else one for one in records)
     kinds = Counter(found.kind for one in fields if (found := held.find(*one)))
     return Found(kinds["exact"], kinds["near"])

@@ -175,6 +175,13 @@ class CycleConfig(Settings):
             )
         for key in {*self.experts.finetune} & {*TaskSettings.model_fields, *FORMER_FIELDS}:
             raise ValueError(f"experts.finetune.{key} says what the files mean, for all arms alike")
+        given = {f"tasks.{task.name}.finetune": task.finetune for task in self.tasks}
+        for where, own in (given | {"experts.finetune": self.experts.finetune}).items():
+            for key in [key for key in own if key in self.search]:
+                raise ValueError(
+                    f"{where}.{key} is searched (search.{key}), and would not be used: leave out "
+                    "one of them"
+                )
         if any("teachers" in given for given in (self.distill, *(t.distill for t in self.tasks))):
             raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
         if self.pseudo and "pseudo" not in self.arms:

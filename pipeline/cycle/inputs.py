@@ -7,6 +7,7 @@ files. They are written once, and whole or not at all.
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     """
     remove = config.test_texts == "remove"
     found = [
-        _read(task, config.seed, config.finetune_of(task, {}, "start"), remove)
+        _read(task, config.seed, config.finetune_of(task, {}, "start"), remove, tell)
         for task in config.tasks
     ]
     for one in found if tell else ():
@@ -99,8 +100,24 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     return found
 
 
+def read_draws(config: CycleConfig) -> list[TaskFiles]:
+    """The tasks of ``config``, which are those of the first draw of the labels. InputError for what
+    is wrong with those of any draw, so that none fails when others have run.
+    """
+    draws = []
+    for number in range(config.label_draws):
+        with naming(f"draw {number} of the labels"):
+            draws.append(read_tasks(config.of_draw(number), tell=False))
+    _check_draws_differ(draws)
+    return draws[0]
+
+
 def _read(
-    task: CycleTask, seed: int, settings: TaskSettings = _AS_IT_IS, remove: bool = False
+    task: CycleTask,
+    seed: int,
+    settings: TaskSettings = _AS_IT_IS,
+    remove: bool = False,
+    tell: bool = True,
 ) -> TaskFiles:
     """One task; ``remove``: without the rows of train and dev that are one of test."""
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
@@ -123,6 +140,13 @@ def _read(
     if remove:
         order = order[~held["train"][order]]
         rows |= {name: rows[name][~of_test] for name, of_test in held.items()}
+        for name in [name for name in held if not len(rows[name])]:
+            leave = "leave it out, " if name == "dev" else ""
+            raise InputError(
+                f"task {task.name!r}: all {counted(len(held[name]), 'row')} of {name} "
+                f"({paths[name]}) are rows of test, and those are left out: give another {name}, "
+                f"{leave}or give test_texts: keep"
+            )
     if task.dev is None:
         count = min(task.dev_examples, len(order) // _MOST_DEV)
         if count == 0:
@@ -131,7 +155,7 @@ def _read(
                 "few to take any for dev; give a dev file"
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
-    order = _of_each_class(task, train, order)
+    order = _of_each_class(task, train, order, tell)
     rows["train"] = np.sort(order[: task.train_examples])
     metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:
@@ -145,17 +169,19 @@ def _read(
     there = labels.nonzero()[1] if train.problem == SEVERAL else labels
     missing = set(range(len(train.label_names))) - set(there.tolist())
     if missing:
+        how = ["raise train_examples"] * (task.train_examples is not None)
+        how += ["lower dev_examples", "give a dev file"] * (task.dev is None)
+        how += ["give test_texts: keep"] * bool(remove and held["train"].any())
         raise InputError(
             f"task {task.name!r}: none of the {len(rows['train'])} examples that are left to train "
-            f"on has the label {train.label_names[min(missing)]!r}; raise train_examples, lower "
-            "dev_examples, or give a dev file"
+            f"on has the label {train.label_names[min(missing)]!r}; {', or '.join(how)}"
         )
     digests = {p: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths.values()}
     counts = {name: int(of_test.sum()) for name, of_test in held.items()}
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
 
 
-def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray) -> np.ndarray:
+def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bool) -> np.ndarray:
     """The first ``train_per_class`` rows of each class in ``order``; all where it is not given."""
     if task.train_per_class is None:
         return order
@@ -168,7 +194,7 @@ def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray) -> np.nd
     chosen = []
     for number, name in enumerate(train.label_names):
         of_class = order[train.labels[order] == number][: task.train_per_class]
-        if len(of_class) < task.train_per_class:
+        if tell and len(of_class) < task.train_per_class:
             logger.info(
                 "task %s: %s of class %s are trained on, and train_per_class is %d: there are no "
                 "more",
@@ -178,12 +204,11 @@ def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray) -> np.nd
     return np.concatenate(chosen)
 
 
-def check_draws_differ(tasks: Sequence[TaskFiles], others: Sequence[TaskFiles]) -> None:
-    """Raise InputError for a task that has the same rows in every draw of the labels, as it has in
-    two.
-    """
-    for one, other in zip(tasks, others, strict=True):
-        if all(np.array_equal(one.rows[name], other.rows[name]) for name in ("train", "dev")):
+def _check_draws_differ(draws: Sequence[Sequence[TaskFiles]]) -> None:
+    """Raise InputError for a task that has the same rows in every draw of the labels."""
+    for one, *others in zip(*draws, strict=True):
+        both = itertools.product(others, ("train", "dev"))
+        if all(np.array_equal(one.rows[name], other.rows[name]) for other, name in both):
             raise InputError(
                 f"task {one.task.name!r}: label_draws asks for several draws, and all would be the "
                 f"same rows: dev is a file, and all {len(one.rows['train']):,} rows of train are "
@@ -197,7 +222,8 @@ def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[st
 
 
 def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
-    return tuple(normalised(text) for text in example if text is not None)
+    # Of "?!" nothing is left, which is not for that reason the same as "...".
+    return tuple(normalised(text) or text for text in example if text is not None)
 
 
 # --- writing --------------------------------------------------------------------------------------

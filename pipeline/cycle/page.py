@@ -206,6 +206,7 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
     train, own = config.train, config.experts.model
     sources = [one for text in config.texts for one in config.text_of(text).source]
+    more = f" (of experts {config.expert_seeds})" * (config.expert_seeds != config.seeds)
     who = "the experts that teach are the best on dev"
     if config.all_teach:
         who = "all seeds of an expert teach together"
@@ -220,7 +221,7 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
         ),
         (
             "fine-tuning",
-            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}; {who}",
+            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}{more}; {who}",
         ),
     ]
 
@@ -269,7 +270,8 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         settings = used.get((arm, task.name)) or config.finetune_of(task, {}, arm).model_dump(
             mode="json"
         )
-        options = " ".join([*splits, f"--seeds {config.seeds}", *metric, *_changed(settings)])
+        seeds = config.expert_seeds if arm == EXPERT else config.seeds
+        options = " ".join([*splits, f"--seeds {seeds}", *metric, *_changed(settings)])
         return f"pipeline finetune {where}/{start} {options} --out {where}/by-hand/{name}"
 
     evaluate = f"pipeline evaluate {where}/by-hand/{{}} --test {files}/test.jsonl"

@@ -38,9 +38,9 @@ from rekindle.pipeline.config import dump_config
 from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, look
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import (
-    check_draws_differ,
     check_start,
     check_taught,
+    read_draws,
     read_tasks,
     write_tasks,
 )
@@ -95,9 +95,8 @@ def run_cycle(
         return _run_one(config, home, how, beside)
     config = as_it_was_begun(home, config)
     make_missing(config)
-    tasks = read_tasks(config, tell=False)  # each draw does
+    tasks = read_draws(config)
     check_taught(config, tasks)
-    check_draws_differ(tasks, read_tasks(config.of_draw(1), tell=False))
     about = about_cycle(config, tasks, check_start(config))
     with open_folder(home, lambda: look(home, config, about, beside)):
         write_json(home / CYCLE_FILE, about)

@@ -110,7 +110,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             few = " (few: the figures are rough)" if read < FEW else ""
             basis = f"scaled from {counted(read, 'text')} of the source{few}"
         if told := sample.left_out.told(last_document(reference.commits, corpus.limit_sequences)):
-            basis += f"; {told}"
+            basis += f"; {'up to there, ' * estimated}{told}"
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything
     if present is not None:

@@ -57,7 +57,7 @@ def _of_corpus(corpus: CorpusPlan) -> str:
     texts = "" if corpus.texts is None else f"{about}{counted(corpus.texts, 'text')}, "
     pieces = f" (pieces of up to {corpus.sequence_length:,} tokens)"
     counts = f"{texts}{about}{sequences}{pieces}, {about}{tokens}"
-    return f"{counts}; {corpus.basis}{_to_write(corpus.bytes)}"
+    return f"{counts}{_to_write(corpus.bytes)}; {corpus.basis}"
 
 
 def _table(teachers: tuple[TeacherWork, ...]) -> Table:

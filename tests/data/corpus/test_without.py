@@ -81,12 +81,18 @@ def test_without_such_files_a_corpus_is_as_it_was(build):
     assert b"held" not in end
 
 
-@pytest.mark.parametrize("limit", [None, 5, 8, 33])
-def test_the_count_is_the_same_wherever_a_run_was_killed(build, limit):
+@pytest.mark.parametrize(("limit", "held"), [(None, 6), (2, 0), (3, 2), (9, 2), (10, 3), (33, 5)])
+def test_the_count_is_the_same_wherever_a_run_was_killed(home, build, limit, held):
+    """A record counts where a later one is in the corpus."""
     whole = build("whole", limit_sequences=limit)
+    assert whole.held == Found(exact=held)
     for stop in range(1, len(whole.commits) + 1):
         with pytest.raises(KeyboardInterrupt):
             build(f"killed-{stop}", stop=stop, limit_sequences=limit)
+        (line,) = [
+            of for of in remarks(Corpus(LocalStore(home / f"killed-{stop}"))) if ".csv" in of
+        ]
+        assert line.endswith("are left out: counted when the corpus is finished")
         killed = build(f"killed-{stop}", limit_sequences=limit)
         assert (killed.held, killed.bad_records) == (whole.held, whole.bad_records)
         assert killed.fingerprint == whole.fingerprint
@@ -134,10 +140,18 @@ def test_other_texts_are_another_corpus(home, build, files):
 
 def test_nothing_but_texts_of_tests_is_an_empty_corpus(home, build):
     (home / "few.jsonl").write_text(json.dumps({"text": TEXTS[2]}))
-    told = r"corpus is empty.*1 record left out for texts.*first: few\.jsonl:1 holds: what runs"
+    told = r"corpus is empty.*give other text, or other files.*1 record left out for texts.*"
+    told += r"first: few\.jsonl:1 holds: what runs"
     with pytest.raises(InputError, match=told):
         build("empty", source=str(home / "few.jsonl"))
     assert not (home / "empty" / "corpus" / "corpus.json").exists()
+
+
+def test_of_a_long_text_the_beginning_is_said(home, build):
+    long = " ".join(f"w{number}" for number in range(500))
+    (home / "long.jsonl").write_text(json.dumps({"text": long}))
+    with pytest.raises(InputError, match=r"holds: w0 w1 [w0-9 ]{90,110}…$"):
+        build("empty", source=str(home / "long.jsonl"), files=("long.jsonl",))
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -178,7 +192,8 @@ def test_the_fields_that_are_read(tmp_path, row, fields, size):
 )
 def test_fields_that_look_like_texts_and_are_not_read_are_said(tmp_path, caplog, row, fields, told):
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    held(tmp_path / "t.jsonl", fields)
+    for _ in range(2):  # said once
+        held(tmp_path / "t.jsonl", fields)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [told in line for line in warned] == ([True] if told else [])
 

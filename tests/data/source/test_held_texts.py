@@ -133,6 +133,12 @@ def test_text_without_a_letter_is_held_nowhere():
     assert kind(["...", "", "?!"], "what ?!") is None
 
 
+def test_a_text_with_another_number_is_another():
+    text = TWENTY.replace("ferryman", "51 men")
+    assert kind([text], text.replace("bridge", "dam")) == "near"
+    assert kind([text], text.replace("51", "52")) is None
+
+
 def test_other_scripts():
     assert normalised("ÉCOLE, ﬁn\tdes cours") == "école fin des cours"
     assert normalised("E\u0301cole") == "école"

@@ -196,7 +196,7 @@ def test_hard_labels_are_taken_from_the_best_expert_whatever_teaches_the_others(
 
 def test_experts_of_another_model_are_beside_the_students_own_model():
     config = config_of(
-        *("experts={model: other, finetune: {epochs: 9, learning_rate: 1e-3}}", "arms=[kd]"),
+        *("experts={model: other, finetune: {epochs: 9}}", "arms=[kd]"),
         *("search.learning_rate=[1e-5,2e-5]", "finetune.batch_size=7"),
     )
     assert config.arms == config.without_twins().arms == ("expert", "start", "kd")
@@ -213,6 +213,14 @@ def test_experts_of_another_model_are_beside_the_students_own_model():
     assert {one.learning_rate for one in tuned.values()} == {2e-5}
 
 
+@pytest.mark.parametrize("where", ["experts", "tasks.b"])
+def test_what_is_searched_is_not_given_beside_it(where):
+    given = [f"{where}.finetune.learning_rate=1e-3", "experts.model=other"]
+    config_of(*given)
+    with pytest.raises(InputError, match=rf"{where}\.finetune\.learning_rate is searched"):
+        config_of(*given, "search.learning_rate=[1e-5,2e-5]")
+
+
 def test_experts_may_have_seeds_of_their_own():
     config = config_of("experts.seeds=3", "seeds=1", "search.batch_size=[8,16]", "search_seeds=2")
     assert config.teachers_of("a", "committee") == ["a.0", "a.1", "a.2"]
@@ -220,6 +228,9 @@ def test_experts_may_have_seeds_of_their_own():
     assert config_of("experts.seeds=2").seeds_of_search == range(5, 6)
     assert "committee" not in config.twins
     assert config_of("experts.seeds=1").twins["committee"] == "kd"
+    lines = dict(commands_of(Path("home"), config, {}))
+    assert "--seeds 3 " in lines["The expert on a"]
+    assert "--seeds 1 " in lines["It on the task again"]
 
 
 @pytest.mark.parametrize(

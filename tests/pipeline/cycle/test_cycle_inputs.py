@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.inputs import _read, read_draws, read_tasks, write_tasks
 from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
 from rekindle.train.finetune.task_data import read_task
@@ -183,6 +184,45 @@ def test_rows_that_are_tested_are_counted_and_taken_out(tmp_path, dev):
     other = _read(task_of(tmp_path, rows, **values), 0, remove=True)
     plain = _read(task_of(tmp_path, rows, **values), 0)
     assert all(np.array_equal(other.rows[name], plain.rows[name]) for name in ("train", "dev"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dev", r"all 6 rows of dev .*are rows of test.*another dev, leave it out, or give"),
+        ("train", r"all 30 rows of train .*another train, or give test_texts: keep"),
+    ],
+)
+def test_a_file_that_test_takes_whole_is_refused(tmp_path, name, words):
+    rows = numbered(30)
+    dev = lines(tmp_path / "dev.jsonl", numbered(6) if name == "dev" else numbered(6, first=50))
+    task = task_of(tmp_path, rows, test=rows[:6] if name == "dev" else rows, dev=dev)
+    assert len(_read(task, 0).rows[name])
+    with pytest.raises(InputError, match=words):
+        _read(task, 0, remove=True)
+
+
+def test_signs_alone_are_not_the_same_text(tmp_path):
+    rows = [row | {"text": "?" * (n + 1)} for n, row in enumerate(numbered(20))]
+    assert _read(task_of(tmp_path, rows, test=rows[:2]), 0).held == {"train": 2}
+
+
+def test_every_draw_is_read_before_any_runs(tmp_path, caplog):
+    """The only rare row is taken for dev in one of the draws."""
+    caplog.set_level("INFO")
+    rows = [*numbered(30), {"text": "rare", "label": "rare"}]
+    values = {"corpus": {"source": ["t"], "tokenizer": "m"}, "student": {"model": "m"}}
+    values["tasks"] = [task_of(tmp_path, rows, dev_examples=3, train_per_class=5)]
+    values["seed"] = 12  # the first whose draw 2 alone takes it
+
+    def draws_of(number):
+        return read_draws(parse_settings(CycleConfig, values | {"label_draws": number}))
+
+    draws_of(2)
+    words = "draw 2 of the labels: task 't': none of the .*'rare'; lower dev_examples, or give a"
+    with pytest.raises(InputError, match=words):
+        draws_of(3)
+    assert "train_per_class is" not in caplog.text  # each draw says so when it runs
 
 
 def test_a_pair_is_tested_only_as_a_pair(tmp_path):

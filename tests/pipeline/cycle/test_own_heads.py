@@ -10,6 +10,7 @@ from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.finetuned import read_finetuned
 from rekindle.pipeline.job_functions import FineTuning, score_head
 from rekindle.pipeline.processes.jobs import Report
+from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import FixedBudget
@@ -46,15 +47,18 @@ def of(home, task, out, student=0):
     return FineTuning(model, files, out, range(student, student + 1), "f1")
 
 
-def test_it_scores_what_pipeline_evaluate_does(home, tmp_path):
-    config = FixedBudget(max_length=5, positive="yes")  # a length of the fine-tuning, not of it
+@pytest.mark.parametrize("length", [None, 4])
+def test_it_scores_what_pipeline_evaluate_does(home, tmp_path, length):
+    """Of as much of a text as its fine-tuning reads, where that is told."""
+    config = FixedBudget(max_length=length, positive="yes")
     score_head(of(home, "light", tmp_path / "distilled", student=2), config, Report())
     one = read_finetuned(tmp_path, "distilled", "kd", "light")
     assert one.seeds == [2]
     for split, scores in (("dev", one.per_seed[0].scores), ("test", one.test[0])):
         file = home / "tasks" / "light" / f"{split}.jsonl"
         name = "light.0+light.1"
-        alone = evaluate_file(str(home / "student"), str(file), head=name, metric="f1")
+        asked = {"head": name, "metric": "f1", "config": AskConfig(max_length=length)}
+        alone = evaluate_file(str(home / "student"), str(file), **asked)
         assert scores == alone.scores
         assert 0 < scores["f1"] < 1
     assert [path.name for path in Path(tmp_path / "distilled").iterdir()] == ["metrics.json"]
