@@ -35,7 +35,7 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, look
+from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, check_same_text, look
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import (
     check_start,
@@ -103,6 +103,7 @@ def run_cycle(
         write_text(home / "run.yaml", dump_config(config))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
+        check_same_text(config, home, number)
         _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how)
     with alone_in(home, wait=True):  # another process may have worked at another draw
         results = read_results(home)

@@ -247,6 +247,22 @@ def test_test_texts_that_are_kept_are_counted(values, tmp_path):
     assert json.loads(out.read_text()) == {"exact": None, "near": None, "removed": False}
 
 
+def test_all_draws_have_the_text_of_the_one_that_has_cached_it(values, tmp_path, nothing_runs):
+    source, out = tmp_path / "text.txt", tmp_path / "out"
+    source.write_text("".join(f"the {word} is far away\n" for word in WORDS))
+    text = values["corpus"] | {"source": [str(source)]}
+    config = config_of(values, corpus=text, label_draws=2)
+    run_cycle(config, out, draw=0)  # plans alone
+    run = {"corpus": text, "cache": {"path": str(out / "draws" / "0" / "cache")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    functions.cache(tmp_path / "run.yaml", (), tmp_path / "done.json", Report())
+    run_cycle(config, out)
+    source.write_text("it is shorter now\n")
+    run_cycle(config, out, draw=0)
+    with pytest.raises(CheckpointError, match=r"draw 1 .* another text than draw 0 .*text\.txt"):
+        run_cycle(config, out)
+
+
 @pytest.mark.slow
 def test_tasks_with_texts_of_their_own_one_after_the_other(values, tmp_path, here):
     """One of them of pairs, whose text is of pairs."""
