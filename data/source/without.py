@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
@@ -101,14 +102,18 @@ def _tell_fields(
     told = f"corpus.without: texts of {origin.place} are {', '.join(fields)}"
     others = [name for name, value in row.items() if _like_text(value) and name not in fields]
     if not others or chosen:
-        log.info("%s", told)
+        _say(logging.INFO, told)
         return
-    log.warning(
-        "%s; %s not read: where tests have their texts there, name all fields of texts with "
-        "corpus.without_fields",
-        told,
-        f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}",
+    _say(
+        logging.WARNING,
+        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: where tests "
+        "have their texts there, name all fields of texts with corpus.without_fields",
     )
+
+
+@cache  # a command reads the files several times
+def _say(level: int, told: str) -> None:
+    log.log(level, "%s", told)
 
 
 def _like_text(value: object) -> bool:

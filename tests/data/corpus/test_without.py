@@ -192,7 +192,8 @@ def test_the_fields_that_are_read(tmp_path, row, fields, size):
 )
 def test_fields_that_look_like_texts_and_are_not_read_are_said(tmp_path, caplog, row, fields, told):
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    held(tmp_path / "t.jsonl", fields)
+    for _ in range(2):  # said once
+        held(tmp_path / "t.jsonl", fields)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [told in line for line in warned] == ([True] if told else [])
 
