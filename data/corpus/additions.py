@@ -268,6 +268,11 @@ def _longer(old: PackingFacts, new: PackingFacts) -> bool:
     return before is not None and (after is None or after > before)
 
 
+def is_begun(store: Store) -> bool:
+    """Whether there is a corpus in ``store``, whole or not."""
+    return bool(read_additions(store)[0])
+
+
 def is_same_source(store: Store, source: Sequence[str]) -> bool:
     """Whether ``source`` is what the corpus in ``store`` was read from, and no more, however it is
     written.

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.additions import is_same_source
+from rekindle.data.corpus.additions import is_begun, is_same_source
 from rekindle.data.errors import CheckpointError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
@@ -118,6 +118,28 @@ def _same_sources(
         source = config.text_of(text).source
         if there != here and is_same_source(open_store(config.cache_of(text).path), source):
             yield f"tasks.{text}.corpus.source" if text else "corpus.source"
+
+
+def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
+    """Raise CheckpointError where the draw ``number`` of the cycle in ``home`` would cache another
+    text than a draw that has cached it: what is compared over draws differs in labels alone.
+    """
+    folder = home / DRAWS_FOLDER
+    draws = [
+        config.of_draw(draw).with_cache_in(folder / str(draw)) for draw in range(config.label_draws)
+    ]
+    for text in config.texts:
+        stores = [open_store(draw.cache_of(text).path) for draw in draws]
+        if is_begun(stores[number]):  # it goes on with its own
+            continue
+        other = next((draw for draw, store in enumerate(stores) if is_begun(store)), None)
+        source = config.text_of(text).source
+        if other is not None and not is_same_source(stores[other], source):
+            raise CheckpointError(
+                f"draw {number} of the labels would read another text than draw {other} has: the "
+                f"files of {f'the corpus of task {text}' if text else 'corpus.source'} "
+                f"({', '.join(source)}) are not as they were. Put them back, or give another --out"
+            )
 
 
 def _draws_added(home: Path, before: int, now: int) -> list[str]:

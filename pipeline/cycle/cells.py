@@ -101,20 +101,28 @@ def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried
         if isinstance(seeds, int) and len(one.seeds) != seeds:
             wrong = f"{counted(len(one.seeds), 'seed')}, and {CYCLE_FILE} says {seeds}"
             raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
-    # Experts may have a budget of their own: of another model, or in seeds.
-    own = {EXPERT} if experts.get("finetune") or experts.get("seeds") else set()
+    # Experts of another model may have a budget of their own, and any may have seeds of their own.
+    own = {EXPERT} if experts.get("finetune") else set()
+    in_seeds = {*own, EXPERT} if experts.get("seeds") else own
+
+    def budget(one: FineTuned) -> dict[str, object]:
+        found = budget_of(one, searched=grid)
+        return found | {"seeds": None} if EXPERT in in_seeds else found
+
     for task in plan.tasks:
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
-        for ones in (list(final.values()), searches):
-            alike = [one for one in ones if one.arm not in own]
-            check_alike(out, alike, partial(budget_of, searched=grid))
+        for ones, terms in (
+            (list(final.values()), budget),  # whose seeds are compared across tasks, below
+            (searches, partial(budget_of, searched=grid)),
+        ):
+            check_alike(out, [one for one in ones if one.arm not in own], terms)
             check_alike(out, ones, lambda one: {"metric": one.metric, "files": one.splits})
         # The files that a search has in common with what it chooses for.
         both = [*searches[:1], *[*final.values()][:1]]
         check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
         check_search(out, grid, searches, final)
-    alike = [one for one in found.values() if one.arm not in own]
+    alike = [one for one in found.values() if one.arm not in in_seeds]
     check_alike(out, alike, lambda one: {"seeds": one.seeds})
 
 

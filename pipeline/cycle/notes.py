@@ -235,7 +235,10 @@ def _held(results: CycleResults) -> Iterator[str]:
             yield f"no record of {where} holds a test text, or nearly"
         else:
             records = f"{counted(one.exact + one.near, 'record')} of {where}"
-            how = f"a test text ({one.exact:,} as it stands, {one.near:,} nearly)"
+            held = "a test text"
+            if one.removed and _has_without(results, one.task):  # counted together
+                held += " or a text of corpus.without"
+            how = f"{held} ({one.exact:,} as it stands, {one.near:,} nearly)"
             end = "left out" if one.removed else "kept (test_texts: keep), and students read them"
             yield f"{records} with {how}: {end}"
     for task in results.tasks:
@@ -243,6 +246,12 @@ def _held(results: CycleResults) -> Iterator[str]:
             removed = results.file.get("test_texts") == "remove"
             end = "left out" if removed else "kept (test_texts: keep)"
             yield f"rows of {task.name} that are a row of its test: {', '.join(rows)}, {end}"
+
+
+def _has_without(results: CycleResults, text: str) -> bool:
+    """Whether the cycle's file names more than tests whose texts are left out of this text."""
+    own = {one["name"]: one.get("corpus") for one in results.file.get("tasks", [])}.get(text)
+    return bool(((results.file.get("corpus") or {}) | (own or {})).get("without"))
 
 
 def _searched(results: CycleResults) -> Iterator[str]:

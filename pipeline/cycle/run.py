@@ -35,8 +35,9 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, look
+from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, check_same_text, look
 from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import (
     check_start,
     check_taught,
@@ -50,9 +51,10 @@ from rekindle.pipeline.cycle.results import RESULTS_FILE, read_results
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, search_home
-from rekindle.pipeline.processes.jobs import MOST_WORKERS, run_counted
+from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
 from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
+from rekindle.train.finetune.result import RESULT_FILE
 from rekindle.train.record.run_folder import alone_in, open_folder
 
 log = logging.getLogger("rekindle")
@@ -103,6 +105,7 @@ def run_cycle(
         write_text(home / "run.yaml", dump_config(config))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
+        check_same_text(config, home, number)
         _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how)
     with alone_in(home, wait=True):  # another process may have worked at another draw
         results = read_results(home)
@@ -135,6 +138,7 @@ def _run_one(
         if how.places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
         jobs = list(plan_jobs(home, config, tasks, how.only))
+        _tell_again(home, config, jobs)
         run_counted(jobs, home / "cycle.log", how.progress, how.places)
         return _write_results(home)
 
@@ -173,6 +177,20 @@ def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
                         f"draw {home.name} of the labels takes over what draw 0 has searched, and "
                         f"its search for {arm} on {task.name} is not finished: run --draw 0 first"
                     )
+
+
+def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
+    """Say which finished experts are fine-tuned again, for an arm that was added needs all seeds'
+    models, of which the best alone was kept.
+    """
+    waiting = {job.name for job in jobs if job.output and not job.output.exists()}
+    names = [task.name for task in config.tasks if f"expert on {task.name}" in waiting]
+    if again := [one for one in names if (home / folder_of(EXPERT, one) / RESULT_FILE).exists()]:
+        log.info(
+            "the experts on %s are fine-tuned again: every seed of them is to teach (committee), "
+            "and only the best was kept",
+            ", ".join(again),
+        )
 
 
 def _write_results(home: Path) -> CycleResults:

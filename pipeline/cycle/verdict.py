@@ -60,8 +60,10 @@ def _of_primary(results: CycleResults, primary: Primary) -> str:
     if lacking := [arm for arm in primary.against if arm not in {one.against for one in ones}]:
         them = "" if len(lacking) == len(primary.against) else f" with {', '.join(lacking)}"
         return f"the primary comparison, of {primary.arm}{them} on {place}, is not known yet"
-    beaten = [one.against for one in ones if one.n > 1 and is_gain(one)]
-    lost = [one.against for one in ones if one.n > 1 and is_gain(replace(one, mean=-one.mean))]
+    # Where no test can be made (the same difference every time), none has shown it.
+    tested = [one for one in ones if one.p is not None]
+    beaten = [one.against for one in tested if is_gain(one)]
+    lost = [one.against for one in tested if is_gain(replace(one, mean=-one.mean))]
     apart = [one.against for one in ones if one.against not in (*beaten, *lost)]
     told = [f"beats {_listed(beaten)}"] if beaten else []
     told += [f"is worse than {_listed(lost)}"] if lost else []
@@ -77,7 +79,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _p(one: Difference) -> str:
-    return "" if one.p_adjusted is None else f", p {p_words(one.p_adjusted)}"
+    if one.p_adjusted is None:
+        return ", the same every time, so that no test can be made" if one.n > 1 else ""
+    return f", p {p_words(one.p_adjusted)}"
 
 
 def _highest(

@@ -345,7 +345,7 @@ def test_compare_shows_the_scores_of_a_cycle_whose_draws_have_corpora_of_their_o
     assert CycleResults.from_dict(json.loads(told)) == results
 
 
-def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
+def test_a_gain_is_told_by_a_test_and_by_nothing_else(tmp_path):
     for sign, word in ((1, "beats"), (-1, "is worse than")):
         named = {"primary": {"arm": "kd", "against": ["expert"]}}
         out = drawn(tmp_path / word, ["expert", "kd"], ["cola"], {}, 1, 3, **named)
@@ -358,6 +358,16 @@ def test_the_same_gain_in_every_draw_is_a_gain_and_the_same_loss_none(tmp_path):
             edit(out / "draws" / str(draw) / folder_of("kd", "cola") / "metrics.json", gain)
         told = read_results(out).verdict
         assert told.startswith(f"kd {word} expert on cola (primary comparison)")
+    for draw, (arm, scored) in product(range(3), (("kd", 0.75), ("expert", 0.5))):
+
+        def same(metrics, scored=scored):
+            for run in metrics["per_seed"]:
+                run["test_scores"] = scores_of("cola", scored)
+
+        edit(out / "draws" / str(draw) / folder_of(arm, "cola") / "metrics.json", same)
+    told = read_results(out).verdict
+    assert told.startswith("kd is not told apart from expert")
+    assert told.endswith("points, the same every time, so that no test can be made")
     for draw in (0, 2):
         (out / f"draws/{draw}/results.json").unlink()
     told = read_results(out).verdict
@@ -381,6 +391,9 @@ def test_texts_of_a_test_that_models_could_learn_are_counted(tmp_path):
         "5 records of the unlabelled text with a test text (3 as it stands, 2 nearly): left out"
     )
     assert labels.endswith("rows of cola that are a row of its test: 1 of train, left out")
+    edit(out / "cycle.json", lambda v: v["settings"].update(corpus={"without": ["more.txt"]}))
+    text = notes({"exact": 3, "near": 2})[0]
+    assert "with a test text or a text of corpus.without (3 as it stands, 2 nearly)" in text
     text, labels = notes({"exact": 1, "near": 0}, keep=True, dev=1)
     assert text.endswith("kept (test_texts: keep), and students read them")
     assert labels.endswith("1 of dev, kept (test_texts: keep)")

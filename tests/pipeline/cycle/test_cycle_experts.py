@@ -15,7 +15,7 @@ from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.jobs import plan_jobs
-from rekindle.pipeline.cycle.run import run_cycle
+from rekindle.pipeline.cycle.run import _tell_again, run_cycle
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.processes.jobs import Report
 from testlib.small_cycle.here import TINY, WORDS, Here, sections, task_files
@@ -245,6 +245,39 @@ def test_test_texts_that_are_kept_are_counted(values, tmp_path):
     corpus.unlink()
     functions.count_held(file, [tests], out, Report())
     assert json.loads(out.read_text()) == {"exact": None, "near": None, "removed": False}
+
+
+def test_experts_that_are_made_again_for_a_committee_are_named(values, tmp_path, caplog):
+    caplog.set_level("INFO")
+    made = tmp_path / "experts" / "colour" / "metrics.json"
+    made.parent.mkdir(parents=True)
+    words = "the experts on colour are fine-tuned again"
+    for arms, finished, told in (
+        (["committee"], False, False),
+        (["kd"], True, False),
+        (["committee"], True, True),
+    ):
+        if finished:
+            made.touch()
+        config = config_of(values, arms=arms)
+        _tell_again(tmp_path, config, list(planned(tmp_path, config).values()))
+        assert (words in caplog.text) == told
+
+
+def test_all_draws_have_the_text_of_the_one_that_has_cached_it(values, tmp_path, nothing_runs):
+    source, out = tmp_path / "text.txt", tmp_path / "out"
+    source.write_text("".join(f"the {word} is far away\n" for word in WORDS))
+    text = values["corpus"] | {"source": [str(source)]}
+    config = config_of(values, corpus=text, label_draws=2)
+    run_cycle(config, out, draw=0)  # plans alone
+    run = {"corpus": text, "cache": {"path": str(out / "draws" / "0" / "cache")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    functions.cache(tmp_path / "run.yaml", (), tmp_path / "done.json", Report())
+    run_cycle(config, out)
+    source.write_text("it is shorter now\n")
+    run_cycle(config, out, draw=0)
+    with pytest.raises(CheckpointError, match=r"draw 1 .* another text than draw 0 .*text\.txt"):
+        run_cycle(config, out)
 
 
 @pytest.mark.slow

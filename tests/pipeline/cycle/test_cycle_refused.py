@@ -130,6 +130,15 @@ def test_doubtful_data_is_refused(out, change, told):
     assert "both/cola" in str(caught.value)
 
 
+def test_experts_with_seeds_of_their_own_have_the_same_budget(tmp_path):
+    out = cycle(tmp_path / "c", ARMS[:2], ["cola"], search={}, experts={"seeds": 2})
+    finetuned(out, "expert", "cola", seeds=2)
+    assert {len(one.scores) for one in read_results(out).scores if one.task == "cola"} >= {2, 5}
+    edit(out / "experts/cola/metrics.json", lambda m: m["config"].update(batch_size=77))
+    with pytest.raises(CheckpointError, match="batch_size"):
+        read_results(out)
+
+
 def test_seeds_must_be_the_same_across_tasks(tmp_path):
     """Or else the mean over tasks would be over runs that have nothing in common."""
     out = cycle(tmp_path / "c", ARMS[:2], ["cola", "mrpc"], search={})
