@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.corpus.additions import is_begun, is_same_source
-from rekindle.data.errors import CheckpointError, naming
+from rekindle.data.errors import CheckpointError, InputError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
@@ -32,7 +32,13 @@ def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
     that are another one again; what was begun with such an arm goes on with it.
     """
     begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    if begun:
+    if not begun:  # older versions did not look: what they began goes on
+        for key in config.unused:
+            raise InputError(
+                f"{key} is searched (search.{key.rpartition('.')[2]}), and would not be used: "
+                "leave out one of them"
+            )
+    else:
         with reading(home / CYCLE_FILE, ELSEWHERE):
             was = as_begun(config, _BEFORE | begun["settings"])
         if was is not config:

@@ -175,13 +175,6 @@ class CycleConfig(Settings):
             )
         for key in {*self.experts.finetune} & {*TaskSettings.model_fields, *FORMER_FIELDS}:
             raise ValueError(f"experts.finetune.{key} says what the files mean, for all arms alike")
-        given = {f"tasks.{task.name}.finetune": task.finetune for task in self.tasks}
-        for where, own in (given | {"experts.finetune": self.experts.finetune}).items():
-            for key in [key for key in own if key in self.search]:
-                raise ValueError(
-                    f"{where}.{key} is searched (search.{key}), and would not be used: leave out "
-                    "one of them"
-                )
         if any("teachers" in given for given in (self.distill, *(t.distill for t in self.tasks))):
             raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
         if self.pseudo and "pseudo" not in self.arms:
@@ -314,6 +307,15 @@ class CycleConfig(Settings):
         return self.cache.model_copy(update={"path": path})
 
     # --- fine-tuning ------------------------------------------------------------------------------
+
+    @property
+    def unused(self) -> list[str]:
+        """The settings of tasks and experts that are searched, and so would not be used."""
+        given = {f"tasks.{task.name}.finetune": task.finetune for task in self.tasks}
+        given["experts.finetune"] = self.experts.finetune
+        return [
+            f"{where}.{key}" for where, own in given.items() for key in own if key in self.search
+        ]
 
     @property
     def seeds_of_search(self) -> range:

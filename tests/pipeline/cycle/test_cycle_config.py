@@ -12,6 +12,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.arms import USUAL
+from rekindle.pipeline.cycle.begun import as_it_was_begun
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.page import commands_of
 from rekindle.pipeline.cycle.sections import point_name
@@ -214,11 +215,16 @@ def test_experts_of_another_model_are_beside_the_students_own_model():
 
 
 @pytest.mark.parametrize("where", ["experts", "tasks.b"])
-def test_what_is_searched_is_not_given_beside_it(where):
+def test_what_is_searched_is_not_given_beside_it(where, tmp_path):
+    """What an older version began with both goes on."""
     given = [f"{where}.finetune.learning_rate=1e-3", "experts.model=other"]
-    config_of(*given)
+    assert as_it_was_begun(tmp_path, config_of(*given)).unused == []
+    both = config_of(*given, "search.learning_rate=[1e-5,2e-5]")
     with pytest.raises(InputError, match=rf"{where}\.finetune\.learning_rate is searched"):
-        config_of(*given, "search.learning_rate=[1e-5,2e-5]")
+        as_it_was_begun(tmp_path, both)
+    begun = {"settings": both.model_dump(mode="json", by_alias=True)}
+    (tmp_path / "cycle.json").write_text(json.dumps(begun))
+    assert as_it_was_begun(tmp_path, both).search == both.search
 
 
 def test_experts_may_have_seeds_of_their_own():
