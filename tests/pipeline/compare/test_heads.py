@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.builtin.names import resolve_name
@@ -20,12 +18,10 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.answers.judge import judged, open_judge
 from rekindle.train.answers.labelled import read_labelled
-from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.student import build_student
-from testlib.answers.judges import classifier
+from testlib.answers.judges import classifier, saved_student
 from testlib.command import pipeline
 
 NAMES = ("desc", "enty", "num")
@@ -41,12 +37,7 @@ def student(write, make_model, wordpiece):
         model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
         head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
         heads = {"trec": head} if seed else {}
-        student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
-        with torch.no_grad():
-            for parameter in student.heads.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(seed)))
-        student.save_pretrained(run)
-        AutoTokenizer.from_pretrained(str(model)).save_pretrained(run)
+        saved_student(run, model, heads, seed)
         return run
 
     return make

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.finetuned import read_finetuned
@@ -12,10 +10,8 @@ from rekindle.pipeline.job_functions import FineTuning, score_head
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
-from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.config import FixedBudget
-from rekindle.train.student import build_student
-from testlib.answers.judges import head, write
+from testlib.answers.judges import head, saved_student, write
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +20,7 @@ def home(tmp_path_factory, make_model, wordpiece):
     home = tmp_path_factory.mktemp("own")
     model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
     heads = {"light.0+light.1": head("no", "yes"), "lighter": head("no", "yes")}
-    student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
-    with torch.no_grad():
-        for parameter in student.heads.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(1)))
-    student.save_pretrained(home / "student")
-    AutoTokenizer.from_pretrained(str(model)).save_pretrained(home / "student")
+    saved_student(home / "student", model, heads)
     words = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
     for task in ("light", "heavy"):
         (home / "tasks" / task).mkdir(parents=True)

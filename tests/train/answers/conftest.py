@@ -2,12 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer
 
-from rekindle.train.config import StudentConfig
-from rekindle.train.student import build_student
-from testlib.answers.judges import LABELS, classifier, head, write
+from testlib.answers.judges import LABELS, classifier, head, saved_student, write
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +40,4 @@ def student(folder, make_model, wordpiece):
         "a+c": head("a/rain", "a/dog", "c/dog", "c/cat", "c/sun"),
         "score": head("x", problem="regression"),
     }
-    found = build_student(StudentConfig(model=str(model)), heads, 100, 0)
-    with torch.no_grad():
-        for parameter in found.heads.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(1)))
-    found.save_pretrained(folder / "student")
-    AutoTokenizer.from_pretrained(str(model)).save_pretrained(folder / "student")
-    return found.eval()
+    return saved_student(folder / "student", model, heads).eval()

@@ -3,7 +3,12 @@
 import json
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
+
+from rekindle.train.config import StudentConfig
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import build_student
 
 SINGLE = "single_label_classification"
 LABELS = ("cat", "dog", "sun", "rain")
@@ -18,6 +23,17 @@ def classifier(make_model, tokenizer, seed, *labels, family="bert", **extra):
 
 def head(*names, problem=SINGLE, kind="sequence"):
     return HeadConfig(kind=kind, num_labels=len(names), label_names=names, problem=problem)
+
+
+def saved_student(folder, model, heads, seed=1):
+    """A student of a masked LM whose heads say by their ``seed`` what texts are, in ``folder``."""
+    student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
+    with torch.no_grad():
+        for parameter in student.heads.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(seed)))
+    student.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(model)).save_pretrained(folder)
+    return student
 
 
 def write(path, rows):
