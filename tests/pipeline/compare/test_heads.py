@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rekindle.pipeline.commands import asking
 from rekindle.pipeline.compare import heads
 from rekindle.pipeline.compare.heads import _score, with_heads
 from rekindle.pipeline.compare.runs import compare_runs
+from rekindle.pipeline.compare.standing import draw
 from rekindle.pipeline.compare.tables import as_text
 from rekindle.pipeline.progress import SILENT
 from rekindle.train.answers.config import AskConfig
@@ -28,16 +31,34 @@ NAMES = ("desc", "enty", "num")
 WORDS = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Of the test rows: how many there are, and that intervals are right, is test_standing.py's."""
+    monkeypatch.setattr(heads, "draw", partial(draw, draws=200))
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, wordpiece, tmp_path_factory):
+    """saved(seed, **head) -> a student whose head says by its seed what texts are; 0: no head."""
+
+    @cache
+    def make(seed, **about):
+        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
+        model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+        folder = tmp_path_factory.mktemp("saved")
+        saved_student(folder, model, {"trec": head} if seed else {}, seed)
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def student(write, make_model, wordpiece):
-    """student(name, seed, **head): a run whose head says by its seed what texts are; 0: no head."""
+def student(write, saved):
+    """student(name, seed, **head): the run of a student as ``saved`` has it."""
 
     def make(name, seed, **about):
         run = write(name, seed=seed)
-        model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
-        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
-        heads = {"trec": head} if seed else {}
-        saved_student(run, model, heads, seed)
+        shutil.copytree(saved(seed, **about), run, dirs_exist_ok=True)
         return run
 
     return make
@@ -49,17 +70,23 @@ def students(student):
     return [student(name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 0))]
 
 
-@pytest.fixture
-def test_file(students, tmp_path):
-    """What a says of 60 texts, but for every tenth."""
-    path = tmp_path / "test.jsonl"
+@pytest.fixture(scope="module")
+def labelled(saved, tmp_path_factory):
+    """What the first student says of 60 texts, but for every tenth."""
+    path = tmp_path_factory.mktemp("labelled") / "test.jsonl"
     write_labelled(path, [NAMES[n % 3] for n in range(60)])
-    judge = open_judge(str(students[0]), "trec")
+    judge = open_judge(str(saved(1)), "trec")
     logits, _ = judged(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
     said = [judge.labels[n] for n in logits.argmax(axis=1)]
     labels = [NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)]
     write_labelled(path, labels)
     return path
+
+
+@pytest.fixture
+def test_file(labelled, tmp_path):
+    """A copy of the ``labelled`` file."""
+    return Path(shutil.copy(labelled, tmp_path))
 
 
 def write_labelled(path, labels):
