@@ -63,7 +63,7 @@ class PairInputs:
     def take(self, part: slice) -> "PairInputs":
         """Return ``part`` of the sequences, no wider than the longest of them."""
         lengths = self.lengths[part]
-        inside = slice(int(lengths.max(initial=0)))
+        inside = slice(int(lengths.max(initial=1)))  # models take no inputs of width 0
         return PairInputs(self.input_ids[part, inside], self.token_types[part, inside], lengths)
 
 
@@ -294,7 +294,7 @@ class Batch:
         It is no wider than the longest of them.
         """
         lengths = self.lengths[part]
-        width = int(lengths.max(initial=0))
+        width = int(lengths.max(initial=1))
         return replace(
             self,
             index=self.index[part],

@@ -336,6 +336,8 @@ def test_micro_batches_together_are_the_batch(masked, size):
     for part in parts:
         count = len(part.index)
         assert part.input_ids.shape == (count, part.lengths.max())
+        pairs = part.pairs["pairs-a"]
+        assert pairs.input_ids.shape == (count, max(1, pairs.lengths.max()))
         assert all((t.rows < count).all() for t in part.targets.values() if hasattr(t, "rows"))
     assert same(joined(parts, range(0, 7, size)), batch)
 
