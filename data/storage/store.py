@@ -9,10 +9,7 @@ import errno
 import fcntl
 import json
 import os
-import shutil
-import tempfile
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rekindle.data.errors import CacheFormatError, InputError, unusable
 from rekindle.data.storage.atomic import new_attempt, sync, write_bytes
+from rekindle.data.storage.downloads import download_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -255,21 +253,6 @@ class LocalStore(Store):
         return path
 
 
-_downloads: list[weakref.finalize] = []
-
-
-def remove_downloads() -> None:
-    """Remove what object stores hold in temporary folders: for a process that ends at once."""
-    for remove in _downloads:
-        remove()
-
-
-def _remove(folder: Path, process: int) -> None:
-    """Remove what a process has downloaded; a fork of it leaves that to it."""
-    if process == os.getpid():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class ObjectStore(Store):
     """A bucket with conditional puts, through fsspec. Data objects pass through local files.
 
@@ -291,8 +274,7 @@ class ObjectStore(Store):
             ) from None
         self.location = url.rstrip("/")
         self._process = os.getpid()
-        self._scratch = Path(tempfile.mkdtemp(prefix="rekindle-"))
-        _downloads.append(weakref.finalize(self, _remove, self._scratch, self._process))
+        self._scratch = download_folder(self)
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
         """Open it anew in another process, with a client and a temporary folder of its own."""
