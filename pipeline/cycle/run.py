@@ -139,6 +139,7 @@ def _run_one(
             warm_up()
         jobs = list(plan_jobs(home, config, tasks, how.only))
         _tell_again(home, config, jobs)
+        _tell_slow(config, how.places[0])
         run_counted(jobs, home / "cycle.log", how.progress, how.places)
         return _write_results(home)
 
@@ -191,6 +192,22 @@ def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
             "and only the best was kept",
             ", ".join(again),
         )
+
+
+def _tell_slow(config: CycleConfig, place: Place) -> None:
+    """Say, for all jobs, which precisions that are asked for the CPU has no instructions for."""
+    from rekindle.train.precision import tell_slow
+
+    asked: dict[str, str] = {"train.precision: {}": config.train.precision}
+    if "precision" in config.search:
+        asked["search.precision: [{}]"] = str(max(config.search["precision"], key="bf16".__eq__))
+    else:
+        own = {f"tasks.{task.name}.finetune": task.finetune for task in config.tasks}
+        own |= {"finetune": {"precision": config.finetune.precision}}
+        own |= {"experts.finetune": config.experts.finetune}
+        for where, settings in own.items():
+            asked[f"{where}.precision: {{}}"] = str(settings.get("precision"))
+    tell_slow(asked, "cpu" if place.device is None else "cuda")
 
 
 def _write_results(home: Path) -> CycleResults:
