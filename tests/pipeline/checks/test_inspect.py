@@ -137,7 +137,7 @@ def test_an_example_as_text(cache):
     target = example.targets["lm"][1]
     token = PieceTexts(opened.corpus.tokenizer.hf)[int(target.ids[0, 0])]
     assert f"{token} {np.exp(target.log_probs[0, 0]):.3f}" in text
-    assert "lm, replica 1" in text
+    assert "lm, masking 1" in text
     assert f"score: score {example.targets['score'][0].logits[0]:.3f}" in text
 
 
