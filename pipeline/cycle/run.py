@@ -35,7 +35,13 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, check_same_text, look
+from rekindle.pipeline.cycle.begun import (
+    about_cycle,
+    as_it_was_begun,
+    check_read_same_text,
+    check_same_text,
+    look,
+)
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import (
@@ -103,6 +109,7 @@ def run_cycle(
     with open_folder(home, lambda: look(home, config, about, beside)):
         write_json(home / CYCLE_FILE, about)
         write_text(home / "run.yaml", dump_config(config))
+    check_read_same_text(home, range(config.label_draws))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
         check_same_text(config, home, number)

@@ -279,6 +279,11 @@ def test_all_draws_have_the_text_of_the_one_that_has_cached_it(values, tmp_path,
     run_cycle(config, out, draw=0)
     with pytest.raises(CheckpointError, match=r"draw 1 .* another text than draw 0 .*text\.txt"):
         run_cycle(config, out)
+    begun = {"path": str(out / "draws" / "1" / "cache")}  # as an older version let it begin
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run | {"cache": begun}))
+    functions.cache(tmp_path / "run.yaml", (), tmp_path / "done.json", Report())
+    with pytest.raises(CheckpointError, match=r"draws 0 and 1 of the labels in .* different texts"):
+        run_cycle(config, out, draw=1)
 
 
 @pytest.mark.slow
