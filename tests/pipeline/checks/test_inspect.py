@@ -90,7 +90,7 @@ def test_the_histograms_are_of_what_is_in_the_cache(cache):
 def test_the_summary_as_text(cache):
     text = inspect_cache(str(cache))
     assert text.startswith(f"{cache}: 12 sequences (")
-    for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 replicas"):
+    for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 maskings"):
         assert word in text
     for name in ("lm", "odd", "whole"):
         assert f"{name} kept mass" in text
