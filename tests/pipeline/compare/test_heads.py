@@ -308,8 +308,8 @@ def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, 
     for place in ("a", "a/draws/0", "a/draws/1", "b"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "cycle.json").write_text('{"written_by": "rekindle cycle"}')
-    for draw in (0, 1):
-        run(f"a/draws/{draw}/students/kd-size", "size", f"c{draw}")
+    for number in (0, 1):
+        run(f"a/draws/{number}/students/kd-size", "size", f"c{number}")
     for task in ("size", "hue"):
         run(f"b/students/kd-{task}", task, task)
         run(f"b/students/both-{task}", task, task)
@@ -318,8 +318,8 @@ def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, 
     assert (done.returncode, done.stdout) == (2, "")
     told = " ".join(done.stderr.split())
     assert "a cycle of several draws of the labels" in told
-    for draw in (0, 1):
-        line = f"pipeline compare a/draws/{draw} {' '.join(options)}"
+    for number in (0, 1):
+        line = f"pipeline compare a/draws/{number} {' '.join(options)}"
         assert f"`{line}`" in told
     told = " ".join(pipeline("compare", "b", *options, "--test", "hue=h.jsonl").stderr.split())
     assert "a cycle whose tasks have texts of their own" in told
