@@ -295,3 +295,36 @@ def test_all_rows_together_score_what_the_model_scores(kind):
         assert (by_row is None) == ("accuracy" not in metric or kind == "tags")
         if by_row is not None:
             assert by_row.mean() == pytest.approx(value)
+
+
+def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, monkeypatch):
+    """Its draws, or the texts of its tasks."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, head, corpus):
+        place = write(name, corpus=corpus)
+        (place / "rekindle_student.json").write_text(json.dumps({"heads": {head: {}}}))
+
+    for place in ("a", "a/draws/0", "a/draws/1", "b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "cycle.json").write_text('{"written_by": "rekindle cycle"}')
+    for number in (0, 1):
+        run(f"a/draws/{number}/students/kd-size", "size", f"c{number}")
+    for task in ("size", "hue"):
+        run(f"b/students/kd-{task}", task, task)
+        run(f"b/students/both-{task}", task, task)
+    options = ["--test", "size=s.jsonl", "--metric", "f1", "--set", "batch_size=8"]
+    done = pipeline("compare", "a", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = " ".join(done.stderr.split())
+    assert "a cycle of several draws of the labels" in told
+    for number in (0, 1):
+        line = f"pipeline compare a/draws/{number} {' '.join(options)}"
+        assert f"`{line}`" in told
+    told = " ".join(pipeline("compare", "b", *options, "--test", "hue=h.jsonl").stderr.split())
+    assert "a cycle whose tasks have texts of their own" in told
+    for task, file in (("size", "s"), ("hue", "h")):
+        runs = f"b/students/both-{task} b/students/kd-{task}"
+        assert f"`pipeline compare {runs} --test {task}={file}.jsonl --metric f1 --set b" in told
+    told = pipeline("compare", "b/students/kd-hue", "--test", "hue=h.jsonl").stderr
+    assert "there is no file" in told  # and no more of cycles
