@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
@@ -18,7 +19,7 @@ from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, Teach
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.shared import Pass
-from rekindle.pipeline.plan.text import counted, shown_bytes, shown_plan, shown_seconds
+from rekindle.pipeline.plan.text import shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
 
 
