@@ -91,8 +91,8 @@ def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequ
     more = [f for f in _usual(corpus) if f not in fields and reach(row, f) is not ABSENT]
     if more:
         raise InputError(
-            f"{where} has {' and '.join(more)}, and the first row of the file has not: of that "
-            f"{' and '.join(fields)} are read. Name all fields of texts, which every row must "
+            f"{where} has {' and '.join(more)}, and the first row of the file has not: texts are "
+            f"read of {' and '.join(fields)} alone. Name all fields of texts, which every row must "
             "have, with corpus.without_fields, or give the rows of each kind as a file"
         )
 
