@@ -211,8 +211,8 @@ def test_each_line_of_a_txt_file_is_a_text(tmp_path):
     [
         ('{"query": "a"}', (), r"has none of the fields text, sentence.*\(it has: query\)"),
         ('{"question": "a"}', ["questio"], r"no field 'questio'.*did you mean 'question'"),
-        ('{"text": "a"}\n{"text": null}', (), r"row 2: text must be a string.*missing"),
-        ('{"text": 3}', (), r"row 1: text must be a string.*an? int"),
+        ('{"text": "a"}\n{"text": null}', (), r":2: text must be a string.*missing"),
+        ('{"text": 3}', (), r":1: text must be a string.*an? int"),
         ("bad", (), "not JSON"),
         ("", (), "has no rows"),
         ('{"text": "?"}', (), "no text with a letter"),
