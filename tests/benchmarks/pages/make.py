@@ -85,7 +85,7 @@ def muki_rows() -> list[tuple[str, str, dict[str, float]]]:
 
 
 def of_cells(table: str, picture: str = "") -> Made:
-    """A table whose cells are recorded one by one; its ``picture`` is called as it is, if not so."""
+    """A table whose cells are recorded one by one; its ``picture`` has its name, or this one."""
     picture = picture or table
     folder = BENCHMARKS / table
     config, rows = plan_of(folder), read_rows(folder)

@@ -18,7 +18,7 @@ from rekindle.pipeline.cycle.scores import MEAN, CycleResults
 from testlib.cycles import edit
 from testlib.recorded import ARMS, PRIMARY, TASKS
 
-BENCHMARKS = Path(__file__).parent
+BENCHMARKS = Path(__file__).parents[1]
 ROOT = BENCHMARKS.parents[1]
 TABLES = ["few_labels", "small_expert", "glue"]
 MakeTable = MakeRun = Callable[..., Path]
