@@ -16,7 +16,6 @@ import gzip
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "pages"), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent / "pages"))
 
 from record import CELLS, Origin, plan_of, read_rows, record  # noqa: E402
 
@@ -164,7 +163,7 @@ def _wait_for(process: "subprocess.Popen[bytes]", begun: Path, until: float | No
 def end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Tell them to keep what they have done; what does not end in time is killed."""
     for process in running:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     until = time.monotonic() + ENDS_WITHIN
     for process in running:
         try:

@@ -122,12 +122,8 @@ def _primary(config: CycleConfig, rows: Sequence[Cell], results: CycleResults) -
     whole = whole_draws(config, rows)
     verdict = verdict_of(results)
     yield f"{verdict[0].upper()}{verdict[1:]}."
-    names = [name for name in ("start", "expert") if name in results.arms or name == "expert"]
-    same = (
-        ""
-        if "start" in names
-        else " `expert` is the start model fine-tuned, which the file calls `start`."
-    )
+    same = " `expert` is the start model fine-tuned, which the file calls `start`."
+    same = "" if "start" in results.arms or "expert" not in primary.against else same
     if len(results.tasks) > 1:
         if len(whole) < config.label_draws:
             told = ", ".join(map(str, whole)) or "none so far"
@@ -199,7 +195,7 @@ def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
     yield (
         "Seconds of all that an arm needs, from labels and text to its scores, mean over draws: "
         "experts and their passes over the text are counted for every arm that they teach, the "
-        "search where it was made (draw 0)."
+        "search, which draw 0 makes for all, in every draw."
     )
     head = ["arm", *columns]
     lines = []

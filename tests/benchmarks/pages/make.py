@@ -19,7 +19,7 @@ from scipy import stats
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent
-sys.path[:0] = [str(HERE), str(BENCHMARKS), str(BENCHMARKS.parent / "lib")]
+sys.path[:0] = [str(HERE), str(BENCHMARKS.parent / "lib")]
 
 import cycle_page  # noqa: E402
 import pictures  # noqa: E402

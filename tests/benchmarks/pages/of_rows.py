@@ -87,14 +87,13 @@ def _means(scores: Sequence[ArmScores], metrics: Mapping[str, str]) -> list[ArmS
     if len(metrics) == 1:
         return []
     main = main_scores(scores, metrics)
-    by_arm = {
-        arm: [main[arm, t].mean for t in metrics if (arm, t) in main] for arm in _arms(scores)
-    }
-    return [
-        ArmScores.of(arm, MEAN, MEAN, [], [fmean(means)])
-        for arm, means in by_arm.items()
-        if len(means) == len(metrics)
-    ]
+    found = []
+    for arm in _arms(scores):
+        ones = [main[arm, task] for task in metrics if (arm, task) in main]
+        if len(ones) == len(metrics):
+            means = [fmean(seed) for seed in zip(*(one.scores for one in ones), strict=True)]
+            found.append(ArmScores.of(arm, MEAN, MEAN, [], means))
+    return found
 
 
 def _arms(scores: Sequence[ArmScores]) -> list[str]:

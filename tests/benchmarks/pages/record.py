@@ -16,10 +16,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.cycle.arms import WITH_TEACHERS
 from rekindle.pipeline.cycle.cells import Cells, read_cells
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
@@ -47,8 +48,11 @@ class Origin:
     @classmethod
     def here(cls) -> "Origin":
         """This machine, and the commit of this code, with a + where it was changed since."""
-        sys.path.insert(0, str(BENCHMARKS))
-        from results_csv import hardware
+        spec = spec_from_file_location("results_csv", BENCHMARKS / "results_csv.py")
+        assert spec is not None
+        assert spec.loader is not None
+        results_csv = module_from_spec(spec)  # its folder on the path would hide other packages
+        spec.loader.exec_module(results_csv)
 
         def git(*words: str) -> str:
             root = BENCHMARKS.parents[1]
@@ -61,7 +65,7 @@ class Origin:
         code = ("data", "kernels", "pipeline", "train")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         commit = git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
-        return cls(hardware(), commit, datetime.date.today().isoformat())
+        return cls(results_csv.hardware(), commit, datetime.date.today().isoformat())
 
 
 def plan_of(table: Path) -> CycleConfig:
@@ -221,7 +225,7 @@ def main() -> None:
     table = BENCHMARKS / given.table
     try:
         print("\n".join(record(table, given.run, origin)))
-    except InputError as error:
+    except RekindleError as error:
         sys.exit(f"error: {error}")
     from make import make  # the page is of all rows that there are
 

@@ -1,6 +1,7 @@
 """The result pages say what the recorded rows say, and rows are what the cycles' folders have."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -60,8 +61,7 @@ def test_the_summaries_have_the_means_of_the_rows() -> None:
     for text in (results, readme):
         for arm in ("expert", "longer", "mlm", "kd", "both", "mixture"):
             assert mean[arm] in text
-    lines = [line for line in results.splitlines() if line[:1].isdigit()]
-    assert [int(line[0]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert re.findall(r"^(\d)\. ", results, re.MULTILINE) == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_the_page_of_clinc_has_the_recorded_values(pages: ModuleType) -> None:
@@ -170,7 +170,6 @@ def test_a_mean_over_tasks_is_of_the_draws_that_have_all(
     assert "**4 of 6 cells are measured**" in page
     assert "**It is not complete**: the mean over tasks is over the draws that have all 2" in page
     assert "| cola | yes | yes | – |" in page
-    assert "| trec |" not in page
     only = [row for row in rows if row["task"] == "cola"]
     none = pages.cycle_page.measured("table", config, only)
     assert "on the mean over 2 tasks, is not known yet" in none
@@ -212,7 +211,9 @@ def test_the_file_of_small_experts_has_a_student_larger_than_them(record: Module
     assert config.has_other_experts
     assert {*config.arms} == {*other.arms, "start"}
     assert [task.name for task in config.tasks] == ["trec", "clinc"]
-    assert config.tasks == other.tasks[:2]
+    keys = ("train", "dev", "test", "train_examples", "train_per_class", "dev_examples", "corpus")
+    for own, theirs in zip(config.tasks, other.tasks, strict=False):
+        assert {key: getattr(own, key) for key in keys} == {k: getattr(theirs, k) for k in keys}
 
 
 def test_a_cut_model_has_the_layers_that_are_named(make_model, wordpiece, tmp_path: Path) -> None:

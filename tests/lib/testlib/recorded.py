@@ -29,7 +29,7 @@ def table_in(folder: Path, name: str, own_texts: bool) -> Path:
         "primary": PRIMARY,
         "seeds": SEEDS,
         "label_draws": DRAWS,
-        "search": GRID,
+        "search": GRID if own_texts else {},
     }
     (made / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return made
@@ -37,7 +37,7 @@ def table_in(folder: Path, name: str, own_texts: bool) -> Path:
 
 def run_in(out: Path, own_texts: bool) -> Path:
     """All of it, as `pipeline rekindle` leaves it."""
-    drawn(out, ARMS, TASKS, seeds=SEEDS, draws=DRAWS, primary=PRIMARY)
+    drawn(out, ARMS, TASKS, GRID if own_texts else {}, seeds=SEEDS, draws=DRAWS, primary=PRIMARY)
     for draw, task in product(range(DRAWS), TASKS):
         home = out / "draws" / str(draw)
         costs = home / "costs" / "texts" / task if own_texts else home / "costs"
