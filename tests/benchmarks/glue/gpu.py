@@ -37,6 +37,7 @@ MOST_ROWS = 20_000  # of a train set, of which each draw takes a thousand or two
 TASKS = ("cola", "sst2", "mrpc", "stsb")
 ENDS_WITHIN = 60.0  # seconds that a cycle has to keep what it has done
 COMMIT = "commit.txt"
+MODEL_FILES = ("config.json", "token*", "vocab*", "merges*", "special_tokens*", "*.index.json")
 
 Command = Callable[[Path, Path, int, int], Sequence[str]]
 
@@ -83,11 +84,10 @@ def halve(model: Path, out: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    left_out = shutil.ignore_patterns(
-        "*.safetensors", "*.bin", "checkpoints", "tensorboard", "*.jsonl"
-    )
-    shutil.copytree(model, out, ignore=left_out)
-    for file in model.glob("*.safetensors"):
+    out.mkdir()
+    for file in sorted(file for pattern in MODEL_FILES for file in model.glob(pattern)):
+        shutil.copy(file, out)
+    for file in model.glob("model*.safetensors"):  # an optimizer's state stays where it is
         weights = load_file(file)
         small = {k: w.half() if w.dtype == torch.float32 else w for k, w in weights.items()}
         save_file(small, out / file.name, metadata={"format": "pt"})
