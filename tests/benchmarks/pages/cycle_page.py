@@ -92,7 +92,7 @@ def measured(name: str, config: CycleConfig, rows: Sequence[Cell]) -> str:
             shown,
             caption("draw"),
             "### Scores",
-            "Test scores in %: mean ± sample deviation over draws, whose number is below a task.",
+            "Test scores in %: mean ± sample deviation over the draws, as many as are told.",
             table(_scores(results)),
             "### All differences",
             *differences(results),
@@ -173,7 +173,7 @@ def _scores(results: CycleResults) -> Table:
     made = score_table("arm", arms, columns)
     counts = ["", *(max(len(one.of(arm)) for arm in arms) for one in columns)]
     named = [
-        replace(column, title=f"{column.title}<br>{counted(int(count), 'draw')}")
+        replace(column, title=f"{column.title} ({counted(int(count), 'draw')})")
         if count
         else column
         for column, count in zip(made.columns, counts, strict=True)
