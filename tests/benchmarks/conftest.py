@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from testlib.recorded import run_in, table_in
+from testlib.compared.recorded import run_in, table_in
 
 HERE = Path(__file__).parent
 

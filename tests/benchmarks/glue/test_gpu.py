@@ -11,7 +11,7 @@ import yaml
 
 from rekindle.pipeline.cycle.config import load_cycle
 from rekindle.train.model.files import load_student_model
-from testlib.recorded import DRAWS, TASKS
+from testlib.compared.recorded import DRAWS, TASKS
 
 BENCHMARKS = Path(__file__).parents[1]
 MINILM_BYTES = 46_600_000  # 22.7 M parameters and a masked-LM head in half precision, a tokenizer

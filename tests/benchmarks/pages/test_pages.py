@@ -16,8 +16,8 @@ import yaml
 from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import MEAN, CycleResults
+from testlib.compared.recorded import ARMS, PRIMARY, TASKS
 from testlib.cycles import edit
-from testlib.recorded import ARMS, PRIMARY, TASKS
 
 BENCHMARKS = Path(__file__).parents[1]
 ROOT = BENCHMARKS.parents[1]
