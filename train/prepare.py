@@ -84,6 +84,7 @@ def prepare(
             log.warning("%s", told)
     about = describe_run(cache, student_config, config, view, objective, measure)
     chosen = choose_sequences(cache, config)
+    size = config.micro_batch_sequences or config.batch_sequences
     stream = TrainingStream(
         cache,
         chosen.order,
@@ -93,8 +94,8 @@ def prepare(
         rank=world.rank,
         world_size=world.size,
         threads=config.prefetch_threads,
+        longest_first=size < config.batch_sequences // world.size,
     )
-    size = config.micro_batch_sequences or config.batch_sequences
     held_out = EvaluationData(
         cache,
         chosen.held_out,
@@ -146,7 +147,7 @@ def prepare_objective(
         if teacher.coverage < 1 and name not in config.allow_missing:
             raise InputError(
                 f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
-                "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
+                f"with {teacher.info.made_by}, or name it in train.allow_missing to train its "
                 "holes without KD"
             )
     infos = {name: teacher.info for name, teacher in teachers.items()}

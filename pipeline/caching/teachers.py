@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError, naming
-from rekindle.data.storage.seal import seal
+from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
@@ -50,6 +49,7 @@ from rekindle.train.model.padding import padding_of
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.precision import told_of_slow
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
@@ -121,6 +121,22 @@ def plan_teacher(
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
+
+
+def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
+    """What is said, before a teacher runs, of a precision that this device has no instructions
+    for; None for any other.
+    """
+    name, info = plan.config.name, plan.info
+    instead = ""
+    if is_described(corpus.store, name):
+        instead = (
+            "Its targets in the cache are of it, and what is missing must be: finish it on a "
+            "device that has them, or cache it anew under another name in fp32"
+        )
+    asked = {f"teachers.{name}.precision: {{}}": info.precision}
+    device = place(info.precision).device.partition(":")[0]
+    return told_of_slow(asked, device, instead)
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
@@ -228,34 +244,6 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
         "label_names": names,
         "problem": "regression" if config.task == "regression" else problem,
     }
-
-
-def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
-
-    Raises CacheMismatchError as ``check_same`` does.
-    """
-    content = seal(info.model_dump(mode="json"))
-    if not corpus.store.create(f"{info.folder}/teacher.json", content):
-        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
-
-
-def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
-
-    Targets of two models never mix under one name.
-    """
-    old, new = present.identity(), info.identity()
-    before, now = old.pop("fingerprints"), new.pop("fingerprints")
-    prints = [name for name in before | now if before.get(name) != now.get(name)]
-    changed = [f"other {' and '.join(prints)}"] if prints else []
-    changed += [f"{k}: {old[k]!r} there, {new[k]!r} here" for k in new if old[k] != new[k]]
-    if changed:
-        raise CacheMismatchError(
-            f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
-            f"this one ({'; '.join(changed)}). Give this one another name, or delete "
-            f"targets/{info.name} to make it anew"
-        )
 
 
 class Teacher:

@@ -4,7 +4,9 @@ of them at once.
 At the weights of the step it is measured after it would change although the student does not. At
 those of the last step it is what the run ends on, and is comparable all along. Every term is summed
 up batch by batch and divided at the end by its rows in all batches: how they are cut changes
-nothing but rounding. The load-balancing loss of routers, which is of training alone, is no part.
+nothing but rounding. They are added in the configuration's order: in that of a set the last bit
+would differ from process to process, and a resumed run from one that was not interrupted. The
+load-balancing loss of routers, which is of training alone, is no part.
 """
 
 from collections.abc import Mapping
@@ -53,10 +55,10 @@ class HeldOutLoss:
             self._put("ce", plan.hard * known["ce"][0], known["ce"][1])
         left: list[tuple[DistillTerm, float]] = []
         for term, weight in plan.terms:
-            names = set(names_of(term).values())
+            names = dict.fromkeys(names_of(term).values())
             if term.ranking is not None:
                 self._add_ranked(student, batch, term, device)
-            elif names <= known.keys():
+            elif names.keys() <= known.keys():
                 for name in names:
                     self._put(name, weight * term.temperature**2 * known[name][0], known[name][1])
             else:
@@ -64,7 +66,7 @@ class HeldOutLoss:
         found = self._sums_of(student, batch, left, device)
         for method, weight in plan.methods:
             if method.evaluates_losses:
-                own = {f"{method.name}/{name}" for name in method.count(batch)}
+                own = dict.fromkeys(f"{method.name}/{name}" for name in method.count(batch))
                 found |= {name: weight * known[name][0] for name in own}
                 continue
             for name, loss, _ in method.losses(student, batch, plan.step, device):

@@ -8,6 +8,7 @@ import torch
 
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.method import Method
+from rekindle.train.objective.held_out_loss import HeldOutLoss
 from testlib.objective.cases import CASES, WORLDS, alone, term
 from testlib.objective.setting import CPU, Setting
 
@@ -143,3 +144,29 @@ def test_the_loss_of_a_method_is_part_of_it(setting_of, monkeypatch, known):
     expected = 0.5 * found["ce"] + 0.25 * mean * (1 if known else 2)
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
     assert (Length.asked == 0) is known
+
+
+@pytest.mark.parametrize("what", ["terms", "losses of a method"])
+def test_it_is_summed_up_in_the_order_of_the_configuration(setting_of, what):
+    """To the last bit: a set would have an order of its own in every process, so that a resumed run
+    would have another loss, and perhaps another best step, than one that was not interrupted.
+    """
+    from rekindle.train.config import MethodSettings
+
+    names = ["big", "wide", "whole", "odd.lm", "even.lm"]
+    setting = setting_of("masked_world", alone(term(*names)), batch=[3])
+    objective, parts = setting.objective, [f"kd/{name}" for name in names]
+    batch = setting.cache.gather(setting.index, names, epoch=0, masked_view=setting.view)
+    if what != "terms":
+        method = Length(MethodSettings(method="length", weight=1.0), None)
+        method.evaluates_losses = True
+        method.count = lambda batch: dict.fromkeys("abcdefgh", 1)
+        objective = replace(setting_of("masked_world", {}).objective, methods=(method,))
+        parts = ["ce", *(f"length/{name}" for name in "abcdefgh")]
+    for seed in range(20):  # of other magnitudes each: any two orders differ in one of them
+        values = (10.0 ** np.random.default_rng(seed).uniform(-9, 9, len(parts))).tolist()
+        loss = HeldOutLoss(objective)
+        loss.add(
+            setting.student, batch, CPU, {n: (v, 1) for n, v in zip(parts, values, strict=True)}
+        )
+        assert loss.mean() == sum(values)
