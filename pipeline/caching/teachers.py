@@ -6,6 +6,7 @@ that a finished cache is recognised in seconds.
 
 import logging
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError, naming
-from rekindle.data.storage.seal import seal
+from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
@@ -247,32 +247,9 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     }
 
 
-def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
-
-    Raises CacheMismatchError as ``check_same`` does.
-    """
-    content = seal(info.model_dump(mode="json"))
-    if not corpus.store.create(f"{info.folder}/teacher.json", content):
-        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
-
-
-def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
-
-    Targets of two models never mix under one name.
-    """
-    old, new = present.identity(), info.identity()
-    before, now = old.pop("fingerprints"), new.pop("fingerprints")
-    prints = [name for name in before | now if before.get(name) != now.get(name)]
-    changed = [f"other {' and '.join(prints)}"] if prints else []
-    changed += [f"{k}: {old[k]!r} there, {new[k]!r} here" for k in new if old[k] != new[k]]
-    if changed:
-        raise CacheMismatchError(
-            f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
-            f"this one ({'; '.join(changed)}). Give this one another name, or delete "
-            f"targets/{info.name} to make it anew"
-        )
+def _stores_tails(info: TeacherInfo) -> bool:
+    kind = kind_of(info)
+    return kind.has_tail or kind.extends
 
 
 class Teacher:
@@ -282,12 +259,11 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
+        self.stores_tails = _stores_tails(plan.info)
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
-        targets = kind_of(plan.info)
-        self.stores_tails = targets.has_tail or targets.extends
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
@@ -310,6 +286,16 @@ class Teacher:
                 self.info.name,
                 type(model).__name__,
             )
+
+    def beside(self, plan: TeacherPlan) -> "Teacher":
+        """Return the teacher of ``plan``, of which all but what it keeps is the same: with this
+        one's model.
+        """
+        other = copy(self)
+        other.__dict__.pop("token_columns", None)  # what has a tail has other columns
+        other.info, other.config = plan.info, plan.config
+        other.stores_tails = _stores_tails(plan.info)
+        return other
 
     @property
     def language_model(self) -> SplitLanguageModel:

@@ -2,7 +2,7 @@
 
 from textwrap import fill
 
-from rekindle.data.counted import counted
+from rekindle.data.counted import counted, shown_bytes
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
@@ -14,7 +14,6 @@ ABOUT = (
     "sequence, or of one token in it."
 )
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
-BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def shown_plan(plan: RunPlan) -> str:
@@ -28,6 +27,7 @@ def shown_plan(plan: RunPlan) -> str:
     table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
     head = [*_wrapped(lines), *table, *(_wrapped([ABOUT]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
+    lines += _of_shared(plan.teachers)
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
     runs = plan.break_even.teachers
@@ -41,6 +41,16 @@ def shown_plan(plan: RunPlan) -> str:
         lines.append(f"  {one.name}: {one.what}{unknown}")
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join([*head, *_wrapped(lines)]) + "\n"
+
+
+def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
+    """The groups that share their forward passes, each once."""
+    groups = {frozenset((t.name, *t.shares)): t for t in teachers if t.shares}
+    names = [[t.name for t in teachers if t.name in group] for group in groups]
+    return [
+        f"{', '.join(group)}: one forward pass for all of them; its time is divided among them"
+        for group in names
+    ]
 
 
 def _wrapped(sentences: list[str]) -> list[str]:
@@ -98,15 +108,6 @@ def _total(plan: RunPlan) -> str:
     if totals.disk_free is not None:
         line += f"; {shown_bytes(totals.disk_free)} free"
     return line
-
-
-def shown_bytes(size: int) -> str:
-    """Bytes with a unit of a thousand each, three digits or so."""
-    for each, unit in BYTES:
-        value = size / each
-        if value >= 0.9995:
-            return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}"
-    return counted(size, "byte")
 
 
 def shown_seconds(seconds: float) -> str:

@@ -265,6 +265,7 @@ class Distillation:
                 kd_weight=self.weights[name] / taught,
                 divergence=term.divergence,
                 tail=term.tail,
+                skew=term.skew,
                 ignore_index=IGNORED,
                 **options,
             )

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
+from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import LanguageRows, LossTargets, kd_targets, send, sparse_targets
+from rekindle.train.device_batch import LanguageRows, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
 
@@ -115,8 +116,7 @@ class LanguageLoss:
             return [Lesson(named[term.teachers[0]], term, weight, targets, rows)]
         lessons = []
         for name in term.teachers:
-            target = self.batch.targets[name]
-            assert isinstance(target, TokenTargetBatch)
+            target = self._target(term, name)
             rows = self.rows.match(target, self.width)
             taught = kd_targets(target, term.temperature, term.k, self.device)
             chosen = None
@@ -125,9 +125,14 @@ class LanguageLoss:
             lessons.append(Lesson(named[name], term, weight, taught, rows, chosen))
         return lessons
 
+    def _target(self, term: DistillTerm, name: str) -> TokenTargetBatch:
+        """The targets of a teacher, as the term reads them."""
+        target = self.batch.targets[name]
+        assert isinstance(target, TokenTargetBatch)
+        return target.interpolating(term.interpolates)
+
     def _mixture(self, term: DistillTerm) -> tuple[LossTargets, Rows]:
-        targets = [self.batch.targets[name] for name in term.teachers]
-        batches = [target for target in targets if isinstance(target, TokenTargetBatch)]
+        batches = [self._target(term, name) for name in term.teachers]
         places = [self.rows.match(target, self.width) for target in batches]
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
