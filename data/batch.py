@@ -16,6 +16,7 @@ from rekindle.data.corpus.columns import TYPES
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
+from rekindle.data.targets.answers import entropies, probabilities
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
@@ -40,12 +41,12 @@ class MaskedInputs:
     positions: Ints  # [P]
     labels: Ints  # [P] the true ids
 
-    def take(self, part: slice) -> "MaskedInputs":
-        """Return ``part`` of the sequences."""
+    def take(self, part: slice, width: int) -> "MaskedInputs":
+        """Return ``part`` of the sequences, none of which is longer than ``width``."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
         return MaskedInputs(
             self.replica,
-            self.input_ids[part],
+            self.input_ids[part, :width],
             self.rows[first:last] - part.start,
             self.positions[first:last],
             self.labels[first:last],
@@ -61,8 +62,10 @@ class PairInputs:
     lengths: Ints  # [B]
 
     def take(self, part: slice) -> "PairInputs":
-        """Return ``part`` of the sequences."""
-        return PairInputs(self.input_ids[part], self.token_types[part], self.lengths[part])
+        """Return ``part`` of the sequences, no wider than the longest of them."""
+        lengths = self.lengths[part]
+        inside = slice(int(lengths.max(initial=1)))  # models take no inputs of width 0
+        return PairInputs(self.input_ids[part, inside], self.token_types[part, inside], lengths)
 
 
 class TargetBatch(ABC):
@@ -124,7 +127,9 @@ class TokenTargetBatch(TargetBatch):
         """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
         By falling probability; the whole vocabulary of a dense teacher in the order of its ids. Of
-        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn.
+        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn. To
+        look at: of dense targets and hidden states [P,V] floats are formed, while a loss takes what
+        ``train/to_device.py`` sends, as it is stored.
 
         Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample;
         ValueError for a k outside 1..K.
@@ -152,8 +157,34 @@ class TokenTargetBatch(TargetBatch):
         )
 
 
+class ExpertBatch(TargetBatch):
+    """An expert's logits of a batch, a row each for its positions or for the batch's sequences."""
+
+    logits: Floats  # [R,C]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names [C] of its classes, labels or scores."""
+        numbered = (f"LABEL_{number}" for number in range(self.info.num_labels or 0))
+        return self.info.label_names or tuple(numbered)
+
+    def probabilities(self, temperature: float = 1.0) -> Floats:
+        """Return the probabilities of its classes, as ``logits`` stand; NaN where it has no target.
+
+        Of an expert on labels that each hold or do not: of each. Raises InputError for scores.
+        """
+        return probabilities(self.info, self._known(), temperature)
+
+    def entropy(self, temperature: float = 1.0) -> Floats:
+        """Return how unsure it is: the entropy in nats, a number for each row of ``logits``."""
+        return entropies(self.info, self.probabilities(temperature))
+
+    def _known(self) -> Floats:
+        return self.logits
+
+
 @dataclass(frozen=True)
-class TokenLabelBatch(TargetBatch):
+class TokenLabelBatch(ExpertBatch):
     """One token classifier's logits of a batch."""
 
     info: TeacherInfo
@@ -171,7 +202,7 @@ class TokenLabelBatch(TargetBatch):
 
 
 @dataclass(frozen=True)
-class SequenceTargetBatch(TargetBatch):
+class SequenceTargetBatch(ExpertBatch):
     """One sequence expert's logits of a batch."""
 
     info: TeacherInfo
@@ -188,6 +219,9 @@ class SequenceTargetBatch(TargetBatch):
         present = np.zeros_like(self.present)
         present[self.rows[chosen]] = True
         return replace(self, present=present)
+
+    def _known(self) -> Floats:
+        return np.where(self.present[:, None], self.logits, np.float32(np.nan))
 
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""
@@ -287,19 +321,24 @@ class Batch:
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
 
     def take(self, part: slice) -> "Batch":
-        """Return ``part`` of its sequences, from one to another, with their targets."""
+        """Return ``part`` of its sequences, from one to another, with their targets.
+
+        It is no wider than the longest of them.
+        """
+        lengths = self.lengths[part]
+        width = int(lengths.max(initial=1))
         return replace(
             self,
             index=self.index[part],
             digests=self.digests[part],
             domains=self.domains[part],
-            input_ids=self.input_ids[part],
-            lengths=self.lengths[part],
-            masked=self.masked and self.masked.take(part),
+            input_ids=self.input_ids[part, :width],
+            lengths=lengths,
+            masked=self.masked and self.masked.take(part, width),
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
-            token_types=None if self.token_types is None else self.token_types[part],
+            token_types=None if self.token_types is None else self.token_types[part, :width],
         )
 
 

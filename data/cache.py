@@ -25,14 +25,16 @@ from rekindle.data.batch import (
     read_types,
 )
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.texts import CorpusTexts
 from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.permutation import epoch_batch
-from rekindle.data.storage.cuts import RowTexts
+from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
+from rekindle.data.summary import summarise
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.files import read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -51,7 +53,11 @@ WHOLE = Kept()  # all that there is of a teacher
 
 
 class Cache:
-    """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name)."""
+    """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name).
+
+    It can be pickled (for workers of a DataLoader, say): it stays what it was when it was opened,
+    and its files are mapped anew in each process.
+    """
 
     def __init__(self, store: Store):
         self.store = store
@@ -124,6 +130,14 @@ class Cache:
     def __len__(self) -> int:
         return len(self.corpus)
 
+    def __repr__(self) -> str:
+        return summarise(self.corpus, self.teachers.values())
+
+    @property
+    def texts(self) -> CorpusTexts:
+        """The text of each sequence, by its number or a slice, read when it is asked for."""
+        return CorpusTexts(self.corpus)
+
     def masked_view(self, name: str | None = None) -> ViewReader:
         """The masked view of that name, or the only one; InputError when that is not clear."""
         found = [name for name, view in self.views.items() if view.kind.masked]
@@ -184,7 +198,7 @@ class Cache:
 
     def gather(
         self,
-        index: Ints,
+        index: Ints | Sequence[int],
         teachers: Sequence[str],
         *,
         epoch: int = 0,
@@ -199,6 +213,7 @@ class Cache:
         other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
         gold_rank and entropy: no loss needs them.
         """
+        index = _numbers(index)
         for name in teachers:
             info = self.teacher(name).info
             if info.shown.masked and info.view != masked_view:
@@ -235,6 +250,13 @@ class Cache:
             documents=RowTexts(partial(self.corpus.text, "document"), where),
             token_types=read_types(self.corpus, where),
         )
+
+    def longest_first(self, index: Ints) -> Ints:
+        """The sequences ``index`` [B] by falling length, those of one length as they stand."""
+        shards, rows = self.corpus.locate(index)
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        lengths = cut_lengths([self.corpus.cut(place) for place in places])
+        return index[np.argsort(-lengths, kind="stable")]
 
     def scores(
         self,
@@ -305,6 +327,16 @@ def write_manifest(store: Store) -> None:
             return
     store.replace(MANIFEST, seal({}))
     store.replace(MANIFEST, seal(_rolled_up(Cache(store))))
+
+
+def _numbers(index: Ints | Sequence[int]) -> Ints:
+    found = np.asarray(index)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ValueError(
+            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be their "
+            "numbers [B], integers in 0..len(cache) − 1"
+        )
+    return found.astype(np.int64)
 
 
 _ROLLED_UP = ("corpus", "views", "teachers")
