@@ -141,6 +141,13 @@ class TokenTargetBatch(TargetBatch):
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
         columns, first = self.columns, self.kind.read_at
+        unknown = np.full(len(self.positions), np.nan, np.float32)  # of imported targets
+
+        def nats(name: str) -> Floats:
+            return (
+                columns[name].astype(np.float32) / np.float32(STEP) if name in columns else unknown
+            )
+
         kept, log_probs, log_tail = self.decode(first)
         tails = {tau: self.decode(tau)[2] for tau in self.info.temperatures}
         return TokenTargets(
@@ -151,9 +158,9 @@ class TokenTargetBatch(TargetBatch):
             log_probs=log_probs,
             log_tail=tails | {first: log_tail},
             gold_ids=ids[self.positions + (self.info.task == "causal_lm")].astype(np.int64),
-            gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
-            gold_rank=columns["gold_rank"].astype(np.int64),
-            entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
+            gold_log_prob=-nats("gold_log_prob"),
+            gold_rank=columns.get("gold_rank", np.full(len(unknown), -1)).astype(np.int64),
+            entropy=nats("entropy"),
         )
 
 
