@@ -11,6 +11,7 @@ kept ids.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def loss_block(
     else:
         tempered, at_one = _softmax_(z / tau, slots, tau), _softmax_(z, slots, 1.0)
     q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
-    parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, settings.divergence)
+    parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, settings)
     kd = torch.where(has_target, parts.value, 0.0)
     ce = torch.zeros_like(kd) if label is None else label.cross_entropy(at_one)
     if coefficients is None:
@@ -97,7 +98,7 @@ class DivergenceParts(NamedTuple):
 
 
 def divergence_parts(
-    q: Tensor, q_rest: Tensor, log_p: Tensor, log_p_rest: Tensor, divergence: str
+    q: Tensor, q_rest: Tensor, log_p: Tensor, log_p_rest: Tensor, settings: LossSettings
 ) -> DivergenceParts:
     """D over the k listed ids and the rest, with its gradient in closed form.
 
@@ -111,7 +112,7 @@ def divergence_parts(
     p = log_p.exp()
     log_p = torch.where(possible, log_p, LOG_OF_ZERO)
     log_q = torch.where(q > 0, q.log(), LOG_OF_ZERO)
-    terms, p_phi = _TERMS[divergence](q, log_q, p, log_p)
+    terms, p_phi = _TERMS[settings.divergence](q, log_q, p, log_p, **settings.of_divergence)
     p_phi = torch.where(possible, p_phi, 0.0)
     gradient = p_phi - p * p_phi.sum(1, keepdim=True)
     return DivergenceParts(terms.sum(1), gradient[:, -1], gradient[:, :-1])
@@ -140,12 +141,28 @@ def _total_variation(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tupl
     return 0.5 * difference.abs(), 0.5 * p * difference.sign()  # sign(0) = 0
 
 
-_TERMS = {
+def _skew_kl(
+    q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, skew: float
+) -> tuple[Tensor, Tensor]:
+    # With s = (1−α)p / (αq + (1−α)p), the student's share of the mixture, a term is q·log((1−s)/α)
+    # and p·φ is −q·s; neither is a difference of large logarithms.
+    odds = log_p - log_q - logit(skew)  # of that share: log s/(1−s)
+    log_of_other = -torch.logaddexp(odds, torch.zeros_like(odds[:, :1]))
+    return q * (log_of_other - math.log(skew)), -q * torch.sigmoid(odds)
+
+
+_TERMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
     "tvd": _total_variation,
+    "skew_kl": _skew_kl,
 }
+
+
+def logit(share: float) -> float:
+    """log(share / (1 − share))."""
+    return math.log(share) - math.log1p(-share)
 
 
 class _Slots(NamedTuple):

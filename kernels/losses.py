@@ -3,10 +3,6 @@
 Shapes: N rows (tokens), V vocabulary, K kept ids a row, H hidden size, T teachers.
 """
 
-import functools
-import importlib.util
-import logging
-import os
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
@@ -15,14 +11,14 @@ from torch import Tensor
 
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.checks import (
-    LossTargets,
     check_kind,
     check_student,
     check_whole_values,
     checked,
     label_weight,
 )
-from rekindle.kernels.divergences import EVERY_LINEAR
+from rekindle.kernels.choice import Targets, choose
+from rekindle.kernels.divergences import EVERY_LINEAR, skew_of
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import (
     WholeTargets,
@@ -32,7 +28,6 @@ from rekindle.kernels.hidden import (
 )
 from rekindle.kernels.ops import losses
 from rekindle.kernels.targets import (
-    MAX_KEPT,
     DecodedTargets,
     LossSettings,
     SparseRow,
@@ -40,12 +35,6 @@ from rekindle.kernels.targets import (
     check_tensor,
     merge_rows,
 )
-
-logger = logging.getLogger("rekindle")
-
-IMPLEMENTATIONS = ("auto", "triton", "torch")
-Targets = Tensor | LossTargets
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class KDLoss(NamedTuple):
@@ -72,6 +61,7 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     impl: str = "auto",
+    skew: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> KDLoss:
@@ -97,11 +87,12 @@ def kd_loss(
         temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
         ce_weight: weight of CE. It is said beside labels (0.0: be told `ce` alone), and needs them.
         kd_weight: weight of τ²·D.
-        divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|). Of a
-            sample (kinds threshold and random; ids drawn by whatever means) forward_kl alone: it
-            is linear in q, so its mean over draws teaches q. The others take an id that was not
-            drawn for one of probability zero, and end elsewhere. EncodedTargets of a sample are
-            refused; plain ids and probabilities do not say where they come from.
+        divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|) |
+            skew_kl KL(q ‖ αq + (1−α)p), at most −log α. Of a sample (kinds threshold and random;
+            ids drawn by whatever means) forward_kl alone: it is linear in q, so its mean over draws
+            teaches q. The others take an id that was not drawn for one of probability zero, and end
+            elsewhere. EncodedTargets of a sample are refused; plain ids and probabilities do not
+            say where they come from.
         tail: what stands for the target outside its ids. bucket: one more outcome, "any other
             id", with tail_prob against the student's mass there. renormalise: q/Σq on the ids and
             zero elsewhere. none: q as it is on the ids and zero elsewhere (unbiased samples).
@@ -112,6 +103,7 @@ def kd_loss(
             nothing), CE over those of them whose label counts; sum; none: [N], 0 in ignored rows.
             No such row: 0.
         impl: auto | triton | torch.
+        skew: α of skew_kl, in (0, 1); None: 0.1. Refused with another divergence.
         softcap: final logit softcapping as in Gemma 2 (-inf stays -inf); None: none.
         logit_scale: > 0, multiplies the logits first.
 
@@ -127,13 +119,15 @@ def kd_loss(
         tensors only, as a device would have to be waited for: the Triton kernels give a row with
         an id or label outside [0,V) a loss of NaN.
 
-    Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails).
+    Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails); Ko et al., ICML 2024
+        (DistiLLM: skew_kl, there with p for the teacher).
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
     check_kind(target_ids)
     settings = LossSettings(
         *(temperature, label_weight(labels, ce_weight), kd_weight, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
+        skew=skew_of(divergence, skew),
     )
     check_student(student)
     settings.check()
@@ -141,7 +135,7 @@ def kd_loss(
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
         teacher = WholeTeacher.of(target_ids)
-    chosen = _choose(impl, student, target_ids)
+    chosen = choose(impl, student, target_ids)
     targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
     targets = checked(targets._replace(labels=labels, weight=row_weight), student, settings)
     whole = teacher.states is not None
@@ -176,6 +170,7 @@ class LossOptions(TypedDict, total=False):
     ignore_index: int
     reduction: str
     impl: str
+    skew: float | None
     softcap: float | None
     logit_scale: float
 
@@ -198,6 +193,7 @@ def linear_kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     impl: str = "auto",
+    skew: float | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> KDLoss:
@@ -238,6 +234,7 @@ def linear_kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         impl=impl,
+        skew=skew,
         softcap=softcap,
         logit_scale=logit_scale,
     )
@@ -325,46 +322,3 @@ def _sparse(
         return packed, settings._replace(kept=ids.kept, planes=ids.planes)
     decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
     return SparseTargets(*decoded), settings
-
-
-def _choose(impl: str, student: StudentLogits, targets: Targets) -> str:
-    """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "torch":
-        return "torch"
-    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
-    whole = isinstance(targets, WholeTargets)
-    device, dtype = student.inputs.device, student.fused_dtype
-    obstacle = _obstacle(device, dtype, targets, interpreted)
-    if impl == "triton" and obstacle and not whole:
-        raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
-    if (impl == "auto" or whole) and not torch.compiler.is_compiling():
-        chosen = f"torch ({obstacle})" if obstacle else f"triton ({device.type}, {dtype})"
-        _say_once(f"distillation loss: impl {impl} takes {chosen}")
-    return "torch" if obstacle else "triton"
-
-
-def _obstacle(
-    device: torch.device, dtype: torch.dtype, targets: Targets, interpreted: bool
-) -> str | None:
-    """Why the Triton kernels cannot run here; None if they can."""
-    if isinstance(targets, WholeTargets):
-        return "targets of the whole vocabulary have no Triton kernel"
-    if device.type != "cuda" and not interpreted:
-        return f"the tensors are on {device.type}"
-    if dtype == torch.float64:
-        return "the kernels compute in float32 and the student is float64"
-    kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
-    if kept > MAX_KEPT:
-        return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
-    if isinstance(targets, EncodedTargets) and targets.values.dtype != torch.uint8:
-        return "the kernels decode values of eight bits"
-    if not TRITON_INSTALLED:
-        return "the package triton is not installed"
-    return None
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.info(line)

@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 
 from rekindle.kernels.encoded import NO_TAIL, STEP
+from rekindle.kernels.row_divergence import divergence_of_row
 from rekindle.kernels.targets import LOG_OF_ZERO
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 _LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
 _STEP = tl.constexpr(STEP)
 _NO_TAIL = tl.constexpr(NO_TAIL)
@@ -199,53 +199,6 @@ def _load_targets(
 
 
 @triton.jit
-def _log_of_target(q):
-    return tl.where(q > 0, tl.log(tl.where(q > 0, q, 1.0)), _LOG_ZERO)
-
-
-@triton.jit
-def _outcome(q, log_p, DIVERGENCE: tl.constexpr):
-    """Term of D, p and φ·p (for reverse KL: φ) of outcomes; log_p is -inf where there is none."""
-    possible = log_p != float("-inf")
-    p = tl.exp(log_p)
-    log_p = tl.where(possible, log_p, _LOG_ZERO)
-    log_q = _log_of_target(q)
-    if DIVERGENCE == 0:
-        term = q * (log_q - log_p)
-        p_phi = tl.where(possible, -q, 0.0)
-    elif DIVERGENCE == 1:
-        p_phi = log_p - log_q
-        term = p * p_phi
-    elif DIVERGENCE == 2:
-        high = tl.maximum(log_q, log_p)
-        low = tl.minimum(log_q, log_p)
-        log_m = high + tl.log(1.0 + tl.exp(low - high)) - _LN2
-        p_phi = 0.5 * p * (log_p - log_m)
-        term = 0.5 * q * (log_q - log_m) + p_phi
-    else:
-        term = 0.5 * tl.abs(p - q)
-        p_phi = tl.where(p > q, 0.5 * p, tl.where(p < q, -0.5 * p, 0.0))
-    return term, p, p_phi
-
-
-@triton.jit
-def _divergence(q, q_rest, log_p, log_p_rest, DIVERGENCE: tl.constexpr):
-    """D, and its gradient with respect to z/τ: the rest's factor and the listed values."""
-    q_rest = tl.where(log_p_rest == float("-inf"), 0.0, q_rest)
-    term, p, p_phi = _outcome(q, log_p, DIVERGENCE)
-    term_rest, p_rest, p_phi_rest = _outcome(q_rest, log_p_rest, DIVERGENCE)
-    if DIVERGENCE == 1:
-        # φ relative to the likeliest outcome's: see closed_form._reverse_kl
-        top = tl.max(p, 0)
-        at_top = tl.max(tl.where(p == top, p_phi, float("-inf")), 0)
-        likeliest = tl.where(p_rest > top, p_phi_rest, at_top)
-        p_phi = p * (p_phi - likeliest)
-        p_phi_rest = p_rest * (p_phi_rest - likeliest)
-    mean = tl.sum(p_phi, 0) + p_phi_rest
-    return tl.sum(term, 0) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
-
-
-@triton.jit
 def _outside(x, peak, k, rest_weight, ce_weight, POWER: tl.constexpr):
     """Gradient of ordinary entries: rest_weight · exp((z − peak)/τ) + ce_weight · exp(z − peak)."""
     u = tl.exp2((x - peak) * k)
@@ -277,6 +230,7 @@ def row_kernel(
     ce_ptr,  # [N] float32 out
     kd_ptr,  # [N] float32 out
     stride, V, K, kept, ignore_index, inverse_tau, scale, softcap, resolution,
+    log_skew, logit_skew,  # log α and log α/(1−α) of skew_kl
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, POWER: tl.constexpr,
     ENCODED: tl.constexpr, PLANES: tl.constexpr,
     HAS_TAIL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -352,7 +306,9 @@ def row_kernel(
     log_p = (z_k - top) * inverse_tau - log_norm
     log_s = tl.log(tl.where(empty, 1.0, s_tau))
     log_p_rest = (peak - top) * inverse_tau + log_s - log_norm
-    kd, kd_rest, kd_listed = _divergence(q, q_rest, log_p, log_p_rest, DIVERGENCE)
+    kd, kd_rest, kd_listed = divergence_of_row(
+        q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERGENCE
+    )
     kd = tl.where(has_target, kd, 0.0)
     ce = 0.0
     if HAS_LABELS:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rekindle.kernels.divergences import DIVERGENCES
+from rekindle.kernels.divergences import DIVERGENCES, SKEW, SKEWED
 
 TAILS = ("bucket", "renormalise", "none")
 REDUCTIONS = ("mean", "sum", "none")
@@ -74,6 +74,12 @@ class LossSettings(NamedTuple):
     logit_scale: float = 1.0
     kept: int = 0  # candidates in use of encoded targets
     planes: int = 0  # their id planes
+    skew: float = SKEW  # α of skew_kl
+
+    @property
+    def of_divergence(self) -> dict[str, float]:
+        """What the divergence's formula takes beside q and p."""
+        return {"skew": self.skew} if self.divergence == SKEWED else {}
 
     def check(self) -> None:
         """Raise ValueError for a setting that no loss has."""

@@ -3,6 +3,7 @@
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rekindle.kernels.closed_form import BlockLosses, Coefficients
+from rekindle.kernels.closed_form import BlockLosses, Coefficients, logit
 from rekindle.kernels.divergences import DIVERGENCES
 from rekindle.kernels.row_kernel import row_kernel
 from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
@@ -64,6 +65,8 @@ def losses_of_rows(
         float(settings.logit_scale),
         0.0 if settings.softcap is None else float(settings.softcap),
         resolution,
+        math.log(settings.skew),
+        logit(settings.skew),
         **_constants(targets, settings, gradient is logits, factors is not None),
         **_tile(vocabulary, block_k),
         BLOCK_K=block_k,

@@ -7,18 +7,20 @@ vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rekindle.kernels.closed_form import BlockLosses, Coefficients, transform_
+from rekindle.kernels.closed_form import BlockLosses, Coefficients, logit, transform_
+from rekindle.kernels.divergences import SKEWED
 from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
 
 
 def whole_buffers(settings: LossSettings, has_labels: bool) -> int:
     """How many [C,V] blocks are held at once, both models' logits included."""
     # two models' logits, one or two terms, and masks of a byte an entry
-    terms = 2 if settings.divergence == "jsd" else 1
+    terms = 2 if settings.divergence in ("jsd", SKEWED) else 1
     return 3 + terms + has_labels + (settings.softcap is not None)
 
 
@@ -50,7 +52,7 @@ def whole_loss_block(
     impossible = z == -math.inf
     z.masked_fill_(impossible, LOG_OF_ZERO)
     log_q.masked_fill_(log_q == -math.inf, LOG_OF_ZERO)
-    kd = _DIVERGENCES[settings.divergence](z, log_q, impossible)
+    kd = _DIVERGENCES[settings.divergence](z, log_q, impossible, **settings.of_divergence)
     if coefficients is None:
         return BlockLosses(ce, kd)
     z.masked_fill_(impossible, 0.0).mul_(coefficients.kd[:, None] / tau)
@@ -135,9 +137,22 @@ def _total_variation(log_p: Tensor, log_q: Tensor, impossible: Tensor) -> Tensor
     return value
 
 
-_DIVERGENCES = {
+def _skew_kl(log_p: Tensor, log_q: Tensor, impossible: Tensor, skew: float) -> Tensor:
+    # As in `closed_form`.
+    odds = torch.sub(log_p, log_q).sub_(logit(skew))
+    p, q = log_p.exp_(), log_q.exp_()
+    logarithm = torch.logaddexp(odds, torch.zeros_like(odds[:, :1])).add_(math.log(skew))
+    value = -logarithm.mul_(q).sum(1)
+    p_phi = odds.sigmoid_().mul_(q).neg_().masked_fill_(impossible, 0.0)
+    total = p_phi.sum(1, keepdim=True)
+    torch.addcmul(p_phi, p, total, value=-1, out=p)
+    return value
+
+
+_DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
     "tvd": _total_variation,
+    "skew_kl": _skew_kl,
 }

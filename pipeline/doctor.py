@@ -2,7 +2,7 @@
 
 import torch
 
-from rekindle.kernels.losses import TRITON_INSTALLED
+from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.processes.worker import cores
 from rekindle.train.model.files import package_versions, place
 

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, MayChange, Place, Settings, parse_settings
+from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
 from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
 from rekindle.train.step_config import StepConfig
@@ -163,12 +164,21 @@ class DistillTerm(Settings):
         "interpolate: the mass outside the kept ids is, quadratically in 1/τ; the error is said "
         "when training begins (docs/targets.md)",
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "mse", "pseudo_label"] = Field(
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "mse", "pseudo_label"
+    ] = Field(
         "forward_kl",
         description="samples (targets.kind threshold, the default, and random) can teach "
         "forward_kl alone, see docs/targets.md; mse is for task logits; pseudo_label, for "
         "classifiers, is the cross-entropy on the class the expert finds most likely, where it is "
         "sure of it (see confidence)",
+    )
+    skew: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of skew_kl: α in KL(q ‖ αq + (1−α)p), q the teacher's and p the student's; no "
+        "token then costs more than −log α. null: 0.1",
     )
     tail: Literal["bucket", "renormalise", "none"] = Field(
         "bucket", description="what becomes of the mass outside the kept ids"
@@ -210,6 +220,11 @@ class DistillTerm(Settings):
         description="of pseudo_label: the least probability of the expert's class (of each label's "
         "answer, if several labels may hold); what lies below has no loss. null: 0.9",
     )
+
+    @model_validator(mode="after")
+    def _skew_is_of_its_divergence(self) -> "DistillTerm":
+        skew_of(self.divergence, self.skew)
+        return self
 
     @property
     def interpolates(self) -> bool:

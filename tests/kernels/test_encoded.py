@@ -64,7 +64,7 @@ def case(vocabulary: int, rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl"])
 @pytest.mark.parametrize(("vocabulary", "kept", "k"), [(333, 9, None), (333, 9, 4), (66_000, 7, 3)])
 @pytest.mark.usefixtures("triton_runs")
 def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rekindle.kernels import blockwise, losses, ops
+from rekindle.kernels import blockwise, choice, ops
 from rekindle.kernels.closed_form import Coefficients
 from rekindle.kernels.hidden import DenseTargets, WholeTeacher
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
@@ -156,7 +156,7 @@ def test_a_teacher_gets_no_gradient() -> None:
 
 
 def test_it_is_said_that_there_is_no_triton_kernel(caplog: pytest.LogCaptureFixture) -> None:
-    losses._say_once.cache_clear()
+    choice._say_once.cache_clear()
     for impl in ("auto", "triton"):
         with caplog.at_level(logging.INFO, "rekindle"):
             found = with_gradients(fused, head(), teacher(), impl=impl)

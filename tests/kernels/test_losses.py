@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rekindle.kernels import blocks, losses, ops
+from rekindle.kernels import blocks, choice, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 from rekindle.kernels.targets import LossSettings, SparseTargets
 from testlib.kernels.reference import reference_losses
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
 
 
@@ -69,6 +69,7 @@ def dense_truth(case: dict, divergence: str, tail: str, tau: float) -> Tensor:
                 torch.special.entr(m) - (torch.special.entr(q) + torch.special.entr(p)) / 2
             ).sum(),
             "tvd": (q - p).abs().sum() / 2,
+            "skew_kl": torch.special.xlogy(q, q / (0.1 * q + 0.9 * p)).sum(),
         }[divergence]
         values.append(value if kept else torch.zeros((), dtype=torch.float64))
     return torch.stack(values)
@@ -239,6 +240,30 @@ def test_teacher_equal_to_student_costs_nothing(divergence: str, tail: str) -> N
         assert abs(out.loss.item()) < 1e-14
         if divergence != "tvd":  # its derivative is a sign, which rounding decides at a tie
             assert gradient.abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("skew", [1e-12, 0.3, 0.9])
+def test_the_skew_mixes_the_target_into_the_student(skew: float) -> None:
+    """At nearly 0 it is forward KL; at any, the derivative is the loss's and −log α the most."""
+    case = make(holes=False)
+    ids, probs = case["ids"], case["probs"]
+    z = case["logits"].requires_grad_()
+    options = {"temperature": 2.0, "reduction": "sum"}
+    out = kd_loss(z, ids, probs, divergence="skew_kl", skew=skew, **options)
+    (gradient,) = torch.autograd.grad(out.loss, z)
+    if skew == 1e-12:
+        plain = kd_loss(z, ids, probs, **options)
+        torch.testing.assert_close(out.loss, plain.loss, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            gradient, torch.autograd.grad(plain.loss, z)[0], rtol=1e-9, atol=0
+        )
+    truth = reference(z, ids, probs, divergence="skew_kl", skew=skew, **options)
+    torch.testing.assert_close(out.loss, truth.loss)
+    torch.testing.assert_close(gradient, torch.autograd.grad(truth.loss, z)[0])
+    worst = torch.zeros(1, 3, dtype=torch.float64)
+    worst[0, 2] = 1e4  # all of the student's mass where the teacher has none
+    sure = kd_loss(worst, torch.tensor([[0]]), torch.ones(1, 1), divergence="skew_kl", skew=skew)
+    assert sure.kd.item() == pytest.approx(-math.log(skew), abs=1e-6)
 
 
 def test_total_variation_has_no_gradient_at_an_exact_tie() -> None:
@@ -497,7 +522,7 @@ def test_float64_in_float64_out() -> None:
 
 
 def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
-    losses._say_once.cache_clear()
+    choice._say_once.cache_clear()
     case = make()
     with caplog.at_level(logging.INFO, logger="rekindle"):
         for _ in range(3):
@@ -523,6 +548,8 @@ def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
         ({"labels": torch.zeros(5, dtype=torch.long), "ce_weight": 1.0}, r"labels is \(5,\)"),
         ({"labels": torch.zeros(6), "ce_weight": 1.0}, "labels is torch.float32"),
         ({"row_weight": torch.ones(6, 1)}, "row_weight"),
+        ({"skew": 0.1}, "skew is for divergence: skew_kl, not forward_kl"),
+        ({"divergence": "skew_kl", "skew": 0.0}, "skew is 0; it must lie between 0 and 1"),
         ({"tail_prob": torch.full((6,), -0.1)}, "tail_prob"),
         ({"target_ids": torch.full((6, 5), 19)}, "target_ids"),
         ({"target_ids": torch.full((6, 5), -2)}, "target_ids"),

@@ -33,6 +33,8 @@ VARIANTS = [
 ] + [
     (90, "fp16", False, 50257, 256, {"POWER": 0, "HIDE": False, "DIVERGENCE": 2, "SOFTCAP": True}),
     (90, "fp32", False, 30522, 8, {"POWER": 4, "HIDE": True, "DIVERGENCE": 1}),
+    (80, "bf16", False, 30522, 64, {"POWER": 2, "HIDE": False, "DIVERGENCE": 4}),
+    (90, "bf16", True, 128256, 64, {"POWER": 0, "HIDE": True, "DIVERGENCE": 4}),
     (90, "bf16", False, 30522, 64, {"POWER": 2, "HIDE": True, "ENCODED": True}),
     (90, "bf16", True, 128256, 64, {"POWER": 1, "HIDE": True, "ENCODED": True, "PLANES": 1}),
     (100, "bf16", True, 256000, 64, {"POWER": 2, "HIDE": True, "ENCODED": True, "PLANES": 2}),
@@ -50,7 +52,8 @@ BYTES = {"high_ptr": "*u8"}
 FLOATS = ("probs", "tail", "weight", "ce_factor", "kd_factor", "ce", "kd")
 TYPES = BYTES | {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
 TYPES |= dict.fromkeys(("stride", "V", "K", "kept", "ignore_index"), "i32")
-TYPES |= dict.fromkeys(("inverse_tau", "scale", "softcap", "resolution"), "fp32")
+TYPES |= dict.fromkeys(("inverse_tau", "scale", "softcap", "resolution",
+    "log_skew", "logit_skew"), "fp32")
 tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 def compiled(arch, dtype, aligned, vocabulary, kept, options):

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 TAILS = ("bucket", "renormalise", "none")
 # one unit in the last place, as a share of the value; the interpreter cuts bfloat16 off, so twice
 # there
@@ -133,6 +133,12 @@ def test_options_that_change_the_program(reduction: str) -> None:
             case, labels=case["labels"], ce_weight=0.5, temperature=tau, row_weight=weight,
             softcap=5.0, logit_scale=0.7, reduction=reduction,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("skew", [1e-4, 0.6])
+def test_the_skew_reaches_the_kernel(skew: float) -> None:
+    case = make(rows=5, vocabulary=77, k=9)
+    assert_agrees(case, divergence="skew_kl", skew=skew, temperature=2.0)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -135,7 +135,9 @@ def test_the_values_of_the_example_are_the_defaults(run_file):
         "student.grow": ["null", "{layers: 12, hidden_size: 768, heads: 12}", "{copy: last}"],
         "student.grow.preserve": ["approximate", "exact"],
         "student.domain_prompts": ["true", "false"],
-        "train.objective.distill.0.divergence": ["forward_kl", "reverse_kl", "jsd", "tvd", "mse"],
+        "train.objective.distill.0.divergence": [
+            *("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "mse"),
+        ],
         "train.objective.distill.0.tail": ["bucket", "renormalise", "none"],
         "train.objective.distill.0.combine": ["separate", "mixture", "uncertainty", "route"],
         "train.objective.hard.weight": ["0.5", "{schedule: linear, from: 1.0, to: 0.0, over: 0.5}"],

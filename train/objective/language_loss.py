@@ -98,6 +98,7 @@ class LanguageLoss:
             kd_weight=lesson.weight / max(self.counts.rows[lesson.name], 1),
             temperature=lesson.term.temperature,
             divergence=lesson.term.divergence,
+            skew=lesson.term.skew,
             tail=lesson.term.tail,
             row_weight=lesson.row_weight,
         )

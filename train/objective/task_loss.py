@@ -146,6 +146,7 @@ def _distribution_loss(
         tail_prob=torch.zeros(len(logits), device=logits.device),
         temperature=term.temperature,
         divergence=term.divergence,
+        skew=term.skew,
         row_weight=importance,
         reduction="sum",
     )

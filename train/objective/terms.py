@@ -9,6 +9,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.targets.between import expected_error, knots
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.kernels.divergences import SKEWED
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.estimates import estimate_problems
 from rekindle.train.objective.label_union import LabelUnion
@@ -56,6 +57,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
     names = ", ".join(term.teachers)
     yield from _ranking_problems(term, infos)
     yield from _pseudo_label_problems(term, infos)
+    yield from _skew_problems(term, infos)
     if "vocabulary" in kinds and len(kinds) > 1:
         yield "vocabulary teachers and task experts need a term each"
     if len({i.view for i in infos}) > 1:
@@ -171,6 +173,18 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
         yield "ranking has the weights 0 and 0; give one of them a weight"
     if term.divergence not in ("forward_kl", "mse"):
         yield f"ranking is a squared error; leave divergence: {term.divergence} out"
+
+
+def _skew_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
+    """Of a skewed divergence: that it is asked of what is no distribution over outcomes."""
+    if term.divergence != SKEWED:
+        return
+    for info in infos:
+        if info.problem in ("regression", "multi_label_classification"):
+            yield (
+                f"{SKEWED} compares distributions over tokens or classes, and {info.name!r} is a "
+                f"{info.problem} expert; leave divergence out"
+            )
 
 
 def _pseudo_label_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
 ROWS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 7, 23, 5, 3
 
 
@@ -76,6 +76,7 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: str) -> Tensor:
         "reverse_kl": kl(log_p, log_q),
         "jsd": (kl(log_q, log_m) + kl(log_p, log_m)) / 2,
         "tvd": (log_q.exp() - log_p.exp()).abs().sum(1) / 2,
+        "skew_kl": kl(log_q, torch.logaddexp(log_q + math.log(0.1), log_p + math.log(0.9))),
     }[kind]
 
 

@@ -117,6 +117,8 @@ def divergence(q, tail_q, p, tail_p, kind):
         return kl(p, q)
     if kind == "tvd":
         return (q - p).abs().sum(1) / 2
+    if kind == "skew_kl":
+        return kl(q, 0.1 * q + 0.9 * p)
     return (kl(q, (p + q) / 2) + kl(p, (p + q) / 2)) / 2
 
 
@@ -174,7 +176,7 @@ def test_loss_and_gradient_are_those_of_the_decoded_targets(cache, name, tau, k)
     check_loss(target, tau, k)
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "tvd", "skew_kl"])
 @pytest.mark.parametrize("name", ["topk-precise", "topk-compact", "dense", "hidden"])
 def test_other_divergences(cache, name, kind):
     target = gathered(cache, [name]).targets[name]
@@ -270,7 +272,7 @@ def test_hidden_states_are_sent_as_integers_beside_one_matrix(cache):
 
 
 @pytest.mark.parametrize("name", ["dense", "hidden"])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl"])
 def test_the_whole_distribution_under_every_divergence(cache, name, kind):
     """Not their top 5, but every probability, at temperatures that nothing was stored for."""
     target = gathered(cache, [name]).targets[name]

@@ -47,10 +47,17 @@ def test_knowledge_inheritance_weighs_as_published(masked_world, step):
 
 @pytest.mark.parametrize(
     ("divergence", "tail"),
-    [("reverse_kl", "bucket"), ("jsd", "bucket"), ("tvd", "bucket"), ("forward_kl", "renormalise")],
+    [
+        ("reverse_kl", "bucket"),
+        ("jsd", "bucket"),
+        ("tvd", "bucket"),
+        ("skew_kl", "bucket"),
+        ("forward_kl", "renormalise"),
+    ],
 )
 def test_divergence_and_tail_reach_the_loss(masked_world, divergence, tail):
-    distill = [term("big", divergence=divergence, tail=tail)]
+    skew = {"skew": 0.3} if divergence == "skew_kl" else {}
+    distill = [term("big", divergence=divergence, tail=tail, **skew)]
     setting = Setting(masked_world, {"hard": {"weight": 0}, "distill": distill}, batch=[4, 9])
     _, terms, found = setting.run()
     total, count = 0.0, 0
@@ -71,6 +78,7 @@ def test_divergence_and_tail_reach_the_loss(masked_world, divergence, tail):
                 "reverse_kl": p * (p / q).log(),
                 "jsd": (q * (q / m).log() + p * (p / m).log()) / 2,
                 "tvd": (p - q).abs() / 2,
+                "skew_kl": q * (q / (0.3 * q + 0.7 * p)).log(),
             }[divergence].sum()
         count += len(logits)
     (total / count).backward()

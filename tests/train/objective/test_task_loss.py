@@ -55,6 +55,7 @@ def test_sequence_divergences_are_those_of_the_configuration():
         "reverse_kl": (p * (p / q).log()).sum(),
         "jsd": (q * (q / m).log() + p * (p / m).log()).sum() / 2,
         "tvd": (p - q).abs().sum() / 2,
+        "skew_kl": (q * (q / (0.1 * q + 0.9 * p)).log()).sum(),
     }
     for name, value in expected.items():
         config = DistillTerm(teachers=("t",), divergence=name, temperature=2.0)

@@ -132,6 +132,17 @@ REFUSED = [
         term("score", ranking={}, divergence="jsd"),
         "ranking is a squared error; leave divergence: jsd out",
     ),
+    # skewed distributions
+    (
+        term("sense", "score", divergence="skew_kl"),
+        "skew_kl compares distributions over tokens or classes, and 'score' is a regression "
+        "expert; leave divergence out",
+    ),
+    (
+        term("topics", divergence="skew_kl"),
+        "skew_kl compares distributions over tokens or classes, and 'topics' is a "
+        "multi_label_classification expert; leave divergence out",
+    ),
     # classes as labels
     (
         term("sense", confidence=0.8),
@@ -284,6 +295,8 @@ def test_a_teacher_in_two_places_is_refused(terms):
         term("unnamed", **MIX),
         term("even.sense", "odd.sense", combine="route"),
         term("score", ranking={"group": "document"}, divergence="mse"),
+        term("big", "odd", divergence="skew_kl", skew=0.5),
+        term("sense", "tags", divergence="skew_kl"),
         term("sense", "mood", combine="concatenate"),
         term("sense", "topics", "tags", divergence="pseudo_label", confidence=1.0),
         term("sense", "mood", divergence="pseudo_label", combine="route"),
@@ -292,6 +305,20 @@ def test_a_teacher_in_two_places_is_refused(terms):
 def test_possible_terms_are_not_refused(given):
     parsed = parse_settings(DistillTerm, given)
     check_terms([parsed], {info.name: info for info in INFOS}, "masked_lm")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"skew": 0.1}, "skew is for divergence: skew_kl, not forward_kl; leave skew: 0.1 out"),
+        ({"skew": 0.2, "divergence": "jsd"}, "skew_kl, not jsd"),
+        ({"skew": 0.0, "divergence": "skew_kl"}, "skew: .*greater than 0"),
+        ({"skew": 1.0, "divergence": "skew_kl"}, "skew: .*less than 1"),
+    ],
+)
+def test_a_skew_that_says_nothing_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        parse_settings(DistillTerm, term("big", **given))
 
 
 def test_the_error_names_the_term(masked_world):

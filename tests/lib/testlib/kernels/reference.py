@@ -5,6 +5,7 @@ must not share arithmetic with the closed forms it judges. Gradients come from a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,8 @@ def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Te
     possible = (log_p != -math.inf) & listed
     log_p = _without_infinity(log_p)
     p = torch.where(possible, log_p.exp(), 0.0)
-    terms = _TERMS[settings.divergence](q, _log_of_target(q), p, log_p)
+    own = (settings.skew,) if settings.divergence == "skew_kl" else ()
+    terms = _TERMS[settings.divergence](q, _log_of_target(q), p, log_p, *own)
     return torch.where(has_target, torch.where(listed, terms, 0.0).sum(1), 0.0)
 
 
@@ -122,9 +124,16 @@ def _total_variation(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tens
     return 0.5 * (p - q).abs()  # autograd's sign(0) is 0
 
 
-_TERMS = {
+def _skew_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, skew: float) -> Tensor:
+    # KL(q ‖ αq + (1−α)p): Ko et al. 2024, whose p is the teacher and q the student
+    log_m = torch.logaddexp(log_q + math.log(skew), log_p + math.log1p(-skew))
+    return q * (log_q - log_m)
+
+
+_TERMS: dict[str, Callable[..., Tensor]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jensen_shannon,
     "tvd": _total_variation,
+    "skew_kl": _skew_kl,
 }

@@ -114,6 +114,9 @@ MERGED = {
         term("animals", "weather", combine="mixture", divergence="reverse_kl", temperature=2.0)
     ),
     "mixture, jsd": alone(term("animals", "pets", combine="mixture", divergence="jsd")),
+    "mixture, skewed": alone(
+        term("animals", "pets", combine="mixture", divergence="skew_kl", skew=0.3, temperature=2.0)
+    ),
     "mixture, tvd": alone(term(*KINDS, combine="mixture", divergence="tvd", temperature=2.0)),
     "concatenate": alone(term("animals", "weather", combine="concatenate")),
     "concatenate, merged": alone(term(*KINDS, combine="concatenate", temperature=2.0)),

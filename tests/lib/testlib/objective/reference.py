@@ -270,7 +270,7 @@ def task_row(logits, wanted, info, term):
         kl = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
     else:
         q, p = torch.softmax(wanted / tau, 0), torch.softmax(logits / tau, 0)
-        kl = divergence(q, p, term.divergence)
+        kl = divergence(q, p, term)
     return tau**2 * kl, kl.detach()
 
 
@@ -285,15 +285,16 @@ def pseudo_label_row(logits, wanted, info, term):
     return sum(losses) / len(logits)
 
 
-def divergence(q, p, kind):
+def divergence(q, p, term):
     """D of two vectors of probabilities; 0·log 0 = 0."""
-    m = (q + p) / 2
+    m, skew = (q + p) / 2, term.skew or 0.1
     return {
         "forward_kl": torch.special.xlogy(q, q) - torch.special.xlogy(q, p),
         "reverse_kl": p * (p.log() - q.log().clamp(min=LOG_OF_ZERO)),
         "jsd": (torch.special.xlogy(q, q) - torch.special.xlogy(q, m) + p * (p / m).log()) / 2,
         "tvd": (p - q).abs() / 2,
-    }[kind].sum()
+        "skew_kl": torch.special.xlogy(q, q) - torch.special.xlogy(q, skew * q + (1 - skew) * p),
+    }[term.divergence].sum()
 
 
 def labels_of(setting, teacher, term):
@@ -326,7 +327,7 @@ def mixed_row(setting, example, term):
     info = setting.objective.teachers[term.teachers[0]]
     state = pooled(setting, states_of(setting, example, info, term))
     p = torch.softmax(head(setting, "+".join(term.teachers), state) / tau, 0)
-    d = divergence(torch.tensor(list(q.values())), p, term.divergence)
+    d = divergence(torch.tensor(list(q.values())), p, term)
     return v * tau**2 * d, v * d.detach()
 
 

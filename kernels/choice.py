@@ -1,0 +1,64 @@
+"""Which implementation computes a loss, and why not the other."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from rekindle.kernels.call import StudentLogits
+from rekindle.kernels.checks import LossTargets
+from rekindle.kernels.encoded import EncodedTargets
+from rekindle.kernels.hidden import WholeTargets
+from rekindle.kernels.targets import MAX_KEPT
+
+logger = logging.getLogger("rekindle")
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+Targets = Tensor | LossTargets
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def choose(impl: str, student: StudentLogits, targets: Targets) -> str:
+    """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "torch":
+        return "torch"
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
+    whole = isinstance(targets, WholeTargets)
+    device, dtype = student.inputs.device, student.fused_dtype
+    obstacle = _obstacle(device, dtype, targets, interpreted)
+    if impl == "triton" and obstacle and not whole:
+        raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
+    if (impl == "auto" or whole) and not torch.compiler.is_compiling():
+        chosen = f"torch ({obstacle})" if obstacle else f"triton ({device.type}, {dtype})"
+        _say_once(f"distillation loss: impl {impl} takes {chosen}")
+    return "torch" if obstacle else "triton"
+
+
+def _obstacle(
+    device: torch.device, dtype: torch.dtype, targets: Targets, interpreted: bool
+) -> str | None:
+    """Why the Triton kernels cannot run here; None if they can."""
+    if isinstance(targets, WholeTargets):
+        return "targets of the whole vocabulary have no Triton kernel"
+    if device.type != "cuda" and not interpreted:
+        return f"the tensors are on {device.type}"
+    if dtype == torch.float64:
+        return "the kernels compute in float32 and the student is float64"
+    kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
+    if kept > MAX_KEPT:
+        return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
+    if isinstance(targets, EncodedTargets) and targets.values.dtype != torch.uint8:
+        return "the kernels decode values of eight bits"
+    if not TRITON_INSTALLED:
+        return "the package triton is not installed"
+    return None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.info(line)
