@@ -43,7 +43,7 @@ class DistillationMixin:
         self.distillation = distillation
         self._counts: Counts | None = None  # of the step in hand
         self._shown: dict[str, Tensor] = {}  # sums since the last log
-        self._steps_shown = 0
+        self._steps_shown = 0  # how many steps that is
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = distillation.collator()
         if kwargs.get("train_dataset") is None:
@@ -118,6 +118,7 @@ class DistillationMixin:
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         taken = [(_targets(batch), batch["labels"]) for batch in batches]
         self._counts = self.distillation.counts(taken).over(self._sum)
+        self._steps_shown += 1
         return batches, items
 
     def _sum(self, values: Sequence[float]) -> list[float]:
@@ -166,13 +167,12 @@ class DistillationMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the means of the cross-entropy and the divergences over the steps since the last."""
-        trainer: Any = self
         if "loss" in logs and self._shown:
-            steps = max(trainer.state.global_step - self._steps_shown, 1)
+            steps = max(self._steps_shown, 1)
             names = sorted(self._shown)
             sums = self._sum([float(self._shown[name]) for name in names])
             logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
-            self._shown, self._steps_shown = {}, trainer.state.global_step
+            self._shown, self._steps_shown = {}, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,11 @@ def test_its_losses_are_those_of_our_loop(taught, ours, cache, new_student, tmp_
     assert trainer.args.remove_unused_columns
     trainer.train()
     assert losses(trainer) == ours
-    row = trainer.state.log_history[0]
+    check_parts(trainer.state.log_history[0])
+
+
+def check_parts(row):
+    """What is logged beside a step's loss are its parts."""
     parts = 0.5 * row["ce"] + 0.7 * 4 * row["kd/big"] + 0.4 * row["kd/odd.lm"]
     assert parts == pytest.approx(row["loss"], rel=1e-5)
 
@@ -106,6 +110,7 @@ def test_resumed_in_the_midst_of_an_epoch(taught, ours, cache, new_student, tmp_
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert len(losses(first)) == 7
     assert losses(first)[:5] + losses(again)[5:] == ours
+    check_parts(again.state.log_history[5])
 
 
 def stop_at(step):
