@@ -328,6 +328,12 @@ class TrainConfig(StepConfig):
         description="between two checkpoints: a time (90 s, 5 min, 1.5 h), or so many steps; there "
         "is always one of the end, and of an interrupt",
     )
+    log_gradients_every: Free[Count | None] = Field(
+        100,
+        description="at the first step and every so many more, how strongly each term of the loss "
+        "pulls: the norm of its weighted gradient at what the heads read, and its ratio to the "
+        "cross-entropy's; changes nothing of training. null for never",
+    )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(
         "loss",
