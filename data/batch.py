@@ -40,12 +40,12 @@ class MaskedInputs:
     positions: Ints  # [P]
     labels: Ints  # [P] the true ids
 
-    def take(self, part: slice) -> "MaskedInputs":
-        """Return ``part`` of the sequences."""
+    def take(self, part: slice, width: int) -> "MaskedInputs":
+        """Return ``part`` of the sequences, none of which is longer than ``width``."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
         return MaskedInputs(
             self.replica,
-            self.input_ids[part],
+            self.input_ids[part, :width],
             self.rows[first:last] - part.start,
             self.positions[first:last],
             self.labels[first:last],
@@ -61,8 +61,10 @@ class PairInputs:
     lengths: Ints  # [B]
 
     def take(self, part: slice) -> "PairInputs":
-        """Return ``part`` of the sequences."""
-        return PairInputs(self.input_ids[part], self.token_types[part], self.lengths[part])
+        """Return ``part`` of the sequences, no wider than the longest of them."""
+        lengths = self.lengths[part]
+        inside = slice(int(lengths.max(initial=1)))  # models take no inputs of width 0
+        return PairInputs(self.input_ids[part, inside], self.token_types[part, inside], lengths)
 
 
 class TargetBatch(ABC):
@@ -287,19 +289,24 @@ class Batch:
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
 
     def take(self, part: slice) -> "Batch":
-        """Return ``part`` of its sequences, from one to another, with their targets."""
+        """Return ``part`` of its sequences, from one to another, with their targets.
+
+        It is no wider than the longest of them.
+        """
+        lengths = self.lengths[part]
+        width = int(lengths.max(initial=1))
         return replace(
             self,
             index=self.index[part],
             digests=self.digests[part],
             domains=self.domains[part],
-            input_ids=self.input_ids[part],
-            lengths=self.lengths[part],
-            masked=self.masked and self.masked.take(part),
+            input_ids=self.input_ids[part, :width],
+            lengths=lengths,
+            masked=self.masked and self.masked.take(part, width),
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
-            token_types=None if self.token_types is None else self.token_types[part],
+            token_types=None if self.token_types is None else self.token_types[part, :width],
         )
 
 

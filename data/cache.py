@@ -28,7 +28,7 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.permutation import epoch_batch
-from rekindle.data.storage.cuts import RowTexts
+from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
@@ -235,6 +235,13 @@ class Cache:
             documents=RowTexts(partial(self.corpus.text, "document"), where),
             token_types=read_types(self.corpus, where),
         )
+
+    def longest_first(self, index: Ints) -> Ints:
+        """The sequences ``index`` [B] by falling length, those of one length as they stand."""
+        shards, rows = self.corpus.locate(index)
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        lengths = cut_lengths([self.corpus.cut(place) for place in places])
+        return index[np.argsort(-lengths, kind="stable")]
 
     def scores(
         self,

@@ -34,6 +34,7 @@ class EncodedTargets:
     ids_high: Tensor | None = None  # [N,Q] uint8: bits 16 and up, a little-endian plane per bit
     planes: int = 0  # how many
     k: int | None = None  # use only the first k; the others' mass joins the tail
+    temperature: float | None = None  # τ, which the loss must be asked for; None: not said
     sampled: bool = False  # an unbiased sample: no loss that is not linear in it may learn from it
 
     @property

@@ -44,7 +44,7 @@ def leave(code: int) -> NoReturn:
 def tidy_up() -> None:
     """Remove what was downloaded of a cache; the interpreter's own end does it elsewhere."""
     if "rekindle.data.storage.store" in sys.modules:
-        from rekindle.data.storage.store import remove_downloads
+        from rekindle.data.storage.downloads import remove_downloads
 
         remove_downloads()
 

@@ -308,7 +308,9 @@ class TrainConfig(StepConfig):
     """How the student is trained."""
 
     micro_batch_sequences: Free[Count | None] = Field(
-        None, description="at most so many sequences per forward pass; null: the whole batch"
+        None,
+        description="at most so many sequences per forward pass, a batch's longest first; null: "
+        "the whole batch",
     )
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(

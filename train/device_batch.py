@@ -1,11 +1,13 @@
 """A batch on the training device: the cache's integers are sent as they are and decoded there.
 
-The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targets.codec``; a test
-holds them equal.
+The parts of a batch, as a step's terms ask for them; ``to_device.py`` moves it whole. The decoding
+(``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targets.codec``; a test holds them
+equal.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,17 +15,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.data.batch import (
+    Batch,
+    TargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.views.registry import view_kind
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.split_model import OutputHead
 
-Targets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
+LossTargets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
+T = TypeVar("T", bound=TargetBatch)
+Inputs = dict[str, Tensor]  # of a model, by the names of its arguments
 
 
 def send(values: NDArray, device: torch.device) -> Tensor:
@@ -38,7 +48,7 @@ def send(values: NDArray, device: torch.device) -> Tensor:
 
 def model_inputs(
     input_ids: NDArray, lengths: NDArray, device: torch.device, token_types: NDArray | None = None
-) -> dict[str, Tensor]:
+) -> Inputs:
     """``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``) as int64."""
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     inputs = {
@@ -52,7 +62,7 @@ def model_inputs(
 
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
-) -> Targets:
+) -> LossTargets:
     """Return what the loss takes: what is stored, as it is; values of samples and precise codes.
 
     Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
@@ -85,7 +95,7 @@ def sparse_targets(
 ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
 
 
-def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
     slot = batch.kind.slot(tau, k)
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
@@ -93,11 +103,13 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
     planes = high_planes(batch.kind.size)
     drawn = batch.kind.sampled
-    targets = EncodedTargets(**sent, log_prob_min=lowest, planes=planes, k=k, sampled=drawn)
+    targets = EncodedTargets(
+        **sent, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=drawn
+    )
     return decode(targets, tau) if lowest is None else targets
 
 
-def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
     """Relative frequencies; −1 where fewer ids than draws were drawn, cut to the widest row."""
     batch.kind.slot(tau, k)
     counts = batch.columns["counts"]
@@ -107,17 +119,21 @@ def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
 
 
-def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
     return DenseTargets(send(batch.columns["log_probs"], device))
 
 
-def _hidden(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> Targets:
+def _hidden(
+    batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
+) -> LossTargets:
     assert batch.head is not None
     states, scale = (send(batch.columns[name], device) for name in ("hidden", "hidden_scale"))
     return HiddenTargets(states, scale, *_head_on(batch.head, device))
 
 
-LOSS_TARGETS: dict[str, Callable[[TokenTargetBatch, float, int | None, torch.device], Targets]] = {
+LOSS_TARGETS: dict[
+    str, Callable[[TokenTargetBatch, float, int | None, torch.device], LossTargets]
+] = {
     "topk": _codes,
     "threshold": _codes,
     "random": _draws,
@@ -164,7 +180,7 @@ def _top(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 class LanguageRows:
     """The rows of the LM loss: P positions of one pass."""
 
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     select: Tensor  # [P] flat indices into [B·S]
     labels: Tensor  # [P]
     keys: NDArray[np.int64]  # [P] the same indices on the host, ascending
@@ -196,6 +212,29 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
         inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
     keys = rows * width + positions
     return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
+
+
+def inputs_of(batch: Batch, view: str, device: torch.device) -> Inputs:
+    """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
+    view, or the clean text.
+    """
+    if not view_kind(view).paired:
+        return model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+    pairs = batch.pairs[view]
+    # Sequences without a pair are shown as one padding token and carry no weight.
+    lengths = np.maximum(pairs.lengths, 1)
+    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types)
+
+
+def masked_only(target: T, batch: Batch) -> T:
+    """Return the targets at a batch's masked positions; those of sequences as they are."""
+    positions = target.positions if isinstance(target, TokenTargetBatch | TokenLabelBatch) else None
+    if positions is None:
+        return target
+    assert batch.masked is not None
+    width = batch.input_ids.shape[1]
+    masked = batch.masked.rows * width + batch.masked.positions
+    return target.keep(np.isin(target.rows * width + positions, masked))
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:

@@ -18,7 +18,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import kd_targets, language_rows, sparse_targets
+from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sparse_targets
 from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
@@ -27,7 +27,7 @@ from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
-from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
+from rekindle.train.objective.task_pass import run_heads, taught_rows
 from rekindle.train.student import Student
 
 

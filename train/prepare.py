@@ -84,6 +84,7 @@ def prepare(
             log.warning("%s", told)
     about = describe_run(cache, student_config, config, view, objective, measure)
     chosen = choose_sequences(cache, config)
+    size = config.micro_batch_sequences or config.batch_sequences
     stream = TrainingStream(
         cache,
         chosen.order,
@@ -93,8 +94,8 @@ def prepare(
         rank=world.rank,
         world_size=world.size,
         threads=config.prefetch_threads,
+        longest_first=size < config.batch_sequences // world.size,
     )
-    size = config.micro_batch_sequences or config.batch_sequences
     held_out = EvaluationData(
         cache,
         chosen.held_out,

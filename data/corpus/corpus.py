@@ -68,6 +68,8 @@ def unit_of(shard: int, replica: int | None = None) -> str:
 class Corpus(RowReader):
     """The sequences of a cache, by global number 0..len-1 in corpus order."""
 
+    remade = ("tokenizer",)
+
     def __init__(self, store: Store):
         super().__init__()
         self.store = store

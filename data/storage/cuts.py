@@ -8,7 +8,7 @@ to slice NumPy arrays and concatenate them. A batch is hundreds of pieces of 1 t
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import overload
+from typing import ClassVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,15 @@ class RowReader(ABC):
     """Cuts rows out of the record batches of a set of shards, each read when first touched."""
 
     rows_per_batch = ROWS_PER_BATCH
+    remade: ClassVar[tuple[str, ...]] = ()  # cached properties that another process makes anew
 
     def __init__(self) -> None:
         self._lists: dict[BatchKey, RowLists] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """What it knows of its shards, without their bytes: another process opens the files."""
+        known = {name: value for name, value in vars(self).items() if name not in self.remade}
+        return known | {"_lists": {}, "_open": {}}
 
     def cut(self, place: Place, replica: int | None = None) -> Cut:
         """Where the entries of one row of the corpus lie."""
@@ -114,6 +120,10 @@ class RowTexts(Sequence[str | None]):
         if isinstance(index, slice):
             return RowTexts(self._read, self._places[index])
         return self._read(self._places[index])
+
+    def __reduce__(self) -> tuple[type[list], tuple[list[str | None]]]:
+        """Read for another process, which then needs no cache."""
+        return list, (list(self),)
 
     def __repr__(self) -> str:
         return repr(list(self))

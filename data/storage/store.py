@@ -9,19 +9,20 @@ import errno
 import fcntl
 import json
 import os
-import shutil
-import tempfile
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rekindle.data.errors import CacheFormatError, InputError, unusable
 from rekindle.data.storage.atomic import new_attempt, sync, write_bytes
+from rekindle.data.storage.downloads import download_folder
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 LONGEST_PART, LONGEST_NAME = 240, 900  # bytes; file systems allow 255, S3's keys have 1,024
@@ -252,15 +253,6 @@ class LocalStore(Store):
         return path
 
 
-_downloads: list[weakref.finalize] = []
-
-
-def remove_downloads() -> None:
-    """Remove what object stores hold in temporary folders: for a process that ends at once."""
-    for remove in _downloads:
-        remove()
-
-
 class ObjectStore(Store):
     """A bucket with conditional puts, through fsspec. Data objects pass through local files.
 
@@ -274,15 +266,28 @@ class ObjectStore(Store):
         import fsspec
 
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
+            self._fs, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"cannot open {url!r}: {error}. "
                 "For s3:// install the extra, in Rekindle's checkout: pip install -e '.[s3]'"
             ) from None
         self.location = url.rstrip("/")
-        self._scratch = Path(tempfile.mkdtemp(prefix="rekindle-"))
-        _downloads.append(weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True))
+        self._process = os.getpid()
+        self._scratch = download_folder(self)
+
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
+        """Open it anew in another process, with a client and a temporary folder of its own."""
+        return ObjectStore, (self.location,)
+
+    @property
+    def fs(self) -> "AbstractFileSystem":
+        """The client of this process: one that was made before a fork must not be used after."""
+        if self._process != os.getpid():
+            import fsspec
+
+            self._fs, self._process = fsspec.core.url_to_fs(self.location)[0], os.getpid()
+        return self._fs
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{safe_name(name)}"

@@ -6,16 +6,18 @@ unit of the teacher, so that no states are left without it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from rekindle.data.errors import CacheFormatError, unusable
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
-from rekindle.data.storage.store import Store
+from rekindle.data.storage.store import Store, open_store
 
 HEAD_FILES = ("head.json", "head.safetensors")
 Floats = NDArray[np.float32]
@@ -30,6 +32,13 @@ class StoredHead:
     scale: float = 1.0
     softcap: float | None = None
     sha256: str = ""  # of the file it was read from
+    place: tuple[str, str] | None = None  # of that file: the cache and the teacher's folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Batches go from process to process without the matrix: it is read once in each."""
+        if self.place is None:
+            return StoredHead, tuple(getattr(self, field.name) for field in fields(self))
+        return _head_again, (*self.place, self.sha256)
 
     def log_probs(self, hidden: Floats) -> Floats:
         """Log-probabilities [P,V] at τ = 1 of ``hidden`` [P,H]."""
@@ -77,8 +86,25 @@ def read_head(store: Store, folder: str) -> StoredHead:
     with unusable(f"{where} is no output matrix", *wrong):
         tensors = load(content)
         scale, softcap = float(about["scale"]), about["softcap"]
-        head = StoredHead(tensors["weight"], tensors.get("bias"), scale, softcap, sha256)
+        place = (store.location, folder)
+        head = StoredHead(tensors["weight"], tensors.get("bias"), scale, softcap, sha256, place)
         _check_head(head)
+    _heads[(*place, sha256)] = head
+    return head
+
+
+_heads: WeakValueDictionary[tuple[str, str, str], StoredHead] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=8)  # teachers: their batches come one after another
+def _head_again(location: str, folder: str, sha256: str) -> StoredHead:
+    """Return the matrix that another process has read, as this one has it or reads it."""
+    head = _heads.get((location, folder, sha256)) or read_head(open_store(location), folder)
+    if head.sha256 != sha256:
+        raise CacheMismatchError(
+            f"{location}/{folder} has another output matrix than the one that these targets were "
+            "read with: it was exchanged meanwhile. Open the cache anew"
+        )
     return head
 
 

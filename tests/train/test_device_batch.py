@@ -191,15 +191,16 @@ def plain_batch(lengths, masked_counts=None, seed=0):
         input_ids=ids,
         lengths=lengths,
         masked=masked,
-        pairs={
-            "pairs-a": PairInputs(
-                draw.integers(1, 90, (count, 5)).astype(np.int32),
-                draw.integers(0, 2, (count, 5)).astype(np.int32),
-                draw.integers(0, 6, count),
-            )
-        },
+        pairs={"pairs-a": plain_pairs(draw.integers(0, 6, count), draw)},
         targets=targets_of(lengths, draw),
     )
+
+
+def plain_pairs(lengths, draw):
+    shape = (len(lengths), int(lengths.max()))
+    there = np.arange(shape[1]) < lengths[:, None]
+    ids, types = draw.integers(1, 90, shape), draw.integers(0, 2, shape)
+    return PairInputs(*(np.where(there, a, 0).astype(np.int32) for a in (ids, types)), lengths)
 
 
 def targets_of(lengths, draw):
@@ -288,9 +289,14 @@ def test_a_target_is_refused_where_there_is_no_row_at_all():
 
 
 def joined(parts, starts):
-    """What was cut, put together again; row numbers are shifted by where their part began."""
+    """What was cut, put together again; row numbers are shifted by where their part began, and what
+    is as wide as the longest of its part (padded with 0) is as wide as the longest of all.
+    """
     first = parts[0]
     if isinstance(first, np.ndarray):
+        if first.ndim == 2 and first.dtype == np.int32:
+            widest = max(part.shape[1] for part in parts)
+            parts = [np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts]
         return np.concatenate(parts)
     if isinstance(first, list | RowTexts):
         return [item for part in parts for item in part]
@@ -329,6 +335,9 @@ def test_micro_batches_together_are_the_batch(masked, size):
     assert [len(p.index) for p in parts] == [min(size, 7 - s) for s in range(0, 7, size)]
     for part in parts:
         count = len(part.index)
+        assert part.input_ids.shape == (count, part.lengths.max())
+        pairs = part.pairs["pairs-a"]
+        assert pairs.input_ids.shape == (count, max(1, pairs.lengths.max()))
         assert all((t.rows < count).all() for t in part.targets.values() if hasattr(t, "rows"))
     assert same(joined(parts, range(0, 7, size)), batch)
 

@@ -19,7 +19,7 @@ from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import LanguageRows, Targets, kd_targets, send, sparse_targets
+from rekindle.train.device_batch import LanguageRows, LossTargets, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
 
@@ -28,7 +28,7 @@ IGNORED = -100  # the label of a row without cross-entropy
 
 
 def head_loss(
-    hidden: Tensor, head: OutputHead, targets: Targets | None, **options: Unpack[LossOptions]
+    hidden: Tensor, head: OutputHead, targets: LossTargets | None, **options: Unpack[LossOptions]
 ) -> KDLoss:
     """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
     the rows; without targets the cross-entropy alone.
@@ -49,7 +49,7 @@ class Lesson:
     name: str  # what the loss is shown as
     term: DistillTerm
     weight: float
-    targets: Targets
+    targets: LossTargets
     rows: Rows  # [n] of the P rows, ascending
     row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
 
@@ -133,7 +133,7 @@ class LanguageLoss:
             lessons.append(Lesson(named[name], term, weight, taught, rows, chosen))
         return lessons
 
-    def _mixture(self, term: DistillTerm) -> tuple[Targets, Rows]:
+    def _mixture(self, term: DistillTerm) -> tuple[LossTargets, Rows]:
         targets = [self.batch.targets[name] for name in term.teachers]
         batches = [target for target in targets if isinstance(target, TokenTargetBatch)]
         places = [self.rows.match(target, self.width) for target in batches]

@@ -17,7 +17,7 @@ from rekindle.data.batch import Batch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
-from rekindle.train.device_batch import language_rows
+from rekindle.train.device_batch import inputs_of, language_rows
 from rekindle.train.measures import PULL
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig, StudentOutput
@@ -26,7 +26,7 @@ from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.pulls import squared_pulls
 from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
-from rekindle.train.objective.task_pass import inputs_of, run_heads
+from rekindle.train.objective.task_pass import run_heads
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.schedules import Schedule, Weight, weight_at
 from rekindle.train.student import Student

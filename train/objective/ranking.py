@@ -23,10 +23,10 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, Ints
 from rekindle.train.config import DistillTerm, RankingConfig
-from rekindle.train.device_batch import language_rows
+from rekindle.train.device_batch import inputs_of, language_rows
 from rekindle.train.distributed import World
 from rekindle.train.objective.selection import Centres, Counts, StepPlan
-from rekindle.train.objective.task_pass import inputs_of, run_heads, taught_rows
+from rekindle.train.objective.task_pass import run_heads, taught_rows
 from rekindle.train.student import Student
 
 Run = Callable[..., Tensor]

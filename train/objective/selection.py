@@ -15,10 +15,10 @@ from rekindle.data.batch import (
     Ints,
     SequenceTargetBatch,
     TargetBatch,
-    TokenLabelBatch,
     TokenTargetBatch,
 )
 from rekindle.train.config import MIXED, DistillTerm
+from rekindle.train.device_batch import masked_only
 from rekindle.train.method import Method
 from rekindle.train.objective.pseudo_labels import confident_only
 
@@ -103,7 +103,7 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
     for term in terms:
         for name in term.teachers:
             if term.positions == "masked" or sees_clean_text(targets[name]):
-                targets[name] = _masked_only(targets[name], batch)
+                targets[name] = masked_only(targets[name], batch)
         if term.divergence == "pseudo_label":
             for name in term.teachers:
                 targets[name] = confident_only(targets[name], term.confidence)
@@ -122,7 +122,7 @@ def sees_clean_text(target: TargetBatch) -> bool:
 def at_masked_positions(batch: Batch) -> Batch:
     """Return the batch with targets of masked LMs only where the student has a loss."""
     targets = {
-        name: _masked_only(target, batch) if sees_clean_text(target) else target
+        name: masked_only(target, batch) if sees_clean_text(target) else target
         for name, target in batch.targets.items()
     }
     return replace(batch, targets=targets)
@@ -172,15 +172,6 @@ def _row_count(target: TargetBatch, fraction: float | None) -> int:
         return len(target.rows)
     first = np.unique(target.rows, return_index=True)[1]
     return int(taught_per_sequence(target.rows, fraction)[first].sum())
-
-
-def _masked_only(target: TargetBatch, batch: Batch) -> TargetBatch:
-    if not isinstance(target, TokenTargetBatch | TokenLabelBatch):
-        return target
-    assert batch.masked is not None
-    width = batch.input_ids.shape[1]
-    masked = batch.masked.rows * width + batch.masked.positions
-    return target.keep(np.isin(target.rows * width + target.positions, masked))
 
 
 def _routed(targets: Mapping[str, TargetBatch], sequences: int) -> dict[str, TargetBatch]:

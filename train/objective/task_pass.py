@@ -1,31 +1,16 @@
-"""A forward pass of the student beside experts: what it sees, and its heads' answers.
+"""A forward pass of the student beside experts: its heads' answers.
 
 Shapes: B sequences, R rows (sequences or positions) with a target, C classes of an expert.
 """
 
 from collections.abc import Mapping
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLabelBatch
-from rekindle.data.views.registry import view_kind
-from rekindle.train.device_batch import model_inputs, send
+from rekindle.train.device_batch import send
 from rekindle.train.model.network import StudentOutput
 from rekindle.train.student import Student
-
-
-def inputs_of(batch: Batch, view: str, device: torch.device) -> dict[str, Tensor]:
-    """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
-    view, or the clean text.
-    """
-    if not view_kind(view).paired:
-        return model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
-    pairs = batch.pairs[view]
-    # Sequences without a pair are shown as one padding token and carry no weight.
-    lengths = np.maximum(pairs.lengths, 1)
-    return model_inputs(pairs.input_ids, lengths, device, pairs.token_types)
 
 
 def run_heads(

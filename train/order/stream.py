@@ -27,7 +27,9 @@ class TrainingStream:
 
     The ``batch_sequences`` of the order are read per step by all ranks together; this one reads
     every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose
-    targets are read: those whose weight is 0 are not touched.
+    targets are read: those whose weight is 0 are not touched. ``longest_first``: the share is in
+    order of length, so that micro-batches cut out of it are hardly padded, and one that does not
+    fit into memory shows at once.
 
     Raises InputError when there is nothing to train on, and when the world does not divide the
     batch.
@@ -41,6 +43,7 @@ class TrainingStream:
     rank: int = 0
     world_size: int = 1
     threads: int = 1
+    longest_first: bool = False
     waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
 
     def __post_init__(self) -> None:
@@ -63,8 +66,9 @@ class TrainingStream:
         A step that reaches past an epoch's end reads on in the next, in the masks of the epoch it
         began in: one step, one replica, on every rank.
         """
+        numbers = self.order.at(step)[self.rank :: self.world_size]
         return self.cache.gather(
-            self.order.at(step)[self.rank :: self.world_size],
+            self.cache.longest_first(numbers) if self.longest_first else numbers,
             self.teachers_at(step),
             epoch=self.order.epoch(step),
             masked_view=self.masked_view,

@@ -71,6 +71,8 @@ class TeacherReader(RowReader):
     whose candidates no more than ``most_k`` are used.
     """
 
+    remade = ("head", "_evicting")
+
     def __init__(
         self,
         corpus: Corpus,
@@ -105,6 +107,10 @@ class TeacherReader(RowReader):
         }
         self._open: dict[tuple[str, str], Shard] = {}
         self._evicting = threading.Lock()  # several threads may read ahead
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._evicting = threading.Lock()
 
     def _part(self, name: str) -> Part:
         for part in self.parts:

@@ -56,6 +56,29 @@ def wait_until(condition):
 # --- order ---
 
 
+def test_longest_first_is_the_same_share_of_the_same_step_by_length(masked_world):
+    """And so each of its sequences with its own masks and targets, whatever the place."""
+    cache = masked_world.open()
+    options = {"teachers_at": lambda step: ["big"], "rank": 1, "world_size": 2}
+    order = Order(split_corpus(cache, 0.1).train, 16, 0)
+    plain, sorted_ = (
+        TrainingStream(cache, order, masked_view=cache.masked_view().name, **options, **more)
+        for more in ({}, {"longest_first": True})
+    )
+    moved = 0
+    for step in range(len(order) // 16):
+        one, other = plain.batch(step), sorted_.batch(step)
+        back = np.argsort(-one.lengths, kind="stable")
+        moved += not np.array_equal(back, np.arange(len(back)))
+        assert (np.diff(other.lengths) <= 0).all()
+        assert np.array_equal(other.index, one.index[back])
+        for row, place in enumerate(back):
+            assert_same(
+                vars(other.take(slice(row, row + 1))), vars(one.take(slice(place, place + 1)))
+            )
+    assert moved > 2
+
+
 @given(
     st.integers(1, 30),
     st.integers(1, 6),

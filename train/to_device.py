@@ -1,0 +1,214 @@
+"""A batch of a cache moved whole to a device: what the losses take, the labels, the model's inputs.
+
+The road from a cache to a loss for a training loop of one's own; ours asks ``device_batch.py`` for
+the same parts, term by term.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
+from rekindle.data.errors import InputError
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.kernels.hidden import DenseTargets
+from rekindle.train.device_batch import (
+    Inputs,
+    LanguageRows,
+    LossTargets,
+    inputs_of,
+    kd_targets,
+    language_rows,
+    masked_only,
+    model_inputs,
+    send,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DeviceTargets:
+    """A language model's targets on a device: P of the student's rows, what each is taught."""
+
+    info: TeacherInfo
+    targets: (
+        LossTargets  # for ``target_ids`` of kd_loss and linear_kd_loss, as the cache stores them
+    )
+    temperature: float  # that the losses take them at
+    select: Tensor  # [P] the student's rows: flat indices into [B·S]
+    labels: Tensor | None  # [P] the true tokens, for the cross-entropy; None of text without masks
+    inputs: Inputs  # what the student is shown
+
+
+@dataclass(frozen=True)
+class DeviceLogits:
+    """An expert's logits on a device: R of the student's rows, and the answer for each."""
+
+    info: TeacherInfo
+    logits: Tensor  # [R,C] float32
+    mc_probs: Tensor | None  # [R,C] means over Monte-Carlo passes, if it had some
+    select: Tensor  # [R] sequences of [B]; of experts on tokens flat indices into [B·S]
+    inputs: Inputs  # what the student is shown: the clean text, or the expert's own pairs of texts
+
+    @property
+    def targets(self) -> DenseTargets:
+        """For ``target_ids`` of kd_loss, beside the student's logits [R,C], at any temperature.
+
+        Raises InputError where the logits are no distribution over classes.
+        """
+        if self.info.problem in ("regression", "multi_label_classification"):
+            raise InputError(
+                f"teacher {self.info.name!r} is a {self.info.problem} expert: its logits are no "
+                "distribution over classes, which kd_loss compares. Take `logits`: the mean "
+                "squared error of scores, the binary cross-entropy of labels"
+            )
+        return DenseTargets(self.logits)
+
+
+@dataclass(frozen=True)
+class DeviceBatch(LanguageRows):
+    """A batch on a device: ``inputs`` of the language model, its rows, and every teacher's targets.
+
+    ``select`` and ``labels`` [N] are the positions with an LM loss and their true tokens: what is
+    masked, or (causal) every token but the last, each with the token after it. A teacher's own rows
+    are among them, where it has a target.
+    """
+
+    targets: Mapping[str, DeviceTargets | DeviceLogits]  # by teacher
+
+
+def to_device(
+    batch: Batch,
+    device: torch.device | str,
+    *,
+    task: str | None = None,
+    temperature: float | Mapping[str, float] | None = None,
+    k: int | Mapping[str, int] | None = None,
+) -> DeviceBatch:
+    """Move a batch of a cache to a device, with targets that the losses take as they are.
+
+    They are sent as they are stored and decoded by the loss. A batch may come from another process
+    (a worker of a DataLoader): it is pickled as plain arrays.
+
+    Args:
+        batch: of ``Cache.batches`` or ``Cache.gather``.
+        device: where the tensors go.
+        task: what the student is, masked_lm or causal_lm; None: what the batch is made for.
+        temperature: of the language models' targets, for all or by teacher; None, or a teacher that
+            is not named: 1, or the one that a sample was drawn at. It stands in the targets.
+        k: read so few candidates, for all or by teacher; None: all that are kept.
+
+    Raises: InputError for a temperature or a k that is not cached, for a name that is no language
+        model of the batch, and for targets that are not of the student's task.
+    """
+    device = torch.device(device)
+    if task not in (None, "masked_lm", "causal_lm"):
+        raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
+    task = task or _task_of(batch)
+    language = [n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)]
+    temperatures, ks = _by_name(temperature, language, "temperature"), _by_name(k, language, "k")
+    rows = _rows(batch, task, device)
+    masked = batch.masked is not None and task == "masked_lm"
+    shown: dict[str, Inputs] = {} if masked else {"": rows.inputs}  # by view of pairs; "": the text
+    targets: dict[str, DeviceTargets | DeviceLogits] = {}
+    for name, target in batch.targets.items():
+        if isinstance(target, TokenTargetBatch):
+            at = temperatures.get(name, target.kind.read_at)
+            _check_task(target.info, task)
+            targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
+            continue
+        assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
+        view = target.info.view if target.info.shown.paired else ""
+        if view not in shown:
+            shown[view] = inputs_of(batch, target.info.view, device)
+        targets[name] = _device_logits(target, batch.input_ids.shape[1], shown[view], device)
+    return DeviceBatch(rows.inputs, rows.select, rows.labels, rows.keys, targets)
+
+
+def _rows(batch: Batch, task: str | None, device: torch.device) -> LanguageRows:
+    """Return the rows of the LM loss; none of clean text that no causal LM reads."""
+    if task == "causal_lm" or (task == "masked_lm" and batch.masked is not None):
+        return language_rows(batch, task, device)
+    clean = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+    none = np.zeros(0, np.int64)
+    return LanguageRows(clean, send(none, device), send(none, device), none)
+
+
+def _check_task(info: TeacherInfo, task: str | None) -> None:
+    if info.task != task:
+        raise InputError(
+            f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
+            "positions. Read the teachers of the student's task alone, or say `task`"
+        )
+
+
+def _task_of(batch: Batch) -> str | None:
+    """Return what a student of the batch is; None where it is of experts alone."""
+    if batch.masked is not None:
+        return "masked_lm"
+    tasks = sorted({t.info.task for t in batch.targets.values() if t.info.is_vocabulary})
+    if len(tasks) > 1:
+        raise InputError(
+            f"the batch has teachers that are {' and '.join(tasks)}, and no student has a loss at "
+            "the positions of both: read those of the student's task alone"
+        )
+    return tasks[0] if tasks else None
+
+
+def _by_name(given: T | Mapping[str, T] | None, names: list[str], what: str) -> dict[str, T]:
+    """Return what each of the language models ``names`` is given; those that are given nothing are
+    left out.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) and names:
+        return dict.fromkeys(names, given)
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"{what} is {given}, and the batch has no language model that it is for. Of experts "
+            "all logits are kept: their temperature is the loss's"
+        )
+    if unknown := sorted(given.keys() - set(names)):
+        raise InputError(
+            f"{what} names {', '.join(map(repr, unknown))}; the batch has the language models "
+            f"{names or 'none'}. Of experts all logits are kept: their temperature is the loss's"
+        )
+    return dict(given)
+
+
+def _device_targets(
+    batch: Batch,
+    target: TokenTargetBatch,
+    rows: LanguageRows,
+    temperature: float,
+    k: int | None,
+    device: torch.device,
+) -> DeviceTargets:
+    labels = None
+    if batch.masked is not None or not target.info.sees_clean_text:
+        if target.info.sees_clean_text:
+            target = masked_only(target, batch)
+        places = rows.match(target, batch.input_ids.shape[1])
+        labels = rows.labels[send(places, device)]
+    select = send(target.rows * batch.input_ids.shape[1] + target.positions, device)
+    taught = kd_targets(target, temperature, k, device)
+    return DeviceTargets(target.info, taught, temperature, select, labels, rows.inputs)
+
+
+def _device_logits(
+    target: SequenceTargetBatch | TokenLabelBatch,
+    width: int,
+    inputs: Inputs,
+    device: torch.device,
+) -> DeviceLogits:
+    if isinstance(target, SequenceTargetBatch):
+        select, logits = target.rows, target.logits[target.rows]
+        mc = None if target.mc_probs is None else send(target.mc_probs[target.rows], device)
+    else:
+        select, logits, mc = target.rows * width + target.positions, target.logits, None
+    return DeviceLogits(target.info, send(logits, device), mc, send(select, device), inputs)
