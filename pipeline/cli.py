@@ -227,8 +227,13 @@ def compare(
     for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
         if value and not test:
             raise InputError(f"{option} is that of --test: say which file is scored")
-    from rekindle.pipeline.cycle.page import compare_cycle
+    from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
 
+    if test:
+        given = {"--test": test, "--expert": expert, "--metric": [metric] if metric else None}
+        given |= {"--text-field": text_field, "--set": set_}
+        given |= {"--label-field": [label_field] if label_field else None}
+        check_one_corpus(runs, [(name, one) for name, of in given.items() for one in of or ()])
     if not test and (told := compare_cycle(runs, out, as_json)) is not None:
         typer.echo(told)
         return

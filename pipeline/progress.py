@@ -12,6 +12,7 @@ from datetime import timedelta
 from rich import progress as rich_progress
 from rich.console import Console
 from rich.table import Column
+from rich.text import Text
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.console import in_line
@@ -107,6 +108,16 @@ class _Lines:
         log.info("%s: %s%s", task.name, told, left)
 
 
+class _Counts(rich_progress.MofNCompleteColumn):
+    """How many units are done, of how many; where none are counted, whether it is done."""
+
+    def render(self, task: rich_progress.Task) -> Text:
+        """Of a total that is not known, nothing is said."""
+        if not task.fields.get("unit"):
+            return Text("done" if task.finished else "")
+        return super().render(task) if task.total is not None else Text(f"{task.completed:,.0f}")
+
+
 def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
 
@@ -148,7 +159,7 @@ class Progress:
         columns = (
             rich_progress.TextColumn("{task.description}", markup=False, table_column=named),
             rich_progress.BarColumn(bar_width=max(5, width // 10)),
-            rich_progress.MofNCompleteColumn(table_column=kept),
+            _Counts(table_column=kept),
             rich_progress.TimeRemainingColumn(table_column=kept.copy()),
             rich_progress.TextColumn("{task.fields[note]}", markup=False, table_column=noted),
         )
@@ -175,7 +186,7 @@ class Progress:
                 done = counted(task.done, unit.removesuffix("s")) if unit else "done"
                 log.info("%s: %s in %.1f s%s", name, done, seconds, rates)
             return
-        bar = bars.add_task(in_line(name), total=total, note="")
+        bar = bars.add_task(in_line(name), total=total, note="", unit=unit)
 
         def show(task: ProgressTask, note: str | None) -> None:
             told = task.rates() if note is None else in_line(note)

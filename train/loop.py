@@ -36,7 +36,7 @@ from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import configured_adamw, set_learning_rate
 from rekindle.train.order.length import in_steps
-from rekindle.train.precision import autocast, chosen_precision
+from rekindle.train.precision import autocast, chosen_precision, tell_slow
 from rekindle.train.prepare import Prepared, prepare, student_masks
 from rekindle.train.record.checkpoint import (
     checkpoint_folder,
@@ -193,6 +193,8 @@ def _begin(
             advice, settings = less_memory(config, world.size, precision, balanced)
             held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
         resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
+        if world.main:
+            tell_slow({"train.precision: {}": config.precision}, world.device.type)
         # Measured before sharding and training; again where an earlier process died before it.
         growth = world.decide(lambda: measure_growth(out, prepared, world.device))
         student = ParallelStudent(prepared.student, world, config.parallel)

@@ -40,7 +40,7 @@ from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
-from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher, told_of_slow_pass
 from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.jobs import run_units
@@ -125,6 +125,7 @@ def cache_teachers(
         plans = [plan_teacher(teacher, corpus, views, config.cache.seed) for teacher in chosen]
         parts = [part for plan in plans for part in plan_parts(corpus, plan)]
         before, after = masks_last(parts, hard)
+        _tell_slow(parts, corpus, config.cache.masked_replicas)
         done = present = 0
         for part in [*before, *after]:
             if hard and part in after:
@@ -185,6 +186,18 @@ def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[st
                 counted(size, "sequence"),
             )
         return build_corpus(store, config.corpus, size, shard_done)
+
+
+def _tell_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> None:
+    """Say, before any teacher runs, which of them this device is slow for."""
+    working = {
+        part.info.name: part
+        for part in parts
+        if missing_units(corpus, part.info.folder, part.info.view, replicas)[0]
+    }
+    for part in working.values():
+        if told := told_of_slow_pass(part, corpus):
+            log.warning("%s", told)
 
 
 def _about_sequences(config: CorpusConfig) -> int | None:

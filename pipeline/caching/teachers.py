@@ -50,6 +50,7 @@ from rekindle.train.model.padding import padding_of
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.precision import told_of_slow
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
@@ -121,6 +122,22 @@ def plan_teacher(
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
+
+
+def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
+    """What is said, before a teacher runs, of a precision that this device has no instructions
+    for; None for any other.
+    """
+    name, info = plan.config.name, plan.info
+    instead = ""
+    if is_described(corpus.store, name):
+        instead = (
+            "Its targets in the cache are of it, and what is missing must be: finish it on a "
+            "device that has them, or cache it anew under another name in fp32"
+        )
+    asked = {f"teachers.{name}.precision: {{}}": info.precision}
+    device = place(info.precision).device.partition(":")[0]
+    return told_of_slow(asked, device, instead)
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:

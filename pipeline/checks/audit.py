@@ -44,6 +44,7 @@ from rekindle.train.model.files import (
     weights_fingerprint,
 )
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.precision import tell_slow
 
 # Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
@@ -150,6 +151,9 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
         update={"kind": "dense", "codec": "default"} if config.vocabulary else {}
     )
     teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
+    precision = {f"teacher {config.name!r}: {{}}": info.precision}
+    device = teacher.placement.device.partition(":")[0]
+    tell_slow(precision, device, "An audit computes as the targets were made")
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
     teacher.stores_tails = kind_of(info).has_tail  # and its own tokens' mass lies in the tail
     return teacher

@@ -172,7 +172,7 @@ def _as_text(
     for view in cache.views.values():
         shown = "pairs of texts"
         if view.kind.masked:
-            shown = f"masked text, {counted(view.replicas, 'replica')} (maskings of each sequence)"
+            shown = f"masked text, {counted(view.replicas, 'masking')} of each sequence"
         lines.append(f"{shown}: view {view.name}")
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
@@ -284,7 +284,7 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
 
 
 def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) -> Table:
-    where = "" if target.replica is None else f", replica {target.replica}"
+    where = "" if target.replica is None else f", masking {target.replica}"
     texts = PieceTexts(tokenizer.hf)
     # Of a sample there is that of the temperature it was drawn at alone, and it is 0.
     log_tail = target.log_tail.get(1.0, next(iter(target.log_tail.values())))

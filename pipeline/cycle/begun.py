@@ -1,16 +1,17 @@
 """What ``cycle.json`` says of a cycle, and whether a folder holds this very one, to go on with."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.additions import is_begun, is_same_source
+from rekindle.data.corpus.additions import is_begun, is_same_source, read_additions
+from rekindle.data.corpus.config import differing_keys
 from rekindle.data.errors import CheckpointError, InputError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
-from rekindle.data.storage.store import open_store
+from rekindle.data.storage.store import Store, open_store
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.arms import TWINS
 from rekindle.pipeline.cycle.config import CycleConfig
@@ -136,9 +137,13 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     ]
     for text in config.texts:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
-        if is_begun(stores[number]):  # it goes on with its own
+        begun = [draw for draw, store in enumerate(stores) if is_begun(store)]
+        if number in begun:  # it goes on with its own
+            for one in begun:
+                if _have_same_text(stores[number], stores[one]) is False:
+                    raise _other_texts(home, (one, number), text)
             continue
-        other = next((draw for draw, store in enumerate(stores) if is_begun(store)), None)
+        other = next(iter(begun), None)
         source = config.text_of(text).source
         if other is not None and not is_same_source(stores[other], source):
             raise CheckpointError(
@@ -146,6 +151,51 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
                 f"files of {f'the corpus of task {text}' if text else 'corpus.source'} "
                 f"({', '.join(source)}) are not as they were. Put them back, or give another --out"
             )
+
+
+def check_read_same_text(home: Path, draws: Iterable[int]) -> None:
+    """Raise CheckpointError where students of several ``draws`` of the cycle in ``home`` have read
+    different texts. What they have read is known of a student by the corpus's identity; where that
+    is another one, by what the caches say of it, if they are there: of the same files another
+    version may have written other bytes.
+    """
+    first: dict[str, tuple[int, str, str]] = {}
+    for draw in draws:
+        folder = home / DRAWS_FOLDER / str(draw)
+        for file in sorted(folder.glob("students/*/run.json")):
+            cache = (read_record(file, ELSEWHERE) or {}).get("cache", {})
+            if not (corpus := cache.get("corpus")):
+                continue
+            text = Path(place := str(cache.get("path", ""))).name
+            text = text if (folder / "costs" / "texts" / text).is_dir() else ""
+            if not ("://" in place or Path(place).is_dir()):  # the cycle may have been moved
+                place = str(folder / "cache" / text)
+            before, known, there = first.setdefault(text, (draw, corpus, place))
+            if corpus != known and not _have_same_text(open_store(place), open_store(there)):
+                raise _other_texts(home, (before, draw), text)
+
+
+def _have_same_text(one: Store, other: Store) -> bool | None:
+    """Whether two corpora were made alike of the same files; None where that is not known: one is
+    gone, or is of no files.
+    """
+    last = [additions[-1] for additions, _ in map(read_additions, (one, other)) if additions]
+    if len(last) < 2:
+        return None
+    files = [sorted(map(tuple, addition.sources.values())) for addition in last]
+    if differing_keys(last[0].config, last[1].config) or files[0] != files[1]:
+        return False
+    return True if files[0] else None
+
+
+def _other_texts(home: Path, draws: tuple[int, int], text: str) -> CheckpointError:
+    first, second = draws
+    return CheckpointError(
+        f"draws {first} and {second} of the labels in {home} have read different texts"
+        f"{f' of task {text}' if text else ''}, and what is compared over draws is to differ in "
+        f"labels alone. Keep one of them: remove {home / DRAWS_FOLDER / str(second)} and run "
+        f"--draw {second} again with the text of draw {first}, or begin anew in another --out"
+    )
 
 
 def _draws_added(home: Path, before: int, now: int) -> list[str]:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from rekindle.pipeline.cycle.cells import Cells
-from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned
+from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, own_head
 from rekindle.pipeline.cycle.scores import ArmCost
 
 # What an arm may need, in the order in which it is done.
-KINDS = ("experts", "caching", "students", "search", "fine-tuning")
+KINDS = ("experts", "caching", "students", "search", "fine-tuning", "scoring")
 SHARED_KINDS = KINDS[:2]  # what serves several arms
 
 
@@ -30,22 +30,31 @@ def stage_costs(cells: Cells) -> dict[str, float]:
 
 
 def arm_costs(arms: Sequence[str], tasks: Sequence[str], cells: Cells) -> list[ArmCost]:
-    """What each arm has cost that has all tasks."""
-    costs = stage_costs(cells)
-    whole = [arm for arm in arms if all((arm, task) in cells.found for task in tasks)]
-    return [
-        _sum(arm, {kind: list(_stages(kind, arm, tasks, cells)) for kind in KINDS}, costs)
-        for arm in whole
-    ]
+    """What each arm has cost that has all tasks, and behind it its students with their own heads,
+    which are not fine-tuned, but scored.
+    """
+    costs, found = stage_costs(cells), []
+    for arm in arms:
+        for name, scored in ((arm, cells.found), (own_head(arm), cells.heads)):
+            if all((arm, task) in scored for task in tasks):
+                own = scored is cells.heads
+                needs = {kind: list(_stages(kind, arm, tasks, cells, own)) for kind in KINDS}
+                found.append(_sum(name, needs, costs))
+    return found
 
 
-def _stages(kind: str, arm: str, tasks: Sequence[str], cells: Cells) -> Iterator[str]:
+def _stages(
+    kind: str, arm: str, tasks: Sequence[str], cells: Cells, with_own_head: bool
+) -> Iterator[str]:
     """The folders of all stages of a kind that an arm needs, each once."""
     own = {name: one for name, one in cells.students.items() if _arm_of(name) == arm}
     teachers = {name for one in own.values() for name in one.taught_by}
     experts = [(EXPERT, task) for task in tasks if task in {_task_of(t, tasks) for t in teachers}]
-    fine_tuned = {"experts": experts, "fine-tuning": [(arm, task) for task in tasks]}
-    searched = {"experts": experts, "search": [(arm, task) for task in tasks]}
+    itself = [] if with_own_head else [(arm, task) for task in tasks]
+    fine_tuned = {"experts": experts, "fine-tuning": itself}
+    searched = {"experts": experts, "search": itself}
+    if kind == "scoring" and with_own_head:
+        yield from (cells.heads[arm, task].folder for task in tasks)
     if kind == "caching":
         yield from dict.fromkeys(stage for one in own.values() for stage in one.caching)
     if kind == "students":

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.arms import GUIDED
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, MLM, FineTuned
-from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults
+from rekindle.pipeline.cycle.scores import MEAN, SELECTED, CycleResults, planned_tests
 from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
 from rekindle.train.finetune.metrics import printed_name
@@ -120,11 +120,20 @@ def _tests(results: CycleResults) -> Iterator[str]:
         yield (
             f"{counts.total()}{secondary} paired t-tests were made (two-sided, by {unit}, on each "
             f"task's main metric{means}): {listed}; p is adjusted by Holm's method over all tests "
-            f"against the same arm{across}; the intervals are not adjusted"
+            f"against the same arm{across}{_planned(results)}; the intervals are not adjusted"
         )
     if equal := [one for one in differences if one.p is None and one.n > 1]:
         listed = ", ".join(f"{one.arm} − {one.against} on {one.task}" for one in equal)
         yield f"the same difference with every {unit}, so that no test can be made: {listed}"
+
+
+def _planned(results: CycleResults) -> str:
+    """How many tests p is adjusted for, where not all that are planned are there."""
+    there = Counter(one.against for one in results.differences)
+    planned = planned_tests(results.arms, [*results.metrics])
+    told = [f"{len(names)} against {arm}" for arm, names in planned.items() if there[arm]]
+    lacking = any(len(names) > there[arm] for arm, names in planned.items() if there[arm])
+    return f", as for all that are planned ({', '.join(told)})" if lacking else ""
 
 
 def _covered(results: CycleResults, found: Sequence[FineTuned]) -> Iterator[str]:
@@ -132,6 +141,9 @@ def _covered(results: CycleResults, found: Sequence[FineTuned]) -> Iterator[str]
     seeds = next((one for one in found if one.arm != EXPERT), found[0]).seeds
     if results.draws is not None:
         yield from _covered_by_draws(results, len(results.draws), len(seeds))
+        return
+    if results.by_student:
+        yield _covered_by_students(results.students, len(seeds))
         return
     few = f"fewer than {FEWEST_SEEDS} seeds: " if len(seeds) < FEWEST_SEEDS else ""
     if len(seeds) == 1:
@@ -148,15 +160,19 @@ def _covered(results: CycleResults, found: Sequence[FineTuned]) -> Iterator[str]
             "another test split, would change is not in the intervals"
         )
         return
-    shared = (
-        "each fine-tuned once"
-        if results.students == len(seeds)
-        else "which share the fine-tunings: those of one student are alike, so that the intervals "
-        "are somewhat too narrow"
-    )
     yield (
         f"{results.students} students of every kind were pre-trained, each with a seed of its own, "
-        f"{shared}. How much another test split would change is not in the intervals"
+        "each fine-tuned once. How much another test split would change is not in the intervals"
+    )
+
+
+def _covered_by_students(students: int, seeds: int) -> str:
+    few = f"fewer than {FEWEST_SEEDS} students: " if students < FEWEST_SEEDS else ""
+    return (
+        f"{few}intervals (95 %, Student's t) and tests are over {students} students of every kind, "
+        f"each pre-trained with a seed of its own, which share {seeds} fine-tunings: those of one "
+        "student are alike, and the score of a student is their mean; of arms without students, "
+        "that of the same seeds. How much another test split would change is not in the intervals"
     )
 
 

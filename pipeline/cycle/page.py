@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from rekindle.data.counted import counted
@@ -12,6 +13,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import write_text
 from rekindle.pipeline.compare.page import cache_and_cost, comparison_html, comparison_page
 from rekindle.pipeline.compare.runs import Comparison, by_corpus, compare_runs, is_cycle
+from rekindle.pipeline.compare.scores import heads_of
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, LONGER, folder_of, read_arm
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER
@@ -69,6 +71,44 @@ def compare_cycle(directories: Sequence[Path], out: Path | None, as_json: bool) 
     if out is not None:
         write_text(out, cycle_html(home, [*map(compare_runs, groups)], results))
     return json.dumps(results.as_dict()) if as_json else printed(home, results)
+
+
+def check_one_corpus(directories: Sequence[Path], options: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError where heads are to be scored (``options``: each with its value) of a cycle
+    of several draws or texts, which that alone is given: its students are of several corpora. It
+    says what to type for each of them.
+    """
+    from rekindle.pipeline.compare.heads import head_and_place  # which imports torch
+
+    home = directories[0]
+    if len(directories) > 1 or not is_cycle(home):
+        return
+    draws = sorted((home / DRAWS_FOLDER).glob("*/"), key=lambda folder: folder.name.zfill(9))
+    begun = [one for one in draws or [home] if any(one.glob("students/*/run.json"))]
+    groups = [(one, by_corpus([one])) for one in begun]
+    if not draws and sum(len(of_one) for _, of_one in groups) < 2:
+        return
+    lines = []
+    for folder, of_one in groups:
+        for runs in of_one:
+            there = {head for run in runs for head in heads_of(run)}
+            own = [
+                (name, value)
+                for name, value in options
+                if name not in ("--test", "--expert") or head_and_place(value)[0] in ("", *there)
+            ]
+            places = [folder] if len(of_one) == 1 else runs
+            if any(name == "--test" for name, _ in own):
+                typed = [shown(place.absolute()) for place in places]
+                lines.append(shlex.join(["pipeline", "compare", *typed, *chain(*own)]))
+    what = "of several draws of the labels" if draws else "whose tasks have texts of their own"
+    told = "no student of it has such a head yet"
+    if lines:
+        told = f"score each by itself: {'; '.join(f'`{line}`' for line in lines)}"
+    raise InputError(
+        f"{home} is a cycle {what}: its students are of caches of different corpora, and --test "
+        f"stands runs of one beside each other; {told}"
+    )
 
 
 def verdict_above(directories: Sequence[Path]) -> str:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
+from rekindle.pipeline.cycle.begun import check_read_same_text
 from rekindle.pipeline.cycle.cells import Cells, check_draws, read_cells
 from rekindle.pipeline.cycle.costs import arm_costs, mean_costs, stage_costs
 from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, Grid, read_json
@@ -46,10 +47,13 @@ def read_results(out: Path) -> CycleResults:
     planned = int(plan.file.get("label_draws") or 1)
     if planned == 1:
         cells = read_cells(out, plan, grid)
-        plan = replace(plan, texts=read_texts(out))
+        seeds = plan.settings.get("seeds")
+        shared = isinstance(seeds, int) and 1 < plan.students < seeds
+        plan = replace(plan, texts=read_texts(out), by_student=shared)
         return _results(plan, grid, {0: cells}, _scores(plan, cells), [])
     folders = {draw: out / DRAWS_FOLDER / str(draw) for draw in range(planned)}
     ended = {draw: one for draw, one in folders.items() if (one / RESULTS_FILE).is_file()}
+    check_read_same_text(out, ended)
     draws = {draw: read_cells(one, plan, grid) for draw, one in ended.items()}
     draws = {draw: _of_draw(cells, draw) for draw, cells in draws.items()}
     check_draws(out, [cells.found for cells in draws.values()])
@@ -62,7 +66,8 @@ def read_results(out: Path) -> CycleResults:
 
 def _scores(plan: CycleResults, cells: Cells) -> list[ArmScores]:
     selected = plan.file.get("experts", {}).get("teacher") != "all"
-    return scores_of(plan.arms, list(plan.metrics), cells.found, cells.heads, selected)
+    students = plan.students if plan.by_student else 1
+    return scores_of(plan.arms, list(plan.metrics), cells.found, cells.heads, selected, students)
 
 
 def _results(

@@ -35,7 +35,13 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.cycle.begun import about_cycle, as_it_was_begun, check_same_text, look
+from rekindle.pipeline.cycle.begun import (
+    about_cycle,
+    as_it_was_begun,
+    check_read_same_text,
+    check_same_text,
+    look,
+)
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import (
@@ -103,6 +109,7 @@ def run_cycle(
     with open_folder(home, lambda: look(home, config, about, beside)):
         write_json(home / CYCLE_FILE, about)
         write_text(home / "run.yaml", dump_config(config))
+    check_read_same_text(home, range(config.label_draws))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
         check_same_text(config, home, number)
@@ -139,6 +146,7 @@ def _run_one(
             warm_up()
         jobs = list(plan_jobs(home, config, tasks, how.only))
         _tell_again(home, config, jobs)
+        _tell_slow(config, how.places[0])
         run_counted(jobs, home / "cycle.log", how.progress, how.places)
         return _write_results(home)
 
@@ -191,6 +199,22 @@ def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
             "and only the best was kept",
             ", ".join(again),
         )
+
+
+def _tell_slow(config: CycleConfig, place: Place) -> None:
+    """Say, for all jobs, which precisions that are asked for the CPU has no instructions for."""
+    from rekindle.train.precision import tell_slow
+
+    asked: dict[str, str] = {"train.precision: {}": config.train.precision}
+    if "precision" in config.search:
+        asked["search.precision: [{}]"] = str(max(config.search["precision"], key="bf16".__eq__))
+    else:
+        own = {f"tasks.{task.name}.finetune": task.finetune for task in config.tasks}
+        own |= {"finetune": {"precision": config.finetune.precision}}
+        own |= {"experts.finetune": config.experts.finetune}
+        for where, settings in own.items():
+            asked[f"{where}.precision: {{}}"] = str(settings.get("precision"))
+    tell_slow(asked, "cpu" if place.device is None else "cuda")
 
 
 def _write_results(home: Path) -> CycleResults:

@@ -34,7 +34,9 @@ MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' m
 class ArmScores:
     """An arm's test scores, as fractions, by seed in the order of ``seeds``; where there are
     several draws of the labels, by draw: ``seeds`` are then the draws' numbers, and a score is the
-    mean of the draw's seeds. Of students with their own heads, ``seeds`` are the students' numbers.
+    mean of the draw's seeds. Where several students share the fine-tunings, by student: ``seeds``
+    are the students' numbers, and a score is the mean of a student's fine-tunings. So it is of
+    students with their own heads.
 
     ``std`` is the sample deviation, ``low`` to ``high`` the 95 % interval of the mean; None for a
     single seed. ``task`` and ``metric`` are "mean" for the mean of the tasks' main metrics. The arm
@@ -73,19 +75,21 @@ def scores_of(
     found: Mapping[tuple[str, str], FineTuned],
     heads: Mapping[tuple[str, str], FineTuned] = {},
     selected: bool = True,
+    students: int = 1,
 ) -> list[ArmScores]:
     """Arm by arm: each task's main metric and the second one, and the mean over tasks.
 
     There is a mean where there are several tasks, and the arm has them all. The expert that teaches
     stands behind the arm ``expert``, if one is ``selected``, and behind each arm its students with
     their own heads. ``found``, ``heads``: by arm and task; the seeds of an arm are the same in all
-    tasks.
+    tasks. ``students`` that share the seeds: the scores of every arm are the means of those seeds
+    that are one student's, also of arms without students, for whom they stand in the same pairs.
     """
     scores: list[ArmScores] = []
     for arm in arms:
         ones = [found[arm, task] for task in tasks if (arm, task) in found]
         whole = len(ones) == len(tasks) > 1
-        scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole)
+        scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole, students)
         if arm == EXPERT and selected:
             scores += _of_arm(SELECTED, [(one, [one.best_seed]) for one in ones], whole)
         own = [heads[arm, task] for task in tasks if (arm, task) in heads]
@@ -95,18 +99,23 @@ def scores_of(
 
 
 def _of_arm(
-    arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool
+    arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool, students: int = 1
 ) -> Iterator[ArmScores]:
     """The scores of each task with these seeds, and their mean where the tasks are ``whole``."""
-    main = []
+    main: list[list[float]] = []
     for one, seeds in ones:
-        tests = [one.test[one.seeds.index(seed)] for seed in seeds]
-        main.append([test[one.metric] for test in tests])
+        tests = {seed: one.test[one.seeds.index(seed)] for seed in seeds}
+        numbers, together = seeds, [[seed] for seed in seeds]
+        if students > 1:  # number j has been fine-tuned with the seeds j, j + students, …
+            numbers = sorted({seed % students for seed in seeds})
+            together = [[s for s in seeds if s % students == number] for number in numbers]
         for metric in one.shown:
-            yield ArmScores.of(arm, one.task, metric, seeds, [test[metric] for test in tests])
+            scores = [fmean(tests[seed][metric] for seed in own) for own in together]
+            main += [scores] if metric == one.metric else []
+            yield ArmScores.of(arm, one.task, metric, numbers, scores)
     if whole:
-        seeds = [] if arm == SELECTED else ones[0][1]
-        yield ArmScores.of(arm, MEAN, MEAN, seeds, [fmean(s) for s in zip(*main, strict=True)])
+        numbers = [] if arm == SELECTED else numbers
+        yield ArmScores.of(arm, MEAN, MEAN, numbers, [fmean(s) for s in zip(*main, strict=True)])
 
 
 def main_scores(
@@ -160,21 +169,31 @@ def differences_of(
     that an expert has given.
     """
     main = main_scores(scores, metrics)
-    found = []
-    for against in _BASES:
+    families = planned_tests(arms, [*metrics]).values()
+    return [one for names in families for one in _family(names, main)]
+
+
+def planned_tests(
+    arms: Sequence[str], tasks: Sequence[str]
+) -> dict[str, list[tuple[str, str, str]]]:
+    """By the arm that others are compared with: arm, that arm and task of every comparison of a
+    cycle that has all its ``arms`` on all ``tasks``.
+    """
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for against in [one for one in _BASES if one in arms]:
         others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
         if against == START:  # the other way about it is against the expert
             others = [arm for arm in arms if arm not in (EXPERT, START)]
-        pairs = [(arm, task) for arm in others for task in (*metrics, MEAN)]
-        found += _family([(arm, against, task) for arm, task in pairs], main)
+        where = [*tasks, MEAN] if len(tasks) > 1 else tasks
+        found[against] = [(arm, against, task) for arm in others for task in where]
     return found
 
 
 def _family(
     names: Sequence[tuple[str, str, str]], main: Mapping[tuple[str, str], ArmScores]
 ) -> list[Difference]:
-    """The differences of arm, other arm and task that are there, adjusted together; by the seeds,
-    or draws, in common: of experts there may be more.
+    """The differences of arm, other arm and task that are there, adjusted together, as for all that
+    are named; by the seeds, or draws, in common: of experts there may be more.
     """
     family = []
     for arm, against, task in names:
@@ -183,15 +202,15 @@ def _family(
             common = [number for number in first if number in second]
             before, after = ([one[number] for number in common] for one in (first, second))
             family.append(paired(before, after, names=(arm, against, task)))
-    adjusted = holm([one.p for one in family])
+    adjusted = holm([one.p for one in family], missing=len(names) - len(family))
     return [replace(one, p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
 
 
 @dataclass(frozen=True)
 class Primary:
     """The one comparison that was named before anything ran: ``arm`` against others on the mean
-    over tasks, or the only task. Its p are adjusted over ``differences`` alone, which has those
-    that are there.
+    over tasks, or the only task. Its p are adjusted over these comparisons alone; ``differences``
+    are those that are there.
     """
 
     arm: str
@@ -280,7 +299,8 @@ class CycleResults:
     beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
     the cache, and what a student costs with it and without; None where that is not known.
     ``verdict`` is all of it in a sentence, ``experts`` are those that teach. ``draws``: those of
-    the labels that are finished, where there are several; scores are then by draw.
+    the labels that are finished, where there are several; scores are then by draw. ``by_student``:
+    they are by student, for several students share the fine-tunings.
     """
 
     arms: list[str]
@@ -299,6 +319,7 @@ class CycleResults:
     texts: list[TextFacts] = field(default_factory=list)
     primary: Primary | None = None
     arm_costs: list[ArmCost] = field(default_factory=list)
+    by_student: bool = False
 
     @property
     def file(self) -> dict[str, Any]:
@@ -312,8 +333,10 @@ class CycleResults:
 
     @property
     def unit(self) -> str:
-        """What the scores of an arm differ in: "seed" or "draw"."""
-        return "seed" if self.draws is None else "draw"
+        """What the scores of an arm differ in: "seed", "draw" or "student"."""
+        if self.draws is not None:
+            return "draw"
+        return "student" if self.by_student else "seed"
 
     @property
     def base(self) -> str:

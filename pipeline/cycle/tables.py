@@ -24,6 +24,10 @@ from rekindle.pipeline.report.scores import (
 from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines, wrapped
 
+_OWN_HEADS = (
+    "A student with its own head is that of its arm, and counted again: it needs no search and no "
+    "fine-tuning of its own."
+)
 _BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are told apart
 
 
@@ -83,7 +87,7 @@ def _scores(results: CycleResults) -> Table:
         for task, metric in sorted(by_column, key=lambda column: order.index(column[0]))
     ]
     arms = list(dict.fromkeys(one.arm for one in results.scores))
-    over = "draws of the labels" if results.unit == "draw" else "seeds"
+    over = {"draw": "draws of the labels", "student": "students"}.get(results.unit, "seeds")
     title = f"{secondary(results)}test scores in %: mean ± standard deviation over {over}"
     table = score_table("arm", arms, columns, title)
     counts = [str(max(len(column.of(arm)) for column in columns)) for arm in arms]
@@ -145,8 +149,8 @@ def _arm_costs(results: CycleResults) -> Iterator[Table]:
     draws = results.draws
     mean = f", mean of {counted(len(draws), 'draw')} of the labels" if draws else ""
     title = f"seconds of all that an arm needs, from labels and text to its scores{mean}"
-    heads = any(one.arm == own_head(arm.arm) for one in results.scores for arm in costs)
-    own = ["Students with their own heads need no search and no fine-tuning."] * heads
+    heads = any(one.arm == own_head(arm.arm) for one in costs for arm in costs)
+    own = [_OWN_HEADS] * heads
     note = " ".join([*_shared(costs), *own, *_unrecorded(costs)])
     yield table_of(title, ["arm", *kinds, "seconds"], rows, words=1, note=note)
 

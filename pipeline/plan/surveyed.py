@@ -1,7 +1,7 @@
 """What a plan says of a corpus that is there to be read, of its views and of its teachers."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
 from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
 from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
@@ -26,9 +27,11 @@ from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher, plans_at_hand
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
+from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
 from rekindle.train.model.heads_told import told_of_fresh_head
 from rekindle.train.order.sequences import told_of_few
+from rekindle.train.precision import told_of_slow
 from rekindle.train.schedules import is_used
 
 
@@ -70,7 +73,8 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             plan_one_teacher(teacher, plan, config, survey, views, probe)
             for teacher, plan in zip(config.teachers, plans, strict=True)
         )
-        warnings = (*survey.warnings, *_told(config, survey, views))
+        slow = _told_of_slow(config, survey, plans, teachers)
+        warnings = (*survey.warnings, *_told(config, survey, views), *slow)
     return Surveyed(corpus, shown, teachers, warnings)
 
 
@@ -81,6 +85,26 @@ def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     if config.student is not None and not survey.estimated:
         told += told_of_few(config.train, survey.sequences)
     return told
+
+
+def _told_of_slow(
+    config: RunConfig,
+    survey: CorpusSurvey,
+    plans: Sequence[TeacherPlan | None],
+    works: Sequence[TeacherWork],
+) -> list[str]:
+    """What will be said of precisions that this device has no instructions for."""
+    device = place("fp32").device.partition(":")[0]
+    told: list[str | None] = []
+    for teacher, plan, work in zip(config.teachers, plans, works, strict=True):
+        if plan is None:
+            asked = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
+            told.append(told_of_slow(asked, device))
+        elif work.units_to_make:
+            told.append(told_of_slow_pass(plan, survey.present or survey.reference))
+    if config.student is not None:
+        told.append(told_of_slow({"train.precision: {}": config.train.precision}, device))
+    return [one for one in told if one is not None]
 
 
 def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:

@@ -13,7 +13,11 @@ from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plo
 from rekindle.pipeline.report.table import NOTHING, Column, Table, stacked, table_of
 
 INTERVAL = "95 % interval"  # in the page below its difference
-_OVER = {"seed": "seeds of fine-tuning", "draw": "draws of the labels"}  # what scores differ in
+_OVER = {  # what scores differ in
+    "seed": "seeds of fine-tuning",
+    "draw": "draws of the labels",
+    "student": "students, each the mean of its fine-tunings,",
+}
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over {over} ± their sample deviation; below it, "
     "the 95 % interval of the mean by Student's t over the {unit}s, and their number. What stands "

@@ -119,11 +119,13 @@ def unpaired(
     return Difference(*names, mean, low, high, float(found.pvalue), None, n)
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
+def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | None]:
     """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
 
     The i-th smallest of m is multiplied by m − i + 1, is at least as large as the one before it,
-    and at most 1. None, for a test that could not be made, stays None and does not count.
+    and at most 1. None, for a test that could not be made, stays None and does not count;
+    ``missing`` tests that were planned and are not there yet do: what is not known cannot make the
+    others surer.
 
     Raises ValueError for what is not in [0, 1].
     """
@@ -133,7 +135,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, place) in enumerate(sorted(tests)):
-        largest = max(largest, min(1.0, p * (len(tests) - rank)))
+        largest = max(largest, min(1.0, p * (len(tests) + missing - rank)))
         adjusted[place] = largest
     return adjusted
 

@@ -4,6 +4,8 @@ import logging
 import re
 
 import pytest
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 from rekindle.pipeline import progress as module
 from rekindle.pipeline.processes.jobs import Report, StepReports
@@ -34,6 +36,24 @@ def test_a_line_a_minute_and_one_at_the_end(clock, caplog):
     assert [line.split()[1] for line in found[:3]] == ["60", "120", "180"]
     assert found[3] == "run: 200 steps in 200.0 s (1.0 steps/s · 10 tokens/s)"
     assert len(found) == 4
+
+
+def test_a_bar_without_units_has_no_count(monkeypatch):
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "100")
+    with Progress.to_terminal() as progress:
+        bars = progress._bars
+        with (
+            progress.task("caching", "") as alone,
+            progress.task("reading", "rows") as open_end,
+            progress.task("training", "steps", 4) as counted,
+        ):
+            for task in (open_end, counted):
+                task.advance(3)
+            column = next(one for one in bars.columns if isinstance(one, MofNCompleteColumn))
+            assert [column.render(task).plain for task in bars.tasks] == ["", "3", "3/4"]
+            alone.advance()
+        assert column.render(bars.tasks[0]).plain == "done"
 
 
 def test_what_says_nothing_is_said_to_be_at_work(clock, caplog):

@@ -49,13 +49,12 @@ REPLACED = {
     "objective": {"methods": [{"method": "replaced_tokens", "teacher": "odd.lm"}]},
 }
 # What methods bring, all in one run: a grown student with domain prompts, choice of sequences.
-TOGETHER = {
-    "evaluate_every": 2,
+TOGETHER = SHORT | {
     "held_out": 0.4,
     "evaluate_domains": True,
     "domains": ["even"],
     "replay": {"domains": ["odd"], "fraction": 0.5},
-    "curriculum": {"teacher": "big", "until": 0.4},
+    "curriculum": {"teacher": "big", "until": 0.5},
     "micro_batch_sequences": 1,
     "objective": {
         "distill": [
@@ -78,6 +77,8 @@ REPLAY = {
     "domains": ["odd"],
     "replay": {"domains": ["even"], "fraction": 0.3, "choose": "loss_change"},
     "evaluate_domains": True,
+    "steps": 6,  # the weights of three of them follow losses
+    "checkpoint_every": 6,
     "evaluate_every": 1,
     "held_out": 0.2,
     "objective": {"distill": []},

@@ -54,6 +54,7 @@ from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.network import StudentNetwork
 from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.precision import tell_slow
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student
 
@@ -175,6 +176,7 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
                     f"{model!r} has a vocabulary of {rows:,}, and its tokenizer ids up to "
                     f"{tokenizer.size - 1:,}: it belongs to another tokenizer"
                 )
+            tell_slow({"--set precision={}": precision}, placement.device.partition(":")[0])
             loaded = load_model(directory, AUTO_CLASSES[task], placement.dtype)
             network = StudentNetwork(loaded, task, vocabulary_size=tokenizer.size)
     if network.task == "masked_lm" and tokenizer.mask_id is None:

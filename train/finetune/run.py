@@ -43,7 +43,7 @@ from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
-from rekindle.train.precision import autocast
+from rekindle.train.precision import autocast, tell_slow
 from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
@@ -150,6 +150,7 @@ def finetune(
 def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
+    tell_slow({"--set precision={}": config.precision}, torch.device(placement.device).type)
     tokenizer = padded_tokenizer(model)
     limits = classifier_config(model, data["train"].problem)
     encoded = {

@@ -26,19 +26,21 @@ from typing import NoReturn
 import numpy as np
 import pyarrow as pa
 
-LIBRARIES = (
-    "torch.utils.tensorboard",
-    "torch.distributed",
-    "torch.nn.parallel",
+OF_CACHES = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.auto.modeling_auto",
-    "sklearn.metrics",
-    "scipy.stats",
-    "datasets",
     "typer",
     "pydantic",
     "rich.progress",
+)
+OF_STUDENTS = (
+    "torch.utils.tensorboard",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "sklearn.metrics",
+    "scipy.stats",
+    "datasets",
 )
 FOLDERS = ("pipeline", "train", "kernels", "data")
 # Keys of JSON files beside all that name seconds: waiting; a file's checksum over such keys; in a
@@ -328,10 +330,12 @@ def every_digest() -> dict[str, str]:
 def main(checkout: Path, steps: Path, result: Path) -> None:
     leave_only(checkout)
     before = time.monotonic()
-    for name in LIBRARIES:
+    wanted = json.loads(steps.read_text())
+    trains = any(step["arguments"][0] != "cache-teachers" for step in wanted)
+    for name in (*OF_CACHES, *(OF_STUDENTS if trains else ())):
         importlib.import_module(name)
     print(f"{time.monotonic() - before:6.1f} s  libraries", flush=True)
-    for number, step in enumerate(json.loads(steps.read_text())):
+    for number, step in enumerate(wanted):
         run_step(step, Path("logs") / f"{number:02}.log", checkout)
     before = time.monotonic()
     found = every_digest()

@@ -37,7 +37,8 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
         teachers[0] | {"targets": {"kind": "topk", "k": 5, "temperatures": [1.0, 3.0]}},
         *teachers[1:],
     ]
-    once, twice = ({"replicas": n, "mask": {}} for n in (1, 2))
+    # Two shards, of which the second one grows: all that is done takes requests, which cost.
+    once, twice = ({"replicas": n, "mask": {}, "sequences_per_shard": 8} for n in (1, 2))
     for where in (tmp_path / "cache", url):
         cache_teachers(configure(where, teachers, cache=once))
         cache_teachers(configure(where, later, corpus={"limit_sequences": 13}, cache=twice))

@@ -90,7 +90,7 @@ def test_the_histograms_are_of_what_is_in_the_cache(cache):
 def test_the_summary_as_text(cache):
     text = inspect_cache(str(cache))
     assert text.startswith(f"{cache}: 12 sequences (")
-    for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 replicas"):
+    for word in ("masked_lm", "top 16", "dense", "sequence 3", "token 3", "100.0%", "2 maskings"):
         assert word in text
     for name in ("lm", "odd", "whole"):
         assert f"{name} kept mass" in text
@@ -137,7 +137,7 @@ def test_an_example_as_text(cache):
     target = example.targets["lm"][1]
     token = PieceTexts(opened.corpus.tokenizer.hf)[int(target.ids[0, 0])]
     assert f"{token} {np.exp(target.log_probs[0, 0]):.3f}" in text
-    assert "lm, replica 1" in text
+    assert "lm, masking 1" in text
     assert f"score: score {example.targets['score'][0].logits[0]:.3f}" in text
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rekindle.pipeline.commands import asking
 from rekindle.pipeline.compare import heads
 from rekindle.pipeline.compare.heads import _score, with_heads
 from rekindle.pipeline.compare.runs import compare_runs
+from rekindle.pipeline.compare.standing import draw
 from rekindle.pipeline.compare.tables import as_text
 from rekindle.pipeline.progress import SILENT
 from rekindle.train.answers.config import AskConfig
@@ -28,16 +31,34 @@ NAMES = ("desc", "enty", "num")
 WORDS = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Of the test rows: how many there are, and that intervals are right, is test_standing.py's."""
+    monkeypatch.setattr(heads, "draw", partial(draw, draws=200))
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, wordpiece, tmp_path_factory):
+    """saved(seed, **head) -> a student whose head says by its seed what texts are; 0: no head."""
+
+    @cache
+    def make(seed, **about):
+        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
+        model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+        folder = tmp_path_factory.mktemp("saved")
+        saved_student(folder, model, {"trec": head} if seed else {}, seed)
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def student(write, make_model, wordpiece):
-    """student(name, seed, **head): a run whose head says by its seed what texts are; 0: no head."""
+def student(write, saved):
+    """student(name, seed, **head): the run of a student as ``saved`` has it."""
 
     def make(name, seed, **about):
         run = write(name, seed=seed)
-        model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
-        head = HeadConfig(kind="sequence", num_labels=3, label_names=NAMES, **about)
-        heads = {"trec": head} if seed else {}
-        saved_student(run, model, heads, seed)
+        shutil.copytree(saved(seed, **about), run, dirs_exist_ok=True)
         return run
 
     return make
@@ -49,17 +70,23 @@ def students(student):
     return [student(name, seed) for name, seed in (("a", 1), ("b", 2), ("c", 0))]
 
 
-@pytest.fixture
-def test_file(students, tmp_path):
-    """What a says of 60 texts, but for every tenth."""
-    path = tmp_path / "test.jsonl"
+@pytest.fixture(scope="module")
+def labelled(saved, tmp_path_factory):
+    """What the first student says of 60 texts, but for every tenth."""
+    path = tmp_path_factory.mktemp("labelled") / "test.jsonl"
     write_labelled(path, [NAMES[n % 3] for n in range(60)])
-    judge = open_judge(str(students[0]), "trec")
+    judge = open_judge(str(saved(1)), "trec")
     logits, _ = judged(judge, read_labelled(str(path), judge, AskConfig()), AskConfig())
     said = [judge.labels[n] for n in logits.argmax(axis=1)]
     labels = [NAMES[NAMES.index(n) - 1] if row % 10 == 0 else n for row, n in enumerate(said)]
     write_labelled(path, labels)
     return path
+
+
+@pytest.fixture
+def test_file(labelled, tmp_path):
+    """A copy of the ``labelled`` file."""
+    return Path(shutil.copy(labelled, tmp_path))
 
 
 def write_labelled(path, labels):
@@ -268,3 +295,36 @@ def test_all_rows_together_score_what_the_model_scores(kind):
         assert (by_row is None) == ("accuracy" not in metric or kind == "tags")
         if by_row is not None:
             assert by_row.mean() == pytest.approx(value)
+
+
+def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, monkeypatch):
+    """Its draws, or the texts of its tasks."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, head, corpus):
+        place = write(name, corpus=corpus)
+        (place / "rekindle_student.json").write_text(json.dumps({"heads": {head: {}}}))
+
+    for place in ("a", "a/draws/0", "a/draws/1", "b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "cycle.json").write_text('{"written_by": "rekindle cycle"}')
+    for number in (0, 1):
+        run(f"a/draws/{number}/students/kd-size", "size", f"c{number}")
+    for task in ("size", "hue"):
+        run(f"b/students/kd-{task}", task, task)
+        run(f"b/students/both-{task}", task, task)
+    options = ["--test", "size=s.jsonl", "--metric", "f1", "--set", "batch_size=8"]
+    done = pipeline("compare", "a", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = " ".join(done.stderr.split())
+    assert "a cycle of several draws of the labels" in told
+    for number in (0, 1):
+        line = f"pipeline compare a/draws/{number} {' '.join(options)}"
+        assert f"`{line}`" in told
+    told = " ".join(pipeline("compare", "b", *options, "--test", "hue=h.jsonl").stderr.split())
+    assert "a cycle whose tasks have texts of their own" in told
+    for task, file in (("size", "s"), ("hue", "h")):
+        runs = f"b/students/both-{task} b/students/kd-{task}"
+        assert f"`pipeline compare {runs} --test {task}={file}.jsonl --metric f1 --set b" in told
+    told = pipeline("compare", "b/students/kd-hue", "--test", "hue=h.jsonl").stderr
+    assert "there is no file" in told  # and no more of cycles

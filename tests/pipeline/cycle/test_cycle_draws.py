@@ -8,7 +8,10 @@ from statistics import fmean
 import pytest
 from scipy import stats
 
+from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.errors import CheckpointError
+from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.cycle.finetuned import folder_of, own_head
 from rekindle.pipeline.cycle.notes import UNLEARNED
 from rekindle.pipeline.cycle.page import cycle_html, printed
@@ -127,6 +130,17 @@ def test_an_arm_that_a_draw_lacks_is_said_and_left_out(out):
     assert results.main["kd", MEAN].seeds == list(range(DRAWS))
     assert "longer" not in {one.arm for one in results.arm_costs}
     assert [one.against for one in results.primary.differences] == ["expert", "mlm"]
+    # Adjusted as before: for all that are planned, and no surer for what is missing.
+    tests = [one.p for one in results.primary.differences]
+    told = [one.p_adjusted for one in results.primary.differences]
+    assert told == holm([*tests, 1.0])[:2] != holm(tests)
+    (how,) = [note for note in results.notes if "paired t-tests were made" in note]
+    assert "13 against expert" in how
+    assert "as for all that are planned (15 against expert, " in how
+    made = [one.p for one in results.differences if one.against == "expert"]
+    known = [one.p_adjusted for one in results.differences if one.against == "expert"]
+    assert len(made) == 13
+    assert known == holm([*made, 1.0, 1.0])[:13]
     assert "with longer on the mean over 2 tasks, is not known yet" in results.verdict
 
 
@@ -191,6 +205,56 @@ def test_draws_of_other_budgets_are_refused(out):
         read_results(out)
 
 
+# --- the text of the draws ------------------------------------------------------------------------
+
+
+def test_draws_whose_students_have_read_other_texts_are_refused(out):
+    """Of other bytes it is the same text where the caches say so."""
+
+    def read(draw, name, corpus, text=""):
+        home = out / "draws" / str(draw)
+        cache = {"corpus": corpus, "path": str(home / "cache" / text)}
+        edit(home / "students" / name / "run.json", lambda run: run["cache"].update(cache))
+
+    for draw in range(DRAWS):
+        read(draw, "kd-cola", "one")
+    read_results(out)
+    read(2, "kd-cola", "other")
+    told = r"draws 0 and 2 of the labels in .* different texts, .*remove .*draws/2 and run --draw 2"
+    with pytest.raises(CheckpointError, match=told):
+        read_results(out)
+    for task in FEW:  # a text for each task
+        for draw in range(DRAWS):
+            write(out / "draws" / str(draw) / "costs/texts" / task / "corpus/done.json", {})
+            read(draw, f"kd-{task}", f"one of {task}", task)
+    read_results(out)
+    read(3, "kd-mrpc", "other", "mrpc")
+    with pytest.raises(CheckpointError, match=r"draws 0 and 3 .* different texts of task mrpc"):
+        read_results(out)
+
+
+def test_a_text_that_another_version_has_written_is_the_same_text(out, tmp_path, wordpiece):
+    source = tmp_path / "text.txt"
+
+    def cached(draw, fingerprint, text):
+        source.write_text(text)
+        store = LocalStore(out / "draws" / str(draw) / "cache")
+        shutil.rmtree(store.root, ignore_errors=True)
+        given = {"tokenizer": str(wordpiece), "sequence_length": 16}
+        build_corpus(store, CorpusConfig(source=[str(source)], **given), 4)
+        cache = {"corpus": fingerprint, "path": store.location}
+        file = out / "draws" / str(draw) / "students/mlm/run.json"
+        edit(file, lambda run: run["cache"].update(cache))
+
+    text = "the river runs\n\nthe city sleeps\n"
+    cached(0, "one", text)
+    cached(1, "of other bytes", text)
+    read_results(out)
+    cached(1, "of other bytes", f"{text}by day\n")
+    with pytest.raises(CheckpointError, match=r"draws 0 and 1 .* different texts"):
+        read_results(out)
+
+
 # --- students, seeds, arms ------------------------------------------------------------------------
 
 
@@ -208,15 +272,37 @@ def parts(out, arm, task, seeds, students):
         write(folder / f"student-{number}" / "metrics.json", part)
 
 
-def test_the_seeds_of_several_students_come_together(tmp_path):
-    out = cycle(tmp_path, ["expert", "kd"], ["cola"], {}, seeds=5, students=2)
-    parts(out, "kd", "cola", 5, 2)
+def test_the_fine_tunings_of_a_student_count_once(tmp_path):
+    """They are alike: an interval over all of them would be too narrow."""
+    out = cycle(tmp_path, ["expert", "kd"], FEW, {}, seeds=5, students=2)
+    for task in FEW:
+        parts(out, "kd", task, 5, 2)
+        own_head_scored(out, "kd", task)
     results = read_results(out)
-    one = results.main["kd", "cola"]
-    assert (one.seeds, one.scores) == (list(range(5)), [score("kd", "cola", s) for s in range(5)])
+
+    def by_student(arm, task="cola"):
+        return [fmean(score(arm, task, s) for s in range(j, 5, 2)) for j in range(2)]
+
+    for arm in ("expert", "kd"):
+        one = results.main[arm, "cola"]
+        assert (one.seeds, one.scores) == ([0, 1], pytest.approx(by_student(arm)))
+        both = zip(by_student(arm), by_student(arm, "mrpc"), strict=True)
+        assert results.main[arm, MEAN].scores == pytest.approx([fmean(one) for one in both])
+    assert results.main["expert (selected)", "cola"].scores == [
+        score("expert", "cola", results.experts[0].seed)
+    ]
+    one = one_difference(results, "kd", "expert", "cola")
+    test = stats.ttest_rel(by_student("kd"), by_student("expert"))
+    assert (one.n, one.p) == (2, pytest.approx(test.pvalue))
+    assert (one.low, one.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert results.costs["fine-tuned/kd/cola"] == 4.0
     (told,) = [note for note in results.notes if "2 students of every kind" in note]
-    assert "somewhat too narrow" in told
+    assert "which share 5 fine-tunings" in told
+    page = cycle_html(out, (), results)
+    assert "A dot for each student" in page
+    assert "the mean over students, each the mean of its fine-tunings, " in page
+    assert "mean ± standard deviation over students" in as_text(results, 300)
+    assert CycleResults.from_dict(results.as_dict()) == results
     path = out / folder_of("kd", "cola") / "student-1"
     edit(path / "metrics.json", lambda m: m["config"].update(batch_size=8))
     with pytest.raises(
@@ -299,8 +385,19 @@ def test_what_an_arm_costs_is_the_sum_of_all_that_it_needs(made, results):
     assert results.costs["draws/3/students/kd-cola"] == 53.0
     table = next(t for t in tables_of(results) if t.title.startswith("seconds of all that an arm"))
     assert "Shared" in table.note
-    assert "experts (kd, committee)" in table.note
-    assert "own heads need no search" in table.note
+    assert f"experts (kd, {own_head('kd')}, committee)" in table.note
+    assert "it needs no search and no fine-tuning of its own" in table.note
+    by_hand = {
+        *experts,
+        *(f"{kind}{task}" for kind in ("cache/", "students/kd-", "distilled/kd/") for task in FEW),
+    }
+    own = told[own_head("kd")]
+    assert own.seconds == pytest.approx(sum(draw.costs[stage] for stage in by_hand))
+    assert own.by_kind["scoring"] == 1.5 * len(FEW)  # as recorded
+    assert "fine-tuning" not in own.by_kind
+    rows = [row[0] for row in rows_of(table)]
+    assert rows[rows.index("kd") + 1] == own_head("kd")
+    assert own_head("committee") not in rows  # is not scored
 
 
 def test_what_is_not_recorded_is_named_and_in_no_sum(out):

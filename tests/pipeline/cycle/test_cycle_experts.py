@@ -18,6 +18,7 @@ from rekindle.pipeline.cycle.jobs import plan_jobs
 from rekindle.pipeline.cycle.run import _tell_again, run_cycle
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.processes.jobs import Report
+from rekindle.pipeline.processes.worker import Place
 from testlib.small_cycle.here import TINY, WORDS, Here, sections, task_files
 
 
@@ -278,6 +279,11 @@ def test_all_draws_have_the_text_of_the_one_that_has_cached_it(values, tmp_path,
     run_cycle(config, out, draw=0)
     with pytest.raises(CheckpointError, match=r"draw 1 .* another text than draw 0 .*text\.txt"):
         run_cycle(config, out)
+    begun = {"path": str(out / "draws" / "1" / "cache")}  # as an older version let it begin
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run | {"cache": begun}))
+    functions.cache(tmp_path / "run.yaml", (), tmp_path / "done.json", Report())
+    with pytest.raises(CheckpointError, match=r"draws 0 and 1 of the labels in .* different texts"):
+        run_cycle(config, out, draw=1)
 
 
 @pytest.mark.slow
@@ -317,6 +323,32 @@ def test_tasks_with_texts_of_their_own_one_after_the_other(values, tmp_path, her
 def nothing_runs(monkeypatch):
     for name in ("run_counted", "warm_up"):
         monkeypatch.setattr(f"rekindle.pipeline.cycle.run.{name}", lambda *_: None)
+
+
+def test_a_slow_precision_is_said_before_any_job(values, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr("rekindle.pipeline.cycle.run.warm_up", lambda: None)
+    ran = []
+
+    def run_counted(*_):
+        (line,) = [one for one in caplog.messages if "this CPU has no instructions" in one]
+        ran.append(line.partition("for speed put ")[2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rekindle.pipeline.cycle.run.run_counted", run_counted)
+    slow = {"precision": "bf16"}
+    task = values["tasks"][0] | {"finetune": slow}
+    for name, changes in (
+        ("tuned", {"tasks": [task], "train": values["train"] | slow}),
+        ("searched", {"search": {"precision": ["fp32", "bf16"]}}),
+    ):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run_cycle(config_of(values, **changes), tmp_path / name, places=[Place(None, 1)])
+    assert ran == [
+        "train.precision: fp32, tasks.colour.finetune.precision: fp32",
+        "search.precision: [fp32]",
+    ]
 
 
 def test_draws_are_added_and_not_taken_away(values, tmp_path, nothing_runs):

@@ -223,6 +223,11 @@ def test_tests_that_were_not_made_do_not_count():
     assert holm([]) == []
 
 
+@given(p_values, st.integers(0, 5))
+def test_tests_that_are_not_there_yet_count_as_if_they_showed_nothing(values, missing):
+    assert holm(values, missing) == holm([*values, *[1.0] * missing])[: len(values)]
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan])
 def test_what_is_no_probability_is_refused(wrong):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
