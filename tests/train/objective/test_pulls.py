@@ -31,9 +31,10 @@ def alone(setting):
             yield names_of(given)[teachers[0]], objective, words
 
 
-def norm_by_autograd(world, objective, words):
+def norm_by_autograd(world, student, objective, words):
     """Through the whole graph: of what `_run` gave, at the rows of the output matrix or in all."""
     setting, seen = Setting(world, objective), []
+    setting.student = student
     run_body = setting.student._run
 
     def watched(inputs, select):
@@ -45,7 +46,10 @@ def norm_by_autograd(world, objective, words):
         return hidden, states
 
     setting.student._run = watched
-    setting.run()
+    try:
+        setting.run()
+    finally:
+        del student._run
     return math.sqrt(sum(float(s.grad.square().sum()) for s in seen if s.grad is not None))
 
 
@@ -67,7 +71,8 @@ def test_the_pull_of_each_term_is_its_gradient_alone(request, world, objective):
     setting = measured(world, objective)
     _, terms, _ = setting.run()
     found = {n.removeprefix(PULL): math.sqrt(v) for n, v in terms.items() if n.startswith(PULL)}
-    expected = {n: norm_by_autograd(world, one, words) for n, one, words in alone(setting)}
+    student = setting.student
+    expected = {n: norm_by_autograd(world, student, *one) for n, *one in alone(setting)}
     assert len(expected) == len(set(expected.values())) > 3
     assert all(norm > 1e-4 for norm in expected.values())
     assert found == pytest.approx(expected, rel=1e-4)
